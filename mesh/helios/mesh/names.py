@@ -1,0 +1,50 @@
+"""Names of metrics, spans and log fields: each is written once.
+
+OpenTelemetry's GenAI names where one exists, in Prometheus form (dots become underscores, the unit is appended).
+Source: https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/
+Own names begin with ``helios``. Ids of requests and replicas go into spans and logs, never into labels.
+"""
+
+from typing import Final
+
+# OpenTelemetry GenAI, server side.
+REQUEST_DURATION_SECONDS: Final = "gen_ai_server_request_duration_seconds"
+TIME_TO_FIRST_TOKEN_SECONDS: Final = "gen_ai_server_time_to_first_token_seconds"
+TIME_PER_OUTPUT_TOKEN_SECONDS: Final = "gen_ai_server_time_per_output_token_seconds"
+TOKEN_USAGE: Final = "gen_ai_client_token_usage"
+
+# Proxy.
+ACTIVATIONS_TOTAL: Final = "helios_activations_total"
+ACTIVATION_SECONDS: Final = "helios_activation_seconds"
+HOLDS: Final = "helios_holds"
+HOLD_SECONDS: Final = "helios_hold_seconds"
+PICKS_TOTAL: Final = "helios_picks_total"
+PICK_SECONDS: Final = "helios_pick_seconds"
+REPLICAS: Final = "helios_replicas"
+WORKERS: Final = "helios_workers"
+XDS_ACKS_TOTAL: Final = "helios_xds_acks_total"
+
+# Worker.
+COLD_START_PHASE_SECONDS: Final = "helios_cold_start_phase_seconds"
+DEVICE_MEMORY_BYTES: Final = "helios_device_memory_bytes"
+DEVICE_BOOKED_BYTES: Final = "helios_device_booked_bytes"
+REPLICA_EXITS_TOTAL: Final = "helios_replica_exits_total"
+
+# Storage.
+FETCHED_BYTES_TOTAL: Final = "helios_storage_fetched_bytes_total"
+LEASES: Final = "helios_storage_leases"
+TIER_USED_BYTES: Final = "helios_storage_tier_used_bytes"
+
+# Registry.
+INGESTS_TOTAL: Final = "helios_registry_ingests_total"
+MODELS: Final = "helios_registry_models"
+
+# Every process.
+RPC_ERRORS_TOTAL: Final = "helios_rpc_errors_total"
+
+# Request metadata. Clients may send MODEL_HEADER; Envoy strips every other `x-helios-*` that comes from outside.
+MODEL_HEADER: Final = "x-helios-model"
+ENDPOINT_HEADER: Final = "x-helios-endpoint"
+ROUTE_MODEL_HEADER: Final = "x-helios-route-model"
+ROUTE_REVISION_HEADER: Final = "x-helios-route-revision"
+REQUEST_ID_HEADER: Final = "x-request-id"

@@ -1,0 +1,68 @@
+"""Keeping a coroutine alive: what a session to another component needs when that component goes away.
+
+tenacity does the back-off (kept, tested, and async) rather than a loop of our own. Full jitter, so that a hundred workers that
+lost one proxy do not come back at the same instant. Source: AWS Architecture Blog, "Exponential Backoff And Jitter".
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import grpc.aio
+import structlog
+import tenacity
+
+from helios.mesh.errors import HeliosError
+
+log = structlog.get_logger()
+
+RECOVERABLE: Final = (HeliosError, OSError, TimeoutError, grpc.aio.AioRpcError)
+# A run this long was a success: the next failure starts from the shortest wait again.
+_SETTLED_SECONDS: Final = 5.0
+
+
+async def keep_running(
+    name: str, factory: Callable[[], Awaitable[None]], *, base_seconds: float = 0.1, cap_seconds: float = 5.0
+) -> None:
+    """Runs ``factory()`` again and again until cancelled, with full-jitter back-off after a failure.
+
+    A normal return is run again too, after ``base_seconds``. Errors that nobody foresaw (not in RECOVERABLE) are raised: a
+    bug must end the process, which its parent restarts, rather than be retried for ever.
+    """
+    while True:
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(RECOVERABLE),
+            wait=tenacity.wait_random_exponential(multiplier=base_seconds, max=cap_seconds),
+            before_sleep=_Reporter(name),
+        )
+        await retrying(_run_once, name, factory)
+        await asyncio.sleep(base_seconds)
+
+
+async def _run_once(name: str, factory: Callable[[], Awaitable[None]]) -> None:
+    started = time.monotonic()
+    try:
+        await factory()
+    except RECOVERABLE as error:
+        if time.monotonic() - started < _SETTLED_SECONDS:
+            raise
+        log.warning("task ended", task=name, error=_describe(error))
+
+
+class _Reporter:
+    """Logs the first failure of a row as a warning and the rest for debugging only."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        report = log.warning if state.attempt_number == 1 else log.debug
+        report("task failed", task=self._name, error=_describe(error), attempt=state.attempt_number)
+
+
+def _describe(error: BaseException | None) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return f"{type(error).__name__}: {error}"
