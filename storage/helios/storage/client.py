@@ -1,0 +1,360 @@
+"""The typed client of a storage agent: borrow a revision, keep the lease, give it back.
+
+    async with client.materialize(revision, holder="worker-1") as lent:
+        start_replica(lent.path)
+        await lent.wait_lost()
+
+While the block runs the lease is renewed at a third of its time to live. A stream that breaks, or an agent that
+restarts, is met with a new stream that resumes the lease by its id until the time to live is over; only then is the
+lease lost, which `lost` and `wait_lost` tell. What a lost lease means for running replicas is the caller's decision:
+files that are mapped stay readable, but the agent may give their room away.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import grpc.aio
+import structlog
+
+from helios.api.storage.v1 import storage_service_pb2 as pb
+from helios.api.storage.v1.storage_service_pb2_grpc import StorageServiceStub
+from helios.mesh.channel import Dialer
+from helios.mesh.errors import Bug, HeliosError, Unavailable
+from helios.mesh.status import error_from_rpc
+
+log = structlog.get_logger()
+
+Stream = grpc.aio.StreamStreamCall[pb.MaterializeRequest, pb.MaterializeResponse]
+
+_UNARY_TIMEOUT_SECONDS = 30.0
+"""Evict unlinks some files, GetResidency answers from memory."""
+
+_RELEASE_TIMEOUT_SECONDS = 5.0
+"""A release that can't be delivered is not waited for: the lease ends by itself."""
+
+_RETRY_CAP_SECONDS = 1.0
+"""An agent that restarts is met within a second; with full jitter, so that holders do not come back at one instant."""
+
+
+class LeaseLost(Unavailable):
+    """The lease ended and could not be resumed; materialise the revision again."""
+
+    default_reason = "LEASE_LOST"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a fetch is: bytes that are verified and stored, of bytes in all."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentRevision:
+    """A revision on the node."""
+
+    revision: str
+    size_bytes: int
+    lease_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """A place for blobs; `capacity_bytes` 0 means as much as the disk."""
+
+    name: str
+    used_bytes: int
+    capacity_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """What is on the node."""
+
+    revisions: tuple[ResidentRevision, ...]
+    tiers: tuple[Tier, ...]
+
+
+class Lent:
+    """A revision that is lent, for as long as the `materialize` block runs.
+
+    `path` is the directory with the revision's files; only an agent that was given another root while it was down
+    changes it. `lost` is set once, when the lease ended without being released. `keep` may be set to leave the lease
+    to its end (for a holder that hands `lease_id` to its successor).
+    """
+
+    def __init__(self, ready: pb.Ready, *, keep: bool) -> None:
+        self.path = ready.path
+        self.lease_id = ready.lease_id
+        self.fetched_bytes = ready.fetched_bytes
+        self.keep = keep
+        self.lost = asyncio.Event()
+        self.error: LeaseLost | None = None
+        self.expires_at: datetime = ready.expires_at.ToDatetime(tzinfo=UTC)
+
+    def check(self) -> None:
+        """Raises LeaseLost when the lease is lost."""
+        if self.error is not None:
+            raise self.error
+
+    async def wait_lost(self) -> None:
+        """Waits until the lease is lost, and raises LeaseLost; returns never."""
+        await self.lost.wait()
+        self.check()
+
+
+class StorageClient:
+    """Calls a storage agent through a dialer, which the caller opens and closes."""
+
+    def __init__(self, dialer: Dialer) -> None:
+        self._dialer = dialer
+
+    @asynccontextmanager
+    async def materialize(
+        self,
+        revision: str,
+        *,
+        holder: str,
+        ttl_seconds: float = 60.0,
+        lease_id: str | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        keep: bool = False,
+    ) -> AsyncIterator[Lent]:
+        """Brings a revision to the node and lends it for the block.
+
+        An agent that can't be reached is retried for `ttl_seconds`. The block's end releases the lease unless `keep`.
+        `on_progress` is called on the event loop, at most ten times a second.
+
+        Raises:
+            HeliosError: What the agent answered: RevisionNotFound, NotFound (LEASE_NOT_FOUND, when `lease_id` was
+            given),
+                InvalidRequest, DigestMismatch, DiskFull, Unavailable (SOURCE_UNAVAILABLE, or no agent).
+        """
+        holding = _Holding(self._dialer, revision, holder=holder, ttl_seconds=ttl_seconds, on_progress=on_progress)
+        lent = await holding.begin(lease_id, keep=keep)
+        group = asyncio.TaskGroup()
+        await group.__aenter__()
+        keeper = group.create_task(holding.keep_alive(lent), name=f"renew lease of {revision}")
+        try:
+            yield lent
+        finally:
+            # Left by hand so that the block's own exception is not wrapped in an ExceptionGroup.
+            keeper.cancel()
+            try:
+                await group.__aexit__(None, None, None)
+            finally:
+                await holding.end(lent)
+
+    async def evict(self, revision: str, *, timeout_seconds: float = _UNARY_TIMEOUT_SECONDS) -> int:
+        """Drops a revision from the node; returns the bytes that were freed. Idempotent.
+
+        Raises:
+            PreconditionFailed: REVISION_LEASED.
+        """
+        try:
+            response = await self._dialer.stub(StorageServiceStub).Evict(
+                pb.EvictRequest(revision=revision), timeout=timeout_seconds
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return response.freed_bytes
+
+    async def residency(self, *, timeout_seconds: float = _UNARY_TIMEOUT_SECONDS) -> Residency:
+        """Lists what is on the node."""
+        try:
+            response = await self._dialer.stub(StorageServiceStub).GetResidency(
+                pb.GetResidencyRequest(), timeout=timeout_seconds
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return residency_from_proto(response)
+
+
+def residency_from_proto(response: pb.GetResidencyResponse) -> Residency:
+    """Reads the wire form."""
+    return Residency(
+        revisions=tuple(ResidentRevision(r.revision, r.size_bytes, r.lease_count) for r in response.revisions),
+        tiers=tuple(Tier(t.name, t.used_bytes, t.capacity_bytes) for t in response.tiers),
+    )
+
+
+class _Holding:
+    """One lease and the streams that carry it, one after the other."""
+
+    def __init__(
+        self,
+        dialer: Dialer,
+        revision: str,
+        *,
+        holder: str,
+        ttl_seconds: float,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._dialer = dialer
+        self._revision = revision
+        self._holder = holder
+        self._ttl_seconds = ttl_seconds
+        self._on_progress = on_progress
+        self._stream: Stream | None = None
+        self._ended = asyncio.Event()
+        # Until when the lease surely lives, on this process's monotonic clock.
+        self._safe_until = 0.0
+
+    async def begin(self, lease_id: str | None, *, keep: bool) -> Lent:
+        """Opens the first stream, retrying while the agent can't be reached."""
+        give_up_at = time.monotonic() + self._ttl_seconds
+        wait_seconds = 0.05
+        while True:
+            try:
+                return Lent(await self._open(lease_id or ""), keep=keep)
+            except Unavailable as error:
+                if not _is_transport(error) or time.monotonic() + wait_seconds > give_up_at:
+                    raise
+            await asyncio.sleep(random.uniform(0, wait_seconds))  # noqa: S311 - jitter, not a secret
+            wait_seconds = min(2 * wait_seconds, _RETRY_CAP_SECONDS)
+
+    async def keep_alive(self, lent: Lent) -> None:
+        """Renews until cancelled, or until the lease is lost."""
+        while True:
+            try:
+                await self._renew_while_connected(lent)
+            except HeliosError as error:
+                self._drop_stream()
+                log.warning("storage stream lost", revision=self._revision, reason=error.reason)
+                if not await self._resume(lent, cause=error):
+                    return
+
+    async def end(self, lent: Lent) -> None:
+        """Releases the lease unless it is to be kept or is lost; never raises for a lease that ends by itself
+        anyway."""
+        try:
+            if lent.keep or lent.lost.is_set():
+                return
+            async with asyncio.timeout(_RELEASE_TIMEOUT_SECONDS):
+                if self._stream is None:
+                    await self._open(lent.lease_id)
+                await self._release()
+        except (HeliosError, TimeoutError) as error:
+            log.warning("lease left to its end", revision=self._revision, error=str(error))
+        finally:
+            self._drop_stream()
+
+    async def _renew_while_connected(self, lent: Lent) -> None:
+        """Renews on the current stream.
+
+        Raises:
+            HeliosError: The stream is over.
+        """
+        while True:
+            await self._wait_or_end(self._ttl_seconds / 3)
+            sent_at = time.monotonic()
+            await self._write(pb.MaterializeRequest(renew=pb.Renew()))
+            try:
+                async with asyncio.timeout(self._ttl_seconds / 3):
+                    answer = await self._read()
+            except TimeoutError as error:
+                raise Unavailable("the storage agent does not answer") from error
+            if answer.WhichOneof("message") != "renewed":
+                raise Bug("the storage agent answered a renewal with something else")
+            self._safe_until = sent_at + self._ttl_seconds
+            lent.expires_at = answer.renewed.expires_at.ToDatetime(tzinfo=UTC)
+
+    async def _wait_or_end(self, seconds: float) -> None:
+        """Waits; a stream that ends meanwhile is noticed at once, not with the next renewal."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._ended.wait()
+        except TimeoutError:
+            return
+        await self._read()
+        raise Unavailable("the storage agent closed the stream")
+
+    async def _resume(self, lent: Lent, *, cause: HeliosError) -> bool:
+        """Tries to carry the lease on with a new stream for as long as it may live; False when it is lost."""
+        wait_seconds = 0.05
+        while time.monotonic() < self._safe_until:
+            try:
+                async with asyncio.timeout(max(0.0, self._safe_until - time.monotonic())):
+                    ready = await self._open(lent.lease_id)
+            except (Unavailable, TimeoutError):
+                await asyncio.sleep(random.uniform(0, wait_seconds))  # noqa: S311 - jitter, not a secret
+                wait_seconds = min(2 * wait_seconds, _RETRY_CAP_SECONDS)
+            except HeliosError as error:
+                cause = error
+                break
+            else:
+                lent.path = ready.path
+                log.info("lease resumed", revision=self._revision)
+                return True
+        lent.error = LeaseLost(f"the lease is lost: {cause.message}", metadata={"revision": self._revision})
+        lent.lost.set()
+        log.error("lease lost", revision=self._revision, reason=cause.reason)
+        return False
+
+    async def _open(self, lease_id: str) -> pb.Ready:
+        """Opens a stream and waits until the revision is lent."""
+        self._drop_stream()
+        want = pb.Want(revision=self._revision, lease_id=lease_id, holder=self._holder)
+        want.ttl.FromMilliseconds(round(self._ttl_seconds * 1000))
+        # No deadline: the stream lives as long as the lease.
+        self._stream = self._dialer.stub(StorageServiceStub).Materialize()
+        self._ended = ended = asyncio.Event()
+        self._stream.add_done_callback(lambda _: ended.set())
+        try:
+            await self._write(pb.MaterializeRequest(want=want))
+            while (answer := await self._read()).WhichOneof("message") == "progress":
+                if self._on_progress is not None:
+                    self._on_progress(Progress(answer.progress.done_bytes, answer.progress.total_bytes))
+        except BaseException:
+            self._drop_stream()
+            raise
+        if answer.WhichOneof("message") != "ready":
+            raise Bug("the storage agent lent nothing")
+        # Late by the answer's way, milliseconds against seconds; renewals count from when they were sent.
+        self._safe_until = time.monotonic() + self._ttl_seconds
+        return answer.ready
+
+    async def _release(self) -> None:
+        await self._write(pb.MaterializeRequest(release=pb.Release()))
+        assert self._stream is not None
+        await self._stream.done_writing()
+        while await self._stream.read() is not grpc.aio.EOF:
+            pass
+
+    async def _write(self, request: pb.MaterializeRequest) -> None:
+        assert self._stream is not None
+        try:
+            await self._stream.write(request)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        except asyncio.InvalidStateError as error:
+            # grpcio says this when the stream ended before the write: its status is the reason.
+            await self._read()
+            raise Unavailable("the stream to the storage agent is closed") from error
+
+    async def _read(self) -> pb.MaterializeResponse:
+        assert self._stream is not None
+        try:
+            answer = await self._stream.read()
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        if not isinstance(answer, pb.MaterializeResponse):
+            raise Unavailable("the storage agent closed the stream")
+        return answer
+
+    def _drop_stream(self) -> None:
+        """Ends the stream; the lease lives on."""
+        if self._stream is not None:
+            self._stream.cancel()
+            self._stream = None
+
+
+def _is_transport(error: Unavailable) -> bool:
+    """Whether nobody answered, in contrast to an agent that answered UNAVAILABLE with a reason of its own."""
+    return error.reason == Unavailable.default_reason
