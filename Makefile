@@ -1,0 +1,74 @@
+# Everything a person or CI does here is a target; `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help setup up test check bench soak gen lock openapi clean node static format lint types pyright imports fast
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# auto: a GPU engine where there is a GPU. `make setup ENGINE=cpu` overrules it.
+ENGINE ?= auto
+JOBS ?= 2
+BIN := .venv/bin
+NODE := tests/scenarios/node
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Create .venv and install everything that is locked (instant when nothing changed)
+	@$(PYTHON) requirements/install.py --engine $(ENGINE)
+
+up: setup ## Start the whole mesh on this machine; ARGS="--detach" and so on are passed on
+	@$(BIN)/helios up $(ARGS)
+
+test: setup node ## Everything CI runs: static checks, then all tests with real processes and the real model
+	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target static
+	@mkdir -p build
+	@$(BIN)/python -m pytest --junit-xml=build/junit.xml $(ARGS)
+
+check: setup ## Static checks and the fast tests
+	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target static fast
+
+bench: setup ## Run the benchmarks, write build/bench.json, compare with tests/benchmarks/bars.toml
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
+
+soak: setup node ## The long forms of fault and cycle tests
+	@mkdir -p build
+	@$(BIN)/python -m pytest -m soak --timeout 3600 --junit-xml=build/soak.xml $(ARGS)
+
+gen: setup ## Regenerate gen/ from proto/
+	@$(BIN)/python proto/generate.py
+
+lock: setup ## Rewrite requirements/*.lock from pyproject.toml; UPGRADE=1 takes the newest versions
+	@$(BIN)/python requirements/compile.py $(if $(UPGRADE),--upgrade)
+
+openapi: setup ## Write build/openapi.json from the contracts
+	@$(BIN)/python proto/openapi.py
+
+clean: ## Remove what was built; .venv stays (rm -r .venv removes it)
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis $(NODE)/node_modules
+	find proto gen proxy worker storage registry mesh tests requirements -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The parts of `test` and `check`; --output-sync prints each one's output in one piece.
+static: pyright types lint format imports
+
+format:
+	@$(BIN)/ruff format --quiet --diff . || { echo "format: run .venv/bin/ruff format"; exit 1; }
+
+lint:
+	@$(BIN)/ruff check --quiet .
+
+types:
+	@$(BIN)/mypy --no-error-summary
+
+pyright:
+	@$(BIN)/pyright --warnings
+
+imports:
+	@$(BIN)/lint-imports --no-timing > build/imports.txt 2>&1 || { cat build/imports.txt; exit 1; }
+
+fast:
+	@$(BIN)/python -m pytest -q -m "not soak and not real_model and not scenario" -p no:cacheprovider
+
+node: setup $(NODE)/node_modules/.package-lock.json
+
+$(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
+	@cd $(NODE) && PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --silent
+	@touch $@

