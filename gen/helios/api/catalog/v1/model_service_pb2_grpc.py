@@ -43,7 +43,7 @@ class ModelServiceStub:
         self.GetModel = channel.unary_unary(
                 '/helios.api.catalog.v1.ModelService/GetModel',
                 request_serializer=helios_dot_api_dot_catalog_dot_v1_dot_model__service__pb2.GetModelRequest.SerializeToString,
-                response_deserializer=helios_dot_api_dot_catalog_dot_v1_dot_model__service__pb2.GetModelResponse.FromString,
+                response_deserializer=helios_dot_api_dot_catalog_dot_v1_dot_model__service__pb2.Model.FromString,
                 _registered_method=True)
 
 
@@ -60,6 +60,7 @@ class ModelServiceServicer:
 
     def GetModel(self, request, context):
         """GetModel describes one model, by its name or an alias. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND).
+        It returns the model itself, as OpenAI's API does: Envoy's transcoder has no `response_body` for typed messages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,7 +77,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
                     request_deserializer=helios_dot_api_dot_catalog_dot_v1_dot_model__service__pb2.GetModelRequest.FromString,
-                    response_serializer=helios_dot_api_dot_catalog_dot_v1_dot_model__service__pb2.GetModelResponse.SerializeToString,
+                    response_serializer=helios_dot_api_dot_catalog_dot_v1_dot_model__service__pb2.Model.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -133,7 +134,7 @@ class ModelService:
             target,
             '/helios.api.catalog.v1.ModelService/GetModel',
             helios_dot_api_dot_catalog_dot_v1_dot_model__service__pb2.GetModelRequest.SerializeToString,
-            helios_dot_api_dot_catalog_dot_v1_dot_model__service__pb2.GetModelResponse.FromString,
+            helios_dot_api_dot_catalog_dot_v1_dot_model__service__pb2.Model.FromString,
             options,
             channel_credentials,
             insecure,

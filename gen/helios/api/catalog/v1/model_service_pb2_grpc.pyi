@@ -18,8 +18,10 @@ class ModelServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]
     """ListModels lists every model, by name. Idempotent."""
-    GetModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]
-    """GetModel describes one model, by its name or an alias. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND)."""
+    GetModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.Model]
+    """GetModel describes one model, by its name or an alias. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND).
+    It returns the model itself, as OpenAI's API does: Envoy's transcoder has no `response_body` for typed messages.
+    """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """ModelService lists the models that requests may name: OpenAI's model list, plus the state of each model here."""
@@ -36,8 +38,10 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     def GetModel(
         self,
         request: _model_service_pb2.GetModelRequest,
-        context: _aio.ServicerContext[_model_service_pb2.GetModelRequest, _abc.Awaitable[_model_service_pb2.GetModelResponse]],
-    ) -> _abc.Awaitable[_model_service_pb2.GetModelResponse]:
-        """GetModel describes one model, by its name or an alias. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND)."""
+        context: _aio.ServicerContext[_model_service_pb2.GetModelRequest, _abc.Awaitable[_model_service_pb2.Model]],
+    ) -> _abc.Awaitable[_model_service_pb2.Model]:
+        """GetModel describes one model, by its name or an alias. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND).
+        It returns the model itself, as OpenAI's API does: Envoy's transcoder has no `response_body` for typed messages.
+        """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _aio.Server) -> None: ...
