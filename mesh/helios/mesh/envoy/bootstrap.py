@@ -1,0 +1,118 @@
+"""The whole configuration, and how it gets to disk."""
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Final
+
+from envoy_data_plane.envoy.config.bootstrap.v3 import (
+    Admin,
+    Bootstrap,
+    BootstrapDynamicResources,
+    BootstrapStaticResources,
+)
+from envoy_data_plane.envoy.config.core.v3 import (
+    ApiConfigSource,
+    ApiConfigSourceApiType,
+    ApiVersion,
+    BackoffStrategy,
+    GrpcService,
+    GrpcServiceEnvoyGrpc,
+    Node,
+    RetryPolicy,
+)
+from envoy_data_plane.envoy.config.overload.v3 import (
+    OverloadAction,
+    OverloadManager,
+    ResourceMonitor,
+    ThresholdTrigger,
+    Trigger,
+)
+from envoy_data_plane.envoy.extensions.resource_monitors.downstream_connections.v3 import DownstreamConnectionsConfig
+from envoy_data_plane.envoy.extensions.resource_monitors.fixed_heap.v3 import FixedHeapConfig
+from envoy_data_plane.google.protobuf import Any
+
+from helios.mesh.envoy import clusters, pack
+from helios.mesh.envoy.listeners import admin_listener, edge_listener
+from helios.mesh.envoy.settings import EdgeSettings, Limits
+from helios.mesh.envoy.tls import secret_files
+
+CONFIG_NAME: Final = "envoy.json"
+_HEAP: Final = "envoy.resource_monitors.fixed_heap"
+_CONNECTIONS: Final = "envoy.resource_monitors.global_downstream_max_connections"
+
+
+def edge_config(settings: EdgeSettings) -> Bootstrap:
+    """Returns Envoy's bootstrap: both listeners, all clusters, endpoints of replicas by delta ADS from the proxies.
+
+    Raises:
+        InvalidRequest: An address is not understood, or the descriptor set is missing.
+    """
+    return Bootstrap(
+        node=Node(id=settings.node_id, cluster="helios-edge"),
+        static_resources=BootstrapStaticResources(
+            listeners=[edge_listener(settings), admin_listener(settings)],
+            clusters=clusters.all_clusters(settings),
+        ),
+        dynamic_resources=BootstrapDynamicResources(ads_config=_ads()),
+        admin=Admin(address=pack.address(settings.envoy_admin, socket_mode=0o600)),
+        overload_manager=_overload(settings.limits),
+    )
+
+
+def install(settings: EdgeSettings) -> Path:
+    """Writes the configuration and the SDS files, mode 0600 (it holds the admin token), and returns its path.
+
+    Each file is replaced by one rename; Envoy reads the configuration once, at its start.
+    """
+    settings.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for identity in (settings.edge_identity, settings.admin_identity):
+        if identity is not None:
+            for path, content in secret_files(settings.directory, identity).items():
+                _write_private(path, content)
+    path = settings.directory / CONFIG_NAME
+    _write_private(path, json.dumps(edge_config(settings).to_dict(), indent=1))
+    return path
+
+
+def _ads() -> ApiConfigSource:
+    # A proxy that comes back is met within a second; Envoy's default may wait 30 s.
+    pause = BackoffStrategy(base_interval=pack.seconds(0.1), max_interval=pack.seconds(1))
+    service = GrpcService(
+        envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=clusters.PICKER), retry_policy=RetryPolicy(retry_back_off=pause)
+    )
+    return ApiConfigSource(
+        api_type=ApiConfigSourceApiType.DELTA_GRPC,
+        transport_api_version=ApiVersion.V3,
+        grpc_services=[service],
+        set_node_on_first_message_only=True,
+    )
+
+
+def _overload(limits: Limits) -> OverloadManager:
+    heap = FixedHeapConfig(max_heap_size_bytes=limits.max_heap_bytes)
+    connections = DownstreamConnectionsConfig(max_active_downstream_connections=limits.max_downstream_connections)
+    return OverloadManager(
+        resource_monitors=[
+            ResourceMonitor(name=_HEAP, typed_config=Any.pack(heap)),
+            ResourceMonitor(name=_CONNECTIONS, typed_config=Any.pack(connections)),
+        ],
+        actions=[
+            _when_heap_reaches(0.90, "envoy.overload_actions.shrink_heap"),
+            _when_heap_reaches(0.95, "envoy.overload_actions.stop_accepting_requests"),
+            _when_heap_reaches(0.98, "envoy.overload_actions.stop_accepting_connections"),
+        ],
+    )
+
+
+def _when_heap_reaches(ratio: float, action: str) -> OverloadAction:
+    return OverloadAction(name=action, triggers=[Trigger(name=_HEAP, threshold=ThresholdTrigger(value=ratio))])
+
+
+def _write_private(path: Path, content: str) -> None:
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(content)
+    temporary.replace(path)

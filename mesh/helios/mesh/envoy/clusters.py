@@ -1,0 +1,184 @@
+"""Where Envoy sends: the replicas, the picker, the control plane, the registry.
+
+Every cluster speaks HTTP/2. Circuit breakers are Envoy's only as a bound against runaway: the breaker that knows replicas is
+the proxy's, since override_host also sends to hosts that Envoy's outlier detection has ejected.
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+from envoy_data_plane.envoy.config.cluster.v3 import (
+    CircuitBreakers,
+    CircuitBreakersThresholds,
+    Cluster,
+    ClusterDiscoveryType,
+    ClusterEdsClusterConfig,
+    LoadBalancingPolicy,
+    LoadBalancingPolicyPolicy,
+)
+from envoy_data_plane.envoy.config.core.v3 import (
+    AggregatedConfigSource,
+    ApiVersion,
+    ConfigSource,
+    HealthCheck,
+    HealthCheckGrpcHealthCheck,
+    HttpProtocolOptions,
+)
+from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints
+from envoy_data_plane.envoy.extensions.load_balancing_policies.override_host.v3 import (
+    OverrideHost,
+    OverrideHostOverrideHostSource,
+)
+from envoy_data_plane.envoy.extensions.load_balancing_policies.round_robin.v3 import RoundRobin
+from envoy_data_plane.envoy.extensions.load_balancing_policies.subset.v3 import (
+    Subset,
+    SubsetLbSubsetFallbackPolicy,
+    SubsetLbSubsetSelector,
+    SubsetLbSubsetSelectorLbSubsetSelectorFallbackPolicy,
+)
+from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
+    HttpProtocolOptions as UpstreamOptions,
+)
+from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
+    HttpProtocolOptionsExplicitHttpConfig,
+)
+from envoy_data_plane.google.protobuf import Any
+
+from helios.mesh.envoy import pack
+from helios.mesh.envoy.headers import ENDPOINT_HEADER
+from helios.mesh.envoy.settings import EdgeSettings
+from helios.mesh.envoy.tls import upstream_tls
+from helios.mesh.identity import IdentityFiles, server_name
+
+REPLICAS: Final = "replicas"
+PICKER: Final = "picker"
+CONTROL: Final = "control"
+CONTROL_ADMIN: Final = "control-admin"
+REGISTRY: Final = "registry"
+OTLP: Final = "otlp"
+
+# Loopback and a rack answer in milliseconds; a SYN that is lost once is sent again after one second.
+_CONNECT_SECONDS: Final = 2.0
+# Envoy's defaults are 1,024 each, which held requests reach; memory and connections are bounded by the overload manager.
+_MANY: Final = 100_000
+_MAX_RETRIES: Final = 1_000
+# A listener starts when its clusters are initialised; a proxy that publishes nothing yet must not delay /healthz.
+_FIRST_ENDPOINTS_SECONDS: Final = 0.5
+
+
+def all_clusters(settings: EdgeSettings) -> list[Cluster]:
+    """Returns every cluster of the gateway."""
+    edge, admin = settings.edge_identity, settings.admin_identity
+    clusters = [
+        _replicas(settings),
+        _static(settings, PICKER, settings.picker, identity=edge, peer="proxy"),
+        _static(settings, CONTROL, settings.control, identity=edge, peer="proxy", is_probed=True),
+        _static(settings, CONTROL_ADMIN, settings.control, identity=admin, peer="proxy"),
+        _static(settings, REGISTRY, settings.registry, identity=admin, peer="registry"),
+    ]
+    if settings.otlp_endpoint is not None:
+        clusters.append(_static(settings, OTLP, (settings.otlp_endpoint,), identity=None, peer=OTLP))
+    return clusters
+
+
+def _replicas(settings: EdgeSettings) -> Cluster:
+    ads = ConfigSource(
+        ads=AggregatedConfigSource(),
+        resource_api_version=ApiVersion.V3,
+        initial_fetch_timeout=pack.seconds(_FIRST_ENDPOINTS_SECONDS),
+    )
+    return _cluster(
+        settings,
+        REPLICAS,
+        identity=settings.edge_identity,
+        peer="worker",
+        type=ClusterDiscoveryType.EDS,
+        eds_cluster_config=ClusterEdsClusterConfig(eds_config=ads),
+        load_balancing_policy=_picked_endpoint_or_nothing(),
+        ignore_health_on_host_removal=True,
+    )
+
+
+def _picked_endpoint_or_nothing() -> LoadBalancingPolicy:
+    """Takes the endpoints that the picker named, in order, and none else.
+
+    The fallback is a subset that no endpoint is in: a stale pick, or a list that is used up, is a clean 503. With an ordinary
+    fallback it would silently go to a replica of any model.
+    """
+    never = Subset(
+        fallback_policy=SubsetLbSubsetFallbackPolicy.NO_FALLBACK,
+        subset_selectors=[
+            SubsetLbSubsetSelector(
+                keys=["never"],
+                fallback_policy=SubsetLbSubsetSelectorLbSubsetSelectorFallbackPolicy.NO_FALLBACK,
+            )
+        ],
+        subset_lb_policy=_policy("envoy.load_balancing_policies.round_robin", RoundRobin()),
+    )
+    picked = OverrideHost(
+        override_host_sources=[OverrideHostOverrideHostSource(header=ENDPOINT_HEADER)],
+        fallback_policy=_policy("envoy.load_balancing_policies.subset", never),
+    )
+    return _policy("envoy.load_balancing_policies.override_host", picked)
+
+
+def _policy(name: str, message: OverrideHost | Subset | RoundRobin) -> LoadBalancingPolicy:
+    return LoadBalancingPolicy(policies=[LoadBalancingPolicyPolicy(typed_extension_config=pack.extension(name, message))])
+
+
+def _static(
+    settings: EdgeSettings,
+    name: str,
+    addresses: Iterable[str],
+    *,
+    identity: IdentityFiles | None,
+    peer: str,
+    is_probed: bool = False,
+) -> Cluster:
+    endpoints = [LbEndpoint(endpoint=Endpoint(address=pack.address(text))) for text in addresses]
+    assignment = ClusterLoadAssignment(cluster_name=name, endpoints=[LocalityLbEndpoints(lb_endpoints=endpoints)])
+    return _cluster(
+        settings,
+        name,
+        identity=identity,
+        peer=peer,
+        type=ClusterDiscoveryType.STATIC,
+        load_assignment=assignment,
+        health_checks=[_probe(peer)] if is_probed else [],
+    )
+
+
+def _probe(peer: str) -> HealthCheck:
+    """Makes /healthz honest. Requests do not suffer from a stale result: with no healthy host Envoy tries all of them."""
+    return HealthCheck(
+        timeout=pack.seconds(1),
+        interval=pack.seconds(1),
+        no_traffic_interval=pack.seconds(1),
+        unhealthy_threshold=2,
+        healthy_threshold=1,
+        grpc_health_check=HealthCheckGrpcHealthCheck(authority=server_name(peer)),
+    )
+
+
+def _cluster(settings: EdgeSettings, name: str, *, identity: IdentityFiles | None, peer: str, **fields: object) -> Cluster:
+    limits = CircuitBreakersThresholds(
+        max_connections=_MANY, max_pending_requests=_MANY, max_requests=_MANY, max_retries=_MAX_RETRIES
+    )
+    protocol = UpstreamOptions(
+        common_http_protocol_options=HttpProtocolOptions(
+            max_connection_duration=pack.seconds(settings.limits.connection_age_seconds)
+        ),
+        explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(
+            http2_protocol_options=pack.http2(keepalive_seconds=5, timeout_seconds=3)
+        ),
+    )
+    cluster = Cluster(
+        name=name,
+        connect_timeout=pack.seconds(_CONNECT_SECONDS),
+        circuit_breakers=CircuitBreakers(thresholds=[limits]),
+        typed_extension_protocol_options={"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": Any.pack(protocol)},
+        **fields,  # type: ignore[arg-type]
+    )
+    if identity is not None:
+        cluster.transport_socket = upstream_tls(settings, identity, peer)
+    return cluster

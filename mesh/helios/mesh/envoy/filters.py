@@ -1,0 +1,190 @@
+"""The HTTP filters, in the order in which a request meets them (a response meets them in reverse)."""
+
+import re
+from collections.abc import Iterable
+
+from envoy_data_plane.envoy.config.common.mutation_rules.v3 import HeaderMutationRules
+from envoy_data_plane.envoy.config.core.v3 import (
+    DataSource,
+    GrpcService,
+    GrpcServiceEnvoyGrpc,
+    HeaderValue,
+    RetryPolicy,
+)
+from envoy_data_plane.envoy.config.rbac.v3 import Permission, Policy, Principal, PrincipalSet, RbacAction
+from envoy_data_plane.envoy.config.rbac.v3 import Rbac as RbacRules
+from envoy_data_plane.envoy.config.route.v3 import HeaderMatcher
+from envoy_data_plane.envoy.extensions.filters.http.api_key_auth.v3 import (
+    ApiKeyAuth,
+    Credential,
+    Forwarding,
+    KeySource,
+)
+from envoy_data_plane.envoy.extensions.filters.http.cors.v3 import Cors
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
+    ExternalProcessor,
+    MetadataOptions,
+    MetadataOptionsMetadataNamespaces,
+    ProcessingMode,
+    ProcessingModeBodySendMode,
+    ProcessingModeHeaderSendMode,
+)
+from envoy_data_plane.envoy.extensions.filters.http.grpc_json_transcoder.v3 import (
+    GrpcJsonTranscoder,
+    GrpcJsonTranscoderPrintOptions,
+    GrpcJsonTranscoderRequestValidationOptions,
+    GrpcJsonTranscoderUrlUnescapeSpec,
+)
+from envoy_data_plane.envoy.extensions.filters.http.health_check.v3 import HealthCheck
+from envoy_data_plane.envoy.extensions.filters.http.json_to_metadata.v3 import (
+    JsonToMetadata,
+    JsonToMetadataKeyValuePair,
+    JsonToMetadataMatchRules,
+    JsonToMetadataRule,
+    JsonToMetadataSelector,
+)
+from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
+from envoy_data_plane.envoy.extensions.filters.http.rbac.v3 import Rbac
+from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
+from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
+from envoy_data_plane.envoy.type.v3 import HttpStatus, Percent, StatusCode
+
+from helios.mesh.envoy import clusters, pack, rest
+from helios.mesh.envoy.headers import NODE_HEADER
+from helios.mesh.envoy.routes import CORS_FILTER, PICKER_FILTER
+from helios.mesh.envoy.settings import EdgeSettings, Limits
+
+METADATA_NAMESPACE = "helios"
+MODEL_KEY = "model"
+# The picker's own deadline ends a hold (503 with an estimate); Envoy's, a 504, is for a picker that hangs.
+_PICKER_GRACE_SECONDS = 30.0
+
+
+def error_shaping(services: Iterable[str]) -> HttpFilter:
+    """Gives errors of REST callers OpenAI's form; refuses a wrong method or content type."""
+    source = rest.lua_method_table(services) + rest.read_lua()
+    return pack.http_filter("envoy.filters.http.lua", Lua(default_source_code=DataSource(inline_string=source)))
+
+
+def healthz() -> HttpFilter:
+    """Answers GET /healthz: 200 while a proxy is healthy, else 503."""
+    path = HeaderMatcher(name=":path", string_match=StringMatcher(exact="/healthz"))
+    check = HealthCheck(
+        pass_through_mode=False,
+        headers=[path],
+        cluster_min_healthy_percentages={clusters.CONTROL: Percent(value=1.0)},
+    )
+    return pack.http_filter("envoy.filters.http.health_check", check)
+
+
+def cors() -> HttpFilter:
+    """Answers preflights; the policy is the virtual host's."""
+    return pack.http_filter(CORS_FILTER, Cors())
+
+
+def lift_model() -> HttpFilter:
+    """Copies ``model`` of a JSON body to metadata, in C++; absent or not a string, nothing is set.
+
+    ``on_missing`` and ``on_error`` stay away on purpose: they also fire for gRPC requests and leave an empty model.
+    """
+    rule = JsonToMetadataRule(
+        selectors=[JsonToMetadataSelector(key="model")],
+        on_present=JsonToMetadataKeyValuePair(metadata_namespace=METADATA_NAMESPACE, key=MODEL_KEY),
+    )
+    rules = JsonToMetadataMatchRules(
+        rules=[rule],
+        allow_content_types_regex=RegexMatcher(regex=r"(?i)application/json\s*(;.*)?"),
+        allow_empty_content_type=True,
+    )
+    return pack.http_filter("envoy.filters.http.json_to_metadata", JsonToMetadata(request_rules=rules))
+
+
+def transcoder(services: Iterable[str], limits: Limits) -> HttpFilter:
+    """Turns REST into gRPC and back, by the annotations in the descriptor set."""
+    settings = GrpcJsonTranscoder(
+        proto_descriptor=pack.absolute(rest.descriptor_path()),
+        services=list(services),
+        # Without it an error after early initial metadata becomes 200 with an empty stream.
+        convert_grpc_status=True,
+        max_request_body_size=limits.max_body_bytes,
+        request_validation_options=GrpcJsonTranscoderRequestValidationOptions(reject_unknown_method=True),
+        # OpenAI ignores query parameters that it does not know, and clients send some (api-version, beta).
+        ignore_unknown_query_parameters=True,
+        # openai's client sends models.retrieve("org/name") with %2F.
+        url_unescape_spec=GrpcJsonTranscoderUrlUnescapeSpec.ALL_CHARACTERS,
+        print_options=GrpcJsonTranscoderPrintOptions(
+            preserve_proto_field_names=True, always_print_primitive_fields=True, stream_sse_style_delimited=True
+        ),
+    )
+    return pack.http_filter("envoy.filters.http.grpc_json_transcoder", settings)
+
+
+def picker(settings: EdgeSettings) -> HttpFilter:
+    """Asks a proxy where a request goes: headers and the lifted model only, one message each way."""
+    service = GrpcService(
+        envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=clusters.PICKER),
+        initial_metadata=[HeaderValue(key=NODE_HEADER, value=settings.node_id)],
+        # Here, not in envoy_grpc (which ignores it): with two proxies, the hold of a killed one moves to the other.
+        retry_policy=RetryPolicy(retry_on="connect-failure,refused-stream,reset,unavailable", num_retries=3),
+    )
+    processor = ExternalProcessor(
+        grpc_service=service,
+        processing_mode=ProcessingMode(
+            request_header_mode=ProcessingModeHeaderSendMode.SEND,
+            response_header_mode=ProcessingModeHeaderSendMode.SKIP,
+            request_body_mode=ProcessingModeBodySendMode.NONE,
+            response_body_mode=ProcessingModeBodySendMode.NONE,
+        ),
+        # The picker asks for the body where it has no model from header or metadata.
+        allow_mode_override=True,
+        message_timeout=pack.seconds(settings.limits.hold_limit_seconds + _PICKER_GRACE_SECONDS),
+        # The default is 500, gRPC UNKNOWN.
+        status_on_error=HttpStatus(code=StatusCode.ServiceUnavailable),
+        metadata_options=MetadataOptions(
+            forwarding_namespaces=MetadataOptionsMetadataNamespaces(untyped=[METADATA_NAMESPACE])
+        ),
+        # x-envoy-max-retries = candidates - 1, so that the last failure is the replica's own.
+        mutation_rules=HeaderMutationRules(allow_envoy=True),
+    )
+    return pack.http_filter(PICKER_FILTER, processor)
+
+
+def router() -> HttpFilter:
+    """Sends. ``suppress_envoy_headers``: x-envoy-* is nobody's business outside."""
+    return pack.http_filter("envoy.filters.http.router", Router(suppress_envoy_headers=True))
+
+
+def only_local_pages(host: str, port: int) -> HttpFilter:
+    """Refuses (403) what a foreign web page could make a browser send to the admin listener.
+
+    Host must be the listener's own or a loopback name with any port: a rebound DNS name is neither. An Origin, where there is one, must
+    be the listener's own.
+    """
+    names = sorted({host, "127.0.0.1", "localhost", "::1"})
+    pattern = "|".join(re.escape(f"[{name}]" if ":" in name else name) for name in names)
+    is_own_host = _header(":authority", rf"(?i)({pattern})(:[0-9]{{1,5}})?")
+    is_own_origin = _header("origin", rf"(?i)http://({pattern}):{port}")
+    has_origin = Principal(header=HeaderMatcher(name="origin", present_match=True))
+    origin_is_fine = Principal(or_ids=PrincipalSet(ids=[Principal(not_id=has_origin), is_own_origin]))
+    policy = Policy(
+        permissions=[Permission(any=True)],
+        principals=[Principal(and_ids=PrincipalSet(ids=[is_own_host, origin_is_fine]))],
+    )
+    rules = RbacRules(action=RbacAction.ALLOW, policies={"local pages": policy})
+    return pack.http_filter("envoy.filters.http.rbac", Rbac(rules=rules))
+
+
+def bearer_token(token: str) -> HttpFilter:
+    """Demands ``Authorization: Bearer <token>`` (401, gRPC UNAUTHENTICATED) and does not pass it on."""
+    auth = ApiKeyAuth(
+        credentials=[Credential(key=token, client="operator")],
+        key_sources=[KeySource(header="authorization")],
+        forwarding=Forwarding(hide_credentials=True),
+    )
+    return pack.http_filter("envoy.filters.http.api_key_auth", auth)
+
+
+def _header(name: str, pattern: str) -> Principal:
+    matcher = StringMatcher(safe_regex=RegexMatcher(regex=pattern))
+    return Principal(header=HeaderMatcher(name=name, string_match=matcher))

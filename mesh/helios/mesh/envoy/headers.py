@@ -1,0 +1,65 @@
+"""What clients may not send.
+
+``x-helios-*`` carries the mesh's own decisions (which endpoint, which revision) and ``x-envoy-*`` steers Envoy (retries,
+timeouts, statistics): from a client both change nothing. They are removed by Envoy's early header mutation, before the
+connection manager, the routes or a filter read any of them, on every route alike; a route's own ``request_headers_to_remove``
+comes too late for that and would strip the picker's answer, too.
+"""
+
+import re
+
+from envoy_data_plane.envoy.config.common.mutation_rules.v3 import HeaderMutation as Mutation
+from envoy_data_plane.envoy.config.common.mutation_rules.v3 import HeaderMutationRemoveOnMatch as RemoveOnMatch
+from envoy_data_plane.envoy.config.core.v3 import (
+    HeaderValue,
+    HeaderValueOption,
+    HeaderValueOptionHeaderAppendAction,
+    TypedExtensionConfig,
+)
+from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import HeaderMutation
+from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
+
+from helios.mesh.envoy import pack
+
+MODEL_HEADER = "x-helios-model"
+ENDPOINT_HEADER = "x-helios-endpoint"
+# Names this Envoy to the picker, which then knows whose acknowledgement of an endpoint it has to wait for.
+NODE_HEADER = "x-helios-envoy"
+CLIENT_REQUEST_ID_HEADER = "x-client-request-id"
+OWN_PREFIX = "x-helios-"
+
+
+def strip_client_headers() -> TypedExtensionConfig:
+    """Returns the early mutation of both listeners.
+
+    A client's request id is kept as ``x-client-request-id`` (OpenAI's name for it; cut at 128 characters), where it sent none
+    under that name; ``x-request-id`` is always Envoy's own, so that one id never names two requests.
+    """
+    kept_id = HeaderValueOption(
+        header=HeaderValue(key=CLIENT_REQUEST_ID_HEADER, value="%REQ(x-request-id):128%"),
+        append_action=HeaderValueOptionHeaderAppendAction.ADD_IF_ABSENT,
+    )
+    mutations = [
+        Mutation(append=kept_id),
+        Mutation(remove="x-request-id"),
+        _remove(StringMatcher(prefix="x-envoy-")),
+        _remove(StringMatcher(safe_regex=RegexMatcher(regex=all_names_but(OWN_PREFIX, MODEL_HEADER)))),
+        # Only the error filter reads it, and only in responses; a client's would be echoed by nothing, and means nothing.
+        Mutation(remove="x-openai-error"),
+    ]
+    return pack.extension("helios.strip_client_headers", HeaderMutation(mutations=mutations))
+
+
+def all_names_but(prefix: str, kept: str) -> str:
+    """Returns an RE2 pattern for every name with the prefix except one; RE2 has no look-ahead.
+
+    A name differs from ``kept`` because it ends early, because it has another character somewhere, or because it goes on.
+    """
+    rest = kept.removeprefix(prefix)
+    differs = [f"{re.escape(rest[:i])}([^{re.escape(rest[i])}].*)?" for i in range(len(rest))]
+    goes_on = f"{re.escape(rest)}.+"
+    return f"{re.escape(prefix)}({'|'.join([*differs, goes_on])})"
+
+
+def _remove(matcher: StringMatcher) -> Mutation:
+    return Mutation(remove_on_match=RemoveOnMatch(key_matcher=matcher))

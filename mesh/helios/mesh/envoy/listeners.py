@@ -1,0 +1,149 @@
+"""The two doors: the edge for everybody, the admin listener for the operator of this machine."""
+
+from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog
+from envoy_data_plane.envoy.config.core.v3 import (
+    GrpcService,
+    GrpcServiceEnvoyGrpc,
+    HttpProtocolOptions,
+    HttpProtocolOptionsHeadersWithUnderscoresAction,
+    SubstitutionFormatString,
+    TcpKeepalive,
+)
+from envoy_data_plane.envoy.config.listener.v3 import Filter, FilterChain, Listener
+from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
+from envoy_data_plane.envoy.config.trace.v3 import OpenTelemetryConfig, TracingHttp
+from envoy_data_plane.envoy.extensions.access_loggers.file.v3 import FileAccessLog
+from envoy_data_plane.envoy.extensions.access_loggers.stream.v3 import StdoutAccessLog
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
+    HttpConnectionManager,
+    HttpConnectionManagerCodecType,
+    HttpConnectionManagerInternalAddressConfig,
+    HttpConnectionManagerPathWithEscapedSlashesAction,
+    HttpConnectionManagerTracing,
+    HttpFilter,
+)
+from envoy_data_plane.google.protobuf import Any
+
+from helios.mesh.envoy import clusters, filters, pack, routes
+from helios.mesh.envoy.headers import CLIENT_REQUEST_ID_HEADER, ENDPOINT_HEADER, strip_client_headers
+from helios.mesh.envoy.settings import EdgeSettings
+
+EDGE = "edge"
+ADMIN = "admin"
+_LOG_FIELDS = {
+    "time": "%START_TIME%",
+    "request_id": "%REQ(X-REQUEST-ID)%",
+    "client_request_id": f"%REQ({CLIENT_REQUEST_ID_HEADER}):128%",
+    "traceparent": "%REQ(TRACEPARENT):64%",
+    "method": "%REQ(:METHOD)%",
+    # After transcoding :path is the gRPC path, and Envoy has put the caller's here.
+    "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH):512%",
+    "protocol": "%PROTOCOL%",
+    "model": f"%DYNAMIC_METADATA({filters.METADATA_NAMESPACE}:{filters.MODEL_KEY}):256%",
+    "status": "%RESPONSE_CODE%",
+    "grpc_status": "%GRPC_STATUS%",
+    "flags": "%RESPONSE_FLAGS%",
+    "details": "%RESPONSE_CODE_DETAILS%",
+    "received_bytes": "%BYTES_RECEIVED%",
+    "sent_bytes": "%BYTES_SENT%",
+    "duration_ms": "%DURATION%",
+    "first_byte_ms": "%RESPONSE_DURATION%",
+    "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+    "cluster": "%UPSTREAM_CLUSTER_RAW%",
+    "endpoint": "%UPSTREAM_HOST%",
+    "picked": f"%REQ({ENDPOINT_HEADER}):256%",
+    "client": "%DOWNSTREAM_REMOTE_ADDRESS%",
+    "user_agent": "%REQ(USER-AGENT):256%",
+}
+
+
+def edge_listener(settings: EdgeSettings) -> Listener:
+    """Returns the public listener: REST and gRPC, HTTP/1.1 and h2c on one port."""
+    services = routes.EDGE_REST_SERVICES
+    chain = [
+        filters.error_shaping(services),
+        filters.healthz(),
+        filters.cors(),
+        filters.lift_model(),
+        filters.transcoder(services, settings.limits),
+        filters.picker(settings),
+        filters.router(),
+    ]
+    manager = _manager(settings, EDGE, routes.edge_routes(settings.limits), chain)
+    return _listener(EDGE, f"{settings.edge_host}:{settings.edge_port}", manager)
+
+
+def admin_listener(settings: EdgeSettings) -> Listener:
+    """Returns the admin listener. It has no CORS: no web page of another origin may read its answers."""
+    services = routes.ADMIN_REST_SERVICES
+    chain = [
+        filters.only_local_pages(settings.admin_host, settings.admin_port),
+        filters.bearer_token(settings.admin_token),
+        filters.error_shaping(services),
+        filters.transcoder(services, settings.limits),
+        filters.router(),
+    ]
+    manager = _manager(settings, ADMIN, routes.admin_routes(settings.limits), chain)
+    return _listener(ADMIN, f"{settings.admin_host}:{settings.admin_port}", manager)
+
+
+def _listener(name: str, address: str, manager: HttpConnectionManager) -> Listener:
+    network_filter = Filter(name="envoy.filters.network.http_connection_manager", typed_config=Any.pack(manager))
+    return Listener(
+        name=name,
+        address=pack.address(address),
+        filter_chains=[FilterChain(filters=[network_filter])],
+        # A second Envoy on the same port must fail, not share it.
+        enable_reuse_port=False,
+        # A client that is gone without a word frees its generation: HTTP/1.1 has no pings of its own.
+        tcp_keepalive=TcpKeepalive(keepalive_time=60, keepalive_interval=10, keepalive_probes=3),
+    )
+
+
+def _manager(
+    settings: EdgeSettings, name: str, route_config: RouteConfiguration, chain: list[HttpFilter]
+) -> HttpConnectionManager:
+    limits = settings.limits
+    return HttpConnectionManager(
+        stat_prefix=name,
+        codec_type=HttpConnectionManagerCodecType.AUTO,
+        route_config=route_config,
+        http_filters=chain,
+        early_header_mutation_extensions=[strip_client_headers()],
+        # The caller's address is the connection's, and nobody is internal: no client may steer Envoy by x-envoy-* headers.
+        use_remote_address=True,
+        internal_address_config=HttpConnectionManagerInternalAddressConfig(),
+        always_set_request_id_in_response=True,
+        normalize_path=True,
+        path_with_escaped_slashes_action=HttpConnectionManagerPathWithEscapedSlashesAction.KEEP_UNCHANGED,
+        common_http_protocol_options=HttpProtocolOptions(
+            # `x_helios_y` and `x-helios-y` would be one name to some servers.
+            headers_with_underscores_action=HttpProtocolOptionsHeadersWithUnderscoresAction.REJECT_REQUEST
+        ),
+        http2_protocol_options=pack.http2(keepalive_seconds=30, timeout_seconds=15),
+        stream_idle_timeout=pack.seconds(limits.stream_idle_seconds),
+        request_headers_timeout=pack.seconds(30),
+        request_timeout=pack.seconds(limits.upload_seconds),
+        access_log=[_access_log(settings)],
+        tracing=_tracing(settings.otlp_endpoint),
+    )
+
+
+def _access_log(settings: EdgeSettings) -> AccessLog:
+    line = SubstitutionFormatString(json_format=pack.struct(_LOG_FIELDS), omit_empty_values=True)
+    if settings.access_log is None:
+        return AccessLog(name="envoy.access_loggers.stdout", typed_config=Any.pack(StdoutAccessLog(log_format=line)))
+    to_file = FileAccessLog(path=pack.absolute(settings.access_log), log_format=line)
+    return AccessLog(name="envoy.access_loggers.file", typed_config=Any.pack(to_file))
+
+
+def _tracing(otlp_endpoint: str | None) -> HttpConnectionManagerTracing | None:
+    if otlp_endpoint is None:
+        return None
+    exporter = OpenTelemetryConfig(
+        grpc_service=GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=clusters.OTLP)), service_name="helios-edge"
+    )
+    return HttpConnectionManagerTracing(
+        provider=TracingHttp(name="envoy.tracers.opentelemetry", typed_config=Any.pack(exporter)),
+        spawn_upstream_span=True,
+    )

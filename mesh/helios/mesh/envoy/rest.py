@@ -1,0 +1,55 @@
+"""What the REST side knows of the contracts: the descriptor set, and the methods of its paths."""
+
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+
+from google.api import annotations_pb2
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+
+from helios.mesh.errors import InvalidRequest
+
+
+def descriptor_path() -> Path:
+    """Returns the descriptor set that ``make gen`` writes, google.api included: what the transcoder and reflection load.
+
+    Raises:
+        InvalidRequest: It is missing from the installation.
+    """
+    path = Path(str(resources.files("helios.api").joinpath("descriptors.pb")))
+    if not path.is_file():
+        raise InvalidRequest(f"{path} is missing; run `make gen`, or install the package again")
+    return path
+
+
+def descriptor_set() -> FileDescriptorSet:
+    """Returns the descriptors of all contracts."""
+    return FileDescriptorSet.FromString(descriptor_path().read_bytes())
+
+
+def literal_paths(services: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Returns the HTTP methods of each path without variables, of the named services."""
+    wanted = frozenset(services)
+    methods: dict[str, frozenset[str]] = {}
+    for file in descriptor_set().file:
+        for service in file.service:
+            if f"{file.package}.{service.name}" not in wanted:
+                continue
+            for method in service.method:
+                rule = method.options.Extensions[annotations_pb2.http]
+                verb = rule.WhichOneof("pattern")
+                path = getattr(rule, verb) if verb else ""
+                if path and "{" not in path:
+                    methods[path] = methods.get(path, frozenset()) | {verb.upper()}
+    return methods
+
+
+def lua_method_table(services: Iterable[str]) -> str:
+    """Returns a Lua table: path → its methods, comma separated. A wrong one is 405, not the transcoder's 404."""
+    rows = [f'  ["{path}"] = "{", ".join(sorted(verbs))}",' for path, verbs in sorted(literal_paths(services).items())]
+    return "\n".join(["local METHODS = {", *rows, "}", ""])
+
+
+def read_lua() -> str:
+    """Returns the error filter's source."""
+    return resources.files("helios.mesh.envoy").joinpath("errors.lua").read_text(encoding="utf-8")

@@ -1,0 +1,131 @@
+"""Which path goes where, on either listener.
+
+The transcoder rewrites a REST path to the gRPC path and has the route chosen again, so routes name gRPC paths and serve REST
+and gRPC alike. The REST prefixes are there for one reason only: a filter before the transcoder buffers the body, and the
+buffer's limit comes from the route of the *original* path (without such a route it is 1 MiB).
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+import betterproto2
+from envoy_data_plane.envoy.config.core.v3 import DataSource
+from envoy_data_plane.envoy.config.route.v3 import (
+    DirectResponseAction,
+    RetryPolicy,
+    RetryPolicyRetryBackOff,
+    Route,
+    RouteAction,
+    RouteConfiguration,
+    RouteMatch,
+    VirtualHost,
+)
+from envoy_data_plane.envoy.extensions.filters.http.cors.v3 import CorsPolicy
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ExtProcPerRoute
+from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
+from envoy_data_plane.google.protobuf import Any
+
+from helios.mesh.envoy import clusters, pack
+from helios.mesh.envoy.headers import CLIENT_REQUEST_ID_HEADER, MODEL_HEADER
+from helios.mesh.envoy.settings import Limits
+
+OPENAI_SERVICE: Final = "helios.api.inference.v1.OpenAIService"
+INFERENCE_SERVICE: Final = "helios.api.inference.v1.InferenceService"
+MODEL_SERVICE: Final = "helios.api.catalog.v1.ModelService"
+ADMIN_SERVICE: Final = "helios.api.admin.v1.AdminService"
+REGISTRY_SERVICE: Final = "helios.api.registry.v1.RegistryService"
+HEALTH_SERVICE: Final = "grpc.health.v1.Health"
+EDGE_REST_SERVICES: Final = (OPENAI_SERVICE, MODEL_SERVICE)
+ADMIN_REST_SERVICES: Final = (MODEL_SERVICE, ADMIN_SERVICE, REGISTRY_SERVICE)
+
+CORS_FILTER: Final = "envoy.filters.http.cors"
+PICKER_FILTER: Final = "envoy.filters.http.ext_proc"
+
+# Before the first byte only: Envoy never retries once it has sent response headers. `reset` is for a replica that is killed
+# during prefill, `unavailable` for one that refuses because it drains.
+_RETRY_ON: Final = "connect-failure,refused-stream,unavailable,reset,reset-before-request"
+# Browsers' preflights ask for these; "*" covers the rest (openai's x-stainless-*), but never stands for authorization.
+_CORS_REQUEST_HEADERS: Final = (
+    f"authorization, content-type, openai-organization, openai-project, openai-beta, x-request-id, {CLIENT_REQUEST_ID_HEADER}, "
+    f"{MODEL_HEADER}, traceparent, tracestate, idempotency-key, *"
+)
+_CORS_RESPONSE_HEADERS: Final = "x-request-id, retry-after, x-should-retry, openai-processing-ms"
+
+
+def edge_routes(limits: Limits) -> RouteConfiguration:
+    """Returns the public listener's routes."""
+    inference = [
+        _grpc(service, clusters.REPLICAS, limits, retry_policy=_retries(limits))
+        for service in (OPENAI_SERVICE, INFERENCE_SERVICE)
+    ]
+    control = [_unpicked(_grpc(service, clusters.CONTROL, limits)) for service in (MODEL_SERVICE, HEALTH_SERVICE)]
+    reflection = _unpicked(_forward("/grpc.reflection.", clusters.CONTROL, limits))
+    others = [_unpicked(route) for route in _unknown("/v1/", limits)]
+    host = VirtualHost(
+        name="edge",
+        domains=["*"],
+        routes=[*inference, *control, reflection, *others],
+        typed_per_filter_config={CORS_FILTER: Any.pack(_any_origin())},
+    )
+    return RouteConfiguration(name="edge", virtual_hosts=[host])
+
+
+def admin_routes(limits: Limits) -> RouteConfiguration:
+    """Returns the admin listener's routes."""
+    control = (ADMIN_SERVICE, MODEL_SERVICE, HEALTH_SERVICE)
+    routes = [
+        *(_grpc(service, clusters.CONTROL_ADMIN, limits) for service in control),
+        _forward("/grpc.reflection.", clusters.CONTROL_ADMIN, limits),
+        _grpc(REGISTRY_SERVICE, clusters.REGISTRY, limits),
+        *_unknown("/admin/v1/", limits),
+    ]
+    return RouteConfiguration(name="admin", virtual_hosts=[VirtualHost(name="admin", domains=["*"], routes=routes)])
+
+
+def _grpc(service: str, cluster: str, limits: Limits, *, retry_policy: RetryPolicy | None = None) -> Route:
+    return _forward(f"/{service}/", cluster, limits, retry_policy=retry_policy)
+
+
+def _forward(prefix: str, cluster: str, limits: Limits, *, retry_policy: RetryPolicy | None = None) -> Route:
+    return Route(
+        match=RouteMatch(prefix=prefix),
+        # No timeout: a generation may take an hour, and its client says when it has waited enough.
+        route=RouteAction(cluster=cluster, timeout=pack.seconds(0), retry_policy=retry_policy),
+        request_body_buffer_limit=limits.max_body_bytes,
+    )
+
+
+def _unknown(rest_prefix: str, limits: Limits) -> Iterable[Route]:
+    """Yields the 404 of everything else; the error filter gives it OpenAI's form."""
+    for prefix in (rest_prefix, "/"):
+        yield Route(
+            match=RouteMatch(prefix=prefix),
+            direct_response=DirectResponseAction(status=404, body=DataSource(inline_string="no such path or method")),
+            request_body_buffer_limit=limits.max_body_bytes,
+        )
+
+
+def _unpicked(route: Route) -> Route:
+    route.typed_per_filter_config[PICKER_FILTER] = _pack_disabled()
+    return route
+
+
+def _pack_disabled() -> Any:
+    disabled: betterproto2.Message = ExtProcPerRoute(disabled=True)
+    return Any.pack(disabled)
+
+
+def _retries(limits: Limits) -> RetryPolicy:
+    pause = RetryPolicyRetryBackOff(base_interval=pack.seconds(0.01), max_interval=pack.seconds(0.1))
+    return RetryPolicy(retry_on=_RETRY_ON, num_retries=limits.retry_count, retry_back_off=pause)
+
+
+def _any_origin() -> CorsPolicy:
+    return CorsPolicy(
+        allow_origin_string_match=[StringMatcher(safe_regex=RegexMatcher(regex=".*"))],
+        allow_methods="GET, POST, OPTIONS",
+        allow_headers=_CORS_REQUEST_HEADERS,
+        expose_headers=_CORS_RESPONSE_HEADERS,
+        max_age="7200",
+        allow_credentials=False,
+    )
