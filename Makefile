@@ -34,13 +34,13 @@ soak: setup node ## The long forms of fault and cycle tests
 	@$(BIN)/python -m pytest -m soak --timeout 3600 --junit-xml=build/soak.xml $(ARGS)
 
 gen: setup ## Regenerate gen/ from proto/
-	@$(BIN)/python proto/generate.py
+	@$(BIN)/python -m proto.generate
 
 lock: setup ## Rewrite requirements/*.lock from pyproject.toml; UPGRADE=1 takes the newest versions
-	@$(BIN)/python requirements/compile.py $(if $(UPGRADE),--upgrade)
+	@$(BIN)/python -m requirements.compile $(if $(UPGRADE),--upgrade)
 
 openapi: setup ## Write build/openapi.json from the contracts
-	@$(BIN)/python proto/openapi.py
+	@$(BIN)/python -m proto.openapi
 
 clean: ## Remove what was built; .venv stays (rm -r .venv removes it)
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis $(NODE)/node_modules

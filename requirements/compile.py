@@ -12,7 +12,7 @@ import sys
 import tempfile
 import tomllib
 
-from install import LOCKS, ROOT, VENV, package_sources
+from requirements.install import LOCKS, ROOT, VENV, package_sources
 
 UV = VENV / "bin" / "uv"
 FLAGS = ["--python-version=3.11", "--generate-hashes", "--no-emit-index-url", "--no-emit-find-links", "--no-annotate"]

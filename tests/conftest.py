@@ -1,0 +1,123 @@
+"""What all tests share: the leak check, seeded hypothesis, folder markers, and the embedded model.
+
+The leak check fails a test that leaves something behind: asyncio tasks, threads, descriptors, child processes. It gives
+everything a few seconds to go, because closing is asynchronous in places (gRPC's sockets, a child's exit). Things
+that exist before the test starts, so all that fixtures of a wider scope own, are not its concern; a test that means to
+leave something says so with `@pytest.mark.leaks(reason)`.
+"""
+
+import asyncio
+import fcntl
+import gc
+import inspect
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL_DIRECTORY = ROOT / "build" / "models" / "smollm2-135m-instruct"
+# A child that was sent SIGTERM may flush and fsync; sockets of gRPC are closed by its own threads.
+GRACE_SECONDS = 3.0
+# Started once in a process and kept for good: gRPC's poller, and the worker threads of hypothesis and OpenTelemetry.
+LASTING_THREADS = ("_poll_wrapper", "OtelBatch", "pytest_timeout")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Seeds hypothesis: the same examples in every run, more and random ones in a soak."""
+    hypothesis.settings.register_profile("short", derandomize=True, deadline=None, max_examples=60)
+    hypothesis.settings.register_profile("soak", deadline=None, max_examples=3000)
+    hypothesis.settings.load_profile("soak" if config.getoption("markexpr") == "soak" else "short")
+
+
+# First, because pytest deselects by marker in the same hook.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks scenarios by their folder, and gives every asynchronous test the check for leaked tasks."""
+    for item in items:
+        if ROOT / "tests" / "scenarios" in item.path.parents:
+            item.add_marker("scenario")
+        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(inspect.unwrap(item.obj)):
+            item.fixturenames.insert(0, "leaves_no_task")
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails the test if threads, descriptors or child processes are left that were not there before it."""
+    checks: list[tuple[Callable[[], set[str]], set[str]]] = []
+    if request.node.get_closest_marker("leaks") is None:
+        finders = [_children]
+        # A scenario's clients, of wider scope, connect again after it has killed what they were connected to.
+        if request.node.get_closest_marker("scenario") is None:
+            finders += [_threads, _descriptors]
+        checks = [(finder, finder()) for finder in finders]
+    yield
+    deadline = time.monotonic() + GRACE_SECONDS
+    while left := {thing for finder, before in checks for thing in finder() - before}:
+        if time.monotonic() > deadline:
+            pytest.fail(f"left behind: {', '.join(sorted(left))}", pytrace=False)
+        gc.collect()
+        time.sleep(0.02)
+
+
+@pytest.fixture
+async def leaves_no_task(leaves_nothing: None) -> AsyncIterator[None]:
+    """Fails the test if tasks are left; set up first, so that it looks after all other fixtures have closed.
+
+    It depends on the other check, so that threads of the loop's executor end with the loop before they are looked for.
+    """
+    before = asyncio.all_tasks()
+    yield
+    deadline = time.monotonic() + GRACE_SECONDS
+    while left := asyncio.all_tasks() - before - {asyncio.current_task()}:
+        if time.monotonic() > deadline:
+            pytest.fail(f"left behind: {', '.join(sorted(map(repr, left)))}", pytrace=False)
+        await asyncio.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def smollm2_directory() -> Path:
+    """The embedded model as safetensors, converted once for all runs (it is the same for the same package)."""
+    MODEL_DIRECTORY.parent.mkdir(parents=True, exist_ok=True)
+    with (MODEL_DIRECTORY.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (MODEL_DIRECTORY / "model.safetensors").exists():
+            command = [sys.executable, "-m", "helios.registry.convert"]
+            source = "embedded:smollm2-135m-instruct"
+            subprocess.run([*command, source, str(MODEL_DIRECTORY)], check=True, timeout=240, cwd=ROOT)
+    return MODEL_DIRECTORY
+
+
+def _threads() -> set[str]:
+    names = {thread.name for thread in threading.enumerate()}
+    return {f"thread {name}" for name in names if not any(lasting in name for lasting in LASTING_THREADS)}
+
+
+def _descriptors() -> set[str]:
+    """Names open files, pipes and sockets; anonymous inodes (epoll, eventfd) belong to loops and to gRPC's engine."""
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            target = str(entry.readlink())
+        except FileNotFoundError:
+            continue
+        if not target.startswith(("anon_inode:", "/dev/", "/proc/")):
+            found.add(f"descriptor {target}")
+    return found
+
+
+def _children() -> set[str]:
+    return {f"process {child.pid} {child.name()}" for child in psutil.Process().children() if _is_alive(child)}
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
