@@ -1,0 +1,80 @@
+"""What the core wants done. The core decides and returns these; the runtime carries them out. All are immutable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helios.mesh.errors import HeliosError
+from helios.proxy.fleet.commands import Command
+from helios.proxy.holds import Hold
+from helios.proxy.routing.pick import Pick
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a command to its worker; where it is not connected, its next hello repeats the command."""
+
+    command: Command
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Answer a held request with a pick."""
+
+    hold: Hold
+    pick: Pick
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Answer a held request with an error."""
+
+    hold: Hold
+    error: HeliosError
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersChanged:
+    """Remember which workers there are, for the next start of this process."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetResynchronised:
+    """The fleet is believed to be complete: endpoints may be published, replicas started."""
+
+    is_complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationBegun:
+    """A start command goes out."""
+
+    model: str
+    replica_id: str
+    worker_id: str
+    held_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationDone:
+    """A replica is ready that this proxy waited for."""
+
+    model: str
+    replica_id: str
+    seconds: float
+    phases: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationFailed:
+    """A start failed, or there was no room; `held_count` requests were told so."""
+
+    model: str
+    reason: str
+    message: str
+    held_count: int
+
+
+Action = (
+    Send | Release | Fail | WorkersChanged | FleetResynchronised | ActivationBegun | ActivationDone | ActivationFailed
+)

@@ -1,0 +1,116 @@
+"""Where a replica goes. Pure and thin: the worker with the engine and the most free memory.
+
+Where nothing has room, the least recently used idle replicas of other models make room, as few as suffice. Where
+draining replicas will make room by themselves, waiting is the plan.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """An idle replica that may be drained for another model."""
+
+    replica_id: str
+    memory_bytes: int
+    last_used_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCapacity:
+    """What a worker has left, what draining replicas will give back, and what could be freed."""
+
+    worker_id: str
+    engines: tuple[str, ...]
+    memory_bytes: int
+    free_bytes: int
+    free_slot_count: int
+    draining_bytes: int = 0
+    draining_count: int = 0
+    victims: tuple[Victim, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Start it here."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preempt:
+    """Drain these, on this worker, then look again."""
+
+    worker_id: str
+    replica_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Room is coming: replicas are draining, or no worker is here yet."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Impossible:
+    """No room, and none is coming."""
+
+    reason: str
+    message: str
+
+
+Plan = Placed | Preempt | Wait | Impossible
+
+
+def place(memory_bytes: int, engine: str, workers: list[WorkerCapacity], *, may_preempt: bool) -> Plan:
+    """Finds room for a replica.
+
+    Args:
+        memory_bytes: what it books.
+        engine: what runs it; empty is the worker's default.
+        workers: workers that can be reached.
+        may_preempt: whether idle replicas of other models may be drained for it.
+    """
+    able = [worker for worker in workers if not engine or engine in worker.engines]
+    if not able:
+        what = f"with the engine '{engine}' " if engine and workers else ""
+        return Wait("NO_WORKER", f"no worker {what}is connected")
+    fitting = [worker for worker in able if worker.free_bytes >= memory_bytes and worker.free_slot_count > 0]
+    if fitting:
+        return Placed(max(fitting, key=lambda worker: (worker.free_bytes, worker.worker_id)).worker_id)
+    large_enough = [worker for worker in able if worker.memory_bytes >= memory_bytes]
+    if not large_enough:
+        largest = max(worker.memory_bytes for worker in able)
+        return Impossible(
+            "NO_CAPACITY",
+            f"a replica needs {_gib(memory_bytes)} of memory, the largest worker has {_gib(largest)}",
+        )
+    for worker in large_enough:
+        slot_count = worker.free_slot_count + worker.draining_count
+        if worker.free_bytes + worker.draining_bytes >= memory_bytes and slot_count > 0:
+            return Wait("NO_CAPACITY", "replicas of other models are draining to make room")
+    plans = [plan for worker in large_enough if may_preempt and (plan := _preempt(memory_bytes, worker)) is not None]
+    if plans:
+        return min(plans, key=lambda plan: len(plan.replica_ids))
+    return Impossible(
+        "NO_CAPACITY", f"no worker has {_gib(memory_bytes)} of memory free; replicas of other models are in use"
+    )
+
+
+def _preempt(memory_bytes: int, worker: WorkerCapacity) -> Preempt | None:
+    free_bytes = worker.free_bytes + worker.draining_bytes
+    slot_count = worker.free_slot_count + worker.draining_count
+    chosen: list[str] = []
+    for victim in sorted(worker.victims, key=lambda victim: victim.last_used_at):
+        chosen.append(victim.replica_id)
+        free_bytes += victim.memory_bytes
+        slot_count += 1
+        if free_bytes >= memory_bytes and slot_count > 0:
+            return Preempt(worker.worker_id, tuple(chosen))
+    return None
+
+
+def _gib(count: int) -> str:
+    return f"{count / (1 << 30):.1f} GiB"

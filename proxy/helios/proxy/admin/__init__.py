@@ -1,0 +1,1 @@
+"""AdminService: what operators do."""

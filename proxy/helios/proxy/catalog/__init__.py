@@ -1,0 +1,1 @@
+"""ModelService: what can be asked for, and where each model stands."""

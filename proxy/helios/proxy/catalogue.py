@@ -1,0 +1,108 @@
+"""The models that exist, as the registry told.
+
+The registry is the truth; this is the proxy's copy, fed by the registry's watch and kept on disk, so that a proxy that
+starts while the registry is down still knows its models. A name that is not here is *unknown* only while the copy is in
+step with the registry (`is_synced`); otherwise it may be a model made meanwhile, and nobody may say 404.
+
+Pure. Errors are the caller's: `find` returns None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """A model and its served revision. `created_at` is in seconds since the epoch; sizes are of one replica."""
+
+    name: str
+    revision: str
+    aliases: tuple[str, ...] = ()
+    weights_bytes: int = 0
+    kv_bytes_per_token: int = 0
+    max_context_tokens: int = 0
+    parameter_count: int = 0
+    dtype: str = ""
+    architecture: str = ""
+    source: str = ""
+    created_at: int = 0
+    min_replicas: int = 0
+    max_replicas: int = 0
+
+
+class Catalogue:
+    """Models by name and alias.
+
+    Invariants: `find(name)` finds every model under its name and each of its aliases; a model's own name wins over
+    another model's alias.
+    """
+
+    def __init__(self) -> None:
+        self._models: dict[str, ModelEntry] = {}
+        self._aliases: dict[str, str] = {}
+        self._pinned: set[str] = set()
+        self.is_synced = False
+
+    def find(self, name: str) -> ModelEntry | None:
+        """A model by its name or an alias."""
+        entry = self._models.get(name)
+        if entry is None:
+            owner = self._aliases.get(name)
+            entry = self._models.get(owner) if owner is not None else None
+        return entry
+
+    def models(self) -> list[ModelEntry]:
+        """All models, by name."""
+        return [self._models[name] for name in sorted(self._models)]
+
+    def pinned(self) -> Iterable[str]:
+        """Names of models with min_replicas above 0."""
+        return self._pinned
+
+    def replace(self, entries: Iterable[ModelEntry]) -> set[str]:
+        """Takes in all models at once; returns the names that are new, changed or gone."""
+        old = self._models
+        self._models, self._aliases, self._pinned = {}, {}, set()
+        for entry in entries:
+            self._add(entry)
+        names = old.keys() | self._models.keys()
+        return {name for name in names if old.get(name) != self._models.get(name)}
+
+    def upsert(self, entry: ModelEntry) -> bool:
+        """Takes in one model; True where that changed something."""
+        old = self._models.get(entry.name)
+        if old == entry:
+            return False
+        if old is not None:
+            self._drop(old)
+        self._add(entry)
+        return True
+
+    def delete(self, name: str) -> bool:
+        """Forgets a model; True where it was known."""
+        entry = self._models.get(name)
+        if entry is None:
+            return False
+        self._drop(entry)
+        return True
+
+    def __len__(self) -> int:
+        """How many models there are."""
+        return len(self._models)
+
+    def _add(self, entry: ModelEntry) -> None:
+        self._models[entry.name] = entry
+        # An alias that moved is told with its new owner first or its old owner first; the later word counts.
+        for alias in entry.aliases:
+            self._aliases[alias] = entry.name
+        if entry.min_replicas:
+            self._pinned.add(entry.name)
+
+    def _drop(self, entry: ModelEntry) -> None:
+        del self._models[entry.name]
+        for alias in entry.aliases:
+            if self._aliases.get(alias) == entry.name:
+                del self._aliases[alias]
+        self._pinned.discard(entry.name)

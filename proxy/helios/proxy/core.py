@@ -1,0 +1,341 @@
+"""The proxy's core: every decision, no I/O, no clock, no tasks.
+
+Something happened: a method is called with the time. What is to be done comes back as a list of actions (`actions.py`),
+which the runtime carries out. So the whole behaviour of the proxy can be tested, and run through by hypothesis, in one
+thread.
+
+While the fleet is not resynchronised (a proxy that has just started), requests are held, nothing is started and nothing
+published: an Envoy that fails over between proxies never gets a poorer view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from helios.mesh.errors import HeliosError, HoldExpired, Unavailable
+from helios.proxy import actions
+from helios.proxy.activation import machine
+from helios.proxy.activation.machine import ActivationState
+from helios.proxy.breaker import BreakerPolicy
+from helios.proxy.catalogue import Catalogue, ModelEntry
+from helios.proxy.fleet.commands import CommandBook, StartReplica
+from helios.proxy.fleet.state import Change, Replica, ReplicaState, WorkerHello
+from helios.proxy.holds import Hold, HoldLimits, Holds
+from helios.proxy.lifecycle import Lifecycle, LifecyclePolicy, asked_replica, model_not_found
+from helios.proxy.routing.pick import Pick
+from helios.proxy.traffic import LoadDelta, Traffic
+
+
+@dataclass(frozen=True, slots=True)
+class CorePolicy:
+    """Everything that can be set about the core; times in seconds.
+
+    Attributes:
+        holds: bounds of what is held.
+        breaker: when a replica is left alone.
+        lifecycle: how replicas come and go.
+        reservation_seconds: how long a pick counts as load before its replica reports it.
+        silence_seconds: a worker that says nothing for this long is un-picked.
+        worker_grace_seconds: how long an unreachable worker's endpoints are kept.
+        resync_seconds: how long a proxy that starts waits for the workers that it knew.
+    """
+
+    holds: HoldLimits
+    breaker: BreakerPolicy
+    lifecycle: LifecyclePolicy
+    reservation_seconds: float
+    silence_seconds: float
+    worker_grace_seconds: float
+    resync_seconds: float
+
+
+class Core:
+    """Events in, actions out.
+
+    Every public method that changes something returns the actions that follow, in order. Times are monotonic seconds.
+    """
+
+    def __init__(
+        self, policy: CorePolicy, *, new_id: Callable[[], str], known_workers: Iterable[str], now: float
+    ) -> None:
+        """Starts with nothing believed; `known_workers` are those that an earlier run of this proxy knew."""
+        self._policy = policy
+        self._commands = CommandBook(new_id)
+        self._awaited = set(known_workers)
+        self._resync_at = now + policy.resync_seconds
+        self._next_hold_id = 0
+        self.catalogue = Catalogue()
+        self.holds = Holds(policy.holds)
+        self.traffic = Traffic(reservation_seconds=policy.reservation_seconds, breaker=policy.breaker)
+        self.fleet = self.traffic.fleet
+        self.lifecycle = Lifecycle(
+            policy.lifecycle,
+            traffic=self.traffic,
+            catalogue=self.catalogue,
+            holds=self.holds,
+            commands=self._commands,
+            new_id=new_id,
+        )
+        if not self._awaited:
+            self._resynchronise(now, is_complete=True)
+
+    @property
+    def is_resynchronised(self) -> bool:
+        """Whether the fleet is believed to be complete."""
+        return self.lifecycle.is_open
+
+    # Requests.
+    def resolve(self, name: str) -> ModelEntry | None:
+        """The model of this name or alias; None where only the registry can say whether there is one.
+
+        Raises:
+            ModelNotFound: there is none, and the catalogue is in step with the registry.
+        """
+        entry = self.catalogue.find(name)
+        if entry is None and self.catalogue.is_synced:
+            raise model_not_found(name)
+        return entry
+
+    def pick(self, entry: ModelEntry, request_id: str, now: float) -> Pick | None:
+        """Picks replicas for a request; None where it must be held. Those who wait already go first."""
+        if self.holds.count(entry.name):
+            return None
+        return self.traffic.pick(entry, request_id, now)
+
+    def hold(
+        self, entry: ModelEntry, request_id: str, *, size_bytes: int, deadline: float, now: float
+    ) -> tuple[Hold, list[actions.Action]]:
+        """Holds a request and starts what it waits for.
+
+        Raises:
+            Overloaded: too much is held already.
+            HoldExpired: the deadline has passed.
+        """
+        self._next_hold_id += 1
+        hold = Hold(self._next_hold_id, request_id, entry.name, size_bytes, now, deadline)
+        if deadline <= now:
+            raise self._expired(hold, now)
+        try:
+            self.holds.admit(hold)
+        except HeliosError as error:
+            error.retry_after_seconds = self.lifecycle.remaining_seconds(entry, now)
+            raise
+        self.lifecycle.reconcile(entry.name, now)
+        self._release(entry.name, now)
+        return hold, self._take()
+
+    def cancel_hold(self, hold: Hold) -> None:
+        """The client left; harmless where the hold has ended."""
+        self.holds.remove(hold.hold_id)
+
+    # Workers.
+    def worker_hello(self, hello: WorkerHello, now: float) -> list[actions.Action]:
+        """A worker introduced itself: what it says replaces what was believed of it."""
+        pending = self._commands.pending(hello.worker_id)
+        starts = [command.order for command in pending if isinstance(command.order, StartReplica)]
+        asked = [asked_replica(hello.worker_id, order) for order in starts]
+        changes = self.fleet.hello(hello, asked, now)
+        self.traffic.resynchronised(replica.replica_id for replica in hello.replicas)
+        self._out([actions.WorkersChanged(), *(actions.Send(command) for command in pending)])
+        self._follow(changes, now, is_worker_lost=True)
+        self._repeat_drains(hello)
+        self._awaited.discard(hello.worker_id)
+        if not self._awaited:
+            self._resynchronise(now, is_complete=True)
+        self.lifecycle.capacity_changed(now)
+        return self._take()
+
+    def worker_lost(self, worker_id: str, now: float) -> list[actions.Action]:
+        """A worker's stream broke: its replicas are not picked until it is back."""
+        for replica in self.fleet.lose(worker_id, now):
+            self.traffic.refresh(replica.replica_id)
+        return self._take()
+
+    def worker_seen(self, worker_id: str, now: float) -> None:
+        """A worker said something."""
+        self.fleet.seen(worker_id, now)
+
+    def replica_event(self, worker_id: str, sequence: int, replica: Replica, now: float) -> list[actions.Action]:
+        """A replica changed; an event that comes twice changes nothing."""
+        change = self.fleet.replica_event(worker_id, sequence, replica, now)
+        if change is not None:
+            self._follow([change], now, is_worker_lost=False)
+        return self._take()
+
+    def load_report(self, worker_id: str, deltas: Iterable[LoadDelta], now: float) -> list[actions.Action]:
+        """Loads changed, requests started and finished."""
+        self.fleet.seen(worker_id, now)
+        for delta in deltas:
+            replica = self.traffic.load(delta, now)
+            if replica is not None and self.holds.count(replica.model):
+                self._release(replica.model, now)
+        return self._take()
+
+    def command_acknowledged(
+        self, worker_id: str, command_id: str, *, refused_reason: str, message: str, now: float
+    ) -> list[actions.Action]:
+        """A worker accepted a command, or refused it."""
+        self.fleet.seen(worker_id, now)
+        command = self._commands.acknowledge(worker_id, command_id)
+        if command is not None and refused_reason and isinstance(command.order, StartReplica):
+            replica = self.fleet.replica(command.order.replica_id)
+            if replica is not None:
+                change = self.fleet.forget(_failed(replica, refused_reason, message))
+                self._follow([change], now, is_worker_lost=False)
+        return self._take()
+
+    def endpoints_acknowledged(self, addresses: frozenset[str], now: float) -> list[actions.Action]:
+        """Every Envoy knows these endpoints: requests may be sent there."""
+        self.traffic.published(addresses)
+        for model in self.holds.models():
+            self._release(model, now)
+        return self._take()
+
+    # Models.
+    def models_replaced(self, entries: Iterable[ModelEntry], now: float, *, is_synced: bool) -> list[actions.Action]:
+        """All models, from the registry (`is_synced`) or from the copy on disk."""
+        changed = self.catalogue.replace(entries)
+        self.catalogue.is_synced = is_synced
+        # Replicas and holds of names that are in neither list were made while the catalogue was out of step.
+        for model in changed | set(self.fleet.models()) | set(self.holds.models()):
+            self.lifecycle.reconcile(model, now)
+        return self._take()
+
+    def model_upserted(self, entry: ModelEntry, now: float) -> list[actions.Action]:
+        """A model was made or changed."""
+        if self.catalogue.upsert(entry):
+            self.lifecycle.reconcile(entry.name, now)
+            self._release(entry.name, now)
+        return self._take()
+
+    def model_deleted(self, name: str, now: float) -> list[actions.Action]:
+        """A model is gone."""
+        if self.catalogue.delete(name):
+            self.lifecycle.reconcile(name, now)
+        return self._take()
+
+    # Operators.
+    def preload(self, entry: ModelEntry, now: float) -> list[actions.Action]:
+        """Starts a replica unless there is one.
+
+        Raises:
+            HeliosError: no worker, no capacity, or a start that failed a short while ago. Actions are not lost: the
+            next
+                call or tick returns them.
+        """
+        if self.is_resynchronised and not any(worker.is_reachable for worker in self.fleet.workers()):
+            message = f"the model '{entry.name}' can't be started now: no worker is connected"
+            raise Unavailable(message, reason="NO_WORKER", metadata={"model": entry.name})
+        self.lifecycle.demand(entry, now)
+        return self._take()
+
+    def drain_model(self, entry: ModelEntry) -> list[actions.Action]:
+        """Brings a model to zero now."""
+        self.lifecycle.drain_all(entry.name)
+        return self._take()
+
+    def evict(self, entry: ModelEntry) -> tuple[int, list[actions.Action]]:
+        """Drains a model and drops its bytes; returns how many replicas drain too. Raises PreconditionFailed."""
+        count = self.lifecycle.evict(entry)
+        return count, self._take()
+
+    # Time.
+    def tick(self, now: float) -> list[actions.Action]:
+        """Follows the time; to be called about every half second, and at `next_deadline`."""
+        for hold in self.holds.expire(now):
+            self._out([actions.Fail(hold, self._expired(hold, now))])
+        for worker_id in self.fleet.silent(now, self._policy.silence_seconds):
+            for replica in self.fleet.lose(worker_id, now):
+                self.traffic.refresh(replica.replica_id)
+        for worker_id in self.fleet.overdue(now, self._policy.worker_grace_seconds):
+            self._commands.forget_worker(worker_id)
+            self._out([actions.WorkersChanged()])
+            self._follow(self.fleet.remove_worker(worker_id), now, is_worker_lost=True)
+        if not self.is_resynchronised and now >= self._resync_at:
+            self._resynchronise(now, is_complete=False)
+        if self.traffic.tick(now):
+            for model in self.holds.models():
+                self._release(model, now)
+        self.lifecycle.tick(now)
+        return self._take()
+
+    def _follow(self, changes: Iterable[Change], now: float, *, is_worker_lost: bool) -> None:
+        has_room = False
+        for change in changes:
+            self.traffic.changed(change, now)
+            if change.before is None and change.after is None:
+                continue
+            replica = change.replica
+            is_gone = change.after is None or change.after.state.is_gone
+            if is_gone:
+                has_room = True
+                gone = _gone(replica, is_worker_lost=is_worker_lost)
+                self.lifecycle.handle(replica.model, gone, now)
+            elif replica.state is ReplicaState.READY:
+                self.lifecycle.handle(replica.model, machine.Ready(replica.replica_id), now)
+            self.lifecycle.reconcile(replica.model, now)
+        if has_room:
+            self.lifecycle.capacity_changed(now)
+
+    def _repeat_drains(self, hello: WorkerHello) -> None:
+        # A worker that restarted may have forgotten a drain that it had accepted.
+        for replica in hello.replicas:
+            held = self.fleet.replica(replica.replica_id)
+            if held is not None and held.state is ReplicaState.READY and self.traffic.is_draining(held):
+                self.lifecycle.drain(held)
+
+    def _release(self, model: str, now: float) -> None:
+        entry = self.catalogue.find(model)
+        while entry is not None and (hold := self.holds.first(model)) is not None:
+            chosen = self.traffic.pick(entry, hold.request_id, now)
+            if chosen is None:
+                return
+            self.holds.remove(hold.hold_id)
+            self._out([actions.Release(hold, chosen)])
+
+    def _resynchronise(self, now: float, *, is_complete: bool) -> None:
+        if self.lifecycle.is_open:
+            return
+        self.lifecycle.is_open = True
+        self._out([actions.FleetResynchronised(is_complete)])
+        for model in {*self.fleet.models(), *self.holds.models(), *self.catalogue.pinned()}:
+            self.lifecycle.reconcile(model, now)
+
+    def _expired(self, hold: Hold, now: float) -> HoldExpired:
+        entry = self.catalogue.find(hold.model)
+        retry_after = self.lifecycle.remaining_seconds(entry, now) if entry is not None else 1.0
+        state = self.lifecycle.activation(hold.model).state
+        progress = "is still starting" if state is ActivationState.STARTING else "has no replica that takes requests"
+        return HoldExpired(
+            f"the model '{hold.model}' {progress} after {now - hold.since:.0f} s; try again in {retry_after:.0f} s",
+            metadata={"model": hold.model, "waited_seconds": f"{now - hold.since:.1f}", "activation": state.name},
+            retry_after_seconds=retry_after,
+        )
+
+    def _out(self, items: Iterable[actions.Action]) -> None:
+        self.lifecycle.outbox.extend(items)
+
+    def _take(self) -> list[actions.Action]:
+        taken, self.lifecycle.outbox = self.lifecycle.outbox, []
+        return taken
+
+
+def _failed(replica: Replica, reason: str, message: str) -> Replica:
+    return Replica(
+        replica_id=replica.replica_id,
+        model=replica.model,
+        revision=replica.revision,
+        state=ReplicaState.FAILED,
+        worker_id=replica.worker_id,
+        failure_reason=reason,
+        failure_message=message,
+    )
+
+
+def _gone(replica: Replica, *, is_worker_lost: bool) -> machine.Gone:
+    if is_worker_lost and not replica.failure_reason:
+        return machine.Gone(replica.replica_id, "WORKER_LOST", "its worker went away", is_worker_lost=True)
+    reason = replica.failure_reason or "STOPPED"
+    message = f"{reason}: {replica.failure_message}" if replica.failure_message else reason
+    return machine.Gone(replica.replica_id, reason, message)

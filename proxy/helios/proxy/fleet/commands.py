@@ -1,0 +1,86 @@
+"""Commands to workers, kept until they are acknowledged.
+
+A command may be lost with the stream that carried it, so each is sent again, with the same id, after its worker's next
+hello; workers carry a command out once however often it comes. Pure.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StartReplica:
+    """Start a replica."""
+
+    replica_id: str
+    model: str
+    revision: str
+    engine: str
+    memory_bytes: int
+    kv_cache_bytes: int
+    max_context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReplica:
+    """Let a replica finish its requests, then stop it."""
+
+    replica_id: str
+    timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StopReplica:
+    """Stop a replica now."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvictRevision:
+    """Drop a revision's bytes from the node."""
+
+    revision: str
+
+
+Order = StartReplica | DrainReplica | StopReplica | EvictRevision
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """An order, its id and the worker that it is for."""
+
+    command_id: str
+    worker_id: str
+    order: Order
+
+
+class CommandBook:
+    """Commands that were issued and not acknowledged, by worker, in the order of issue."""
+
+    def __init__(self, new_id: Callable[[], str]) -> None:
+        self._new_id = new_id
+        self._pending: dict[str, dict[str, Command]] = {}
+
+    def issue(self, worker_id: str, order: Order) -> Command:
+        """Makes a command."""
+        command = Command(self._new_id(), worker_id, order)
+        self._pending.setdefault(worker_id, {})[command.command_id] = command
+        return command
+
+    def acknowledge(self, worker_id: str, command_id: str) -> Command | None:
+        """Strikes a command off; None where it was struck off before."""
+        return self._pending.get(worker_id, {}).pop(command_id, None)
+
+    def pending(self, worker_id: str) -> list[Command]:
+        """What a worker has not acknowledged."""
+        return list(self._pending.get(worker_id, {}).values())
+
+    def has_pending_drain(self, worker_id: str, replica_id: str) -> bool:
+        """Whether a replica's drain is still on its way."""
+        orders = (command.order for command in self._pending.get(worker_id, {}).values())
+        return any(isinstance(order, DrainReplica) and order.replica_id == replica_id for order in orders)
+
+    def forget_worker(self, worker_id: str) -> None:
+        """Drops the commands of a worker that is no longer believed in."""
+        self._pending.pop(worker_id, None)

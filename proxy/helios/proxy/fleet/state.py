@@ -1,0 +1,308 @@
+"""What the proxy believes of workers and replicas.
+
+Workers tell; the proxy believes. A hello replaces everything that was believed of its worker, so a reconnect needs no
+history. Between hellos, replica events carry whole replicas with a growing sequence number; an older number is a
+duplicate and changes nothing. Replicas that the proxy has asked for are believed from the moment of asking (as
+PENDING), so that a second demand finds them.
+
+A worker whose stream breaks, or that falls silent, is *unreachable*: its replicas are not picked, but they and their
+endpoints stay believed until a grace time is over, because workers outlive proxies and streams.
+
+This module is pure: time comes in as monotonic seconds.
+"""
+
+import enum
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+
+class ReplicaState(enum.Enum):
+    """The life of a replica: pending → fetching → loading → warming → ready → draining → stopped; failed from any."""
+
+    PENDING = 1
+    FETCHING = 2
+    LOADING = 3
+    WARMING = 4
+    READY = 5
+    DRAINING = 6
+    STOPPED = 7
+    FAILED = 8
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether the replica is on its way to READY."""
+        return self.value < ReplicaState.READY.value
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the replica's process tree is gone."""
+        return self.value >= ReplicaState.STOPPED.value
+
+
+class DeviceKind(enum.Enum):
+    """What kind of device."""
+
+    UNKNOWN = 0
+    CPU = 1
+    CUDA = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device of a worker; `booked_bytes` is as of the worker's hello."""
+
+    device_id: str
+    kind: DeviceKind
+    memory_bytes: int
+    booked_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a replica's engine is doing; `kv_usage_ratio` lies in [0, 1]."""
+
+    running_count: int = 0
+    waiting_count: int = 0
+    kv_usage_ratio: float = 0.0
+    generated_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One engine process group serving one model; `created_at` is in seconds since the epoch."""
+
+    replica_id: str
+    model: str
+    revision: str
+    state: ReplicaState
+    worker_id: str
+    address: str = ""
+    engine: str = ""
+    pid: int = 0
+    failure_reason: str = ""
+    failure_message: str = ""
+    phases: tuple[tuple[str, float], ...] = ()
+    memory_bytes: int = 0
+    created_at: float = 0.0
+    max_context_tokens: int = 0
+    load: Load = Load()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerHello:
+    """How a worker introduces itself; `replicas` is every replica that it holds."""
+
+    worker_id: str
+    incarnation: str
+    node: str
+    devices: tuple[Device, ...]
+    engines: tuple[str, ...]
+    slot_count: int
+    replicas: tuple[Replica, ...]
+    version: str = ""
+
+
+@dataclass(slots=True)
+class Worker:
+    """A worker that is believed in. `lost_at` is None while it is connected and talking."""
+
+    hello: WorkerHello
+    seen_at: float
+    foreign_bytes: int
+    last_sequence: int = 0
+    lost_at: float | None = None
+    replicas: dict[str, Replica] = field(default_factory=dict)
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether its replicas may be picked and commands sent."""
+        return self.lost_at is None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of all its devices."""
+        return sum(device.memory_bytes for device in self.hello.devices)
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that nothing books: what was asked for counts as booked."""
+        booked = sum(replica.memory_bytes for replica in self.replicas.values())
+        return self.memory_bytes - self.foreign_bytes - booked
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A replica before and after; None where it was, or is, not believed in."""
+
+    before: Replica | None
+    after: Replica | None
+
+    @property
+    def replica(self) -> Replica:
+        """The replica, in its newest known form."""
+        replica = self.after or self.before
+        assert replica is not None
+        return replica
+
+
+class FleetState:
+    """Workers and replicas.
+
+    Invariants: every replica belongs to exactly one worker that is believed in; a replica whose state is gone is not
+    kept; the index by model agrees with the workers' replicas.
+    """
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+        self._by_id: dict[str, Replica] = {}
+        self._by_model: dict[str, dict[str, Replica]] = {}
+
+    # What is believed.
+    def workers(self) -> Iterable[Worker]:
+        """All workers, in the order of their first hello."""
+        return self._workers.values()
+
+    def worker(self, worker_id: str) -> Worker | None:
+        """A worker by id."""
+        return self._workers.get(worker_id)
+
+    def replica(self, replica_id: str) -> Replica | None:
+        """A replica by id."""
+        return self._by_id.get(replica_id)
+
+    def replicas(self) -> Iterable[Replica]:
+        """All replicas."""
+        return self._by_id.values()
+
+    def replicas_of(self, model: str) -> tuple[Replica, ...]:
+        """The replicas of a model, of any revision and state."""
+        return tuple(self._by_model.get(model, {}).values())
+
+    def models(self) -> Iterable[str]:
+        """Models that have replicas."""
+        return self._by_model.keys()
+
+    def endpoints(self) -> frozenset[str]:
+        """Addresses that Envoy should know: ready and draining replicas, those of unreachable workers included."""
+        routable = (ReplicaState.READY, ReplicaState.DRAINING)
+        return frozenset(r.address for r in self._by_id.values() if r.address and r.state in routable)
+
+    # What is told.
+    def hello(self, hello: WorkerHello, asked: Iterable[Replica], now: float) -> list[Change]:
+        """Replaces all that is believed of a worker.
+
+        Args:
+            hello: the worker's own words.
+            asked: replicas whose start command the worker has not acknowledged yet; they stay believed.
+            now: monotonic seconds.
+        """
+        old = self._workers.get(hello.worker_id)
+        told = {r.replica_id: r for r in hello.replicas if not r.state.is_gone}
+        own_bytes = sum(r.memory_bytes for r in told.values())
+        worker = Worker(hello, now, max(0, sum(d.booked_bytes for d in hello.devices) - own_bytes))
+        if old is not None and old.hello.incarnation == hello.incarnation:
+            worker.last_sequence = old.last_sequence
+        for replica in asked:
+            told.setdefault(replica.replica_id, replica)
+        before = dict(old.replicas) if old is not None else {}
+        self._workers[hello.worker_id] = worker
+        changes = [self._forget(r) for key, r in before.items() if key not in told]
+        return changes + [self._believe(worker, replica) for replica in told.values()]
+
+    def replica_event(self, worker_id: str, sequence: int, replica: Replica, now: float) -> Change | None:
+        """Takes in a replica that changed; None where the event is a duplicate or its worker unknown."""
+        worker = self._workers.get(worker_id)
+        if worker is None or sequence <= worker.last_sequence:
+            return None
+        worker.last_sequence = sequence
+        worker.seen_at = now
+        if replica.state.is_gone:
+            return self.forget(replica)
+        return self._believe(worker, replica)
+
+    def asked(self, replica: Replica) -> Change:
+        """Believes in a replica that was just asked for."""
+        return self._believe(self._workers[replica.worker_id], replica)
+
+    def forget(self, replica: Replica) -> Change:
+        """Stops believing in a replica; `replica` says why it is gone."""
+        change = self._forget(replica)
+        return Change(change.before, replica if replica.state.is_gone else None)
+
+    def load(self, replica_id: str, load: Load) -> Replica | None:
+        """Takes in a replica's load; returns the replica, None where it is unknown."""
+        replica = self._by_id.get(replica_id)
+        if replica is None:
+            return None
+        replica = replace(replica, load=load)
+        self._store(self._workers[replica.worker_id], replica)
+        return replica
+
+    def seen(self, worker_id: str, now: float) -> None:
+        """Notes that a worker spoke."""
+        worker = self._workers.get(worker_id)
+        if worker is not None:
+            worker.seen_at = now
+
+    def lose(self, worker_id: str, now: float) -> list[Replica]:
+        """Marks a worker unreachable; returns its replicas. Harmless when repeated."""
+        worker = self._workers.get(worker_id)
+        if worker is None or worker.lost_at is not None:
+            return []
+        worker.lost_at = now
+        return list(worker.replicas.values())
+
+    def silent(self, now: float, silence_seconds: float) -> list[str]:
+        """Connected workers that have not spoken for longer than `silence_seconds`."""
+        return [
+            w.hello.worker_id for w in self._workers.values() if w.is_reachable and now - w.seen_at > silence_seconds
+        ]
+
+    def overdue(self, now: float, grace_seconds: float) -> list[str]:
+        """Unreachable workers whose grace time is over."""
+        lost = ((w.hello.worker_id, w.lost_at) for w in self._workers.values())
+        return [worker_id for worker_id, lost_at in lost if lost_at is not None and now - lost_at > grace_seconds]
+
+    def remove_worker(self, worker_id: str) -> list[Change]:
+        """Stops believing in a worker and its replicas."""
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            return []
+        changes = [self._forget(replica) for replica in list(worker.replicas.values())]
+        del self._workers[worker_id]
+        return changes
+
+    def check(self) -> Iterator[str]:
+        """Names broken invariants; for tests."""
+        held = {key: r for w in self._workers.values() for key, r in w.replicas.items()}
+        if held != self._by_id:
+            yield "a replica does not belong to exactly one worker"
+        if {key: r for group in self._by_model.values() for key, r in group.items()} != self._by_id:
+            yield "the index by model disagrees"
+        if any(r.state.is_gone for r in held.values()):
+            yield "a replica that is gone is kept"
+
+    def _believe(self, worker: Worker, replica: Replica) -> Change:
+        before = self._by_id.get(replica.replica_id)
+        if before is not None and (before.worker_id != replica.worker_id or before.model != replica.model):
+            self._forget(before)
+        self._store(worker, replica)
+        return Change(before, replica)
+
+    def _store(self, worker: Worker, replica: Replica) -> None:
+        worker.replicas[replica.replica_id] = replica
+        self._by_id[replica.replica_id] = replica
+        self._by_model.setdefault(replica.model, {})[replica.replica_id] = replica
+
+    def _forget(self, replica: Replica) -> Change:
+        before = self._by_id.pop(replica.replica_id, None)
+        if before is None:
+            return Change(None, None)
+        worker = self._workers.get(before.worker_id)
+        if worker is not None:
+            worker.replicas.pop(before.replica_id, None)
+        group = self._by_model[before.model]
+        del group[before.replica_id]
+        if not group:
+            del self._by_model[before.model]
+        return Change(before, None)

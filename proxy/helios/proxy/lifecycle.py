@@ -1,0 +1,377 @@
+"""What should run: brings the replicas of each model to what is wanted, one model at a time.
+
+`reconcile(model)` compares what is believed with what is wanted and does the next step; it is called whenever something
+about the model changed, and by the clock. It is level-triggered: a lost event costs time, never correctness. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from helios.mesh.errors import HeliosError, ModelNotFound, NoReadyReplica, PreconditionFailed
+from helios.proxy import actions
+from helios.proxy.activation import machine, placement
+from helios.proxy.activation.estimate import StartEstimates
+from helios.proxy.activation.machine import Activation, ActivationPolicy, ActivationState
+from helios.proxy.catalogue import Catalogue, ModelEntry
+from helios.proxy.fleet.commands import CommandBook, DrainReplica, EvictRevision, Order, StartReplica, StopReplica
+from helios.proxy.fleet.state import Replica, ReplicaState, Worker
+from helios.proxy.holds import Holds
+from helios.proxy.scaling import Desired, Usage, desired_replicas
+from helios.proxy.sizing import SizingPolicy, replica_size
+from helios.proxy.traffic import Traffic
+
+
+@dataclass(frozen=True, slots=True)
+class LifecyclePolicy:
+    """How replicas come and go.
+
+    Attributes:
+        engine: engine that replicas run with; empty is the worker's default.
+        idle_seconds: a model without requests for this long goes to its minimum; 0 is never.
+        residency_seconds: a replica younger than this is not preempted for another model.
+        drain_seconds: requests that still run after this long at a draining replica are cut off.
+        start_base_seconds: guess of a first start, without its weights.
+        start_bytes_per_second: guess of how fast weights come.
+    """
+
+    activation: ActivationPolicy
+    sizing: SizingPolicy
+    engine: str
+    idle_seconds: float
+    residency_seconds: float
+    drain_seconds: float
+    start_base_seconds: float
+    start_bytes_per_second: float
+
+
+class Lifecycle:
+    """Activation, scaling and preemption.
+
+    Invariants: a model has at most one start under way that this proxy asked for; a start is asked for only where fewer
+    replicas of the served revision exist than are wanted, those that are starting counted.
+    """
+
+    def __init__(
+        self,
+        policy: LifecyclePolicy,
+        *,
+        traffic: Traffic,
+        catalogue: Catalogue,
+        holds: Holds,
+        commands: CommandBook,
+        new_id: Callable[[], str],
+    ) -> None:
+        self.policy = policy
+        self.estimates = StartEstimates(
+            base_seconds=policy.start_base_seconds, bytes_per_second=policy.start_bytes_per_second
+        )
+        self.outbox: list[actions.Action] = []
+        self.is_open = False
+        self._traffic = traffic
+        self._catalogue = catalogue
+        self._holds = holds
+        self._commands = commands
+        self._new_id = new_id
+        self._activations: dict[str, Activation] = {}
+        self._evicting: set[str] = set()
+
+    def activation(self, model: str) -> Activation:
+        """The model's activation."""
+        activation = self._activations.get(model)
+        if activation is None:
+            activation = self._activations[model] = Activation(self.policy.activation)
+        return activation
+
+    def remaining_seconds(self, entry: ModelEntry, now: float) -> float:
+        """Estimated time until a replica of the model could take a request that comes now."""
+        activation = self._activations.get(entry.name)
+        elapsed = activation.elapsed_seconds(now) if activation is not None else 0.0
+        pause = activation.back_off_remaining_seconds(now) if activation is not None else 0.0
+        return pause + self.estimates.remaining_seconds(entry.name, entry.weights_bytes, elapsed)
+
+    def reconcile(self, model: str, now: float) -> None:
+        """Does the next step for a model."""
+        if not self.is_open:
+            return
+        entry = self._catalogue.find(model)
+        if entry is None or entry.name != model:
+            if self._catalogue.is_synced:
+                self._remove(model)
+            return
+        replicas = [r for r in self._traffic.fleet.replicas_of(model) if not self._traffic.is_draining(r)]
+        for replica in replicas:
+            # No request is sent to an old revision any more, so its memory is better used otherwise.
+            if replica.revision != entry.revision:
+                self.drain(replica)
+        current = [replica for replica in replicas if replica.revision == entry.revision]
+        desired = self._desired(entry, current, now)
+        if len(current) < desired.start_below:
+            self._demand(entry, current, now)
+        elif len(current) > desired.drain_above:
+            self._drain_surplus(current, len(current) - desired.drain_above)
+        self._adopt(model, current, now)
+
+    def demand(self, entry: ModelEntry, now: float) -> None:
+        """Asks for a replica, whatever the model's use so far.
+
+        Raises:
+            HeliosError: a start failed a short while ago, or there is no room.
+        """
+        self._traffic.use(entry.name, now)
+        current = [r for r in self._traffic.fleet.replicas_of(entry.name) if not self._traffic.is_draining(r)]
+        if any(replica.revision == entry.revision for replica in current) or not self.is_open:
+            return
+        error = self._handle(entry.name, machine.Demanded(), now, may_preempt=True)
+        if error is not None:
+            raise error
+
+    def handle(self, model: str, event: machine.Event, now: float) -> None:
+        """Hands an event to the model's activation, where there is one."""
+        if model in self._activations:
+            self._handle(model, event, now, may_preempt=self._holds.count(model) > 0)
+
+    def tick(self, now: float) -> None:
+        """Follows the time: every model about which something may be due."""
+        names = {*self._traffic.fleet.models(), *self._catalogue.pinned(), *self._holds.models(), *self._activations}
+        for model in names:
+            self.handle(model, machine.Tick(), now)
+            self.reconcile(model, now)
+        self._evict_idle()
+
+    def capacity_changed(self, now: float) -> None:
+        """A worker came, or a replica went: activations that wait for room look again."""
+        for model, activation in list(self._activations.items()):
+            if activation.state is ActivationState.WAITING:
+                self.reconcile(model, now)
+
+    def drain(self, replica: Replica) -> None:
+        """Takes a replica out: un-pick, then drain; its endpoint goes when it is gone. One not ready yet is stopped."""
+        if self._traffic.is_draining(replica) and self._commands.has_pending_drain(
+            replica.worker_id, replica.replica_id
+        ):
+            return
+        self._traffic.drain_asked(replica.replica_id)
+        is_routable = replica.state in (ReplicaState.READY, ReplicaState.DRAINING)
+        order: Order = (
+            DrainReplica(replica.replica_id, self.policy.drain_seconds)
+            if is_routable
+            else StopReplica(replica.replica_id)
+        )
+        self._send(replica.worker_id, order)
+
+    def drain_all(self, model: str) -> int:
+        """Brings a model to zero now; returns how many replicas drain."""
+        self._traffic.forget_use(model)
+        replicas = self._traffic.fleet.replicas_of(model)
+        for replica in replicas:
+            if not self._traffic.is_draining(replica):
+                self.drain(replica)
+        return len(replicas)
+
+    def evict(self, entry: ModelEntry) -> int:
+        """Drains a model and drops its bytes from the nodes once nothing uses them; returns how many replicas drain.
+
+        Raises:
+            PreconditionFailed: the model's policy keeps replicas.
+        """
+        if entry.min_replicas:
+            raise PreconditionFailed(
+                f"the model '{entry.name}' keeps {entry.min_replicas} replica(s); scale it to 0 first",
+                reason="MODEL_PINNED",
+                metadata={"model": entry.name, "min_replicas": str(entry.min_replicas)},
+            )
+        count = self.drain_all(entry.name)
+        self._evicting.add(entry.revision)
+        self._evict_idle()
+        return count
+
+    def _desired(self, entry: ModelEntry, current: list[Replica], now: float) -> Desired:
+        usage = Usage(
+            held_count=self._holds.count(entry.name),
+            in_flight_count=sum(1 for replica in current if not self._traffic.is_idle(replica)),
+            last_used_at=self._traffic.last_used_at(entry.name),
+            is_failing=self._activations[entry.name].is_failing if entry.name in self._activations else False,
+        )
+        return desired_replicas(
+            min_replicas=entry.min_replicas,
+            max_replicas=entry.max_replicas,
+            usage=usage,
+            idle_seconds=self.policy.idle_seconds,
+            now=now,
+        )
+
+    def _demand(self, entry: ModelEntry, current: list[Replica], now: float) -> None:
+        # Only what somebody waits for, or what the policy promises, may take another model's memory.
+        may_preempt = self._holds.count(entry.name) > 0 or len(current) < entry.min_replicas
+        if any(replica.state.is_starting for replica in current):
+            return
+        self.activation(entry.name)
+        self._handle(entry.name, machine.Demanded(), now, may_preempt=may_preempt)
+
+    def _handle(self, model: str, event: machine.Event, now: float, *, may_preempt: bool) -> HeliosError | None:
+        error: HeliosError | None = None
+        todo = self.activation(model).handle(event, now)
+        while todo:
+            action = todo.pop(0)
+            match action:
+                case machine.Place():
+                    answer = self._place(model, now, may_preempt=may_preempt)
+                    todo += self.activation(model).handle(answer, now)
+                case machine.FailHolds(reason, message, retry_after_seconds):
+                    error = start_error(model, reason, message, retry_after_seconds)
+                    held_count = self._fail_holds(model, error)
+                    if held_count or not isinstance(event, machine.Demanded):
+                        self.outbox.append(actions.ActivationFailed(model, reason, message, held_count))
+                case machine.Abandon(replica_id):
+                    replica = self._traffic.fleet.replica(replica_id)
+                    if replica is not None:
+                        self._traffic.drain_asked(replica_id)
+                        self._send(replica.worker_id, StopReplica(replica_id))
+                case machine.Measured(replica_id, seconds):
+                    self.estimates.record(model, seconds)
+                    replica = self._traffic.fleet.replica(replica_id)
+                    phases = replica.phases if replica is not None else ()
+                    self.outbox.append(actions.ActivationDone(model, replica_id, seconds, phases))
+        return error
+
+    def _place(self, model: str, now: float, *, may_preempt: bool) -> machine.Event:
+        entry = self._catalogue.find(model)
+        if entry is None:
+            return machine.Refused("MODEL_NOT_FOUND", f"the model '{model}' was deleted", 1.0)
+        size = replica_size(entry, self.policy.sizing)
+        workers = [self._capacity(w, model, now) for w in self._traffic.fleet.workers() if w.is_reachable]
+        plan = placement.place(size.memory_bytes, self.policy.engine, workers, may_preempt=may_preempt)
+        match plan:
+            case placement.Placed(worker_id):
+                return machine.Placed(self._start(entry, worker_id, size.memory_bytes, size.kv_cache_bytes))
+            case placement.Preempt(_, replica_ids):
+                for replica_id in replica_ids:
+                    replica = self._traffic.fleet.replica(replica_id)
+                    assert replica is not None
+                    self._traffic.forget_use(replica.model)
+                    self.drain(replica)
+                return machine.Delayed("NO_CAPACITY", "idle replicas of other models are draining to make room")
+            case placement.Wait(reason, message):
+                return machine.Delayed(reason, message)
+            case placement.Impossible(reason, message):
+                retry_after = self.estimates.expected_seconds(model, entry.weights_bytes)
+                return machine.Refused(reason, message, max(1.0, retry_after))
+
+    def _capacity(self, worker: Worker, model: str, now: float) -> placement.WorkerCapacity:
+        replicas = list(worker.replicas.values())
+        draining = [replica for replica in replicas if self._traffic.is_draining(replica)]
+        return placement.WorkerCapacity(
+            worker_id=worker.hello.worker_id,
+            engines=worker.hello.engines,
+            memory_bytes=worker.memory_bytes,
+            free_bytes=worker.free_bytes,
+            free_slot_count=worker.hello.slot_count - len(replicas),
+            draining_bytes=sum(replica.memory_bytes for replica in draining),
+            draining_count=len(draining),
+            victims=tuple(self._victim(r) for r in replicas if r.model != model and self._is_victim(r, now)),
+        )
+
+    def _victim(self, replica: Replica) -> placement.Victim:
+        last_used_at = self._traffic.last_used_at(replica.model)
+        return placement.Victim(replica.replica_id, replica.memory_bytes, last_used_at or 0.0)
+
+    def _is_victim(self, replica: Replica, now: float) -> bool:
+        since = self._traffic.ready_since(replica.replica_id)
+        if replica.state is not ReplicaState.READY or since is None or self._traffic.is_draining(replica):
+            return False
+        if not self._traffic.is_idle(replica) or now - since < self.policy.residency_seconds:
+            return False
+        entry = self._catalogue.find(replica.model)
+        if entry is None or self._holds.count(replica.model):
+            return False
+        of_model = [r for r in self._traffic.fleet.replicas_of(replica.model) if not self._traffic.is_draining(r)]
+        return len(of_model) > entry.min_replicas
+
+    def _start(self, entry: ModelEntry, worker_id: str, memory_bytes: int, kv_cache_bytes: int) -> str:
+        replica_id = self._new_id()
+        self._evicting.discard(entry.revision)
+        order = StartReplica(
+            replica_id=replica_id,
+            model=entry.name,
+            revision=entry.revision,
+            engine=self.policy.engine,
+            memory_bytes=memory_bytes,
+            kv_cache_bytes=kv_cache_bytes,
+            max_context_tokens=0,
+        )
+        self._traffic.fleet.asked(asked_replica(worker_id, order))
+        self._send(worker_id, order)
+        held_count = self._holds.count(entry.name)
+        self.outbox.append(actions.ActivationBegun(entry.name, replica_id, worker_id, held_count))
+        return replica_id
+
+    def _adopt(self, model: str, current: list[Replica], now: float) -> None:
+        starting = next((replica for replica in current if replica.state.is_starting), None)
+        if starting is not None:
+            self._handle(model, machine.Adopted(starting.replica_id), now, may_preempt=False)
+
+    def _drain_surplus(self, current: list[Replica], count: int) -> None:
+        # What is not ready yet goes first, then what has least to do.
+        def order(replica: Replica) -> tuple[bool, int, str]:
+            load = replica.load.running_count + replica.load.waiting_count
+            return replica.state is ReplicaState.READY, load, replica.replica_id
+
+        for replica in sorted(current, key=order)[:count]:
+            self.drain(replica)
+
+    def _remove(self, model: str) -> None:
+        for replica in self._traffic.fleet.replicas_of(model):
+            if not self._traffic.is_draining(replica):
+                self.drain(replica)
+        for hold in self._holds.take_all(model):
+            self.outbox.append(actions.Fail(hold, model_not_found(model)))
+        self._activations.pop(model, None)
+        self._traffic.forget_use(model)
+
+    def _fail_holds(self, model: str, error: HeliosError) -> int:
+        holds = self._holds.take_all(model)
+        self.outbox += [actions.Fail(hold, error) for hold in holds]
+        return len(holds)
+
+    def _evict_idle(self) -> None:
+        for revision in list(self._evicting):
+            if any(replica.revision == revision for replica in self._traffic.fleet.replicas()):
+                continue
+            self._evicting.discard(revision)
+            for worker in self._traffic.fleet.workers():
+                self._send(worker.hello.worker_id, EvictRevision(revision))
+
+    def _send(self, worker_id: str, order: Order) -> None:
+        self.outbox.append(actions.Send(self._commands.issue(worker_id, order)))
+
+
+def asked_replica(worker_id: str, order: StartReplica) -> Replica:
+    """The replica that a start command asks for, as it is believed in until its worker speaks of it."""
+    return Replica(
+        replica_id=order.replica_id,
+        model=order.model,
+        revision=order.revision,
+        state=ReplicaState.PENDING,
+        worker_id=worker_id,
+        engine=order.engine,
+        memory_bytes=order.memory_bytes,
+    )
+
+
+def model_not_found(model: str) -> ModelNotFound:
+    """The answer to a request that names no model."""
+    message = f"the model '{model}' does not exist; GET /v1/models lists the models"
+    return ModelNotFound(message, metadata={"model": model, "param": "model"})
+
+
+def start_error(model: str, reason: str, message: str, retry_after_seconds: float) -> HeliosError:
+    """The answer to requests that waited for a start that will not be."""
+    is_capacity = reason in ("NO_CAPACITY", "NO_WORKER")
+    return NoReadyReplica(
+        f"the model '{model}' can't be started now: {message}",
+        reason=reason if is_capacity else None,
+        metadata={"model": model, "cause": reason},
+        retry_after_seconds=retry_after_seconds,
+    )

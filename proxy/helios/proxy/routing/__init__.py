@@ -1,0 +1,1 @@
+"""Filter, score, pick: pure policy over the replicas of one model revision."""

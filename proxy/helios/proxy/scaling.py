@@ -1,0 +1,47 @@
+"""How many replicas a model should have. Pure.
+
+Thin by intent: one replica while a model is in use, none when it has been idle for long enough, never fewer than its
+policy says. Two numbers come out, because they answer different questions: `start_below` (start one where fewer exist)
+and `drain_above` (drain the surplus).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How a model is used now. `last_used_at` is None where it was never used, or was told to go to zero."""
+
+    held_count: int
+    in_flight_count: int
+    last_used_at: float | None
+    is_failing: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """Start a replica where there are fewer than `start_below`; drain the surplus over `drain_above`."""
+
+    start_below: int
+    drain_above: int
+
+
+def desired_replicas(*, min_replicas: int, max_replicas: int, usage: Usage, idle_seconds: float, now: float) -> Desired:
+    """Decides.
+
+    Args:
+        min_replicas: of the model's policy; started without a request.
+        max_replicas: of the model's policy; 0 is no bound.
+        usage: how the model is used.
+        idle_seconds: a model that nothing used for this long goes to min_replicas; 0 is never.
+        now: monotonic seconds.
+    """
+    is_recent = usage.last_used_at is not None and (not idle_seconds or now - usage.last_used_at < idle_seconds)
+    is_wanted = usage.held_count > 0
+    keep = 1 if is_wanted or usage.in_flight_count or is_recent else 0
+    # A model that fails to start is tried again by requests and by its policy, not because it was used a while ago.
+    start = 1 if is_wanted or (is_recent and not usage.is_failing) else 0
+    bound = max(max_replicas, min_replicas) if max_replicas else max(min_replicas, 1)
+    return Desired(min(max(min_replicas, start), bound), min(max(min_replicas, keep), bound))

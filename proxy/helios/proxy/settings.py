@@ -1,0 +1,159 @@
+"""Settings of the proxy process: defaults < file < `HELIOS_PROXY__<FIELD>` < flags."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from helios.mesh.settings import ProcessSettings
+from helios.proxy.activation.machine import ActivationPolicy
+from helios.proxy.breaker import BreakerPolicy
+from helios.proxy.core import CorePolicy
+from helios.proxy.holds import HoldLimits
+from helios.proxy.lifecycle import LifecyclePolicy
+from helios.proxy.sizing import SizingPolicy
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class HoldSettings(BaseModel):
+    """Requests that wait for a model to start."""
+
+    model_config = _FROZEN
+
+    limit_seconds: PositiveFloat = 300.0
+    """Longest wait, counted from the request's start, in seconds. 300: above the start of a large model from a disk, below
+    Envoy's wait for the picker, so that clients get 503 with Retry-After and never a bare 504."""
+    model_count: PositiveInt = 512
+    """Requests that may wait for one model. 512: a burst that one replica works off within minutes."""
+    total_count: PositiveInt = 4096
+    """Requests that may wait in all. 4,096: a held request costs some 50 KiB here and in Envoy."""
+    total_bytes: PositiveInt = 512 << 20
+    """Bytes of bodies (by content-length) that may wait in Envoy's memory. 512 MiB: far below Envoy's heap limit."""
+
+
+class FleetSettings(BaseModel):
+    """Workers."""
+
+    model_config = _FROZEN
+
+    report_interval_seconds: PositiveFloat = 1.0
+    """How often workers report at least, and this proxy says something at least, in seconds."""
+    silence_intervals: PositiveFloat = 3.0
+    """A worker that says nothing for this many intervals is un-picked. 3: one lost report is no news."""
+    worker_grace_seconds: PositiveFloat = 30.0
+    """How long endpoints and replicas of an unreachable worker are kept, in seconds. 30: a supervisor restarts in a few
+    seconds, and its replicas serve on meanwhile; a node that is gone for longer is replaced."""
+    resync_seconds: NonNegativeFloat = 5.0
+    """How long a proxy that starts waits for the workers that it knew before it publishes and starts anything, in
+    seconds. 5: workers dial again within 1. 0: no wait."""
+
+
+class ReplicaSettings(BaseModel):
+    """How replicas are sized, started and stopped."""
+
+    model_config = _FROZEN
+
+    engine: str = ""
+    """Engine to run models with; empty: each worker's default."""
+    overhead_bytes: PositiveInt = 1536 << 20
+    """Memory of a replica beside weights and KV cache. 1.5 GiB: three processes of vLLM on a CPU with activations."""
+    context_count: PositiveInt = 4
+    """Full contexts that the KV cache should hold."""
+    min_kv_cache_bytes: PositiveInt = 256 << 20
+    """Lower bound of a replica's KV cache. 256 MiB: below it, batching has no room."""
+    max_kv_cache_bytes: PositiveInt = 4 << 30
+    """Upper bound of a replica's KV cache, where one full context needs less. 4 GiB."""
+    start_seconds: PositiveFloat = 300.0
+    """How long a start may take before it is given up, in seconds."""
+    wait_seconds: PositiveFloat = 30.0
+    """How long requests wait for a worker to connect, or for memory that is being freed, in seconds."""
+    drain_seconds: PositiveFloat = 30.0
+    """How long a draining replica may finish its requests, in seconds."""
+    residency_seconds: NonNegativeFloat = 10.0
+    """A replica that became ready less than this ago is not preempted for another model, in seconds: anti-thrash."""
+    start_base_seconds: PositiveFloat = 5.0
+    """Guess for a model's first start without its weights, in seconds; measured starts replace it."""
+    start_bytes_per_second: PositiveInt = 1 << 30
+    """Guess of how fast weights come, in bytes per second; measured starts replace it."""
+
+
+class BreakerSettings(BaseModel):
+    """When a replica is left alone."""
+
+    model_config = _FROZEN
+
+    failure_count: PositiveInt = 3
+    """Failures in a row that take a replica out. 3: one is chance, two happen in one restart."""
+    open_seconds: PositiveFloat = 2.0
+    """How long it is out the first time, in seconds; doubles up to max_open_seconds."""
+    max_open_seconds: PositiveFloat = 30.0
+    """Bound of the doubling, in seconds."""
+    probe_seconds: PositiveFloat = 30.0
+    """How long the one request that tries a replica again may take before another may try, in seconds."""
+
+
+class ProxySettings(ProcessSettings):
+    """Settings of `python -m helios.proxy`."""
+
+    process_name: ClassVar[str] = "proxy"
+
+    state_directory: Path = Path("helios-proxy")
+    """Where the copy of the catalogue and the list of workers are kept."""
+    picker_listen: str = "127.0.0.1:0"
+    """`ip:port` or `unix:/path` of the endpoint picker (ext_proc) and the ADS server, for Envoy."""
+    control_listen: str = "127.0.0.1:0"
+    """`ip:port` or `unix:/path` of the control services: fleet, models, admin, health, reflection."""
+    registry_target: str = ""
+    """`ip:port` or `unix:/path` of the registry. Empty: none; only the catalogue on disk is known."""
+    proxy_id: str = "proxy"
+    """Names this proxy to workers."""
+    idle_timeout_seconds: NonNegativeFloat = 900.0
+    """A model without requests for this long goes to zero (or to its min_replicas), in seconds. 900: above the pauses of a
+    conversation. 0: never."""
+    reservation_seconds: PositiveFloat = 15.0
+    """How long a pick counts as load before its replica reports the request, in seconds. 15: a large body that is still
+    on its way."""
+    inflight_message_bytes: PositiveInt = 33 << 20
+    """Largest message that the picker reads: a native gRPC request without `x-helios-model` comes whole."""
+    drain_seconds: NonNegativeInt = 5
+    """How long calls may go on when the process stops, in seconds. Held requests move to another proxy, or get a 503."""
+    hold: HoldSettings = Field(default_factory=HoldSettings)
+    """Holds."""
+    fleet: FleetSettings = Field(default_factory=FleetSettings)
+    """Workers."""
+    replica: ReplicaSettings = Field(default_factory=ReplicaSettings)
+    """Replicas."""
+    breaker: BreakerSettings = Field(default_factory=BreakerSettings)
+    """Circuit breaker."""
+
+    def core_policy(self) -> CorePolicy:
+        """The core's share of the settings."""
+        hold, fleet = self.hold, self.fleet
+        return CorePolicy(
+            holds=HoldLimits(hold.model_count, hold.total_count, hold.total_bytes),
+            breaker=BreakerPolicy(**self.breaker.model_dump()),
+            lifecycle=self._lifecycle_policy(),
+            reservation_seconds=self.reservation_seconds,
+            silence_seconds=fleet.report_interval_seconds * fleet.silence_intervals,
+            worker_grace_seconds=fleet.worker_grace_seconds,
+            resync_seconds=fleet.resync_seconds,
+        )
+
+    def _lifecycle_policy(self) -> LifecyclePolicy:
+        replica = self.replica
+        return LifecyclePolicy(
+            activation=ActivationPolicy(wait_seconds=replica.wait_seconds, start_seconds=replica.start_seconds),
+            sizing=SizingPolicy(
+                overhead_bytes=replica.overhead_bytes,
+                context_count=replica.context_count,
+                min_kv_cache_bytes=replica.min_kv_cache_bytes,
+                max_kv_cache_bytes=replica.max_kv_cache_bytes,
+            ),
+            engine=replica.engine,
+            idle_seconds=self.idle_timeout_seconds,
+            residency_seconds=replica.residency_seconds,
+            drain_seconds=replica.drain_seconds,
+            start_base_seconds=replica.start_base_seconds,
+            start_bytes_per_second=float(replica.start_bytes_per_second),
+        )

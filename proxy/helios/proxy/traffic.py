@@ -1,0 +1,197 @@
+"""Where requests go: the fleet, who may be picked, what was sent where.
+
+This is the one place that knows whether a replica is eligible. Everything that bears on it (its state, its worker, a
+drain that was asked, its endpoint, its breaker) is noted here, and the routing table follows at once. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from helios.proxy.breaker import BreakerPolicy, Breakers
+from helios.proxy.catalogue import ModelEntry
+from helios.proxy.fleet.state import Change, FleetState, Load, Replica, ReplicaState
+from helios.proxy.ledger import Ledger
+from helios.proxy.routing.pick import Pick, pick
+from helios.proxy.routing.table import Facts, RoutingTable, exclusion, score
+
+# gRPC codes that speak of the replica and not of the request: UNKNOWN, INTERNAL, UNAVAILABLE, DATA_LOSS.
+_REPLICA_FAULTS = frozenset({2, 13, 14, 15})
+
+
+@dataclass(frozen=True, slots=True)
+class LoadDelta:
+    """What changed at a replica: its load now, ids that started, and ids that finished with their gRPC code."""
+
+    replica_id: str
+    load: Load
+    started: tuple[str, ...] = ()
+    finished: tuple[tuple[str, int], ...] = ()
+
+
+class Traffic:
+    """Eligibility, picks and the ledger.
+
+    Invariant: the table holds exactly the replicas that `exclusion` lets through.
+    """
+
+    def __init__(self, *, reservation_seconds: float, breaker: BreakerPolicy) -> None:
+        self.fleet = FleetState()
+        self.table = RoutingTable()
+        self.ledger = Ledger(reservation_seconds)
+        self.breakers = Breakers(breaker)
+        self._published: frozenset[str] = frozenset()
+        self._draining: set[str] = set()
+        self._last_used: dict[str, float] = {}
+        self._ready_since: dict[str, float] = {}
+
+    def pick(self, entry: ModelEntry, request_id: str, now: float) -> Pick | None:
+        """Picks replicas for a request and reserves a place at the first; None where there is no candidate."""
+        chosen = pick(entry.name, entry.revision, self.table.snapshot(entry.name, entry.revision))
+        if chosen is None:
+            return None
+        best = chosen.choices[0].replica_id
+        freed = self.ledger.reserve(request_id, best, now)
+        if self.breakers.picked(best, now):
+            self.refresh(best)
+        else:
+            self._rescore(best)
+        if freed is not None and freed != best:
+            self._rescore(freed)
+        self._last_used[entry.name] = now
+        return chosen
+
+    def changed(self, change: Change, now: float) -> None:
+        """Follows a change of the fleet's state."""
+        if change.before is None and change.after is None:
+            return
+        replica = change.replica
+        if change.after is None or change.after.state.is_gone:
+            self._forget(replica.replica_id)
+            return
+        if replica.state is ReplicaState.READY:
+            self._ready_since.setdefault(replica.replica_id, now)
+        # A replica that was here before this proxy counts as used now: nobody knows better.
+        self._last_used.setdefault(replica.model, now)
+        self.refresh(replica.replica_id)
+
+    def resynchronised(self, replica_ids: Iterable[str]) -> None:
+        """A worker's hello is truth: what was believed to run at its replicas may have ended unheard."""
+        for replica_id in replica_ids:
+            self.ledger.forget_running(replica_id)
+            self.refresh(replica_id)
+
+    def load(self, delta: LoadDelta, now: float) -> Replica | None:
+        """Takes in a replica's delta; returns the replica, None where it is unknown."""
+        replica = self.fleet.load(delta.replica_id, delta.load)
+        if replica is None:
+            return None
+        replica_id, touched = delta.replica_id, {delta.replica_id}
+        for request_id in delta.started:
+            touched.add(self.ledger.started(request_id, replica_id) or replica_id)
+        for request_id, code in delta.finished:
+            touched.add(self.ledger.finished(request_id, replica_id) or replica_id)
+            if code in _REPLICA_FAULTS:
+                self.breakers.failed(replica_id, now)
+            else:
+                self.breakers.succeeded(replica_id)
+        if delta.started or delta.finished:
+            self._last_used[replica.model] = now
+        for other in touched:
+            self.refresh(other)
+        return replica
+
+    def published(self, addresses: frozenset[str]) -> None:
+        """Every Envoy knows exactly these addresses."""
+        changed = self._published ^ addresses
+        self._published = addresses
+        for replica in self.fleet.replicas():
+            if replica.address in changed:
+                self.refresh(replica.replica_id)
+
+    def drain_asked(self, replica_id: str) -> None:
+        """Un-picks a replica for good: the first step of stopping it."""
+        self._draining.add(replica_id)
+        self.refresh(replica_id)
+
+    def is_draining(self, replica: Replica) -> bool:
+        """Whether a replica is on its way out."""
+        return replica.state is ReplicaState.DRAINING or replica.replica_id in self._draining
+
+    def tick(self, now: float) -> list[str]:
+        """Follows the time; returns replicas that may have become eligible."""
+        half_open = self.breakers.tick(now)
+        for replica_id in half_open:
+            self.refresh(replica_id)
+        for reservation in self.ledger.expire(now):
+            self._rescore(reservation.replica_id)
+        return half_open
+
+    def is_idle(self, replica: Replica) -> bool:
+        """Whether nothing runs at a replica, waits in it, or is on its way to it."""
+        return (
+            not replica.load.running_count
+            and not replica.load.waiting_count
+            and self.ledger.is_idle(replica.replica_id)
+        )
+
+    def is_candidate(self, replica_id: str) -> bool:
+        """Whether a replica may be picked now."""
+        return replica_id in self.table
+
+    def last_used_at(self, model: str) -> float | None:
+        """When a request of the model was last picked or reported; None for never, or not since `forget_use`."""
+        return self._last_used.get(model)
+
+    def use(self, model: str, now: float) -> None:
+        """Counts as a use of the model, so that it is not drained as idle."""
+        self._last_used[model] = now
+
+    def forget_use(self, model: str) -> None:
+        """Lets a model go to zero at once."""
+        self._last_used.pop(model, None)
+
+    def ready_since(self, replica_id: str) -> float | None:
+        """When a replica was first seen ready."""
+        return self._ready_since.get(replica_id)
+
+    def excluded(self, replica: Replica) -> str | None:
+        """Why a replica can't be picked; None where it can."""
+        worker = self.fleet.worker(replica.worker_id)
+        facts = Facts(
+            is_worker_reachable=worker is not None and worker.is_reachable,
+            is_drain_asked=replica.replica_id in self._draining,
+            is_published=replica.address in self._published,
+            is_breaker_closed=self.breakers.allows(replica.replica_id),
+            reserved_count=self.ledger.reserved_count(replica.replica_id),
+        )
+        return exclusion(replica, facts)
+
+    def refresh(self, replica_id: str) -> None:
+        """Filters and scores a replica anew."""
+        replica = self.fleet.replica(replica_id)
+        if replica is None or self.excluded(replica) is not None:
+            self.table.remove(replica_id)
+            return
+        reserved_count = self.ledger.reserved_count(replica_id)
+        self.table.put(
+            replica.model, replica.revision, score(replica_id, replica.address, replica.load, reserved_count)
+        )
+
+    def _rescore(self, replica_id: str) -> None:
+        if replica_id not in self.table:
+            return
+        replica = self.fleet.replica(replica_id)
+        assert replica is not None
+        reserved_count = self.ledger.reserved_count(replica_id)
+        self.table.put(
+            replica.model, replica.revision, score(replica_id, replica.address, replica.load, reserved_count)
+        )
+
+    def _forget(self, replica_id: str) -> None:
+        self.table.remove(replica_id)
+        self.ledger.forget_replica(replica_id)
+        self.breakers.forget(replica_id)
+        self._draining.discard(replica_id)
+        self._ready_since.pop(replica_id, None)
