@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import grpc.aio
 import hypothesis
 import psutil
 import pytest
@@ -34,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("short", derandomize=True, deadline=None, max_examples=60)
     hypothesis.settings.register_profile("soak", deadline=None, max_examples=3000)
     hypothesis.settings.load_profile("soak" if config.getoption("markexpr") == "soak" else "short")
+    # gRPC's poller has a pair of sockets for as long as anybody uses it: made here, they are nobody's leak.
+    grpc.aio.init_grpc_aio()
 
 
 # First, because pytest deselects by marker in the same hook.
