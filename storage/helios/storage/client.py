@@ -231,8 +231,7 @@ class _Holding:
                     return
 
     async def end(self, lent: Lent) -> None:
-        """Releases the lease unless it is to be kept or is lost; never raises for a lease that ends by itself
-        anyway."""
+        """Releases the lease unless it is to be kept or is lost; a release that fails is left to the lease's end."""
         try:
             if lent.keep or lent.lost.is_set():
                 return

@@ -4,11 +4,13 @@ A manifest comes over the wire and turns into paths below the agent's root, so i
 harmless: a hostile or broken registry must not be able to write outside a view. Nothing here does I/O.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from helios.mesh.errors import InvalidRequest
+from helios.mesh.errors import DigestMismatch, InvalidRequest
 
 MAX_ENTRIES = 10_000
 """Far above any model (the largest public ones have some hundred shards), low enough to bound the work of one
@@ -19,6 +21,13 @@ _MAX_PATH_BYTES = 1024
 
 _MAX_PART_BYTES = 255
 """NAME_MAX of every usual file system."""
+
+_EMPTY_CONFIG = {
+    "mediaType": "application/vnd.oci.empty.v1+json",
+    "digest": "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+    "size": 2,
+}
+"""OCI's empty descriptor: everything known of a model is derived from its files."""
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -37,6 +46,7 @@ class ManifestEntry:
 
     path: str
     digest: Digest
+    media_type: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +71,11 @@ def make_manifest(revision: str, entries: Iterable[ManifestEntry]) -> Manifest:
     """Checks entries and makes a manifest of them.
 
     Raises:
-        InvalidRequest: INVALID_REVISION or INVALID_MANIFEST; the message names the entry.
+        InvalidRequest: INVALID_REVISION or INVALID_MANIFEST; the metadata name the entry.
+        DigestMismatch: The entries are those of another revision.
     """
     revision_hash(revision)
-    listed = tuple(entries)
+    listed = tuple(sorted(entries, key=lambda entry: entry.path))
     if not 0 < len(listed) <= MAX_ENTRIES:
         raise _invalid(f"a manifest has 1 to {MAX_ENTRIES} entries, this one has {len(listed)}")
     for entry in listed:
@@ -72,7 +83,40 @@ def make_manifest(revision: str, entries: Iterable[ManifestEntry]) -> Manifest:
         check_digest(entry.digest)
     _check_tree(listed)
     _check_sizes(listed)
-    return Manifest(revision=revision, entries=tuple(sorted(listed, key=lambda entry: entry.path)))
+    actual = manifest_digest(listed)
+    if actual != revision:
+        raise DigestMismatch(
+            "the manifest is not the one that the revision names", metadata={"revision": revision, "actual": actual}
+        )
+    return Manifest(revision=revision, entries=listed)
+
+
+def manifest_digest(entries: Iterable[ManifestEntry]) -> str:
+    """The revision that a manifest with these entries, sorted by path, is: `sha256:` of its canonical form.
+
+    The canonical form is an OCI image manifest as the CNCF ModelPack specification writes it, raw layers, the path in
+    an annotation, serialised with sorted keys and no spaces. The registry makes it too; a contract test compares
+    them.
+
+    Source: https://github.com/modelpack/model-spec v0.0.7.
+    """
+    document = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "artifactType": "application/vnd.cncf.model.manifest.v1+json",
+        "config": _EMPTY_CONFIG,
+        "layers": [
+            {
+                "mediaType": entry.media_type,
+                "digest": f"sha256:{entry.digest.hash}",
+                "size": entry.digest.size_bytes,
+                "annotations": {"org.cncf.model.filepath": entry.path},
+            }
+            for entry in entries
+        ],
+    }
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
 
 
 def revision_hash(revision: str) -> str:
@@ -115,7 +159,7 @@ def check_path(path: str) -> None:
     shown = path[:200]
     if len(path.encode()) > _MAX_PATH_BYTES:
         raise _invalid(f"a path is longer than {_MAX_PATH_BYTES} bytes", path=shown)
-    if not path.isprintable() or "\\" in path:
+    if "\\" in path or any(ord(character) < 0x20 or ord(character) == 0x7F for character in path):
         raise _invalid("a path has control characters or a backslash", path=repr(shown))
     for part in path.split("/"):
         if part in ("", ".", ".."):

@@ -1,0 +1,280 @@
+"""One disk tier: verified blobs under their sha256, and views that link to them.
+
+    <root>/lock                            held while an agent runs: two agents on one root would evict each other's
+    blobs <root>/blobs/sha256/<ab>/<hash>        0444, complete and verified, or not there at all <root>/views/<hash
+    of the revision>/…  a directory of links, complete or not there at all <root>/tmp/…
+    everything unfinished; swept at start
+
+A blob appears by: write to a temporary name, fsync, verify, rename, fsync the directory. A view appears and goes by
+one rename of its directory. Views hold hard links: a path that survives tools which resolve symbolic links, and the
+same inode, so every replica maps the same pages. All methods block; call them from pool threads.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from helios.mesh.errors import DigestMismatch, DiskFull, HeliosError, PreconditionFailed, Unavailable
+from helios.storage.manifest import Digest, Manifest, is_hash, revision_hash
+
+BLOB_MODE = 0o444
+"""Read-only for everybody: replicas may run as other users, and a blob never changes."""
+
+HASH_CHUNK_BYTES = 8 << 20
+"""8 MiB: large enough that a system call costs nothing, small enough for caches and for prompt cancellation."""
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""EFBIG: a limit on the size of a file is lack of room for the one who writes."""
+
+_NO_HARD_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP})
+"""Another file system, a file system without hard links, or fs.protected_hardlinks and a file of another user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What a start found and put right."""
+
+    blobs: tuple[Digest, ...]
+    adopted_count: int
+    dropped_count: int
+    swept_count: int
+
+
+class BlobStore:
+    """Files below one root; it keeps no state of its own and decides nothing."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._blobs = root / "blobs" / "sha256"
+        self._views = root / "views"
+        self._temporary = root / "tmp"
+        self._lock: int | None = None
+
+    def open(self) -> None:
+        """Makes the directories and takes the root for this process.
+
+        Raises:
+            PreconditionFailed: ROOT_IN_USE, when another agent has it.
+        """
+        for directory in (self._blobs, self._views, self._temporary):
+            directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise PreconditionFailed(
+                f"another storage agent uses {self.root}; stop it or choose another root", reason="ROOT_IN_USE"
+            ) from error
+        self._lock = lock
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def blob_path(self, hash_: str) -> Path:
+        return self._blobs / hash_[:2] / hash_
+
+    def view_path(self, revision: str) -> Path:
+        return self._views / revision_hash(revision)
+
+    def free_bytes(self) -> int:
+        """Room on the disk for this user."""
+        state = os.statvfs(self.root)
+        return state.f_bavail * state.f_frsize
+
+    def new_temporary(self) -> Path:
+        """A path that does not exist, on the file system of the blobs."""
+        return self._temporary / secrets.token_hex(16)
+
+    def commit(self, temporary: Path, digest: Digest, actual_hash: str) -> None:
+        """Gives a temporary file that is synced to the disk its name; idempotent.
+
+        Args:
+            temporary: The file; it is gone afterwards, whatever happens.
+            digest: What it should be.
+            actual_hash: The sha256 of what was written.
+
+        Raises:
+            DigestMismatch: It is something else.
+        """
+        try:
+            state = temporary.stat()
+            size = state.st_size
+            if actual_hash != digest.hash or size != digest.size_bytes:
+                raise digest_mismatch(digest, actual_hash=actual_hash, actual_bytes=size)
+            if stat.S_IMODE(state.st_mode) != BLOB_MODE:
+                temporary.chmod(BLOB_MODE)
+            final = self.blob_path(digest.hash)
+            if not final.parent.is_dir():
+                final.parent.mkdir(exist_ok=True)
+                _sync_directory(self._blobs)
+            temporary.rename(final)
+            _sync_directory(final.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def remove_blob(self, hash_: str) -> None:
+        """Unlinks a blob; processes that have it mapped keep it until they let go. Idempotent."""
+        self.blob_path(hash_).unlink(missing_ok=True)
+
+    def make_view(self, manifest: Manifest) -> Path:
+        """Makes the directory of a revision whose blobs are all here. Idempotent: a view that stands is kept.
+
+        Raises:
+            DiskFull: No room for the links.
+        """
+        final = self.view_path(manifest.revision)
+        if final.is_dir():
+            return final
+        building = self.new_temporary()
+        try:
+            building.mkdir()
+            for entry in manifest.entries:
+                link = building / entry.path
+                link.parent.mkdir(parents=True, exist_ok=True)
+                _link(self.blob_path(entry.digest.hash), link)
+            building.rename(final)
+        except OSError as error:
+            shutil.rmtree(building, ignore_errors=True)
+            raise write_error(error, building) from error
+        return final
+
+    def remove_view(self, revision: str) -> None:
+        """Takes a view away with one rename, then its links. Idempotent."""
+        self._discard(self.view_path(revision))
+
+    def repair(self, known: dict[str, Digest]) -> Repair:
+        """Brings the blobs into a state that can be trusted, after a crash at any instruction.
+
+        Temporary files are swept. A blob that the index knows keeps its place if its size is right; its content was
+        verified before it got its name. One that the index does not know is verified and adopted. Everything else is
+        removed.
+        """
+        swept = self._sweep()
+        kept: list[Digest] = []
+        adopted = dropped = 0
+        for path in self._files():
+            digest = known.get(path.name)
+            size = path.lstat().st_size
+            is_good = digest is not None and size == digest.size_bytes and not path.is_symlink()
+            if not is_good and digest is None and self._is_named_right(path) and hash_file(path) == path.name:
+                path.chmod(BLOB_MODE)
+                digest, is_good = Digest(path.name, size), True
+                adopted += 1
+            if is_good and digest is not None:
+                kept.append(digest)
+            else:
+                path.unlink()
+                dropped += 1
+        return Repair(tuple(kept), adopted, dropped, swept)
+
+    def repair_views(self, manifests: list[Manifest]) -> None:
+        """Removes views of unknown revisions and rebuilds those that are not exactly what their manifest says."""
+        wanted = {self.view_path(manifest.revision): manifest for manifest in manifests}
+        for path in list(self._views.iterdir()):
+            manifest = wanted.get(path)
+            if manifest is None or not self._is_intact(path, manifest):
+                self._discard(path)
+        for manifest in wanted.values():
+            self.make_view(manifest)
+
+    def _is_intact(self, view: Path, manifest: Manifest) -> bool:
+        try:
+            return all(
+                os.path.samestat((view / entry.path).stat(), self.blob_path(entry.digest.hash).stat())
+                for entry in manifest.entries
+            )
+        except OSError:
+            return False
+
+    def _sweep(self) -> int:
+        count = 0
+        for path in list(self._temporary.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            count += 1
+        return count
+
+    def _files(self) -> Iterator[Path]:
+        for directory in sorted(self._blobs.iterdir()):
+            if directory.is_dir():
+                yield from sorted(directory.iterdir())
+
+    def _is_named_right(self, path: Path) -> bool:
+        return is_hash(path.name) and path.parent.name == path.name[:2] and path.is_file() and not path.is_symlink()
+
+    def _discard(self, directory: Path) -> None:
+        away = self.new_temporary()
+        try:
+            directory.rename(away)
+        except FileNotFoundError:
+            return
+        if away.is_dir():
+            shutil.rmtree(away)
+        else:
+            away.unlink()
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file, in lower-case hexadecimal."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_mismatch(digest: Digest, *, actual_hash: str, actual_bytes: int) -> DigestMismatch:
+    """The error that names a blob which is not what it should be."""
+    return DigestMismatch(
+        f"blob sha256:{digest.hash} is not what its name says; ingest the model again",
+        metadata={
+            "digest": f"sha256:{digest.hash}",
+            "actual": f"sha256:{actual_hash}",
+            "size_bytes": str(digest.size_bytes),
+            "actual_bytes": str(actual_bytes),
+        },
+    )
+
+
+def write_error(error: OSError, path: Path) -> HeliosError:
+    """What a failure to write means to the caller."""
+    name = errno.errorcode.get(error.errno or 0, "UNKNOWN")
+    if error.errno in _NO_ROOM:
+        return DiskFull(
+            "the storage agent's disk is full; evict a model or give it more room",
+            metadata={"errno": name, "path": str(path.parent)},
+        )
+    return Unavailable(
+        f"the storage agent can't write: {error.strerror}", reason="TIER_FAILED", metadata={"errno": name}
+    )
+
+
+def is_link_refused(error: OSError) -> bool:
+    """Whether a hard link is not to be had here, while a copy or a symbolic link is."""
+    return error.errno in _NO_HARD_LINK
+
+
+def _link(blob: Path, link: Path) -> None:
+    try:
+        link.hardlink_to(blob)
+    except OSError as error:
+        if not is_link_refused(error):
+            raise
+        link.symlink_to(blob)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

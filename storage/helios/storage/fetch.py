@@ -1,0 +1,294 @@
+"""Bringing one blob from a source to the disk tier, every byte verified before the blob has its name.
+
+A source on the same file system lends its bytes by a hard link: allowed only because the registry's blobs are
+immutable and read-only, and verified all the same. Everything else is copied in 8 MiB chunks; hashing runs in a
+second thread beside reading and writing, because on one core sha256 is as slow as a disk. Functions here block and
+run in pool threads; a token cancels them between chunks, so that a fetch ends soon and cleans up behind itself.
+"""
+
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Protocol, Self
+from urllib.parse import unquote, urlsplit
+
+from helios.mesh.errors import Corrupted, HeliosError, InvalidRequest, Unavailable, Unsupported
+from helios.storage.blob_store import (
+    BLOB_MODE,
+    HASH_CHUNK_BYTES,
+    BlobStore,
+    digest_mismatch,
+    is_link_refused,
+    write_error,
+)
+from helios.storage.manifest import Digest
+
+
+class BlobReader(Protocol):
+    """One open blob. Used by one thread at a time; `close` is called exactly once."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fills the buffer from the offset on; returns how many bytes, less than asked for only at the end.
+
+        Raises:
+            HeliosError: Unavailable (SOURCE_UNAVAILABLE).
+        """
+        ...
+
+    def close(self) -> None:
+        """Lets go of the blob."""
+        ...
+
+
+class BlobSource(Protocol):
+    """Where blobs come from: a directory, an object store, a peer. Blocking, thread-safe, and never trusted."""
+
+    def open(self, digest: Digest) -> BlobReader:
+        """Opens a blob for reading.
+
+        Raises:
+            HeliosError: Unavailable (SOURCE_UNAVAILABLE).
+        """
+        ...
+
+    def linkable_path(self, digest: Digest) -> Path | None:
+        """A local, read-only file that holds the blob and will never be written to; None when there is none."""
+        ...
+
+
+class FetchToken:
+    """Cancels a fetch, and counts its bytes: written by the fetching thread, read by the event loop."""
+
+    def __init__(self, add_bytes: Callable[[int], None] = lambda _: None) -> None:
+        self._cancelled = threading.Event()
+        self._add_bytes = add_bytes
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def advance(self, count: int) -> None:
+        """Counts bytes, or ends the fetch.
+
+        Raises:
+            FetchCancelled: `cancel` was called.
+        """
+        if self._cancelled.is_set():
+            raise FetchCancelled("the fetch was cancelled")
+        self._add_bytes(count)
+
+
+class FetchCancelled(Unavailable):
+    """Nobody waits for the blob any more; only the one who cancelled sees this."""
+
+    default_reason = "FETCH_CANCELLED"
+
+
+class DirectorySource:
+    """The blob store of a registry on this machine: `<base>/sha256/<first two of h>/<h>`."""
+
+    def __init__(self, base: Path) -> None:
+        self._base = base
+
+    def open(self, digest: Digest) -> "FileReader":
+        try:
+            # No symbolic links: one would lead out of the blob store.
+            return FileReader(os.open(self._path(digest), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
+        except OSError as error:
+            raise _source_error(error, digest) from error
+
+    def linkable_path(self, digest: Digest) -> Path | None:
+        path = self._path(digest)
+        try:
+            state = path.lstat()
+        except OSError as error:
+            raise _source_error(error, digest) from error
+        # Exactly the mode of a blob: a link shares its inode, so its mode must not need to be changed.
+        is_immutable = stat.S_ISREG(state.st_mode) and stat.S_IMODE(state.st_mode) == BLOB_MODE
+        return path if is_immutable else None
+
+    def _path(self, digest: Digest) -> Path:
+        return self._base / "sha256" / digest.hash[:2] / digest.hash
+
+
+class FileReader:
+    """Reads an open file."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        done = 0
+        try:
+            while done < len(buffer):
+                count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            raise Unavailable(f"a blob can't be read: {error.strerror}", reason="SOURCE_UNAVAILABLE") from error
+        return done
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def source_from_url(url: str) -> BlobSource:
+    """Returns the source that a registry names.
+
+    Raises:
+        InvalidRequest: INVALID_MANIFEST, when the URL makes no sense.
+        Unsupported: A scheme that this agent does not speak.
+    """
+    parts = urlsplit(url)
+    if parts.scheme != "file":
+        raise Unsupported("blobs are fetched from file:// URLs", metadata={"scheme": parts.scheme[:50]})
+    path = Path(unquote(parts.path))
+    if parts.netloc not in ("", "localhost") or not path.is_absolute() or ".." in path.parts or "\0" in str(path):
+        raise InvalidRequest("the blob store's URL is not an absolute local path", reason="INVALID_MANIFEST")
+    return DirectorySource(path)
+
+
+class BlobFetcher:
+    """Fetches blobs from sources into a store."""
+
+    def __init__(self, store: BlobStore, *, hashing: ThreadPoolExecutor, is_link_allowed: bool = True) -> None:
+        """Takes the pool for hashing, which needs as many threads as there are fetches at a time."""
+        self._store = store
+        self._hashing = hashing
+        self._is_link_allowed = is_link_allowed
+
+    def fetch(self, source: BlobSource, digest: Digest, token: FetchToken) -> None:
+        """Fetches one blob; afterwards it is there, verified, or nothing is left. Blocks.
+
+        Raises:
+            DigestMismatch: The source has other bytes under this name.
+            DiskFull: No room.
+            Unavailable: SOURCE_UNAVAILABLE, TIER_FAILED, or FetchCancelled.
+        """
+        temporary = self._store.new_temporary()
+        try:
+            if self._is_link_allowed and self._link(source, digest, temporary):
+                actual_hash = _hash_linked(temporary, digest, token)
+            else:
+                with closing(source.open(digest)) as reader:
+                    actual_hash = self._copy(reader, digest, temporary, token)
+            self._store.commit(temporary, digest, actual_hash)
+        except OSError as error:
+            raise write_error(error, temporary) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @staticmethod
+    def _link(source: BlobSource, digest: Digest, temporary: Path) -> bool:
+        path = source.linkable_path(digest)
+        if path is None:
+            return False
+        try:
+            os.link(path, temporary, follow_symlinks=False)
+        except OSError as error:
+            if is_link_refused(error):
+                return False
+            if isinstance(error, FileNotFoundError):
+                raise _source_error(error, digest) from error
+            raise
+        return True
+
+    def _copy(self, reader: BlobReader, digest: Digest, temporary: Path, token: FetchToken) -> str:
+        """Copies, hashes and syncs; returns the hash of what was written."""
+        with _Hasher(self._hashing) as hasher, temporary.open("xb", buffering=0) as file:
+            # Room is taken at once: a disk that is too full says so before gigabytes were read.
+            if digest.size_bytes:
+                os.posix_fallocate(file.fileno(), 0, digest.size_bytes)
+            buffers = [memoryview(bytearray(min(HASH_CHUNK_BYTES, digest.size_bytes + 1))) for _ in range(2)]
+            offset = 0
+            while True:
+                buffer = buffers[0]
+                buffers.reverse()
+                # One byte more than there should be is asked for, so that a source that is too long is noticed.
+                count = reader.read_into(offset, buffer[: digest.size_bytes + 1 - offset])
+                if offset + count > digest.size_bytes:
+                    raise digest_mismatch(digest, actual_hash="unknown", actual_bytes=offset + count)
+                if count == 0:
+                    break
+                # The other buffer is free again once its hash is taken, which `update` waits for.
+                hasher.update(buffer[:count])
+                _write_all(file.fileno(), buffer[:count])
+                offset += count
+                token.advance(count)
+            actual_hash = hasher.result()
+            os.ftruncate(file.fileno(), offset)
+            os.fsync(file.fileno())
+        return actual_hash
+
+
+class _Hasher:
+    """Hashes one chunk in another thread while the caller writes it and reads the next."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._sha256 = hashlib.sha256()
+        self._running: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits for the thread: it must not read a buffer that is given away."""
+        self._wait()
+
+    def update(self, chunk: memoryview) -> None:
+        """Takes a chunk; the chunk before it is free when this returns."""
+        self._wait()
+        self._running = self._pool.submit(self._sha256.update, chunk)
+
+    def result(self) -> str:
+        self._wait()
+        return self._sha256.hexdigest()
+
+    def _wait(self) -> None:
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.result()
+
+
+def _hash_linked(temporary: Path, digest: Digest, token: FetchToken) -> str:
+    """Hashes a linked file; the link holds the very inode that is renamed afterwards."""
+    descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with closing(FileReader(descriptor)) as reader:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode) or state.st_size != digest.size_bytes:
+            raise digest_mismatch(digest, actual_hash="unknown", actual_bytes=state.st_size)
+        sha256 = hashlib.sha256()
+        buffer = memoryview(bytearray(min(HASH_CHUNK_BYTES, max(1, digest.size_bytes))))
+        offset = 0
+        while count := reader.read_into(offset, buffer):
+            sha256.update(buffer[:count])
+            offset += count
+            token.advance(count)
+        # The registry may have written it moments ago; the index must not outlive the bytes.
+        os.fsync(descriptor)
+        return sha256.hexdigest()
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    done = 0
+    while done < len(data):
+        done += os.write(descriptor, data[done:])
+
+
+def _source_error(error: OSError, digest: Digest) -> HeliosError:
+    if isinstance(error, FileNotFoundError):
+        message = f"blob sha256:{digest.hash} is not in the blob store"
+    else:
+        message = f"blob sha256:{digest.hash} can't be read: {error.strerror}"
+    return Unavailable(message, reason="SOURCE_UNAVAILABLE", metadata={"digest": f"sha256:{digest.hash}"})
+
+
+def is_leftover_unwanted(error: HeliosError) -> bool:
+    """Whether what a failed fetch brought so far should go: the bytes are wrong as a whole, or there is no room."""
+    return isinstance(error, Corrupted) or error.reason == "DISK_FULL"

@@ -1,0 +1,170 @@
+"""The residency index on disk: blobs, revisions and leases, in SQLite.
+
+SQLite rather than an atomically written JSON file: a renewal touches one row every few seconds where JSON would
+rewrite everything, and a revision appears with all of its entries in one transaction. WAL with synchronous=NORMAL: a
+commit survives the death of this process without an fsync. A power failure may lose the last commits, which costs
+nothing that matters: blobs are the truth and are adopted again, and every holder died with the machine.
+
+All methods block; call them from one thread at a time.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from helios.mesh.errors import DigestMismatch, DiskFull, InvalidRequest, Unavailable
+from helios.storage.inventory import Resident
+from helios.storage.leases import Lease
+from helios.storage.manifest import Digest, ManifestEntry, make_manifest
+
+log = structlog.get_logger()
+
+_SCHEMA_VERSION = 1
+"""Another version is dropped and rebuilt from the blobs: the index is a cache of the disk, leases aside."""
+
+_NO_ROOM = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE"})
+"""A full disk is SQLITE_FULL; a limit on the size of a file comes as a failed write."""
+
+_SCHEMA = """
+CREATE TABLE blobs (hash TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE revisions (revision TEXT PRIMARY KEY, last_used_at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE entries (
+    revision TEXT NOT NULL REFERENCES revisions ON DELETE CASCADE,
+    path TEXT NOT NULL, hash TEXT NOT NULL, size_bytes INTEGER NOT NULL, media_type TEXT NOT NULL,
+    PRIMARY KEY (revision, path)
+) WITHOUT ROWID;
+CREATE TABLE leases (
+    id TEXT PRIMARY KEY, revision TEXT NOT NULL, holder TEXT NOT NULL, ttl_seconds REAL NOT NULL, ends_at REAL NOT NULL
+) WITHOUT ROWID;
+"""
+
+
+class Index:
+    """Rows on disk; it decides nothing."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the index. One that is damaged, or of another version, is replaced by an empty one."""
+        self._path = path
+        try:
+            self._connection = self._open()
+        except sqlite3.DatabaseError as error:
+            log.warning("residency index replaced", path=str(path), error=str(error))
+            for suffix in ("", "-wal", "-shm"):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            self._connection = self._open()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def load_blobs(self) -> list[Digest]:
+        return [Digest(hash_, size) for hash_, size in self._rows("SELECT hash, size_bytes FROM blobs")]
+
+    def load_revisions(self) -> list[Resident]:
+        """The revisions; a row that is no valid manifest is left out."""
+        entries: dict[str, list[ManifestEntry]] = {}
+        for revision, path, hash_, size, media_type in self._rows("SELECT * FROM entries"):
+            entries.setdefault(revision, []).append(ManifestEntry(path, Digest(hash_, size), media_type))
+        found: list[Resident] = []
+        for revision, last_used_at in self._rows("SELECT revision, last_used_at FROM revisions"):
+            try:
+                manifest = make_manifest(revision, entries.get(revision, []))
+            except (InvalidRequest, DigestMismatch) as error:
+                log.warning("revision in the index is invalid", revision=revision, error=error.message)
+                continue
+            found.append(Resident(manifest, datetime.fromtimestamp(last_used_at, UTC)))
+        return found
+
+    def load_leases(self) -> list[Lease]:
+        rows = self._rows("SELECT id, revision, holder, ttl_seconds, ends_at FROM leases")
+        return [
+            Lease(id_, revision, holder, timedelta(seconds=ttl), datetime.fromtimestamp(ends_at, UTC))
+            for id_, revision, holder, ttl, ends_at in rows
+        ]
+
+    def put_blob(self, digest: Digest) -> None:
+        with self._transaction() as transaction:
+            transaction.execute("INSERT OR REPLACE INTO blobs VALUES (?, ?)", (digest.hash, digest.size_bytes))
+
+    def put_revision(self, resident: Resident) -> None:
+        revision = resident.revision
+        rows = [(revision, e.path, e.digest.hash, e.digest.size_bytes, e.media_type) for e in resident.manifest.entries]
+        with self._transaction() as transaction:
+            transaction.execute("DELETE FROM entries WHERE revision = ?", (revision,))
+            transaction.execute(
+                "INSERT OR REPLACE INTO revisions VALUES (?, ?)", (revision, resident.last_used_at.timestamp())
+            )
+            transaction.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", rows)
+
+    def put_lease(self, lease: Lease, used: Resident | None = None) -> None:
+        """Writes a lease, and with it when its revision was used."""
+        row = (lease.id, lease.revision, lease.holder, lease.ttl.total_seconds(), lease.ends_at.timestamp())
+        with self._transaction() as transaction:
+            transaction.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?)", row)
+            self._touch(transaction, [used] if used else [])
+
+    def delete_leases(self, leases: Iterable[Lease], used: Iterable[Resident] = ()) -> None:
+        """Deletes ended leases, and notes when their revisions were used."""
+        with self._transaction() as transaction:
+            transaction.executemany("DELETE FROM leases WHERE id = ?", [(lease.id,) for lease in leases])
+            self._touch(transaction, used)
+
+    def delete(self, *, revisions: Iterable[str] = (), blobs: Iterable[Digest] = ()) -> None:
+        """Deletes revisions with their entries, and blobs, in one transaction."""
+        with self._transaction() as transaction:
+            transaction.executemany("DELETE FROM revisions WHERE revision = ?", [(name,) for name in revisions])
+            transaction.executemany("DELETE FROM blobs WHERE hash = ?", [(blob.hash,) for blob in blobs])
+
+    @staticmethod
+    def _touch(transaction: sqlite3.Connection, used: Iterable[Resident]) -> None:
+        rows = [(resident.last_used_at.timestamp(), resident.revision) for resident in used]
+        transaction.executemany("UPDATE revisions SET last_used_at = ? WHERE revision = ?", rows)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Commits all or nothing.
+
+        Raises:
+            DiskFull: No room for the rows.
+            Unavailable: TIER_FAILED, when the disk fails otherwise.
+        """
+        try:
+            with self._connection as transaction:
+                yield transaction
+        except sqlite3.OperationalError as error:
+            name = error.sqlite_errorname
+            if name in _NO_ROOM:
+                raise DiskFull("the storage agent's disk is full; evict a model or give it more room") from error
+            raise Unavailable(
+                f"the residency index can't be written: {error}", reason="TIER_FAILED", metadata={"error": name}
+            ) from error
+
+    def _rows(self, query: str) -> list[tuple[Any, ...]]:
+        with closing(self._connection.execute(query)) as cursor:
+            return cursor.fetchall()
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, check_same_thread=False)
+        try:
+            _prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == 0:
+        connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;")
+    elif version != _SCHEMA_VERSION:
+        raise sqlite3.DatabaseError(f"schema version {version}, expected {_SCHEMA_VERSION}")
+    if connection.execute("PRAGMA quick_check").fetchone() != ("ok",):
+        raise sqlite3.DatabaseError("the integrity check failed")

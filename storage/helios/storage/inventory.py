@@ -1,0 +1,94 @@
+"""What is on the node: which blobs, which revisions, and which blob is there for which revision.
+
+A mirror in memory of the index on disk, so that decisions are made without I/O. Pure. Blobs belong to no one
+revision: a blob is a *stray* when no resident revision uses it (left over by a crash, or fetched for a revision that
+is not complete yet).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from helios.storage.manifest import Digest, Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A revision whose blobs are all on the node; `last_used_at` is when a lease of it was last granted or ended."""
+
+    manifest: Manifest
+    last_used_at: datetime
+
+    @property
+    def revision(self) -> str:
+        """Digest of the manifest, `sha256:<hex>`."""
+        return self.manifest.revision
+
+
+class Inventory:
+    """Blobs and revisions of one tier."""
+
+    def __init__(self, blobs: Iterable[Digest] = (), revisions: Iterable[Resident] = ()) -> None:
+        """Starts with what the index on disk holds."""
+        self._blobs = {blob.hash: blob for blob in blobs}
+        self._used_bytes = sum(blob.size_bytes for blob in self._blobs.values())
+        self._revisions = {resident.revision: resident for resident in revisions}
+
+    @property
+    def used_bytes(self) -> int:
+        """Sum of the sizes of all blobs."""
+        return self._used_bytes
+
+    def has_blob(self, digest: Digest) -> bool:
+        return self._blobs.get(digest.hash) == digest
+
+    def blobs(self) -> list[Digest]:
+        return list(self._blobs.values())
+
+    def revisions(self) -> list[Resident]:
+        return list(self._revisions.values())
+
+    def find(self, revision: str) -> Resident | None:
+        return self._revisions.get(revision)
+
+    def missing(self, manifest: Manifest) -> list[Digest]:
+        """Blobs of a manifest that are not here, the largest first: they decide how long a fetch takes."""
+        absent = [blob for blob in manifest.blobs if not self.has_blob(blob)]
+        return sorted(absent, key=lambda blob: (-blob.size_bytes, blob.hash))
+
+    def strays(self) -> list[Digest]:
+        """Blobs that no resident revision uses."""
+        used = {blob for resident in self._revisions.values() for blob in resident.manifest.blobs}
+        return [blob for blob in self._blobs.values() if blob not in used]
+
+    def only_of(self, revision: str) -> list[Digest]:
+        """Blobs that this revision uses and no other."""
+        resident = self._revisions.get(revision)
+        if resident is None:
+            return []
+        others = {blob for other in self._revisions.values() if other is not resident for blob in other.manifest.blobs}
+        return [blob for blob in resident.manifest.blobs if blob not in others and self.has_blob(blob)]
+
+    def add_blob(self, digest: Digest) -> None:
+        if digest.hash not in self._blobs:
+            self._blobs[digest.hash] = digest
+            self._used_bytes += digest.size_bytes
+
+    def add_revision(self, resident: Resident) -> None:
+        assert not self.missing(resident.manifest), "a resident revision has all of its blobs"
+        self._revisions[resident.revision] = resident
+
+    def touch(self, revision: str, now: datetime) -> Resident | None:
+        """Notes a use; returns the revision as it stands now, None when it is not here."""
+        resident = self._revisions.get(revision)
+        if resident is None:
+            return None
+        self._revisions[revision] = touched = replace(resident, last_used_at=max(now, resident.last_used_at))
+        return touched
+
+    def remove_revision(self, revision: str) -> None:
+        self._revisions.pop(revision, None)
+
+    def remove_blob(self, digest: Digest) -> None:
+        if self._blobs.pop(digest.hash, None) is not None:
+            self._used_bytes -= digest.size_bytes
