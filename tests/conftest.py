@@ -47,7 +47,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if ROOT / "tests" / "scenarios" in item.path.parents:
             item.add_marker("scenario")
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(inspect.unwrap(item.obj)):
-            item.fixturenames.insert(0, "leaves_no_task")
+            item.fixturenames.insert(_wider_scope_count(item), "leaves_no_task")
+
+
+def _wider_scope_count(item: pytest.Function) -> int:
+    """Returns how many fixtures are set up before those of the test alone; they are sorted by scope."""
+    definitions = item._fixtureinfo.name2fixturedefs
+    scopes = [definitions[name][-1].scope if name in definitions else "function" for name in item.fixturenames]
+    return next((index for index, scope in enumerate(scopes) if scope == "function"), len(scopes))
 
 
 @pytest.fixture(autouse=True)
