@@ -151,8 +151,9 @@ class _Stream:
                 self._is_told = True
                 await self._send(pb.MaterializeResponse(ready=ready_to_proto(self._loan)))
             elif isinstance(action, RenewLease):
-                self._lease = await self._materializer.renew(action.lease_id) await
-                self._send(pb.MaterializeResponse(renewed=pb.Renewed(expires_at=timestamp_to_proto(self._lease.ends_at))))
+                self._lease = await self._materializer.renew(action.lease_id)
+                ends_at = timestamp_to_proto(self._lease.ends_at)
+                await self._send(pb.MaterializeResponse(renewed=pb.Renewed(expires_at=ends_at)))
             elif isinstance(action, ReleaseLease):
                 await self._materializer.release(action.lease_id)
         except HeliosError as error:
