@@ -45,7 +45,7 @@ def program(tmp_path: Path) -> list[str]:
 
 
 def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **variables}
+    environment = {**dict(os.environ), **variables}  # noqa: TID251 - the environment is what is tested
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=environment)
 
 

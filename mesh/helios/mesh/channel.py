@@ -1,21 +1,23 @@
 """The one way to dial another component: mTLS, keepalive, and a channel that is rebuilt when the leaf is renewed.
 
-grpcio reads a client's certificate once, when the channel is made. A Dialer therefore looks whether the files changed each
-time a stub is asked for (at most once a second), makes a new channel when they did, and closes the old one after its calls
-had time to end.
+grpcio reads a client's certificate once, when the channel is made. A Dialer therefore looks whether the files changed
+each time a stub is asked for (at most once a second), makes a new channel when they did, and closes the old one after
+its calls had time to end.
 """
 
 import asyncio
 import os
 import time
 from collections.abc import Callable
-from typing import Final, Self, TypeVar
+from contextlib import AsyncExitStack
+from typing import Final, Protocol, Self, TypeVar
 
 import grpc
 import grpc.aio
 
 from helios.mesh.errors import Bug
 from helios.mesh.identity import IdentityFiles, server_name
+from helios.mesh.tasks import task_scope
 from helios.mesh.telemetry import client_interceptors
 
 S = TypeVar("S")
@@ -39,6 +41,14 @@ _OPTIONS: Final = (
 )
 
 
+class StubSource(Protocol):
+    """What typed clients need of a channel: a stub for the next call."""
+
+    def stub(self, stub_class: Callable[[grpc.aio.Channel], S]) -> S:
+        """Returns a stub that is good for one call."""
+        ...
+
+
 class Dialer:
     """Holds the channel to one component.
 
@@ -54,6 +64,7 @@ class Dialer:
         self._generation = ""
         self._next_check = 0.0
         self._closing: asyncio.TaskGroup | None = None
+        self._stack = AsyncExitStack()
 
     @property
     def target(self) -> str:
@@ -62,21 +73,18 @@ class Dialer:
 
     async def __aenter__(self) -> Self:
         """Opens the channel; connecting happens with the first call."""
-        self._closing = asyncio.TaskGroup()
-        await self._closing.__aenter__()
-        self._channel = self._connect()
+        async with AsyncExitStack() as stack:
+            self._closing = await stack.enter_async_context(task_scope())
+            self._channel = self._connect()
+            self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Closes the channel; calls that still run are cancelled."""
-        if self._channel is not None:
-            await self._channel.close(None)
-            self._channel = None
-        if self._closing is not None:
-            group, self._closing = self._closing, None
-            for task in tuple(getattr(group, "_tasks", ())):
-                task.cancel()
-            await group.__aexit__(None, None, None)
+        channel, self._channel, self._closing = self._channel, None, None
+        if channel is not None:
+            await channel.close(None)
+        await self._stack.aclose()
 
     def stub(self, stub_class: Callable[[grpc.aio.Channel], S]) -> S:
         """Returns a stub on a channel with the current certificate."""
@@ -87,7 +95,7 @@ class Dialer:
             self._next_check = now + _CHECK_SECONDS
             if os.path.realpath(self._identity.certificate) != self._generation:
                 old, self._channel = self._channel, self._connect()
-                self._closing.create_task(old.close(_OLD_CHANNEL_GRACE_SECONDS), name=f"close old channel {self._target}")
+                self._closing.create_task(old.close(_OLD_CHANNEL_GRACE_SECONDS), name=f"close {self._target}")
         return stub_class(self._channel)
 
     def _connect(self) -> grpc.aio.Channel:

@@ -27,8 +27,8 @@
     ├── Unsupported                  not to be had here
     └── Bug                          tell us
 
-Each class carries its mapping to gRPC, HTTP and OpenAI; ``helios.mesh.status`` is the only code that applies it. This module
-imports no transport, so that pure modules may raise these errors.
+Each class carries its mapping to gRPC, HTTP and OpenAI; ``helios.mesh.status`` is the only code that applies it. This
+module imports no transport, so that pure modules may raise these errors.
 """
 
 from collections.abc import Mapping

@@ -1,11 +1,13 @@
 """Who a process is: SPIFFE ids, a private CA for one machine, short-lived leaves and their rotation.
 
-On one machine ``helios up`` opens a CertificateAuthority in its state directory and writes a leaf for every component before
-any process starts. Leaves live for a day and are renewed at a third of their life, so they outlive an outage of the
-supervisor by hours. A leaf directory holds ``tls.crt``, ``tls.key`` and ``ca.crt``, the layout of a Kubernetes TLS secret.
+On one machine ``helios up`` opens a CertificateAuthority in its state directory and writes a leaf for every component
+before any process starts. Leaves live for a day and are renewed at a third of their life, so they outlive an outage of
+the supervisor by hours. A leaf directory holds ``tls.crt``, ``tls.key`` and ``ca.crt``, the layout of a Kubernetes TLS
+secret.
 
-A renewal must never be seen half done by readers that load two files: the pair is written to a new directory and a symbolic
-link ``current`` is swapped with one rename; the three names are links through it. Envoy watches the directory for just that.
+A renewal must never be seen half done by readers that load two files: the pair is written to a new directory and a
+symbolic link ``current`` is swapped with one rename; the three names are links through it. Envoy watches the directory
+for just that.
 """
 
 import os
@@ -49,7 +51,9 @@ class SpiffeId:
         scheme, _, rest = uri.partition("://")
         parts = rest.split("/")
         if scheme != "spiffe" or len(parts) != 5 or parts[1] != "ns" or parts[3] != "sa" or not all(parts):
-            raise InvalidRequest("not a SPIFFE id of the form spiffe://<domain>/ns/<ns>/sa/<name>", metadata={"id": uri})
+            raise InvalidRequest(
+                "not a SPIFFE id of the form spiffe://<domain>/ns/<ns>/sa/<name>", metadata={"id": uri}
+            )
         return cls(parts[0], parts[2], parts[4])
 
     def __str__(self) -> str:
@@ -137,9 +141,7 @@ class CertificateAuthority:
         _publish(directory, generation)
         return IdentityFiles(directory)
 
-    def _sign_leaf(
-        self, component: str, key: ec.EllipticCurvePrivateKey, lifetime: timedelta
-    ) -> x509.Certificate:
+    def _sign_leaf(self, component: str, key: ec.EllipticCurvePrivateKey, lifetime: timedelta) -> x509.Certificate:
         now = datetime.now(UTC)
         spiffe_id = SpiffeId(self._trust_domain, "default", component)
         names: list[x509.GeneralName] = [
@@ -193,7 +195,7 @@ def _make_ca(trust_domain: str) -> tuple[x509.Certificate, ec.EllipticCurvePriva
 
 def _publish(directory: Path, generation: Path) -> None:
     current = directory / "current"
-    previous = directory / os.readlink(current) if current.is_symlink() else None
+    previous = directory / current.readlink() if current.is_symlink() else None
     fresh_link = directory / f".current-{secrets.token_hex(6)}"
     fresh_link.symlink_to(generation.name)
     fresh_link.replace(current)

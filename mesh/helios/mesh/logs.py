@@ -1,7 +1,7 @@
 """Structured logs: one JSON object a line on standard error, a constant message and fields.
 
-structlog is used rather than the standard library alone because fields are bound once and travel with the logger; records
-of libraries go through the same renderer, so a log file has one form.
+structlog is used rather than the standard library alone because fields are bound once and travel with the logger;
+records of libraries go through the same renderer, so a log file has one form.
 """
 
 import logging
@@ -24,7 +24,11 @@ def setup_logs(*, process: str, level: Level = "info") -> None:
         _add_trace,
     ]
     structlog.configure(
-        processors=[*shared, structlog.processors.format_exc_info, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[
+            *shared,
+            structlog.processors.format_exc_info,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,

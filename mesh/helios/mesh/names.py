@@ -9,9 +9,9 @@ from typing import Final
 
 # OpenTelemetry GenAI, server side.
 REQUEST_DURATION_SECONDS: Final = "gen_ai_server_request_duration_seconds"
-TIME_TO_FIRST_TOKEN_SECONDS: Final = "gen_ai_server_time_to_first_token_seconds"
-TIME_PER_OUTPUT_TOKEN_SECONDS: Final = "gen_ai_server_time_per_output_token_seconds"
-TOKEN_USAGE: Final = "gen_ai_client_token_usage"
+TIME_TO_FIRST_TOKEN_SECONDS: Final = "gen_ai_server_time_to_first_token_seconds"  # noqa: S105
+TIME_PER_OUTPUT_TOKEN_SECONDS: Final = "gen_ai_server_time_per_output_token_seconds"  # noqa: S105
+TOKEN_USAGE: Final = "gen_ai_client_token_usage"  # noqa: S105
 
 # Proxy.
 ACTIVATIONS_TOTAL: Final = "helios_activations_total"
@@ -26,8 +26,11 @@ XDS_ACKS_TOTAL: Final = "helios_xds_acks_total"
 
 # Worker.
 COLD_START_PHASE_SECONDS: Final = "helios_cold_start_phase_seconds"
-DEVICE_MEMORY_BYTES: Final = "helios_device_memory_bytes"
+COMMANDS_TOTAL: Final = "helios_worker_commands_total"
 DEVICE_BOOKED_BYTES: Final = "helios_device_booked_bytes"
+DEVICE_MEMORY_BYTES: Final = "helios_device_memory_bytes"
+FLEET_SESSIONS: Final = "helios_worker_fleet_sessions"
+OUTBOX_OVERFLOWS_TOTAL: Final = "helios_worker_outbox_overflows_total"
 REPLICA_EXITS_TOTAL: Final = "helios_replica_exits_total"
 
 # Storage.

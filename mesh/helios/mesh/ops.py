@@ -1,7 +1,7 @@
 """The operators' HTTP address of a process: ``/metrics`` (Prometheus), ``/healthz`` (it runs), ``/readyz`` (it serves).
 
-Plain HTTP, loopback by default, no secrets. aiohttp is used rather than prometheus_client's own server, which needs a thread
-and can't say readiness.
+Plain HTTP, loopback by default, no secrets. aiohttp is used rather than prometheus_client's own server, which needs a
+thread and can't say readiness.
 """
 
 from collections.abc import Callable

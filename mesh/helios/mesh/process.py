@@ -1,7 +1,8 @@
 """How every Helios process runs: settings, logs, telemetry, event loop, signals, readiness, exit status.
 
-``run`` is the last line of every ``__main__``. Exit status: 0 after a stop that was asked for, 1 after an error, 2 for wrong
-settings. The process that started this one learns of readiness and of the addresses that were taken from ``--ready-file``.
+``run`` is the last line of every ``__main__``. Exit status: 0 after a stop that was asked for, 1 after an error, 2 for
+wrong settings. The process that started this one learns of readiness and of the addresses that were taken from
+``--ready-file``.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from helios.mesh.errors import HeliosError
 from helios.mesh.logs import setup_logs
 from helios.mesh.ops import OpsServer
 from helios.mesh.settings import ProcessSettings, load_settings
+from helios.mesh.tasks import task_scope
 from helios.mesh.telemetry import setup_telemetry
 
 log = structlog.get_logger()
@@ -67,7 +69,7 @@ def run(name: str, settings_class: type[S], main: Callable[[S, Lifetime], Awaita
         status = 0
     except BaseExceptionGroup as group:
         status = _report(name, group.exceptions[0] if len(group.exceptions) == 1 else group)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last one to see it
         status = _report(name, error)
     shut_down_telemetry()
     raise SystemExit(status)
@@ -75,9 +77,9 @@ def run(name: str, settings_class: type[S], main: Callable[[S, Lifetime], Awaita
 
 async def _run(settings: S, main: Callable[[S, Lifetime], Awaitable[None]], ready_file: Path | None) -> None:
     async with AsyncExitStack() as stack:
-        background = await stack.enter_async_context(_Background())
+        group = await stack.enter_async_context(task_scope())
         ops: list[OpsServer] = []
-        lifetime = Lifetime(background.group, ready_file, lambda: ops[0].address if ops else "")
+        lifetime = Lifetime(group, ready_file, lambda: ops[0].address if ops else "")
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, lifetime.stopping.set)
@@ -88,36 +90,10 @@ async def _run(settings: S, main: Callable[[S, Lifetime], Awaitable[None]], read
         lifetime.is_ready = False
 
 
-class _EndOfMain(Exception):
-    """Cancels the background tasks once the composition root has returned."""
-
-
-class _Background:
-    """A task group whose tasks are cancelled, not awaited, when its body ends."""
-
-    def __init__(self) -> None:
-        self.group = asyncio.TaskGroup()
-
-    async def __aenter__(self) -> "_Background":
-        await self.group.__aenter__()
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            await self.group.__aexit__(kind, error, trace)
-            return
-        try:
-            await self.group.__aexit__(_EndOfMain, _EndOfMain(), None)
-        except BaseExceptionGroup as group:
-            _, others = group.split(_EndOfMain)
-            if others is not None:
-                raise others from None
-
-
 def _report(name: str, error: BaseException) -> int:
     if isinstance(error, HeliosError):
         log.error("process failed", reason=error.reason, error=error.message, **error.metadata)
-        print(f"helios {name}: {error.message}", file=sys.stderr)
+        sys.stderr.write(f"helios {name}: {error.message}\n")
     else:
         log.error("process failed", exc_info=error)
     return 1

@@ -1,8 +1,8 @@
 """The one way to serve gRPC: mTLS with rotation, who-may-call-what, status mapping, health, reflection, graceful drain.
 
-The policy names, for each service, the components that may call it; the peer's component comes from the SPIFFE id in its
-certificate, which grpcio authenticates but does not look at. A service without an entry is refused to everybody, so that a
-forgotten entry fails closed.
+The policy names, for each service, the components that may call it; the peer's component comes from the SPIFFE id in
+its certificate, which grpcio authenticates but does not look at. A service without an entry is refused to everybody, so
+that a forgotten entry fails closed.
 """
 
 import asyncio
@@ -50,8 +50,8 @@ class ServerOptions:
 class MeshServer:
     """A gRPC server of the mesh; open it with ``async with`` after servicers were added to ``grpc``.
 
-    ``address`` is set on entry and is what clients dial. On exit the server drains: health says NOT_SERVING, running calls
-    get ``drain_seconds``, then they are cancelled.
+    ``address`` is set on entry and is what clients dial. On exit the server drains: health says NOT_SERVING, running
+    calls get ``drain_seconds``, then they are cancelled.
     """
 
     def __init__(
@@ -127,12 +127,12 @@ def server_credentials(identity: IdentityFiles) -> grpc.ServerCredentials:
     """Returns credentials that demand a client certificate and follow renewals of the leaf without a restart."""
     held: list[Identity] = [identity.read()]
 
-    def fetch() -> grpc.ServerCertificateConfiguration | None:
+    def fetch() -> Any:
         # Called at every handshake; None keeps what is in force.
         try:
             fresh = identity.read()
         except OSError as error:
-            log.error("certificate can't be read", directory=str(identity.directory), error=str(error))
+            log.warning("certificate can't be read", directory=str(identity.directory), error=str(error))
             return None
         if fresh == held[0]:
             return None
@@ -145,7 +145,9 @@ def server_credentials(identity: IdentityFiles) -> grpc.ServerCredentials:
 
 
 def peer_component(context: Any) -> str | None:
-    """Returns the component of the caller from its certificate, NO_TLS_COMPONENT without TLS, None where it has none."""
+    """Returns the component of the caller from its certificate, NO_TLS_COMPONENT without TLS, None where it has
+    none.
+    """
     auth = context.auth_context()
     if not auth.get("transport_security_type"):
         return NO_TLS_COMPONENT
@@ -234,7 +236,7 @@ def _guard_unary(behavior: Any, method: str) -> Any:
             return await behavior(request, context)
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the interceptor maps every error
             await status.abort(context, as_helios_error(error, method))
 
     return guarded
@@ -247,7 +249,7 @@ def _guard_stream(behavior: Any, method: str) -> Any:
                 yield response
         except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the interceptor maps every error
             await status.abort(context, as_helios_error(error, method))
 
     return guarded

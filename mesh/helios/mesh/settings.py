@@ -1,14 +1,14 @@
 """Settings: frozen, typed, documented, and complete before a process does anything.
 
-Precedence: defaults < file (TOML, ``--settings-file``) < environment ``HELIOS_<PROCESS>__<FIELD>`` < flags. Unknown keys and bad
-values stop the process with the full list of errors. pydantic-settings is used rather than argparse and a parser of our own:
-one declaration gives the file, the environment, the flags and their checks.
+Precedence: defaults < file (TOML, ``--settings-file``) < environment ``HELIOS_<PROCESS>__<FIELD>`` < flags. Unknown
+keys and bad values stop the process with the full list of errors. pydantic-settings is used rather than argparse and a
+parser of our own: one declaration gives the file, the environment, the flags and their checks.
 """
 
 import json
 import sys
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
@@ -62,7 +62,8 @@ class ProcessSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe level that is logged."""
     ops_listen: str = "127.0.0.1:0"
-    """``host:port`` of ``/metrics``, ``/healthz`` and ``/readyz`` over plain HTTP; port 0 takes a free one, empty: none."""
+    """``host:port`` of ``/metrics``, ``/healthz`` and ``/readyz`` over plain HTTP; port 0 takes a free one, empty:
+    none."""
     otlp_endpoint: str = ""
     """OTLP/gRPC collector for traces, such as ``127.0.0.1:4317``. Empty: no traces are sent."""
 
@@ -87,7 +88,8 @@ S = TypeVar("S", bound=ProcessSettings)
 def load_settings(settings_class: type[S], arguments: list[str]) -> S:
     """Reads the settings of a process; exits with status 2 and the full list of errors where they are wrong.
 
-    ``--settings-file FILE`` names the file, ``--print-settings`` prints what is in force (secrets redacted) and exits with 0.
+    ``--settings-file FILE`` names the file, ``--print-settings`` prints what is in force (secrets redacted) and exits
+    with 0.
     """
     rest, file, is_print = _own_flags(arguments)
     named = _bind(settings_class, file)
@@ -99,7 +101,7 @@ def load_settings(settings_class: type[S], arguments: list[str]) -> S:
     except (SettingsError, OSError) as error:
         _fail(named, [str(error)])
     if is_print:
-        print(json.dumps(settings.model_dump(mode="json"), indent=2, default=str))
+        sys.stdout.write(json.dumps(settings.model_dump(mode="json"), indent=2, default=str) + "\n")
         raise SystemExit(0)
     return settings
 
@@ -151,9 +153,7 @@ def _line(entry: Any) -> str:
     return f"{path}: {entry['msg']}"
 
 
-def _fail(settings_class: type[ProcessSettings], lines: list[str]) -> Any:
-    print(f"{_program(settings_class)}: {len(lines)} wrong setting(s):", file=sys.stderr)
-    for line in lines:
-        print(f"  {line}", file=sys.stderr)
-    print("--help lists all settings", file=sys.stderr)
+def _fail(settings_class: type[ProcessSettings], lines: list[str]) -> NoReturn:
+    text = "".join(f"  {line}\n" for line in lines)
+    sys.stderr.write(f"{_program(settings_class)}: {len(lines)} wrong setting(s):\n{text}--help lists all settings\n")
     raise SystemExit(2)

@@ -1,9 +1,9 @@
 """The one place where errors become wire status, and wire status errors.
 
-gRPC carries ``google.rpc.Status`` with one ``ErrorInfo`` (reason, domain, metadata) and a ``RetryInfo`` where a retry may
-help. Two more trailers serve HTTP callers: ``x-openai-error`` is the complete OpenAI error body, which Envoy's error filter
-puts out as it is, and ``retry-after`` is what it says. ``x-should-retry`` steers openai's own clients, which retry 408, 409,
-429 and all of 5xx unless told otherwise.
+gRPC carries ``google.rpc.Status`` with one ``ErrorInfo`` (reason, domain, metadata) and a ``RetryInfo`` where a retry
+may help. Two more trailers serve HTTP callers: ``x-openai-error`` is the complete OpenAI error body, which Envoy's
+error filter puts out as it is, and ``retry-after`` is what it says. ``x-should-retry`` steers openai's own clients,
+which retry 408, 409, 429 and all of 5xx unless told otherwise.
 """
 
 import math
@@ -90,7 +90,9 @@ async def abort(context: AbortContext, error: HeliosError) -> NoReturn:
 
 def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> HeliosError:
     """Returns the error that a failed call stands for; the class comes from the reason, else from the code."""
-    reason, metadata, retry_after = None, {}, None
+    reason: str | None = None
+    metadata: dict[str, str] = {}
+    retry_after: float | None = None
     for key, value in _items(rpc_error.trailing_metadata()):
         if key == DETAILS_TRAILER and isinstance(value, bytes):
             reason, metadata, retry_after = _read_details(status_pb2.Status.FromString(value))
@@ -104,7 +106,9 @@ def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> HeliosError:
 
 
 def _read_details(status: status_pb2.Status) -> tuple[str | None, dict[str, str], float | None]:
-    reason, metadata, retry_after = None, {}, None
+    reason: str | None = None
+    metadata: dict[str, str] = {}
+    retry_after: float | None = None
     for detail in status.details:
         info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
         if detail.Unpack(info):

@@ -1,12 +1,14 @@
 """Keeping a coroutine alive: what a session to another component needs when that component goes away.
 
-tenacity does the back-off (kept, tested, and async) rather than a loop of our own. Full jitter, so that a hundred workers that
-lost one proxy do not come back at the same instant. Source: AWS Architecture Blog, "Exponential Backoff And Jitter".
+tenacity does the back-off (kept, tested, and async) rather than a loop of our own. Full jitter, so that a hundred
+workers that lost one proxy do not come back at the same instant. Source: AWS Architecture Blog, "Exponential Backoff
+And Jitter".
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Final
 
 import grpc.aio
@@ -27,8 +29,8 @@ async def keep_running(
 ) -> None:
     """Runs ``factory()`` again and again until cancelled, with full-jitter back-off after a failure.
 
-    A normal return is run again too, after ``base_seconds``. Errors that nobody foresaw (not in RECOVERABLE) are raised: a
-    bug must end the process, which its parent restarts, rather than be retried for ever.
+    A normal return is run again too, after ``base_seconds``. Errors that nobody foresaw (not in RECOVERABLE) are
+    raised: a bug must end the process, which its parent restarts, rather than be retried for ever.
     """
     while True:
         retrying = tenacity.AsyncRetrying(
@@ -38,6 +40,34 @@ async def keep_running(
         )
         await retrying(_run_once, name, factory)
         await asyncio.sleep(base_seconds)
+
+
+@asynccontextmanager
+async def task_scope() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group whose tasks are cancelled, not awaited, when its body ends.
+
+    What the body raises is raised as it is; what a task raises cancels the body and comes as an ExceptionGroup.
+    """
+    raised: BaseException | None = None
+    try:
+        async with asyncio.TaskGroup() as group:
+            try:
+                yield group
+            except BaseException as error:
+                raised = error
+                raise
+            raise _EndOfScopeError
+    except BaseExceptionGroup as errors:
+        _, others = errors.split(_EndOfScopeError)
+        if others is None:
+            return
+        if raised is not None and others.exceptions == (raised,):
+            raise raised from None
+        raise others from None
+
+
+class _EndOfScopeError(Exception):
+    """Ends the tasks of a scope."""
 
 
 async def _run_once(name: str, factory: Callable[[], Awaitable[None]]) -> None:

@@ -1,8 +1,9 @@
 """Traces and metrics, the same in every process.
 
-Spans go to an OTLP collector where one is set, else nowhere: making them costs little and the code is the same. Metrics are
-Prometheus counters in the process, read over the ops address. gRPC calls get spans from opentelemetry-instrumentation-grpc,
-session streams apart (their spans would last for days) and hot paths that leave interceptors out.
+Spans go to an OTLP collector where one is set, else nowhere: making them costs little and the code is the same. Metrics
+are Prometheus counters in the process, read over the ops address. gRPC calls get spans from
+opentelemetry-instrumentation-grpc, session streams apart (their spans would last for days) and hot paths that leave
+interceptors out.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 from opentelemetry import trace
-from opentelemetry.instrumentation.grpc import aio_client_interceptors, aio_server_interceptor, filters
+from opentelemetry.instrumentation import grpc as instrumentation
+from opentelemetry.instrumentation.grpc import filters
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -24,9 +26,10 @@ def setup_telemetry(*, process: str, otlp_endpoint: str = "") -> Callable[[], No
     """Sets the tracer of this process; returns a function that sends what is left and stops."""
     provider = TracerProvider(resource=Resource.create({"service.name": f"helios-{process}"}))
     if otlp_endpoint:
-        # Imported only where it is used: it costs a quarter of a second, and xds-protos ships an older copy of the modules
-        # of opentelemetry-proto, so that only an installation in the right order (make setup) has the newer ones.
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        # Imported only where it is used: it costs a quarter of a second, and xds-protos ships an older copy of the
+        # modules of opentelemetry-proto, so that only an installation in the right order (make setup) has the newer
+        # ones.
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
 
         exporter = OTLPSpanExporter(endpoint=otlp_endpoint, insecure=True, timeout=5)
         provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=2048))
@@ -36,12 +39,14 @@ def setup_telemetry(*, process: str, otlp_endpoint: str = "") -> Callable[[], No
 
 def server_interceptors() -> list[grpc.aio.ServerInterceptor]:
     """Returns the interceptors that make a span for each call, session streams apart."""
-    return [aio_server_interceptor(filter_=_is_request)]
+    make: Any = instrumentation.aio_server_interceptor
+    return [make(filter_=_is_request)]
 
 
 def client_interceptors() -> list[grpc.aio.ClientInterceptor]:
     """Returns the interceptors that carry the trace context to the server, session streams apart."""
-    return list(aio_client_interceptors(filter_=_is_request))
+    make: Any = instrumentation.aio_client_interceptors
+    return list(make(filter_=_is_request))
 
 
 _is_session: Any = filters.any_of(*(filters.method_name(name) for name in SESSION_METHODS))

@@ -1,0 +1,334 @@
+"""What each command does; ``helios.cli.main`` only parses."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from helios.api.admin.v1 import admin_service_pb2 as admin_pb
+from helios.api.admin.v1.admin_service_pb2_grpc import AdminServiceStub
+from helios.api.catalog.v1 import model_service_pb2 as catalog_pb
+from helios.api.catalog.v1.model_service_pb2_grpc import ModelServiceStub
+from helios.api.fleet.v1 import types_pb2 as fleet_pb
+from helios.cli.boot import BootDisplay
+from helios.cli.chat import Conversation
+from helios.cli.children import child_environment, tail
+from helios.cli.edge import open_admin, open_edge
+from helios.cli.greeting import greeting
+from helios.cli.state import MeshRecord, StateDirectory, find_running, read_mesh
+from helios.cli.up import Mesh, UpOptions, run_mesh
+from helios.mesh.errors import DeadlineExceeded, InvalidRequest, PreconditionFailed, Unavailable
+from helios.registry.client import IngestProgress, RegistryClient
+
+_CALL_SECONDS: Final = 15.0
+_DETACHED_START_SECONDS: Final = 600.0
+
+
+async def up(options: UpOptions, console: Console) -> None:
+    """Runs the mesh in the foreground until Ctrl-C."""
+    with BootDisplay(console) as display:
+
+        def on_ready(mesh: Mesh) -> None:
+            display.close()
+            text = greeting(options.state, edge=mesh.edge, admin=mesh.admin, model=options.model or "MODEL")
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            console.print("Ctrl-C drains and stops.", style="dim")
+
+        await run_mesh(options, display.show, on_ready)
+    console.print("stopped", style="dim")
+
+
+async def up_detached(options: UpOptions, console: Console) -> None:
+    """Starts a foreground ``up`` in a session of its own and returns once it serves."""
+    state = options.state
+    state.create()
+    running = read_mesh(state)
+    if running is not None and running.is_alive:
+        with state.lock():
+            pass
+    log_path = state.logs / "up.log"
+    process = _spawn_up(options, log_path)
+    with console.status("starting the mesh") as spinner:
+        record = await _wait_serving(state, process, log_path, spinner.update)
+    text = greeting(state, edge=record.edge, admin=record.admin, model=options.model or "MODEL")
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _spawn_up(options: UpOptions, log_path: Path) -> subprocess.Popen[bytes]:
+    state = options.state
+    arguments = [sys.executable, "-m", "helios.cli", "up", "--state-dir", str(state.root), "--host", options.host]
+    arguments += ["--port", str(options.port), "--admin-port", str(options.admin_port), "--model", options.model]
+    arguments += [f"--set={override}" for override in options.overrides]
+    with log_path.open("wb") as log_file:
+        return subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=subprocess.STDOUT,
+            env=child_environment({}),
+            start_new_session=True,
+        )
+
+
+async def _wait_serving(
+    state: StateDirectory, process: subprocess.Popen[bytes], log_path: Path, show: Callable[[str], None]
+) -> MeshRecord:
+    deadline = time.monotonic() + _DETACHED_START_SECONDS
+    while time.monotonic() < deadline:
+        record = read_mesh(state)
+        if record is not None and record.pid == process.pid and record.state == "ready":
+            return record
+        if process.poll() is not None:
+            end = tail(log_path, 15)
+            raise Unavailable(f"the mesh did not start; {log_path} ends with:\n{end}", reason="START_FAILED")
+        if record is not None and record.pid == process.pid:
+            waiting = [child.name for child in record.processes if child.state != "ready"]
+            show(f"starting the mesh: waiting for {', '.join(waiting) or 'the model'}")
+        await asyncio.sleep(0.1)
+    process.terminate()
+    raise DeadlineExceeded(f"the mesh did not start in {_DETACHED_START_SECONDS:.0f} s; see {log_path}")
+
+
+async def down(state: StateDirectory, console: Console, *, timeout_seconds: float) -> None:
+    """Stops the mesh of a state directory and waits until it is gone."""
+    record = find_running(state)
+    process = psutil.Process(record.pid)
+    process.terminate()
+    deadline = time.monotonic() + timeout_seconds
+    with console.status("draining"):
+        while record.is_alive:
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(
+                    f"the mesh (pid {record.pid}) did not stop in {timeout_seconds:.0f} s; wait, or kill that process: "
+                    "the next `helios up` cleans up"
+                )
+            await asyncio.sleep(0.1)
+    console.print("stopped")
+
+
+async def status(state: StateDirectory, console: Console, *, is_json: bool) -> None:
+    """Shows what runs."""
+    record = find_running(state)
+    document: dict[str, Any] = {"mesh": asdict(record)}
+    async with open_admin(state) as dialer:
+        admin = dialer.stub(AdminServiceStub)
+        workers = await admin.ListWorkers(admin_pb.ListWorkersRequest(page_size=1000), timeout=_CALL_SECONDS)
+        replicas = await admin.ListReplicas(admin_pb.ListReplicasRequest(page_size=1000), timeout=_CALL_SECONDS)
+        catalog = dialer.stub(ModelServiceStub)
+        models = await catalog.ListModels(catalog_pb.ListModelsRequest(), timeout=_CALL_SECONDS)
+    if is_json:
+        document |= {"workers": _plain(workers)["workers"], "replicas": _plain(replicas)["replicas"]}
+        console.print_json(json.dumps(document | {"models": _plain(models)["data"]}))
+        return
+    console.print(f"mesh [bold]{record.state}[/]  edge http://{record.edge}/v1  admin {record.admin}  {state.root}")
+    console.print(_process_table(record))
+    console.print(_worker_table(workers))
+    console.print(_model_table(models.data))
+    if replicas.replicas:
+        console.print(_replica_table(replicas))
+
+
+async def models_list(state: StateDirectory, console: Console, *, is_json: bool) -> None:
+    """Lists the models."""
+    async with open_edge(find_running(state)) as dialer:
+        stub = dialer.stub(ModelServiceStub)
+        response = await stub.ListModels(catalog_pb.ListModelsRequest(), timeout=_CALL_SECONDS)
+    if is_json:
+        console.print_json(json.dumps(_plain(response)["data"]))
+    else:
+        console.print(_model_table(response.data))
+
+
+async def models_add(
+    state: StateDirectory, console: Console, name: str, path: str, *, aliases: tuple[str, ...], sha256: str
+) -> None:
+    """Adds a model from a directory or a file of this machine."""
+    source = path if path.startswith("embedded:") else str(Path(path).expanduser().absolute())
+    if not path.startswith("embedded:") and not Path(source).exists():
+        raise InvalidRequest(f"{source} does not exist", reason="INVALID_SOURCE")
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    async with open_admin(state) as dialer:
+        with bar:
+            task = bar.add_task("inspect", total=None)
+            async for event in RegistryClient(dialer).ingest(name, source, aliases=aliases, expected_sha256=sha256):
+                if isinstance(event, IngestProgress):
+                    bar.update(
+                        task, description=event.phase, completed=event.done_bytes, total=event.total_bytes or None
+                    )
+                else:
+                    revision, new = event.model.revision.digest[:19], _size(event.new_bytes)
+                    console.print(f"{name} is {revision}…, {new} new; the first request starts it")
+
+
+async def models_rm(state: StateDirectory, console: Console, name: str) -> None:
+    """Removes a model."""
+    async with open_admin(state) as dialer:
+        freed = await RegistryClient(dialer).delete_model(name)
+    console.print(f"{name} removed, {_size(freed)} freed")
+
+
+async def models_show(state: StateDirectory, console: Console, name: str, *, is_json: bool) -> None:
+    """Shows one model."""
+    async with open_edge(find_running(state)) as dialer:
+        stub = dialer.stub(ModelServiceStub)
+        response = await stub.GetModel(catalog_pb.GetModelRequest(model=name), timeout=_CALL_SECONDS)
+    fields = _plain(response)
+    if is_json:
+        console.print_json(json.dumps(fields))
+        return
+    table = Table(show_header=False, box=None)
+    for key, value in fields.items():
+        table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
+    console.print(table)
+
+
+async def chat(state: StateDirectory, console: Console, model: str, *, message: str, max_tokens: int | None) -> None:
+    """Talks to a model, one turn or until the input ends."""
+    record = find_running(state)
+    chosen = model or record.model
+    if not chosen:
+        raise PreconditionFailed("name a model: helios chat MODEL; `helios models list` shows them")
+
+    def write(text: str) -> None:
+        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+
+    async with open_edge(record) as dialer:
+        conversation = Conversation(dialer, chosen, max_tokens=max_tokens)
+        if message:
+            await conversation.ask(message, write)
+            console.print()
+            return
+        console.print(f"{chosen}; an empty line or Ctrl-D ends", style="dim")
+        while text := await asyncio.to_thread(_read_line):
+            usage = await conversation.ask(text, write)
+            console.print(f"\n[dim]{usage.prompt_tokens} + {usage.completion_tokens} tokens[/]")
+
+
+async def scale(state: StateDirectory, console: Console, model: str, count: int) -> None:
+    """Sets the number of replicas."""
+    async with open_admin(state) as dialer:
+        request = admin_pb.ScaleModelRequest(model=model, replica_count=count)
+        response = await dialer.stub(AdminServiceStub).ScaleModel(request, timeout=_CALL_SECONDS)
+    console.print(f"{model}: {response.desired_count} asked for, {response.ready_count} ready")
+
+
+async def evict(state: StateDirectory, console: Console, model: str) -> None:
+    """Stops a model's replicas and drops its bytes from the node."""
+    async with open_admin(state) as dialer:
+        request = admin_pb.EvictModelRequest(model=model)
+        response = await dialer.stub(AdminServiceStub).EvictModel(request, timeout=_CALL_SECONDS)
+    console.print(f"{model}: {response.draining_count} replica(s) draining; the registry keeps the model")
+
+
+async def logs(state: StateDirectory, console: Console, process: str, *, is_following: bool, line_count: int) -> None:
+    """Prints the ends of logs, and goes on with new lines where asked."""
+    paths = sorted(state.logs.glob("*.log"))
+    chosen = [path for path in paths if not process or path.stem == process]
+    if not chosen:
+        names = ", ".join(path.stem for path in paths) or "none yet"
+        raise InvalidRequest(f"no log named {process or '(any)'} in {state.logs}; there is: {names}")
+    positions = {}
+    for path in chosen:
+        positions[path] = path.stat().st_size
+        for line in tail(path, line_count).splitlines() if line_count else ():
+            _print_line(console, path, line, is_named=len(chosen) > 1)
+    while is_following:
+        for path in chosen:
+            positions[path] = _print_new(console, path, positions[path], is_named=len(chosen) > 1)
+        await asyncio.sleep(0.2)
+
+
+def _print_new(console: Console, path: Path, position: int, *, is_named: bool) -> int:
+    size = path.stat().st_size if path.exists() else 0
+    if size < position:
+        position = 0
+    if size > position:
+        with path.open("rb") as file:
+            file.seek(position)
+            for line in file.read(size - position).decode("utf-8", "replace").splitlines():
+                _print_line(console, path, line, is_named=is_named)
+    return size
+
+
+def _print_line(console: Console, path: Path, line: str, *, is_named: bool) -> None:
+    console.print(f"{path.stem}: {line}" if is_named else line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _read_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return ""
+
+
+def _process_table(record: MeshRecord) -> Table:
+    table = Table("process", "state", "pid", "restarts", "metrics", "last exit")
+    for child in record.processes:
+        metrics = f"http://{child.ops_address}/metrics" if child.ops_address else ""
+        table.add_row(child.name, child.state, str(child.pid), str(child.restart_count), metrics, child.detail)
+    return table
+
+
+def _worker_table(response: admin_pb.ListWorkersResponse) -> Table:
+    table = Table("worker", "node", "slots", "device", "booked", "memory")
+    for worker in response.workers:
+        for device in worker.devices:
+            slots = f"{worker.replica_count}/{worker.slot_count}"
+            booked, memory = _size(device.booked_bytes), _size(device.memory_bytes)
+            table.add_row(worker.worker_id, worker.node, slots, device.device_id, booked, memory)
+    return table
+
+
+def _model_table(models: Any) -> Table:
+    table = Table("model", "state", "ready", "starting", "weights", "memory", "context", "aliases")
+    for model in models:
+        name = catalog_pb.ModelState.Name(model.state).removeprefix("MODEL_STATE_").lower()
+        sizes = _size(model.resources.weights_bytes), _size(model.resources.memory_bytes)
+        counts = str(model.replicas.ready), str(model.replicas.starting)
+        table.add_row(model.id, name, *counts, *sizes, str(model.max_context_tokens), ", ".join(model.aliases))
+    return table
+
+
+def _replica_table(response: admin_pb.ListReplicasResponse) -> Table:
+    table = Table("replica", "model", "state", "worker", "address", "running", "start")
+    for entry in response.replicas:
+        replica = entry.replica
+        name = fleet_pb.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()
+        seconds = sum(phase.duration.ToMilliseconds() for phase in replica.phases) / 1000
+        running = str(replica.load.running_requests)
+        table.add_row(
+            replica.replica_id, replica.model, name, entry.worker_id, replica.address, running, f"{seconds:.1f} s"
+        )
+    return table

@@ -1,0 +1,184 @@
+"""The command line: ``helios --help``."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, Final, NoReturn, TypeVar
+
+import grpc.aio
+import typer
+from rich.console import Console
+
+from helios.cli import commands
+from helios.cli.state import StateDirectory
+from helios.cli.topology import EMBEDDED_MODEL, default_state_directory
+from helios.cli.up import UpOptions
+from helios.mesh.errors import HeliosError
+from helios.mesh.status import error_from_rpc
+
+T = TypeVar("T")
+
+app: Final = typer.Typer(
+    name="helios",
+    help="Serverless LLM inference: many models behind one OpenAI-compatible address.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+models: Final = typer.Typer(help="Models that the mesh knows.", no_args_is_help=True)
+app.add_typer(models, name="models")
+
+console: Final = Console()
+errors: Final = Console(stderr=True)
+
+StateOption = Annotated[
+    Path,
+    typer.Option(
+        "--state-dir",
+        envvar="HELIOS_STATE_DIR",
+        help="Directory of the mesh: certificates, models, logs, sockets.",
+        show_default="$XDG_STATE_HOME/helios",
+        default_factory=default_state_directory,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def up(
+    state_dir: StateOption,
+    *,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once the mesh serves; it runs on.")] = False,
+    host: Annotated[str, typer.Option(help="Address of the public listener.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the public listener.", min=1, max=65535)] = 8080,
+    admin_port: Annotated[int, typer.Option(help="Port of the admin listener.", min=1, max=65535)] = 8081,
+    model: Annotated[str, typer.Option(help="Model to have at hand; empty: none.")] = EMBEDDED_MODEL,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Setting of a process, such as proxy.idle_timeout_seconds=60. May be repeated."),
+    ] = None,
+) -> None:
+    """Run the whole mesh on this machine: registry, storage, worker, proxy and Envoy."""
+    options = UpOptions(
+        StateDirectory(state_dir.absolute()),
+        host=host,
+        port=port,
+        admin_port=admin_port,
+        model=model,
+        overrides=tuple(setting or ()),
+    )
+    _run(commands.up_detached(options, console) if detach else commands.up(options, console))
+
+
+@app.command()
+def down(
+    state_dir: StateOption,
+    *,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for requests to end.", min=1)] = 60.0,
+) -> None:
+    """Stop the mesh: requests end first."""
+    _run(commands.down(_state(state_dir), console, timeout_seconds=timeout))
+
+
+@app.command()
+def status(state_dir: StateOption, *, is_json: JsonOption = False) -> None:
+    """Show processes, workers, models and replicas."""
+    _run(commands.status(_state(state_dir), console, is_json=is_json))
+
+
+@models.command("list")
+def models_list(state_dir: StateOption, *, is_json: JsonOption = False) -> None:
+    """List the models and their states."""
+    _run(commands.models_list(_state(state_dir), console, is_json=is_json))
+
+
+@models.command("add")
+def models_add(
+    name: Annotated[str, typer.Argument(help="Name that requests will use.")],
+    path: Annotated[str, typer.Argument(help="Directory with safetensors, a .gguf file, or embedded:NAME.")],
+    state_dir: StateOption,
+    *,
+    alias: Annotated[list[str] | None, typer.Option(help="Another name for it. May be repeated.")] = None,
+    sha256: Annotated[str, typer.Option(help="Expected sha256 of a .gguf file.")] = "",
+) -> None:
+    """Add a model, or a new revision of one."""
+    _run(commands.models_add(_state(state_dir), console, name, path, aliases=tuple(alias or ()), sha256=sha256))
+
+
+@models.command("rm")
+def models_rm(name: Annotated[str, typer.Argument(help="Name of the model.")], state_dir: StateOption) -> None:
+    """Remove a model, its replicas and its bytes."""
+    _run(commands.models_rm(_state(state_dir), console, name))
+
+
+@models.command("show")
+def models_show(
+    name: Annotated[str, typer.Argument(help="Name or alias.")], state_dir: StateOption, *, is_json: JsonOption = False
+) -> None:
+    """Show one model: state, revision, resources."""
+    _run(commands.models_show(_state(state_dir), console, name, is_json=is_json))
+
+
+@app.command()
+def chat(
+    state_dir: StateOption,
+    model: Annotated[str, typer.Argument(help="Name or alias.")] = "",
+    *,
+    message: Annotated[str, typer.Option("--message", "-m", help="Ask this, print the answer, and leave.")] = "",
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.", min=1)] = None,
+) -> None:
+    """Talk to a model; answers stream."""
+    _run(commands.chat(_state(state_dir), console, model, message=message, max_tokens=max_tokens))
+
+
+@app.command()
+def scale(
+    model: Annotated[str, typer.Argument(help="Name or alias.")],
+    count: Annotated[int, typer.Argument(help="Replicas to keep; 0: none until a request comes.", min=0, max=1000)],
+    state_dir: StateOption,
+) -> None:
+    """Set how many replicas a model has."""
+    _run(commands.scale(_state(state_dir), console, model, count))
+
+
+@app.command()
+def evict(model: Annotated[str, typer.Argument(help="Name or alias.")], state_dir: StateOption) -> None:
+    """Stop a model's replicas and drop its weights from this node's cache."""
+    _run(commands.evict(_state(state_dir), console, model))
+
+
+@app.command()
+def logs(
+    state_dir: StateOption,
+    process: Annotated[str, typer.Argument(help="registry, storage, worker, proxy, envoy or up; empty: all.")] = "",
+    *,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="Lines of each log.", min=0)] = 20,
+) -> None:
+    """Print the logs of the processes."""
+    _run(commands.logs(_state(state_dir), console, process, is_following=follow, line_count=lines))
+
+
+def _state(path: Path) -> StateDirectory:
+    return StateDirectory(path.absolute())
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    try:
+        return asyncio.run(work)
+    except HeliosError as error:
+        _fail(error)
+    except grpc.aio.AioRpcError as error:
+        _fail(error_from_rpc(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _fail(error: HeliosError) -> NoReturn:
+    if "--json" in sys.argv:
+        sys.stdout.write(json.dumps({"error": {"reason": error.reason, "message": error.message}}) + "\n")
+    else:
+        errors.print(f"[bold red]error[/] {error.message} [dim]({error.reason})[/]", highlight=False, soft_wrap=True)
+    raise typer.Exit(1)

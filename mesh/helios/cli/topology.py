@@ -1,0 +1,156 @@
+"""Which processes make a mesh on one machine, with which settings: plain data, decided before anything starts.
+
+Processes meet over unix sockets in the state directory: their addresses are known before they start, survive restarts
+and clash with nobody. Replicas listen on TCP, because Envoy addresses them by ``ip:port``.
+"""
+
+import asyncio
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from helios.cli.certificates import identity_of
+from helios.cli.children import ChildSpec
+from helios.cli.state import StateDirectory
+from helios.mesh.envoy.admin import EnvoyAdmin
+from helios.mesh.envoy.bootstrap import install
+from helios.mesh.envoy.process import command
+from helios.mesh.envoy.settings import EdgeSettings, Limits
+from helios.mesh.errors import InvalidRequest, Unavailable
+from helios.mesh.settings import to_arguments
+
+if TYPE_CHECKING:
+    from helios.cli.up import UpOptions
+
+EMBEDDED_MODEL: Final = "smollm2-135m-instruct"
+EMBEDDED_SOURCES: Final = {EMBEDDED_MODEL: f"embedded:{EMBEDDED_MODEL}"}
+EMBEDDED_ALIASES: Final = {EMBEDDED_MODEL: ("smollm2",)}
+
+PROCESSES: Final = ("registry", "storage", "proxy", "worker")
+# Envoy's wait for the picker is 30 s longer than the proxy's longest hold (helios.mesh.envoy.settings.Limits).
+_ACTIVE_REQUESTS: Final = re.compile(
+    r"^envoy_http_downstream_rq_active\{[^}]*prefix=\"(?:edge|admin)\"[^}]*\} (\d+)", re.MULTILINE
+)
+_DRAIN_POLL_SECONDS: Final = 0.05
+
+Settings = dict[str, dict[str, Any]]
+
+
+def default_state_directory() -> Path:
+    """Returns ``$XDG_STATE_HOME/helios``, by default ``~/.local/state/helios``."""
+    base = os.environ.get("XDG_STATE_HOME")  # noqa: TID251 - the XDG specification names the variable
+    return (Path(base) if base else Path.home() / ".local" / "state") / "helios"
+
+
+def settings_of(options: "UpOptions") -> Settings:
+    """Returns the settings of each process, the user's overrides applied. Raises InvalidRequest for a bad override."""
+    settings = _defaults(options.state)
+    for override in options.overrides:
+        _apply(settings, override)
+    return settings
+
+
+def children(state: StateDirectory, settings: Settings, options: "UpOptions") -> list[ChildSpec]:
+    """Returns how to start each process; writes Envoy's configuration."""
+    specs = [_python_process(state, name, settings[name]) for name in PROCESSES]
+    return [*specs, _envoy(state, settings, options)]
+
+
+async def drain_envoy(state: StateDirectory, *, timeout_seconds: float) -> None:
+    """Lets Envoy take no new connections and returns when its requests have ended, or after the timeout."""
+    deadline = time.monotonic() + timeout_seconds
+    async with EnvoyAdmin(_envoy_admin(state)) as admin:
+        try:
+            await admin.drain()
+            while time.monotonic() < deadline:
+                if sum(map(int, _ACTIVE_REQUESTS.findall(await admin.prometheus()))) == 0:
+                    return
+                await asyncio.sleep(_DRAIN_POLL_SECONDS)
+        except Unavailable:
+            return
+
+
+def _defaults(state: StateDirectory) -> Settings:
+    sockets = state.sockets
+    registry, storage = f"unix:{sockets / 'registry.sock'}", f"unix:{sockets / 'storage.sock'}"
+    control, picker = f"unix:{sockets / 'control.sock'}", f"unix:{sockets / 'picker.sock'}"
+    specific: Settings = {
+        "registry": {"state_directory": state.component("registry"), "listen": registry},
+        "storage": {"state_directory": state.component("storage"), "listen": storage, "registry_target": registry},
+        "proxy": {
+            "state_directory": state.component("proxy"),
+            "control_listen": control,
+            "picker_listen": picker,
+            "registry_target": registry,
+        },
+        "worker": {
+            "state_directory": state.component("worker"),
+            "supervisor_listen": f"unix:{sockets / 'supervisor.sock'}",
+            "storage_target": storage,
+            "proxies": [control],
+            "log_directory": state.logs,
+        },
+        "envoy": {},
+    }
+    for name in PROCESSES:
+        specific[name]["mesh"] = {"tls": "files", "identity_directory": identity_of(state, name).directory}
+    return specific
+
+
+def _apply(settings: Settings, override: str) -> None:
+    path, equals, value = override.partition("=")
+    component, dot, field = path.partition(".")
+    if not equals or not dot or component not in settings:
+        raise InvalidRequest(
+            f"--set {override}: write COMPONENT.FIELD=VALUE, with a component of {', '.join(settings)}; "
+            "`python -m helios.COMPONENT --help` lists its fields"
+        )
+    *parents, leaf = field.replace("-", "_").split(".")
+    place = settings[component]
+    for parent in parents:
+        place = place.setdefault(parent, {})
+    place[leaf] = value
+
+
+def _python_process(state: StateDirectory, name: str, settings: Mapping[str, Any]) -> ChildSpec:
+    ready = state.run / f"{name}.ready.json"
+    flags = to_arguments(deepcopy(dict(settings)))
+    arguments = [sys.executable, "-m", f"helios.{name}", f"--ready-file={ready}", *flags]
+    # A worker drains its replicas first, which takes as long as its own setting allows.
+    stop_seconds = 45.0 if name == "worker" else 15.0
+    return ChildSpec(name, arguments, state.logs / f"{name}.log", ready_path=ready, stop_seconds=stop_seconds)
+
+
+def _envoy(state: StateDirectory, settings: Settings, options: "UpOptions") -> ChildSpec:
+    hold_seconds = float(settings["proxy"].get("hold", {}).get("limit_seconds", 300.0))
+    edge = EdgeSettings(
+        directory=state.component("envoy"),
+        envoy_admin=_envoy_admin(state),
+        admin_token=state.admin_token(),
+        picker=(settings["proxy"]["picker_listen"],),
+        control=(settings["proxy"]["control_listen"],),
+        registry=(settings["registry"]["listen"],),
+        edge_identity=identity_of(state, "edge"),
+        admin_identity=identity_of(state, "admin-edge"),
+        edge_host=options.host,
+        edge_port=options.port,
+        admin_port=options.admin_port,
+        access_log=state.logs / "access.log",
+        otlp_endpoint=settings["envoy"].get("otlp_endpoint"),
+        limits=Limits(hold_limit_seconds=hold_seconds),
+    )
+
+    async def is_serving() -> bool:
+        async with EnvoyAdmin(_envoy_admin(state)) as admin:
+            return await admin.is_ready()
+
+    return ChildSpec("envoy", command(install(edge)), state.logs / "envoy.log", probe=is_serving)
+
+
+def _envoy_admin(state: StateDirectory) -> str:
+    return f"unix:{state.sockets / 'envoy-admin.sock'}"

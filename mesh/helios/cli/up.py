@@ -1,0 +1,224 @@
+"""Running a whole mesh on one machine: every process of it, from certificates to the first model, until it is told to
+stop.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Final
+
+import psutil
+import structlog
+
+from helios.cli import topology
+from helios.cli.certificates import issue_due, renew_forever
+from helios.cli.children import Child, become_subreaper, kill_leftovers, reap_orphans, wait_all_ready
+from helios.cli.edge import open_admin
+from helios.cli.state import MeshRecord, StateDirectory, read_mesh, write_mesh
+from helios.mesh.errors import AlreadyExists, HeliosError, ModelNotFound
+from helios.mesh.tasks import task_scope
+from helios.registry.client import IngestProgress, RegistryClient
+
+log = structlog.get_logger()
+
+# The launcher alone imports vLLM for 10 s on a quiet machine; a busy one takes several times as long.
+START_TIMEOUT_SECONDS: Final = 180.0
+DRAIN_SECONDS: Final = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """What ``helios up`` was asked for."""
+
+    state: StateDirectory
+    host: str = "127.0.0.1"
+    port: int = 8080
+    admin_port: int = 8081
+    model: str = topology.EMBEDDED_MODEL
+    """Model to have ready at the end of the start; the embedded one is ingested on first use. Empty: none."""
+    overrides: tuple[str, ...] = ()
+    """``component.field=value``: settings of the processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A step of the start, for whoever shows it."""
+
+    step: str
+    state: str
+    """``running``, ``done`` or ``failed``."""
+    detail: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+Report = Callable[[Progress], None]
+
+
+class Mesh:
+    """All processes of one mesh."""
+
+    def __init__(self, options: UpOptions, report: Report) -> None:
+        self._options = options
+        self._report = report
+        self._state = "starting"
+        self._failure = ""
+        self._started_at = psutil.Process().create_time()
+        specs = topology.children(options.state, topology.settings_of(options), options)
+        self.children = [Child(spec, self._publish) for spec in specs]
+
+    @property
+    def edge(self) -> str:
+        """``host:port`` of the public address."""
+        return f"{self._options.host}:{self._options.port}"
+
+    @property
+    def admin(self) -> str:
+        """``host:port`` of the admin address."""
+        return f"127.0.0.1:{self._options.admin_port}"
+
+    async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
+        """Starts everything, calls ``on_ready``, serves until ``stop`` is set, then drains. Raises HeliosError."""
+        async with task_scope() as group:
+            group.create_task(renew_forever(self._options.state), name="renew certificates")
+            group.create_task(reap_orphans(self._own_pids), name="reap orphans")
+            for child in self.children:
+                group.create_task(child.run(), name=f"run {child.spec.name}")
+            try:
+                if await _unless_stopped(self._start(), stop):
+                    self._set("ready")
+                    on_ready()
+                    await stop.wait()
+            except HeliosError as error:
+                self._failure = error.message
+                raise
+            finally:
+                self._set("stopping")
+                await self._stop()
+                self._set("failed" if self._failure else "stopped")
+
+    async def _start(self) -> None:
+        self._report(Progress("processes", "running", ", ".join(child.spec.name for child in self.children)))
+        began = time.monotonic()
+        light = [child for child in self.children if child.spec.name != "worker"]
+        await wait_all_ready(light, timeout_seconds=START_TIMEOUT_SECONDS)
+        for child in light:
+            self._report(Progress(child.spec.name, "done", f"pid {child.pid}"))
+        if self._options.model:
+            await self._ensure_model()
+        await wait_all_ready(self.children, timeout_seconds=START_TIMEOUT_SECONDS)
+        self._report(Progress("worker", "done", f"pid {next(c.pid for c in self.children if c.spec.name == 'worker')}"))
+        self._report(Progress("processes", "done", f"{time.monotonic() - began:.1f} s"))
+
+    async def _ensure_model(self) -> None:
+        """Makes sure that the registry knows the model; the embedded one is ingested, any other must be there."""
+        name = self._options.model
+        async with open_admin(self._options.state) as dialer:
+            registry = RegistryClient(dialer)
+            try:
+                await registry.get_model(name)
+                self._report(Progress("model", "done", f"{name} is there"))
+                return
+            except ModelNotFound:
+                self._report(Progress("model", "running", f"{name} is new"))
+            source = topology.EMBEDDED_SOURCES.get(name)
+            if source is None:
+                raise ModelNotFound(
+                    f"the registry has no model {name}; start without --model, then add it with "
+                    f"`helios models add {name} PATH`"
+                )
+            aliases = topology.EMBEDDED_ALIASES.get(name, ())
+            async for event in registry.ingest(name, source, aliases=aliases):
+                if isinstance(event, IngestProgress):
+                    self._report(Progress("model", "running", event.phase, event.done_bytes, event.total_bytes))
+        self._report(Progress("model", "done", f"{name} ingested"))
+
+    async def _stop(self) -> None:
+        """Stops in the order of the traffic: no new requests, then what serves them, then what they need."""
+        by_name = {child.spec.name: child for child in self.children}
+        await topology.drain_envoy(self._options.state, timeout_seconds=DRAIN_SECONDS)
+        for names in (("envoy",), ("worker",), ("proxy",), ("storage", "registry")):
+            async with asyncio.TaskGroup() as group:
+                for name in names:
+                    group.create_task(by_name[name].stop(), name=f"stop {name}")
+
+    def _own_pids(self) -> set[int]:
+        return {child.pid for child in self.children if child.pid}
+
+    def _set(self, state: str) -> None:
+        self._state = state
+        self._publish()
+
+    def _publish(self) -> None:
+        record = MeshRecord(
+            pid=os.getpid(),
+            started_at=self._started_at,
+            state=self._state,
+            edge=self.edge,
+            admin=self.admin,
+            model=self._options.model,
+            failure=self._failure,
+            processes=tuple(child.record for child in self.children),
+        )
+        write_mesh(self._options.state, record)
+
+
+async def run_mesh(options: UpOptions, report: Report, on_ready: Callable[[Mesh], None]) -> None:
+    """Runs a mesh in this process until SIGINT or SIGTERM. Raises HeliosError where it can't start."""
+    state = options.state
+    state.create()
+    with state.lock():
+        check_port_free(options.host, options.port, "--port")
+        check_port_free("127.0.0.1", options.admin_port, "--admin-port")
+        become_subreaper()
+        previous = read_mesh(state)
+        if previous is not None:
+            await asyncio.to_thread(kill_leftovers, previous.processes, timeout_seconds=15.0)
+        issued = await asyncio.to_thread(issue_due, state)
+        state.admin_token()
+        report(Progress("certificates", "done", f"issued {len(issued)}" if issued else "valid"))
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        mesh = Mesh(options, report)
+        await mesh.run(stop, lambda: on_ready(mesh))
+
+
+def check_port_free(host: str, port: int, flag: str) -> None:
+    """Raises AlreadyExists, saying what to do, where a port can't be bound."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise AlreadyExists(
+                f"port {port} on {host} is taken ({error.strerror}); free it, or choose another one with {flag}",
+                reason="PORT_TAKEN",
+            ) from error
+
+
+async def _unless_stopped(work: Coroutine[None, None, None], stop: asyncio.Event) -> bool:
+    """Awaits ``work``, raises what it raises and returns True; where ``stop`` is set first, cancels it: False."""
+    async with task_scope() as group:
+        working = group.create_task(_outcome(work), name="start")
+        stopping = group.create_task(stop.wait(), name="wait for stop")
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            return False
+        error = working.result()
+        if error is not None:
+            raise error
+        return True
+
+
+async def _outcome(work: Coroutine[None, None, None]) -> HeliosError | None:
+    try:
+        await work
+    except HeliosError as error:
+        return error
+    return None
