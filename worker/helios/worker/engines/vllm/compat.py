@@ -1,0 +1,237 @@
+"""Every place where Helios leans on what vLLM does not promise to keep; pinned to one minor version.
+
+Three things stock vLLM can't do are had here: its EngineCore and Worker are forked (its CPU platform insists on spawning
+them, and each spawn imports torch and vLLM for nine seconds anew); the process that computes is bound to its cores after the
+fork (vLLM binds by environment variables that libgomp read long before); and every request is metered in one place.
+
+``tests/worker/engines/test_compat.py`` holds one test for each symbol. With another version than PINNED the contract is
+unknown: ``check_version`` says so, and the engine then starts its processes in vLLM's own way.
+"""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextvars import ContextVar
+from multiprocessing.context import BaseContext
+from typing import Any, Final
+
+import structlog
+import torch
+import vllm
+import vllm.model_executor.models.llama
+import vllm.model_executor.models.qwen2
+import vllm.model_executor.models.qwen3
+import vllm.renderers.hf
+import vllm.tokenizers.hf
+import vllm.utils.system_utils
+import vllm.v1.engine.core
+import vllm.v1.engine.utils
+import vllm.v1.executor.multiproc_executor
+import vllm.v1.executor.uniproc_executor
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import (
+    GracefulHTTPError,
+    RetryableRequestError,
+    VLLMClientError,
+    VLLMError,
+    VLLMNotFoundError,
+    VLLMValidationError,
+)
+from vllm.inputs import TextPrompt, TokensPrompt
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.renderers.inputs.preprocess import parse_model_prompt
+from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.renderers.params import ChatParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from helios.worker.replica.engine import EngineLoad, Meter
+
+__all__ = [
+    "AsyncEngineArgs",
+    "BaseModelPath",
+    "ChatCompletionRequest",
+    "ChatCompletionResponse",
+    "ChatParams",
+    "CompletionRequest",
+    "CompletionResponse",
+    "EngineDeadError",
+    "ErrorResponse",
+    "GracefulHTTPError",
+    "LoadSink",
+    "MeteredLLM",
+    "OnlineRenderer",
+    "OpenAIServingChat",
+    "OpenAIServingCompletion",
+    "OpenAIServingModels",
+    "PlacedWorker",
+    "RequestOutput",
+    "RequestOutputKind",
+    "RetryableRequestError",
+    "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
+    "VLLMClientError",
+    "VLLMError",
+    "VLLMNotFoundError",
+    "VLLMValidationError",
+    "check_version",
+    "fork_instead_of_spawn",
+    "notify_when_forked",
+    "parse_model_prompt",
+    "prepare_before_fork",
+]
+
+log = structlog.get_logger()
+
+PINNED: Final = (0, 32)
+# Modules that imported get_mp_context by name: replacing it in one place would not reach the others.
+_USERS_OF_MP_CONTEXT: Final = (vllm.utils.system_utils, vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor)
+# Key of AsyncEngineArgs.additional_config, vLLM's own place for settings of extensions.
+_SETTINGS_KEY: Final = "helios"
+
+METER: Final[ContextVar[Meter | None]] = ContextVar("helios_meter", default=None)
+"""The meter of the request that the current task serves; set by the engine around each call into vLLM."""
+
+
+def check_version() -> bool:
+    """Returns whether the installed vLLM is the pinned one; says so in the log where it is not."""
+    if vllm.__version_tuple__[:2] == PINNED:
+        return True
+    log.warning(
+        "unknown vLLM version: engine processes are spawned, not forked",
+        version=vllm.__version__,
+        pinned=".".join(map(str, PINNED)),
+    )
+    return False
+
+
+def prepare_before_fork() -> None:
+    """Does what needs no model and would otherwise be done in every child. Starts no thread, touches no device."""
+    # One OpenMP thread: a pool that a parallel region starts here would be missing in the child, which then hangs.
+    torch.set_num_threads(1)
+    # Resolves the platform, which is otherwise found out at first use, and replaces Triton kernels by C++ ones: a scan over
+    # every module that takes 0.4 s.
+    current_platform.register_triton_kernel_overrides()
+
+
+def fork_instead_of_spawn() -> None:
+    """Makes vLLM fork its processes from this one. Call before an engine is made, in a process without threads."""
+    context: BaseContext = multiprocessing.get_context("fork")
+    for module in _USERS_OF_MP_CONTEXT:
+        vars(module)["get_mp_context"] = lambda: context
+
+
+def notify_when_forked(callback: Callable[[], None]) -> None:
+    """Has ``callback`` called, in the thread that makes the engine, when EngineCore's process exists."""
+    manager: Any = vllm.v1.engine.utils.CoreEngineProcManager
+    original = getattr(manager, "__wrapped__", manager)
+
+    class Notifying(original):  # type: ignore[misc]
+        __wrapped__ = original
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            callback()
+
+    vars(vllm.v1.engine.utils)["CoreEngineProcManager"] = Notifying
+
+
+def worker_settings(cores: tuple[int, ...], phase_descriptor: int) -> dict[str, Any]:
+    """Returns the ``additional_config`` that a PlacedWorker reads."""
+    return {_SETTINGS_KEY: {"cores": list(cores), "phase_descriptor": phase_descriptor}}
+
+
+class PlacedWorker(CPUWorker):  # type: ignore[misc]
+    """The process that computes: bound to its cores before its first parallel region, and says when weights are in."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        settings = vllm_config.additional_config[_SETTINGS_KEY]
+        self._phase_descriptor: int = settings["phase_descriptor"]
+        cores: list[int] = settings["cores"]
+        if cores:
+            os.sched_setaffinity(0, cores)
+        torch.set_num_threads(max(1, len(cores)))
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def init_device(self) -> None:
+        """Prepares the device; what comes next is loading."""
+        super().init_device()
+        self._end_phase("engine")
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Loads the weights; what comes next is the KV cache and the warm-up."""
+        super().load_model(*args, **kwargs)
+        self._end_phase("load")
+
+    def _end_phase(self, phase: str) -> None:
+        # CLOCK_MONOTONIC is one clock for all processes of a machine. A pipe write below 4 KiB is atomic.
+        os.write(self._phase_descriptor, json.dumps([phase, time.monotonic()]).encode() + b"\n")
+
+
+class MeteredLLM(AsyncLLM):  # type: ignore[misc]
+    """AsyncLLM that counts each request's tokens into the METER of the task that asked for it."""
+
+    async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
+        """Generates as AsyncLLM does. Closing the generator aborts the request at once, not when it is collected."""
+        meter = METER.get()
+        outputs = super().generate(*args, **kwargs)
+        try:
+            async for output in outputs:
+                if meter is not None:
+                    _count(meter, output)
+                yield output
+        finally:
+            await outputs.aclose()
+
+
+def _count(meter: Meter, output: RequestOutput) -> None:
+    tokens = sum(len(choice.token_ids) for choice in output.outputs)
+    if tokens and meter.first_token_at is None:
+        now = time.monotonic()
+        # An answer that is not streamed has one output, at its end; the engine measured when its first token came.
+        latency = output.metrics.first_token_latency if output.finished and output.metrics is not None else 0.0
+        meter.first_token_at = min(now, meter.arrived_at + latency) if latency else now
+    meter.completion_tokens += tokens
+    if output.prompt_token_ids is not None:
+        meter.prompt_tokens = len(output.prompt_token_ids)
+    if output.num_cached_tokens:
+        meter.cached_prompt_tokens = output.num_cached_tokens
+
+
+class LoadSink(StatLoggerBase):  # type: ignore[misc]
+    """Receives the scheduler's statistics after each step and keeps the last."""
+
+    def __init__(self, on_load: Callable[[], None]) -> None:
+        self._on_load = on_load
+        self.load = EngineLoad()
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+        """Takes the statistics of one step."""
+        del iteration_stats
+        if scheduler_stats is None:
+            return
+        load = EngineLoad(
+            scheduler_stats.num_running_reqs,
+            scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
+            scheduler_stats.kv_cache_usage,
+        )
+        if load != self.load:
+            self.load = load
+            self._on_load()
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""

@@ -1,0 +1,181 @@
+"""The ``Engine`` protocol on vLLM's AsyncLLM and its OpenAI serving classes."""
+
+import contextlib
+import dataclasses
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, Final
+
+import orjson
+import structlog
+
+from helios.mesh.errors import Bug, HeliosError
+from helios.mesh.status import openai_body
+from helios.worker.engines.vllm import compat, errors
+from helios.worker.engines.vllm.pieces import PieceCutter
+from helios.worker.replica.engine import (
+    EngineFacts,
+    EngineHooks,
+    EngineLoad,
+    EventStream,
+    JsonAnswer,
+    Meter,
+    OpenAICall,
+    Piece,
+    Prompt,
+    Sampling,
+    Tokenized,
+)
+from helios.worker.engines.vllm.prompts import PromptRenderer
+from helios.worker.replica.spec import ReplicaSpec
+
+log = structlog.get_logger()
+
+# One prefill step: enough to keep two cores busy, small enough that running answers are not held up for long.
+_BATCHED_TOKENS: Final = 1024
+_ERROR_EVENT: Final = 'data: {"error"'
+_SHUTDOWN_SECONDS: Final = 2.0
+
+
+class VllmEngine:
+    """One model in vLLM. Made before the process has threads, because it forks vLLM's processes; used in one event loop."""
+
+    def __init__(self, spec: ReplicaSpec, hooks: EngineHooks) -> None:
+        """Loads the model; returns when the engine takes requests."""
+        if compat.check_version():
+            compat.fork_instead_of_spawn()
+        compat.notify_when_forked(hooks.on_forked)
+        self._sink = compat.LoadSink(hooks.on_load)
+        arguments = _engine_arguments(spec, hooks.phase_descriptor)
+        self._llm = compat.MeteredLLM.from_engine_args(arguments, stat_loggers=[lambda *_: self._sink])
+        config = self._llm.vllm_config
+        self._facts = EngineFacts(
+            max_context_tokens=config.model_config.max_model_len,
+            vocabulary_size=config.model_config.get_vocab_size(),
+            kv_cache_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+        )
+        renderer = compat.OnlineRenderer(
+            config.model_config,
+            self._llm.renderer,
+            request_logger=None,
+            chat_template=None,
+            chat_template_content_format="auto",
+        )
+        # Compiles the chat template and finds its content format, which the first request would pay for.
+        renderer.warmup()
+        models = compat.OpenAIServingModels(
+            self._llm, [compat.BaseModelPath(name=name, model_path=spec.model_path) for name in spec.names]
+        )
+        self._chat = compat.OpenAIServingChat(
+            self._llm,
+            models,
+            "assistant",
+            online_renderer=renderer,
+            request_logger=None,
+            chat_template=None,
+            chat_template_content_format="auto",
+            enable_prompt_tokens_details=True,
+        )
+        self._completion = compat.OpenAIServingCompletion(
+            self._llm, models, online_renderer=renderer, request_logger=None, enable_prompt_tokens_details=True
+        )
+        self._prompts = PromptRenderer(config.model_config, self._llm.renderer)
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What does not change."""
+        return self._facts
+
+    def load(self) -> EngineLoad:
+        """Returns the scheduler's last report."""
+        load = self._sink.load
+        return dataclasses.replace(load, is_dead=True) if self._llm.errored else load
+
+    def close(self) -> None:
+        """Ends EngineCore and Worker."""
+        self._llm.shutdown(timeout=_SHUTDOWN_SECONDS)
+
+    async def answer(self, call: OpenAICall, document: Mapping[str, Any], meter: Meter) -> JsonAnswer | EventStream:
+        """Answers an OpenAI body with vLLM's own serving code."""
+        compat.METER.set(meter)
+        # What vLLM's serving code reads of an HTTP request: the id that its answers and its engine carry.
+        http = SimpleNamespace(headers={"X-Request-Id": meter.request_id}, state=SimpleNamespace())
+        try:
+            if call is OpenAICall.CHAT_COMPLETION:
+                chat = compat.ChatCompletionRequest.model_validate(document)
+                result = await self._chat.create_chat_completion(chat, http)
+            else:
+                completion = compat.CompletionRequest.model_validate(document)
+                result = await self._completion.create_completion(completion, http)
+        except errors.REQUEST_ERRORS as error:
+            raise errors.from_exception(error) from error
+        if isinstance(result, compat.ErrorResponse):
+            raise errors.from_response(result)
+        if isinstance(result, compat.ChatCompletionResponse | compat.CompletionResponse):
+            return JsonAnswer(result.model_dump_json().encode())
+        return await _open(result)
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, meter: Meter) -> AsyncIterator[Sequence[Piece]]:
+        """Generates with AsyncLLM directly: token ids and log probabilities are the engine's."""
+        compat.METER.set(meter)
+        try:
+            rendered, parameters = await self._prompts.render(prompt, sampling)
+            cutter = PieceCutter()
+            outputs = self._llm.generate(rendered, parameters, meter.request_id)
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    yield cutter.cut(output)
+        except errors.REQUEST_ERRORS as error:
+            raise errors.from_exception(error) from error
+
+    async def tokenize(self, prompt: Prompt) -> Tokenized:
+        """Tokenizes with the model's tokenizer and chat template."""
+        try:
+            return await self._prompts.tokenize(prompt)
+        except errors.REQUEST_ERRORS as error:
+            raise errors.from_exception(error) from error
+
+
+def _engine_arguments(spec: ReplicaSpec, phase_descriptor: int) -> Any:
+    return compat.AsyncEngineArgs(
+        model=spec.model_path,
+        served_model_name=list(spec.names),
+        # -1 fits the context to what the KV cache can hold.
+        max_model_len=spec.max_context_tokens or -1,
+        kv_cache_memory_bytes=spec.kv_cache_bytes,
+        max_num_seqs=spec.max_running_requests,
+        max_num_batched_tokens=_BATCHED_TOKENS,
+        # Compilation takes a minute and a half on a CPU and gains nothing at this size.
+        enforce_eager=True,
+        distributed_executor_backend="uni",
+        worker_cls="helios.worker.engines.vllm.compat.PlacedWorker",
+        additional_config=compat.worker_settings(spec.placement.engine_cores, phase_descriptor),
+        disable_log_stats=True,
+        enable_log_requests=False,
+    )
+
+
+async def _open(events: AsyncGenerator[str, None]) -> EventStream:
+    """Waits for the first event; where that is an error, the call fails with it instead of streaming it."""
+    try:
+        first = await anext(events)
+    except StopAsyncIteration as error:
+        raise Bug("the engine ended a stream before its first event") from error
+    if first.startswith(_ERROR_EVENT):
+        await events.aclose()
+        raise _read_error(first)
+    return EventStream(_rest(first, events))
+
+
+async def _rest(first: str, events: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+    async with contextlib.aclosing(events):
+        yield first
+        async for event in events:
+            if event.startswith(_ERROR_EVENT):
+                yield f"data: {openai_body(_read_error(event)).decode()}\n\n"
+                return
+            yield event
+
+
+def _read_error(event: str) -> HeliosError:
+    return errors.from_document(orjson.loads(event.removeprefix("data: "))["error"])

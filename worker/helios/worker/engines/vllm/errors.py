@@ -1,0 +1,98 @@
+"""vLLM's errors, and those of its request models, as Helios errors: one table each way in."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from helios.mesh.errors import (
+    Bug,
+    ContextLengthExceeded,
+    HeliosError,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    ReplicaLost,
+    Unavailable,
+    Unsupported,
+)
+from helios.worker.engines.vllm import compat
+
+# What vLLM's serving code raises for a request it can't take, beside its own tree: its HTTP server answers these with 400.
+REQUEST_ERRORS: Final = (compat.VLLMError, compat.EngineDeadError, ValidationError, ValueError, TypeError, OverflowError)
+
+_CONTEXT_MESSAGES: Final = ("maximum context length", "longer than the maximum model length", "max_model_len")
+_BY_STATUS: Final[Mapping[int, type[HeliosError]]] = {
+    404: ModelNotFound,
+    500: Bug,
+    501: Unsupported,
+    503: Overloaded,
+}
+# Wrappers that pydantic puts into the path of an error; a caller knows only the names of fields.
+_INTERNAL_MARKS: Final = frozenset("[](){}-")
+_REPORTED_ERRORS: Final = 3
+
+
+def from_exception(error: Exception) -> HeliosError:
+    """Returns what a caller is told of an exception out of vLLM's serving code."""
+    if isinstance(error, HeliosError):
+        return error
+    if isinstance(error, ValidationError):
+        return from_validation(error)
+    if isinstance(error, compat.EngineDeadError):
+        return ReplicaLost("the engine died", retry_after_seconds=1.0)
+    if isinstance(error, compat.VLLMValidationError):
+        return _invalid(str(error.args[0]), error.parameter)
+    if isinstance(error, compat.VLLMNotFoundError):
+        return ModelNotFound(str(error))
+    if isinstance(error, compat.GracefulHTTPError | compat.RetryableRequestError):
+        return Overloaded(str(error), retry_after_seconds=1.0)
+    if isinstance(error, compat.VLLMClientError):
+        return _invalid(str(error), None)
+    if isinstance(error, compat.VLLMError):
+        return Unavailable(str(error))
+    if isinstance(error, ValueError | TypeError | OverflowError):
+        return _invalid(str(error), None)
+    return Bug(f"the engine failed ({type(error).__name__})")
+
+
+def from_response(response: Any) -> HeliosError:
+    """Returns the error that an ErrorResponse of vLLM stands for."""
+    return from_document(response.error.model_dump())
+
+
+def from_document(document: Mapping[str, Any]) -> HeliosError:
+    """Returns the error that the ``error`` object of one of vLLM's bodies stands for."""
+    message, code, param = str(document.get("message", "")), document.get("code", 500), document.get("param")
+    kind = _BY_STATUS.get(code)
+    if kind is None:
+        return _invalid(message, param) if code < 500 else Bug(message)
+    return kind(message, metadata=_param(param))
+
+
+def from_validation(error: ValidationError) -> HeliosError:
+    """Returns an InvalidRequest that names the first offending field, and says what is wrong with the first few."""
+    lines, first = [], None
+    for entry in error.errors(include_url=False, include_input=False)[:_REPORTED_ERRORS]:
+        cause = entry.get("ctx", {}).get("error")
+        if isinstance(cause, compat.VLLMValidationError):
+            field, text = cause.parameter or "", str(cause.args[0])
+        else:
+            field, text = _field(entry["loc"]), entry["msg"]
+        first = first or field
+        lines.append(f"{field}: {text}" if field else text)
+    return _invalid("; ".join(dict.fromkeys(lines)), first)
+
+
+def _invalid(message: str, param: str | None) -> InvalidRequest:
+    kind = ContextLengthExceeded if any(text in message for text in _CONTEXT_MESSAGES) else InvalidRequest
+    return kind(message, metadata=_param(param))
+
+
+def _param(param: str | None) -> dict[str, str]:
+    return {"param": param} if param else {}
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    parts = [str(part) for part in location if isinstance(part, int) or not _INTERNAL_MARKS & set(part)]
+    return ".".join(part for part in parts if part not in {"str", "int", "float", "bool", "nullable"})

@@ -1,0 +1,16 @@
+"""What the launcher and the replica's process call to have vLLM: ``preload`` before the fork, ``build`` after it."""
+
+from helios.worker.engines.vllm import compat
+from helios.worker.engines.vllm.engine import VllmEngine
+from helios.worker.replica.engine import Engine, EngineHooks
+from helios.worker.replica.spec import ReplicaSpec
+
+
+def preload() -> None:
+    """Importing this module has imported everything; the rest is what needs no model."""
+    compat.prepare_before_fork()
+
+
+def build(spec: ReplicaSpec, hooks: EngineHooks) -> Engine:
+    """Loads the model of ``spec``."""
+    return VllmEngine(spec, hooks)

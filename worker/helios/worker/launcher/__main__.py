@@ -1,0 +1,57 @@
+"""``python -m helios.worker.launcher --control-fd N``: imports everything, then forks replicas on request.
+
+The composition root of the launcher process. Environment variables that libraries read at import are set by whoever starts
+it (``client.launcher_environment``), because several are read before this module runs.
+"""
+
+import argparse
+import gc
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import structlog
+
+from helios.mesh.logs import setup_logs
+from helios.worker.launcher.zygote import Zygote
+from helios.worker.replica import process
+from helios.worker.replica.spec import ReplicaSpec
+
+log = structlog.get_logger()
+
+
+def main() -> None:
+    """Imports, freezes, serves."""
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(prog="helios.worker.launcher", description=__doc__)
+    parser.add_argument("--control-fd", type=int, required=True, help="inherited end of a socketpair")
+    parser.add_argument("--engine", default="vllm", help="whose libraries to import")
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    arguments = parser.parse_args()
+    setup_logs(process="launcher", level=arguments.log_level)
+    control = socket.socket(fileno=arguments.control_fd)
+    control.set_inheritable(False)
+
+    process.preload(arguments.engine)
+    # Garbage of the imports is collected once, and what stays is put out of the collector's sight: no collection in a
+    # child then writes to, and so copies, the pages it shares with this process.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    import_seconds = time.monotonic() - started
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    log.info("launcher ready", pid=os.getpid(), import_seconds=round(import_seconds, 3), thread_count=threads)
+    if threads != 1:
+        log.warning("launcher has more than one thread: a fork copies only the one that forks", thread_count=threads)
+    Zygote(control, _child_main).run(import_seconds)
+
+
+def _child_main(spec: ReplicaSpec, requested_ns: int) -> None:
+    process.run(spec, requested_ns)
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)

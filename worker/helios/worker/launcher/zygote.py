@@ -1,0 +1,128 @@
+"""The loop of the launcher: read requests, fork, report and reap the children.
+
+One thread and no event loop: whatever runs here is copied into every replica, so there must be nothing that a fork would
+break. Children are watched by pidfd in the same poll as the control socket, so no signal handler is needed.
+"""
+
+import os
+import select
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from helios.mesh.errors import Corrupted, InvalidRequest
+from helios.worker.launcher.messages import Decoder, Exited, Fork, Forked, Message, Ready, Refused, encode
+from helios.worker.replica.spec import ReplicaSpec
+
+log = structlog.get_logger()
+
+_READ_BYTES: Final = 64 << 10
+
+ChildMain = Callable[[ReplicaSpec, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    pid: int
+    start_ticks: int
+    pidfd: int
+
+
+class Zygote:
+    """Serves the control socket until its other end is closed. Not reusable."""
+
+    def __init__(self, control: socket.socket, child_main: ChildMain) -> None:
+        """``child_main(spec, requested_ns)`` is the whole life of a forked child; it must not return normally."""
+        self._control = control
+        self._child_main = child_main
+        self._decoder = Decoder()
+        self._children: dict[int, _Child] = {}
+        self._poll = select.poll()
+        self._poll.register(control, select.POLLIN)
+
+    def run(self, import_seconds: float) -> None:
+        """Returns when the supervisor has closed the socket; replicas live on."""
+        if not self._send(Ready(import_seconds)):
+            return
+        while True:
+            for descriptor, _ in self._poll.poll():
+                if descriptor != self._control.fileno():
+                    self._reap(self._children[descriptor])
+                elif not self._read():
+                    return
+
+    def _read(self) -> bool:
+        try:
+            data = self._control.recv(_READ_BYTES)
+        except ConnectionError:
+            return False
+        if not data:
+            return False
+        try:
+            for message in self._decoder.feed(data):
+                if isinstance(message, Fork):
+                    self._send(self._fork(message))
+        except Corrupted as error:
+            log.error("control socket is unusable", error=str(error))
+            return False
+        return True
+
+    def _fork(self, request: Fork) -> Message:
+        try:
+            spec = ReplicaSpec.from_document(request.spec)
+            pid = os.fork()
+        except (InvalidRequest, OSError) as error:
+            return Refused(request.number, str(error))
+        if pid == 0:
+            self._become(spec, request.requested_ns)
+        start_ticks = read_start_ticks(pid)
+        child = _Child(pid, start_ticks, os.pidfd_open(pid))
+        self._children[child.pidfd] = child
+        self._poll.register(child.pidfd, select.POLLIN)
+        log.info("replica forked", replica=spec.replica_id, pid=pid)
+        return Forked(request.number, pid, start_ticks)
+
+    def _become(self, spec: ReplicaSpec, requested_ns: int) -> None:
+        # Only this process's own copies: the launcher keeps its socket and its other children.
+        self._control.close()
+        for child in self._children.values():
+            os.close(child.pidfd)
+        status = 1
+        try:
+            self._child_main(spec, requested_ns)
+            status = 0
+        finally:
+            # Never back into the launcher's loop, and no exit handler of the launcher.
+            os._exit(status)
+
+    def _reap(self, child: _Child) -> None:
+        self._poll.unregister(child.pidfd)
+        del self._children[child.pidfd]
+        os.close(child.pidfd)
+        _, wait_status = os.waitpid(child.pid, 0)
+        status = os.waitstatus_to_exitcode(wait_status)
+        log.info("replica exited", pid=child.pid, status=status)
+        self._send(Exited(child.pid, child.start_ticks, status))
+
+    def _send(self, message: Message) -> bool:
+        try:
+            self._control.sendall(encode(message))
+        except ConnectionError:
+            return False
+        return True
+
+
+def read_start_ticks(pid: int) -> int:
+    """Returns the start time of a process in clock ticks since boot, 0 where it is gone.
+
+    Source: proc_pid_stat(5), field 22. The second field is the name in parentheses and may hold spaces.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(stat.rpartition(")")[2].split()[19])

@@ -1,0 +1,227 @@
+"""A replica's session with its supervisor: hello, phases, ready, load; drain and stop back.
+
+The replica outlives the supervisor: it dials again for ever, with a hello that holds all a new supervisor must know, and
+ends by itself only when nobody has answered for the orphan time. What could not be sent is sent after the next hello.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+import grpc.aio
+import structlog
+
+from helios.api.fleet.v1 import types_pb2 as fleet
+from helios.api.worker.v1 import supervisor_service_pb2 as pb
+from helios.api.worker.v1 import supervisor_service_pb2_grpc
+from helios.mesh.channel import Dialer
+from helios.mesh.errors import Unavailable
+from helios.mesh.identity import IdentityFiles
+from helios.mesh.tasks import keep_running
+from helios.worker.replica.condition import Condition, State
+from helios.worker.replica.engine import EngineLoad
+from helios.worker.replica.ledger import Changes, RequestLedger
+from helios.worker.replica.spec import ReplicaSpec
+
+log = structlog.get_logger()
+
+_STATES: Final = {
+    State.LOADING: fleet.REPLICA_STATE_LOADING,
+    State.WARMING: fleet.REPLICA_STATE_WARMING,
+    State.READY: fleet.REPLICA_STATE_READY,
+    State.DRAINING: fleet.REPLICA_STATE_DRAINING,
+    State.FAILED: fleet.REPLICA_STATE_FAILED,
+}
+# A supervisor on the same node comes back within a second or two; dialling is cheap.
+_REDIAL_BASE_SECONDS: Final = 0.05
+_REDIAL_CAP_SECONDS: Final = 1.0
+_SUPERVISOR: Final = "worker"
+
+
+class Attachment:
+    """The session. ``run`` is its whole life; the callbacks are called from it.
+
+    Attributes:
+        lost_at: Monotonic time since when there is no session, None while there is one.
+        orphan_seconds: How long to live on without one.
+    """
+
+    def __init__(
+        self,
+        spec: ReplicaSpec,
+        condition: Condition,
+        ledger: RequestLedger,
+        *,
+        engine_load: Callable[[], EngineLoad],
+        on_drain: Callable[[float], None],
+        on_stop: Callable[[], None],
+    ) -> None:
+        self._spec = spec
+        self._condition = condition
+        self._ledger = ledger
+        self._engine_load = engine_load
+        self._on_drain = on_drain
+        self._on_stop = on_stop
+        self._changed = asyncio.Event()
+        self._report_seconds = 0.1
+        self.lost_at: float | None = time.monotonic()
+        self.orphan_seconds = spec.orphan_seconds
+
+    def wake(self) -> None:
+        """Says that there is something to report."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Keeps a session until cancelled."""
+        files = IdentityFiles(Path(self._spec.identity_directory)) if self._spec.identity_directory else None
+        async with Dialer(self._spec.supervisor_address, identity=files, peer=_SUPERVISOR) as dialer:
+            await keep_running(
+                "attach to supervisor",
+                lambda: self._session(dialer),
+                base_seconds=_REDIAL_BASE_SECONDS,
+                cap_seconds=_REDIAL_CAP_SECONDS,
+            )
+
+    async def _session(self, dialer: Dialer) -> None:
+        stub = dialer.stub(supervisor_service_pb2_grpc.SupervisorServiceStub)
+        stream = stub.Attach()
+        try:
+            sent_phases = len(self._condition.phases)
+            sent_state = self._condition.state
+            await stream.write(pb.AttachRequest(hello=self._hello()))
+            await self._welcome(stream)
+            async with asyncio.TaskGroup() as group:
+                sender = group.create_task(self._send(stream, sent_phases, sent_state), name="attachment sender")
+                await self._receive(stream)
+                sender.cancel()
+        except* (grpc.aio.AioRpcError, Unavailable) as errors:
+            raise errors.exceptions[0] from errors
+        finally:
+            if self.lost_at is None:
+                self.lost_at = time.monotonic()
+            stream.cancel()
+
+    async def _welcome(self, stream: grpc.aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse]) -> None:
+        first = await stream.read()
+        if first is grpc.aio.EOF or not isinstance(first, pb.AttachResponse):
+            raise Unavailable("the supervisor ended the session before its welcome")
+        if first.WhichOneof("message") == "stop":
+            self._on_stop()
+            return
+        self._report_seconds = max(0.01, first.welcome.report_interval.ToTimedelta().total_seconds())
+        if first.welcome.HasField("orphan_timeout"):
+            self.orphan_seconds = first.welcome.orphan_timeout.ToTimedelta().total_seconds()
+        self.lost_at = None
+        self._changed.set()
+        log.info("attached to supervisor")
+
+    async def _receive(self, stream: AsyncIterator[pb.AttachResponse]) -> None:
+        async for response in stream:
+            match response.WhichOneof("message"):
+                case "drain":
+                    self._on_drain(response.drain.timeout.ToTimedelta().total_seconds())
+                case "stop":
+                    self._on_stop()
+        raise Unavailable("the supervisor ended the session")
+
+    async def _send(
+        self,
+        stream: grpc.aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse],
+        sent_phases: int,
+        sent_state: State,
+    ) -> None:
+        """Sends what changed, at most once in a report interval while only the load changes."""
+        is_ready_sent = is_failed_sent = False
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            condition = self._condition
+            for phase in condition.phases[sent_phases:]:
+                await stream.write(pb.AttachRequest(progress=self._progress(phase)))
+            sent_phases = len(condition.phases)
+            if condition.state is State.FAILED and not is_failed_sent:
+                failure = fleet.ReplicaFailure(reason=condition.failure_reason, message=condition.failure_message)
+                await stream.write(pb.AttachRequest(failed=failure))
+                is_failed_sent = True
+                condition.failure_told.set()
+            elif condition.state is State.READY and not is_ready_sent:
+                await stream.write(pb.AttachRequest(ready=self._ready()))
+                is_ready_sent = True
+            elif condition.state is not sent_state:
+                await stream.write(pb.AttachRequest(progress=pb.ReplicaProgress(state=_STATES[condition.state])))
+            sent_state = condition.state
+            await self._send_load(stream)
+            await asyncio.sleep(self._report_seconds if condition.state is State.READY else 0)
+
+    async def _send_load(self, stream: grpc.aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse]) -> None:
+        changes = self._ledger.take()
+        try:
+            await stream.write(pb.AttachRequest(load=self._load_delta(changes)))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
+            # It may have arrived: the supervisor counts by request id, so twice is harmless and lost is not.
+            self._ledger.give_back(changes)
+            raise
+
+    def _hello(self) -> pb.ReplicaHello:
+        spec, condition = self._spec, self._condition
+        replica = fleet.Replica(
+            replica_id=spec.replica_id,
+            model=spec.model,
+            revision=spec.revision,
+            state=_STATES[condition.state],
+            address=condition.address,
+            engine=spec.engine,
+            pid=condition.pid,
+            phases=[_phase_to_proto(name, seconds) for name, seconds in condition.phases],
+            memory_bytes=spec.memory_bytes,
+            max_context_tokens=condition.max_context_tokens,
+            load=self._load(),
+        )
+        replica.created_at.FromDatetime(_utc(spec.created_at))
+        if condition.state is State.FAILED:
+            replica.failure.reason, replica.failure.message = condition.failure_reason, condition.failure_message
+        return pb.ReplicaHello(replica=replica, start_ticks=condition.start_ticks, lease_id=spec.lease_id)
+
+    def _progress(self, phase: tuple[str, float]) -> pb.ReplicaProgress:
+        return pb.ReplicaProgress(state=_STATES[self._condition.state], phase=_phase_to_proto(*phase))
+
+    def _ready(self) -> pb.ReplicaReady:
+        condition = self._condition
+        return pb.ReplicaReady(address=condition.address, max_context_tokens=condition.max_context_tokens)
+
+    def _load(self) -> fleet.ReplicaLoad:
+        load = self._engine_load()
+        return fleet.ReplicaLoad(
+            running_requests=load.running_requests,
+            waiting_requests=load.waiting_requests,
+            kv_usage_ratio=load.kv_usage_ratio,
+            generated_tokens=self._ledger.generated_tokens,
+        )
+
+    def _load_delta(self, changes: Changes) -> fleet.LoadDelta:
+        delta = fleet.LoadDelta(replica_id=self._spec.replica_id, load=self._load())
+        delta.started.extend(fleet.RequestStarted(request_id=request_id) for request_id in changes.started)
+        for finished in changes.finished:
+            message = delta.finished.add(
+                request_id=finished.request_id,
+                status_code=finished.status_code,
+                prompt_tokens=finished.prompt_tokens,
+                completion_tokens=finished.completion_tokens,
+            )
+            message.duration.FromNanoseconds(round(finished.duration * 1e9))
+            if finished.time_to_first_token is not None:
+                message.time_to_first_token.FromNanoseconds(round(finished.time_to_first_token * 1e9))
+        return delta
+
+
+def _phase_to_proto(name: str, seconds: float) -> fleet.PhaseTiming:
+    timing = fleet.PhaseTiming(phase=name)
+    timing.duration.FromNanoseconds(round(seconds * 1e9))
+    return timing
+
+
+def _utc(moment: datetime) -> datetime:
+    return moment.astimezone()

@@ -1,0 +1,53 @@
+"""Where a replica is in its life, and how long each phase of its start took."""
+
+import asyncio
+from dataclasses import dataclass, field
+from enum import Enum
+
+from helios.worker.replica import metrics
+
+
+class State(Enum):
+    """loading → warming → ready → draining; failed from any. (fetching and stopped are the supervisor's to know.)"""
+
+    LOADING = "loading"
+    WARMING = "warming"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class Condition:
+    """What the replica tells of itself. One event loop writes and reads it.
+
+    ``phases`` are (name, seconds) in order, without gaps: each begins where the one before ended, so they add up to the time
+    from the request for the start to the end of the last.
+    """
+
+    pid: int
+    start_ticks: int
+    requested_at: float
+    state: State = State.LOADING
+    address: str = ""
+    max_context_tokens: int = 0
+    phases: list[tuple[str, float]] = field(default_factory=list)
+    failure_reason: str = ""
+    failure_message: str = ""
+    failure_told: asyncio.Event = field(default_factory=asyncio.Event)
+    _phase_began_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._phase_began_at = self.requested_at
+
+    def end_phase(self, name: str, ended_at: float) -> None:
+        """Ends a phase at a monotonic time; the next begins there."""
+        seconds = max(0.0, ended_at - self._phase_began_at)
+        self._phase_began_at = max(self._phase_began_at, ended_at)
+        self.phases.append((name, seconds))
+        metrics.PHASES.labels(name).set(seconds)
+
+    def fail(self, reason: str, message: str) -> None:
+        """It can't go on."""
+        self.state = State.FAILED
+        self.failure_reason, self.failure_message = reason, message

@@ -1,0 +1,222 @@
+"""What a replica asks of an inference engine, and the values that pass between them.
+
+The protocol lives here, with its caller; ``helios.worker.engines`` implements it.
+"""
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+
+class OpenAICall(Enum):
+    """The calls of OpenAI's API that an engine answers with ready-made bodies."""
+
+    CHAT_COMPLETION = "chat.completion"
+    COMPLETION = "completion"
+
+
+class FinishReason(Enum):
+    """Why one answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What does not change while an engine lives."""
+
+    max_context_tokens: int
+    vocabulary_size: int
+    kv_cache_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine is doing."""
+
+    running_requests: int = 0
+    waiting_requests: int = 0
+    kv_usage_ratio: float = 0.0
+    is_dead: bool = False
+    """Its processes are gone; it answers nothing any more."""
+
+
+@dataclass(slots=True)
+class Meter:
+    """Counts one request; the engine writes it while the request runs. Times are those of ``time.monotonic()``."""
+
+    request_id: str
+    arrived_at: float
+    first_token_at: float | None = None
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. None takes the model's own default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool | None = None
+    logprobs: int | None = None
+    n: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation. ``role`` is "system", "user", "assistant" or "tool"."""
+
+    role: str
+    content: str
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages to be rendered with the model's chat template, oldest first."""
+
+    turns: tuple[Turn, ...]
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text to be tokenized."""
+
+    text: str
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Token ids, given to the model as they are."""
+
+    ids: tuple[int, ...]
+
+
+Prompt = Conversation | Text | TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token and the natural logarithm of its probability."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The token that was drawn, and the likeliest ones at its place, likeliest first."""
+
+    chosen: Logprob
+    top: tuple[Logprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """More of one answer, or its end.
+
+    ``output_index`` is the absolute index, in that answer, of the first of ``token_ids``. ``finish`` is set on the last
+    piece of an answer and on no other; ``stop`` is the stop text or token id that ended it, if one did.
+    """
+
+    choice_index: int
+    output_index: int
+    text: str
+    token_ids: Sequence[int]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish: FinishReason | None = None
+    stop: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """Token ids and the text of each."""
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JsonAnswer:
+    """A whole answer as JSON."""
+
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EventStream:
+    """Server-sent events, each a complete ``data: …`` block; close it (``aclose``) when it is not read to its end."""
+
+    events: AsyncIterator[str]
+
+
+class Engine(Protocol):
+    """An engine that has loaded one model.
+
+    Promises: every call may run concurrently with every other; cancelling a call, or closing its iterator, aborts the
+    request and frees its KV blocks; pieces of one answer come in order, and each answer has exactly one piece with
+    ``finish``; errors are HeliosErrors (InvalidRequest with ``param`` in its metadata, ContextLengthExceeded, ReplicaLost
+    when the engine died). The meter is written before a piece or an event that it counts is handed out.
+    """
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What does not change."""
+        ...
+
+    async def answer(self, call: OpenAICall, document: Mapping[str, Any], meter: Meter) -> JsonAnswer | EventStream:
+        """Answers an OpenAI request body, which is a parsed JSON object.
+
+        For a stream it returns when the first event is there, so that a request that fails before it raises here.
+        """
+        ...
+
+    def generate(self, prompt: Prompt, sampling: Sampling, meter: Meter) -> AsyncIterator[Sequence[Piece]]:
+        """Generates; yields the pieces that are ready together. Errors of the request are raised by the first step."""
+        ...
+
+    async def tokenize(self, prompt: Prompt) -> Tokenized:
+        """Returns the token ids that the model would be given."""
+        ...
+
+    def load(self) -> EngineLoad:
+        """Returns what the engine last reported of itself; does not wait."""
+        ...
+
+    def close(self) -> None:
+        """Ends the engine's processes. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHooks:
+    """What an engine tells its replica.
+
+    Attributes:
+        on_forked: Call it once, when the engine's own processes exist: the replica may start threads from then on.
+        on_load: Call it in the replica's event loop when ``load()`` has changed.
+        phase_descriptor: Any process of the engine writes a JSON line ``[phase, ended_at]`` here when a phase of the start
+            ended; times are CLOCK_MONOTONIC.
+    """
+
+    on_forked: Callable[[], None]
+    on_load: Callable[[], None]
+    phase_descriptor: int

@@ -1,0 +1,156 @@
+"""What every call passes before the engine sees it: draining, routing agreement, model name, and its account.
+
+Agreement: the endpoint picker chose this replica for one model and one revision and says so in metadata that only the edge can
+set. A request that says something else in its body, or a pick that is stale, must not be answered here.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+import structlog
+
+from helios.mesh.errors import Draining, HeliosError, InvalidRequest, ModelMismatch, ModelNotFound, NoReadyReplica
+from helios.mesh.names import MODEL_HEADER, REQUEST_ID_HEADER, ROUTE_MODEL_HEADER, ROUTE_REVISION_HEADER
+from helios.worker.replica import metrics
+from helios.worker.replica.engine import Meter
+from helios.worker.replica.ledger import RequestLedger
+
+log = structlog.get_logger()
+
+# Longer ones are not ids; vLLM carries the id through every message to its core.
+_REQUEST_ID_LIMIT: Final = 128
+# A drained endpoint leaves the picker's view within a session message.
+_DRAINING_RETRY_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call that was let in."""
+
+    meter: Meter
+    route_model: str | None
+    header_model: str | None
+
+
+class CallGate:
+    """Lets calls in and accounts for them."""
+
+    def __init__(self, *, names: tuple[str, ...], revision: str, ledger: RequestLedger, on_change: Callable[[], None]) -> None:
+        """``names[0]`` is the model's own name; ``on_change`` is called when a request starts or finishes."""
+        self._names = frozenset(names)
+        self._model = names[0]
+        self._revision = revision
+        self._ledger = ledger
+        self._on_change = on_change
+        self._is_draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new calls are refused."""
+        return self._is_draining
+
+    async def drain(self, timeout_seconds: float) -> bool:
+        """Refuses new calls from now on and waits for running ones; returns whether all of them ended in time."""
+        self._is_draining = True
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    @contextmanager
+    def admit(self, context: Any, operation: str) -> Iterator[Call]:
+        """Lets a call in, or raises; its account is closed when the block is left, however it is left.
+
+        Raises:
+            Draining: The replica takes nothing new.
+            NoReadyReplica: The pick was made for another revision.
+        """
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        if self._is_draining:
+            raise Draining("this replica is draining; another one answers", retry_after_seconds=_DRAINING_RETRY_SECONDS)
+        revision = metadata.get(ROUTE_REVISION_HEADER)
+        if revision is not None and revision != self._revision:
+            raise NoReadyReplica(
+                "this replica serves another revision of the model",
+                metadata={"revision": self._revision, "wanted": revision},
+                retry_after_seconds=_DRAINING_RETRY_SECONDS,
+            )
+        meter = self._ledger.start(_request_id(metadata), time.monotonic())
+        self._idle.clear()
+        self._on_change()
+        status = grpc.StatusCode.OK
+        try:
+            yield Call(meter, metadata.get(ROUTE_MODEL_HEADER), metadata.get(MODEL_HEADER))
+        except BaseException as error:
+            status = _status_of(error)
+            raise
+        finally:
+            self._close(meter, status, operation)
+
+    def check_model(self, model: str, call: Call) -> None:
+        """Checks the model that a request names against what it was routed for and what this replica serves.
+
+        Raises:
+            InvalidRequest: It names none.
+            ModelMismatch: It names another one than the request was routed for.
+            ModelNotFound: It was not routed, and this replica does not serve it.
+        """
+        if not model:
+            raise InvalidRequest("model: required, the name of a model", metadata={"param": "model"})
+        for expected in (call.route_model, call.header_model):
+            if expected is not None and expected != model:
+                raise ModelMismatch(
+                    f"the request names the model {model!r} but was routed for {expected!r}",
+                    metadata={"param": "model", "model": model, "routed_for": expected},
+                )
+        # A routed name is the picker's to know: an alias may be younger than this replica.
+        if call.route_model is None and model not in self._names:
+            raise ModelNotFound(f"this replica does not serve {model!r}", metadata={"param": "model", "model": model})
+
+    def engine_name(self, model: str) -> str:
+        """Returns the name to give to the engine for a model that ``check_model`` let pass."""
+        return model if model in self._names else self._model
+
+    def _close(self, meter: Meter, status: grpc.StatusCode, operation: str) -> None:
+        finished = self._ledger.finish(meter, status.value[0], time.monotonic())
+        metrics.observe(self._model, operation, status.name, finished)
+        log.info(
+            "request finished",
+            request_id=meter.request_id,
+            operation=operation,
+            status=status.name,
+            prompt_tokens=finished.prompt_tokens,
+            completion_tokens=finished.completion_tokens,
+            time_to_first_token_seconds=_rounded(finished.time_to_first_token),
+            duration_seconds=_rounded(finished.duration),
+        )
+        if self._ledger.running_count == 0:
+            self._idle.set()
+        self._on_change()
+
+
+def _request_id(metadata: dict[str, str]) -> str:
+    given = metadata.get(REQUEST_ID_HEADER, "")
+    return given if given.isprintable() and 0 < len(given) <= _REQUEST_ID_LIMIT else uuid.uuid4().hex
+
+
+def _status_of(error: BaseException) -> grpc.StatusCode:
+    if isinstance(error, HeliosError):
+        return grpc.StatusCode[error.grpc_code]
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return grpc.StatusCode.CANCELLED
+    return grpc.StatusCode.INTERNAL
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)

@@ -1,0 +1,198 @@
+"""The composition root of a replica: engine, server, session with the supervisor, and how all of it ends.
+
+Order of the end: refuse new calls → let running ones end, with a deadline → close the server → end the engine's processes.
+"""
+
+import asyncio
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from helios.api.inference.v1 import inference_service_pb2_grpc, openai_service_pb2_grpc
+from helios.mesh.identity import IdentityFiles
+from helios.mesh.server import MeshServer, ServerOptions
+from helios.worker.replica.attachment import Attachment
+from helios.worker.replica.condition import Condition, State
+from helios.worker.replica.engine import Engine, EngineLoad
+from helios.worker.replica.gate import CallGate
+from helios.worker.replica.inference_servicer import InferenceServicer
+from helios.worker.replica.ledger import RequestLedger
+from helios.worker.replica.openai_servicer import OpenAIServicer
+from helios.worker.replica.spec import ReplicaSpec
+from helios.worker.replica.start import EngineStart
+
+log = structlog.get_logger()
+
+OPENAI_SERVICE: Final = "helios.api.inference.v1.OpenAIService"
+INFERENCE_SERVICE: Final = "helios.api.inference.v1.InferenceService"
+# The edge brings users' calls, the proxy probes.
+_CALLERS: Final = frozenset({"edge", "proxy"})
+_HEALTH_CHECK_SECONDS: Final = 0.5
+# Time for the supervisor to hear why, before the process is gone.
+_LAST_WORDS_SECONDS: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why and how the replica ends. ``drain_seconds`` None ends at once."""
+
+    reason: str
+    drain_seconds: float | None
+    is_clean: bool = True
+
+
+async def serve(spec: ReplicaSpec, start: EngineStart, *, requested_at: float, forked_at: float) -> bool:
+    """Serves until told to end; returns whether that was a clean end."""
+    return await _Replica(spec, start, requested_at=requested_at, forked_at=forked_at).run()
+
+
+class _Replica:
+    def __init__(self, spec: ReplicaSpec, start: EngineStart, *, requested_at: float, forked_at: float) -> None:
+        self._spec = spec
+        self._start = start
+        self._engine: Engine | None = None
+        self._condition = Condition(os.getpid(), _own_start_ticks(), requested_at)
+        self._condition.end_phase("fork", forked_at)
+        self._ledger = RequestLedger()
+        self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        self._attachment = Attachment(
+            spec,
+            self._condition,
+            self._ledger,
+            engine_load=lambda: self._engine.load() if self._engine else EngineLoad(),
+            on_drain=lambda seconds: self._end(Ending("told to drain", seconds)),
+            on_stop=lambda: self._end(Ending("told to stop", None)),
+        )
+
+    async def run(self) -> bool:
+        """The whole life; cancel-safe, but nobody cancels it."""
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self._end, Ending(signum.name, self._spec.drain_seconds))
+        loop.add_reader(self._start.phase_descriptor, self._take_phases)
+        async with asyncio.TaskGroup() as group:
+            background = [group.create_task(self._watch(), name="watch engine and supervisor")]
+            if self._spec.supervisor_address:
+                background.append(group.create_task(self._attachment.run(), name="attachment"))
+            ending = await self._live()
+            log.info("replica ends", reason=ending.reason, is_clean=ending.is_clean)
+            if not ending.is_clean and self._spec.supervisor_address:
+                await self._say_last_words()
+            for task in background:
+                task.cancel()
+        if self._engine is not None:
+            self._engine.close()
+        return ending.is_clean
+
+    async def _live(self) -> Ending:
+        engine = await self._wait_engine()
+        if engine is None:
+            return self._ending.result()
+        self._engine = engine
+        gate = CallGate(
+            names=self._spec.names, revision=self._spec.revision, ledger=self._ledger, on_change=self._attachment.wake
+        )
+        self._start.on_load.append(self._attachment.wake)
+        async with self._server(engine, gate) as server:
+            self._become_ready(server.address, engine)
+            ending = await self._ending
+            if ending.drain_seconds is not None and ending.is_clean:
+                self._condition.state = State.DRAINING
+                self._attachment.wake()
+                await server.set_serving(is_serving=False)
+                is_idle = await gate.drain(ending.drain_seconds)
+                log.info("replica drained", is_idle=is_idle, running_count=self._ledger.running_count)
+            return ending
+
+    def _server(self, engine: Engine, gate: CallGate) -> MeshServer:
+        spec = self._spec
+        server = MeshServer(
+            listen=f"{spec.host}:{spec.port}",
+            identity=IdentityFiles(Path(spec.identity_directory)) if spec.identity_directory else None,
+            policy={OPENAI_SERVICE: _CALLERS, INFERENCE_SERVICE: _CALLERS},
+            # The gate has drained by then; what still runs is over its time.
+            options=ServerOptions(drain_seconds=0.0),
+        )
+        openai_service_pb2_grpc.add_OpenAIServiceServicer_to_server(OpenAIServicer(engine, gate), server.grpc)
+        inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceServicer(engine, gate, model=spec.model, revision=spec.revision), server.grpc
+        )
+        server.serve(OPENAI_SERVICE, INFERENCE_SERVICE)
+        return server
+
+    async def _wait_engine(self) -> Engine | None:
+        """Returns the engine, or None when the replica ends before there is one."""
+        made = asyncio.wrap_future(self._start.engine)
+        await asyncio.wait((made, self._ending), return_when=asyncio.FIRST_COMPLETED)
+        self._take_phases()
+        asyncio.get_running_loop().remove_reader(self._start.phase_descriptor)
+        if self._ending.done():
+            made.cancel()
+            return None
+        error = made.exception()
+        if error is not None:
+            log.error("engine failed to start", exc_info=error)
+            self._fail("ENGINE_START_FAILED", f"{type(error).__name__}: {error}")
+            return None
+        self._condition.end_phase("warm_up", self._start.ended_at)
+        return made.result()
+
+    def _become_ready(self, address: str, engine: Engine) -> None:
+        condition = self._condition
+        condition.address, condition.max_context_tokens = address, engine.facts.max_context_tokens
+        condition.end_phase("serve", time.monotonic())
+        condition.state = State.READY
+        self._attachment.wake()
+        log.info(
+            "replica ready",
+            address=address,
+            phases={name: round(seconds, 4) for name, seconds in condition.phases},
+            start_seconds=round(time.monotonic() - condition.requested_at, 4),
+            max_context_tokens=engine.facts.max_context_tokens,
+            kv_cache_tokens=engine.facts.kv_cache_tokens,
+        )
+
+    def _take_phases(self) -> None:
+        for name, ended_at in self._start.read_phases():
+            self._condition.end_phase(name, ended_at)
+            if name == "load":
+                self._condition.state = State.WARMING
+        self._attachment.wake()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_HEALTH_CHECK_SECONDS)
+            if self._engine is not None and self._engine.load().is_dead:
+                self._fail("ENGINE_DIED", "a process of the engine died")
+            lost_at = self._attachment.lost_at
+            if not self._spec.supervisor_address or lost_at is None:
+                continue
+            if time.monotonic() - lost_at > self._attachment.orphan_seconds:
+                self._end(Ending("orphaned: the supervisor is gone", self._spec.drain_seconds))
+
+    def _fail(self, reason: str, message: str) -> None:
+        if not self._ending.done():
+            self._condition.fail(reason, message)
+            self._attachment.wake()
+        self._end(Ending(message, None, is_clean=False))
+
+    def _end(self, ending: Ending) -> None:
+        if not self._ending.done():
+            self._ending.set_result(ending)
+
+    async def _say_last_words(self) -> None:
+        try:
+            async with asyncio.timeout(_LAST_WORDS_SECONDS):
+                await self._condition.failure_told.wait()
+        except TimeoutError:
+            log.warning("supervisor did not hear of the failure")
+
+
+def _own_start_ticks() -> int:
+    # Source: proc_pid_stat(5), field 22; the second field may hold spaces.
+    return int(Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19])

@@ -1,0 +1,61 @@
+"""OpenAIService: OpenAI's bodies in and out, byte for byte what the engine's own serving code made."""
+
+import contextlib
+from typing import Any, Final
+
+from google.api.httpbody_pb2 import HttpBody
+
+from helios.api.inference.v1 import openai_service_pb2_grpc
+from helios.mesh.errors import HeliosError
+from helios.mesh.status import openai_body
+from helios.worker.replica.body import parse_body
+from helios.worker.replica.engine import Engine, EventStream, JsonAnswer, OpenAICall
+from helios.worker.replica.gate import Call, CallGate
+from helios.worker.replica.ready import ReadyTogether
+
+_JSON: Final = "application/json"
+_EVENTS: Final = "text/event-stream"
+
+
+class OpenAIServicer(openai_service_pb2_grpc.OpenAIServiceServicer):
+    """Handlers are coroutines that write to the context, not generators: a client's cancel then reaches the engine's wait
+    directly. Nothing is written before the first byte of an answer, so that an error until then is a status of the call.
+    """
+
+    def __init__(self, engine: Engine, gate: CallGate) -> None:
+        self._engine = engine
+        self._gate = gate
+
+    async def CreateChatCompletion(self, request: HttpBody, context: Any) -> None:  # type: ignore[override]
+        """Answers a conversation."""
+        await self._answer(OpenAICall.CHAT_COMPLETION, request, context)
+
+    async def CreateCompletion(self, request: HttpBody, context: Any) -> None:  # type: ignore[override]
+        """Continues a text."""
+        await self._answer(OpenAICall.COMPLETION, request, context)
+
+    async def _answer(self, operation: OpenAICall, request: HttpBody, context: Any) -> None:
+        with self._gate.admit(context, operation.value) as call:
+            document = dict(parse_body(request.content_type, request.data))
+            self._gate.check_model(document["model"], call)
+            document["model"] = self._gate.engine_name(document["model"])
+            answer = await self._engine.answer(operation, document, call.meter)
+            if isinstance(answer, JsonAnswer):
+                await context.write(HttpBody(content_type=_JSON, data=answer.body))
+            else:
+                await _stream(answer, call, context)
+
+
+async def _stream(answer: EventStream, call: Call, context: Any) -> None:
+    """Writes events, those that are ready together in one message; an error after the first one travels in band."""
+    del call
+    is_begun = False
+    async with contextlib.aclosing(ReadyTogether(answer.events)) as batches:
+        try:
+            async for events in batches:
+                await context.write(HttpBody(content_type=_EVENTS, data="".join(events).encode()))
+                is_begun = True
+        except HeliosError as error:
+            if not is_begun:
+                raise
+            await context.write(HttpBody(content_type=_EVENTS, data=b"data: " + openai_body(error) + b"\n\n"))

@@ -1,0 +1,97 @@
+"""What a replica is told when it is forked: everything it needs, decided by the supervisor, nothing read from elsewhere."""
+
+import dataclasses
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Self
+
+from helios.mesh.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which processor cores a replica's processes run on. Empty tuples leave that to the kernel."""
+
+    engine_cores: tuple[int, ...] = ()
+    """Cores of the process that computes; it uses one thread for each. Empty: one thread, any core."""
+    api_cores: tuple[int, ...] = ()
+    """Cores of the processes that schedule, serve and encode."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSpec:
+    """One replica to be.
+
+    Attributes:
+        replica_id: Unique over the life of the cluster.
+        model: The model's own name; responses carry it.
+        served_names: Every name a request may use for it, aliases included; ``model`` is added where it is missing.
+        revision: Digest of the revision's manifest, ``sha256:<hex>``.
+        model_path: Directory with config.json, tokenizer files and safetensors; stays readable while the replica lives.
+        engine: Which adapter runs it, such as "vllm".
+        kv_cache_bytes: Size of the KV cache.
+        max_context_tokens: Longest prompt plus answer; 0 takes the model's own limit, cut to what the KV cache can hold.
+        memory_bytes: Memory booked for it on its device; reported back in hellos so that a ledger can be rebuilt.
+        lease_id: Lease of its weights at the storage agent.
+        host: Address its gRPC server binds, without the port.
+        port: Port of its gRPC server; 0 lets the kernel choose.
+        supervisor_address: gRPC target of the supervisor's socket, such as ``unix:/run/…``; empty for none (tests).
+        identity_directory: Directory with the worker's leaf (tls.crt, tls.key, ca.crt); empty serves without TLS.
+        log_path: File that standard output and error of the whole process tree are appended to; empty inherits.
+        created_at: When its start was asked for, with a time zone.
+        placement: Cores.
+        max_running_requests: How many requests the engine works on at once; more wait inside it.
+        drain_seconds: How long running requests may go on when nobody says otherwise (SIGTERM, orphaned).
+        orphan_seconds: How long it lives on without its supervisor, until the supervisor's welcome says otherwise.
+        traceparent: W3C trace context of the request that asked for the start; empty for none.
+        otlp_endpoint: Where spans go; empty for nowhere.
+        log_level: Level of Helios's own records.
+    """
+
+    replica_id: str
+    model: str
+    revision: str
+    model_path: str
+    served_names: tuple[str, ...] = ()
+    engine: str = "vllm"
+    kv_cache_bytes: int = 96 << 20
+    max_context_tokens: int = 0
+    memory_bytes: int = 0
+    lease_id: str = ""
+    host: str = "127.0.0.1"
+    port: int = 0
+    supervisor_address: str = ""
+    identity_directory: str = ""
+    log_path: str = ""
+    created_at: datetime
+    placement: Placement = Placement()
+    max_running_requests: int = 64
+    drain_seconds: float = 30.0
+    orphan_seconds: float = 60.0
+    traceparent: str = ""
+    otlp_endpoint: str = ""
+    log_level: str = "info"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The model's own name first, then every alias once."""
+        return tuple(dict.fromkeys((self.model, *self.served_names)))
+
+    def to_document(self) -> dict[str, Any]:
+        """Returns the spec as JSON values."""
+        document = dataclasses.asdict(self)
+        document["created_at"] = self.created_at.isoformat()
+        return document
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> Self:
+        """Reads what ``to_document`` wrote. Raises InvalidRequest for a document that is not a spec."""
+        try:
+            values = dict(document)
+            values["created_at"] = datetime.fromisoformat(values["created_at"])
+            values["served_names"] = tuple(values["served_names"])
+            cores = values["placement"]
+            values["placement"] = Placement(tuple(cores["engine_cores"]), tuple(cores["api_cores"]))
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidRequest(f"not a replica spec: {error}") from error

@@ -1,0 +1,83 @@
+"""Starting the engine beside the event loop, so that the supervisor hears of each phase while the weights load.
+
+The engine forks its own processes, which must happen before gRPC exists in this process. So the engine is made in a thread of
+its own; the event loop begins only when that thread has forked, and from then on both run.
+"""
+
+import importlib
+import json
+import os
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any, Final
+
+from helios.mesh.errors import InvalidRequest
+from helios.worker.replica.engine import Engine, EngineHooks
+from helios.worker.replica.spec import ReplicaSpec
+
+# Engine name → module with ``preload()`` and ``build(spec, hooks)``. Imported by name: an engine's libraries are heavy, and
+# only a launcher of that engine has them.
+_ENGINES: Final = {"vllm": "helios.worker.engines.vllm.factory"}
+# Reading config and tokenizer before the fork takes a second or two, on a slow disk some ten.
+_FORK_SECONDS: Final = 120.0
+_READ_BYTES: Final = 4096
+
+
+def engine_module(engine: str) -> Any:
+    """Returns the factory module of an engine. Raises InvalidRequest for an unknown name."""
+    if engine not in _ENGINES:
+        known = ", ".join(_ENGINES)
+        raise InvalidRequest(f"unknown engine {engine!r}; there is {known}", metadata={"param": "engine"})
+    return importlib.import_module(_ENGINES[engine])
+
+
+class EngineStart:
+    """An engine that is being made.
+
+    Attributes:
+        engine: Done when the engine takes requests, or with what stopped it. Its callbacks run in the starting thread.
+        phase_descriptor: Read end of a pipe with one JSON line ``[phase, ended_at]`` for each phase that ended.
+        ended_at: Monotonic time at which ``engine`` was done.
+    """
+
+    def __init__(self, spec: ReplicaSpec) -> None:
+        self.engine: Future[Engine] = Future()
+        self.phase_descriptor, phase_writer = os.pipe()
+        os.set_blocking(self.phase_descriptor, False)
+        self.ended_at = 0.0
+        self.on_load: list[Any] = []
+        self._spec = spec
+        self._forked = threading.Event()
+        self._hooks = EngineHooks(
+            on_forked=self._forked.set, on_load=lambda: [call() for call in self.on_load], phase_descriptor=phase_writer
+        )
+        self._buffer = b""
+        self._thread = threading.Thread(target=self._make, name="engine start", daemon=True)
+
+    def run_until_forked(self) -> None:
+        """Starts, and returns when the engine's processes exist, or it failed before. Blocks; call it before the loop runs."""
+        self._thread.start()
+        self._forked.wait(_FORK_SECONDS)
+
+    def read_phases(self) -> list[tuple[str, float]]:
+        """Returns the phases that ended since the last call, without waiting."""
+        try:
+            while data := os.read(self.phase_descriptor, _READ_BYTES):
+                self._buffer += data
+        except BlockingIOError:
+            pass
+        *lines, self._buffer = self._buffer.split(b"\n")
+        return [(str(name), float(at)) for name, at in map(json.loads, lines)]
+
+    def _make(self) -> None:
+        try:
+            engine = engine_module(self._spec.engine).build(self._spec, self._hooks)
+        except Exception as error:  # noqa: BLE001  handed to whoever waits for the engine
+            self.ended_at = time.monotonic()
+            self.engine.set_exception(error)
+        else:
+            self.ended_at = time.monotonic()
+            self.engine.set_result(engine)
+        finally:
+            self._forked.set()
