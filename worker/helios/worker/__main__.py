@@ -1,0 +1,203 @@
+"""Composition root of the worker: ``python -m helios.worker``.
+
+Start: subreaper → launcher and storage client → take over what a predecessor left → the socket for replicas → wait for
+those that are known → sessions with the proxies. Stop: cordon → drain the replicas (or leave them) → close.
+"""
+
+import uuid
+from contextlib import AsyncExitStack
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from helios.api.worker.v1 import supervisor_service_pb2
+from helios.api.worker.v1.supervisor_service_pb2_grpc import add_SupervisorServiceServicer_to_server
+from helios.mesh.channel import Dialer
+from helios.mesh.errors import InvalidRequest
+from helios.mesh.process import Lifetime, run
+from helios.mesh.server import MeshServer, ServerOptions
+from helios.storage.client import StorageClient
+from helios.worker.launcher.client import LauncherClient
+from helios.worker.replica.spec import ReplicaSpec
+from helios.worker.settings import WorkerSettings
+from helios.worker.supervisor.attach_servicer import AttachServicer
+from helios.worker.supervisor.background import background
+from helios.worker.supervisor.core_placement import place
+from helios.worker.supervisor.fleet_session import FleetSession
+from helios.worker.supervisor.host import cpu_device, pick_free_port
+from helios.worker.supervisor.ledger import Booking, Ledger
+from helios.worker.supervisor.orders import Rules
+from helios.worker.supervisor.process_tree import become_subreaper, boot_id
+from helios.worker.supervisor.records import ReplicaView
+from helios.worker.supervisor.replica_list import ReplicaList
+from helios.worker.supervisor.replica_machine import Limits
+from helios.worker.supervisor.supervisor import Supervisor
+
+log = structlog.get_logger()
+
+_SERVICE: Final = supervisor_service_pb2.DESCRIPTOR.services_by_name["SupervisorService"].full_name
+# Attach streams never end by themselves; whoever holds one dials again.
+_CLOSE_SECONDS: Final = 0.2
+# sockaddr_un.sun_path, less its final zero. Source: unix(7).
+_SOCKET_PATH_LIMIT: Final = 107
+
+
+async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
+    """Supervises until the process is asked to stop."""
+    become_subreaper()
+    _prepare(settings)
+    identity = settings.mesh.identity
+    async with AsyncExitStack() as stack:
+        storage = await stack.enter_async_context(Dialer(settings.storage_target, identity=identity, peer="storage"))
+        launcher = await stack.enter_async_context(
+            LauncherClient(engine=settings.replica.engine, log_level=settings.log_level)
+        )
+        group = await stack.enter_async_context(background())
+        supervisor = Supervisor(
+            _rules(settings),
+            group=group,
+            ledger=_ledger(settings),
+            launcher=launcher,
+            weights=StorageClient(storage),
+            replica_list=ReplicaList(settings.state_directory / "replicas.json", boot_id()),
+            make_spec=_SpecMaker(settings),
+        )
+        awaited_count = supervisor.recover()
+        group.create_task(_take_exits(launcher, supervisor), name="take exits")
+        server = MeshServer(
+            listen=settings.socket_target,
+            identity=identity,
+            policy={_SERVICE: frozenset({"worker"})},
+            options=ServerOptions(drain_seconds=_CLOSE_SECONDS),
+        )
+        servicer = AttachServicer(
+            supervisor,
+            group=group,
+            report_interval_seconds=settings.replica.report_interval_seconds,
+            orphan_seconds=settings.replica.orphan_seconds,
+        )
+        add_SupervisorServiceServicer_to_server(servicer, server.grpc)
+        server.serve(_SERVICE)
+        await stack.enter_async_context(server)
+        if not await supervisor.wait_returned(settings.resync_seconds):
+            log.warning(
+                "replicas are not back yet", awaited_count=awaited_count, waited_seconds=settings.resync_seconds
+            )
+        for address in settings.proxies:
+            session = FleetSession(address, identity=identity, feed=supervisor.feed, executor=supervisor)
+            group.create_task(session.run(), name=f"fleet session {address}")
+        lifetime.mark_ready(supervisor_address=server.address, adopted_count=len(supervisor.view().replicas))
+        await lifetime.wait_stop()
+        await _stop(supervisor, settings)
+
+
+async def _stop(supervisor: Supervisor, settings: WorkerSettings) -> None:
+    supervisor.cordon()
+    if settings.on_stop == "leave":
+        await supervisor.end_unforked()
+    else:
+        await supervisor.end_all(settings.replica.drain_seconds)
+    await supervisor.write_list()
+
+
+async def _take_exits(launcher: LauncherClient, supervisor: Supervisor) -> None:
+    while True:
+        ended = await launcher.exits.get()
+        supervisor.note_exit(ended.pid, ended.start_ticks, ended.status)
+
+
+def _prepare(settings: WorkerSettings) -> None:
+    """Makes the directories, and room for the socket. Raises InvalidRequest where the socket's path is too long."""
+    settings.state_directory.mkdir(parents=True, exist_ok=True)
+    settings.replica_log_directory.mkdir(parents=True, exist_ok=True)
+    scheme, _, path = settings.socket_target.partition(":")
+    if scheme != "unix" or len(path.encode()) > _SOCKET_PATH_LIMIT:
+        raise InvalidRequest(
+            f"supervisor_listen must be unix:/path with a path of at most {_SOCKET_PATH_LIMIT} bytes",
+            metadata={"supervisor_listen": settings.socket_target},
+        )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
+def _rules(settings: WorkerSettings) -> Rules:
+    replica = settings.replica
+    return Rules(
+        worker_id=settings.worker_id,
+        incarnation=uuid.uuid4().hex,
+        node=settings.node,
+        version=_version(),
+        engines=(replica.engine,),
+        replica_memory_bytes=replica.memory_bytes,
+        kv_cache_bytes=replica.kv_cache_bytes,
+        drain_seconds=replica.drain_seconds,
+        return_seconds=settings.return_seconds,
+        lease_ttl_seconds=replica.lease_ttl_seconds,
+        limits=Limits(
+            fetch_seconds=replica.fetch_seconds,
+            start_seconds=replica.start_seconds,
+            drain_seconds=replica.drain_seconds,
+            drain_grace_seconds=replica.drain_grace_seconds,
+        ),
+    )
+
+
+def _ledger(settings: WorkerSettings) -> Ledger:
+    return Ledger(
+        [cpu_device(settings.device.memory_bytes)],
+        slot_count=settings.slot_count,
+        base_port=settings.base_port,
+        pick_port=lambda taken: pick_free_port(settings.listen_host, taken),
+    )
+
+
+class _SpecMaker:
+    """Turns a replica into the launcher's order."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+
+    def __call__(self, view: ReplicaView, booking: Booking, *, model_path: str, traceparent: str) -> ReplicaSpec:
+        settings, order = self._settings, view.order
+        identity = settings.mesh.identity
+        cores = settings.usable_cores
+        return ReplicaSpec(
+            replica_id=order.replica_id,
+            model=order.model,
+            revision=order.revision,
+            model_path=model_path,
+            engine=order.engine,
+            kv_cache_bytes=order.kv_cache_bytes,
+            max_context_tokens=order.max_context_tokens,
+            memory_bytes=order.memory_bytes,
+            lease_id=view.lease_id,
+            host=settings.listen_host,
+            port=booking.port,
+            supervisor_address=settings.socket_target,
+            identity_directory=str(identity.directory.absolute()) if identity else "",
+            log_path=str(settings.replica_log_directory / f"replica-{_file_name(order.replica_id)}.log"),
+            created_at=order.created_at,
+            placement=place(booking.slot, cores, engine_core_count=settings.device.engine_core_count),
+            drain_seconds=settings.replica.drain_seconds,
+            orphan_seconds=settings.replica.orphan_seconds,
+            traceparent=traceparent,
+            otlp_endpoint=settings.otlp_endpoint,
+            log_level=settings.log_level,
+        )
+
+
+def _file_name(replica_id: str) -> str:
+    """Returns an id as part of a file name: what a proxy makes up must not lead out of the log directory."""
+    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in replica_id)[:100]
+
+
+def _version() -> str:
+    try:
+        return metadata.version("helios-llm")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+if __name__ == "__main__":
+    run("worker", WorkerSettings, main)

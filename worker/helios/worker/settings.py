@@ -1,0 +1,111 @@
+"""Settings of the worker's supervisor."""
+
+import os
+import socket
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from helios.mesh.settings import ProcessSettings
+from helios.worker.supervisor.ledger import MAX_SLOTS
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DeviceSettings(BaseModel):
+    """What replicas may use of this node."""
+
+    model_config = _FROZEN
+
+    memory_bytes: int | None = Field(default=None, ge=0)
+    """Host memory that replicas may book, in bytes. None: 60 % of the machine's memory, or of the cgroup's limit where
+    that is less; the rest is for the page cache with the weights, and for everybody else."""
+    engine_core_count: int = Field(default=1, ge=0)
+    """Cores that one replica's engine computes on. 1: the other cores serve, which is the fastest on small machines.
+    0: placement is left to the kernel."""
+    cores: tuple[int, ...] = ()
+    """Cores to place replicas on. Empty: those that this process may run on."""
+
+
+class ReplicaSettings(BaseModel):
+    """How replicas are started and ended; seconds."""
+
+    model_config = _FROZEN
+
+    engine: str = "vllm"
+    """Engine where a command names none; the launcher holds its imports."""
+    memory_bytes: int = Field(default=1536 << 20, gt=0)
+    """Booked where a command names no memory. 1.5 GiB: a small model on vLLM with its weights, three processes."""
+    kv_cache_bytes: int = Field(default=96 << 20, gt=0)
+    """KV cache where a command names none. 96 MiB: 4,000 tokens of a small model, zeroed in 0.2 s."""
+    fetch_seconds: float = Field(default=1800.0, gt=0)
+    """How long weights may take to come to the node. Half an hour: 100 GB at 55 MB/s."""
+    start_seconds: float = Field(default=120.0, gt=0)
+    """From the fork to ready; a start that takes longer hangs and is killed. 120: the slowest engine start seen, times
+    four."""
+    drain_seconds: float = Field(default=30.0, ge=0)
+    """How long requests may go on where a drain names no time, and when the worker stops. 0: they are cut off."""
+    drain_grace_seconds: float = Field(default=3.0, ge=0)
+    """On top of a drain, for the replica to exit by itself before its tree is killed."""
+    report_interval_seconds: float = Field(default=0.1, gt=0, le=10)
+    """How often a replica reports its load while it changes. 0.1: a picker's view is then at most that old."""
+    orphan_seconds: float = Field(default=60.0, gt=0)
+    """How long replicas live on without a supervisor. 60: a restart takes seconds, an upgrade less than a minute."""
+    lease_ttl_seconds: float = Field(default=60.0, ge=5, le=3600)
+    """Life of the lease of a replica's weights from each renewal; what a supervisor has to come back in."""
+
+
+class WorkerSettings(ProcessSettings):
+    """Everything that can be set for ``python -m helios.worker``."""
+
+    process_name: ClassVar[str] = "worker"
+
+    worker_id: str = Field(default_factory=socket.gethostname, min_length=1)
+    """Name of this worker in the fleet, stable over restarts. The host's name: one worker a node."""
+    node: str = Field(default_factory=socket.gethostname, min_length=1)
+    """Name of the node. The host's name."""
+    proxies: tuple[str, ...] = ()
+    """``host:port`` or ``unix:/path`` of the fleet service of every proxy. Empty: nobody sends work."""
+    storage_target: str = "127.0.0.1:9200"
+    """``host:port`` or ``unix:/path`` of the node's storage agent."""
+    state_directory: Path = Path("worker")
+    """Holds ``replicas.json``, the list that a restarted supervisor finds its replicas by; made when it is not there.
+    """
+    log_directory: Path | None = None
+    """Directory for one log file a replica. None: ``logs`` in the state directory."""
+    supervisor_listen: str = ""
+    """``unix:/path`` where replicas report. Empty: ``supervisor.sock`` in the state directory. Such a path has
+    at most 107 bytes."""
+    listen_host: str = "127.0.0.1"
+    """Address that replicas bind and are dialled at."""
+    base_port: int = Field(default=0, ge=0, le=65_527)
+    """Port of slot 0; the other slots follow. 0: a free port for each replica, for many workers on one machine."""
+    slot_count: int = Field(default=MAX_SLOTS, ge=1, le=MAX_SLOTS)
+    """Replicas at once. 8: as many target ports as an InferencePool takes."""
+    resync_seconds: float = Field(default=2.0, ge=0)
+    """How long a supervisor that starts waits for its replicas before it says hello to the proxies; less when all are
+    back. 2: replicas dial again at least once a second."""
+    return_seconds: float = Field(default=15.0, gt=0)
+    """How long a known replica may stay silent after a restart of the supervisor before its tree is killed."""
+    on_stop: Literal["drain", "leave"] = "drain"
+    """``drain``: stopping the worker ends its replicas. ``leave``: they live on for a successor (an upgrade)."""
+    device: DeviceSettings = Field(default_factory=DeviceSettings)
+    """Devices."""
+    replica: ReplicaSettings = Field(default_factory=ReplicaSettings)
+    """Replicas."""
+
+    @property
+    def socket_target(self) -> str:
+        """The gRPC target where replicas report."""
+        return self.supervisor_listen or f"unix:{(self.state_directory / 'supervisor.sock').absolute()}"
+
+    @property
+    def replica_log_directory(self) -> Path:
+        """Where replicas log."""
+        return (self.log_directory or self.state_directory / "logs").absolute()
+
+    @property
+    def usable_cores(self) -> tuple[int, ...]:
+        """The cores to place replicas on."""
+        return self.device.cores or tuple(sorted(os.sched_getaffinity(0)))

@@ -1,0 +1,108 @@
+"""Commands that are carried out once, however often they come.
+
+A proxy repeats a command whose ack it did not see, after a reconnect or from another proxy that took over. The answer
+is remembered by command id and given again.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from helios.mesh.errors import HeliosError, InvalidRequest
+
+# A proxy repeats within seconds; at a thousand commands a second this still remembers four.
+DEFAULT_CAPACITY: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Start a replica. ``engine`` empty and the numbers 0: the worker's defaults."""
+
+    replica_id: str
+    model: str
+    revision: str
+    engine: str = ""
+    memory_bytes: int = 0
+    kv_cache_bytes: int = 0
+    max_context_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Let a replica finish its requests for at most this long, then stop it. None: the worker's drain timeout."""
+
+    replica_id: str
+    timeout_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Stop a replica now."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Drop a revision's bytes from the node."""
+
+    revision: str
+
+
+Command = Start | Drain | Stop | Evict
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """What became of a command; ``refused_reason`` is empty where it was accepted."""
+
+    command_id: str
+    refused_reason: str = ""
+    message: str = ""
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the command is being carried out."""
+        return not self.refused_reason
+
+
+class CommandLog:
+    """Remembers the answers to the last ``capacity`` commands; the one that was asked about longest ago is forgotten
+    first.
+    """
+
+    def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
+        self._capacity = capacity
+        self._answers: OrderedDict[str, Ack] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def __contains__(self, command_id: str) -> bool:
+        return command_id in self._answers
+
+    def run(self, command_id: str, carry_out: Callable[[], None]) -> Ack:
+        """Carries a command out, unless it was, and returns the answer.
+
+        Args:
+            command_id: Unique to the command. Empty: refused, since a repetition could not be told.
+            carry_out: Accepts by returning and refuses by raising a HeliosError; must not block.
+        """
+        known = self._answers.get(command_id)
+        if known is not None:
+            self._answers.move_to_end(command_id)
+            return known
+        try:
+            if not command_id:
+                raise InvalidRequest("a command needs an id", reason="COMMAND_ID_MISSING")
+            carry_out()
+        except HeliosError as error:
+            answer = Ack(command_id, error.reason, error.message)
+        else:
+            answer = Ack(command_id)
+        if command_id:
+            self._answers[command_id] = answer
+            while len(self._answers) > self._capacity:
+                self._answers.popitem(last=False)
+        return answer

@@ -1,0 +1,22 @@
+"""Which cores a replica runs on, so that two engines do not compute on the same core while another one idles.
+
+Measured with two cores and 32 streams: an engine left to the kernel reaches 306 tokens/s, one that has a core of its
+own, with the API process on the other core, 337.
+"""
+
+from collections.abc import Sequence
+
+from helios.worker.replica.spec import Placement
+
+
+def place(slot: int, cores: Sequence[int], *, engine_core_count: int) -> Placement:
+    """Returns the cores of the replica in ``slot``.
+
+    Engines are laid out from the last core down, round and round, because kernels and other processes crowd the first
+    ones; the rest of the cores serve. With a single core there is nothing to choose.
+    """
+    if len(cores) < 2 or engine_core_count < 1:
+        return Placement()
+    count = min(engine_core_count, len(cores) - 1)
+    engine = tuple(sorted(cores[(-1 - slot * count - offset) % len(cores)] for offset in range(count)))
+    return Placement(engine_cores=engine, api_cores=tuple(core for core in cores if core not in engine))

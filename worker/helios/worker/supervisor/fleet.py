@@ -1,0 +1,43 @@
+"""One state, many sessions: every proxy hears of every change, and none of them can hold up the worker."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from helios.worker.supervisor.outbox import DEFAULT_CAPACITY, Outbox, ReplicaEvent
+from helios.worker.supervisor.records import LoadDelta, ReplicaView, WorkerView
+
+
+class FleetFeed:
+    """Gives each session a snapshot and an outbox with everything that changed since that snapshot.
+
+    Invariant: snapshot and outbox are made in one step, so that no change falls between them. Sequence numbers grow
+    by one with each event of this process, whoever listens.
+    """
+
+    def __init__(self, snapshot: Callable[[], WorkerView], outbox_capacity: int = DEFAULT_CAPACITY) -> None:
+        self._snapshot = snapshot
+        self._capacity = outbox_capacity
+        self._outboxes: list[Outbox] = []
+        self._sequence = 0
+
+    @contextmanager
+    def subscribe(self, wake: Callable[[], None]) -> Iterator[tuple[WorkerView, Outbox]]:
+        """Lends an outbox for the block; ``wake`` is called whenever something was put into it."""
+        outbox = Outbox(wake, self._capacity)
+        self._outboxes.append(outbox)
+        try:
+            yield self._snapshot(), outbox
+        finally:
+            self._outboxes.remove(outbox)
+
+    def publish(self, view: ReplicaView) -> None:
+        """Tells every session of a changed replica."""
+        self._sequence += 1
+        event = ReplicaEvent(self._sequence, view)
+        for outbox in self._outboxes:
+            outbox.put_event(event)
+
+    def report(self, delta: LoadDelta) -> None:
+        """Tells every session of a changed load."""
+        for outbox in self._outboxes:
+            outbox.put_delta(delta)

@@ -1,0 +1,216 @@
+"""The session with one proxy: a complete hello, then everything that changes, and the proxy's commands.
+
+One session a proxy, all fed from one state. A session that breaks, or whose proxy does not read, is given up and
+begun anew with a complete hello: a resynchronisation needs no history, and no proxy can hold up the worker or another
+proxy.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import grpc.aio
+import structlog
+
+from helios.api.fleet.v1 import fleet_service_pb2 as pb
+from helios.api.fleet.v1.fleet_service_pb2_grpc import FleetServiceStub
+from helios.mesh.channel import Dialer
+from helios.mesh.errors import HeliosError, Overloaded, Unavailable
+from helios.mesh.identity import IdentityFiles
+from helios.mesh.tasks import RECOVERABLE, keep_running
+from helios.worker.supervisor import metrics
+from helios.worker.supervisor.commands import Ack, Command
+from helios.worker.supervisor.outbox import LoadReport, Outbox, Outgoing, ReplicaEvent
+from helios.worker.supervisor.records import WorkerView
+from helios.worker.supervisor.wire import (
+    ack_to_proto,
+    command_from_proto,
+    delta_to_proto,
+    hello_to_proto,
+    replica_to_proto,
+    seconds_from_proto,
+)
+
+log = structlog.get_logger()
+
+Stream = grpc.aio.StreamStreamCall[pb.SessionRequest, pb.SessionResponse]
+
+# A proxy answers a hello from memory.
+_WELCOME_SECONDS: Final = 10.0
+# Whatever a proxy asks for: more than 100 reports a second help nobody, and a rest above 10 s looks like death.
+_SHORTEST_INTERVAL_SECONDS: Final = 0.01
+_LONGEST_INTERVAL_SECONDS: Final = 10.0
+
+
+class Feed(Protocol):
+    """Where a session's snapshot and changes come from."""
+
+    def subscribe(self, wake: Callable[[], None]) -> AbstractContextManager[tuple[WorkerView, Outbox]]:
+        """Lends an outbox with everything that changes after the snapshot; ``wake`` is called at each change."""
+        ...
+
+
+class Executor(Protocol):
+    """What carries commands out."""
+
+    def execute(self, command_id: str, command: Command) -> Ack:
+        """Accepts or refuses at once; a repeated id is answered and not carried out again."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """How a session is held, in seconds.
+
+    Attributes:
+        silence_seconds: A proxy that sends nothing for this long, and for five of its own intervals, is given up:
+            proxies send heartbeats.
+        retry_cap_seconds: Longest wait between two attempts.
+    """
+
+    silence_seconds: float = 15.0
+    retry_cap_seconds: float = 2.0
+
+
+class FleetSession:
+    """Keeps a session with one proxy until cancelled."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        identity: IdentityFiles | None,
+        feed: Feed,
+        executor: Executor,
+        options: SessionOptions | None = None,
+    ) -> None:
+        self._address = address
+        self._identity = identity
+        self._feed = feed
+        self._executor = executor
+        self._options = options or SessionOptions()
+
+    async def run(self) -> None:
+        """Dials again and again. Only cancelling ends it."""
+        async with Dialer(self._address, identity=self._identity, peer="proxy") as dialer:
+            await keep_running(
+                f"fleet session with {self._address}",
+                lambda: self._converse(dialer),
+                cap_seconds=self._options.retry_cap_seconds,
+            )
+
+    async def _converse(self, dialer: Dialer) -> None:
+        changed = asyncio.Event()
+        stream = dialer.stub(FleetServiceStub).Session()
+        try:
+            with self._feed.subscribe(changed.set) as (worker, outbox):
+                await _write(stream, pb.SessionRequest(hello=hello_to_proto(worker)))
+                welcome = await self._welcome(stream)
+                interval = seconds_from_proto(welcome.report_interval) or 1.0
+                interval = min(max(interval, _SHORTEST_INTERVAL_SECONDS), _LONGEST_INTERVAL_SECONDS)
+                log.info(
+                    "fleet session open", proxy=self._address, proxy_id=welcome.proxy_id, interval_seconds=interval
+                )
+                with metrics.FLEET_SESSIONS.track_inprogress():
+                    await self._exchange(stream, outbox, changed, interval)
+        finally:
+            stream.cancel()
+
+    async def _welcome(self, stream: Stream) -> pb.Welcome:
+        async with asyncio.timeout(_WELCOME_SECONDS):
+            response = await _read(stream)
+        if response.WhichOneof("message") != "welcome":
+            raise Unavailable("the proxy did not answer the hello with a welcome", reason="WELCOME_EXPECTED")
+        return response.welcome
+
+    async def _exchange(self, stream: Stream, outbox: Outbox, changed: asyncio.Event, interval: float) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._take_commands(stream, outbox, interval), name=f"read {self._address}")
+                group.create_task(self._report(stream, outbox, changed, interval), name=f"write {self._address}")
+        except BaseExceptionGroup as errors:
+            _, unforeseen = errors.split(RECOVERABLE)
+            if unforeseen is not None:
+                raise
+            raise errors.exceptions[0] from None
+
+    async def _take_commands(self, stream: Stream, outbox: Outbox, interval: float) -> None:
+        silence_seconds = max(self._options.silence_seconds, 5 * interval)
+        while True:
+            try:
+                async with asyncio.timeout(silence_seconds):
+                    response = await _read(stream)
+            except TimeoutError as error:
+                raise Unavailable(f"the proxy was silent for {silence_seconds:g} s", reason="PROXY_SILENT") from error
+            if response.WhichOneof("message") == "command":
+                outbox.put_ack(self._execute(response.command))
+
+    def _execute(self, message: pb.Command) -> Ack:
+        try:
+            command = command_from_proto(message)
+        except HeliosError as error:
+            return Ack(message.command_id, error.reason, error.message)
+        return self._executor.execute(message.command_id, command)
+
+    async def _report(self, stream: Stream, outbox: Outbox, changed: asyncio.Event, interval: float) -> None:
+        clock = asyncio.get_running_loop().time
+        load_at = sent_at = clock()
+        while True:
+            if outbox.is_overflowed:
+                metrics.OUTBOX_OVERFLOWS.inc()
+                raise Overloaded("the proxy does not read what it is told", reason="OUTBOX_FULL")
+            now = clock()
+            messages = outbox.take(is_load_due=now >= load_at + interval)
+            for message in _requests(messages):
+                await _write(stream, message)
+            if any(isinstance(message, LoadReport) for message in messages):
+                load_at = now
+            if messages:
+                sent_at = now
+                continue
+            if now >= sent_at + interval:
+                await _write(stream, pb.SessionRequest(heartbeat=pb.Heartbeat()))
+                sent_at = now
+            due = min(sent_at, load_at) + interval if outbox.has_load else sent_at + interval
+            await _wait(changed, max(due - clock(), 0.0))
+
+
+async def _wait(changed: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await changed.wait()
+    except TimeoutError:
+        return
+    changed.clear()
+
+
+def _requests(messages: Sequence[Outgoing]) -> list[pb.SessionRequest]:
+    return [_to_proto(message) for message in messages]
+
+
+def _to_proto(message: Outgoing) -> pb.SessionRequest:
+    match message:
+        case ReplicaEvent(sequence, view):
+            return pb.SessionRequest(replica_event=pb.ReplicaEvent(sequence=sequence, replica=replica_to_proto(view)))
+        case LoadReport(deltas):
+            return pb.SessionRequest(load=pb.LoadReport(deltas=[delta_to_proto(delta) for delta in deltas]))
+        case Ack():
+            return pb.SessionRequest(command_ack=ack_to_proto(message))
+
+
+async def _write(stream: Stream, request: pb.SessionRequest) -> None:
+    try:
+        await stream.write(request)
+    except asyncio.InvalidStateError as error:
+        # grpcio says this when the stream ended before the write; reading tells why.
+        await _read(stream)
+        raise Unavailable("the proxy closed the session") from error
+
+
+async def _read(stream: Stream) -> pb.SessionResponse:
+    response = await stream.read()
+    if not isinstance(response, pb.SessionResponse):
+        raise Unavailable("the proxy closed the session", reason="SESSION_CLOSED")
+    return response

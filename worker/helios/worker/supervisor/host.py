@@ -1,0 +1,106 @@
+"""What the node has: devices, and ports that nobody uses.
+
+One CPU device today. Its memory is a share of what this process may use: the cgroup's limit counts where it is lower
+than the machine's memory, because the kernel kills by the cgroup.
+"""
+
+import random
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from helios.mesh.errors import Unavailable
+from helios.worker.supervisor.records import Device, DeviceKind
+
+CPU_DEVICE: Final = "cpu:0"
+# The rest is for the page cache that holds the weights (replicas map them), the storage agent and everybody else.
+REPLICA_SHARE: Final = 0.6
+# Below the ephemeral range, so that no outgoing connection takes the port between the choice and the replica's bind.
+_LOWEST_PORT: Final = 20_000
+_TRIES: Final = 64
+
+
+def cpu_device(memory_bytes: int | None) -> Device:
+    """Returns the host as a device. ``memory_bytes`` None: 60 % of what this process may use."""
+    if memory_bytes is None:
+        memory_bytes = int(usable_memory_bytes() * REPLICA_SHARE)
+    return Device(CPU_DEVICE, DeviceKind.CPU, memory_bytes)
+
+
+def usable_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Returns the machine's memory, or the lowest limit of the cgroups above this process where that is less."""
+    total = _total_memory_bytes(proc / "meminfo")
+    return min([total, *_cgroup_limits(proc / "self/cgroup", cgroups)])
+
+
+def pick_free_port(host: str, taken: frozenset[int], seed: int | None = None) -> int:
+    """Returns a TCP port of ``host`` that nobody listens on now.
+
+    Raises:
+        Unavailable: NO_FREE_PORT after 64 tries.
+    """
+    chance = random.Random(seed)  # noqa: S311 (spreads supervisors that start at once; nothing secret)
+    highest = _first_ephemeral_port() - 1
+    for _ in range(_TRIES):
+        port = chance.randint(_LOWEST_PORT, highest)
+        if port not in taken and _is_free(host, port):
+            return port
+    raise Unavailable(f"no free port found on {host} in {_LOWEST_PORT} to {highest}", reason="NO_FREE_PORT")
+
+
+def _is_free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def _first_ephemeral_port() -> int:
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        first = 32_768
+    return first if first > _LOWEST_PORT + 1000 else 61_000
+
+
+def _total_memory_bytes(meminfo: Path) -> int:
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    raise Unavailable(f"{meminfo} does not say how much memory there is", reason="NO_MEMTOTAL")
+
+
+def _cgroup_limits(membership: Path, cgroups: Path) -> Iterator[int]:
+    """Gives the limits of the process's cgroup and of those above it, of version 1 and 2. Source: cgroups(7)."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, name = cgroups, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = cgroups / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        for level in (folder, *folder.parents):
+            limit = _read_limit(level / name)
+            if limit is not None:
+                yield limit
+            if level == root:
+                break
+
+
+def _read_limit(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None

@@ -1,0 +1,123 @@
+"""What may happen to a replica: the input of its state machine."""
+
+from dataclasses import dataclass
+
+from helios.worker.supervisor.records import Failure, PhaseTiming, ProcessIdentity, ReplicaState
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Memory and a slot are booked: go."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsReady:
+    """The storage agent lent the weights."""
+
+    path: str
+    lease_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsFailed:
+    """The storage agent can't lend them."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """The launcher forked the front process."""
+
+    process: ProcessIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class ForkFailed:
+    """There is no process and there will be none."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """The replica said hello, for the first time or again."""
+
+    process: ProcessIdentity
+    state: ReplicaState
+    address: str = ""
+    max_context_tokens: int = 0
+    phases: tuple[PhaseTiming, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """A phase of the start ended."""
+
+    state: ReplicaState
+    phase: PhaseTiming | None
+
+
+@dataclass(frozen=True, slots=True)
+class BecameReady:
+    """The replica takes requests."""
+
+    address: str
+    max_context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedFailure:
+    """The replica says that it can't go on."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessExited:
+    """The front process is gone.
+
+    ``status`` is its exit code, or minus the signal that killed it; None where nobody could wait for it.
+    """
+
+    status: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """Finish the requests, then stop."""
+
+    timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """Stop now."""
+
+
+@dataclass(frozen=True, slots=True)
+class TreeGone:
+    """No process of the replica's tree is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed: ``handle`` looks at the deadline."""
+
+
+Event = (
+    Begin
+    | WeightsReady
+    | WeightsFailed
+    | Forked
+    | ForkFailed
+    | Attached
+    | Progressed
+    | BecameReady
+    | ReportedFailure
+    | ProcessExited
+    | DrainRequested
+    | StopRequested
+    | TreeGone
+    | Tick
+)

@@ -1,0 +1,67 @@
+"""What a worker goes by, and how a start becomes an order or is refused. Pure."""
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from helios.mesh.errors import InvalidRequest
+from helios.worker.supervisor.commands import Start
+from helios.worker.supervisor.records import Order
+from helios.worker.supervisor.replica_machine import Limits
+
+_REVISION: Final = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Who the worker is and what it goes by; times in seconds.
+
+    Attributes:
+        engines: Engines that can run here; the first one is the default.
+        replica_memory_bytes: Booked where a command names no memory.
+        kv_cache_bytes: Given where a command names no KV cache.
+        drain_seconds: Where a drain names no timeout, and at the end of the worker.
+        return_seconds: How long a listed replica may take to say hello to a restarted supervisor.
+        lease_ttl_seconds: How long weights stay leased when this process dies.
+    """
+
+    worker_id: str
+    incarnation: str
+    node: str
+    version: str
+    engines: tuple[str, ...]
+    replica_memory_bytes: int
+    kv_cache_bytes: int
+    drain_seconds: float
+    return_seconds: float
+    lease_ttl_seconds: float
+    limits: Limits
+
+
+def order_of(start: Start, rules: Rules, now: datetime) -> Order:
+    """Returns what a start asks for, with the worker's defaults filled in.
+
+    Raises:
+        InvalidRequest: START_INCOMPLETE, UNKNOWN_ENGINE, BAD_REVISION.
+    """
+    engine = start.engine or rules.engines[0]
+    if not start.replica_id or not start.model:
+        raise InvalidRequest("a start needs a replica id and a model", reason="START_INCOMPLETE")
+    if engine not in rules.engines:
+        known = ", ".join(rules.engines)
+        raise InvalidRequest(f"engine {engine!r} is not to be had here; there are: {known}", reason="UNKNOWN_ENGINE")
+    if not _REVISION.fullmatch(start.revision):
+        raise InvalidRequest(
+            f"revision {start.revision!r} is not of the form sha256:<64 hexadecimal digits>", reason="BAD_REVISION"
+        )
+    return Order(
+        replica_id=start.replica_id,
+        model=start.model,
+        revision=start.revision,
+        engine=engine,
+        memory_bytes=start.memory_bytes or rules.replica_memory_bytes,
+        kv_cache_bytes=start.kv_cache_bytes or rules.kv_cache_bytes,
+        max_context_tokens=start.max_context_tokens,
+        created_at=now,
+    )

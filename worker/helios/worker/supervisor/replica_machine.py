@@ -1,0 +1,353 @@
+"""The life of one replica as a pure state machine: no clock, no process, no socket; the caller executes the actions.
+
+Starting, dying and being killed overlap in every order: a stop while the fork is in flight, a death while draining, a
+failure report just before the exit. Here each combination has one answer. The stage ENDING is shown to others as
+DRAINING: the contract calls a replica stopped or failed only when its whole process tree is gone, because only then
+is its memory free.
+"""
+
+import enum
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from helios.worker.supervisor.life_actions import (
+    Action,
+    Fetch,
+    Fork,
+    Free,
+    KillTree,
+    Publish,
+    ReleaseWeights,
+    SendDrain,
+    Watch,
+)
+from helios.worker.supervisor.life_events import (
+    Attached,
+    BecameReady,
+    Begin,
+    DrainRequested,
+    Event,
+    Forked,
+    ForkFailed,
+    ProcessExited,
+    Progressed,
+    ReportedFailure,
+    StopRequested,
+    Tick,
+    TreeGone,
+    WeightsFailed,
+    WeightsReady,
+)
+from helios.worker.supervisor.records import (
+    Failure,
+    Order,
+    PhaseTiming,
+    ReplicaState,
+    ReplicaView,
+)
+
+START_TIMEOUT: Final = "START_TIMEOUT"
+FETCH_TIMEOUT: Final = "FETCH_TIMEOUT"
+REPLICA_DIED: Final = "REPLICA_DIED"
+REPLICA_LOST: Final = "REPLICA_LOST"
+
+
+class Stage(enum.Enum):
+    """Where a replica is for the supervisor: the contract's states, and ENDING while its tree is being killed."""
+
+    PENDING = enum.auto()
+    FETCHING = enum.auto()
+    LOADING = enum.auto()
+    WARMING = enum.auto()
+    READY = enum.auto()
+    DRAINING = enum.auto()
+    ENDING = enum.auto()
+    STOPPED = enum.auto()
+    FAILED = enum.auto()
+
+    @property
+    def shown(self) -> ReplicaState:
+        """The state that others see."""
+        return ReplicaState.DRAINING if self is Stage.ENDING else ReplicaState[self.name]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a stage may last, in seconds.
+
+    Attributes:
+        fetch_seconds: Until the weights are on the node.
+        start_seconds: From the fork to ready.
+        drain_seconds: For a replica that drains on its own account.
+        drain_grace_seconds: Given to a replica on top of its drain timeout, to cut off what is left and to exit by
+            itself.
+    """
+
+    fetch_seconds: float
+    start_seconds: float
+    drain_seconds: float
+    drain_grace_seconds: float
+
+
+_STARTING: Final = (Stage.LOADING, Stage.WARMING)
+_RUNNING: Final = (Stage.LOADING, Stage.WARMING, Stage.READY, Stage.DRAINING)
+_REPORTABLE: Final = {
+    ReplicaState.LOADING: Stage.LOADING,
+    ReplicaState.WARMING: Stage.WARMING,
+    ReplicaState.READY: Stage.READY,
+    ReplicaState.DRAINING: Stage.DRAINING,
+}
+
+
+class ReplicaMachine:
+    """One replica, from the order to its last process.
+
+    | stage | event | next | actions beside Publish |
+    |---|---|---|---|
+    | PENDING | Begin | FETCHING | Fetch |
+    | FETCHING | WeightsReady | LOADING | Fork |
+    | FETCHING | WeightsFailed, its deadline | FAILED | ReleaseWeights, Free |
+    | PENDING, FETCHING | DrainRequested, StopRequested | STOPPED | ReleaseWeights, Free |
+    | LOADING | Forked | LOADING | Watch |
+    | LOADING | ForkFailed | FAILED | ReleaseWeights, Free |
+    | LOADING, WARMING | Progressed | LOADING, WARMING | |
+    | LOADING, WARMING | BecameReady | READY | |
+    | LOADING, WARMING, READY | Attached | what the replica says | Watch where the process is news |
+    | READY | DrainRequested | DRAINING | SendDrain |
+    | READY | Progressed to DRAINING (it was sent a signal, or had no supervisor for too long) | DRAINING | |
+    | DRAINING | Attached, DrainRequested | DRAINING | SendDrain |
+    | LOADING, WARMING | DrainRequested | ENDING | KillTree, if there is a process |
+    | LOADING … DRAINING | StopRequested, ReportedFailure, ProcessExited, the deadline | ENDING | KillTree, if … |
+    | ENDING without a process | Forked | ENDING | KillTree |
+    | ENDING without a process | ForkFailed | STOPPED, FAILED | ReleaseWeights, Free |
+    | ENDING | TreeGone | STOPPED, FAILED | ReleaseWeights, Free |
+
+    Anything else changes nothing. Invariants: KillTree comes once; Free comes once, as the last thing, and after a
+    KillTree only upon TreeGone; the first reason to end is the one that is reported; ended is for good.
+    """
+
+    def __init__(self, order: Order, limits: Limits) -> None:
+        self._limits = limits
+        self._stage = Stage.PENDING
+        self._view = ReplicaView(order, ReplicaState.PENDING)
+        self._deadline: float | None = None
+        # What it means when the deadline passes; None: it ends as asked (a drain that took too long).
+        self._overdue: Failure | None = None
+        self._drain_deadline = 0.0
+        self._fetching_since = 0.0
+
+    @classmethod
+    def returning(cls, view: ReplicaView, limits: Limits, *, return_by: float) -> "ReplicaMachine":
+        """Takes over a replica of an earlier supervisor that runs and has until ``return_by`` to say hello.
+
+        Raises:
+            ValueError: The view has no process or is not of a running replica.
+        """
+        if view.process is None or view.state not in _REPORTABLE:
+            raise ValueError(f"replica {view.replica_id} in state {view.state.value} can't be taken over")
+        machine = cls(view.order, limits)
+        machine._view = view
+        machine._stage = _REPORTABLE[view.state]
+        machine._deadline = return_by
+        machine._overdue = Failure(REPLICA_LOST, "the replica did not come back after its supervisor restarted")
+        return machine
+
+    @property
+    def stage(self) -> Stage:
+        """The stage."""
+        return self._stage
+
+    @property
+    def view(self) -> ReplicaView:
+        """The replica as others see it, without its load."""
+        return self._view
+
+    @property
+    def deadline(self) -> float | None:
+        """When a Tick is due; None: never."""
+        return self._deadline
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it was taken over and has yet to say hello."""
+        return self._overdue is not None and self._overdue.reason == REPLICA_LOST
+
+    def resume(self) -> list[Action]:
+        """Returns what must run for a replica that was taken over by ``returning``."""
+        assert self._view.process is not None
+        return [Watch(self._view.process), Fetch(self._view.lease_id)]
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Takes an event at ``now`` (seconds of a monotonic clock) and returns what to do, in order."""
+        match event:
+            case Begin():
+                return self._begin(now)
+            case WeightsReady() | WeightsFailed():
+                return self._on_weights(event, now)
+            case Forked() | ForkFailed():
+                return self._on_fork(event)
+            case Attached():
+                return self._on_attached(event, now)
+            case Progressed() | BecameReady():
+                return self._on_progress(event, now)
+            case DrainRequested(timeout_seconds):
+                return self._on_drain(timeout_seconds, now)
+            case StopRequested():
+                return self._end(None)
+            case ReportedFailure(failure):
+                return self._end(failure) if self._stage in _RUNNING else []
+            case ProcessExited(status):
+                return self._on_exit(status)
+            case TreeGone():
+                return self._finish() if self._stage is Stage.ENDING else []
+            case Tick():
+                is_due = self._deadline is not None and now >= self._deadline
+                return self._end(self._overdue) if is_due else []
+
+    def _begin(self, now: float) -> list[Action]:
+        if self._stage is not Stage.PENDING:
+            return []
+        self._fetching_since = now
+        self._set_deadline(
+            now + self._limits.fetch_seconds,
+            Failure(FETCH_TIMEOUT, f"the weights were not on the node after {self._limits.fetch_seconds:g} s"),
+        )
+        return [Fetch(), *self._enter(Stage.FETCHING)]
+
+    def _on_weights(self, event: WeightsReady | WeightsFailed, now: float) -> list[Action]:
+        if self._stage is not Stage.FETCHING:
+            # An adopted replica's lease was renewed, perhaps under a new id.
+            if isinstance(event, WeightsReady) and self._stage in _RUNNING:
+                self._view = replace(self._view, lease_id=event.lease_id)
+            return []
+        if isinstance(event, WeightsFailed):
+            return self._end(event.failure)
+        deadline = now + self._limits.start_seconds
+        self._set_start_deadline(now)
+        self._view = replace(self._view, lease_id=event.lease_id)
+        self._add_phases([PhaseTiming("fetch", now - self._fetching_since)])
+        return [Fork(event.path, event.lease_id, deadline), *self._enter(Stage.LOADING)]
+
+    def _on_fork(self, event: Forked | ForkFailed) -> list[Action]:
+        if self._stage not in (*_STARTING, Stage.ENDING) or self._view.process is not None:
+            return []
+        if isinstance(event, ForkFailed):
+            if self._stage is not Stage.ENDING:
+                self._view = replace(self._view, failure=event.failure)
+            return self._finish()
+        self._view = replace(self._view, process=event.process)
+        if self._stage is Stage.ENDING:
+            return [KillTree(event.process), Publish()]
+        return [Watch(event.process), Publish()]
+
+    def _on_attached(self, event: Attached, now: float) -> list[Action]:
+        if self._stage not in _RUNNING:
+            return []
+        actions: list[Action] = []
+        if self._view.process is None:
+            # The hello overtook the launcher's answer.
+            self._view = replace(self._view, process=event.process)
+            actions.append(Watch(event.process))
+        self._add_phases(event.phases)
+        if event.address:
+            self._view = replace(self._view, address=event.address, max_context_tokens=event.max_context_tokens)
+        if self._stage is Stage.DRAINING:
+            return [*actions, *self._resend_drain(now)]
+        reported = _REPORTABLE.get(event.state, self._stage)
+        if reported in _STARTING and (self._stage not in _STARTING or self.is_awaited):
+            self._set_start_deadline(now)
+        elif reported is Stage.READY:
+            self._set_deadline(None, None)
+        elif reported is Stage.DRAINING:
+            return [*actions, *self._drains_by_itself(now)]
+        return [*actions, *self._enter(reported)]
+
+    def _on_progress(self, event: Progressed | BecameReady, now: float) -> list[Action]:
+        if isinstance(event, Progressed) and event.state is ReplicaState.DRAINING and self._stage is Stage.READY:
+            return self._drains_by_itself(now)
+        if self._stage not in _STARTING:
+            return []
+        if isinstance(event, BecameReady):
+            self._view = replace(self._view, address=event.address, max_context_tokens=event.max_context_tokens)
+            self._set_deadline(None, None)
+            return self._enter(Stage.READY)
+        if event.phase is not None:
+            self._add_phases([event.phase])
+        # READY takes an address: BecameReady alone leads there.
+        is_later = event.state is ReplicaState.WARMING
+        return self._enter(Stage.WARMING if is_later else self._stage)
+
+    def _on_drain(self, timeout_seconds: float, now: float) -> list[Action]:
+        if self._stage not in (Stage.READY, Stage.DRAINING):
+            # Before ready there is no request to finish.
+            return self._end(None)
+        self._drain_deadline = now + timeout_seconds
+        self._set_deadline(self._drain_deadline + self._limits.drain_grace_seconds, None)
+        return [SendDrain(timeout_seconds), *self._enter(Stage.DRAINING)]
+
+    def _drains_by_itself(self, now: float) -> list[Action]:
+        self._drain_deadline = now + self._limits.drain_seconds
+        self._set_deadline(self._drain_deadline + self._limits.drain_grace_seconds, None)
+        return self._enter(Stage.DRAINING)
+
+    def _resend_drain(self, now: float) -> list[Action]:
+        if self.is_awaited:
+            self._drains_by_itself(now)
+        return [SendDrain(max(self._drain_deadline - now, 0.0)), Publish()]
+
+    def _on_exit(self, status: int | None) -> list[Action]:
+        if self._stage is Stage.ENDING:
+            failure = self._view.failure
+            if status is not None and failure is not None and failure.reason == REPLICA_DIED:
+                # The pidfd was faster than the launcher, which alone knows the status.
+                self._view = replace(self._view, failure=_death(status))
+            return []
+        if self._stage not in _RUNNING:
+            return []
+        return self._end(None if self._stage is Stage.DRAINING else _death(status))
+
+    def _end(self, failure: Failure | None) -> list[Action]:
+        if self._stage is Stage.ENDING or self._stage.shown.is_ended:
+            return []
+        self._view = replace(self._view, failure=failure)
+        self._set_deadline(None, None)
+        if self._stage in (Stage.PENDING, Stage.FETCHING):
+            return self._finish()
+        kill: list[Action] = [] if self._view.process is None else [KillTree(self._view.process)]
+        return [*kill, *self._enter(Stage.ENDING)]
+
+    def _finish(self) -> list[Action]:
+        self._set_deadline(None, None)
+        ended = Stage.STOPPED if self._view.failure is None else Stage.FAILED
+        return [ReleaseWeights(), Free(), *self._enter(ended)]
+
+    def _enter(self, stage: Stage) -> list[Action]:
+        self._stage = stage
+        self._view = replace(self._view, state=stage.shown)
+        return [Publish()]
+
+    def _set_deadline(self, deadline: float | None, overdue: Failure | None) -> None:
+        self._deadline = deadline
+        self._overdue = overdue
+
+    def _set_start_deadline(self, now: float) -> None:
+        seconds = self._limits.start_seconds
+        self._set_deadline(now + seconds, Failure(START_TIMEOUT, f"the replica was not ready after {seconds:g} s"))
+
+    def _add_phases(self, phases: Iterable[PhaseTiming]) -> None:
+        known = {phase.phase for phase in self._view.phases}
+        added = tuple(phase for phase in phases if phase.phase not in known)
+        self._view = replace(self._view, phases=(*self._view.phases, *added))
+
+
+def _death(status: int | None) -> Failure:
+    if status is None:
+        how = "its front process is gone"
+    elif status < 0:
+        known = -status in {number.value for number in signal.Signals}
+        how = f"its front process was killed by {signal.Signals(-status).name if known else f'signal {-status}'}"
+    else:
+        how = f"its front process exited with {status}"
+    return Failure(REPLICA_DIED, f"the replica died: {how}")

@@ -1,0 +1,289 @@
+"""Carries out what a replica's state machine decides: weights, fork, watch, drain, kill.
+
+The machine is told of everything that happens through ``post``, which is synchronous, so that events are handled one
+after the other in the order in which they came. Each action that takes time is a task of the supervisor's group and
+ends in another ``post``.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol
+
+import structlog
+from opentelemetry import propagate, trace
+
+from helios.mesh.errors import HeliosError
+from helios.worker.replica.spec import ReplicaSpec
+from helios.worker.supervisor import life_actions, life_events
+from helios.worker.supervisor.process_tree import kill_tree, watch_exit
+from helios.worker.supervisor.records import Failure, Load, ProcessIdentity, ReplicaState, ReplicaView
+from helios.worker.supervisor.replica_machine import ReplicaMachine, Stage
+
+log = structlog.get_logger()
+tracer = trace.get_tracer("helios.worker")
+
+_LEASE_RETRY_SECONDS: Final = 2.0
+# Above what the storage client itself gives a release; the lease of an agent that is away ends by itself.
+_RELEASE_SECONDS: Final = 6.0
+
+
+class Lent(Protocol):
+    """A revision that is lent. ``keep`` True: leaving the block does not end the lease."""
+
+    path: str
+    lease_id: str
+    keep: bool
+
+    async def wait_lost(self) -> None:
+        """Waits until the lease is lost and raises a HeliosError then."""
+
+
+class Weights(Protocol):
+    """Where weights come from: the storage agent's client."""
+
+    def materialize(
+        self, revision: str, *, holder: str, ttl_seconds: float, lease_id: str | None, keep: bool
+    ) -> AbstractAsyncContextManager[Lent]:
+        """Lends a revision for the block, renewing in the background; raises HeliosError where that can't be."""
+        ...
+
+    async def evict(self, revision: str) -> int:
+        """Drops a revision from the node and returns the bytes freed. Idempotent."""
+        ...
+
+
+class Forked(Protocol):
+    """A front process that was forked."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def start_ticks(self) -> int: ...
+
+
+class Launcher(Protocol):
+    """What forks replicas."""
+
+    async def fork(self, spec: ReplicaSpec, deadline: float) -> Forked:
+        """Forks; ``deadline`` is monotonic. Raises HeliosError where there is no process, or none in time."""
+        ...
+
+
+class Link(Protocol):
+    """The stream to an attached replica; never blocks, and does nothing once the stream ended."""
+
+    def drain(self, timeout_seconds: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a runner acts on.
+
+    ``spec`` makes the launcher's order from a view, the weights' path and the trace context.
+    """
+
+    group: asyncio.TaskGroup
+    launcher: Launcher
+    weights: Weights
+    lease_ttl_seconds: float
+    holder: str
+    spec: Callable[[ReplicaView, str, str], ReplicaSpec]
+    on_change: Callable[[ReplicaView], None]
+    on_freed: Callable[[ReplicaView], None]
+
+
+class ReplicaRunner:
+    """One replica that is carried out.
+
+    Invariants: events are handled in the order of ``post``, also those posted by an action; ``on_freed`` is called
+    once, just before the ``on_change`` that shows the end; a lease that is not released by the machine outlives this
+    process.
+    """
+
+    def __init__(self, life: ReplicaMachine, surroundings: Surroundings) -> None:
+        self._life = life
+        self._around = surroundings
+        self._events: deque[life_events.Event] = deque()
+        self._is_handling = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._holding: asyncio.Task[None] | None = None
+        self._is_released = False
+        self._link: Link | None = None
+        self._load = Load()
+        self._span: trace.Span | None = None
+        self._ended = asyncio.Event()
+
+    @property
+    def view(self) -> ReplicaView:
+        """The replica as others see it, with its load."""
+        return replace(self._life.view, load=self._load)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the replica is in conversation with this supervisor."""
+        return self._link is not None
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it was taken over, runs, and has not said hello yet."""
+        return self._life.is_awaited
+
+    async def wait_ended(self) -> None:
+        """Returns when nothing of the replica is left, and its lease was given back or given up."""
+        await self._ended.wait()
+        if self._holding is not None:
+            await asyncio.wait((self._holding,), timeout=_RELEASE_SECONDS)
+
+    def begin(self) -> None:
+        """Starts the replica that was ordered."""
+        order = self._life.view.order
+        self._span = tracer.start_span(
+            "start replica",
+            attributes={"helios.replica": order.replica_id, "helios.model": order.model, "helios.engine": order.engine},
+        )
+        self.post(life_events.Begin())
+
+    def resume(self) -> None:
+        """Takes over a replica of an earlier supervisor."""
+        self._set_timer()
+        for action in self._life.resume():
+            self._execute(action)
+
+    def attach(self, link: Link, event: life_events.Attached, load: Load) -> None:
+        """Takes the replica's stream; an older one is not used any more."""
+        self._link = link
+        self._load = load
+        self.post(event)
+
+    def detach(self, link: Link) -> None:
+        """Forgets a stream that ended, unless a newer one took its place. The replica's state does not change."""
+        if self._link is link:
+            self._link = None
+
+    def is_link(self, link: Link) -> bool:
+        """Whether this stream is the replica's current one."""
+        return self._link is link
+
+    def take_load(self, load: Load) -> None:
+        """Notes the load that the replica reported last."""
+        self._load = load
+
+    def post(self, event: life_events.Event) -> None:
+        """Gives an event to the machine and carries out what it decides."""
+        self._events.append(event)
+        if self._is_handling:
+            return
+        self._is_handling = True
+        try:
+            while self._events:
+                now = asyncio.get_running_loop().time()
+                for action in self._life.handle(self._events.popleft(), now):
+                    self._execute(action)
+                self._set_timer()
+        finally:
+            self._is_handling = False
+
+    def _execute(self, action: life_actions.Action) -> None:
+        match action:
+            case life_actions.Fetch(lease_id):
+                self._holding = self._spawn("weights", self._hold_weights(lease_id))
+            case life_actions.Fork():
+                self._spawn("fork", self._fork(action))
+            case life_actions.Watch(process):
+                self._spawn("watch", self._watch(process))
+            case life_actions.SendDrain(timeout_seconds):
+                if self._link is not None:
+                    self._link.drain(timeout_seconds)
+            case life_actions.KillTree(process):
+                self._spawn("kill", self._kill(process))
+            case life_actions.ReleaseWeights():
+                self._is_released = True
+                if self._holding is not None:
+                    self._holding.cancel()
+            case life_actions.Free():
+                self._around.on_freed(self.view)
+                self._ended.set()
+            case life_actions.Publish():
+                self._trace()
+                self._around.on_change(self.view)
+
+    def _spawn(self, what: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return self._around.group.create_task(work, name=f"{what} {self._life.view.replica_id}")
+
+    async def _hold_weights(self, lease_id: str) -> None:
+        """Borrows the weights for as long as the replica lives; ends by being cancelled.
+
+        The lease is kept by default: when this process ends without having seen the replica's end, its successor
+        resumes it.
+        """
+        order = self._life.view.order
+        while True:
+            try:
+                async with self._around.weights.materialize(
+                    order.revision,
+                    holder=f"{self._around.holder}/{order.replica_id}",
+                    ttl_seconds=self._around.lease_ttl_seconds,
+                    lease_id=lease_id or None,
+                    keep=True,
+                ) as lent:
+                    try:
+                        self.post(life_events.WeightsReady(lent.path, lent.lease_id))
+                        await lent.wait_lost()
+                    finally:
+                        lent.keep = not self._is_released
+            except HeliosError as error:
+                if self._life.stage is Stage.FETCHING:
+                    self.post(life_events.WeightsFailed(Failure(error.reason, error.message)))
+                    return
+                log.warning("lease of a running replica lost", replica=order.replica_id, reason=error.reason)
+            # What is mapped stays readable; a new lease keeps the agent from giving the room away.
+            lease_id = ""
+            await asyncio.sleep(_LEASE_RETRY_SECONDS)
+
+    async def _fork(self, action: life_actions.Fork) -> None:
+        spec = self._around.spec(self._life.view, action.path, self._traceparent())
+        try:
+            forked = await self._around.launcher.fork(spec, action.deadline)
+        except (HeliosError, TimeoutError) as error:
+            reason = error.reason if isinstance(error, HeliosError) else "FORK_TIMEOUT"
+            self.post(life_events.ForkFailed(Failure(reason, str(error) or "the launcher did not answer in time")))
+        else:
+            self.post(life_events.Forked(ProcessIdentity(forked.pid, forked.start_ticks)))
+
+    async def _watch(self, process: ProcessIdentity) -> None:
+        async with watch_exit(process) as gone:
+            await gone.wait()
+        self.post(life_events.ProcessExited())
+
+    async def _kill(self, process: ProcessIdentity) -> None:
+        await kill_tree(process)
+        self.post(life_events.TreeGone())
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self._life.deadline
+        if deadline is not None:
+            self._timer = asyncio.get_running_loop().call_at(deadline, self.post, life_events.Tick())
+
+    def _traceparent(self) -> str:
+        if self._span is None:
+            return ""
+        carrier: dict[str, str] = {}
+        propagate.inject(carrier, context=trace.set_span_in_context(self._span))
+        return carrier.get("traceparent", "")
+
+    def _trace(self) -> None:
+        view = self._life.view
+        if self._span is None or not (view.state is ReplicaState.READY or view.state.is_ended):
+            return
+        if view.failure is not None:
+            self._span.set_status(trace.StatusCode.ERROR, view.failure.message)
+        for phase in view.phases:
+            self._span.set_attribute(f"helios.phase.{phase.phase}_seconds", phase.seconds)
+        self._span.end()
+        self._span = None

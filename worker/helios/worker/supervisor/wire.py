@@ -1,0 +1,227 @@
+"""Between the contract's messages and the supervisor's records; used by the servicer and the session, and by nothing
+else.
+"""
+
+from datetime import UTC
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from helios.api.fleet.v1 import fleet_service_pb2 as fleet
+from helios.api.fleet.v1 import types_pb2 as types
+from helios.mesh.errors import InvalidRequest
+from helios.worker.supervisor.commands import Ack, Command, Drain, Evict, Start, Stop
+from helios.worker.supervisor.records import (
+    DeviceUse,
+    Failure,
+    FinishedRequest,
+    Load,
+    LoadDelta,
+    Order,
+    PhaseTiming,
+    ProcessIdentity,
+    ReplicaState,
+    ReplicaView,
+    WorkerView,
+)
+
+
+def seconds_to_proto(seconds: float) -> Duration:
+    """Returns a duration to the nanosecond."""
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
+
+
+def seconds_from_proto(duration: Duration) -> float:
+    """Returns seconds."""
+    return duration.seconds + duration.nanos / 1e9
+
+
+def state_to_proto(state: ReplicaState) -> types.ReplicaState.ValueType:
+    """Returns the contract's number of a state."""
+    return types.ReplicaState.Value(f"REPLICA_STATE_{state.value}")
+
+
+def state_from_proto(state: types.ReplicaState.ValueType) -> ReplicaState:
+    """Returns a state. Raises InvalidRequest for one that is not set or not known."""
+    try:
+        return ReplicaState(types.ReplicaState.Name(state).removeprefix("REPLICA_STATE_"))
+    except ValueError as error:
+        raise InvalidRequest(f"replica state {state} is not known", reason="UNKNOWN_STATE") from error
+
+
+def failure_from_proto(failure: types.ReplicaFailure) -> Failure:
+    """Returns a failure; one without a reason gets a reason all the same, since an empty one would mean success."""
+    return Failure(failure.reason or "UNKNOWN", failure.message)
+
+
+def phase_from_proto(phase: types.PhaseTiming) -> PhaseTiming:
+    """Returns a phase."""
+    return PhaseTiming(phase.phase, seconds_from_proto(phase.duration))
+
+
+def load_to_proto(load: Load) -> types.ReplicaLoad:
+    """Returns the message of a load."""
+    return types.ReplicaLoad(
+        running_requests=load.running_requests,
+        waiting_requests=load.waiting_requests,
+        kv_usage_ratio=load.kv_usage_ratio,
+        generated_tokens=load.generated_tokens,
+    )
+
+
+def load_from_proto(load: types.ReplicaLoad) -> Load:
+    """Returns a load."""
+    return Load(load.running_requests, load.waiting_requests, load.kv_usage_ratio, load.generated_tokens)
+
+
+def delta_from_proto(delta: types.LoadDelta) -> LoadDelta:
+    """Returns a delta."""
+    return LoadDelta(
+        replica_id=delta.replica_id,
+        load=load_from_proto(delta.load),
+        started=tuple(request.request_id for request in delta.started),
+        finished=tuple(_finished_from_proto(request) for request in delta.finished),
+    )
+
+
+def delta_to_proto(delta: LoadDelta) -> types.LoadDelta:
+    """Returns the message of a delta."""
+    return types.LoadDelta(
+        replica_id=delta.replica_id,
+        load=load_to_proto(delta.load),
+        started=[types.RequestStarted(request_id=request_id) for request_id in delta.started],
+        finished=[_finished_to_proto(request) for request in delta.finished],
+    )
+
+
+def replica_to_proto(view: ReplicaView) -> types.Replica:
+    """Returns the message of a whole replica."""
+    order = view.order
+    created_at = Timestamp()
+    created_at.FromDatetime(order.created_at)
+    message = types.Replica(
+        replica_id=order.replica_id,
+        model=order.model,
+        revision=order.revision,
+        state=state_to_proto(view.state),
+        address=view.address,
+        engine=order.engine,
+        pid=view.process.pid if view.process else 0,
+        phases=[
+            types.PhaseTiming(phase=phase.phase, duration=seconds_to_proto(phase.seconds)) for phase in view.phases
+        ],
+        memory_bytes=order.memory_bytes,
+        created_at=created_at,
+        max_context_tokens=view.max_context_tokens,
+        load=load_to_proto(view.load),
+    )
+    if view.failure is not None:
+        message.failure.CopyFrom(types.ReplicaFailure(reason=view.failure.reason, message=view.failure.message))
+    return message
+
+
+def replica_from_proto(replica: types.Replica, *, start_ticks: int, lease_id: str) -> ReplicaView:
+    """Returns what a replica says of itself. Raises InvalidRequest where it can't be right."""
+    if not replica.replica_id or replica.pid <= 1:
+        raise InvalidRequest("a hello needs a replica id and a process id", reason="HELLO_INCOMPLETE")
+    order = Order(
+        replica_id=replica.replica_id,
+        model=replica.model,
+        revision=replica.revision,
+        engine=replica.engine,
+        memory_bytes=replica.memory_bytes,
+        kv_cache_bytes=0,
+        max_context_tokens=0,
+        created_at=replica.created_at.ToDatetime(tzinfo=UTC),
+    )
+    return ReplicaView(
+        order=order,
+        state=state_from_proto(replica.state),
+        address=replica.address,
+        process=ProcessIdentity(replica.pid, start_ticks),
+        failure=failure_from_proto(replica.failure) if replica.HasField("failure") else None,
+        phases=tuple(phase_from_proto(phase) for phase in replica.phases),
+        max_context_tokens=replica.max_context_tokens,
+        lease_id=lease_id,
+        load=load_from_proto(replica.load),
+    )
+
+
+def hello_to_proto(worker: WorkerView) -> fleet.Hello:
+    """Returns the message by which a worker introduces itself."""
+    return fleet.Hello(
+        worker_id=worker.worker_id,
+        incarnation=worker.incarnation,
+        node=worker.node,
+        devices=[_device_to_proto(use) for use in worker.devices],
+        engines=worker.engines,
+        slot_count=worker.slot_count,
+        replicas=[replica_to_proto(view) for view in worker.replicas],
+        version=worker.version,
+    )
+
+
+def ack_to_proto(ack: Ack) -> fleet.CommandAck:
+    """Returns the message of an ack."""
+    return fleet.CommandAck(command_id=ack.command_id, refused_reason=ack.refused_reason, message=ack.message)
+
+
+def command_from_proto(command: fleet.Command) -> Command:
+    """Returns a command. Raises InvalidRequest for one that this version does not know."""
+    match command.WhichOneof("command"):
+        case "start":
+            start = command.start
+            return Start(
+                replica_id=start.replica_id,
+                model=start.model,
+                revision=start.revision,
+                engine=start.engine,
+                memory_bytes=start.memory_bytes,
+                kv_cache_bytes=start.kv_cache_bytes,
+                max_context_tokens=start.max_context_tokens,
+            )
+        case "drain":
+            drain = command.drain
+            timeout_seconds = seconds_from_proto(drain.timeout) if drain.HasField("timeout") else None
+            return Drain(drain.replica_id, timeout_seconds)
+        case "stop":
+            return Stop(command.stop.replica_id)
+        case "evict":
+            return Evict(command.evict.revision)
+        case _:
+            raise InvalidRequest("the command is empty or of a newer version", reason="UNKNOWN_COMMAND")
+
+
+def _device_to_proto(use: DeviceUse) -> fleet.Device:
+    return fleet.Device(
+        device_id=use.device.device_id,
+        kind=fleet.DeviceKind.Value(f"DEVICE_KIND_{use.device.kind.value}"),
+        memory_bytes=use.device.memory_bytes,
+        booked_bytes=use.booked_bytes,
+    )
+
+
+def _finished_from_proto(request: types.RequestFinished) -> FinishedRequest:
+    has_first = request.HasField("time_to_first_token")
+    return FinishedRequest(
+        request_id=request.request_id,
+        status_code=request.status_code,
+        prompt_tokens=request.prompt_tokens,
+        completion_tokens=request.completion_tokens,
+        time_to_first_token_seconds=seconds_from_proto(request.time_to_first_token) if has_first else None,
+        duration_seconds=seconds_from_proto(request.duration),
+    )
+
+
+def _finished_to_proto(request: FinishedRequest) -> types.RequestFinished:
+    first = request.time_to_first_token_seconds
+    return types.RequestFinished(
+        request_id=request.request_id,
+        status_code=request.status_code,
+        prompt_tokens=request.prompt_tokens,
+        completion_tokens=request.completion_tokens,
+        time_to_first_token=seconds_to_proto(first) if first is not None else None,
+        duration=seconds_to_proto(request.duration_seconds),
+    )
