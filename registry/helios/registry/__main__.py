@@ -1,0 +1,72 @@
+"""``python -m helios.registry``: the composition root of the registry process."""
+
+from contextlib import AsyncExitStack
+
+import structlog
+
+from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
+from helios.mesh.process import Lifetime, run
+from helios.mesh.server import MeshServer, ServerOptions
+from helios.registry import access, metrics, offload
+from helios.registry.blobs import BlobStore
+from helios.registry.catalog import Catalog
+from helios.registry.database import Database
+from helios.registry.ingest import Ingester
+from helios.registry.servicer import RegistryServicer
+from helios.registry.settings import RegistrySettings
+from helios.registry.sources.conversion import Converter
+from helios.registry.state import StateDirectory
+from helios.registry.store import Store
+from helios.registry.watch import WatchHub
+
+log = structlog.get_logger()
+
+
+async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
+    """Opens the state, brings it into order, serves until asked to stop.
+
+    Closing runs backwards: watches end, ingests are cancelled and clean up, the server drains, the database closes, and
+    only then another registry may have the directory.
+    """
+    async with AsyncExitStack() as stack:
+        state = stack.enter_context(StateDirectory(settings.state_directory).owned())
+        database = await Database.open(state.database)
+        stack.push_async_callback(database.close)
+        store = Store(database)
+        blobs = BlobStore(state.blobs, reserve_bytes=settings.ingest.reserve_bytes)
+        await _repair(store, blobs)
+        hub = WatchHub(settings.watch_queue_size)
+        catalog = Catalog(store, blobs, hub)
+        converter = Converter(
+            timeout_seconds=settings.ingest.convert_timeout_seconds, require_space=blobs.require_space
+        )
+        server = MeshServer(
+            listen=settings.listen,
+            identity=settings.mesh.identity,
+            policy=access.POLICY,
+            options=ServerOptions(drain_seconds=settings.drain_seconds),
+        )
+        ingester = Ingester(catalog, state, converter, max_concurrent=settings.ingest.max_concurrent)
+        add_RegistryServiceServicer_to_server(RegistryServicer(catalog, ingester), server.grpc)
+        server.serve(access.SERVICE)
+        await stack.enter_async_context(server)
+        await stack.enter_async_context(ingester)
+        stack.callback(hub.close)
+        metrics.MODELS.set(await store.count_models())
+        lifetime.mark_ready(address=server.address)
+        await lifetime.wait_stop()
+        await server.set_serving(is_serving=False)
+
+
+async def _repair(store: Store, blobs: BlobStore) -> None:
+    """Clears away what a crash left, and says which blobs are gone."""
+    referenced = await store.referenced_blobs()
+    freed_bytes, missing = await offload.run(lambda _: blobs.prepare(referenced))
+    if freed_bytes:
+        log.info("unfinished ingests cleared away", freed_bytes=freed_bytes)
+    if missing:
+        log.error("blobs are missing; ingest their models again", blobs=missing[:20], count=len(missing))
+
+
+if __name__ == "__main__":
+    run("registry", RegistrySettings, main)

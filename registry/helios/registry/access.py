@@ -1,0 +1,35 @@
+"""Which component may call what.
+
+The server's policy keeps strangers out of the service; this table says what each of the rest may do. Reading is for
+whoever takes part in serving models; changing models is for people, who come through the admin edge, and for the
+proxy, through which replica counts are set (``ScaleModel`` writes to the registry).
+"""
+
+from typing import Any, Final
+
+from helios.mesh.errors import PermissionDenied
+from helios.mesh.server import NO_TLS_COMPONENT, peer_component
+
+SERVICE: Final = "helios.api.registry.v1.RegistryService"
+# A storage agent and a proxy read; the admin edge acts for people.
+POLICY: Final = {SERVICE: frozenset({"storage", "proxy", "admin-edge"})}
+
+_WRITERS: Final = frozenset({"admin-edge"})
+_POLICY_WRITERS: Final = frozenset({"admin-edge", "proxy"})
+
+
+def check_may_write(context: Any) -> None:
+    """Raises PermissionDenied unless the caller may change models."""
+    _check(context, _WRITERS, "change models")
+
+
+def check_may_set_policy(context: Any) -> None:
+    """Raises PermissionDenied unless the caller may change replica counts."""
+    _check(context, _POLICY_WRITERS, "change policies")
+
+
+def _check(context: Any, allowed: frozenset[str], what: str) -> None:
+    component = peer_component(context)
+    # Without TLS the sidecar has already decided who may connect.
+    if component not in allowed and component != NO_TLS_COMPONENT:
+        raise PermissionDenied(f"{component} may not {what}", metadata={"component": component or ""})

@@ -1,0 +1,193 @@
+"""The registry as other components see it: typed calls, values in and out, HeliosError on failure.
+
+Every unary call has a timeout and is idempotent, ``delete_model`` and ``delete_alias`` apart (the second one is
+NOT_FOUND). ``watch_models`` is one stream: when it fails, call it again (``helios.mesh.tasks.keep_running`` does) and
+begin with the new snapshot.
+"""
+
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing
+from typing import Any, Final, TypeVar
+
+import grpc.aio
+
+from helios.api.registry.v1 import registry_service_pb2 as pb
+from helios.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
+from helios.mesh.channel import StubSource
+from helios.mesh.status import error_from_rpc
+from helios.registry import wire
+from helios.registry.manifest import Digest, Entry, Manifest
+from helios.registry.profile import ModelProfile
+from helios.registry.records import (
+    IngestDone,
+    IngestEvent,
+    IngestPhase,
+    IngestProgress,
+    IngestSpec,
+    LocatedManifest,
+    Model,
+    ModelChange,
+    ModelDeleted,
+    ModelPolicy,
+    ModelSnapshot,
+    ModelUpserted,
+    Revision,
+    WatchEvent,
+)
+
+__all__ = [
+    "Digest",
+    "Entry",
+    "IngestDone",
+    "IngestEvent",
+    "IngestPhase",
+    "IngestProgress",
+    "IngestSpec",
+    "LocatedManifest",
+    "Manifest",
+    "Model",
+    "ModelChange",
+    "ModelDeleted",
+    "ModelPolicy",
+    "ModelProfile",
+    "ModelSnapshot",
+    "ModelUpserted",
+    "RegistryClient",
+    "Revision",
+    "WatchEvent",
+]
+
+T = TypeVar("T")
+
+# Reads take milliseconds; a registry that was just started may still open its database.
+DEFAULT_TIMEOUT_SECONDS: Final = 10.0
+# Deleting may wait for an ingest's commit and removes files of a whole model.
+DELETE_TIMEOUT_SECONDS: Final = 60.0
+# A large model off a slow disk; the registry's own limits end an ingest that hangs.
+INGEST_TIMEOUT_SECONDS: Final = 4 * 3600.0
+PAGE_SIZE: Final = 1_000
+
+
+class RegistryClient:
+    """Calls on one registry. The dialer stays the caller's, who opens and closes it."""
+
+    def __init__(self, dialer: StubSource, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
+        self._dialer = dialer
+        self._timeout_seconds = timeout_seconds
+
+    async def get_model(self, name: str) -> Model:
+        """Returns a model by name or alias. Raises ModelNotFound."""
+        request = pb.GetModelRequest(name=name)
+        response = await _call(self._stub().GetModel(request, timeout=self._timeout_seconds))
+        return wire.model_from_proto(response.model)
+
+    async def list_models(self) -> tuple[Model, ...]:
+        """Returns all models by name; pages are fetched as needed."""
+        found: list[Model] = []
+        token = ""
+        while True:
+            request = pb.ListModelsRequest(page_size=PAGE_SIZE, page_token=token)
+            response = await _call(self._stub().ListModels(request, timeout=self._timeout_seconds))
+            found += map(wire.model_from_proto, response.models)
+            token = response.next_page_token
+            if not token:
+                return tuple(found)
+
+    async def list_revisions(self, name: str) -> tuple[Revision, ...]:
+        """Returns a model's revisions, newest first. Raises ModelNotFound."""
+        found: list[Revision] = []
+        token = ""
+        while True:
+            request = pb.ListRevisionsRequest(name=name, page_size=PAGE_SIZE, page_token=token)
+            response = await _call(self._stub().ListRevisions(request, timeout=self._timeout_seconds))
+            found += map(wire.revision_from_proto, response.revisions)
+            token = response.next_page_token
+            if not token:
+                return tuple(found)
+
+    async def get_manifest(self, revision: str) -> LocatedManifest:
+        """Returns a revision's manifest and where its blobs are; the manifest's paths are checked.
+
+        Raises:
+            RevisionNotFound: No such revision.
+            Corrupted: A blob is missing from the store.
+        """
+        request = pb.GetManifestRequest(revision=revision)
+        response = await _call(self._stub().GetManifest(request, timeout=self._timeout_seconds))
+        return wire.located_manifest_from_proto(response)
+
+    async def update_policy(self, name: str, policy: ModelPolicy) -> Model:
+        """Sets how many replicas a model has. Raises ModelNotFound, InvalidRequest (INVALID_POLICY)."""
+        request = pb.UpdatePolicyRequest(name=name, policy=wire.policy_to_proto(policy))
+        response = await _call(self._stub().UpdatePolicy(request, timeout=self._timeout_seconds))
+        return wire.model_from_proto(response.model)
+
+    async def put_alias(self, alias: str, model: str) -> Model:
+        """Points an alias at a model. Raises ModelNotFound, AlreadyExists, InvalidRequest."""
+        request = pb.PutAliasRequest(alias=alias, model=model)
+        response = await _call(self._stub().PutAlias(request, timeout=self._timeout_seconds))
+        return wire.model_from_proto(response.model)
+
+    async def delete_alias(self, alias: str) -> None:
+        """Removes an alias. Raises NotFound (ALIAS_NOT_FOUND)."""
+        await _call(self._stub().DeleteAlias(pb.DeleteAliasRequest(alias=alias), timeout=self._timeout_seconds))
+
+    async def delete_model(self, name: str) -> int:
+        """Removes a model; returns the bytes of blobs that were freed. Raises ModelNotFound."""
+        request = pb.DeleteModelRequest(name=name)
+        response = await _call(self._stub().DeleteModel(request, timeout=DELETE_TIMEOUT_SECONDS))
+        return response.freed_bytes
+
+    async def ingest(
+        self,
+        name: str,
+        source: str,
+        *,
+        aliases: Sequence[str] = (),
+        expected_sha256: str = "",
+        timeout_seconds: float = INGEST_TIMEOUT_SECONDS,
+    ) -> AsyncGenerator[IngestEvent, None]:
+        """Ingests a model; yields progress, and IngestDone last. Leaving the iteration early cancels the ingest.
+
+        Raises:
+            HeliosError: As IngestModel in the contract.
+        """
+        spec = IngestSpec(name, source, tuple(aliases), expected_sha256)
+        call = self._stub().IngestModel(wire.ingest_spec_to_proto(spec), timeout=timeout_seconds)
+        async with aclosing(_stream(call)) as messages:
+            async for message in messages:
+                yield wire.ingest_event_from_proto(message)
+
+    async def watch_models(self) -> AsyncGenerator[WatchEvent, None]:
+        """Yields all models, then every change. Ends only by an error; call it again then.
+
+        Raises:
+            Unavailable: The registry stopped, is gone, or this watcher was too slow.
+        """
+        # No timeout: the stream lasts as long as both sides live; keepalive notices a peer that is gone.
+        async with aclosing(_stream(self._stub().WatchModels(pb.WatchModelsRequest()))) as messages:
+            async for message in messages:
+                event = wire.watch_event_from_proto(message)
+                if event is not None:
+                    yield event
+
+    def _stub(self) -> RegistryServiceStub:
+        return self._dialer.stub(RegistryServiceStub)
+
+
+async def _call(call: Awaitable[T]) -> T:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+
+
+async def _stream(call: "grpc.aio.UnaryStreamCall[Any, T]") -> AsyncGenerator[T, None]:
+    try:
+        async for message in call:
+            yield message
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+    finally:
+        # A no-op for a call that has ended; else the server learns at once that nobody listens.
+        call.cancel()

@@ -1,0 +1,292 @@
+"""Ingest: from a source to a served revision, all or nothing.
+
+    inspect → (convert) → store → commit        each step can be cancelled; the commit, once begun, is finished
+
+Single flight per model name: a second caller with the same request follows the ingest that runs, one with another
+request is refused. An ingest is cancelled when its last follower leaves. Whatever ends it early, its blobs are
+discarded unless a revision refers to them, and its workspace is removed; after a crash the next start does the same.
+
+The ingester is an async context manager that owns the tasks; leaving it cancels and awaits them.
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack
+from functools import partial
+from typing import Final, Self
+
+import structlog
+
+from helios.mesh.errors import Conflict, Draining, HeliosError, InvalidRequest, Overloaded
+from helios.registry import metrics, offload
+from helios.registry.blobs import Hold
+from helios.registry.catalog import Catalog
+from helios.registry.inspection import inspect_model
+from helios.registry.manifest import Entry, Manifest
+from helios.registry.names import check_aliases, check_name
+from helios.registry.progress import ProgressLog, news
+from helios.registry.records import IngestDone, IngestEvent, IngestPhase, IngestProgress, IngestSpec, Model
+from helios.registry.sources.conversion import Converter
+from helios.registry.sources.resolve import resolve_source
+from helios.registry.sources.source import FileSet, Source
+from helios.registry.state import StateDirectory
+from helios.registry.store import NewRevision
+
+log = structlog.get_logger()
+
+# Five times a second: smooth for a progress bar, nothing for the loop.
+_REPORT_SECONDS: Final = 0.2
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
+
+class Ingester:
+    """Runs ingests. ``ingest`` is the only call; bounds: one a model name, ``max_concurrent`` in all."""
+
+    def __init__(
+        self, catalog: Catalog, state: StateDirectory, converter: Converter, *, max_concurrent: int = 2
+    ) -> None:
+        self._catalog = catalog
+        self._state = state
+        self._converter = converter
+        self._max_concurrent = max_concurrent
+        self._flights: dict[str, _Flight] = {}
+        self._group = asyncio.TaskGroup()
+        self._is_closing = False
+
+    async def __aenter__(self) -> Self:
+        """Begins to take ingests."""
+        await self._group.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Cancels what runs and waits until it has cleaned up. Followers get Draining."""
+        self._is_closing = True
+        for flight in self._flights.values():
+            flight.cancel()
+        await self._group.__aexit__(None, None, None)
+
+    async def ingest(self, spec: IngestSpec) -> AsyncGenerator[IngestEvent, None]:
+        """Ingests a model; yields progress, and IngestDone last. Closing it early gives the ingest up.
+
+        Raises:
+            InvalidRequest: INVALID_MODEL_NAME, INVALID_SOURCE, UNSUPPORTED_FORMAT.
+            AlreadyExists: ALIAS_TAKEN.
+            Conflict: INGEST_RUNNING, another source is being ingested under this name; SOURCE_CHANGED.
+            DigestMismatch: The file is not the expected one.
+            DiskFull: There is no room.
+            Overloaded: Too many ingests run.
+        """
+        flight = await self._join(check_spec(spec))
+        flight.follower_count += 1
+        try:
+            seen: tuple[IngestProgress, ...] = ()
+            while True:
+                is_done = await flight.wait(_REPORT_SECONDS)
+                now = flight.progress.snapshot()
+                for progress in news(seen, now):
+                    yield progress
+                seen = now
+                if is_done:
+                    yield flight.result()
+                    return
+        finally:
+            flight.follower_count -= 1
+            if not flight.follower_count:
+                flight.cancel()
+                # The caller's next request must not meet what is left of this one.
+                await offload.uninterrupted(flight.settle())
+
+    async def _join(self, spec: IngestSpec) -> "_Flight":
+        while (flight := self._flights.get(spec.name)) is not None and flight.is_cancelled:
+            await flight.settle()
+        if self._is_closing:
+            raise _draining()
+        if flight is not None:
+            if flight.spec != spec:
+                raise Conflict(
+                    f"another ingest of {spec.name!r} is running, from {flight.spec.source}; wait for it or cancel it",
+                    reason="INGEST_RUNNING",
+                    metadata={"model": spec.name},
+                )
+            return flight
+        if len(self._flights) >= self._max_concurrent:
+            raise Overloaded(
+                f"{len(self._flights)} ingests are running, which is the limit; try again when one is done",
+                reason="TOO_MANY_INGESTS",
+                retry_after_seconds=10,
+            )
+        flight = self._flights[spec.name] = _Flight(spec)
+        flight.task = self._group.create_task(self._fly(flight), name=f"ingest {spec.name}")
+        # A callback, not the task's own end: a task that is cancelled before its first step never runs at all.
+        flight.task.add_done_callback(partial(self._land, flight))
+        return flight
+
+    async def _fly(self, flight: "_Flight") -> IngestDone | Exception:
+        """Runs one ingest. What it raises goes to its followers, not to the task group, which would end the others."""
+        try:
+            with metrics.INGESTS_RUNNING.track_inprogress():
+                return await _Ingest(flight.spec, flight.progress, self._catalog, self._state, self._converter).run()
+        except Exception as error:  # noqa: BLE001 - raised to the followers, where the server logs what nobody foresaw
+            return error
+
+    def _land(self, flight: "_Flight", task: "asyncio.Task[IngestDone | Exception]") -> None:
+        del self._flights[flight.spec.name]
+        flight.finish(_draining() if task.cancelled() else task.result())
+        _record(flight)
+
+
+class _Flight:
+    """One running ingest and those who follow it."""
+
+    def __init__(self, spec: IngestSpec) -> None:
+        self.spec = spec
+        self.progress = ProgressLog()
+        self.follower_count = 0
+        self.is_cancelled = False
+        self.task: asyncio.Task[IngestDone | Exception] | None = None
+        self.outcome: IngestDone | Exception | None = None
+        self.started = time.monotonic()
+        self._finished = asyncio.Event()
+
+    def cancel(self) -> None:
+        if self.task is not None and self.outcome is None:
+            self.is_cancelled = True
+            self.task.cancel()
+
+    def finish(self, outcome: IngestDone | Exception) -> None:
+        self.outcome = outcome
+        self._finished.set()
+
+    async def wait(self, timeout_seconds: float) -> bool:
+        """Waits for the end for a while; returns whether it has come."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._finished.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def settle(self) -> None:
+        """Waits for the end."""
+        await self._finished.wait()
+
+    def result(self) -> IngestDone:
+        assert self.outcome is not None
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+class _Ingest:
+    """The steps of one ingest."""
+
+    def __init__(
+        self, spec: IngestSpec, progress: ProgressLog, catalog: Catalog, state: StateDirectory, converter: Converter
+    ) -> None:
+        self._spec = spec
+        self._progress = progress
+        self._catalog = catalog
+        self._state = state
+        self._converter = converter
+
+    async def run(self) -> IngestDone:
+        """Runs all steps; on failure nothing is left."""
+        self._progress.begin(IngestPhase.INSPECT)
+        await self._catalog.store.check_names(self._spec.name, self._spec.aliases)
+        source = await offload.run(lambda _: resolve_source(self._spec.source, self._converter))
+        held: list[str] = []
+        try:
+            with ExitStack() as stack:
+                hold = stack.enter_context(self._catalog.blobs.hold())
+                held = hold.hashes
+                workspace = stack.enter_context(self._state.workspace())
+                converted_from = await source.fingerprint(self._spec.expected_sha256, self._progress)
+                known = await self._find_known(source, converted_from, hold)
+                if known is not None:
+                    return IngestDone(await self._commit(known), 0)
+                files = await source.files(workspace, self._progress)
+                for name, why in files.ignored:
+                    log.info("file left out", model=self._spec.name, file=name, why=why)
+                manifest, new_bytes = await self._store(files, hold)
+                revision = await self._describe(manifest, source, converted_from)
+                return IngestDone(await self._commit(revision), new_bytes)
+        except BaseException:
+            # Also after a commit that failed, or one whose caller went away: what a revision refers to stays.
+            await offload.uninterrupted(self._catalog.discard(held))
+            raise
+
+    async def _find_known(
+        self, source: Source, converted_from: tuple[str, str] | None, hold: Hold
+    ) -> NewRevision | None:
+        """Returns the revision that the same file was converted to before, its blobs held, if it is still whole."""
+        if converted_from is None:
+            return None
+        digest = await self._catalog.store.find_conversion(*converted_from)
+        if digest is None:
+            return None
+        manifest, revision = await self._catalog.store.get_manifest(digest)
+        if not await hold.take([entry.digest for entry in manifest.entries]):
+            return None
+        return NewRevision(manifest, revision.profile, source.origin, converted_from)
+
+    async def _store(self, files: FileSet, hold: Hold) -> tuple[Manifest, int]:
+        if not files.is_owned:
+            self._catalog.blobs.require_space_for([file.size_bytes for file in files.files])
+        self._progress.begin(IngestPhase.STORE, files.size_bytes)
+        entries: list[Entry] = []
+        new_bytes = 0
+        for file in files.files:
+            stored = await hold.put(file.location, is_owned=files.is_owned, on_bytes=self._progress.advance)
+            entries.append(Entry(file.path, stored.digest, file.media_type))
+            new_bytes += stored.new_bytes
+        return Manifest.of(entries), new_bytes
+
+    async def _describe(
+        self, manifest: Manifest, source: Source, converted_from: tuple[str, str] | None
+    ) -> NewRevision:
+        blobs = self._catalog.blobs
+        files = {entry.path: blobs.path(entry.digest.hash) for entry in manifest.entries}
+        profile = await offload.run(lambda _: inspect_model(files))
+        return NewRevision(manifest, profile, source.origin, converted_from)
+
+    async def _commit(self, revision: NewRevision) -> Model:
+        self._progress.begin(IngestPhase.COMMIT)
+        return await self._catalog.put_model(self._spec.name, self._spec.aliases, revision)
+
+
+def check_spec(spec: IngestSpec) -> IngestSpec:
+    """Returns a request in its normal form. Raises InvalidRequest."""
+    check_name(spec.name)
+    expected = spec.expected_sha256.lower()
+    if expected and not _SHA256.fullmatch(expected):
+        raise InvalidRequest(
+            "expected_sha256 is 64 hexadecimal digits", reason="INVALID_DIGEST", metadata={"param": "expected_sha256"}
+        )
+    return IngestSpec(spec.name, spec.source, check_aliases(spec.name, spec.aliases), expected)
+
+
+def _draining() -> Draining:
+    return Draining("the registry stops; ingest again when it is back")
+
+
+def _record(flight: _Flight) -> None:
+    outcome = flight.outcome
+    seconds = time.monotonic() - flight.started
+    if isinstance(outcome, IngestDone):
+        metrics.INGESTS.labels("done").inc()
+        metrics.INGEST_SECONDS.observe(seconds)
+        metrics.NEW_BYTES.inc(outcome.new_bytes)
+        log.info(
+            "model ingested",
+            model=flight.spec.name,
+            source=flight.spec.source,
+            revision=outcome.model.revision.digest,
+            new_bytes=outcome.new_bytes,
+            duration_seconds=round(seconds, 3),
+        )
+        return
+    reason = outcome.reason if isinstance(outcome, HeliosError) else "INTERNAL"
+    metrics.INGESTS.labels(reason).inc()
+    log.warning("ingest failed", model=flight.spec.name, reason=reason, error=str(outcome))

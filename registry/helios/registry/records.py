@@ -1,0 +1,128 @@
+"""What the registry says about models, as values. Other components get these types through ``client``."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Final
+
+from helios.mesh.errors import InvalidRequest
+from helios.registry.manifest import Manifest
+from helios.registry.profile import ModelProfile
+
+# A typing error should not start a million replicas; far above what one mesh can hold.
+MAX_REPLICAS: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPolicy:
+    """How many replicas a model has: at least ``min_replicas``; at most ``max_replicas``, 0 meaning no bound."""
+
+    min_replicas: int = 0
+    max_replicas: int = 0
+
+    def check(self) -> "ModelPolicy":
+        """Returns itself. Raises InvalidRequest (INVALID_POLICY) where it contradicts itself."""
+        if not (0 <= self.min_replicas <= MAX_REPLICAS and 0 <= self.max_replicas <= MAX_REPLICAS):
+            raise _invalid_policy(f"replica counts lie between 0 and {MAX_REPLICAS}")
+        if self.max_replicas and self.min_replicas > self.max_replicas:
+            raise _invalid_policy(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """An immutable state of a model. ``digest`` is ``sha256:<hex>`` of its manifest's canonical form."""
+
+    digest: str
+    profile: ModelProfile
+    source: str
+    size_bytes: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A named model and its served revision. Aliases are sorted."""
+
+    name: str
+    aliases: tuple[str, ...]
+    revision: Revision
+    policy: ModelPolicy
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedManifest:
+    """A revision's manifest; the blob with hash h is at ``<blob_store_url>/sha256/<first two of h>/<h>``."""
+
+    manifest: Manifest
+    blob_store_url: str
+    revision: Revision
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSnapshot:
+    """All models, by name: what a watch begins with."""
+
+    models: tuple[Model, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelUpserted:
+    """A model was made or changed."""
+
+    model: Model
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDeleted:
+    """The model with this name is gone."""
+
+    name: str
+
+
+ModelChange = ModelUpserted | ModelDeleted
+WatchEvent = ModelSnapshot | ModelChange
+
+
+class IngestPhase(StrEnum):
+    """What an ingest is doing; phases come in this order, and those that have nothing to do are left out."""
+
+    INSPECT = "inspect"
+    CONVERT = "convert"
+    STORE = "store"
+    COMMIT = "commit"
+
+
+@dataclass(frozen=True, slots=True)
+class IngestSpec:
+    """What to ingest. ``expected_sha256`` is empty where nothing is expected."""
+
+    name: str
+    source: str
+    aliases: tuple[str, ...] = ()
+    expected_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class IngestProgress:
+    """Where an ingest stands; ``total_bytes`` 0: unknown."""
+
+    phase: IngestPhase
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class IngestDone:
+    """The result of an ingest; ``new_bytes`` were not in the blob store before."""
+
+    model: Model
+    new_bytes: int
+
+
+IngestEvent = IngestProgress | IngestDone
+
+
+def _invalid_policy(message: str) -> InvalidRequest:
+    return InvalidRequest(message, reason="INVALID_POLICY", metadata={"param": "policy"})

@@ -1,0 +1,143 @@
+"""RegistryService over the catalog and the ingester: validation, permissions, pages, and nothing else."""
+
+import base64
+import binascii
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, Final
+
+from helios.api.registry.v1 import registry_service_pb2 as pb
+from helios.api.registry.v1.registry_service_pb2_grpc import RegistryServiceServicer
+from helios.mesh.errors import InvalidRequest
+from helios.registry import access, metrics, wire
+from helios.registry.catalog import Catalog
+from helios.registry.ingest import Ingester
+from helios.registry.manifest import parse_revision
+from helios.registry.names import check_name
+
+DEFAULT_PAGE_SIZE: Final = 100
+MAX_PAGE_SIZE: Final = 1_000
+
+
+class RegistryServicer(RegistryServiceServicer):
+    """Answers the contract. Errors are raised; the server's interceptor ends the call with them."""
+
+    def __init__(self, catalog: Catalog, ingester: Ingester) -> None:
+        self._catalog = catalog
+        self._ingester = ingester
+
+    async def IngestModel(self, request: pb.IngestModelRequest, context: Any) -> AsyncIterator[pb.IngestModelResponse]:
+        """Streams an ingest; a caller that goes away cancels it unless another one follows it too."""
+        access.check_may_write(context)
+        async with aclosing(self._ingester.ingest(wire.ingest_spec_from_proto(request))) as events:
+            async for event in events:
+                yield wire.ingest_event_to_proto(event)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        """Lists models by name."""
+        del context
+        size = _page_size(request.page_size)
+        after = _read_token(request.page_token, "models")
+        # One more than asked for says whether another page follows.
+        found = await self._catalog.store.list_models(after=after, limit=size + 1)
+        page = found[:size]
+        token = _make_token("models", page[-1].name) if len(found) > size else ""
+        return pb.ListModelsResponse(models=map(wire.model_to_proto, page), next_page_token=token)
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
+        """Finds a model by name or alias."""
+        del context
+        model = await self._catalog.store.get_model(_required(request.name, "name"))
+        return pb.GetModelResponse(model=wire.model_to_proto(model))
+
+    async def DeleteModel(self, request: pb.DeleteModelRequest, context: Any) -> pb.DeleteModelResponse:
+        """Removes a model."""
+        access.check_may_write(context)
+        freed = await self._catalog.delete_model(_required(request.name, "name"))
+        return pb.DeleteModelResponse(freed_bytes=freed)
+
+    async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Any) -> pb.ListRevisionsResponse:
+        """Lists a model's revisions, newest first."""
+        del context
+        size = _page_size(request.page_size)
+        token = _read_token(request.page_token, "revisions")
+        # 18 digits: an integer of SQL holds them.
+        if token and not (token.isascii() and token.isdecimal() and len(token) <= 18):
+            raise _bad_token()
+        name = _required(request.name, "name")
+        found = await self._catalog.store.list_revisions(name, before=int(token) if token else None, limit=size + 1)
+        page = found[:size]
+        next_token = _make_token("revisions", str(page[-1][0])) if len(found) > size else ""
+        return pb.ListRevisionsResponse(
+            revisions=[wire.revision_to_proto(revision) for _, revision in page], next_page_token=next_token
+        )
+
+    async def GetManifest(self, request: pb.GetManifestRequest, context: Any) -> pb.GetManifestResponse:
+        """Returns a revision's manifest."""
+        del context
+        return wire.located_manifest_to_proto(await self._catalog.locate(parse_revision(request.revision)))
+
+    async def PutAlias(self, request: pb.PutAliasRequest, context: Any) -> pb.PutAliasResponse:
+        """Points an alias at a model."""
+        access.check_may_write(context)
+        model = await self._catalog.put_alias(
+            check_name(request.alias, param="alias"), _required(request.model, "model")
+        )
+        return pb.PutAliasResponse(model=wire.model_to_proto(model))
+
+    async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Any) -> pb.DeleteAliasResponse:
+        """Removes an alias."""
+        access.check_may_write(context)
+        await self._catalog.delete_alias(_required(request.alias, "alias"))
+        return pb.DeleteAliasResponse()
+
+    async def UpdatePolicy(self, request: pb.UpdatePolicyRequest, context: Any) -> pb.UpdatePolicyResponse:
+        """Sets a model's policy."""
+        access.check_may_set_policy(context)
+        if not request.HasField("policy"):
+            raise InvalidRequest("policy is missing", reason="INVALID_POLICY", metadata={"param": "policy"})
+        name = _required(request.name, "name")
+        model = await self._catalog.update_policy(name, wire.policy_from_proto(request.policy))
+        return pb.UpdatePolicyResponse(model=wire.model_to_proto(model))
+
+    async def WatchModels(self, request: pb.WatchModelsRequest, context: Any) -> AsyncIterator[pb.WatchModelsResponse]:
+        """Streams all models, then changes."""
+        del request, context
+        with metrics.WATCHERS.track_inprogress():
+            async with aclosing(self._catalog.watch()) as events:
+                async for event in events:
+                    yield wire.watch_event_to_proto(event)
+
+
+def _required(value: str, param: str) -> str:
+    if not value:
+        raise InvalidRequest(f"{param} is missing", metadata={"param": param})
+    return value
+
+
+def _page_size(asked: int) -> int:
+    # A page may always be smaller than asked for. Source: https://google.aip.dev/158
+    return min(asked, MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
+
+
+def _make_token(kind: str, position: str) -> str:
+    """Returns an opaque token: callers that take it apart would tie us to its content."""
+    return base64.urlsafe_b64encode(f"{kind}:{position}".encode()).decode()
+
+
+def _read_token(token: str, kind: str) -> str:
+    if not token:
+        return ""
+    try:
+        found, _, position = base64.b64decode(token, altchars=b"-_", validate=True).decode().partition(":")
+    except (binascii.Error, ValueError) as error:
+        raise _bad_token() from error
+    if found != kind or not position:
+        raise _bad_token()
+    return position
+
+
+def _bad_token() -> InvalidRequest:
+    return InvalidRequest(
+        "page_token is not one that this call gave out", reason="INVALID_PAGE_TOKEN", metadata={"param": "page_token"}
+    )

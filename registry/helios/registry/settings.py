@@ -1,0 +1,38 @@
+"""Settings of the registry process."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from helios.mesh.settings import ProcessSettings
+
+
+class IngestSettings(BaseModel):
+    """Bounds of ingests."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    max_concurrent: int = Field(default=2, ge=1, le=64)
+    """Ingests that run at once; more are refused (UNAVAILABLE). 2: one that converts (CPU), one that copies (disk)."""
+    convert_timeout_seconds: float = Field(default=1800.0, gt=0)
+    """A conversion that takes longer is killed. Half an hour: a 70 B model on a slow disk takes some twenty minutes."""
+    reserve_bytes: int = Field(default=1 << 30, ge=0)
+    """An ingest must leave this much of the disk free: 1 GiB, for the database, logs and neighbours. 0: none."""
+
+
+class RegistrySettings(ProcessSettings):
+    """Everything that can be set for ``python -m helios.registry``."""
+
+    process_name: ClassVar[str] = "registry"
+
+    listen: str = "127.0.0.1:0"
+    """``host:port`` or ``unix:/path`` for gRPC; port 0 takes a free one."""
+    state_directory: Path
+    """Where the database and the blobs are; made on first use. One registry at a time runs on it."""
+    watch_queue_size: int = Field(default=256, ge=1, le=1_000_000)
+    """Changes that a watcher may lag behind before it is sent away to start over. 256: far more than people make."""
+    drain_seconds: float = Field(default=5.0, ge=0)
+    """How long running calls may go on when the process stops; ingests are cancelled at once, and start over later."""
+    ingest: IngestSettings = Field(default_factory=IngestSettings)
+    """Bounds of ingests."""

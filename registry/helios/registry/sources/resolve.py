@@ -1,0 +1,52 @@
+"""From the text that a person wrote to a source."""
+
+from pathlib import Path
+from typing import Final
+
+from helios.mesh.errors import InvalidRequest
+from helios.registry.sources.conversion import Converter
+from helios.registry.sources.directory import DirectorySource
+from helios.registry.sources.embedded import EmbeddedSource
+from helios.registry.sources.gguf import GgufSource
+from helios.registry.sources.source import Source
+
+# PATH_MAX; the text is stored and shown.
+_MAX_SOURCE_CHARS: Final = 4096
+
+
+def resolve_source(text: str, converter: Converter) -> Source:
+    """Returns the source that a text names.
+
+    Args:
+        text: An absolute path of a directory or a ``.gguf`` file, or ``embedded:<name>``; the forms ``dir:<path>`` and
+            ``gguf:<path>``, which revisions say, are taken too.
+        converter: Converts what is not safetensors.
+
+    Raises:
+        InvalidRequest: INVALID_SOURCE.
+    """
+    if len(text) > _MAX_SOURCE_CHARS or not text.isprintable():
+        raise _invalid("a source is printable text of at most 4,096 characters")
+    kind, separator, rest = text.partition(":")
+    if separator and kind == "embedded":
+        return EmbeddedSource(rest, converter)
+    path = Path(rest if separator and kind in {"dir", "gguf"} else text)
+    if not path.is_absolute():
+        raise _invalid(
+            f"{text!r} is not a source: an absolute path of a directory with safetensors or of a .gguf file on the"
+            " registry's machine, or embedded:<name>"
+        )
+    try:
+        if path.is_dir():
+            return DirectorySource(path)
+        if path.is_file():
+            if path.suffix.lower() == ".gguf":
+                return GgufSource(path, converter)
+            raise _invalid(f"{path} is neither a directory nor a .gguf file")
+    except OSError as error:
+        raise _invalid(f"{path} can't be read: {error.strerror}") from error
+    raise _invalid(f"{path} does not exist on the registry's machine, or the registry may not read it")
+
+
+def _invalid(message: str) -> InvalidRequest:
+    return InvalidRequest(message, reason="INVALID_SOURCE", metadata={"param": "source"})

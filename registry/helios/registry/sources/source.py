@@ -1,0 +1,63 @@
+"""What an ingest needs of a source."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from helios.registry.progress import ProgressLog
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file of a revision and where its bytes are now."""
+
+    path: str
+    location: Path
+    size_bytes: int
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileSet:
+    """The files that a source came down to.
+
+    Attributes:
+        is_owned: The files are the registry's own and may be moved.
+        ignored: Names that were left out and why, for the log.
+    """
+
+    files: tuple[SourceFile, ...]
+    is_owned: bool
+    ignored: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Sum of the sizes of the files."""
+        return sum(file.size_bytes for file in self.files)
+
+
+class Source(Protocol):
+    """One place where a model is. ``fingerprint`` is called before ``files``; both can be cancelled at any await.
+
+    Attributes:
+        origin: What the revision will say of where it came from; it can be ingested again by this text.
+    """
+
+    origin: str
+
+    async def fingerprint(self, expected_sha256: str, progress: ProgressLog) -> tuple[str, str] | None:
+        """Returns the sha256 of the source file and the converter's version; None where nothing is converted.
+
+        Raises:
+            InvalidRequest: INVALID_SOURCE, UNSUPPORTED_FORMAT.
+            DigestMismatch: The file is not the expected one.
+        """
+        ...
+
+    async def files(self, workspace: Path, progress: ProgressLog) -> FileSet:
+        """Returns the files; whatever it writes goes to ``workspace``, which the caller removes.
+
+        Raises:
+            HeliosError: As above, or the conversion failed.
+        """
+        ...

@@ -1,0 +1,84 @@
+"""The registry's tables, in SQLAlchemy Core: SQLite today, PostgreSQL with the same queries where there are replicas.
+
+Core rather than the ORM: every query is visible, rows become frozen records at once, and nothing loads lazily.
+"""
+
+from typing import Final
+
+from sqlalchemy import BigInteger, CheckConstraint, Column, ForeignKey, Index, Integer, MetaData, String, Table
+
+# Raised with every change of a table; the store refuses a database of another version.
+SCHEMA_VERSION: Final = 1
+
+metadata = MetaData()
+
+schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True, autoincrement=False))
+
+# A row says that the blob is complete on disk: rows are written after the rename, in the transaction that uses them.
+blobs = Table(
+    "blobs",
+    metadata,
+    Column("hash", String(64), primary_key=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    CheckConstraint("size_bytes >= 0", name="blobs_size"),
+)
+
+revisions = Table(
+    "revisions",
+    metadata,
+    Column("digest", String(71), primary_key=True),
+    Column("source", String, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    # Microseconds since 1970, UTC: the same in every database, and exact.
+    Column("created_at_us", BigInteger, nullable=False),
+    # JSON of ModelProfile: read whole, never searched.
+    Column("profile", String, nullable=False),
+)
+
+# What a converted file became, so that the same file is not converted again by the same converter.
+conversions = Table(
+    "conversions",
+    metadata,
+    Column("source_sha256", String(64), primary_key=True),
+    Column("converter", String, primary_key=True),
+    Column("revision", ForeignKey("revisions.digest", ondelete="CASCADE"), nullable=False),
+)
+
+entries = Table(
+    "entries",
+    metadata,
+    Column("revision", ForeignKey("revisions.digest", ondelete="CASCADE"), primary_key=True),
+    Column("path", String, primary_key=True),
+    Column("blob", ForeignKey("blobs.hash"), nullable=False),
+    Column("media_type", String, nullable=False),
+    Index("entries_by_blob", "blob"),
+)
+
+models = Table(
+    "models",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("revision", ForeignKey("revisions.digest"), nullable=False),
+    Column("min_replicas", Integer, nullable=False),
+    Column("max_replicas", Integer, nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Index("models_by_revision", "revision"),
+)
+
+# The revisions that a model has served; `ordinal` grows with each time one becomes the served one.
+model_revisions = Table(
+    "model_revisions",
+    metadata,
+    Column("model", ForeignKey("models.name", ondelete="CASCADE"), primary_key=True),
+    Column("revision", ForeignKey("revisions.digest"), primary_key=True),
+    Column("ordinal", Integer, nullable=False),
+    Index("model_revisions_by_revision", "revision"),
+)
+
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("alias", String, primary_key=True),
+    Column("model", ForeignKey("models.name", ondelete="CASCADE"), nullable=False),
+    Index("aliases_by_model", "model"),
+)

@@ -1,0 +1,215 @@
+"""The registry's messages as values and back: two plain functions a type, for servicer and client alike."""
+
+from datetime import UTC, datetime
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from helios.api.registry.v1 import registry_service_pb2 as pb
+from helios.mesh.errors import InvalidRequest
+from helios.registry.manifest import Digest, Entry, Manifest
+from helios.registry.profile import ModelProfile
+from helios.registry.records import (
+    IngestDone,
+    IngestEvent,
+    IngestPhase,
+    IngestProgress,
+    IngestSpec,
+    LocatedManifest,
+    Model,
+    ModelDeleted,
+    ModelPolicy,
+    ModelSnapshot,
+    ModelUpserted,
+    Revision,
+    WatchEvent,
+)
+
+
+def timestamp_to_proto(moment: datetime) -> Timestamp:
+    """Returns a moment on the wire."""
+    result = Timestamp()
+    result.FromDatetime(moment)
+    return result
+
+
+def profile_to_proto(profile: ModelProfile) -> pb.ModelProfile:
+    """Returns a profile on the wire."""
+    return pb.ModelProfile(
+        architecture=profile.architecture,
+        parameter_count=profile.parameter_count,
+        weights_bytes=profile.weights_bytes,
+        dtype=profile.dtype,
+        kv_bytes_per_token=profile.kv_bytes_per_token,
+        max_context_tokens=profile.max_context_tokens,
+        layer_count=profile.layer_count,
+        vocabulary_size=profile.vocabulary_size,
+    )
+
+
+def profile_from_proto(message: pb.ModelProfile) -> ModelProfile:
+    """Reads a profile."""
+    return ModelProfile(
+        architecture=message.architecture,
+        parameter_count=message.parameter_count,
+        weights_bytes=message.weights_bytes,
+        dtype=message.dtype,
+        kv_bytes_per_token=message.kv_bytes_per_token,
+        max_context_tokens=message.max_context_tokens,
+        layer_count=message.layer_count,
+        vocabulary_size=message.vocabulary_size,
+    )
+
+
+def revision_to_proto(revision: Revision) -> pb.Revision:
+    """Returns a revision on the wire."""
+    return pb.Revision(
+        digest=revision.digest,
+        profile=profile_to_proto(revision.profile),
+        source=revision.source,
+        size_bytes=revision.size_bytes,
+        created_at=timestamp_to_proto(revision.created_at),
+    )
+
+
+def revision_from_proto(message: pb.Revision) -> Revision:
+    """Reads a revision."""
+    return Revision(
+        digest=message.digest,
+        profile=profile_from_proto(message.profile),
+        source=message.source,
+        size_bytes=message.size_bytes,
+        created_at=message.created_at.ToDatetime(UTC),
+    )
+
+
+def policy_to_proto(policy: ModelPolicy) -> pb.ModelPolicy:
+    """Returns a policy on the wire."""
+    return pb.ModelPolicy(min_replicas=policy.min_replicas, max_replicas=policy.max_replicas)
+
+
+def policy_from_proto(message: pb.ModelPolicy) -> ModelPolicy:
+    """Reads a policy; ``ModelPolicy.check`` judges it."""
+    return ModelPolicy(message.min_replicas, message.max_replicas)
+
+
+def model_to_proto(model: Model) -> pb.Model:
+    """Returns a model on the wire."""
+    return pb.Model(
+        name=model.name,
+        aliases=model.aliases,
+        revision=revision_to_proto(model.revision),
+        policy=policy_to_proto(model.policy),
+        created_at=timestamp_to_proto(model.created_at),
+    )
+
+
+def model_from_proto(message: pb.Model) -> Model:
+    """Reads a model."""
+    return Model(
+        name=message.name,
+        aliases=tuple(message.aliases),
+        revision=revision_from_proto(message.revision),
+        policy=policy_from_proto(message.policy),
+        created_at=message.created_at.ToDatetime(UTC),
+    )
+
+
+def manifest_to_proto(manifest: Manifest) -> pb.Manifest:
+    """Returns a manifest on the wire."""
+    return pb.Manifest(
+        entries=[
+            pb.ManifestEntry(
+                path=entry.path,
+                digest=pb.Digest(algorithm="sha256", hash=entry.digest.hash, size_bytes=entry.digest.size_bytes),
+                media_type=entry.media_type,
+            )
+            for entry in manifest.entries
+        ]
+    )
+
+
+def manifest_from_proto(message: pb.Manifest) -> Manifest:
+    """Reads a manifest and checks it: its paths become file names here.
+
+    Raises:
+        InvalidRequest: INVALID_MANIFEST.
+    """
+    for entry in message.entries:
+        if entry.digest.algorithm != "sha256":
+            raise InvalidRequest(
+                f"unknown hash function {entry.digest.algorithm[:50]!r}; 'sha256' is known", reason="INVALID_MANIFEST"
+            )
+    return Manifest.of(
+        Entry(entry.path, Digest(entry.digest.hash, entry.digest.size_bytes), entry.media_type)
+        for entry in message.entries
+    )
+
+
+def located_manifest_to_proto(located: LocatedManifest) -> pb.GetManifestResponse:
+    """Returns a manifest and where its blobs are on the wire."""
+    return pb.GetManifestResponse(
+        manifest=manifest_to_proto(located.manifest),
+        blob_store_url=located.blob_store_url,
+        revision=revision_to_proto(located.revision),
+    )
+
+
+def located_manifest_from_proto(message: pb.GetManifestResponse) -> LocatedManifest:
+    """Reads a manifest and where its blobs are. Raises InvalidRequest (INVALID_MANIFEST)."""
+    return LocatedManifest(
+        manifest_from_proto(message.manifest), message.blob_store_url, revision_from_proto(message.revision)
+    )
+
+
+def ingest_spec_to_proto(spec: IngestSpec) -> pb.IngestModelRequest:
+    """Returns what to ingest on the wire."""
+    return pb.IngestModelRequest(
+        name=spec.name, source=spec.source, aliases=spec.aliases, expected_sha256=spec.expected_sha256
+    )
+
+
+def ingest_spec_from_proto(message: pb.IngestModelRequest) -> IngestSpec:
+    """Reads what to ingest; the ingester judges it."""
+    return IngestSpec(message.name, message.source, tuple(message.aliases), message.expected_sha256)
+
+
+def ingest_event_to_proto(event: IngestEvent) -> pb.IngestModelResponse:
+    """Returns progress or result on the wire."""
+    if isinstance(event, IngestDone):
+        done = pb.IngestDone(model=model_to_proto(event.model), new_bytes=event.new_bytes)
+        return pb.IngestModelResponse(done=done)
+    progress = pb.IngestProgress(
+        phase=event.phase.value, done_bytes=max(0, event.done_bytes), total_bytes=event.total_bytes
+    )
+    return pb.IngestModelResponse(progress=progress)
+
+
+def ingest_event_from_proto(message: pb.IngestModelResponse) -> IngestEvent:
+    """Reads progress or result."""
+    if message.HasField("done"):
+        return IngestDone(model_from_proto(message.done.model), message.done.new_bytes)
+    progress = message.progress
+    return IngestProgress(IngestPhase(progress.phase), progress.done_bytes, progress.total_bytes)
+
+
+def watch_event_to_proto(event: WatchEvent) -> pb.WatchModelsResponse:
+    """Returns a snapshot or change on the wire."""
+    if isinstance(event, ModelSnapshot):
+        models = [model_to_proto(model) for model in event.models]
+        return pb.WatchModelsResponse(snapshot=pb.ModelSnapshot(models=models))
+    if isinstance(event, ModelUpserted):
+        return pb.WatchModelsResponse(upserted=model_to_proto(event.model))
+    return pb.WatchModelsResponse(deleted=event.name)
+
+
+def watch_event_from_proto(message: pb.WatchModelsResponse) -> WatchEvent | None:
+    """Reads a snapshot or change; None for an event of a newer registry, which a watcher passes over."""
+    match message.WhichOneof("event"):
+        case "snapshot":
+            return ModelSnapshot(tuple(model_from_proto(model) for model in message.snapshot.models))
+        case "upserted":
+            return ModelUpserted(model_from_proto(message.upserted))
+        case "deleted":
+            return ModelDeleted(message.deleted)
+        case _:
+            return None
