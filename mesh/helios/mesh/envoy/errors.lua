@@ -1,5 +1,5 @@
 -- The error filter: REST callers get OpenAI's error body for every error, whoever made it. Native gRPC always has
--- :status 200 and is never touched. METHODS (path -> methods) is put in front of this file by rest.py.
+-- :status 200 and is never touched. METHODS (path -> methods) and MAX_BODY_BYTES are put in front of this file by rest.py.
 --
 -- Where the message comes from, in this order: the header x-openai-error (a complete body in ASCII, made by a server of the
 -- mesh), the transcoder's {"code":5,"message":...,"details":[...]}, the plain text of Envoy's own replies.
@@ -114,10 +114,20 @@ function envoy_on_request(handle)
     refuse(handle, "405", method .. " is not allowed on " .. path .. "; use " .. allowed .. ".", {["allow"] = allowed})
     return
   end
-  local has_body = method == "POST" or method == "PUT" or method == "PATCH"
-  if has_body and content_type and not string.match(string.lower(content_type), "^application/json%s*$")
-    and not string.match(string.lower(content_type), "^application/json%s*;") then
+  if method ~= "POST" and method ~= "PUT" and method ~= "PATCH" then return end
+  local lower = content_type and string.lower(content_type) or JSON
+  if not string.match(lower, "^application/json%s*$") and not string.match(lower, "^application/json%s*;") then
     refuse(handle, "415", "The body must be JSON: send `Content-Type: application/json`, not `" .. content_type .. "`.")
+    return
+  end
+  -- get() returns no value at all, rather than nil, for a header that is not there.
+  local announced = tonumber(headers:get("content-length") or "")
+  if announced and announced <= MAX_BODY_BYTES then return end
+  -- A body that is too large is read to its end (up to Envoy's own limit, twice this one) before it is refused: an answer
+  -- in the middle of an upload closes the connection under it, and asyncio clients then lose the answer.
+  local body = handle:body()
+  if body and body:length() > MAX_BODY_BYTES then
+    refuse(handle, "413", "The request body is larger than " .. MAX_BODY_BYTES .. " bytes.")
   end
 end
 

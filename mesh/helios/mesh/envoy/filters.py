@@ -61,9 +61,9 @@ MODEL_KEY = "model"
 _PICKER_GRACE_SECONDS = 30.0
 
 
-def error_shaping(services: Iterable[str]) -> HttpFilter:
-    """Gives errors of REST callers OpenAI's form; refuses a wrong method or content type."""
-    source = rest.lua_method_table(services) + rest.read_lua()
+def error_shaping(services: Iterable[str], limits: Limits) -> HttpFilter:
+    """Gives errors of REST callers OpenAI's form; refuses a wrong method, a wrong content type, a body that is too large."""
+    source = rest.error_filter_source(services, limits.max_body_bytes)
     return pack.http_filter("envoy.filters.http.lua", Lua(default_source_code=DataSource(inline_string=source)))
 
 
@@ -107,7 +107,7 @@ def transcoder(services: Iterable[str], limits: Limits) -> HttpFilter:
         services=list(services),
         # Without it an error after early initial metadata becomes 200 with an empty stream.
         convert_grpc_status=True,
-        max_request_body_size=limits.max_body_bytes,
+        max_request_body_size=limits.buffer_bytes,
         request_validation_options=GrpcJsonTranscoderRequestValidationOptions(reject_unknown_method=True),
         # OpenAI ignores query parameters that it does not know, and clients send some (api-version, beta).
         ignore_unknown_query_parameters=True,

@@ -61,7 +61,7 @@ def edge_listener(settings: EdgeSettings) -> Listener:
     """Returns the public listener: REST and gRPC, HTTP/1.1 and h2c on one port."""
     services = routes.EDGE_REST_SERVICES
     chain = [
-        filters.error_shaping(services),
+        filters.error_shaping(services, settings.limits),
         filters.healthz(),
         filters.cors(),
         filters.lift_model(),
@@ -79,7 +79,7 @@ def admin_listener(settings: EdgeSettings) -> Listener:
     chain = [
         filters.only_local_pages(settings.admin_host, settings.admin_port),
         filters.bearer_token(settings.admin_token),
-        filters.error_shaping(services),
+        filters.error_shaping(services, settings.limits),
         filters.transcoder(services, settings.limits),
         filters.router(),
     ]

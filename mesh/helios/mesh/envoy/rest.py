@@ -44,12 +44,14 @@ def literal_paths(services: Iterable[str]) -> dict[str, frozenset[str]]:
     return methods
 
 
-def lua_method_table(services: Iterable[str]) -> str:
+def error_filter_source(services: Iterable[str], max_body_bytes: int) -> str:
+    """Returns errors.lua with what it has to know in front."""
+    lua = resources.files("helios.mesh.envoy").joinpath("errors.lua").read_text(encoding="utf-8")
+    return f"local MAX_BODY_BYTES = {max_body_bytes}\n{_method_table(services)}{lua}"
+
+
+def _method_table(services: Iterable[str]) -> str:
     """Returns a Lua table: path → its methods, comma separated. A wrong one is 405, not the transcoder's 404."""
     rows = [f'  ["{path}"] = "{", ".join(sorted(verbs))}",' for path, verbs in sorted(literal_paths(services).items())]
     return "\n".join(["local METHODS = {", *rows, "}", ""])
 
-
-def read_lua() -> str:
-    """Returns the error filter's source."""
-    return resources.files("helios.mesh.envoy").joinpath("errors.lua").read_text(encoding="utf-8")

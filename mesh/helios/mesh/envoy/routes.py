@@ -60,7 +60,7 @@ def edge_routes(limits: Limits) -> RouteConfiguration:
     ]
     control = [_unpicked(_grpc(service, clusters.CONTROL, limits)) for service in (MODEL_SERVICE, HEALTH_SERVICE)]
     reflection = _unpicked(_forward("/grpc.reflection.", clusters.CONTROL, limits))
-    others = [_unpicked(route) for route in _unknown("/v1/", limits)]
+    others = [_unpicked(route) for route in _unknown("/v1/", clusters.CONTROL, limits)]
     host = VirtualHost(
         name="edge",
         domains=["*"],
@@ -77,7 +77,7 @@ def admin_routes(limits: Limits) -> RouteConfiguration:
         *(_grpc(service, clusters.CONTROL_ADMIN, limits) for service in control),
         _forward("/grpc.reflection.", clusters.CONTROL_ADMIN, limits),
         _grpc(REGISTRY_SERVICE, clusters.REGISTRY, limits),
-        *_unknown("/admin/v1/", limits),
+        *_unknown("/admin/v1/", clusters.CONTROL_ADMIN, limits),
     ]
     return RouteConfiguration(name="admin", virtual_hosts=[VirtualHost(name="admin", domains=["*"], routes=routes)])
 
@@ -91,18 +91,21 @@ def _forward(prefix: str, cluster: str, limits: Limits, *, retry_policy: RetryPo
         match=RouteMatch(prefix=prefix),
         # No timeout: a generation may take an hour, and its client says when it has waited enough.
         route=RouteAction(cluster=cluster, timeout=pack.seconds(0), retry_policy=retry_policy),
-        request_body_buffer_limit=limits.max_body_bytes,
+        request_body_buffer_limit=limits.buffer_bytes,
     )
 
 
-def _unknown(rest_prefix: str, limits: Limits) -> Iterable[Route]:
-    """Yields the 404 of everything else; the error filter gives it OpenAI's form."""
-    for prefix in (rest_prefix, "/"):
-        yield Route(
-            match=RouteMatch(prefix=prefix),
-            direct_response=DirectResponseAction(status=404, body=DataSource(inline_string="no such path or method")),
-            request_body_buffer_limit=limits.max_body_bytes,
-        )
+def _unknown(rest_prefix: str, cluster: str, limits: Limits) -> Iterable[Route]:
+    """Yields the routes of REST paths before transcoding, and the 404 of everything else (which the error filter shapes).
+
+    The first one must name a cluster: a direct response has neither a body limit nor a CORS policy. Only a gRPC call to a path
+    that is REST's gets as far as that cluster, which knows no such method.
+    """
+    yield _forward(rest_prefix, cluster, limits)
+    yield Route(
+        match=RouteMatch(prefix="/"),
+        direct_response=DirectResponseAction(status=404, body=DataSource(inline_string="no such path or method")),
+    )
 
 
 def _unpicked(route: Route) -> Route:

@@ -30,6 +30,11 @@ class Limits:
     retry_count: int = 2
     """Further candidates that are tried before the first byte, where the picker does not say how many it named."""
 
+    @property
+    def buffer_bytes(self) -> int:
+        """What Envoy itself buffers of a body at most. Twice the limit: what lies between is read and then refused politely."""
+        return 2 * self.max_body_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeSettings:

@@ -1,0 +1,165 @@
+"""A real Envoy in front of fakes, on ephemeral ports, over real mTLS."""
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from envoy.service.discovery.v3 import ads_pb2_grpc
+from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
+
+from helios.api.admin.v1 import admin_service_pb2
+from helios.api.catalog.v1 import model_service_pb2
+from helios.api.registry.v1 import registry_service_pb2
+from helios.mesh.envoy.admin import EnvoyAdmin
+from helios.mesh.envoy.bootstrap import install
+from helios.mesh.envoy.process import command
+from helios.mesh.envoy.settings import EdgeSettings, Limits
+from helios.mesh.identity import CertificateAuthority
+from helios.mesh.server import MeshServer, ServerOptions
+from helios.mesh.xds.server import ADS_SERVICE, XdsServer
+from tests.wire import fakes
+
+TOKEN = "test-token-0123456789abcdef"
+START_SECONDS = 20.0
+STOP_SECONDS = 10.0
+QUICK = ServerOptions(drain_seconds=0.2)
+
+
+@dataclass
+class Gateway:
+    """A running gateway and its fakes."""
+
+    directory: Path
+    authority: CertificateAuthority
+    picker: fakes.FakePicker = field(default_factory=fakes.FakePicker)
+    replica: fakes.FakeReplica = field(default_factory=fakes.FakeReplica)
+    control: fakes.Recorder = field(default_factory=fakes.Recorder)
+    registry: fakes.Recorder = field(default_factory=fakes.Recorder)
+    xds: XdsServer = field(default_factory=XdsServer)
+    edge: str = ""
+    admin: str = ""
+    envoy: EnvoyAdmin | None = None
+    replica_address: str = ""
+
+    async def publish(self, *endpoints: str) -> None:
+        """Publishes endpoints and waits until Envoy routes by them."""
+        await self.xds.wait_acked(self.xds.publish(endpoints), time.monotonic() + 10)
+
+    @asynccontextmanager
+    async def serve_replica(self, replica: fakes.FakeReplica) -> AsyncIterator[str]:
+        """Starts one more replica; gives its address."""
+        server = MeshServer(
+            listen="127.0.0.1:0",
+            identity=self.authority.issue("worker", self.directory / "pki" / "worker"),
+            policy={
+                "helios.api.inference.v1.OpenAIService": frozenset({"edge"}),
+                "helios.api.inference.v1.InferenceService": frozenset({"edge"}),
+            },
+            options=QUICK,
+        )
+        fakes.add_replica(replica, server.grpc)
+        server.serve("helios.api.inference.v1.OpenAIService")
+        async with server:
+            yield server.address
+
+
+@asynccontextmanager
+async def running_gateway(directory: Path, *, limits: Limits | None = None) -> AsyncIterator[Gateway]:
+    """Starts fakes and Envoy, stops them by their handles. Needs about half a second."""
+    gateway = Gateway(directory, CertificateAuthority.open(directory / "pki"))
+    async with AsyncExitStack() as stack:
+        proxy = await stack.enter_async_context(_proxy(gateway))
+        registry = await stack.enter_async_context(_registry(gateway))
+        gateway.replica_address = await stack.enter_async_context(gateway.serve_replica(gateway.replica))
+        gateway.picker.endpoints = [gateway.replica_address]
+        gateway.xds.open()
+        gateway.xds.publish([gateway.replica_address])
+        settings = EdgeSettings(
+            directory=directory / "envoy",
+            envoy_admin=f"unix:{directory}/envoy.sock",
+            admin_token=TOKEN,
+            picker=(proxy.address,),
+            control=(proxy.address,),
+            registry=(registry.address,),
+            edge_identity=gateway.authority.issue("edge", directory / "pki" / "edge"),
+            admin_identity=gateway.authority.issue("admin-edge", directory / "pki" / "admin-edge"),
+            edge_port=free_port(),
+            admin_port=free_port(),
+            node_id="edge-under-test",
+            access_log=directory / "access.log",
+            limits=limits or Limits(),
+        )
+        gateway.envoy = await stack.enter_async_context(running_envoy(settings))
+        listeners = await gateway.envoy.listeners()
+        gateway.edge, gateway.admin = listeners["edge"], listeners["admin"]
+        await gateway.xds.wait_acked(gateway.xds.version, time.monotonic() + START_SECONDS)
+        yield gateway
+
+
+@asynccontextmanager
+async def running_envoy(settings: EdgeSettings) -> AsyncIterator[EnvoyAdmin]:
+    """Starts Envoy, waits until it listens, ends it by its handle."""
+    path = install(settings)
+    with Path(settings.directory, "envoy.log").open("wb") as output:
+        process = await asyncio.create_subprocess_exec(*command(path), stdout=output, stderr=output)
+        try:
+            async with EnvoyAdmin(settings.envoy_admin) as admin:
+                await admin.wait_ready(time.monotonic() + START_SECONDS)
+                yield admin
+        finally:
+            if process.returncode is None:
+                process.terminate()
+            try:
+                async with asyncio.timeout(STOP_SECONDS):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+
+
+def free_port() -> int:
+    """Returns a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@asynccontextmanager
+async def _proxy(gateway: Gateway) -> AsyncIterator[MeshServer]:
+    server = MeshServer(
+        listen="127.0.0.1:0",
+        identity=gateway.authority.issue("proxy", gateway.directory / "pki" / "proxy"),
+        policy={
+            fakes.EXT_PROC_SERVICE: frozenset({"edge"}),
+            ADS_SERVICE: frozenset({"edge"}),
+            "helios.api.catalog.v1.ModelService": frozenset({"edge", "admin-edge"}),
+            "helios.api.admin.v1.AdminService": frozenset({"admin-edge"}),
+        },
+        options=QUICK,
+    )
+    external_processor_pb2_grpc.add_ExternalProcessorServicer_to_server(gateway.picker, server.grpc)
+    ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(gateway.xds, server.grpc)
+    gateway.control.add(model_service_pb2, "ModelService", server.grpc)
+    gateway.control.add(admin_service_pb2, "AdminService", server.grpc)
+    server.serve("helios.api.catalog.v1.ModelService", "helios.api.admin.v1.AdminService")
+    async with server:
+        yield server
+
+
+@asynccontextmanager
+async def _registry(gateway: Gateway) -> AsyncIterator[MeshServer]:
+    server = MeshServer(
+        listen="127.0.0.1:0",
+        identity=gateway.authority.issue("registry", gateway.directory / "pki" / "registry"),
+        policy={"helios.api.registry.v1.RegistryService": frozenset({"admin-edge"})},
+        options=QUICK,
+    )
+    gateway.registry.add(registry_service_pb2, "RegistryService", server.grpc)
+    server.serve("helios.api.registry.v1.RegistryService")
+    async with server:
+        yield server

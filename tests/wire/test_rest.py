@@ -1,0 +1,274 @@
+"""REST through the public listener: answers, streams, errors, limits, browsers."""
+
+import asyncio
+import json
+import time
+
+import httpx
+import pytest
+
+from helios.mesh import errors
+from tests.wire.gateway import Gateway
+
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.leaks("Envoy keeps connections to the module's fakes, which are in this process"),
+]
+CHAT = "/v1/chat/completions"
+MIB = 1 << 20
+
+
+def openai_error(answer: httpx.Response) -> dict[str, str | None]:
+    """Returns the error object, having checked that it has OpenAI's form and nothing of gRPC around it."""
+    assert answer.headers["content-type"] == "application/json", answer.text
+    assert not {name for name in answer.headers if name.startswith(("grpc-", "x-openai", "x-envoy"))}
+    body = answer.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    assert isinstance(body["error"], dict)
+    return body["error"]
+
+
+async def test_a_unary_answer_comes_through(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    answer = await rest.post(CHAT, json={"model": "m"})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json()["replica"] == "replica"
+    assert "grpc-status" not in answer.headers
+    assert gateway.picker.requests[0].model == "m"
+    assert gateway.picker.requests[0].envoy_node == "edge-under-test"
+
+
+async def test_a_stream_comes_through_event_by_event(rest: httpx.AsyncClient) -> None:
+    arrivals = []
+    body = {"model": "m", "stream": True, "chunks": 5, "pause": 0.05}
+    async with rest.stream("POST", CHAT, json=body) as answer:
+        assert answer.headers["content-type"] == "text/event-stream"
+        chunks = []
+        async for chunk in answer.aiter_raw():
+            arrivals.append(time.monotonic())
+            chunks.append(chunk.decode())
+    assert "".join(chunks).split("\n\n")[:-1] == [*(f'data: {{"index":{i}}}' for i in range(5)), "data: [DONE]"]
+    assert arrivals[-1] - arrivals[0] > 0.15, "events came in one piece"
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "code"),
+    [
+        ("ModelNotFound", 404, "model_not_found"),
+        ("InvalidRequest", 400, "invalid_request"),
+        ("QuotaExceeded", 429, "quota_exceeded"),
+        ("NoReadyReplica", 503, "no_ready_replica"),
+        ("Unauthenticated", 401, "unauthenticated"),
+        ("PermissionDenied", 403, "permission_denied"),
+        ("DeadlineExceeded", 504, "deadline_exceeded"),
+        ("Corrupted", 500, "corrupted"),
+    ],
+)
+@pytest.mark.parametrize("source", ["replica", "picker", "control"])
+async def test_an_error_of_the_mesh_has_its_status_and_code(
+    gateway: Gateway, rest: httpx.AsyncClient, source: str, kind: str, status: int, code: str
+) -> None:
+    error = getattr(errors, kind)('a "quoted" message\nin two lines, ünïcode', retry_after_seconds=7)
+    if source == "control":
+        gateway.control.failures["ListModels"] = error
+        answer = await rest.get("/v1/models")
+    else:
+        gateway.picker.pick = (lambda _: error) if source == "picker" else None
+        gateway.replica.refusal = error if source == "replica" else None
+        answer = await rest.post(CHAT, json={"model": "m"})
+    assert answer.status_code == status
+    body = openai_error(answer)
+    assert body["message"] == 'a "quoted" message\nin two lines, ünïcode'
+    assert (body["type"], body["code"]) == (error.openai_type, code)
+    assert answer.headers["retry-after"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/v1/nothing", 404, "unknown_url"),
+        ("POST", "/v1/chat/completions/x", 404, "unknown_url"),
+        ("GET", "/", 404, "unknown_url"),
+        ("GET", "/favicon.ico", 404, "unknown_url"),
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+        ("POST", "/v1/models/m", 404, "unknown_url"),
+        ("GET", "/admin/v1/workers", 404, "unknown_url"),
+        ("POST", "/admin/v1/models/m:preload", 404, "unknown_url"),
+        ("GET", "/admin/v1/models", 404, "unknown_url"),
+        ("POST", "/helios.api.admin.v1.AdminService/ListWorkers", 404, "unknown_url"),
+        ("POST", "/helios.api.registry.v1.RegistryService/ListModels", 404, "unknown_url"),
+        ("POST", "/helios.api.inference.v1.OpenAIService/CreateChatCompletion", 404, "unknown_url"),
+        ("POST", "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources", 404, "unknown_url"),
+        ("GET", "/v1/../admin/v1/workers", 404, "unknown_url"),
+        ("GET", "/v1/%2e%2e/admin/v1/workers", 404, "unknown_url"),
+    ],
+)
+async def test_what_is_not_served_is_an_openai_error(
+    gateway: Gateway, rest: httpx.AsyncClient, method: str, path: str, status: int, code: str
+) -> None:
+    answer = await rest.request(method, path, content=b"{}" if method == "POST" else None)
+    assert (answer.status_code, openai_error(answer)["code"]) == (status, code)
+    assert not gateway.control.calls
+    assert not gateway.registry.calls
+
+
+async def test_head_has_no_body(rest: httpx.AsyncClient) -> None:
+    answer = await rest.head("/nothing")
+    assert (answer.status_code, answer.content) == (404, b"")
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "application/jsonx", "multipart/form-data; boundary=x"])
+async def test_a_body_that_is_not_json_by_its_type_is_415(
+    gateway: Gateway, rest: httpx.AsyncClient, content_type: str
+) -> None:
+    answer = await rest.post(CHAT, content=b'{"model":"m"}', headers={"content-type": content_type})
+    assert (answer.status_code, openai_error(answer)["code"]) == (415, "unsupported_media_type")
+    assert not gateway.replica.calls
+
+
+@pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "Application/JSON", "application/json ;charset=utf-8", None])
+async def test_json_is_recognised(gateway: Gateway, rest: httpx.AsyncClient, content_type: str | None) -> None:
+    headers = {"content-type": content_type} if content_type else {}
+    answer = await rest.post(CHAT, content=b'{"model":"m"}', headers=headers)
+    assert answer.status_code == 200
+    assert gateway.picker.requests[0].model == "m"
+
+
+async def test_of_duplicate_model_keys_the_last_one_is_lifted(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    await rest.post(CHAT, content=b'{"model":"first","model":"last"}', headers={"content-type": "application/json"})
+    assert gateway.picker.requests[0].model == "last"
+
+
+@pytest.mark.parametrize("body", [b"{", b"", b"[]", b'{"model": 7}', b"null", b'{"messages": []}'])
+async def test_a_body_without_a_model_reaches_the_picker_as_such(
+    gateway: Gateway, rest: httpx.AsyncClient, body: bytes
+) -> None:
+    gateway.picker.pick = lambda _: errors.InvalidRequest("no model")
+    answer = await rest.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert openai_error(answer)["message"] == "no model"
+    assert gateway.picker.requests[0].model in {"", "7"}
+
+
+async def test_the_picker_may_ask_for_the_body(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    answer = await rest.post(CHAT, content=b'{"x": 1}', headers={"content-type": "application/json"})
+    assert answer.status_code == 200
+    assert gateway.picker.bodies[0].endswith(b'{"x": 1}')
+
+
+async def test_a_body_of_32_mib_passes(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    shell = b'{"model":"m","text":""}'
+    # The gRPC frame and HttpBody's own fields count, too: 64 bytes are ample.
+    padding = b"a" * (32 * MIB - len(shell) - 64)
+    body = shell[:-2] + padding + shell[-2:]
+    answer = await rest.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["size"] == len(body)
+    assert gateway.picker.requests[0].model == "m"
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+async def test_a_body_of_40_mib_is_413(gateway: Gateway, rest: httpx.AsyncClient, *, is_chunked: bool) -> None:
+    async def chunks():  # type: ignore[no-untyped-def]
+        yield b'{"model":"m","text":"'
+        for _ in range(40):
+            yield b"a" * MIB
+        yield b'"}'
+
+    content = chunks() if is_chunked else b'{"model":"m","text":"' + b"a" * (40 * MIB) + b'"}'
+    answer = await rest.post(CHAT, content=content, headers={"content-type": "application/json"})
+    assert (answer.status_code, openai_error(answer)["code"]) == (413, "request_too_large")
+    assert not gateway.replica.calls
+
+
+async def test_a_client_that_leaves_cancels_the_replica(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    gateway.replica.cancelled.clear()
+    async with rest.stream("POST", CHAT, json={"model": "m", "stream": True, "chunks": 1000, "pause": 0.05}) as answer:
+        await anext(answer.aiter_raw())
+    async with asyncio.timeout(5):
+        await gateway.replica.cancelled.wait()
+
+
+async def test_an_endpoint_that_is_gone_is_a_clean_503(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    gateway.picker.endpoints = ["127.0.0.1:1"]
+    answer = await rest.post(CHAT, json={"model": "m"})
+    assert (answer.status_code, openai_error(answer)["code"]) == (503, "unavailable")
+    assert answer.headers["retry-after"]
+    assert not gateway.replica.calls
+
+
+async def test_a_dead_endpoint_is_passed_over(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    await gateway.publish("127.0.0.1:1", gateway.replica_address)
+    gateway.picker.endpoints = ["127.0.0.1:1", gateway.replica_address]
+    answer = await rest.post(CHAT, json={"model": "m"})
+    assert (answer.status_code, answer.json()["replica"]) == (200, "replica")
+
+
+async def test_the_last_refusal_is_the_replicas_own(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    gateway.replica.refusal = errors.Draining("going away", retry_after_seconds=3)
+    answer = await rest.post(CHAT, json={"model": "m"})
+    assert (answer.status_code, openai_error(answer)["message"]) == (503, "going away")
+    assert len(gateway.replica.calls) == 1, "one candidate, no retry"
+
+
+async def test_models_are_listed_without_the_picker(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    answer = await rest.get("/v1/models")
+    assert answer.status_code == 200
+    assert answer.json()["data"] == []
+    assert not gateway.picker.requests
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [("m", "m"), ("org/name", "org/name"), ("org%2Fname", "org/name"), ("a/b/c.gguf", "a/b/c.gguf"), ("m?beta=true", "m")],
+)
+async def test_a_models_name_may_hold_slashes(gateway: Gateway, rest: httpx.AsyncClient, path: str, model: str) -> None:
+    answer = await rest.get(f"/v1/models/{path}")
+    assert answer.status_code == 200
+    assert gateway.control.calls[0].request.model == model
+
+
+async def test_healthz_is_ok(rest: httpx.AsyncClient) -> None:
+    assert (await rest.get("/healthz")).status_code == 200
+
+
+async def test_a_preflight_lets_browsers_in(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    headers = {
+        "origin": "https://app.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type,x-stainless-lang",
+    }
+    answer = await rest.options(CHAT, headers=headers)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == "https://app.example"
+    assert "POST" in answer.headers["access-control-allow-methods"]
+    allowed = {name.strip() for name in answer.headers["access-control-allow-headers"].split(",")}
+    assert {"authorization", "content-type", "*"} <= allowed
+    assert "access-control-allow-credentials" not in answer.headers
+    assert not gateway.picker.requests
+
+
+@pytest.mark.parametrize(("path", "status"), [(CHAT, 200), ("/v1/nothing", 404)])
+async def test_answers_and_errors_are_readable_across_origins(rest: httpx.AsyncClient, path: str, status: int) -> None:
+    answer = await rest.post(path, json={"model": "m"}, headers={"origin": "https://app.example"})
+    assert answer.status_code == status
+    assert answer.headers["access-control-allow-origin"] == "https://app.example"
+    assert "retry-after" in answer.headers["access-control-expose-headers"]
+
+
+async def test_the_access_log_names_the_request(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    answer = await rest.post(CHAT, json={"model": "logged"}, headers={"x-request-id": "mine"})
+    wanted = answer.headers["x-request-id"]
+    deadline = time.monotonic() + 15
+    lines: list[dict[str, str]] = []
+    while not lines and time.monotonic() < deadline:
+        text = (gateway.directory / "access.log").read_text()
+        lines = [line for line in map(json.loads, text.splitlines()) if line["request_id"] == wanted]
+        await asyncio.sleep(0.2)
+    assert lines[0]["model"] == "logged"
+    assert lines[0]["path"] == CHAT
+    assert lines[0]["client_request_id"] == "mine"
+    assert lines[0]["endpoint"] == gateway.replica_address
