@@ -26,9 +26,9 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
     identity = settings.mesh.identity
     clock = steady_clock()
     async with AsyncExitStack() as stack:
-        dialer = await stack.enter_async_context(Dialer(settings.registry, identity=identity, peer="registry"))
+        dialer = await stack.enter_async_context(Dialer(settings.registry_target, identity=identity, peer="registry"))
         tier = DiskTier(
-            settings.tier.root.absolute(),
+            settings.state_directory.absolute(),
             fetch_thread_count=settings.fetch.thread_count,
             is_link_allowed=settings.tier.links == "auto",
         )
@@ -37,7 +37,7 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
         )
         lifetime.group.create_task(keep_running("expire leases", materializer.expire_leases), name="expire leases")
         addresses = []
-        for listen in filter(None, (settings.listen, settings.listen_unix)):
+        for listen in filter(None, (settings.listen, settings.second_listen)):
             server = MeshServer(listen=listen, identity=identity, policy=POLICY)
             servicer = StorageServicer(materializer, holders=HOLDERS if identity else None, clock=clock)
             add_StorageServiceServicer_to_server(servicer, server.grpc)

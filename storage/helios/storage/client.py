@@ -11,6 +11,7 @@ files that are mapped stay readable, but the agent may give their room away.
 """
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Callable
@@ -202,6 +203,7 @@ class _Holding:
         self._ttl_seconds = ttl_seconds
         self._on_progress = on_progress
         self._stream: Stream | None = None
+        self._requests = _Requests()
         self._ended = asyncio.Event()
         # Until when the lease surely lives, on this process's monotonic clock.
         self._safe_until = 0.0
@@ -253,7 +255,7 @@ class _Holding:
         while True:
             await self._wait_or_end(self._ttl_seconds / 3)
             sent_at = time.monotonic()
-            await self._write(pb.MaterializeRequest(renew=pb.Renew()))
+            self._requests.put(pb.MaterializeRequest(renew=pb.Renew()))
             try:
                 async with asyncio.timeout(self._ttl_seconds / 3):
                     answer = await self._read()
@@ -302,11 +304,12 @@ class _Holding:
         want = pb.Want(revision=self._revision, lease_id=lease_id, holder=self._holder)
         want.ttl.FromMilliseconds(round(self._ttl_seconds * 1000))
         # No deadline: the stream lives as long as the lease.
-        self._stream = self._dialer.stub(StorageServiceStub).Materialize()
+        self._requests = _Requests()
+        self._stream = self._dialer.stub(StorageServiceStub).Materialize(self._requests.each())
         self._ended = ended = asyncio.Event()
         self._stream.add_done_callback(lambda _: ended.set())
         try:
-            await self._write(pb.MaterializeRequest(want=want))
+            self._requests.put(pb.MaterializeRequest(want=want))
             while (answer := await self._read()).WhichOneof("message") == "progress":
                 if self._on_progress is not None:
                     self._on_progress(Progress(answer.progress.done_bytes, answer.progress.total_bytes))
@@ -320,22 +323,11 @@ class _Holding:
         return answer.ready
 
     async def _release(self) -> None:
-        await self._write(pb.MaterializeRequest(release=pb.Release()))
-        assert self._stream is not None
-        await self._stream.done_writing()
-        while await self._stream.read() is not grpc.aio.EOF:
-            pass
-
-    async def _write(self, request: pb.MaterializeRequest) -> None:
-        assert self._stream is not None
-        try:
-            await self._stream.write(request)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        except asyncio.InvalidStateError as error:
-            # grpcio says this when the stream ended before the write: its status is the reason.
-            await self._read()
-            raise Unavailable("the stream to the storage agent is closed") from error
+        self._requests.put(pb.MaterializeRequest(release=pb.Release()))
+        self._requests.close()
+        with contextlib.suppress(Unavailable):
+            while True:
+                await self._read()
 
     async def _read(self) -> pb.MaterializeResponse:
         assert self._stream is not None
@@ -349,9 +341,32 @@ class _Holding:
 
     def _drop_stream(self) -> None:
         """Ends the stream; the lease lives on."""
+        self._requests.close()
         if self._stream is not None:
             self._stream.cancel()
             self._stream = None
+
+
+class _Requests:
+    """The requests of one stream, as an iterator that ends when it is told to.
+
+    grpcio's own `write` leaves a task behind when the server ends a stream on a channel with interceptors.
+    """
+
+    def __init__(self) -> None:
+        # Unbounded, and small: a want, and a renewal only after the answer to the one before.
+        self._queue: asyncio.Queue[pb.MaterializeRequest | None] = asyncio.Queue()
+
+    def put(self, request: pb.MaterializeRequest) -> None:
+        self._queue.put_nowait(request)
+
+    def close(self) -> None:
+        """Ends the iterator. Idempotent."""
+        self._queue.put_nowait(None)
+
+    async def each(self) -> AsyncIterator[pb.MaterializeRequest]:
+        while (request := await self._queue.get()) is not None:
+            yield request
 
 
 def _is_transport(error: Unavailable) -> bool:

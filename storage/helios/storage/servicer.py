@@ -7,6 +7,7 @@ hold a task group across its yields.
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import datetime
 from typing import Any
 
 import grpc.aio

@@ -115,6 +115,7 @@ class MaterializeSession:
     def __init__(self) -> None:
         self.state = State.WANT
         self._lease_id = ""
+        self._is_client_done = False
 
     def handle(self, event: Event) -> list[Action]:
         """Takes an event and returns what to do, in order; a closed session does nothing."""
@@ -128,12 +129,15 @@ class MaterializeSession:
                 return self._close(InvalidRequest("the first message is a want", reason="WANT_EXPECTED"))
             case State.FETCHING, Lent(lease_id):
                 self.state, self._lease_id = State.LENT, lease_id
-                return [SendReady()]
+                return [SendReady(), *(self._close(None) if self._is_client_done else [])]
             case State.FETCHING, Failed(error):
                 return self._close(error)
             case State.FETCHING, Release():
                 return self._close(None)
-            case State.FETCHING, ClientDone() | Renew():
+            case State.FETCHING, ClientDone():
+                self._is_client_done = True
+                return []
+            case State.FETCHING, Renew():
                 # There is nothing to renew yet, and nothing to lose.
                 return []
             case State.LENT, Renew():

@@ -13,8 +13,6 @@ class TierSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    root: Path = Path("storage")
-    """Directory of the tier; made when it is not there. One agent at a time."""
     capacity_bytes: int = Field(default=0, ge=0)
     """Bytes of blobs that the tier may hold. 0: as much as the disk. Unused revisions are evicted for new ones."""
     links: Literal["auto", "never"] = "auto"
@@ -37,11 +35,13 @@ class StorageSettings(ProcessSettings):
 
     process_name: ClassVar[str] = "storage"
 
+    state_directory: Path = Path("storage")
+    """Root of the disk tier, with its blobs, views and index; made when it is not there. One agent at a time."""
     listen: str = "127.0.0.1:0"
     """Address of StorageService, `host:port` (port 0 takes a free one) or `unix:/path`."""
-    listen_unix: str = ""
-    """A second address, `unix:/path`, for holders on this node. Empty: none."""
-    registry: str = "127.0.0.1:9100"
+    second_listen: str = ""
+    """A second address of the same service: a unix socket for holders on this node, say. Empty: none."""
+    registry_target: str = "127.0.0.1:9100"
     """Address of the registry."""
     tier: TierSettings = TierSettings()
     """The disk tier."""
