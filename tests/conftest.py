@@ -12,6 +12,7 @@ import gc
 import inspect
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -21,6 +22,8 @@ import grpc.aio
 import hypothesis
 import psutil
 import pytest
+
+from helios.registry.sources.embedded import EMBEDDED, find_embedded
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_DIRECTORY = ROOT / "build" / "models" / "smollm2-135m-instruct"
@@ -93,15 +96,27 @@ async def leaves_no_task(leaves_nothing: None) -> AsyncIterator[None]:
 
 @pytest.fixture(scope="session")
 def smollm2_directory() -> Path:
-    """The embedded model as safetensors, converted once for all runs (it is the same for the same package)."""
+    """The embedded model as safetensors; converted once for all runs, because the same package gives the same files."""
     MODEL_DIRECTORY.parent.mkdir(parents=True, exist_ok=True)
     with (MODEL_DIRECTORY.parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (MODEL_DIRECTORY / "model.safetensors").exists():
-            command = [sys.executable, "-m", "helios.registry.convert"]
-            source = "embedded:smollm2-135m-instruct"
-            subprocess.run([*command, source, str(MODEL_DIRECTORY)], check=True, timeout=240, cwd=ROOT)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # runs of pytest may start together
+        if not MODEL_DIRECTORY.exists():
+            _convert(find_embedded(EMBEDDED["smollm2-135m-instruct"]), MODEL_DIRECTORY)
     return MODEL_DIRECTORY
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        fresh = Path(scratch, target.name)
+        fresh.mkdir()
+        command = [sys.executable, "-m", "helios.registry.convert", str(gguf), str(fresh)]
+        # Standard input is the converter's lifeline: it has to stay open until it is done.
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
+            assert process.stdout is not None
+            reports = process.stdout.read()
+            status = process.wait(timeout=240)
+        assert status == 0, reports
+        fresh.rename(target)
 
 
 def _threads() -> set[str]:
