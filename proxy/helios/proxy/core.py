@@ -241,10 +241,14 @@ class Core:
         return count, self._take()
 
     # Time.
-    def tick(self, now: float) -> list[actions.Action]:
-        """Follows the time; to be called about every half second, and at `next_deadline`."""
+    def expire_holds(self, now: float) -> list[actions.Action]:
+        """Ends holds whose deadline is reached; to be called about every tenth of a second."""
         for hold in self.holds.expire(now):
             self._out([actions.Fail(hold, self._expired(hold, now))])
+        return self._take()
+
+    def tick(self, now: float) -> list[actions.Action]:
+        """Follows the time in everything else; to be called about every second."""
         for worker_id in self.fleet.silent(now, self._policy.silence_seconds):
             for replica in self.fleet.lose(worker_id, now):
                 self.traffic.refresh(replica.replica_id)

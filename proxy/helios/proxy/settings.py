@@ -22,8 +22,8 @@ class HoldSettings(BaseModel):
     model_config = _FROZEN
 
     limit_seconds: PositiveFloat = 300.0
-    """Longest wait, counted from the request's start, in seconds. 300: above the start of a large model from a disk, below
-    Envoy's wait for the picker, so that clients get 503 with Retry-After and never a bare 504."""
+    """Longest wait, counted from the request's start, in seconds. 300: above the start of a large model from a disk,
+    below Envoy's wait for the picker, so that clients get 503 with Retry-After and never a bare 504."""
     model_count: PositiveInt = 512
     """Requests that may wait for one model. 512: a burst that one replica works off within minutes."""
     total_count: PositiveInt = 4096
@@ -109,15 +109,14 @@ class ProxySettings(ProcessSettings):
     proxy_id: str = "proxy"
     """Names this proxy to workers."""
     idle_timeout_seconds: NonNegativeFloat = 900.0
-    """A model without requests for this long goes to zero (or to its min_replicas), in seconds. 900: above the pauses of a
-    conversation. 0: never."""
+    """A model without requests for this long goes to zero (or to its min_replicas), in seconds. 900: above the pauses
+    of a conversation. 0: never."""
     reservation_seconds: PositiveFloat = 15.0
-    """How long a pick counts as load before its replica reports the request, in seconds. 15: a large body that is still
-    on its way."""
-    inflight_message_bytes: PositiveInt = 33 << 20
-    """Largest message that the picker reads: a native gRPC request without `x-helios-model` comes whole."""
+    """How long a pick counts as load before its replica reports the request, in seconds. 15: a large body that is
+    still on its way."""
     drain_seconds: NonNegativeInt = 5
-    """How long calls may go on when the process stops, in seconds. Held requests move to another proxy, or get a 503."""
+    """How long calls may go on when the process stops, in seconds. Held requests move to another proxy, or get a
+    503."""
     hold: HoldSettings = Field(default_factory=HoldSettings)
     """Holds."""
     fleet: FleetSettings = Field(default_factory=FleetSettings)

@@ -156,6 +156,8 @@ class FleetState:
         self._workers: dict[str, Worker] = {}
         self._by_id: dict[str, Replica] = {}
         self._by_model: dict[str, dict[str, Replica]] = {}
+        self._addresses: dict[str, str] = {}
+        self.endpoints_version = 0
 
     # What is believed.
     def workers(self) -> Iterable[Worker]:
@@ -183,9 +185,11 @@ class FleetState:
         return self._by_model.keys()
 
     def endpoints(self) -> frozenset[str]:
-        """Addresses that Envoy should know: ready and draining replicas, those of unreachable workers included."""
-        routable = (ReplicaState.READY, ReplicaState.DRAINING)
-        return frozenset(r.address for r in self._by_id.values() if r.address and r.state in routable)
+        """Addresses that Envoy should know: ready and draining replicas, those of unreachable workers included.
+
+        `endpoints_version` grows with every change of them.
+        """
+        return frozenset(self._addresses.values())
 
     # What is told.
     def hello(self, hello: WorkerHello, asked: Iterable[Replica], now: float) -> list[Change]:
@@ -293,11 +297,23 @@ class FleetState:
         worker.replicas[replica.replica_id] = replica
         self._by_id[replica.replica_id] = replica
         self._by_model.setdefault(replica.model, {})[replica.replica_id] = replica
+        is_routable = replica.state in (ReplicaState.READY, ReplicaState.DRAINING)
+        self._set_address(replica.replica_id, replica.address if is_routable else "")
+
+    def _set_address(self, replica_id: str, address: str) -> None:
+        if self._addresses.get(replica_id, "") == address:
+            return
+        self.endpoints_version += 1
+        if address:
+            self._addresses[replica_id] = address
+        else:
+            del self._addresses[replica_id]
 
     def _forget(self, replica: Replica) -> Change:
         before = self._by_id.pop(replica.replica_id, None)
         if before is None:
             return Change(None, None)
+        self._set_address(before.replica_id, "")
         worker = self._workers.get(before.worker_id)
         if worker is not None:
             worker.replicas.pop(before.replica_id, None)

@@ -1,0 +1,113 @@
+"""The proxy process: the composition root of `python -m helios.proxy`."""
+
+import time
+from contextlib import AsyncExitStack
+from typing import Final
+from uuid import uuid4
+
+from envoy.service.discovery.v3 import ads_pb2_grpc
+from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
+
+from helios.api.admin.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
+from helios.api.catalog.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
+from helios.api.fleet.v1.fleet_service_pb2_grpc import add_FleetServiceServicer_to_server
+from helios.mesh.channel import Dialer
+from helios.mesh.process import Lifetime, run
+from helios.mesh.server import HEALTH_SERVICE, MeshServer, ServerOptions
+from helios.mesh.tasks import keep_running
+from helios.mesh.xds.server import XdsServer
+from helios.proxy.admin.servicer import ADMIN_SERVICE, AdminServicer
+from helios.proxy.catalog.servicer import MODEL_SERVICE, ModelServicer
+from helios.proxy.catalog.session import ModelSource, NoRegistry, RegistrySession
+from helios.proxy.core import Core
+from helios.proxy.fleet.servicer import FLEET_SERVICE, FleetServicer
+from helios.proxy.picker.ads import GuardedXds
+from helios.proxy.picker.servicer import PickerServicer
+from helios.proxy.reflection import REFLECTION_SERVICES, ReflectionServicer
+from helios.proxy.runtime import Runtime
+from helios.proxy.settings import ProxySettings
+from helios.proxy.store import Store, load_models, load_workers
+from helios.registry.client import RegistryClient
+
+_EDGES: Final = frozenset({"edge", "admin-edge"})
+_CONTROL_POLICY: Final = {
+    FLEET_SERVICE: frozenset({"worker"}),
+    MODEL_SERVICE: _EDGES,
+    ADMIN_SERVICE: frozenset({"admin-edge"}),
+    HEALTH_SERVICE: frozenset({"*"}),
+    **dict.fromkeys(REFLECTION_SERVICES, _EDGES),
+}
+# Requests wait for this call, and only while the registry's watch is broken.
+_FIND_TIMEOUT_SECONDS: Final = 3.0
+
+
+async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
+    """Runs the proxy until it is asked to stop."""
+    directory = settings.state_directory
+    core = Core(
+        settings.core_policy(),
+        new_id=lambda: uuid4().hex,
+        known_workers=load_workers(directory),
+        now=time.monotonic(),
+    )
+    core.models_replaced(load_models(directory), time.monotonic(), is_synced=False)
+    store = Store(directory, core.catalogue)
+    xds = XdsServer()
+    runtime = Runtime(core, publisher=xds, memory=store)
+    async with AsyncExitStack() as stack:
+        models = await _registry(settings, lifetime, stack, runtime, store)
+        lifetime.group.create_task(runtime.run(), name="runtime")
+        lifetime.group.create_task(store.run(), name="store")
+        picker = await stack.enter_async_context(_picker(settings, runtime, models, xds))
+        control = await stack.enter_async_context(_control(settings, runtime, models))
+        lifetime.mark_ready(picker_address=picker.address, control_address=control.address)
+        await lifetime.wait_stop()
+        runtime.stop()
+
+
+async def _registry(
+    settings: ProxySettings, lifetime: Lifetime, stack: AsyncExitStack, runtime: Runtime, store: Store
+) -> ModelSource:
+    if not settings.registry_target:
+        return NoRegistry()
+    dialer = await stack.enter_async_context(
+        Dialer(settings.registry_target, identity=settings.mesh.identity, peer="registry")
+    )
+    quick = RegistryClient(dialer, timeout_seconds=_FIND_TIMEOUT_SECONDS)
+    session = RegistrySession(RegistryClient(dialer), quick, runtime, store)
+    lifetime.group.create_task(keep_running("watch models", session.watch, cap_seconds=1), name="watch models")
+    return session
+
+
+def _picker(settings: ProxySettings, runtime: Runtime, models: ModelSource, xds: XdsServer) -> MeshServer:
+    identity = settings.mesh.identity
+    options = ServerOptions(intercept=False, drain_seconds=settings.drain_seconds)
+    server = MeshServer(listen=settings.picker_listen, identity=identity, policy={}, options=options)
+    picker = PickerServicer(
+        runtime, models, hold_limit_seconds=settings.hold.limit_seconds, is_enforced=identity is not None
+    )
+    external_processor_pb2_grpc.add_ExternalProcessorServicer_to_server(picker, server.grpc)
+    ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(
+        GuardedXds(xds, is_enforced=identity is not None), server.grpc
+    )
+    return server
+
+
+def _control(settings: ProxySettings, runtime: Runtime, models: ModelSource) -> MeshServer:
+    options = ServerOptions(drain_seconds=settings.drain_seconds)
+    server = MeshServer(
+        listen=settings.control_listen, identity=settings.mesh.identity, policy=_CONTROL_POLICY, options=options
+    )
+    fleet = FleetServicer(
+        runtime, proxy_id=settings.proxy_id, report_interval_seconds=settings.fleet.report_interval_seconds
+    )
+    add_FleetServiceServicer_to_server(fleet, server.grpc)
+    add_ModelServiceServicer_to_server(ModelServicer(runtime, models), server.grpc)
+    add_AdminServiceServicer_to_server(AdminServicer(runtime, models), server.grpc)
+    ReflectionServicer().add_to(server.grpc)
+    server.serve(FLEET_SERVICE, MODEL_SERVICE, ADMIN_SERVICE, with_reflection=False)
+    return server
+
+
+if __name__ == "__main__":
+    run("proxy", ProxySettings, main)

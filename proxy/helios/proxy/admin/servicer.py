@@ -1,0 +1,140 @@
+"""AdminService: preload, scale and evict models; list workers and replicas."""
+
+import bisect
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final, TypeVar
+
+from helios.api.admin.v1 import admin_service_pb2 as pb
+from helios.api.admin.v1.admin_service_pb2_grpc import AdminServiceServicer
+from helios.api.fleet.v1 import types_pb2
+from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, Unavailable
+from helios.proxy.catalog.servicer import find_model
+from helios.proxy.catalog.session import ModelSource
+from helios.proxy.catalogue import ModelEntry
+from helios.proxy.fleet.state import Replica, ReplicaState
+from helios.proxy.fleet.wire import device_to_proto, replica_to_proto
+from helios.proxy.runtime import Runtime
+
+ADMIN_SERVICE: Final = "helios.api.admin.v1.AdminService"
+MAX_REPLICA_COUNT: Final = 1_000
+_DEFAULT_PAGE_SIZE: Final = 100
+_MAX_PAGE_SIZE: Final = 1_000
+
+T = TypeVar("T")
+
+
+class AdminServicer(AdminServiceServicer):
+    """Carries out what operators ask for."""
+
+    def __init__(self, runtime: Runtime, models: ModelSource) -> None:
+        self._runtime = runtime
+        self._core = runtime.core
+        self._models = models
+
+    async def PreloadModel(self, request: pb.PreloadModelRequest, context: Any) -> pb.PreloadModelResponse:
+        """Starts a replica unless there is one."""
+        entry = await self._find(request.model)
+        try:
+            self._runtime.apply(self._core.preload(entry, time.monotonic()))
+        except HeliosError:
+            self._runtime.apply(self._core.tick(time.monotonic()))
+            raise
+        return pb.PreloadModelResponse(replicas=[replica_to_proto(replica) for replica in self._current(entry)])
+
+    async def ScaleModel(self, request: pb.ScaleModelRequest, context: Any) -> pb.ScaleModelResponse:
+        """Writes the count to the registry and follows it at once."""
+        count = request.replica_count
+        if count > MAX_REPLICA_COUNT:
+            raise InvalidRequest(
+                f"replica_count is at most {MAX_REPLICA_COUNT}",
+                reason="INVALID_POLICY",
+                metadata={"param": "replica_count"},
+            )
+        entry = await self._find(request.model)
+        bound = entry.max_replicas if not entry.max_replicas or entry.max_replicas >= count else count
+        entry = await self._write_policy(entry.name, min_replicas=count, max_replicas=bound)
+        self._runtime.apply(self._core.model_upserted(entry, time.monotonic()))
+        if not count:
+            self._runtime.apply(self._core.drain_model(entry))
+        ready = [replica for replica in self._current(entry) if replica.state is ReplicaState.READY]
+        return pb.ScaleModelResponse(desired_count=count, ready_count=len(ready))
+
+    async def EvictModel(self, request: pb.EvictModelRequest, context: Any) -> pb.EvictModelResponse:
+        """Drains a model and drops its bytes from the nodes."""
+        entry = await self._find(request.model)
+        count, todo = self._core.evict(entry)
+        self._runtime.apply(todo)
+        return pb.EvictModelResponse(draining_count=count)
+
+    async def ListWorkers(self, request: pb.ListWorkersRequest, context: Any) -> pb.ListWorkersResponse:
+        """Lists workers by id."""
+        workers = sorted(self._core.fleet.workers(), key=lambda worker: worker.hello.worker_id)
+        reachable = [worker for worker in workers if worker.is_reachable]
+        page, token = _page(reachable, request.page_size, request.page_token, lambda worker: worker.hello.worker_id)
+        items = [
+            pb.Worker(
+                worker_id=worker.hello.worker_id,
+                node=worker.hello.node,
+                devices=[device_to_proto(device) for device in worker.hello.devices],
+                engines=worker.hello.engines,
+                slot_count=worker.hello.slot_count,
+                replica_count=len(worker.replicas),
+                version=worker.hello.version,
+            )
+            for worker in page
+        ]
+        return pb.ListWorkersResponse(workers=items, next_page_token=token)
+
+    async def ListReplicas(self, request: pb.ListReplicasRequest, context: Any) -> pb.ListReplicasResponse:
+        """Lists replicas by model and id."""
+        replicas = self._core.fleet.replicas()
+        if request.model:
+            entry = await self._find(request.model)
+            replicas = self._core.fleet.replicas_of(entry.name)
+        ordered = sorted(replicas, key=_replica_key)
+        page, token = _page(ordered, request.page_size, request.page_token, _replica_key)
+        items = [pb.ReplicaOnWorker(replica=self._replica(r), worker_id=r.worker_id) for r in page]
+        return pb.ListReplicasResponse(replicas=items, next_page_token=token)
+
+    async def _find(self, name: str) -> ModelEntry:
+        if not name:
+            raise InvalidRequest("you must provide a model", metadata={"param": "model"})
+        return await find_model(self._runtime, self._models, name)
+
+    async def _write_policy(self, name: str, *, min_replicas: int, max_replicas: int) -> ModelEntry:
+        try:
+            return await self._models.set_policy(name, min_replicas=min_replicas, max_replicas=max_replicas)
+        except (InvalidRequest, NotFound):
+            raise
+        except HeliosError as error:
+            raise Unavailable(
+                f"the policy of '{name}' can't be written: the registry is not reachable",
+                reason="REGISTRY_UNAVAILABLE",
+                metadata={"model": name},
+                retry_after_seconds=2,
+            ) from error
+
+    def _current(self, entry: ModelEntry) -> list[Replica]:
+        replicas = self._core.fleet.replicas_of(entry.name)
+        return [replica for replica in replicas if not self._core.traffic.is_draining(replica)]
+
+    def _replica(self, replica: Replica) -> types_pb2.Replica:
+        # A drain that was asked counts before the worker has said so.
+        is_draining = replica.state is ReplicaState.READY and self._core.traffic.is_draining(replica)
+        return replica_to_proto(replace(replica, state=ReplicaState.DRAINING) if is_draining else replica)
+
+
+def _replica_key(replica: Replica) -> str:
+    return f"{replica.model}\n{replica.replica_id}"
+
+
+def _page(items: list[T], page_size: int, token: str, key: Callable[[T], str]) -> tuple[list[T], str]:
+    """A page of items that are sorted by `key`, and the token of the next: the last key, so pages survive changes."""
+    if page_size > _MAX_PAGE_SIZE:
+        raise InvalidRequest(f"page_size is at most {_MAX_PAGE_SIZE}", metadata={"param": "page_size"})
+    start = bisect.bisect_right(items, token, key=key) if token else 0
+    page = items[start : start + (page_size or _DEFAULT_PAGE_SIZE)]
+    has_more = start + len(page) < len(items)
+    return page, key(page[-1]) if page and has_more else ""

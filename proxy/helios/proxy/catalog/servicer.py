@@ -1,0 +1,110 @@
+"""ModelService: OpenAI's model list, and the state of each model here."""
+
+import bisect
+import time
+from typing import Any, Final
+
+from helios.api.catalog.v1 import model_service_pb2 as pb
+from helios.api.catalog.v1.model_service_pb2_grpc import ModelServiceServicer
+from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, Unavailable
+from helios.proxy.activation.machine import ActivationState
+from helios.proxy.catalog.session import ModelSource
+from helios.proxy.catalogue import ModelEntry
+from helios.proxy.fleet.state import Replica, ReplicaState
+from helios.proxy.runtime import Runtime
+from helios.proxy.sizing import replica_size
+
+MODEL_SERVICE: Final = "helios.api.catalog.v1.ModelService"
+_MAX_PAGE_SIZE: Final = 10_000
+
+
+class ModelServicer(ModelServiceServicer):
+    """Answers from the core; only a name that is not known while the registry is out of step is asked for."""
+
+    def __init__(self, runtime: Runtime, models: ModelSource) -> None:
+        self._runtime = runtime
+        self._models = models
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        """Lists models by name; the page token is the last name of the page before."""
+        if request.page_size > _MAX_PAGE_SIZE:
+            raise InvalidRequest(f"page_size is at most {_MAX_PAGE_SIZE}", metadata={"param": "page_size"})
+        entries = self._runtime.core.catalogue.models()
+        start = bisect.bisect_right(entries, request.page_token, key=lambda entry: entry.name)
+        page = entries[start : start + (request.page_size or len(entries))]
+        token = page[-1].name if page and start + len(page) < len(entries) else ""
+        now = time.monotonic()
+        data = [self._describe(entry, now) for entry in page]
+        return pb.ListModelsResponse(object="list", data=data, next_page_token=token)
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.Model:
+        """Describes a model."""
+        entry = await find_model(self._runtime, self._models, request.model)
+        return self._describe(entry, time.monotonic())
+
+    def _describe(self, entry: ModelEntry, now: float) -> pb.Model:
+        core = self._runtime.core
+        lifecycle, traffic = core.lifecycle, core.traffic
+        size = replica_size(entry, lifecycle.policy.sizing)
+        replicas = core.fleet.replicas_of(entry.name)
+        draining = [replica for replica in replicas if traffic.is_draining(replica)]
+        starting = [replica for replica in replicas if replica.state.is_starting and replica not in draining]
+        ready = [replica for replica in replicas if replica.state is ReplicaState.READY and replica not in draining]
+        activation = lifecycle.activation(entry.name)
+        is_failed = activation.state is ActivationState.BACKING_OFF and not ready
+        is_open = any(traffic.is_candidate(replica.replica_id) for replica in ready)
+        return pb.Model(
+            id=entry.name,
+            object="model",
+            created=entry.created_at,
+            owned_by="helios",
+            state=_state(starting, ready, is_failed=is_failed),
+            replicas=pb.ReplicaCounts(starting=len(starting), ready=len(ready), draining=len(draining)),
+            resources=pb.ModelResources(
+                weights_bytes=entry.weights_bytes,
+                memory_bytes=size.memory_bytes,
+                parameter_count=entry.parameter_count,
+                kv_bytes_per_token=entry.kv_bytes_per_token,
+                dtype=entry.dtype,
+                architecture=entry.architecture,
+            ),
+            aliases=entry.aliases,
+            revision=entry.revision,
+            max_context_tokens=max((replica.max_context_tokens for replica in ready), default=0)
+            or entry.max_context_tokens,
+            estimated_ready_seconds=0.0 if is_open else round(lifecycle.remaining_seconds(entry, now), 1),
+            failure=activation.failure if is_failed else "",
+        )
+
+
+async def find_model(runtime: Runtime, models: ModelSource, name: str) -> ModelEntry:
+    """The model of a name or alias, from the catalogue or, where that is out of step, from the registry.
+
+    Raises:
+        ModelNotFound: there is none.
+        Unavailable: it can't be told now.
+    """
+    entry = runtime.core.resolve(name)
+    if entry is not None:
+        return entry
+    try:
+        entry = await models.find(name)
+    except NotFound:
+        raise
+    except HeliosError as error:
+        raise Unavailable(
+            f"it can't be told now whether the model '{name}' exists: the registry is not reachable",
+            reason="REGISTRY_UNAVAILABLE",
+            metadata={"model": name},
+            retry_after_seconds=2,
+        ) from error
+    runtime.apply(runtime.core.model_upserted(entry, time.monotonic()))
+    return entry
+
+
+def _state(starting: list[Replica], ready: list[Replica], *, is_failed: bool) -> pb.ModelState.ValueType:
+    if ready:
+        return pb.ModelState.MODEL_STATE_READY
+    if starting:
+        return pb.ModelState.MODEL_STATE_STARTING
+    return pb.ModelState.MODEL_STATE_FAILED if is_failed else pb.ModelState.MODEL_STATE_COLD

@@ -1,0 +1,115 @@
+"""FleetService: one session a worker.
+
+The session reads and writes at the same time, so it has two tasks; whichever ends first ends the session. Nothing is
+lost with a stream: the worker's next hello is complete, and commands that were not acknowledged are sent again after
+it.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+import structlog
+
+from helios.api.fleet.v1 import fleet_service_pb2 as pb
+from helios.api.fleet.v1.fleet_service_pb2_grpc import FleetServiceServicer
+from helios.mesh.errors import InvalidRequest
+from helios.proxy.fleet import wire
+from helios.proxy.fleet.state import WorkerHello
+from helios.proxy.runtime import Outbox, Runtime
+
+log = structlog.get_logger()
+
+FLEET_SERVICE: Final = "helios.api.fleet.v1.FleetService"
+# A worker that dials and says nothing is not a worker.
+_HELLO_SECONDS: Final = 10.0
+
+
+class _SessionEnd(Exception):
+    """One half of a session has ended."""
+
+
+class FleetServicer(FleetServiceServicer):
+    """Takes workers in."""
+
+    def __init__(self, runtime: Runtime, *, proxy_id: str, report_interval_seconds: float) -> None:
+        self._runtime = runtime
+        self._proxy_id = proxy_id
+        self._interval_seconds = report_interval_seconds
+
+    # A coroutine that writes to the context, and not an async generator as the generated type has it: a generator that
+    # is dropped half-way is closed by the garbage collector, in whatever task that happens to run.
+    async def Session(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[pb.SessionRequest], context: Any
+    ) -> None:
+        """Serves one worker until its stream ends or a newer stream of the same worker takes over."""
+        hello = await self._hello(request_iterator)
+        now = time.monotonic()
+        outbox = self._runtime.connect_worker(hello.worker_id)
+        try:
+            welcome = pb.Welcome(report_interval=wire.duration(self._interval_seconds), proxy_id=self._proxy_id)
+            await context.write(pb.SessionResponse(welcome=welcome))
+            log.info("worker connected", worker=hello.worker_id, node=hello.node, replicas=len(hello.replicas))
+            self._runtime.apply(self._runtime.core.worker_hello(hello, now))
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read(request_iterator, hello.worker_id, outbox), name=f"read {hello.worker_id}")
+                group.create_task(self._write(outbox, context), name=f"write {hello.worker_id}")
+        except BaseExceptionGroup as group:
+            _, others = group.split(_SessionEnd)
+            if others is not None:
+                raise others.exceptions[0] from None
+        finally:
+            self._runtime.disconnect_worker(hello.worker_id, outbox)
+
+    async def _hello(self, requests: AsyncIterator[pb.SessionRequest]) -> WorkerHello:
+        async with asyncio.timeout(_HELLO_SECONDS):
+            first = await anext(requests, None)
+        if first is None or first.WhichOneof("message") != "hello" or not first.hello.worker_id:
+            raise InvalidRequest("the first message of a session must be a hello", reason="HELLO_EXPECTED")
+        return wire.hello_from_proto(first.hello)
+
+    async def _read(self, requests: AsyncIterator[pb.SessionRequest], worker_id: str, outbox: Outbox) -> None:
+        async for message in requests:
+            if outbox.is_closed:
+                break
+            self._take(message, worker_id, time.monotonic())
+        raise _SessionEnd
+
+    def _take(self, message: pb.SessionRequest, worker_id: str, now: float) -> None:
+        core = self._runtime.core
+        core.worker_seen(worker_id, now)
+        match message.WhichOneof("message"):
+            case "load":
+                deltas = [wire.delta_from_proto(delta) for delta in message.load.deltas]
+                self._runtime.apply(core.load_report(worker_id, deltas, now))
+            case "replica_event":
+                event = message.replica_event
+                replica = wire.replica_from_proto(event.replica, worker_id)
+                log.info("replica changed", replica=replica.replica_id, model=replica.model, state=replica.state.name)
+                self._runtime.apply(core.replica_event(worker_id, event.sequence, replica, now))
+            case "command_ack":
+                ack = message.command_ack
+                if ack.refused_reason:
+                    log.warning("command refused", worker=worker_id, reason=ack.refused_reason, error=ack.message)
+                todo = core.command_acknowledged(
+                    worker_id, ack.command_id, refused_reason=ack.refused_reason, message=ack.message, now=now
+                )
+                self._runtime.apply(todo)
+            case "hello":
+                raise InvalidRequest("a session has one hello", reason="HELLO_EXPECTED")
+            case _:
+                pass
+
+    async def _write(self, outbox: Outbox, context: Any) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._interval_seconds):
+                    command = await outbox.queue.get()
+            except TimeoutError:
+                await context.write(pb.SessionResponse(heartbeat=pb.Heartbeat()))
+                continue
+            if command is None:
+                raise _SessionEnd
+            await context.write(wire.command_to_proto(command))
+            log.info("command sent", worker=command.worker_id, order=type(command.order).__name__)

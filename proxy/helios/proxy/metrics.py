@@ -1,0 +1,27 @@
+"""The proxy's metrics. Names live in `helios.mesh.names`; ids never become labels."""
+
+from typing import Final
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from helios.mesh import names
+
+_PICK_BUCKETS: Final = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3)
+_WAIT_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600)
+
+PICKS: Final = Counter(names.PICKS_TOTAL, "Requests that the picker answered, by outcome", ["outcome"])
+PICK_SECONDS: Final = Histogram(names.PICK_SECONDS, "Time of one routing decision", buckets=_PICK_BUCKETS)
+HOLDS: Final = Gauge(names.HOLDS, "Requests that wait for a replica")
+HOLD_BYTES: Final = Gauge("helios_hold_bytes", "Bytes of bodies of requests that wait")
+HOLD_SECONDS: Final = Histogram(names.HOLD_SECONDS, "How long requests waited", ["outcome"], buckets=_WAIT_BUCKETS)
+ACTIVATIONS: Final = Counter(names.ACTIVATIONS_TOTAL, "Starts of replicas, by outcome", ["outcome"])
+ACTIVATION_SECONDS: Final = Histogram(
+    names.ACTIVATION_SECONDS, "From the decision to start a replica until it was ready", buckets=_WAIT_BUCKETS
+)
+WORKERS: Final = Gauge(names.WORKERS, "Workers that can be reached")
+REPLICAS: Final = Gauge(names.REPLICAS, "Replicas, by state", ["state"])
+RESERVATIONS: Final = Gauge("helios_reservations", "Picks whose request has not been reported yet")
+ENDPOINTS: Final = Gauge("helios_endpoints", "Endpoints that are published to Envoy")
+
+PICKED: Final = PICKS.labels("picked")
+RELEASED: Final = PICKS.labels("released")

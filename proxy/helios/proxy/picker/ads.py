@@ -1,0 +1,32 @@
+"""The ADS servicer on the picker's server, which has no interceptors: the caller is checked here."""
+
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from envoy.service.discovery.v3 import ads_pb2_grpc
+
+from helios.mesh import status
+from helios.mesh.errors import HeliosError
+from helios.mesh.server import check_peer
+from helios.mesh.xds.server import ADS_SERVICE, XdsServer
+
+_EDGE: Final = frozenset({"edge"})
+
+
+class GuardedXds(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
+    """Lets only the edge's Envoys read endpoints."""
+
+    def __init__(self, xds: XdsServer, *, is_enforced: bool) -> None:
+        self._xds = xds
+        self._is_enforced = is_enforced
+
+    async def DeltaAggregatedResources(
+        self, requests: AsyncIterator[Any], context: Any
+    ) -> None:
+        """Serves one Envoy until it leaves."""
+        try:
+            if self._is_enforced:
+                check_peer(context, _EDGE, ADS_SERVICE)
+            await self._xds.DeltaAggregatedResources(requests, context)
+        except HeliosError as error:
+            await status.abort(context, error)

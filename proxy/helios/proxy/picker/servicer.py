@@ -1,0 +1,207 @@
+"""The endpoint picker: Envoy's external processor, headers only.
+
+The numbered conversation, one stream a request:
+    1. Envoy → request headers, with the model that it lifted from a JSON body as dynamic metadata.
+    2. picker → headers to set (where to go), or an immediate response (an error). A hold is an answer that comes later.
+    Where neither header nor metadata names a model: 2. picker → "send the body", 3. Envoy → the body, 4. as 2.
+
+Every request of the mesh passes here, so this server has no interceptors: the caller's identity is checked and errors
+are mapped in this module.
+"""
+
+import asyncio
+import base64
+import time
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+import structlog
+from envoy.config.core.v3 import base_pb2
+from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
+from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
+from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
+
+from helios.mesh import names, status
+from helios.mesh.errors import HeliosError, InvalidRequest, PermissionDenied
+from helios.mesh.server import check_peer
+from helios.proxy import metrics
+from helios.proxy.catalog.servicer import find_model
+from helios.proxy.catalog.session import ModelSource
+from helios.proxy.catalogue import ModelEntry
+from helios.proxy.picker.request import (
+    INFERENCE_PREFIX,
+    INLINE_BODY_BYTES,
+    OPENAI_PREFIX,
+    Heads,
+    agree,
+    body_model,
+    missing_model,
+    read_heads,
+    timeout_seconds,
+)
+from helios.proxy.routing.pick import Pick
+from helios.proxy.runtime import Runtime
+
+log = structlog.get_logger()
+
+EXT_PROC_SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
+MAX_RETRIES_HEADER: Final = "x-envoy-max-retries"
+_METADATA_NAMESPACE: Final = "helios"
+_EXT_PROC_FILTER: Final = "envoy.filters.http.ext_proc"
+_EDGE: Final = frozenset({"edge"})
+_OVERWRITE: Final = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
+_RETRIES: Final = (b"0", b"1", b"2", b"3")
+
+
+class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
+    """Answers Envoy. One stream is one request."""
+
+    def __init__(self, runtime: Runtime, models: ModelSource, *, hold_limit_seconds: float, is_enforced: bool) -> None:
+        self._runtime = runtime
+        self._core = runtime.core
+        self._models = models
+        self._hold_limit_seconds = hold_limit_seconds
+        self._is_enforced = is_enforced
+
+    async def Process(self, _: Any, context: Any) -> None:
+        """Serves one request."""
+        if self._is_enforced:
+            try:
+                check_peer(context, _EDGE, EXT_PROC_SERVICE)
+            except PermissionDenied as error:
+                await status.abort(context, error)
+        request = await context.read()
+        if request is grpc.aio.EOF:
+            return
+        if not request.HasField("request_headers"):
+            await status.abort(context, InvalidRequest("the first message must be the request's headers"))
+        heads = read_heads(_header_map(request.request_headers.headers.headers))
+        is_body = False
+        try:
+            model = agree(heads.model, _lifted_model(request))
+            if not model:
+                _check_path(heads.path)
+                await context.write(_ASK_BODY)
+                is_body = True
+                model = await _read_body_model(context, heads)
+            pick = await self._pick(model, heads, request)
+        except HeliosError as error:
+            metrics.PICKS.labels(error.reason.lower()).inc()
+            log.debug("request refused", request=heads.request_id, reason=error.reason, error=error.message)
+            await context.write(_refusal(error))
+            return
+        await context.write(_answer(pick, model, is_body=is_body))
+
+    async def _pick(self, model: str, heads: Heads, request: Any) -> Pick:
+        now = time.perf_counter()
+        entry = self._core.resolve(model) or await find_model(self._runtime, self._models, model)
+        pick = self._core.pick(entry, heads.request_id, time.monotonic())
+        if pick is not None:
+            metrics.PICK_SECONDS.observe(time.perf_counter() - now)
+            metrics.PICKED.inc()
+            return pick
+        pick = await self._hold(entry, heads, request)
+        metrics.RELEASED.inc()
+        return pick
+
+    async def _hold(self, entry: ModelEntry, heads: Heads, request: Any) -> Pick:
+        limit = self._hold_limit_seconds
+        own = timeout_seconds(heads.timeout)
+        # Counted from the request's start: a hold that moved here from another proxy does not begin anew.
+        budget = min(limit, own if own is not None else limit) - _age_seconds(request)
+        deadline = time.monotonic() + budget
+        return await self._runtime.wait_pick(
+            entry, heads.request_id, size_bytes=heads.content_length, deadline=deadline
+        )
+
+
+def _header_map(headers: Any) -> dict[str, str]:
+    return {header.key: (header.raw_value or header.value.encode()).decode("utf-8", "replace") for header in headers}
+
+
+def _lifted_model(request: Any) -> str:
+    filters = request.metadata_context.filter_metadata
+    if _METADATA_NAMESPACE not in filters:
+        return ""
+    fields = filters[_METADATA_NAMESPACE].fields
+    if "model" not in fields:
+        return ""
+    value = fields["model"]
+    kind = value.WhichOneof("kind")
+    if kind not in ("string_value", "null_value"):
+        raise InvalidRequest("the model parameter must be a string", metadata={"param": "model"})
+    return str(value.string_value)
+
+
+def _check_path(path: str) -> None:
+    if not path.startswith((OPENAI_PREFIX, INFERENCE_PREFIX)):
+        raise missing_model()
+
+
+async def _read_body_model(context: Any, heads: Heads) -> str:
+    message = await context.read()
+    if message is grpc.aio.EOF or not message.HasField("request_body"):
+        # A request that ends with its headers has no body to send.
+        raise missing_model()
+    body = message.request_body.body
+    if len(body) <= INLINE_BODY_BYTES:
+        return body_model(heads.path, body)
+    return await asyncio.to_thread(body_model, heads.path, body)
+
+
+def _age_seconds(request: Any) -> float:
+    """How long ago Envoy began with the request; 0 where it does not say (`request_attributes: [request.time]`)."""
+    fields = request.attributes[_EXT_PROC_FILTER].fields if _EXT_PROC_FILTER in request.attributes else {}
+    text = fields["request.time"].string_value if "request.time" in fields else ""
+    try:
+        began = datetime.fromisoformat(text)
+    except ValueError:
+        return 0.0
+    return max(0.0, (datetime.now(UTC) - began).total_seconds())
+
+
+def _answer(pick: Pick, model: str, *, is_body: bool) -> Any:
+    response = ext_proc.ProcessingResponse()
+    part = response.request_body if is_body else response.request_headers
+    headers = part.response.header_mutation.set_headers
+    _set(headers, names.ENDPOINT_HEADER, pick.endpoints.encode())
+    _set(headers, names.ROUTE_MODEL_HEADER, model.encode())
+    _set(headers, names.ROUTE_REVISION_HEADER, pick.revision.encode())
+    _set(headers, MAX_RETRIES_HEADER, _RETRIES[len(pick.choices) - 1])
+    return response
+
+
+def _refusal(error: HeliosError) -> Any:
+    response = ext_proc.ProcessingResponse()
+    immediate = response.immediate_response
+    immediate.status.code = error.http_status
+    immediate.grpc_status.status = grpc.StatusCode[error.grpc_code].value[0]
+    immediate.body = error.message.encode()
+    immediate.details = error.reason.lower()
+    for key, value in status.trailing_metadata(error):
+        # Envoy sends headers as they are; gRPC wants binary ones in base64.
+        raw = base64.b64encode(value).rstrip(b"=") if isinstance(value, bytes) else value.encode()
+        _set(immediate.headers.set_headers, key, raw)
+    return response
+
+
+def _set(headers: Any, key: str, value: bytes) -> None:
+    option = headers.add()
+    option.append_action = _OVERWRITE
+    option.header.key = key
+    option.header.raw_value = value
+
+
+def _ask_body() -> Any:
+    response = ext_proc.ProcessingResponse()
+    # An answer to the headers that changes nothing.
+    response.request_headers.response.SetInParent()
+    response.mode_override.request_header_mode = processing_mode_pb2.ProcessingMode.SEND
+    response.mode_override.response_header_mode = processing_mode_pb2.ProcessingMode.SKIP
+    response.mode_override.request_body_mode = processing_mode_pb2.ProcessingMode.BUFFERED
+    return response
+
+
+_ASK_BODY: Final = _ask_body()

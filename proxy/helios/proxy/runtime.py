@@ -1,0 +1,281 @@
+"""Carries out what the core decides: answers holds, sends commands, publishes endpoints, keeps time.
+
+One event loop owns the core, so nothing here needs a lock. Every event goes through `apply(core.something(...))`.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterable
+from typing import Final, Protocol
+
+import structlog
+from opentelemetry import trace
+
+from helios.mesh.errors import HeliosError, Unavailable
+from helios.proxy import actions, metrics
+from helios.proxy.catalogue import ModelEntry
+from helios.proxy.core import Core
+from helios.proxy.fleet.commands import Command
+from helios.proxy.holds import Hold
+from helios.proxy.routing.pick import Pick
+
+log = structlog.get_logger()
+tracer = trace.get_tracer("helios.proxy")
+
+# Holds end within this of their deadline; an idle look costs a microsecond.
+_HOLD_TICK_SECONDS: Final = 0.1
+# Liveness, back-offs and idle times are counted in seconds.
+_TICK_SECONDS: Final = 1.0
+# An Envoy that takes longer is cut off or broken; the wait begins anew, so this only paces the log.
+_ACK_SECONDS: Final = 30.0
+# Commands that a worker has not taken from its stream; more means that its stream is stuck.
+_OUTBOX_COUNT: Final = 1024
+
+
+class EndpointPublisher(Protocol):
+    """Tells every Envoy which endpoints there are. `helios.mesh.xds.server.XdsServer` is one.
+
+    Promises: versions grow; publishing the same endpoints again is the same version; nothing goes out before `open`.
+    """
+
+    def publish(self, endpoints: Iterable[str]) -> int:
+        """Sets all endpoints; returns their version."""
+        ...
+
+    def open(self) -> None:
+        """Lets versions out. Idempotent."""
+        ...
+
+    async def wait_acked(self, version: int, deadline: float) -> None:
+        """Returns when every Envoy routes by the version. Cancel-safe. Raises Unavailable at the deadline."""
+        ...
+
+
+class WorkerMemory(Protocol):
+    """Remembers, over restarts of this process, which workers there are."""
+
+    async def save(self, worker_ids: frozenset[str]) -> None:
+        """Replaces what is remembered."""
+        ...
+
+
+class Outbox:
+    """What a worker's session still has to send; closed where a newer session took the worker over."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[Command | None] = asyncio.Queue(_OUTBOX_COUNT)
+        self.is_closed = False
+
+    def put(self, command: Command) -> None:
+        """Adds a command. One that does not fit comes with the worker's next hello."""
+        try:
+            self.queue.put_nowait(command)
+        except asyncio.QueueFull:
+            log.warning("worker takes no commands", worker=command.worker_id)
+
+    def close(self) -> None:
+        """Ends the session that sends from here."""
+        self.is_closed = True
+        while not self.queue.empty():
+            self.queue.get_nowait()
+        self.queue.put_nowait(None)
+
+
+class Runtime:
+    """The core and its outside. `run` must be running for anything to move with time."""
+
+    def __init__(self, core: Core, *, publisher: EndpointPublisher, memory: WorkerMemory) -> None:
+        self.core = core
+        self._publisher = publisher
+        self._memory = memory
+        self._waiting: dict[int, asyncio.Future[Pick]] = {}
+        self._outboxes: dict[str, Outbox] = {}
+        self._spans: dict[str, trace.Span] = {}
+        self._published_version = -1
+        self._published: tuple[int, frozenset[str]] | None = None
+        self._endpoints_changed = asyncio.Event()
+        self._workers_changed = asyncio.Event()
+        self._is_stopping = False
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        if self.core.is_resynchronised:
+            self._publisher.open()
+        self.apply([])
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._tick(), name="tick")
+            group.create_task(self._wait_acks(), name="wait for acks")
+            group.create_task(self._remember(), name="remember workers")
+
+    def stop(self) -> None:
+        """Answers everything that waits: another proxy, or this one restarted, will do better."""
+        self._is_stopping = True
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(_stopping())
+
+    # Requests.
+    async def wait_pick(self, entry: ModelEntry, request_id: str, *, size_bytes: int, deadline: float) -> Pick:
+        """Holds a request until a replica can take it.
+
+        Cancelling ends the hold. Raises HeliosError where the request is not to be served.
+        """
+        if self._is_stopping:
+            raise _stopping()
+        since = time.monotonic()
+        hold, todo = self.core.hold(entry, request_id, size_bytes=size_bytes, deadline=deadline, now=since)
+        future: asyncio.Future[Pick] = asyncio.get_running_loop().create_future()
+        self._waiting[hold.hold_id] = future
+        self.apply(todo)
+        outcome = "left"
+        try:
+            chosen = await future
+            outcome = "released"
+            return chosen
+        except HeliosError as error:
+            outcome = error.reason.lower()
+            raise
+        finally:
+            del self._waiting[hold.hold_id]
+            self.core.cancel_hold(hold)
+            metrics.HOLD_SECONDS.labels(outcome).observe(time.monotonic() - since)
+            self._measure_holds()
+
+    # Workers.
+    def connect_worker(self, worker_id: str) -> Outbox:
+        """Begins a worker's session; an older session of the same worker ends."""
+        older = self._outboxes.get(worker_id)
+        if older is not None:
+            older.close()
+        outbox = self._outboxes[worker_id] = Outbox()
+        return outbox
+
+    def disconnect_worker(self, worker_id: str, outbox: Outbox) -> None:
+        """Ends a worker's session; nothing happens where a newer one took over."""
+        if self._outboxes.get(worker_id) is outbox:
+            del self._outboxes[worker_id]
+            self.apply(self.core.worker_lost(worker_id, time.monotonic()))
+            log.warning("worker disconnected", worker=worker_id)
+
+    # Actions.
+    def apply(self, todo: Iterable[actions.Action]) -> None:
+        """Carries out actions, in order. Never blocks."""
+        for action in todo:
+            match action:
+                case actions.Release(hold, pick):
+                    self._answer(hold, pick)
+                case actions.Fail(hold, error):
+                    self._answer(hold, error)
+                case actions.Send(command):
+                    outbox = self._outboxes.get(command.worker_id)
+                    if outbox is not None:
+                        outbox.put(command)
+                case actions.WorkersChanged():
+                    self._workers_changed.set()
+                case actions.FleetResynchronised(is_complete):
+                    log.info(
+                        "fleet resynchronised", is_complete=is_complete, workers=len(list(self.core.fleet.workers()))
+                    )
+                    self._publisher.open()
+                case _:
+                    self._report(action)
+        self._publish()
+
+    def _answer(self, hold: Hold, result: Pick | HeliosError) -> None:
+        future = self._waiting.get(hold.hold_id)
+        if future is None or future.done():
+            return
+        if isinstance(result, HeliosError):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+    def _report(self, action: actions.Action) -> None:
+        match action:
+            case actions.ActivationBegun(model, replica_id, worker_id, held_count):
+                log.info("activation begun", model=model, replica=replica_id, worker=worker_id, held=held_count)
+                attributes = {"helios.model": model, "helios.replica": replica_id, "helios.worker": worker_id}
+                self._spans[model] = tracer.start_span("activate", attributes=attributes)
+            case actions.ActivationDone(model, replica_id, seconds, phases):
+                log.info("activation done", model=model, replica=replica_id, seconds=round(seconds, 3), **dict(phases))
+                metrics.ACTIVATIONS.labels("ready").inc()
+                metrics.ACTIVATION_SECONDS.observe(seconds)
+                self._end_span(model, dict(phases))
+            case actions.ActivationFailed(model, reason, message, held_count):
+                log.warning("activation failed", model=model, reason=reason, error=message, held=held_count)
+                metrics.ACTIVATIONS.labels(reason.lower()).inc()
+                self._end_span(model, {}, error=f"{reason}: {message}")
+            case _:
+                pass
+
+    def _end_span(self, model: str, phases: dict[str, float], *, error: str = "") -> None:
+        span = self._spans.pop(model, None)
+        if span is None:
+            return
+        span.set_attributes({f"helios.phase.{phase}_seconds": seconds for phase, seconds in phases.items()})
+        if error:
+            span.set_status(trace.StatusCode.ERROR, error)
+        span.end()
+
+    # Endpoints.
+    def _publish(self) -> None:
+        fleet = self.core.fleet
+        if not self.core.is_resynchronised or fleet.endpoints_version == self._published_version:
+            return
+        self._published_version = fleet.endpoints_version
+        endpoints = fleet.endpoints()
+        self._published = (self._publisher.publish(endpoints), endpoints)
+        metrics.ENDPOINTS.set(len(endpoints))
+        self._endpoints_changed.set()
+
+    async def _wait_acks(self) -> None:
+        while True:
+            await self._endpoints_changed.wait()
+            self._endpoints_changed.clear()
+            assert self._published is not None
+            version, endpoints = self._published
+            try:
+                await self._publisher.wait_acked(version, time.monotonic() + _ACK_SECONDS)
+            except Unavailable as error:
+                log.warning("endpoints not acknowledged", version=version, error=error.message, **error.metadata)
+                self._endpoints_changed.set()
+                continue
+            self.apply(self.core.endpoints_acknowledged(endpoints, time.monotonic()))
+
+    # Time.
+    async def _tick(self) -> None:
+        next_tick = 0.0
+        while True:
+            now = time.monotonic()
+            self.apply(self.core.expire_holds(now))
+            if now >= next_tick:
+                next_tick = now + _TICK_SECONDS
+                self.apply(self.core.tick(now))
+                self._measure()
+            await asyncio.sleep(_HOLD_TICK_SECONDS)
+
+    async def _remember(self) -> None:
+        while True:
+            await self._workers_changed.wait()
+            self._workers_changed.clear()
+            await self._memory.save(frozenset(worker.hello.worker_id for worker in self.core.fleet.workers()))
+
+    def _measure_holds(self) -> None:
+        statistics = self.core.holds.statistics()
+        metrics.HOLDS.set(statistics.count)
+        metrics.HOLD_BYTES.set(statistics.size_bytes)
+
+    def _measure(self) -> None:
+        self._measure_holds()
+        fleet = self.core.fleet
+        metrics.WORKERS.set(sum(1 for worker in fleet.workers() if worker.is_reachable))
+        metrics.RESERVATIONS.set(self.core.traffic.ledger.statistics().reserved_count)
+        counts: dict[str, int] = dict.fromkeys(("pending", "fetching", "loading", "warming", "ready", "draining"), 0)
+        for replica in fleet.replicas():
+            counts[replica.state.name.lower()] += 1
+        for state, count in counts.items():
+            metrics.REPLICAS.labels(state).set(count)
+
+
+def _stopping() -> Unavailable:
+    return Unavailable("the gateway's control process restarts; try again", reason="DRAINING", retry_after_seconds=1)

@@ -1,0 +1,94 @@
+"""What a proxy remembers over a restart: the catalogue and which workers there were.
+
+Each file is written whole to a temporary name, synced and renamed, so a reader, or the next start after a crash, finds
+the old or the new one. A file that can't be read counts as absent: it is a copy, the registry and the workers have the
+truth.
+"""
+
+import asyncio
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+import structlog
+
+from helios.proxy.catalogue import Catalogue, ModelEntry
+
+log = structlog.get_logger()
+
+# Changes come in bursts (an ingest, a snapshot); one write takes them all.
+_SETTLE_SECONDS: Final = 0.25
+_FIELDS: Final = frozenset(field.name for field in fields(ModelEntry))
+
+
+class Store:
+    """Files in a directory. `run` must be running for the catalogue to be written."""
+
+    def __init__(self, directory: Path, catalogue: Catalogue) -> None:
+        """Makes the directory, for its owner only, where it does not exist."""
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._models = directory / "catalogue.json"
+        self._workers = directory / "workers.json"
+        self._catalogue = catalogue
+        self._changed = asyncio.Event()
+
+    def mark_changed(self) -> None:
+        """Has the catalogue written soon."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Writes the catalogue whenever it changed, until cancelled. Raises OSError."""
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(_SETTLE_SECONDS)
+            self._changed.clear()
+            await asyncio.to_thread(_write, self._models, self._catalogue.models())
+
+    async def save(self, worker_ids: frozenset[str]) -> None:
+        """Remembers the workers."""
+        await asyncio.to_thread(_write, self._workers, sorted(worker_ids))
+
+
+def load_models(directory: Path) -> list[ModelEntry]:
+    """The catalogue of an earlier run; empty where there is none."""
+    document = _read(directory / "catalogue.json")
+    if not isinstance(document, list):
+        return []
+    try:
+        return [_entry(item) for item in document]
+    except (TypeError, KeyError, AttributeError) as error:
+        log.warning("catalogue on disk can't be used", error=str(error))
+        return []
+
+
+def load_workers(directory: Path) -> list[str]:
+    """The workers of an earlier run; empty where there was none."""
+    document = _read(directory / "workers.json")
+    return [str(item) for item in document] if isinstance(document, list) else []
+
+
+def _entry(item: dict[str, Any]) -> ModelEntry:
+    known = {key: value for key, value in item.items() if key in _FIELDS}
+    return ModelEntry(**{**known, "aliases": tuple(known.get("aliases", ()))})
+
+
+def _read(path: Path) -> Any:
+    try:
+        return orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, orjson.JSONDecodeError) as error:
+        log.warning("file can't be read", path=str(path), error=str(error))
+        return None
+
+
+def _write(path: Path, value: list[Any]) -> None:
+    items = [asdict(item) if isinstance(item, ModelEntry) else item for item in value]
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.write(orjson.dumps(items))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
