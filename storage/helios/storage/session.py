@@ -119,37 +119,57 @@ class MaterializeSession:
 
     def handle(self, event: Event) -> list[Action]:
         """Takes an event and returns what to do, in order; a closed session does nothing."""
-        if self.state is State.CLOSED:
-            return []
-        match self.state, event:
-            case State.WANT, Want():
-                self.state = State.FETCHING
-                return [StartFetch(event)]
-            case State.WANT, _:
-                return self._close(InvalidRequest("the first message is a want", reason="WANT_EXPECTED"))
-            case State.FETCHING, Lent(lease_id):
+        match self.state:
+            case State.WANT:
+                return self._while_wanting(event)
+            case State.FETCHING:
+                return self._while_fetching(event)
+            case State.LENT:
+                return self._while_lent(event)
+            case State.CLOSED:
+                return []
+
+    def _while_wanting(self, event: Event) -> list[Action]:
+        if isinstance(event, Want):
+            self.state = State.FETCHING
+            return [StartFetch(event)]
+        return self._close(InvalidRequest("the first message is a want", reason="WANT_EXPECTED"))
+
+    def _while_fetching(self, event: Event) -> list[Action]:
+        match event:
+            case Lent(lease_id):
                 self.state, self._lease_id = State.LENT, lease_id
                 return [SendReady(), *(self._close(None) if self._is_client_done else [])]
-            case State.FETCHING, Failed(error):
+            case Failed(error):
                 return self._close(error)
-            case State.FETCHING, Release():
+            case Release():
                 return self._close(None)
-            case State.FETCHING, ClientDone():
+            case ClientDone():
                 self._is_client_done = True
                 return []
-            case State.FETCHING, Renew():
+            case Renew():
                 # There is nothing to renew yet, and nothing to lose.
                 return []
-            case State.LENT, Renew():
+        return self._close(_second_want())
+
+    def _while_lent(self, event: Event) -> list[Action]:
+        match event:
+            case Renew():
                 return [RenewLease(self._lease_id)]
-            case State.LENT, Release():
+            case Release():
                 return [ReleaseLease(self._lease_id), *self._close(None)]
-            case State.LENT, ClientDone():
+            case ClientDone():
                 return self._close(None)
-            case State.LENT, LeaseEnded():
+            case LeaseEnded():
                 return self._close(NotFound("the lease came to its end", reason="LEASE_NOT_FOUND"))
-        return self._close(InvalidRequest("a stream wants one revision", reason="WANT_UNEXPECTED"))
+            case Failed(error):
+                return self._close(error)
+        return self._close(_second_want())
 
     def _close(self, error: HeliosError | None) -> list[Action]:
         self.state = State.CLOSED
         return [Close(error)]
+
+
+def _second_want() -> InvalidRequest:
+    return InvalidRequest("a stream wants one revision", reason="WANT_UNEXPECTED")
