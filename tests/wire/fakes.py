@@ -45,16 +45,20 @@ class FakeReplica:
     calls: list[Call] = field(default_factory=list)
     refusal: errors.HeliosError | None = None
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    peer_certificates: set[bytes] = field(default_factory=set)
 
     async def CreateChatCompletion(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Answers a conversation."""
+        self.peer_certificates.update(context.auth_context().get("x509_pem_cert", ()))
         self.calls.append(_call("CreateChatCompletion", request, context))
         body = json.loads(request.data or b"{}")
         try:
             if self.refusal is not None:
                 await abort(context, self.refusal)
             if "fail" in body:
-                await abort(context, getattr(errors, body["fail"])("as told", retry_after_seconds=body.get("retry_after")))
+                await abort(
+                    context, getattr(errors, body["fail"])("as told", retry_after_seconds=body.get("retry_after"))
+                )
             await asyncio.sleep(body.get("wait", 0))
             if body.get("stream"):
                 for index in range(body.get("chunks", 3)):
@@ -146,6 +150,8 @@ class FakePicker(external_processor_pb2_grpc.ExternalProcessorServicer):
                 yield rejected(choice)
                 return
             yield picked(choice, wants_body=not request.model)
+            if request.model:
+                return
 
 
 def picked(endpoints: Iterable[str], *, wants_body: bool = False) -> Any:

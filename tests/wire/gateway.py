@@ -42,8 +42,19 @@ class Gateway:
     xds: XdsServer = field(default_factory=XdsServer)
     edge: str = ""
     admin: str = ""
-    envoy: EnvoyAdmin | None = None
+    envoy: "RunningEnvoy | None" = None
     replica_address: str = ""
+    proxy_address: str = ""
+    _proxy: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    async def start_proxy(self) -> None:
+        """Starts a proxy with what ``picker``, ``control`` and ``xds`` are now, always at the same unix socket."""
+        server = await self._proxy.enter_async_context(_proxy(self))
+        self.proxy_address = server.address
+
+    async def stop_proxy(self) -> None:
+        """Stops it; holds and ADS streams break."""
+        await self._proxy.aclose()
 
     async def publish(self, *endpoints: str) -> None:
         """Publishes endpoints and waits until Envoy routes by them."""
@@ -72,7 +83,8 @@ async def running_gateway(directory: Path, *, limits: Limits | None = None) -> A
     """Starts fakes and Envoy, stops them by their handles. Needs about half a second."""
     gateway = Gateway(directory, CertificateAuthority.open(directory / "pki"))
     async with AsyncExitStack() as stack:
-        proxy = await stack.enter_async_context(_proxy(gateway))
+        await gateway.start_proxy()
+        stack.push_async_callback(gateway.stop_proxy)
         registry = await stack.enter_async_context(_registry(gateway))
         gateway.replica_address = await stack.enter_async_context(gateway.serve_replica(gateway.replica))
         gateway.picker.endpoints = [gateway.replica_address]
@@ -82,8 +94,8 @@ async def running_gateway(directory: Path, *, limits: Limits | None = None) -> A
             directory=directory / "envoy",
             envoy_admin=f"unix:{directory}/envoy.sock",
             admin_token=TOKEN,
-            picker=(proxy.address,),
-            control=(proxy.address,),
+            picker=(gateway.proxy_address,),
+            control=(gateway.proxy_address,),
             registry=(registry.address,),
             edge_identity=gateway.authority.issue("edge", directory / "pki" / "edge"),
             admin_identity=gateway.authority.issue("admin-edge", directory / "pki" / "admin-edge"),
@@ -94,14 +106,22 @@ async def running_gateway(directory: Path, *, limits: Limits | None = None) -> A
             limits=limits or Limits(),
         )
         gateway.envoy = await stack.enter_async_context(running_envoy(settings))
-        listeners = await gateway.envoy.listeners()
+        listeners = await gateway.envoy.admin.listeners()
         gateway.edge, gateway.admin = listeners["edge"], listeners["admin"]
         await gateway.xds.wait_acked(gateway.xds.version, time.monotonic() + START_SECONDS)
         yield gateway
 
 
+@dataclass(frozen=True)
+class RunningEnvoy:
+    """An Envoy that is ready."""
+
+    admin: EnvoyAdmin
+    process: asyncio.subprocess.Process
+
+
 @asynccontextmanager
-async def running_envoy(settings: EdgeSettings) -> AsyncIterator[EnvoyAdmin]:
+async def running_envoy(settings: EdgeSettings) -> AsyncIterator[RunningEnvoy]:
     """Starts Envoy, waits until it listens, ends it by its handle."""
     path = install(settings)
     with Path(settings.directory, "envoy.log").open("wb") as output:
@@ -109,7 +129,7 @@ async def running_envoy(settings: EdgeSettings) -> AsyncIterator[EnvoyAdmin]:
         try:
             async with EnvoyAdmin(settings.envoy_admin) as admin:
                 await admin.wait_ready(time.monotonic() + START_SECONDS)
-                yield admin
+                yield RunningEnvoy(admin, process)
         finally:
             if process.returncode is None:
                 process.terminate()
@@ -132,7 +152,7 @@ def free_port() -> int:
 @asynccontextmanager
 async def _proxy(gateway: Gateway) -> AsyncIterator[MeshServer]:
     server = MeshServer(
-        listen="127.0.0.1:0",
+        listen=f"unix:{gateway.directory}/proxy.sock",
         identity=gateway.authority.issue("proxy", gateway.directory / "pki" / "proxy"),
         policy={
             fakes.EXT_PROC_SERVICE: frozenset({"edge"}),

@@ -120,7 +120,10 @@ async def test_head_has_no_body(rest: httpx.AsyncClient) -> None:
     assert (answer.status_code, answer.content) == (404, b"")
 
 
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "application/jsonx", "multipart/form-data; boundary=x"])
+@pytest.mark.parametrize(
+    "content_type",
+    ["text/plain", "application/x-www-form-urlencoded", "application/jsonx", "multipart/form-data; boundary=x"],
+)
 async def test_a_body_that_is_not_json_by_its_type_is_415(
     gateway: Gateway, rest: httpx.AsyncClient, content_type: str
 ) -> None:
@@ -129,7 +132,9 @@ async def test_a_body_that_is_not_json_by_its_type_is_415(
     assert not gateway.replica.calls
 
 
-@pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "Application/JSON", "application/json ;charset=utf-8", None])
+@pytest.mark.parametrize(
+    "content_type", ["application/json; charset=utf-8", "Application/JSON", "application/json ;charset=utf-8", None]
+)
 async def test_json_is_recognised(gateway: Gateway, rest: httpx.AsyncClient, content_type: str | None) -> None:
     headers = {"content-type": content_type} if content_type else {}
     answer = await rest.post(CHAT, content=b'{"model":"m"}', headers=headers)
@@ -223,7 +228,13 @@ async def test_models_are_listed_without_the_picker(gateway: Gateway, rest: http
 
 @pytest.mark.parametrize(
     ("path", "model"),
-    [("m", "m"), ("org/name", "org/name"), ("org%2Fname", "org/name"), ("a/b/c.gguf", "a/b/c.gguf"), ("m?beta=true", "m")],
+    [
+        ("m", "m"),
+        ("org/name", "org/name"),
+        ("org%2Fname", "org/name"),
+        ("a/b/c.gguf", "a/b/c.gguf"),
+        ("m?beta=true", "m"),
+    ],
 )
 async def test_a_models_name_may_hold_slashes(gateway: Gateway, rest: httpx.AsyncClient, path: str, model: str) -> None:
     answer = await rest.get(f"/v1/models/{path}")

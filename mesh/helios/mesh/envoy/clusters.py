@@ -123,7 +123,9 @@ def _picked_endpoint_or_nothing() -> LoadBalancingPolicy:
 
 
 def _policy(name: str, message: OverrideHost | Subset | RoundRobin) -> LoadBalancingPolicy:
-    return LoadBalancingPolicy(policies=[LoadBalancingPolicyPolicy(typed_extension_config=pack.extension(name, message))])
+    return LoadBalancingPolicy(
+        policies=[LoadBalancingPolicyPolicy(typed_extension_config=pack.extension(name, message))]
+    )
 
 
 def _static(
@@ -160,7 +162,9 @@ def _probe(peer: str) -> HealthCheck:
     )
 
 
-def _cluster(settings: EdgeSettings, name: str, *, identity: IdentityFiles | None, peer: str, **fields: object) -> Cluster:
+def _cluster(
+    settings: EdgeSettings, name: str, *, identity: IdentityFiles | None, peer: str, **fields: object
+) -> Cluster:
     limits = CircuitBreakersThresholds(
         max_connections=_MANY, max_pending_requests=_MANY, max_requests=_MANY, max_retries=_MAX_RETRIES
     )

@@ -141,7 +141,8 @@ def _tracing(otlp_endpoint: str | None) -> HttpConnectionManagerTracing | None:
     if otlp_endpoint is None:
         return None
     exporter = OpenTelemetryConfig(
-        grpc_service=GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=clusters.OTLP)), service_name="helios-edge"
+        grpc_service=GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=clusters.OTLP)),
+        service_name="helios-edge",
     )
     return HttpConnectionManagerTracing(
         provider=TracingHttp(name="envoy.tracers.opentelemetry", typed_config=Any.pack(exporter)),

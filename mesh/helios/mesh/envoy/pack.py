@@ -37,7 +37,9 @@ def address(text: str, *, socket_mode: int = 0) -> Address:
         path = text.removeprefix("unix:")
         # sun_path is 108 bytes with the final zero.
         if not path.startswith("/") or len(path.encode()) > 107:
-            raise InvalidRequest(f"{path}: a unix socket's path is absolute and at most 107 bytes; choose a shorter state directory")
+            raise InvalidRequest(
+                f"{path}: a unix socket's path is absolute and at most 107 bytes; choose a shorter state directory"
+            )
         return Address(pipe=Pipe(path=path, mode=socket_mode))
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:

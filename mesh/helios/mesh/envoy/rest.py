@@ -54,4 +54,3 @@ def _method_table(services: Iterable[str]) -> str:
     """Returns a Lua table: path → its methods, comma separated. A wrong one is 405, not the transcoder's 404."""
     rows = [f'  ["{path}"] = "{", ".join(sorted(verbs))}",' for path, verbs in sorted(literal_paths(services).items())]
     return "\n".join(["local METHODS = {", *rows, "}", ""])
-
