@@ -8,6 +8,7 @@ when the file is at fault. Standard input is the lifeline: it ends with the regi
 The output is a function of the file and of the versions of transformers and gguf: no time, path or machine gets in.
 """
 
+import functools
 import json
 import os
 import sys
@@ -36,7 +37,9 @@ def main(arguments: list[str]) -> int:
     reports = _take_stdout()
     _follow_parent()
     try:
-        _report(reports, output_bytes=inspect(source))
+        reader = read_gguf(source)
+        _report(reports, output_bytes=inspect(source, reader))
+        _share(reader)
         convert(source, target, reports)
     except _Refused as error:
         _report(reports, error=str(error)[:1000])
@@ -44,18 +47,19 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def inspect(source: Path) -> int:
-    """Reads the file's header and checks that the file holds all tensors; returns the bytes that they will take.
-
-    gguf's reader is used because it is llama.cpp's own; it maps the file, so nothing is read twice.
-    """
+def read_gguf(source: Path) -> Any:
+    """Reads a file's header, with gguf's reader because it is llama.cpp's own. Raises _Refused."""
     # Late, as all imports here: a file that is refused does not pay for the ones that come later.
     from gguf import GGUFReader  # noqa: PLC0415
 
     try:
-        reader = GGUFReader(source)
+        return GGUFReader(source)
     except _FILE_ERRORS as error:
         raise _Refused(f"{source.name} is damaged or cut short: {error}") from error
+
+
+def inspect(source: Path, reader: Any) -> int:
+    """Checks that a file holds all that a model needs; returns the bytes that its tensors will take. Raises _Refused."""
     size = source.stat().st_size
     for tensor in reader.tensors:
         if tensor.data_offset + int(tensor.n_bytes) > size:
@@ -109,6 +113,16 @@ def convert(source: Path, target: Path, reports: TextIO) -> None:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     _clean_tokenizer_config(target / "tokenizer_config.json")
+
+
+def _share(reader: Any) -> None:
+    """Lets transformers use the header that was read: it reads it three more times, and builds its map of tensor names once
+    for every module of the model. That takes a third of the time of a small model's conversion.
+    """
+    import gguf  # noqa: PLC0415
+
+    gguf.GGUFReader = lambda *_: reader
+    gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
 
 
 def _clean_tokenizer_config(path: Path) -> None:

@@ -1,0 +1,129 @@
+"""The registry inside a test: its parts on a temporary directory, and whole behind mTLS."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
+from helios.mesh.channel import Dialer
+from helios.mesh.identity import CertificateAuthority, IdentityFiles
+from helios.mesh.server import MeshServer, ServerOptions
+from helios.registry import access
+from helios.registry.blobs import BlobStore
+from helios.registry.catalog import Catalog
+from helios.registry.client import RegistryClient
+from helios.registry.database import Database
+from helios.registry.ingest import Ingester
+from helios.registry.records import IngestDone, IngestEvent, IngestSpec
+from helios.registry.servicer import RegistryServicer
+from helios.registry.sources.conversion import Converter
+from helios.registry.state import StateDirectory
+from helios.registry.store import Store
+from helios.registry.watch import WatchHub
+
+COMPONENTS = ("registry", "admin-edge", "proxy", "storage", "worker", "edge")
+
+
+@dataclass
+class Parts:
+    """The parts of a registry, put together as the process does."""
+
+    state: StateDirectory
+    store: Store
+    blobs: BlobStore
+    hub: WatchHub
+    catalog: Catalog
+    ingester: Ingester
+
+    async def ingest(self, name: str, source: Path | str, **more: object) -> IngestDone:
+        """Ingests to the end."""
+        events = [event async for event in self.ingester.ingest(IngestSpec(name, str(source), **more))]  # type: ignore[arg-type]
+        return done_of(events)
+
+    def files(self) -> set[str]:
+        """Returns every file of blobs, temporary files and workspaces, by its path below the root."""
+        directories = (self.state.blobs, self.state.work)
+        return {
+            str(path.relative_to(self.state.root))
+            for directory in directories
+            for path in directory.rglob("*")
+            if path.is_file()
+        }
+
+
+def done_of(events: list[IngestEvent]) -> IngestDone:
+    """Returns the result that ends these events."""
+    assert isinstance(events[-1], IngestDone)
+    return events[-1]
+
+
+@asynccontextmanager
+async def open_parts(
+    root: Path,
+    *,
+    reserve_bytes: int = 0,
+    queue_size: int = 256,
+    max_concurrent: int = 2,
+    convert_module: str = "helios.registry.convert",
+    convert_timeout_seconds: float = 120.0,
+) -> AsyncIterator[Parts]:
+    """Opens a registry without its server."""
+    async with AsyncExitStack() as stack:
+        state = stack.enter_context(StateDirectory(root).owned())
+        database = await Database.open(state.database)
+        stack.push_async_callback(database.close)
+        store = Store(database)
+        blobs = BlobStore(state.blobs, reserve_bytes=reserve_bytes)
+        blobs.prepare(await store.referenced_blobs())
+        hub = WatchHub(queue_size)
+        catalog = Catalog(store, blobs, hub)
+        converter = Converter(
+            timeout_seconds=convert_timeout_seconds, require_space=blobs.require_space, module=convert_module
+        )
+        ingester = Ingester(catalog, state, converter, max_concurrent=max_concurrent)
+        await stack.enter_async_context(ingester)
+        stack.callback(hub.close)
+        yield Parts(state, store, blobs, hub, catalog, ingester)
+
+
+class Mesh:
+    """Certificates for every component, and clients that show them."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        authority = CertificateAuthority.open(directory)
+        for component in COMPONENTS:
+            authority.issue(component, directory / component)
+
+    def identity(self, component: str) -> IdentityFiles:
+        """Returns a component's leaf."""
+        return IdentityFiles(self._directory / component)
+
+    def dialer(self, address: str, component: str) -> Dialer:
+        """Returns a dialer to the registry as this component."""
+        return Dialer(address, identity=self.identity(component), peer="registry")
+
+    @asynccontextmanager
+    async def client(self, address: str, component: str = "admin-edge") -> AsyncIterator[RegistryClient]:
+        """Yields a client of the registry as this component."""
+        async with self.dialer(address, component) as dialer:
+            yield RegistryClient(dialer)
+
+
+@asynccontextmanager
+async def serve(parts: Parts, mesh: Mesh) -> AsyncIterator[str]:
+    """Serves a registry over mTLS; yields its address."""
+    server = MeshServer(
+        listen="127.0.0.1:0",
+        identity=mesh.identity("registry"),
+        policy=access.POLICY,
+        options=ServerOptions(drain_seconds=1.0),
+    )
+    add_RegistryServiceServicer_to_server(RegistryServicer(parts.catalog, parts.ingester), server.grpc)
+    server.serve(access.SERVICE)
+    async with server:
+        try:
+            yield server.address
+        finally:
+            parts.hub.close()
