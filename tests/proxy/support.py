@@ -61,7 +61,9 @@ def core(settings: CorePolicy | None = None, *, known_workers: Iterable[str] = (
     return Core(settings or policy(), new_id=counter(), known_workers=known_workers, now=now)
 
 
-def entry(name: str = "m", *, revision: str = "sha256:1", aliases: tuple[str, ...] = (), min_replicas: int = 0) -> ModelEntry:
+def entry(
+    name: str = "m", *, revision: str = "sha256:1", aliases: tuple[str, ...] = (), min_replicas: int = 0
+) -> ModelEntry:
     """A model that books one GiB."""
     return ModelEntry(name=name, revision=revision, aliases=aliases, min_replicas=min_replicas, max_context_tokens=2048)
 

@@ -332,14 +332,14 @@ def test_evicting_drains_then_drops_the_bytes() -> None:
     subject = core()
     known(subject)
     warm(subject)
-    count, todo = subject.evict(entry())
+    count, todo = subject.evict(entry(), 1.0)
     assert count == 1
     assert sent(todo) == [DrainReplica("r", 30.0)]
     todo = subject.replica_event("w", 1, replica(state=ReplicaState.STOPPED), 2.0)
     todo += subject.tick(2.0)
     assert sent(todo) == [EvictRevision("sha256:1")]
     with pytest.raises(PreconditionFailed):
-        subject.evict(entry(min_replicas=1))
+        subject.evict(entry(min_replicas=1), 3.0)
 
 
 def test_scaling_down_stops_what_is_not_ready_yet() -> None:
@@ -348,5 +348,5 @@ def test_scaling_down_stops_what_is_not_ready_yet() -> None:
     subject.worker_hello(hello(), 0.0)
     todo = subject.preload(entry(), 1.0)
     assert [type(order) for order in sent(todo)] == [StartReplica]
-    todo = subject.drain_model(entry())
+    todo = subject.drain_model(entry(), 2.0)
     assert [type(order) for order in sent(todo)] == [StopReplica]

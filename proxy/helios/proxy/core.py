@@ -123,7 +123,7 @@ class Core:
             raise
         self.lifecycle.reconcile(entry.name, now)
         self._release(entry.name, now)
-        return hold, self._take()
+        return hold, self._take(now)
 
     def cancel_hold(self, hold: Hold) -> None:
         """The client left; harmless where the hold has ended."""
@@ -144,13 +144,13 @@ class Core:
         if not self._awaited:
             self._resynchronise(now, is_complete=True)
         self.lifecycle.capacity_changed(now)
-        return self._take()
+        return self._take(now)
 
     def worker_lost(self, worker_id: str, now: float) -> list[actions.Action]:
         """A worker's stream broke: its replicas are not picked until it is back."""
         for replica in self.fleet.lose(worker_id, now):
             self.traffic.refresh(replica.replica_id)
-        return self._take()
+        return self._take(now)
 
     def worker_seen(self, worker_id: str, now: float) -> None:
         """A worker said something."""
@@ -161,16 +161,14 @@ class Core:
         change = self.fleet.replica_event(worker_id, sequence, replica, now)
         if change is not None:
             self._follow([change], now, is_worker_lost=False)
-        return self._take()
+        return self._take(now)
 
     def load_report(self, worker_id: str, deltas: Iterable[LoadDelta], now: float) -> list[actions.Action]:
         """Loads changed, requests started and finished."""
         self.fleet.seen(worker_id, now)
         for delta in deltas:
-            replica = self.traffic.load(delta, now)
-            if replica is not None and self.holds.count(replica.model):
-                self._release(replica.model, now)
-        return self._take()
+            self.traffic.load(delta, now)
+        return self._take(now)
 
     def command_acknowledged(
         self, worker_id: str, command_id: str, *, refused_reason: str, message: str, now: float
@@ -183,14 +181,12 @@ class Core:
             if replica is not None:
                 change = self.fleet.forget(_failed(replica, refused_reason, message))
                 self._follow([change], now, is_worker_lost=False)
-        return self._take()
+        return self._take(now)
 
     def endpoints_acknowledged(self, addresses: frozenset[str], now: float) -> list[actions.Action]:
         """Every Envoy knows these endpoints: requests may be sent there."""
         self.traffic.published(addresses)
-        for model in self.holds.models():
-            self._release(model, now)
-        return self._take()
+        return self._take(now)
 
     # Models.
     def models_replaced(self, entries: Iterable[ModelEntry], now: float, *, is_synced: bool) -> list[actions.Action]:
@@ -200,20 +196,20 @@ class Core:
         # Replicas and holds of names that are in neither list were made while the catalogue was out of step.
         for model in changed | set(self.fleet.models()) | set(self.holds.models()):
             self.lifecycle.reconcile(model, now)
-        return self._take()
+        return self._take(now)
 
     def model_upserted(self, entry: ModelEntry, now: float) -> list[actions.Action]:
         """A model was made or changed."""
         if self.catalogue.upsert(entry):
             self.lifecycle.reconcile(entry.name, now)
             self._release(entry.name, now)
-        return self._take()
+        return self._take(now)
 
     def model_deleted(self, name: str, now: float) -> list[actions.Action]:
         """A model is gone."""
         if self.catalogue.delete(name):
             self.lifecycle.reconcile(name, now)
-        return self._take()
+        return self._take(now)
 
     # Operators.
     def preload(self, entry: ModelEntry, now: float) -> list[actions.Action]:
@@ -228,24 +224,24 @@ class Core:
             message = f"the model '{entry.name}' can't be started now: no worker is connected"
             raise Unavailable(message, reason="NO_WORKER", metadata={"model": entry.name})
         self.lifecycle.demand(entry, now)
-        return self._take()
+        return self._take(now)
 
-    def drain_model(self, entry: ModelEntry) -> list[actions.Action]:
+    def drain_model(self, entry: ModelEntry, now: float) -> list[actions.Action]:
         """Brings a model to zero now."""
         self.lifecycle.drain_all(entry.name)
-        return self._take()
+        return self._take(now)
 
-    def evict(self, entry: ModelEntry) -> tuple[int, list[actions.Action]]:
+    def evict(self, entry: ModelEntry, now: float) -> tuple[int, list[actions.Action]]:
         """Drains a model and drops its bytes; returns how many replicas drain too. Raises PreconditionFailed."""
         count = self.lifecycle.evict(entry)
-        return count, self._take()
+        return count, self._take(now)
 
     # Time.
     def expire_holds(self, now: float) -> list[actions.Action]:
         """Ends holds whose deadline is reached; to be called about every tenth of a second."""
         for hold in self.holds.expire(now):
             self._out([actions.Fail(hold, self._expired(hold, now))])
-        return self._take()
+        return self._take(now)
 
     def tick(self, now: float) -> list[actions.Action]:
         """Follows the time in everything else; to be called about every second."""
@@ -258,11 +254,9 @@ class Core:
             self._follow(self.fleet.remove_worker(worker_id), now, is_worker_lost=True)
         if not self.is_resynchronised and now >= self._resync_at:
             self._resynchronise(now, is_complete=False)
-        if self.traffic.tick(now):
-            for model in self.holds.models():
-                self._release(model, now)
+        self.traffic.tick(now)
         self.lifecycle.tick(now)
-        return self._take()
+        return self._take(now)
 
     def _follow(self, changes: Iterable[Change], now: float, *, is_worker_lost: bool) -> None:
         has_room = False
@@ -320,7 +314,9 @@ class Core:
     def _out(self, items: Iterable[actions.Action]) -> None:
         self.lifecycle.outbox.extend(items)
 
-    def _take(self) -> list[actions.Action]:
+    def _take(self, now: float) -> list[actions.Action]:
+        for model in self.traffic.take_opened():
+            self._release(model, now)
         taken, self.lifecycle.outbox = self.lifecycle.outbox, []
         return taken
 

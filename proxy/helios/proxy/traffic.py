@@ -45,6 +45,7 @@ class Traffic:
         self._draining: set[str] = set()
         self._last_used: dict[str, float] = {}
         self._ready_since: dict[str, float] = {}
+        self._opened: set[str] = set()
 
     def pick(self, entry: ModelEntry, request_id: str, now: float) -> Pick | None:
         """Picks replicas for a request and reserves a place at the first; None where there is no candidate."""
@@ -119,14 +120,12 @@ class Traffic:
         """Whether a replica is on its way out."""
         return replica.state is ReplicaState.DRAINING or replica.replica_id in self._draining
 
-    def tick(self, now: float) -> list[str]:
-        """Follows the time; returns replicas that may have become eligible."""
-        half_open = self.breakers.tick(now)
-        for replica_id in half_open:
+    def tick(self, now: float) -> None:
+        """Follows the time: breakers and reservations."""
+        for replica_id in self.breakers.tick(now):
             self.refresh(replica_id)
         for reservation in self.ledger.expire(now):
             self._rescore(reservation.replica_id)
-        return half_open
 
     def is_idle(self, replica: Replica) -> bool:
         """Whether nothing runs at a replica, waits in it, or is on its way to it."""
@@ -168,6 +167,11 @@ class Traffic:
         )
         return exclusion(replica, facts)
 
+    def take_opened(self) -> set[str]:
+        """Models that got a candidate since the last call: what waits for them can go on."""
+        opened, self._opened = self._opened, set()
+        return opened
+
     def refresh(self, replica_id: str) -> None:
         """Filters and scores a replica anew."""
         replica = self.fleet.replica(replica_id)
@@ -175,9 +179,9 @@ class Traffic:
             self.table.remove(replica_id)
             return
         reserved_count = self.ledger.reserved_count(replica_id)
-        self.table.put(
-            replica.model, replica.revision, score(replica_id, replica.address, replica.load, reserved_count)
-        )
+        candidate = score(replica_id, replica.address, replica.load, reserved_count)
+        if self.table.put(replica.model, replica.revision, candidate):
+            self._opened.add(replica.model)
 
     def _rescore(self, replica_id: str) -> None:
         if replica_id not in self.table:

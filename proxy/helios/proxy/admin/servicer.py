@@ -57,14 +57,14 @@ class AdminServicer(AdminServiceServicer):
         entry = await self._write_policy(entry.name, min_replicas=count, max_replicas=bound)
         self._runtime.apply(self._core.model_upserted(entry, time.monotonic()))
         if not count:
-            self._runtime.apply(self._core.drain_model(entry))
+            self._runtime.apply(self._core.drain_model(entry, time.monotonic()))
         ready = [replica for replica in self._current(entry) if replica.state is ReplicaState.READY]
         return pb.ScaleModelResponse(desired_count=count, ready_count=len(ready))
 
     async def EvictModel(self, request: pb.EvictModelRequest, context: Any) -> pb.EvictModelResponse:
         """Drains a model and drops its bytes from the nodes."""
         entry = await self._find(request.model)
-        count, todo = self._core.evict(entry)
+        count, todo = self._core.evict(entry, time.monotonic())
         self._runtime.apply(todo)
         return pb.EvictModelResponse(draining_count=count)
 

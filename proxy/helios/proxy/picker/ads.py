@@ -20,9 +20,7 @@ class GuardedXds(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
         self._xds = xds
         self._is_enforced = is_enforced
 
-    async def DeltaAggregatedResources(
-        self, requests: AsyncIterator[Any], context: Any
-    ) -> None:
+    async def DeltaAggregatedResources(self, requests: AsyncIterator[Any], context: Any) -> None:
         """Serves one Envoy until it leaves."""
         try:
             if self._is_enforced:

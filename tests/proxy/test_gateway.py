@@ -1,0 +1,193 @@
+"""The real proxy behind the real Envoy: hold at zero, end to end, with a fake replica that answers for real."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+import httpx
+import pytest
+
+from helios.api.inference.v1 import inference_service_pb2 as inference_pb
+from helios.api.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
+from helios.mesh.envoy.settings import EdgeSettings
+from helios.mesh.server import MeshServer
+from helios.mesh.status import error_from_rpc
+from helios.proxy.settings import HoldSettings
+from tests.proxy.fakes import FakeWorker, until
+from tests.proxy.harness import Proxy, World
+from tests.wire.fakes import FakeReplica, add_replica
+from tests.wire.gateway import QUICK, free_port, running_envoy
+
+pytestmark = pytest.mark.leaks("Envoy keeps connections to servers of this process until it is gone")
+INFERENCE = frozenset({"edge"})
+
+
+@dataclass
+class Edge:
+    """A gateway with a real proxy."""
+
+    world: World
+    proxy: Proxy
+    worker: FakeWorker
+    replica: FakeReplica
+    address: str
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[httpx.AsyncClient]:
+        """A REST client."""
+        async with httpx.AsyncClient(base_url=f"http://{self.address}", timeout=20, trust_env=False) as client:
+            yield client
+
+
+@asynccontextmanager
+async def replica_server(world: World, replica: FakeReplica) -> AsyncIterator[str]:
+    """Serves a fake replica; gives its address."""
+    names = ("helios.api.inference.v1.OpenAIService", "helios.api.inference.v1.InferenceService")
+    server = MeshServer(
+        listen="127.0.0.1:0",
+        identity=world.identity("worker"),
+        policy=dict.fromkeys(names, INFERENCE),
+        options=QUICK,
+    )
+    add_replica(replica, server.grpc)
+    async with server:
+        yield server.address
+
+
+@asynccontextmanager
+async def running_edge(world: World, **overrides: object) -> AsyncIterator[Edge]:
+    """Starts everything."""
+    async with AsyncExitStack() as stack:
+        replica = FakeReplica()
+        address = await stack.enter_async_context(replica_server(world, replica))
+        await stack.enter_async_context(world.running_registry())
+        proxy = await stack.enter_async_context(world.running_proxy(**overrides))
+        worker = FakeWorker(address=lambda: address)
+        await stack.enter_async_context(world.worker(proxy, worker))
+        settings = EdgeSettings(
+            directory=world.directory / "envoy",
+            envoy_admin=f"unix:{world.directory}/envoy.sock",
+            admin_token="token-of-this-test-0123456789",
+            picker=(proxy.picker_address,),
+            control=(proxy.control_address,),
+            registry=(world.registry_target,),
+            edge_identity=world.identity("edge"),
+            admin_identity=world.identity("admin-edge"),
+            edge_port=free_port(),
+            admin_port=free_port(),
+            access_log=world.directory / "access.log",
+        )
+        admin = await stack.enter_async_context(running_envoy(settings))
+        listeners = await admin.admin.listeners()
+        yield Edge(world, proxy, worker, replica, listeners["edge"])
+
+
+async def test_a_rest_request_at_zero_is_held_and_answered(world: World) -> None:
+    world.registry.put("m", aliases=["alias"])
+    async with running_edge(world) as edge, edge.client() as client:
+        edge.worker.start_seconds = 0.3
+        answers = []
+        async with asyncio.TaskGroup() as group:
+            answers = [
+                group.create_task(client.post("/v1/chat/completions", json={"model": name})) for name in ("m", "alias")
+            ]
+        for name, answer in zip(("m", "alias"), answers, strict=True):
+            assert answer.result().status_code == 200
+            headers = answer.result().json()["headers"]
+            assert headers["x-helios-route-model"] == name
+            assert headers["x-helios-route-revision"] == "sha256:1"
+        assert len(edge.worker.starts) == 1
+        models = await client.get("/v1/models")
+        assert [(model["id"], model["object"]) for model in models.json()["data"]] == [("m", "model")]
+        assert (await client.get("/v1/models/alias")).json()["id"] == "m"
+
+
+async def test_an_unknown_model_is_404_and_a_bad_body_400(world: World) -> None:
+    world.registry.put("m")
+    async with running_edge(world) as edge, edge.client() as client:
+        unknown = await client.post("/v1/chat/completions", json={"model": "nope"})
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+        json_type = {"content-type": "application/json"}
+        for body in (b"{", b"{}", b"", b'{"model": 3}', b"[]"):
+            answer = await client.post("/v1/chat/completions", content=body, headers=json_type)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error"), body
+        assert edge.worker.starts == []
+
+
+async def test_native_grpc_is_routed_with_and_without_the_header(world: World) -> None:
+    world.registry.put("m")
+    async with running_edge(world) as edge, grpc.aio.insecure_channel(edge.address) as channel:
+        stub = InferenceServiceStub(channel)
+        request = inference_pb.TokenizeRequest(model="m", text="hello")
+        assert list((await stub.Tokenize(request, timeout=10)).token_ids) == [1, 2, 3]
+        header = (("x-helios-model", "m"),)
+        assert list((await stub.Tokenize(request, timeout=10, metadata=header)).token_ids) == [1, 2, 3]
+        assert [call.metadata["x-helios-route-model"] for call in edge.replica.calls] == ["m", "m"]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Tokenize(inference_pb.TokenizeRequest(model="nope", text="x"), timeout=10)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        # The details survive: a gRPC client sees the reason.
+        assert error_from_rpc(caught.value).reason == "MODEL_NOT_FOUND"
+
+
+async def test_a_hold_that_expires_is_a_clean_503(world: World) -> None:
+    world.registry.put("m")
+    async with running_edge(world, hold=HoldSettings(limit_seconds=0.4)) as edge, edge.client() as client:
+        edge.worker.start_seconds = 20
+        answer = await client.post("/v1/chat/completions", json={"model": "m"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "hold_expired")
+        assert int(answer.headers["retry-after"]) >= 1
+
+
+async def test_a_client_that_leaves_ends_its_hold(world: World) -> None:
+    world.registry.put("m")
+    limits = HoldSettings(limit_seconds=15, model_count=1)
+    async with running_edge(world, hold=limits) as edge, edge.client() as client:
+        edge.worker.start_seconds = 1.0
+        with pytest.raises(httpx.ReadTimeout):
+            await client.post("/v1/chat/completions", json={"model": "m"}, timeout=0.3)
+        async with asyncio.timeout(5):
+            assert (await client.post("/v1/chat/completions", json={"model": "m"})).status_code == 200
+
+
+async def test_a_request_held_over_a_proxy_restart_is_answered_or_refused_cleanly(world: World) -> None:
+    world.registry.put("m")
+    async with AsyncExitStack() as stack:
+        replica = FakeReplica()
+        address = await stack.enter_async_context(replica_server(world, replica))
+        await stack.enter_async_context(world.running_registry())
+        worker = FakeWorker(address=lambda: address, start_seconds=0.5)
+        settings = EdgeSettings(
+            directory=world.directory / "envoy",
+            envoy_admin=f"unix:{world.directory}/envoy.sock",
+            admin_token="token-of-this-test-0123456789",
+            picker=(f"unix:{world.directory}/picker.sock",),
+            control=(f"unix:{world.directory}/control.sock",),
+            registry=(world.registry_target,),
+            edge_identity=world.identity("edge"),
+            admin_identity=world.identity("admin-edge"),
+            edge_port=free_port(),
+            admin_port=free_port(),
+            access_log=world.directory / "access.log",
+        )
+        async with world.running_proxy() as proxy, world.worker(proxy, worker):
+            admin = await stack.enter_async_context(running_envoy(settings))
+            edge = (await admin.admin.listeners())["edge"]
+            client = await stack.enter_async_context(
+                httpx.AsyncClient(base_url=f"http://{edge}", timeout=20, trust_env=False)
+            )
+            assert (await client.post("/v1/chat/completions", json={"model": "m"})).status_code == 200
+            await until((world.directory / "proxy" / "workers.json").exists)
+        async with asyncio.TaskGroup() as group:
+            during = group.create_task(client.post("/v1/chat/completions", json={"model": "m"}))
+            await asyncio.sleep(0.2)
+            async with world.running_proxy() as proxy, world.worker(proxy, worker):
+                answer = await during
+                assert answer.status_code in (200, 503)
+                async with asyncio.timeout(10):
+                    while (await client.post("/v1/chat/completions", json={"model": "m"})).status_code != 200:
+                        await asyncio.sleep(0.05)
+        assert len(worker.starts) == 1
