@@ -66,7 +66,7 @@ class Child:
         self._state = "starting"
         self._restart_count = 0
         self._detail = ""
-        self._is_stopping = False
+        self._stopping = asyncio.Event()
 
     @property
     def record(self) -> ProcessRecord:
@@ -90,11 +90,11 @@ class Child:
     async def run(self) -> None:
         """Keeps the process running until ``stop`` was called. Cancelling does not stop the process."""
         failures = 0
-        while not self._is_stopping:
+        while not self._stopping.is_set():
             started = time.monotonic()
             self._start()
             await self._watch()
-            if self._is_stopping:
+            if self._stopping.is_set():
                 break
             failures = 1 if time.monotonic() - started > _SETTLED_SECONDS else failures + 1
             self._restart_count += 1
@@ -106,7 +106,7 @@ class Child:
 
     async def stop(self) -> None:
         """Asks the process to end, kills it when it does not; returns when it is gone."""
-        self._is_stopping = True
+        self._stopping.set()
         process = self._process
         if process is None or process.poll() is not None:
             return
@@ -194,7 +194,7 @@ async def reap_orphans(own_pids: Callable[[], set[int]]) -> None:
         for process in psutil.Process().children():
             with contextlib.suppress(psutil.Error, ChildProcessError):
                 if process.pid not in own_pids() and process.status() == psutil.STATUS_ZOMBIE:
-                    os.waitpid(process.pid, os.WNOHANG)
+                    os.waitpid(process.pid, os.WNOHANG)  # noqa: ASYNC222 - does not wait
         await asyncio.sleep(1.0)
 
 

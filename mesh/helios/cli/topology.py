@@ -34,7 +34,7 @@ EMBEDDED_ALIASES: Final = {EMBEDDED_MODEL: ("smollm2",)}
 PROCESSES: Final = ("registry", "storage", "proxy", "worker")
 # Envoy's wait for the picker is 30 s longer than the proxy's longest hold (helios.mesh.envoy.settings.Limits).
 _ACTIVE_REQUESTS: Final = re.compile(
-    r"^envoy_http_downstream_rq_active\{[^}]*prefix=\"(?:edge|admin)\"[^}]*\} (\d+)", re.MULTILINE
+    r"^envoy_http_downstream_rq_active\{[^}]*prefix=\"(?:edge|admin)_listener\"[^}]*\} (\d+)", re.MULTILINE
 )
 _DRAIN_POLL_SECONDS: Final = 0.05
 

@@ -88,9 +88,15 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
         for address in settings.proxies:
             session = FleetSession(address, identity=identity, feed=supervisor.feed, executor=supervisor)
             group.create_task(session.run(), name=f"fleet session {address}")
-        lifetime.mark_ready(supervisor_address=server.address, adopted_count=len(supervisor.view().replicas))
+        group.create_task(_say_ready(launcher, lifetime, address=server.address), name="say ready")
         await lifetime.wait_stop()
         await _stop(supervisor, settings)
+
+
+async def _say_ready(launcher: LauncherClient, lifetime: Lifetime, *, address: str) -> None:
+    """Replicas that outlived the last worker serve at once; readiness means that new ones start in seconds too."""
+    await launcher.wait_ready()
+    lifetime.mark_ready(supervisor_address=address)
 
 
 async def _stop(supervisor: Supervisor, settings: WorkerSettings) -> None:

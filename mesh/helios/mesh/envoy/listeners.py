@@ -105,12 +105,14 @@ def _manager(
 ) -> HttpConnectionManager:
     limits = settings.limits
     return HttpConnectionManager(
-        stat_prefix=name,
+        # Envoy's own administration interface counts as "admin".
+        stat_prefix=f"{name}_listener",
         codec_type=HttpConnectionManagerCodecType.AUTO,
         route_config=route_config,
         http_filters=chain,
         early_header_mutation_extensions=[strip_client_headers()],
-        # The caller's address is the connection's, and nobody is internal: no client may steer Envoy by x-envoy-* headers.
+        # The caller's address is the connection's, and nobody is internal: no client may steer Envoy by x-envoy-*
+        # headers.
         use_remote_address=True,
         internal_address_config=HttpConnectionManagerInternalAddressConfig(),
         always_set_request_id_in_response=True,
