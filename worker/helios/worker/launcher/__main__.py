@@ -1,7 +1,7 @@
 """``python -m helios.worker.launcher --control-fd N``: imports everything, then forks replicas on request.
 
-The composition root of the launcher process. Environment variables that libraries read at import are set by whoever starts
-it (``client.launcher_environment``), because several are read before this module runs.
+The composition root of the launcher process. Environment variables that libraries read at import are set by whoever
+starts it (``client.launcher_environment``), because several are read before this module runs.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The supervisor's end of the launcher: starts it, asks for replicas, hears of exits, starts it again when it dies.
 
-The launcher's death is nobody's disaster: replicas live on (their parent becomes the supervisor, which is a subreaper), a
-fork that was under way fails as Unavailable, and the next one waits for the new launcher.
+The launcher's death is nobody's disaster: replicas live on (their parent becomes the supervisor, which is a
+subreaper), a fork that was under way fails as Unavailable, and the next one waits for the new launcher.
 """
 
 import asyncio
@@ -71,11 +71,13 @@ def launcher_environment(base: Mapping[str, str]) -> dict[str, str]:
 class LauncherClient:
     """Keeps one launcher alive; open with ``async with``.
 
-    ``exits`` gets one ReplicaExit for every front process that ended while its launcher lived, in order. Exits of replicas
-    whose launcher died before them are not seen here: their sessions and pids tell.
+    ``exits`` gets one ReplicaExit for every front process that ended while its launcher lived, in order. Exits of
+    replicas whose launcher died before them are not seen here: their sessions and pids tell.
     """
 
-    def __init__(self, *, engine: str = "vllm", log_level: Literal["debug", "info", "warning", "error"] = "info") -> None:
+    def __init__(
+        self, *, engine: str = "vllm", log_level: Literal["debug", "info", "warning", "error"] = "info"
+    ) -> None:
         self._arguments = ("--engine", engine, "--log-level", log_level)
         self._group = asyncio.TaskGroup()
         self._keeper: asyncio.Task[None] | None = None
@@ -183,7 +185,9 @@ class LauncherClient:
                     future.set_result(ForkedReplica(pid, start_ticks))
             case Refused(number, text):
                 if (future := self._forks.get(number)) is not None and not future.done():
-                    future.set_exception(PreconditionFailed(f"the launcher could not fork: {text}", reason="FORK_REFUSED"))
+                    future.set_exception(
+                        PreconditionFailed(f"the launcher could not fork: {text}", reason="FORK_REFUSED")
+                    )
             case Exited(pid, start_ticks, status):
                 await self.exits.put(ReplicaExit(pid, start_ticks, status))
             case Fork():

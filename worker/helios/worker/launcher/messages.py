@@ -6,8 +6,8 @@
                             refused {number, message}
                             exited {pid, start_ticks, status}
 
-JSON over a socketpair and no gRPC: the launcher must not start a thread, and gRPC starts several. Messages are a few hundred
-bytes and a handful a minute.
+JSON over a socketpair and no gRPC: the launcher must not start a thread, and gRPC starts several. Messages are a few
+hundred bytes and a handful a minute.
 """
 
 import json
@@ -66,7 +66,9 @@ class Exited:
 
 
 Message = Fork | Ready | Forked | Refused | Exited
-_KINDS: Final[dict[str, type[Message]]] = {kind.__name__.lower(): kind for kind in (Fork, Ready, Forked, Refused, Exited)}
+_KINDS: Final[dict[str, type[Message]]] = {
+    kind.__name__.lower(): kind for kind in (Fork, Ready, Forked, Refused, Exited)
+}
 
 
 def encode(message: Message) -> bytes:

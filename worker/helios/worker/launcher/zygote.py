@@ -1,7 +1,7 @@
 """The loop of the launcher: read requests, fork, report and reap the children.
 
-One thread and no event loop: whatever runs here is copied into every replica, so there must be nothing that a fork would
-break. Children are watched by pidfd in the same poll as the control socket, so no signal handler is needed.
+One thread and no event loop: whatever runs here is copied into every replica, so there must be nothing that a fork
+would break. Children are watched by pidfd in the same poll as the control socket, so no signal handler is needed.
 """
 
 import os
@@ -67,7 +67,7 @@ class Zygote:
                 if isinstance(message, Fork):
                     self._send(self._fork(message))
         except Corrupted as error:
-            log.error("control socket is unusable", error=str(error))
+            log.exception("control socket is unusable", error=str(error))
             return False
         return True
 

@@ -1,18 +1,19 @@
 """A replica's session with its supervisor: hello, phases, ready, load; drain and stop back.
 
-The replica outlives the supervisor: it dials again for ever, with a hello that holds all a new supervisor must know, and
-ends by itself only when nobody has answered for the orphan time. What could not be sent is sent after the next hello.
+The replica outlives the supervisor: it dials again for ever, with a hello that holds all a new supervisor must know,
+and ends by itself only when nobody has answered for the orphan time. What could not be sent is sent after the next
+hello.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from datetime import datetime
+from datetime import UTC
 from pathlib import Path
 from typing import Final
 
-import grpc.aio
 import structlog
+from google.protobuf.duration_pb2 import Duration
 
 from helios.api.fleet.v1 import types_pb2 as fleet
 from helios.api.worker.v1 import supervisor_service_pb2 as pb
@@ -38,6 +39,7 @@ _STATES: Final = {
 # A supervisor on the same node comes back within a second or two; dialling is cheap.
 _REDIAL_BASE_SECONDS: Final = 0.05
 _REDIAL_CAP_SECONDS: Final = 1.0
+_SHORTEST_REPORT_SECONDS: Final = 0.01
 _SUPERVISOR: Final = "worker"
 
 
@@ -66,7 +68,8 @@ class Attachment:
         self._on_drain = on_drain
         self._on_stop = on_stop
         self._changed = asyncio.Event()
-        self._report_seconds = 0.1
+        self._report_seconds = _SHORTEST_REPORT_SECONDS
+        self._last_sent = Changes((), ())
         self.lost_at: float | None = time.monotonic()
         self.orphan_seconds = spec.orphan_seconds
 
@@ -87,83 +90,70 @@ class Attachment:
 
     async def _session(self, dialer: Dialer) -> None:
         stub = dialer.stub(supervisor_service_pb2_grpc.SupervisorServiceStub)
-        stream = stub.Attach()
+        welcomed = asyncio.Event()
+        # An iterator of requests rather than stream.write: on a channel with interceptors, grpcio's write leaves a task
+        # behind when the server ends the stream.
+        stream = stub.Attach(self._speak(welcomed))
         try:
-            sent_phases = len(self._condition.phases)
-            sent_state = self._condition.state
-            await stream.write(pb.AttachRequest(hello=self._hello()))
-            await self._welcome(stream)
-            async with asyncio.TaskGroup() as group:
-                sender = group.create_task(self._send(stream, sent_phases, sent_state), name="attachment sender")
-                await self._receive(stream)
-                sender.cancel()
-        except* (grpc.aio.AioRpcError, Unavailable) as errors:
-            raise errors.exceptions[0] from errors
+            async for response in stream:
+                self._listen(response)
+                welcomed.set()
+            raise Unavailable("the supervisor ended the session")
         finally:
+            stream.cancel()
             if self.lost_at is None:
                 self.lost_at = time.monotonic()
-            stream.cancel()
+            # It may have arrived: the supervisor counts by request id, so twice is harmless and lost is not.
+            self._ledger.give_back(self._last_sent)
+            self._last_sent = Changes((), ())
 
-    async def _welcome(self, stream: grpc.aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse]) -> None:
-        first = await stream.read()
-        if first is grpc.aio.EOF or not isinstance(first, pb.AttachResponse):
-            raise Unavailable("the supervisor ended the session before its welcome")
-        if first.WhichOneof("message") == "stop":
-            self._on_stop()
-            return
-        self._report_seconds = max(0.01, first.welcome.report_interval.ToTimedelta().total_seconds())
-        if first.welcome.HasField("orphan_timeout"):
-            self.orphan_seconds = first.welcome.orphan_timeout.ToTimedelta().total_seconds()
-        self.lost_at = None
-        self._changed.set()
-        log.info("attached to supervisor")
+    def _listen(self, response: pb.AttachResponse) -> None:
+        match response.WhichOneof("message"):
+            case "welcome":
+                welcome = response.welcome
+                self._report_seconds = max(_SHORTEST_REPORT_SECONDS, _seconds(welcome.report_interval))
+                if welcome.HasField("orphan_timeout"):
+                    self.orphan_seconds = _seconds(welcome.orphan_timeout)
+                self.lost_at = None
+                log.info("attached to supervisor")
+            case "drain":
+                self._on_drain(_seconds(response.drain.timeout))
+            case "stop":
+                self._on_stop()
 
-    async def _receive(self, stream: AsyncIterator[pb.AttachResponse]) -> None:
-        async for response in stream:
-            match response.WhichOneof("message"):
-                case "drain":
-                    self._on_drain(response.drain.timeout.ToTimedelta().total_seconds())
-                case "stop":
-                    self._on_stop()
-        raise Unavailable("the supervisor ended the session")
-
-    async def _send(
-        self,
-        stream: grpc.aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse],
-        sent_phases: int,
-        sent_state: State,
-    ) -> None:
-        """Sends what changed, at most once in a report interval while only the load changes."""
-        is_ready_sent = is_failed_sent = False
+    async def _speak(self, welcomed: asyncio.Event) -> AsyncIterator[pb.AttachRequest]:
+        """Yields hello, and after the welcome what changed, at most once in a report interval while ready."""
+        condition = self._condition
+        phase_count, state = len(condition.phases), condition.state
+        yield pb.AttachRequest(hello=self._hello())
+        await welcomed.wait()
         while True:
+            for phase in condition.phases[phase_count:]:
+                yield pb.AttachRequest(progress=self._progress(phase))
+            phase_count = len(condition.phases)
+            if condition.state is not state:
+                state = condition.state
+                yield self._announce(state)
+                if state is State.FAILED:
+                    condition.failure_told.set()
+            self._last_sent = self._ledger.take()
+            yield pb.AttachRequest(load=self._load_delta(self._last_sent))
+            if state is State.READY:
+                await asyncio.sleep(self._report_seconds)
             await self._changed.wait()
             self._changed.clear()
-            condition = self._condition
-            for phase in condition.phases[sent_phases:]:
-                await stream.write(pb.AttachRequest(progress=self._progress(phase)))
-            sent_phases = len(condition.phases)
-            if condition.state is State.FAILED and not is_failed_sent:
-                failure = fleet.ReplicaFailure(reason=condition.failure_reason, message=condition.failure_message)
-                await stream.write(pb.AttachRequest(failed=failure))
-                is_failed_sent = True
-                condition.failure_told.set()
-            elif condition.state is State.READY and not is_ready_sent:
-                await stream.write(pb.AttachRequest(ready=self._ready()))
-                is_ready_sent = True
-            elif condition.state is not sent_state:
-                await stream.write(pb.AttachRequest(progress=pb.ReplicaProgress(state=_STATES[condition.state])))
-            sent_state = condition.state
-            await self._send_load(stream)
-            await asyncio.sleep(self._report_seconds if condition.state is State.READY else 0)
 
-    async def _send_load(self, stream: grpc.aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse]) -> None:
-        changes = self._ledger.take()
-        try:
-            await stream.write(pb.AttachRequest(load=self._load_delta(changes)))
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
-            # It may have arrived: the supervisor counts by request id, so twice is harmless and lost is not.
-            self._ledger.give_back(changes)
-            raise
+    def _announce(self, state: State) -> pb.AttachRequest:
+        match state:
+            case State.READY:
+                return pb.AttachRequest(ready=self._ready())
+            case State.FAILED:
+                return pb.AttachRequest(failed=self._failure())
+            case _:
+                return pb.AttachRequest(progress=pb.ReplicaProgress(state=_STATES[state]))
+
+    def _failure(self) -> fleet.ReplicaFailure:
+        return fleet.ReplicaFailure(reason=self._condition.failure_reason, message=self._condition.failure_message)
 
     def _hello(self) -> pb.ReplicaHello:
         spec, condition = self._spec, self._condition
@@ -180,9 +170,9 @@ class Attachment:
             max_context_tokens=condition.max_context_tokens,
             load=self._load(),
         )
-        replica.created_at.FromDatetime(_utc(spec.created_at))
+        replica.created_at.FromDatetime(spec.created_at.astimezone(UTC))
         if condition.state is State.FAILED:
-            replica.failure.reason, replica.failure.message = condition.failure_reason, condition.failure_message
+            replica.failure.CopyFrom(self._failure())
         return pb.ReplicaHello(replica=replica, start_ticks=condition.start_ticks, lease_id=spec.lease_id)
 
     def _progress(self, phase: tuple[str, float]) -> pb.ReplicaProgress:
@@ -223,5 +213,5 @@ def _phase_to_proto(name: str, seconds: float) -> fleet.PhaseTiming:
     return timing
 
 
-def _utc(moment: datetime) -> datetime:
-    return moment.astimezone()
+def _seconds(duration: Duration) -> float:
+    return float(duration.ToNanoseconds() / 1e9)

@@ -1,7 +1,7 @@
 """Reading an OpenAI request body: strict JSON, one object, exactly one ``model``.
 
-The endpoint picker routes on the ``model`` that Envoy lifted out of the same bytes. A body with two such keys could be one
-model to Envoy and another to this parser, so it is refused rather than interpreted.
+The endpoint picker routes on the ``model`` that Envoy lifted out of the same bytes. A body with two such keys could
+be one model to Envoy and another to this parser, so it is refused rather than interpreted.
 """
 
 import json
@@ -13,8 +13,8 @@ import orjson
 
 from helios.mesh.errors import InvalidRequest
 
-# Every spelling of the key: JSON allows an escape for any character. Looking for it in the bytes keeps the usual case (one
-# hit) at one pass of a regular expression over a body that may have 32 MiB.
+# Every spelling of the key: JSON allows an escape for any character. Looking for it in the bytes keeps the usual case
+# (one hit) at one pass of a regular expression over a body that may have 32 MiB.
 _MODEL_KEY: Final = re.compile(rb'"(?:m|\\u006[dD])(?:o|\\u006[fF])(?:d|\\u0064)(?:e|\\u0065)(?:l|\\u006[cC])"\s*:')
 _JSON_TYPE: Final = "application/json"
 
@@ -49,7 +49,7 @@ def _has_two_models(body: bytes) -> bool:
     hits = _MODEL_KEY.finditer(body)
     if next(hits, None) is None or next(hits, None) is None:
         return False
-    # Several hits may be keys of nested objects or parts of texts: only now the pairs of the outermost object are counted.
+    # Several hits may be keys of nested objects or parts of texts: only now the outermost object's keys are counted.
     outermost: list[tuple[str, Any]] = []
 
     def keep(pairs: list[tuple[str, Any]]) -> None:

@@ -21,8 +21,8 @@ class State(Enum):
 class Condition:
     """What the replica tells of itself. One event loop writes and reads it.
 
-    ``phases`` are (name, seconds) in order, without gaps: each begins where the one before ended, so they add up to the time
-    from the request for the start to the end of the last.
+    ``phases`` are (name, seconds) in order, without gaps: each begins where the one before ended, so they add up to
+    the time from the request for the start to the end of the last.
     """
 
     pid: int

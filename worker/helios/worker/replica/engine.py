@@ -173,8 +173,8 @@ class Engine(Protocol):
 
     Promises: every call may run concurrently with every other; cancelling a call, or closing its iterator, aborts the
     request and frees its KV blocks; pieces of one answer come in order, and each answer has exactly one piece with
-    ``finish``; errors are HeliosErrors (InvalidRequest with ``param`` in its metadata, ContextLengthExceeded, ReplicaLost
-    when the engine died). The meter is written before a piece or an event that it counts is handed out.
+    ``finish``; errors are HeliosErrors (InvalidRequest with ``param`` in its metadata, ContextLengthExceeded,
+    ReplicaLost when the engine died). The meter is written before a piece or an event that it counts is handed out.
     """
 
     @property
@@ -213,8 +213,8 @@ class EngineHooks:
     Attributes:
         on_forked: Call it once, when the engine's own processes exist: the replica may start threads from then on.
         on_load: Call it in the replica's event loop when ``load()`` has changed.
-        phase_descriptor: Any process of the engine writes a JSON line ``[phase, ended_at]`` here when a phase of the start
-            ended; times are CLOCK_MONOTONIC.
+        phase_descriptor: Any process of the engine writes a JSON line ``[phase, ended_at]`` here when a phase of the
+            start ended; times are CLOCK_MONOTONIC.
     """
 
     on_forked: Callable[[], None]

@@ -1,7 +1,7 @@
 """What every call passes before the engine sees it: draining, routing agreement, model name, and its account.
 
-Agreement: the endpoint picker chose this replica for one model and one revision and says so in metadata that only the edge can
-set. A request that says something else in its body, or a pick that is stale, must not be answered here.
+Agreement: the endpoint picker chose this replica for one model and one revision and says so in metadata that only the
+edge can set. A request that says something else in its body, or a pick that is stale, must not be answered here.
 """
 
 import asyncio
@@ -41,7 +41,9 @@ class Call:
 class CallGate:
     """Lets calls in and accounts for them."""
 
-    def __init__(self, *, names: tuple[str, ...], revision: str, ledger: RequestLedger, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, *, names: tuple[str, ...], revision: str, ledger: RequestLedger, on_change: Callable[[], None]
+    ) -> None:
         """``names[0]`` is the model's own name; ``on_change`` is called when a request starts or finishes."""
         self._names = frozenset(names)
         self._model = names[0]

@@ -1,4 +1,4 @@
-"""InferenceService: the typed twin of OpenAIService, on the engine itself. Protos become the engine's values here and back."""
+"""InferenceService: the typed twin of OpenAIService, on the engine itself. Protos end here."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ _REASONS: Final = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.ABORTED: pb.FINISH_REASON_ABORTED,
 }
-_OPTIONAL_SAMPLING: Final = (
+_OPTIONAL_SAMPLING: Final[tuple[Any, ...]] = (
     "temperature",
     "top_p",
     "top_k",
@@ -55,7 +55,7 @@ _OPTIONAL_SAMPLING: Final = (
 
 
 class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
-    """Handlers are coroutines that write to the context, so that a client's cancel reaches the engine's wait directly."""
+    """Handlers are coroutines that write to the context: a client's cancel then reaches the engine's wait directly."""
 
     def __init__(self, engine: Engine, gate: CallGate, *, model: str, revision: str) -> None:
         """``model`` is the model's own name; with ``revision`` it goes into every ``finished``."""
@@ -87,7 +87,9 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
             prompt: Prompt
             match request.WhichOneof("input"):
                 case "text":
-                    prompt = Text(request.text, not request.HasField("add_special_tokens") or request.add_special_tokens)
+                    prompt = Text(
+                        request.text, not request.HasField("add_special_tokens") or request.add_special_tokens
+                    )
                 case "conversation":
                     prompt = conversation_from_proto(request.conversation.messages, {})
                 case _:
@@ -157,7 +159,7 @@ def conversation_from_proto(messages: Sequence[pb.ChatMessage], arguments: dict[
 
 def sampling_from_proto(parameters: pb.SamplingParameters) -> Sampling:
     """Reads sampling parameters; what is not set stays None. Ranges are checked by ``check_sampling``."""
-    values = {name: getattr(parameters, name) for name in _OPTIONAL_SAMPLING if parameters.HasField(name)}  # type: ignore[arg-type]
+    values = {name: getattr(parameters, name) for name in _OPTIONAL_SAMPLING if parameters.HasField(name)}
     return Sampling(
         **values,
         stop=tuple(parameters.stop),

@@ -1,7 +1,7 @@
 """The one account of a replica's requests: what started, what finished, how it ended.
 
-The proxy's counting (admission, breaker, usage) rests on these reports, so each request is reported as started once and as
-finished once, whatever happened to it. Pure: time is passed in, nothing is sent from here.
+The proxy's counting (admission, breaker, usage) rests on these reports, so each request is reported as started once
+and as finished once, whatever happened to it. Pure: time is passed in, nothing is sent from here.
 """
 
 from collections import deque
@@ -11,7 +11,7 @@ from typing import Final
 
 from helios.worker.replica.engine import Meter
 
-# A supervisor that is away for a minute misses some thousand requests at most; beyond this the oldest reports are dropped.
+# A supervisor that is away for a minute misses some thousand requests; beyond this the oldest reports are dropped.
 _PENDING_LIMIT: Final = 10_000
 
 
@@ -79,6 +79,6 @@ class RequestLedger:
         return changes
 
     def give_back(self, changes: Changes) -> None:
-        """Puts changes back that could not be sent, ahead of what came since. The newest are kept where the bound is hit."""
+        """Puts changes back that may not have arrived, ahead of what came since; the bound keeps the newest."""
         self._started = deque((*changes.started, *self._started), maxlen=_PENDING_LIMIT)
         self._finished = deque((*changes.finished, *self._finished), maxlen=_PENDING_LIMIT)

@@ -1,9 +1,9 @@
 """A process tree that dies together.
 
-A killed front process would leave its engine processes behind with gigabytes, for good. So the front holds the write end of
-a pipe that nobody ever writes to, and every process forked below it holds only the read end and a thread that waits for end
-of file: that comes when the front is gone, however it died. PR_SET_PDEATHSIG alone is not enough: it reaches children, not
-grandchildren, and follows the thread that forked rather than the process.
+A killed front process would leave its engine processes behind with gigabytes, for good. So the front holds the write
+end of a pipe that nobody ever writes to, and every process forked below it holds only the read end and a thread that
+waits for end of file: that comes when the front is gone, however it died. PR_SET_PDEATHSIG alone is not enough: it
+reaches children, not grandchildren, and follows the thread that forked rather than the process.
 """
 
 import os

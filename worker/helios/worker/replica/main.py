@@ -1,6 +1,6 @@
 """The composition root of a replica: engine, server, session with the supervisor, and how all of it ends.
 
-Order of the end: refuse new calls → let running ones end, with a deadline → close the server → end the engine's processes.
+Order of the end: refuse new calls → let running ones end, with a deadline → close the server → end the engine.
 """
 
 import asyncio
@@ -97,7 +97,7 @@ class _Replica:
         gate = CallGate(
             names=self._spec.names, revision=self._spec.revision, ledger=self._ledger, on_change=self._attachment.wake
         )
-        self._start.on_load.append(self._attachment.wake)
+        self._start.on_load = self._attachment.wake
         async with self._server(engine, gate) as server:
             self._become_ready(server.address, engine)
             ending = await self._ending

@@ -22,7 +22,11 @@ _FIRST_TOKEN = Histogram(
     names.TIME_TO_FIRST_TOKEN_SECONDS, "Arrival to first token", _LABELS, buckets=_SECONDS, registry=REGISTRY
 )
 _PER_TOKEN = Histogram(
-    names.TIME_PER_OUTPUT_TOKEN_SECONDS, "Mean gap after the first token", _LABELS, buckets=_TOKEN_SECONDS, registry=REGISTRY
+    names.TIME_PER_OUTPUT_TOKEN_SECONDS,
+    "Mean gap after the first token",
+    _LABELS,
+    buckets=_TOKEN_SECONDS,
+    registry=REGISTRY,
 )
 _TOKENS = Counter(names.TOKEN_USAGE, "Tokens", (*_LABELS, "gen_ai_token_type"), registry=REGISTRY)
 PHASES: Final = Gauge(

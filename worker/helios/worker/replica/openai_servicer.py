@@ -18,8 +18,9 @@ _EVENTS: Final = "text/event-stream"
 
 
 class OpenAIServicer(openai_service_pb2_grpc.OpenAIServiceServicer):
-    """Handlers are coroutines that write to the context, not generators: a client's cancel then reaches the engine's wait
-    directly. Nothing is written before the first byte of an answer, so that an error until then is a status of the call.
+    """Handlers are coroutines that write to the context, not generators: a client's cancel then reaches the engine's
+    wait directly. Nothing is written before the first byte of an answer, so that an error until then is a status of
+    the call.
     """
 
     def __init__(self, engine: Engine, gate: CallGate) -> None:

@@ -20,6 +20,7 @@ from helios.worker.replica.start import EngineStart, engine_module
 
 log = structlog.get_logger()
 
+
 def preload(engine: str) -> None:
     """Imports all that a replica of an engine needs, in the launcher, once."""
     engine_module(engine).preload()
@@ -41,6 +42,9 @@ def run(spec: ReplicaSpec, requested_ns: int) -> None:
     structlog.contextvars.bind_contextvars(replica=spec.replica_id)
     # The heap was frozen by the launcher; what a replica allocates is collected again, by its own small generations.
     gc.enable()
+    if spec.placement.api_cores:
+        # Inherited by what the engine forks; the process that computes then moves to cores of its own.
+        os.sched_setaffinity(0, spec.placement.api_cores)
     Lifeline()
     start = EngineStart(spec)
     start.run_until_forked()

@@ -1,8 +1,8 @@
 """Joining what is ready at the same time: one message instead of several, at no delay.
 
-Each message costs grpc.aio some 60 µs whatever its size, and vLLM yields several events in a row at the start and the end of a
-stream, and whenever the writer was slower than the engine. A task that reads ahead would cost a switch for every event; this
-drives the iterator by hand instead and looks whether the next item is there before it waits for it.
+Each message costs grpc.aio some 60 µs whatever its size, and vLLM yields several events in a row at the start and the
+end of a stream, and whenever the writer was slower than the engine. A task that reads ahead would cost a switch for
+every event; this drives the iterator by hand instead and looks whether the next item is there before it waits for it.
 """
 
 import asyncio
@@ -68,8 +68,9 @@ class ReadyTogether(Generic[T]):
 class _Step(Generic[T]):
     """One ``anext`` that can be tried before it is awaited.
 
-    Awaiting runs a coroutine until it yields a future, which the task then waits for. ``poll`` runs it that far; ``__await__``
-    hands the future over later. That is allowed: a future keeps the mark of being awaited until a task takes it.
+    Awaiting runs a coroutine until it yields a future, which the task then waits for. ``poll`` runs it that far;
+    ``__await__`` hands the future over later. That is allowed: a future keeps the mark of being awaited until a task
+    takes it.
     """
 
     def __init__(self, items: AsyncIterator[T]) -> None:
@@ -79,7 +80,7 @@ class _Step(Generic[T]):
         self.value: T
 
     def poll(self) -> bool:
-        """Returns whether the item is there, in ``value``. Raises what the iterator raises, StopAsyncIteration at its end."""
+        """Returns whether the item is there, in ``value``. Raises StopAsyncIteration at the iterator's end."""
         self._is_started = True
         try:
             self._waits_for = self._steps.send(None)

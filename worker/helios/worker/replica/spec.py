@@ -1,4 +1,4 @@
-"""What a replica is told when it is forked: everything it needs, decided by the supervisor, nothing read from elsewhere."""
+"""What a replica is told when it is forked: everything it needs, decided by the supervisor."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class ReplicaSpec:
         model_path: Directory with config.json, tokenizer files and safetensors; stays readable while the replica lives.
         engine: Which adapter runs it, such as "vllm".
         kv_cache_bytes: Size of the KV cache.
-        max_context_tokens: Longest prompt plus answer; 0 takes the model's own limit, cut to what the KV cache can hold.
+        max_context_tokens: Longest prompt plus answer; 0: the model's own limit, cut to what the KV cache holds.
         memory_bytes: Memory booked for it on its device; reported back in hellos so that a ledger can be rebuilt.
         lease_id: Lease of its weights at the storage agent.
         host: Address its gRPC server binds, without the port.

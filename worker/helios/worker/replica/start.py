@@ -1,7 +1,7 @@
 """Starting the engine beside the event loop, so that the supervisor hears of each phase while the weights load.
 
-The engine forks its own processes, which must happen before gRPC exists in this process. So the engine is made in a thread of
-its own; the event loop begins only when that thread has forked, and from then on both run.
+The engine forks its own processes, which must happen before gRPC exists in this process. So the engine is made in a
+thread of its own; the event loop begins only when that thread has forked, and from then on both run.
 """
 
 import importlib
@@ -9,6 +9,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Final
 
@@ -16,9 +17,12 @@ from helios.mesh.errors import InvalidRequest
 from helios.worker.replica.engine import Engine, EngineHooks
 from helios.worker.replica.spec import ReplicaSpec
 
-# Engine name → module with ``preload()`` and ``build(spec, hooks)``. Imported by name: an engine's libraries are heavy, and
-# only a launcher of that engine has them.
-_ENGINES: Final = {"vllm": "helios.worker.engines.vllm.factory"}
+# Engine name → module with ``preload()`` and ``build(spec, hooks)``. Imported by name: an engine's libraries are
+# heavy, and only a launcher of that engine has them.
+_ENGINES: Final = {
+    "vllm": "helios.worker.engines.vllm.factory",
+    "simulated": "helios.worker.engines.simulated",
+}
 # Reading config and tokenizer before the fork takes a second or two, on a slow disk some ten.
 _FORK_SECONDS: Final = 120.0
 _READ_BYTES: Final = 4096
@@ -39,6 +43,7 @@ class EngineStart:
         engine: Done when the engine takes requests, or with what stopped it. Its callbacks run in the starting thread.
         phase_descriptor: Read end of a pipe with one JSON line ``[phase, ended_at]`` for each phase that ended.
         ended_at: Monotonic time at which ``engine`` was done.
+        on_load: Called in the event loop when the engine's load changed, once it is set.
     """
 
     def __init__(self, spec: ReplicaSpec) -> None:
@@ -46,17 +51,15 @@ class EngineStart:
         self.phase_descriptor, phase_writer = os.pipe()
         os.set_blocking(self.phase_descriptor, False)
         self.ended_at = 0.0
-        self.on_load: list[Any] = []
+        self.on_load: Callable[[], None] | None = None
         self._spec = spec
         self._forked = threading.Event()
-        self._hooks = EngineHooks(
-            on_forked=self._forked.set, on_load=lambda: [call() for call in self.on_load], phase_descriptor=phase_writer
-        )
+        self._hooks = EngineHooks(on_forked=self._forked.set, on_load=self._report_load, phase_descriptor=phase_writer)
         self._buffer = b""
         self._thread = threading.Thread(target=self._make, name="engine start", daemon=True)
 
     def run_until_forked(self) -> None:
-        """Starts, and returns when the engine's processes exist, or it failed before. Blocks; call it before the loop runs."""
+        """Starts, and returns when the engine has forked or failed. Blocks: call it before there is a loop."""
         self._thread.start()
         self._forked.wait(_FORK_SECONDS)
 
@@ -69,6 +72,10 @@ class EngineStart:
             pass
         *lines, self._buffer = self._buffer.split(b"\n")
         return [(str(name), float(at)) for name, at in map(json.loads, lines)]
+
+    def _report_load(self) -> None:
+        if self.on_load is not None:
+            self.on_load()
 
     def _make(self) -> None:
         try:

@@ -1,8 +1,9 @@
 """Every place where Helios leans on what vLLM does not promise to keep; pinned to one minor version.
 
-Three things stock vLLM can't do are had here: its EngineCore and Worker are forked (its CPU platform insists on spawning
-them, and each spawn imports torch and vLLM for nine seconds anew); the process that computes is bound to its cores after the
-fork (vLLM binds by environment variables that libgomp read long before); and every request is metered in one place.
+Three things stock vLLM can't do are had here: its EngineCore and Worker are forked (its CPU platform insists on
+spawning them, and each spawn imports torch and vLLM for nine seconds anew); the process that computes is bound to its
+cores after the fork (vLLM binds by environment variables that libgomp read long before); and every request is metered
+in one place.
 
 ``tests/worker/engines/test_compat.py`` holds one test for each symbol. With another version than PINNED the contract is
 unknown: ``check_version`` says so, and the engine then starts its processes in vLLM's own way.
@@ -20,9 +21,6 @@ from typing import Any, Final
 import structlog
 import torch
 import vllm
-import vllm.model_executor.models.llama
-import vllm.model_executor.models.qwen2
-import vllm.model_executor.models.qwen3
 import vllm.renderers.hf
 import vllm.tokenizers.hf
 import vllm.utils.system_utils
@@ -47,6 +45,11 @@ from vllm.exceptions import (
     VLLMValidationError,
 )
 from vllm.inputs import TextPrompt, TokensPrompt
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.registry import ModelRegistry
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.renderers.inputs.preprocess import parse_model_prompt
@@ -98,6 +101,7 @@ __all__ = [
 log = structlog.get_logger()
 
 PINNED: Final = (0, 32)
+_PRELOADED_MODELS: Final = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 # Modules that imported get_mp_context by name: replacing it in one place would not reach the others.
 _USERS_OF_MP_CONTEXT: Final = (vllm.utils.system_utils, vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor)
 # Key of AsyncEngineArgs.additional_config, vLLM's own place for settings of extensions.
@@ -123,31 +127,34 @@ def prepare_before_fork() -> None:
     """Does what needs no model and would otherwise be done in every child. Starts no thread, touches no device."""
     # One OpenMP thread: a pool that a parallel region starts here would be missing in the child, which then hangs.
     torch.set_num_threads(1)
-    # Resolves the platform, which is otherwise found out at first use, and replaces Triton kernels by C++ ones: a scan over
-    # every module that takes 0.4 s.
+    # Known by class, so that no child has to find them out: for a model whose class is known only by name, vLLM starts
+    # a Python process that imports everything anew (twelve seconds, once for every machine and version).
+    for model in _PRELOADED_MODELS:
+        ModelRegistry.register_model(model.__name__, model)
+    # Resolves the platform, which is otherwise found out at first use, and replaces Triton kernels by C++ ones: a
+    # scan over every module that takes 0.4 s.
     current_platform.register_triton_kernel_overrides()
+    setattr(type(current_platform), "register_triton_kernel_overrides", classmethod(lambda _: None))  # noqa: B010
 
 
 def fork_instead_of_spawn() -> None:
     """Makes vLLM fork its processes from this one. Call before an engine is made, in a process without threads."""
     context: BaseContext = multiprocessing.get_context("fork")
     for module in _USERS_OF_MP_CONTEXT:
-        vars(module)["get_mp_context"] = lambda: context
+        setattr(module, "get_mp_context", lambda: context)  # noqa: B010  a patch, and visibly one
 
 
 def notify_when_forked(callback: Callable[[], None]) -> None:
     """Has ``callback`` called, in the thread that makes the engine, when EngineCore's process exists."""
     manager: Any = vllm.v1.engine.utils.CoreEngineProcManager
-    original = getattr(manager, "__wrapped__", manager)
+    original = manager.__init__
 
-    class Notifying(original):  # type: ignore[misc]
-        __wrapped__ = original
+    def start_and_tell(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        callback()
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            callback()
-
-    vars(vllm.v1.engine.utils)["CoreEngineProcManager"] = Notifying
+    # The method rather than the class: vLLM asks for instances of the class later.
+    manager.__init__ = start_and_tell
 
 
 def worker_settings(cores: tuple[int, ...], phase_descriptor: int) -> dict[str, Any]:
@@ -155,7 +162,7 @@ def worker_settings(cores: tuple[int, ...], phase_descriptor: int) -> dict[str, 
     return {_SETTINGS_KEY: {"cores": list(cores), "phase_descriptor": phase_descriptor}}
 
 
-class PlacedWorker(CPUWorker):  # type: ignore[misc]
+class PlacedWorker(CPUWorker):
     """The process that computes: bound to its cores before its first parallel region, and says when weights are in."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -182,7 +189,7 @@ class PlacedWorker(CPUWorker):  # type: ignore[misc]
         os.write(self._phase_descriptor, json.dumps([phase, time.monotonic()]).encode() + b"\n")
 
 
-class MeteredLLM(AsyncLLM):  # type: ignore[misc]
+class MeteredLLM(AsyncLLM):
     """AsyncLLM that counts each request's tokens into the METER of the task that asked for it."""
 
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
@@ -212,7 +219,7 @@ def _count(meter: Meter, output: RequestOutput) -> None:
         meter.cached_prompt_tokens = output.num_cached_tokens
 
 
-class LoadSink(StatLoggerBase):  # type: ignore[misc]
+class LoadSink(StatLoggerBase):
     """Receives the scheduler's statistics after each step and keeps the last."""
 
     def __init__(self, on_load: Callable[[], None]) -> None:

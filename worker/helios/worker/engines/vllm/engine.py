@@ -13,6 +13,7 @@ from helios.mesh.errors import Bug, HeliosError
 from helios.mesh.status import openai_body
 from helios.worker.engines.vllm import compat, errors
 from helios.worker.engines.vllm.pieces import PieceCutter
+from helios.worker.engines.vllm.prompts import PromptRenderer
 from helios.worker.replica.engine import (
     EngineFacts,
     EngineHooks,
@@ -26,7 +27,6 @@ from helios.worker.replica.engine import (
     Sampling,
     Tokenized,
 )
-from helios.worker.engines.vllm.prompts import PromptRenderer
 from helios.worker.replica.spec import ReplicaSpec
 
 log = structlog.get_logger()
@@ -38,7 +38,7 @@ _SHUTDOWN_SECONDS: Final = 2.0
 
 
 class VllmEngine:
-    """One model in vLLM. Made before the process has threads, because it forks vLLM's processes; used in one event loop."""
+    """One model in vLLM. Made before the process has other threads, because it forks; used in one event loop."""
 
     def __init__(self, spec: ReplicaSpec, hooks: EngineHooks) -> None:
         """Loads the model; returns when the engine takes requests."""

@@ -18,8 +18,15 @@ from helios.mesh.errors import (
 )
 from helios.worker.engines.vllm import compat
 
-# What vLLM's serving code raises for a request it can't take, beside its own tree: its HTTP server answers these with 400.
-REQUEST_ERRORS: Final = (compat.VLLMError, compat.EngineDeadError, ValidationError, ValueError, TypeError, OverflowError)
+# What vLLM's serving code raises for a request it can't take: its HTTP server answers plain ones with 400 too.
+REQUEST_ERRORS: Final = (
+    compat.VLLMError,
+    compat.EngineDeadError,
+    ValidationError,
+    ValueError,
+    TypeError,
+    OverflowError,
+)
 
 _CONTEXT_MESSAGES: Final = ("maximum context length", "longer than the maximum model length", "max_model_len")
 _BY_STATUS: Final[Mapping[int, type[HeliosError]]] = {

@@ -22,7 +22,9 @@ class PieceCutter:
 
     def cut(self, output: Any) -> Sequence[Piece]:
         """Returns the pieces of one RequestOutput of kind DELTA. Raises Bug where the engine reports an error."""
-        return [self._piece(choice) for choice in output.outputs if choice.token_ids or choice.finish_reason is not None]
+        return [
+            self._piece(choice) for choice in output.outputs if choice.token_ids or choice.finish_reason is not None
+        ]
 
     def _piece(self, choice: Any) -> Piece:
         token_ids = list(choice.token_ids)

@@ -29,11 +29,16 @@ class PromptRenderer:
     async def _render(self, prompt: Prompt, max_output_tokens: int) -> Any:
         if isinstance(prompt, Conversation):
             parameters = dataclasses.replace(
-                self._renderer.default_chat_tok_params, max_output_tokens=max_output_tokens, max_output_tokens_param="max_tokens"
+                self._renderer.default_chat_tok_params,
+                max_output_tokens=max_output_tokens,
+                max_output_tokens_param="max_tokens",
             )
-            chat = compat.ChatParams(chat_template_kwargs=dict(prompt.template_arguments) | {"add_generation_prompt": True})
+            chat = compat.ChatParams(
+                chat_template_kwargs=dict(prompt.template_arguments) | {"add_generation_prompt": True}
+            )
             messages = [
-                {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {}) for turn in prompt.turns
+                {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
+                for turn in prompt.turns
             ]
             _, (rendered,) = await self._renderer.render_chat_async([messages], chat, parameters)
             return rendered
