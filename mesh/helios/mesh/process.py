@@ -60,6 +60,9 @@ class Lifetime:
 
 def run(name: str, settings_class: type[S], main: Callable[[S, Lifetime], Awaitable[None]]) -> NoReturn:
     """Runs a process to its end and exits."""
+    # gRPC's handlers of fork() restart its threads in the child, where they crash between fork and exec, as uvloop's way of
+    # starting a subprocess shows; no process of the mesh forks while it uses gRPC. Read when gRPC is first used.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # noqa: TID251 - written for a library, not read
     ready_file, arguments = _take_ready_file(sys.argv[1:])
     settings = load_settings(settings_class, arguments)
     setup_logs(process=name, level=settings.log_level)
