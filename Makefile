@@ -19,12 +19,12 @@ up: setup ## Start the whole mesh on this machine; ARGS="--detach" and so on are
 	@$(BIN)/helios up $(ARGS)
 
 test: setup node ## Everything CI runs: static checks, then all tests with real processes and the real model
-	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target static
+	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target --keep-going static
 	@mkdir -p build
 	@$(BIN)/python -m pytest --junit-xml=build/junit.xml $(ARGS)
 
 check: setup ## Static checks and the fast tests
-	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target static fast
+	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target --keep-going static fast
 
 bench: setup ## Run the benchmarks, write build/bench.json, compare with tests/benchmarks/bars.toml
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
