@@ -14,17 +14,18 @@ _TIMEOUT_SECONDS = 900.0
 class Conversation:
     """The turns so far with one model."""
 
-    def __init__(self, dialer: EdgeDialer, model: str, *, max_tokens: int | None = None) -> None:
+    def __init__(
+        self, dialer: EdgeDialer, model: str, *, max_tokens: int | None = None, temperature: float | None = None
+    ) -> None:
         self._dialer = dialer
         self._model = model
-        self._max_tokens = max_tokens
+        self._sampling = pb.SamplingParameters(max_tokens=max_tokens, temperature=temperature)
         self._messages: list[pb.ChatMessage] = []
 
     async def ask(self, text: str, write: Callable[[str], None]) -> pb.Usage:
         """Sends a turn and writes the answer as it comes; a failed turn is taken back. Raises AioRpcError."""
         self._messages.append(pb.ChatMessage(role=pb.ChatMessage.ROLE_USER, content=text))
-        sampling = pb.SamplingParameters(max_tokens=self._max_tokens)
-        request = pb.ChatRequest(model=self._model, messages=self._messages, sampling=sampling)
+        request = pb.ChatRequest(model=self._model, messages=self._messages, sampling=self._sampling)
         stub = self._dialer.stub(InferenceServiceStub)
         call = stub.Chat(request, timeout=_TIMEOUT_SECONDS, metadata=((MODEL_HEADER, self._model),))
         answer, usage = "", pb.Usage()

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -202,7 +202,17 @@ async def models_show(state: StateDirectory, console: Console, name: str, *, is_
     console.print(table)
 
 
-async def chat(state: StateDirectory, console: Console, model: str, *, message: str, max_tokens: int | None) -> None:
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """How ``helios chat`` talks."""
+
+    message: str
+    """Ask this and leave; empty: ask the terminal."""
+    max_tokens: int | None
+    temperature: float | None
+
+
+async def chat(state: StateDirectory, console: Console, model: str, turns: Turns) -> None:
     """Talks to a model, one turn or until the input ends."""
     record = find_running(state)
     chosen = model or record.model
@@ -213,9 +223,9 @@ async def chat(state: StateDirectory, console: Console, model: str, *, message: 
         console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
     async with open_edge(record) as dialer:
-        conversation = Conversation(dialer, chosen, max_tokens=max_tokens)
-        if message:
-            await conversation.ask(message, write)
+        conversation = Conversation(dialer, chosen, max_tokens=turns.max_tokens, temperature=turns.temperature)
+        if turns.message:
+            await conversation.ask(turns.message, write)
             console.print()
             return
         console.print(f"{chosen}; an empty line or Ctrl-D ends", style="dim")

@@ -128,9 +128,13 @@ def chat(
     *,
     message: Annotated[str, typer.Option("--message", "-m", help="Ask this, print the answer, and leave.")] = "",
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.", min=1)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; unset: the model's own default.", min=0)
+    ] = None,
 ) -> None:
     """Talk to a model; answers stream."""
-    _run(commands.chat(_state(state_dir), console, model, message=message, max_tokens=max_tokens))
+    turns = commands.Turns(message, max_tokens=max_tokens, temperature=temperature)
+    _run(commands.chat(_state(state_dir), console, model, turns))
 
 
 @app.command()
