@@ -27,7 +27,7 @@ from helios.mesh.errors import HeliosError, RevisionNotFound
 from helios.mesh.identity import CertificateAuthority, IdentityFiles
 from helios.mesh.server import MeshServer
 from helios.mesh.status import error_from_rpc
-from helios.storage.__main__ import HOLDERS, POLICY
+from helios.storage.__main__ import HOLDERS, OPTIONS, POLICY
 from helios.storage.client import StorageClient
 from helios.storage.clock import Clock
 from helios.storage.disk_tier import DiskTier
@@ -154,7 +154,7 @@ class Mesh:
                 tier, RegistryManifests(registry), capacity_bytes=capacity_bytes, clock=clock
             ) as materializer,
         ):
-            server = MeshServer(listen=listen, identity=identity, policy=POLICY)
+            server = MeshServer(listen=listen, identity=identity, policy=POLICY, options=OPTIONS)
             servicer = StorageServicer(materializer, holders=HOLDERS, clock=clock)
             add_StorageServiceServicer_to_server(servicer, server.grpc)
             server.serve(SERVICE_NAME)

@@ -379,6 +379,26 @@ async def test_capacity_evicts_the_longest_unused_and_refuses_what_can_not_fit(m
         assert (await agent.client.residency()).tiers[0].used_bytes <= 4 * MIB
 
 
+async def test_of_two_wants_with_room_for_one_exactly_one_is_lent(mesh: Mesh) -> None:
+    old = mesh.shelf.add({"w": os.urandom(2 * MIB)})
+    both = [mesh.shelf.add({"w": os.urandom(3 * MIB)}) for _ in range(2)]
+    async with mesh.agent(capacity_bytes=4 * MIB) as agent:
+        async with agent.client.materialize(old, holder="t"):
+            pass
+
+        async def want(revision: str) -> str:
+            try:
+                async with agent.client.materialize(revision, holder="t", keep=True):
+                    return "lent"
+            except DiskFull:
+                return "full"
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(want(revision), name="want") for revision in both]
+        assert sorted(task.result() for task in tasks) == ["full", "lent"]
+        assert len(await _revisions(agent)) == 1
+
+
 async def _revisions(agent: Agent) -> list[str]:
     return [r.revision for r in (await agent.client.residency()).revisions]
 

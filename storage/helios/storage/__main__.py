@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 from helios.api.storage.v1.storage_service_pb2_grpc import add_StorageServiceServicer_to_server
 from helios.mesh.channel import Dialer
 from helios.mesh.process import Lifetime, run
-from helios.mesh.server import MeshServer
+from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.tasks import keep_running
 from helios.storage.clock import steady_clock
 from helios.storage.disk_tier import DiskTier
@@ -19,6 +19,9 @@ HOLDERS = frozenset({"worker"})
 
 POLICY = {SERVICE_NAME: HOLDERS | {"admin-edge"}}
 """The admin edge may look at the residency; the servicer refuses it the rest."""
+
+OPTIONS = ServerOptions(drain_seconds=1.0)
+"""Evict ends within a second; Materialize streams never end by themselves, and their holders resume them."""
 
 
 async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
@@ -38,13 +41,13 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
         lifetime.group.create_task(keep_running("expire leases", materializer.expire_leases), name="expire leases")
         addresses = []
         for listen in filter(None, (settings.listen, settings.second_listen)):
-            server = MeshServer(listen=listen, identity=identity, policy=POLICY)
+            server = MeshServer(listen=listen, identity=identity, policy=POLICY, options=OPTIONS)
             servicer = StorageServicer(materializer, holders=HOLDERS if identity else None, clock=clock)
             add_StorageServiceServicer_to_server(servicer, server.grpc)
             server.serve(SERVICE_NAME)
             await stack.enter_async_context(server)
             addresses.append(server.address)
-        lifetime.mark_ready(addresses=addresses)
+        lifetime.mark_ready(address=addresses[0], addresses=addresses)
         await lifetime.wait_stop()
 
 

@@ -10,7 +10,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -96,6 +96,7 @@ class Materializer:
         self._held: Counter[str] = Counter()
         self._wanted: Counter[Digest] = Counter()
         self._fetching: dict[str, Manifest] = {}
+        self._making_room = asyncio.Lock()
         self._counts = _ByteCounts()
         self._show()
 
@@ -217,9 +218,12 @@ class Materializer:
         manifest, url = await self._manifests.get_manifest(revision)
         source = source_from_url(url)
         try:
-            with self._want(manifest):
-                missing = self._tier.inventory.missing(manifest)
-                await self._make_room()
+            with ExitStack() as wanted:
+                # One at a time: two that make room at once would each see the other's wish and both give up.
+                async with self._making_room:
+                    wanted.enter_context(self._want(manifest))
+                    missing = self._tier.inventory.missing(manifest)
+                    await self._make_room()
                 try:
                     await self._fetch_all(source, missing)
                 except DiskFull:

@@ -35,14 +35,14 @@ class StorageSettings(ProcessSettings):
 
     process_name: ClassVar[str] = "storage"
 
-    state_directory: Path = Path("storage")
+    state_directory: Path
     """Root of the disk tier, with its blobs, views and index; made when it is not there. One agent at a time."""
     listen: str = "127.0.0.1:0"
     """Address of StorageService, `host:port` (port 0 takes a free one) or `unix:/path`."""
     second_listen: str = ""
     """A second address of the same service: a unix socket for holders on this node, say. Empty: none."""
-    registry_target: str = "127.0.0.1:9100"
-    """Address of the registry."""
+    registry_target: str
+    """Address of the registry, `host:port` or `unix:/path`."""
     tier: TierSettings = TierSettings()
     """The disk tier."""
     fetch: FetchSettings = FetchSettings()
