@@ -17,7 +17,26 @@ def test_takes_names(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "-a", ".a", "/a", "a/", "a//b", "a/../b", "a/./b", "a b", "a\n", "a:b", "ä", "a" * 201, "٣", "a\x00", "a?b", "..", "a%2e"],
+    [
+        "",
+        "-a",
+        ".a",
+        "/a",
+        "a/",
+        "a//b",
+        "a/../b",
+        "a/./b",
+        "a b",
+        "a\n",
+        "a:b",
+        "ä",
+        "a" * 201,
+        "٣",
+        "a\x00",
+        "a?b",
+        "..",
+        "a%2e",
+    ],
 )
 def test_refuses_names(name: str) -> None:
     with pytest.raises(InvalidRequest) as caught:

@@ -125,7 +125,9 @@ tensor = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(["F32", "BF16", "U8", "F64", "BOOL", "F8_E4M3", "F4", "F6_E2M3", "X"]),
         "shape": st.lists(numbers, max_size=3),
-        "data_offsets": st.one_of(st.tuples(st.integers(0, 32), st.integers(0, 32)).map(list), st.lists(numbers, max_size=3)),
+        "data_offsets": st.one_of(
+            st.tuples(st.integers(0, 32), st.integers(0, 32)).map(list), st.lists(numbers, max_size=3)
+        ),
     }
 )
 

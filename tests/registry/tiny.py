@@ -37,7 +37,10 @@ def tensors(seed: int = 0) -> dict[str, NDArray[np.float16]]:
     """Returns the weights; the same for the same seed."""
     random = np.random.default_rng(seed)
     kv = KV_HEADS * (HIDDEN // HEADS)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (len(WORDS), HIDDEN), "model.norm.weight": (HIDDEN,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (len(WORDS), HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}"
         shapes |= {

@@ -214,13 +214,15 @@ def _fill(source: Path, temporary: Path, is_owned: bool, on_bytes: OnBytes, stop
             digest = _pump(file, target, on_bytes, stop)
             os.fsync(target.fileno())
             if _identity(os.fstat(file.fileno())) != _identity(before):
-                raise Conflict(f"{source} changed while it was read; ingest it again", reason="SOURCE_CHANGED")
+                raise _changed(source)
     temporary.chmod(_BLOB_MODE)
     return digest
 
 
 def _pump(source: BinaryIO, target: BinaryIO | None, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
     hasher, size = hashlib.sha256(), 0
+    # A file that grows as fast as it is read would never end.
+    limit = os.fstat(source.fileno()).st_size
     buffer = memoryview(bytearray(BUFFER_BYTES))
     while count := source.readinto(buffer):  # type: ignore[attr-defined]
         stop.check()
@@ -229,6 +231,8 @@ def _pump(source: BinaryIO, target: BinaryIO | None, on_bytes: OnBytes, stop: of
         while target is not None and part:
             part = part[target.write(part) :]
         size += count
+        if size > limit:
+            raise _changed(source.name)
         on_bytes(count)
     return Digest(hasher.hexdigest(), size)
 
@@ -265,6 +269,10 @@ def _size(path: Path) -> int:
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
+
+
+def _changed(source: object) -> Conflict:
+    return Conflict(f"{source} changed while it was read; ingest it again", reason="SOURCE_CHANGED")
 
 
 def _mismatch(source: Path, expected: str, digest: Digest) -> DigestMismatch:

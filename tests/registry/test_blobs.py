@@ -1,0 +1,204 @@
+"""The blob store: complete blobs or none, whatever goes wrong."""
+
+import asyncio
+import errno
+import os
+import resource
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from helios.mesh.errors import Conflict, DigestMismatch, DiskFull
+from helios.registry.blobs import BUFFER_BYTES, BlobStore
+from tests.registry.tiny import sha256
+
+
+def ignore(_: int) -> None:
+    """Takes progress and forgets it."""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    root = tmp_path / "blobs"
+    root.mkdir()
+    blobs = BlobStore(root, reserve_bytes=0)
+    blobs.prepare({})
+    return blobs
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.write_bytes(os.urandom(BUFFER_BYTES + 12_345))
+    return path
+
+
+def files_of(store: BlobStore) -> list[Path]:
+    return [path for path in store.path("00").parents[2].rglob("*") if path.is_file()]
+
+
+@contextmanager
+def largest_file(size_bytes: int) -> Iterator[None]:
+    """Makes every write beyond this size fail, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_stores_a_file_once(store: BlobStore, source: Path) -> None:
+    seen: list[int] = []
+    with store.hold() as hold:
+        first = await hold.put(source, on_bytes=seen.append)
+        second = await hold.put(source, on_bytes=ignore)
+    size = source.stat().st_size
+    assert (first.digest.hash, first.digest.size_bytes) == (sha256(source), size)
+    assert (first.new_bytes, second.new_bytes) == (size, 0)
+    assert sum(seen) == size
+    path = store.path(first.digest.hash)
+    assert path.read_bytes() == source.read_bytes()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o444
+    assert files_of(store) == [path]
+
+
+async def test_a_blob_does_not_change_with_its_source(store: BlobStore, source: Path) -> None:
+    with store.hold() as hold:
+        stored = await hold.put(source, on_bytes=ignore)
+    with source.open("r+b") as file:
+        file.write(b"changed in place")
+    assert sha256(store.path(stored.digest.hash)) == stored.digest.hash
+
+
+async def test_an_owned_file_is_moved(store: BlobStore, source: Path) -> None:
+    digest = sha256(source)
+    inode = source.stat().st_ino
+    with store.hold() as hold:
+        await hold.put(source, is_owned=True, on_bytes=ignore)
+    assert not source.exists()
+    assert store.path(digest).stat().st_ino == inode
+
+
+async def test_another_file_of_a_known_size_is_stored_and_progress_adds_up(store: BlobStore, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"a" * 100)
+    two.write_bytes(b"b" * 100)
+    seen: list[int] = []
+    with store.hold() as hold:
+        await hold.put(one, on_bytes=ignore)
+        stored = await hold.put(two, on_bytes=seen.append)
+    assert stored.new_bytes == 100
+    assert sum(seen) == 100
+
+
+async def test_a_full_disk_leaves_nothing(store: BlobStore, source: Path) -> None:
+    with store.hold() as hold, largest_file(1 << 20):
+        with pytest.raises(DiskFull):
+            await hold.put(source, on_bytes=ignore)
+    assert files_of(store) == []
+
+
+def test_full_is_what_disks_and_quotas_say() -> None:
+    from helios.registry.blobs import _translate  # noqa: PLC0415
+
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        assert isinstance(_translate(OSError(code, "full"), Path("x")), DiskFull)
+
+
+async def test_keeps_the_reserve(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, reserve_bytes=1 << 60)
+    with pytest.raises(DiskFull) as caught:
+        store.require_space(1)
+    assert caught.value.metadata["needed_bytes"] == "1"
+
+
+async def test_a_file_of_another_digest_is_refused(store: BlobStore, source: Path) -> None:
+    with store.hold() as hold:
+        with pytest.raises(DigestMismatch):
+            await hold.put(source, expected="0" * 64, on_bytes=ignore)
+    assert files_of(store) == []
+
+
+async def test_a_file_that_changes_while_it_is_read_is_refused(store: BlobStore, source: Path) -> None:
+    def grow(_: int) -> None:
+        with source.open("ab") as file:
+            file.write(b"more")
+
+    with store.hold() as hold:
+        with pytest.raises(Conflict) as caught:
+            await hold.put(source, on_bytes=grow)
+    assert caught.value.reason == "SOURCE_CHANGED"
+    assert files_of(store) == []
+
+
+async def test_a_missing_source_is_a_conflict(store: BlobStore, tmp_path: Path) -> None:
+    with store.hold() as hold:
+        with pytest.raises(Conflict):
+            await hold.put(tmp_path / "nothing", on_bytes=ignore)
+
+
+async def test_cancelling_stops_the_copy_and_leaves_nothing(store: BlobStore, tmp_path: Path) -> None:
+    source = tmp_path / "big"
+    with source.open("wb") as file:
+        file.truncate(2 << 30)
+    counts: list[int] = []
+    with store.hold() as hold:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(hold.put(source, on_bytes=counts.append), name="put")
+            while not counts:
+                await asyncio.sleep(0.001)
+            task.cancel()
+    assert sum(counts) < 1 << 30
+    assert files_of(store) == []
+
+
+async def test_never_deletes_a_held_blob(store: BlobStore, source: Path) -> None:
+    digest = sha256(source)
+    with store.hold() as first:
+        await first.put(source, on_bytes=ignore)
+        with store.hold() as second:
+            await second.put(source, on_bytes=ignore)
+            async with store.collecting() as delete:
+                assert await delete([digest]) == 0
+        async with store.collecting() as delete:
+            assert await delete([digest]) == 0
+        assert store.path(digest).exists()
+    async with store.collecting() as delete:
+        assert await delete([digest]) == source.stat().st_size
+    assert files_of(store) == []
+
+
+async def test_start_clears_away_what_a_crash_left(store: BlobStore, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("kept", "orphan", "torn", "lost")]
+    referenced: dict[str, int] = {}
+    with store.hold() as hold:
+        for path in paths:
+            path.write_bytes(path.name.encode() * 100)
+            digest = (await hold.put(path, on_bytes=ignore)).digest
+            if path.name != "orphan":
+                referenced[digest.hash] = digest.size_bytes
+    torn, lost = store.path(sha256(paths[2])), store.path(sha256(paths[3]))
+    torn.chmod(0o644)
+    torn.write_bytes(b"half")
+    lost.unlink()
+    temporary = tmp_path / "blobs" / "tmp" / "half-written"
+    temporary.write_bytes(b"x" * 10)
+
+    root = tmp_path / "blobs"
+    freed_bytes, missing = BlobStore(root, reserve_bytes=0).prepare(referenced)
+    assert freed_bytes == 10 + len("orphan") * 100 + 4
+    assert set(missing) == {torn.name, lost.name}
+    assert files_of(store) == [store.path(sha256(paths[0]))]
+
+
+async def test_says_which_blobs_are_missing(store: BlobStore, source: Path) -> None:
+    with store.hold() as hold:
+        digest = (await hold.put(source, on_bytes=ignore)).digest
+        assert store.missing([digest]) == []
+        store.path(digest.hash).unlink()
+        assert store.missing([digest]) == [digest]
+        assert not await hold.take([digest])
