@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 import grpc.aio
 from envoy.config.core.v3 import base_pb2
-from envoy.service.ext_proc.v3 import external_processor_pb2, external_processor_pb2_grpc
 from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
+from envoy.service.ext_proc.v3 import external_processor_pb2, external_processor_pb2_grpc
 from envoy.type.v3 import http_status_pb2
 from google.api import httpbody_pb2
 from google.protobuf.message import Message
@@ -35,10 +35,11 @@ class Call:
 
 
 @dataclass
-class FakeReplica:
+class FakeReplica(openai_service_pb2_grpc.OpenAIServiceServicer, inference_service_pb2_grpc.InferenceServiceServicer):
     """A replica: echoes what it got, or streams events. The JSON body steers it.
 
-    ``{"stream": true, "chunks": 3, "pause": 0.01}`` streams; ``{"fail": "NotFound"}`` raises that error; ``{"wait": 1}`` answers later.
+    ``{"stream": true, "chunks": 3, "pause": 0.01}`` streams; ``{"fail": "NotFound"}`` raises that error; ``{"wait":
+    1}`` answers later.
     """
 
     name: str = "replica"
@@ -76,6 +77,16 @@ class FakeReplica:
         self.calls.append(_call("CreateCompletion", request, context))
         yield _http_body("application/json", self._echo(request, context))
 
+    async def Chat(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """Typed stream: one finish without tokens."""
+        self.calls.append(_call("Chat", request, context))
+        yield inference_service_pb2.ChatResponse(finished=inference_service_pb2.Finished(model=request.model))
+
+    async def Complete(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """Typed stream: one finish without tokens."""
+        self.calls.append(_call("Complete", request, context))
+        yield inference_service_pb2.CompleteResponse(finished=inference_service_pb2.Finished(model=request.model))
+
     async def Tokenize(self, request: Any, context: Any) -> Any:
         """Typed and unary."""
         self.calls.append(_call("Tokenize", request, context))
@@ -91,21 +102,10 @@ class FakeReplica:
         return json.dumps(answer).encode()
 
 
-class _OpenAI(openai_service_pb2_grpc.OpenAIServiceServicer):
-    def __init__(self, replica: FakeReplica) -> None:
-        self.CreateChatCompletion = replica.CreateChatCompletion  # type: ignore[method-assign,assignment]
-        self.CreateCompletion = replica.CreateCompletion  # type: ignore[method-assign,assignment]
-
-
-class _Inference(inference_service_pb2_grpc.InferenceServiceServicer):
-    def __init__(self, replica: FakeReplica) -> None:
-        self.Tokenize = replica.Tokenize  # type: ignore[method-assign]
-
-
 def add_replica(replica: FakeReplica, server: grpc.aio.Server) -> None:
     """Adds both inference services to a server."""
-    openai_service_pb2_grpc.add_OpenAIServiceServicer_to_server(_OpenAI(replica), server)
-    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(_Inference(replica), server)
+    openai_service_pb2_grpc.add_OpenAIServiceServicer_to_server(replica, server)
+    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(replica, server)
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,9 @@ def rejected(error: errors.HeliosError) -> Any:
 
 @dataclass
 class Recorder:
-    """Serves any service of the contracts: each method records its call and answers with its response, empty or as told."""
+    """Serves any service of the contracts: each method records its call and answers with its response, empty or as
+    told.
+    """
 
     calls: list[Call] = field(default_factory=list)
     answers: dict[str, Any] = field(default_factory=dict)

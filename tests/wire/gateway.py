@@ -45,6 +45,7 @@ class Gateway:
     envoy: "RunningEnvoy | None" = None
     replica_address: str = ""
     proxy_address: str = ""
+    settings: EdgeSettings = field(init=False)
     _proxy: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     async def start_proxy(self) -> None:
@@ -90,7 +91,7 @@ async def running_gateway(directory: Path, *, limits: Limits | None = None) -> A
         gateway.picker.endpoints = [gateway.replica_address]
         gateway.xds.open()
         gateway.xds.publish([gateway.replica_address])
-        settings = EdgeSettings(
+        settings = gateway.settings = EdgeSettings(
             directory=directory / "envoy",
             envoy_admin=f"unix:{directory}/envoy.sock",
             admin_token=TOKEN,

@@ -44,8 +44,8 @@ async def test_without_the_token_nothing_is_answered(gateway: Gateway, authoriza
 async def test_grpc_without_the_token_is_unauthenticated(gateway: Gateway, token: str | None) -> None:
     metadata = () if token is None else (("authorization", token),)
     async with grpc.aio.insecure_channel(gateway.admin) as channel:
+        stub = admin_service_pb2_grpc.AdminServiceStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            stub = admin_service_pb2_grpc.AdminServiceStub(channel)
             await stub.ListWorkers(admin_service_pb2.ListWorkersRequest(), metadata=metadata, timeout=10)
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
     assert not gateway.control.calls
@@ -140,7 +140,7 @@ async def test_there_is_no_cors(gateway: Gateway) -> None:
     ],
 )
 async def test_rest_of_the_proxys_services(
-    gateway: Gateway, admin: httpx.AsyncClient, method: str, path: str, called: str, fields: dict[str, object]
+    gateway: Gateway, admin: httpx.AsyncClient, *, method: str, path: str, called: str, fields: dict[str, object]
 ) -> None:
     body = {"replica_count": 2} if path.endswith(":scale") else {}
     answer = await admin.request(method, path, json=body if method == "POST" else None)
@@ -167,7 +167,7 @@ async def test_rest_of_the_proxys_services(
     ],
 )
 async def test_rest_of_the_registry(
-    gateway: Gateway, admin: httpx.AsyncClient, method: str, path: str, called: str, fields: dict[str, object]
+    gateway: Gateway, admin: httpx.AsyncClient, *, method: str, path: str, called: str, fields: dict[str, object]
 ) -> None:
     bodies = {
         "IngestModel": {"name": "m", "source": "dir:/x"},
@@ -220,7 +220,7 @@ async def test_errors_have_the_same_form(gateway: Gateway, admin: httpx.AsyncCli
     ],
 )
 async def test_bad_requests_are_clear(
-    gateway: Gateway, admin: httpx.AsyncClient, method: str, path: str, body: dict[str, object], status: int
+    gateway: Gateway, admin: httpx.AsyncClient, *, method: str, path: str, body: dict[str, object], status: int
 ) -> None:
     answer = await admin.request(method, path, json=body)
     assert answer.status_code == status

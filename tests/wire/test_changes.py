@@ -13,7 +13,7 @@ from helios.mesh.envoy.settings import Limits
 from helios.mesh.errors import Unavailable
 from helios.mesh.xds.server import XdsServer
 from tests.wire.fakes import FakeReplica
-from tests.wire.gateway import Gateway, running_gateway
+from tests.wire.gateway import Gateway, running_envoy, running_gateway
 
 CHAT = "/v1/chat/completions"
 
@@ -139,6 +139,38 @@ async def test_a_client_that_gives_up_ends_its_hold(changing: Changing) -> None:
     assert held.is_set()
     async with asyncio.timeout(5):
         await ended.wait()
+
+
+async def test_a_hold_survives_a_restart_of_the_proxy(changing: Changing) -> None:
+    gateway, client = changing
+    held = asyncio.Event()
+
+    async def hold(_: object) -> None:
+        held.set()
+        await asyncio.Event().wait()
+
+    gateway.picker.hold = hold
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(client.post(CHAT, json={"model": "m"}), name="held")
+        await held.wait()
+        await gateway.stop_proxy()
+        gateway.picker.hold = None
+        arriving = group.create_task(client.post(CHAT, json={"model": "m"}), name="arrives while there is no proxy")
+        await asyncio.sleep(0.5)
+        await gateway.start_proxy()
+    assert [waiting.result().status_code, arriving.result().status_code] == [200, 200]
+
+
+async def test_a_killed_envoy_starts_again_on_what_it_left(changing: Changing) -> None:
+    gateway, client = changing
+    assert gateway.envoy is not None
+    socket = Path(gateway.settings.envoy_admin.removeprefix("unix:"))
+    assert socket.stat().st_mode & 0o077 == 0, "nobody else may administrate"
+    gateway.envoy.process.kill()
+    await gateway.envoy.process.wait()
+    assert socket.exists()
+    async with running_envoy(gateway.settings):
+        assert (await client.post(CHAT, json={"model": "m"})).status_code == 200
 
 
 async def test_envoy_keeps_its_endpoints_while_the_proxy_restarts(changing: Changing) -> None:

@@ -60,15 +60,7 @@ async def test_an_error_keeps_its_status(gateway: Gateway, channel: grpc.aio.Cha
     if source == "control":
         gateway.control.failures["ListModels"] = error
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if source == "control":
-            stub = model_service_pb2_grpc.ModelServiceStub(channel)
-            await stub.ListModels(model_service_pb2.ListModelsRequest(), timeout=10)
-        else:
-            call = openai_service_pb2_grpc.OpenAIServiceStub(channel).CreateChatCompletion(
-                _body({"model": "m"}), metadata=MODEL, timeout=10
-            )
-            async for _ in call:
-                pass
+        await (_list_models(channel) if source == "control" else _chat(channel))
     assert (caught.value.code().name, caught.value.details()) == (error.grpc_code, "as told")
     trailers = dict(caught.value.trailing_metadata() or ())
     assert json.loads(str(trailers["x-openai-error"]))["error"]["message"] == "as told"
@@ -77,10 +69,22 @@ async def test_an_error_keeps_its_status(gateway: Gateway, channel: grpc.aio.Cha
         assert type(error_from_rpc(caught.value)) is type(error)
 
 
+@pytest.mark.parametrize("metadata", [MODEL, ()], ids=["by header", "by body"])
+async def test_a_message_of_40_mib_is_refused(
+    gateway: Gateway, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]
+) -> None:
+    stub = openai_service_pb2_grpc.OpenAIServiceStub(channel)
+    call = stub.CreateChatCompletion(_body({"model": "m", "text": "a" * (40 << 20)}), metadata=metadata, timeout=20)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert not gateway.replica.calls
+
+
 async def test_details_arrive(gateway: Gateway, channel: grpc.aio.Channel) -> None:
     gateway.control.failures["GetModel"] = errors.ModelNotFound("no such model", metadata={"model": "x"})
+    stub = model_service_pb2_grpc.ModelServiceStub(channel)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        stub = model_service_pb2_grpc.ModelServiceStub(channel)
         await stub.GetModel(model_service_pb2.GetModelRequest(model="x"), timeout=10)
     raw = dict(caught.value.trailing_metadata() or ())["grpc-status-details-bin"]
     assert isinstance(raw, bytes)
@@ -91,15 +95,15 @@ async def test_details_arrive(gateway: Gateway, channel: grpc.aio.Channel) -> No
 
 async def test_a_stale_pick_is_unavailable(gateway: Gateway, channel: grpc.aio.Channel) -> None:
     gateway.picker.endpoints = ["127.0.0.1:1"]
+    stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
         await stub.Tokenize(inference_service_pb2.TokenizeRequest(model="m"), metadata=MODEL, timeout=10)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_admin_services_do_not_exist_here(gateway: Gateway, channel: grpc.aio.Channel) -> None:
+    stub = admin_service_pb2_grpc.AdminServiceStub(channel)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        stub = admin_service_pb2_grpc.AdminServiceStub(channel)
         await stub.ListWorkers(admin_service_pb2.ListWorkersRequest(), timeout=10)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
     assert not gateway.control.calls
@@ -124,6 +128,17 @@ async def test_a_clients_cancel_reaches_the_replica(gateway: Gateway, channel: g
     call.cancel()
     async with asyncio.timeout(5):
         await gateway.replica.cancelled.wait()
+
+
+async def _list_models(channel: grpc.aio.Channel) -> None:
+    stub = model_service_pb2_grpc.ModelServiceStub(channel)
+    await stub.ListModels(model_service_pb2.ListModelsRequest(), timeout=10)
+
+
+async def _chat(channel: grpc.aio.Channel) -> None:
+    stub = openai_service_pb2_grpc.OpenAIServiceStub(channel)
+    async for _ in stub.CreateChatCompletion(_body({"model": "m"}), metadata=MODEL, timeout=10):
+        pass
 
 
 def _body(document: dict[str, object]) -> httpbody_pb2.HttpBody:

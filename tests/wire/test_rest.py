@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -68,7 +69,7 @@ async def test_a_stream_comes_through_event_by_event(rest: httpx.AsyncClient) ->
 )
 @pytest.mark.parametrize("source", ["replica", "picker", "control"])
 async def test_an_error_of_the_mesh_has_its_status_and_code(
-    gateway: Gateway, rest: httpx.AsyncClient, source: str, kind: str, status: int, code: str
+    gateway: Gateway, rest: httpx.AsyncClient, *, source: str, kind: str, status: int, code: str
 ) -> None:
     error = getattr(errors, kind)('a "quoted" message\nin two lines, ünïcode', retry_after_seconds=7)
     if source == "control":
@@ -107,7 +108,7 @@ async def test_an_error_of_the_mesh_has_its_status_and_code(
     ],
 )
 async def test_what_is_not_served_is_an_openai_error(
-    gateway: Gateway, rest: httpx.AsyncClient, method: str, path: str, status: int, code: str
+    gateway: Gateway, rest: httpx.AsyncClient, *, method: str, path: str, status: int, code: str
 ) -> None:
     answer = await rest.request(method, path, content=b"{}" if method == "POST" else None)
     assert (answer.status_code, openai_error(answer)["code"]) == (status, code)
@@ -177,7 +178,7 @@ async def test_a_body_of_32_mib_passes(gateway: Gateway, rest: httpx.AsyncClient
 
 @pytest.mark.parametrize("is_chunked", [False, True])
 async def test_a_body_of_40_mib_is_413(gateway: Gateway, rest: httpx.AsyncClient, *, is_chunked: bool) -> None:
-    async def chunks():  # type: ignore[no-untyped-def]
+    async def chunks() -> AsyncIterator[bytes]:
         yield b'{"model":"m","text":"'
         for _ in range(40):
             yield b"a" * MIB

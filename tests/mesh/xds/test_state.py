@@ -1,4 +1,6 @@
-"""The pure part of the ADS server: for any order of events, Envoys get the newest endpoints and lies about them are impossible."""
+"""The pure part of the ADS server: for any order of events, Envoys get the newest endpoints and lies about them are
+impossible.
+"""
 
 from dataclasses import dataclass, field
 

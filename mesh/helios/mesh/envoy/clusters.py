@@ -1,7 +1,7 @@
 """Where Envoy sends: the replicas, the picker, the control plane, the registry.
 
-Every cluster speaks HTTP/2. Circuit breakers are Envoy's only as a bound against runaway: the breaker that knows replicas is
-the proxy's, since override_host also sends to hosts that Envoy's outlier detection has ejected.
+Every cluster speaks HTTP/2. Circuit breakers are Envoy's only as a bound against runaway: the breaker that knows
+replicas is the proxy's, since override_host also sends to hosts that Envoy's outlier detection has ejected.
 """
 
 from collections.abc import Iterable
@@ -59,7 +59,8 @@ OTLP: Final = "otlp"
 
 # Loopback and a rack answer in milliseconds; a SYN that is lost once is sent again after one second.
 _CONNECT_SECONDS: Final = 2.0
-# Envoy's defaults are 1,024 each, which held requests reach; memory and connections are bounded by the overload manager.
+# Envoy's defaults are 1,024 each, which held requests reach; memory and connections are bounded by the overload
+# manager.
 _MANY: Final = 100_000
 _MAX_RETRIES: Final = 1_000
 # A listener starts when its clusters are initialised; a proxy that publishes nothing yet must not delay /healthz.
@@ -102,8 +103,8 @@ def _replicas(settings: EdgeSettings) -> Cluster:
 def _picked_endpoint_or_nothing() -> LoadBalancingPolicy:
     """Takes the endpoints that the picker named, in order, and none else.
 
-    The fallback is a subset that no endpoint is in: a stale pick, or a list that is used up, is a clean 503. With an ordinary
-    fallback it would silently go to a replica of any model.
+    The fallback is a subset that no endpoint is in: a stale pick, or a list that is used up, is a clean 503. With an
+    ordinary fallback it would silently go to a replica of any model.
     """
     never = Subset(
         fallback_policy=SubsetLbSubsetFallbackPolicy.NO_FALLBACK,
@@ -151,7 +152,7 @@ def _static(
 
 
 def _probe(peer: str) -> HealthCheck:
-    """Makes /healthz honest. Requests do not suffer from a stale result: with no healthy host Envoy tries all of them."""
+    """Makes /healthz honest. A stale result harms no request: with no healthy host Envoy tries all of them."""
     return HealthCheck(
         timeout=pack.seconds(1),
         interval=pack.seconds(1),

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from envoy_data_plane.envoy.config.common.mutation_rules.v3 import HeaderMutationRules
 from envoy_data_plane.envoy.config.core.v3 import (
+    BackoffStrategy,
     DataSource,
     GrpcService,
     GrpcServiceEnvoyGrpc,
@@ -62,7 +63,9 @@ _PICKER_GRACE_SECONDS = 30.0
 
 
 def error_shaping(services: Iterable[str], limits: Limits) -> HttpFilter:
-    """Gives errors of REST callers OpenAI's form; refuses a wrong method, a wrong content type, a body that is too large."""
+    """Gives errors of REST callers OpenAI's form; refuses a wrong method, a wrong content type, a body that is too
+    large.
+    """
     source = rest.error_filter_source(services, limits.max_body_bytes)
     return pack.http_filter("envoy.filters.http.lua", Lua(default_source_code=DataSource(inline_string=source)))
 
@@ -107,7 +110,7 @@ def transcoder(services: Iterable[str], limits: Limits) -> HttpFilter:
         services=list(services),
         # Without it an error after early initial metadata becomes 200 with an empty stream.
         convert_grpc_status=True,
-        max_request_body_size=limits.buffer_bytes,
+        max_request_body_size=limits.upload_bytes,
         request_validation_options=GrpcJsonTranscoderRequestValidationOptions(reject_unknown_method=True),
         # OpenAI ignores query parameters that it does not know, and clients send some (api-version, beta).
         ignore_unknown_query_parameters=True,
@@ -125,8 +128,13 @@ def picker(settings: EdgeSettings) -> HttpFilter:
     service = GrpcService(
         envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=clusters.PICKER),
         initial_metadata=[HeaderValue(key=NODE_HEADER, value=settings.node_id)],
-        # Here, not in envoy_grpc (which ignores it): with two proxies, the hold of a killed one moves to the other.
-        retry_policy=RetryPolicy(retry_on="connect-failure,refused-stream,reset,unavailable", num_retries=3),
+        # Here, not in envoy_grpc (which ignores it): with two proxies, the hold of a killed one moves to the other;
+        # with one, requests wait for its restart, some five seconds at most (ten pauses with full jitter).
+        retry_policy=RetryPolicy(
+            retry_on="connect-failure,refused-stream,reset,unavailable,cancelled",
+            num_retries=10,
+            retry_back_off=BackoffStrategy(base_interval=pack.seconds(0.1), max_interval=pack.seconds(1)),
+        ),
     )
     processor = ExternalProcessor(
         grpc_service=service,
@@ -158,8 +166,8 @@ def router() -> HttpFilter:
 def only_local_pages(host: str, port: int) -> HttpFilter:
     """Refuses (403) what a foreign web page could make a browser send to the admin listener.
 
-    Host must be the listener's own or a loopback name with any port: a rebound DNS name is neither. An Origin, where there is one, must
-    be the listener's own.
+    Host must be the listener's own or a loopback name with any port: a rebound DNS name is neither. An Origin, where
+    there is one, must be the listener's own.
     """
     names = sorted({host, "127.0.0.1", "localhost", "::1"})
     pattern = "|".join(re.escape(f"[{name}]" if ":" in name else name) for name in names)

@@ -1,9 +1,9 @@
 """What clients may not send.
 
-``x-helios-*`` carries the mesh's own decisions (which endpoint, which revision) and ``x-envoy-*`` steers Envoy (retries,
-timeouts, statistics): from a client both change nothing. They are removed by Envoy's early header mutation, before the
-connection manager, the routes or a filter read any of them, on every route alike; a route's own ``request_headers_to_remove``
-comes too late for that and would strip the picker's answer, too.
+``x-helios-*`` carries the mesh's own decisions (which endpoint, which revision) and ``x-envoy-*`` steers Envoy
+(retries, timeouts, statistics): from a client both change nothing. They are removed by Envoy's early header
+mutation, before the connection manager, the routes or a filter read any of them, on every route alike; a route's own
+``request_headers_to_remove`` comes too late for that and would strip the picker's answer, too.
 """
 
 import re
@@ -32,8 +32,8 @@ OWN_PREFIX = "x-helios-"
 def strip_client_headers() -> TypedExtensionConfig:
     """Returns the early mutation of both listeners.
 
-    A client's request id is kept as ``x-client-request-id`` (OpenAI's name for it; cut at 128 characters), where it sent none
-    under that name; ``x-request-id`` is always Envoy's own, so that one id never names two requests.
+    A client's request id is kept as ``x-client-request-id`` (OpenAI's name for it; cut at 128 characters), where it
+    sent none under that name; ``x-request-id`` is always Envoy's own, so that one id never names two requests.
     """
     kept_id = HeaderValueOption(
         header=HeaderValue(key=CLIENT_REQUEST_ID_HEADER, value="%REQ(x-request-id):128%"),
@@ -44,7 +44,8 @@ def strip_client_headers() -> TypedExtensionConfig:
         Mutation(remove="x-request-id"),
         _remove(StringMatcher(prefix="x-envoy-")),
         _remove(StringMatcher(safe_regex=RegexMatcher(regex=all_names_but(OWN_PREFIX, MODEL_HEADER)))),
-        # Only the error filter reads it, and only in responses; a client's would be echoed by nothing, and means nothing.
+        # Only the error filter reads it, and only in responses; a client's would be echoed by nothing, and means
+        # nothing.
         Mutation(remove="x-openai-error"),
     ]
     return pack.extension("helios.strip_client_headers", HeaderMutation(mutations=mutations))
@@ -53,7 +54,8 @@ def strip_client_headers() -> TypedExtensionConfig:
 def all_names_but(prefix: str, kept: str) -> str:
     """Returns an RE2 pattern for every name with the prefix except one; RE2 has no look-ahead.
 
-    A name differs from ``kept`` because it ends early, because it has another character somewhere, or because it goes on.
+    A name differs from ``kept`` because it ends early, because it has another character somewhere, or because it
+    goes on.
     """
     rest = kept.removeprefix(prefix)
     differs = [f"{re.escape(rest[:i])}([^{re.escape(rest[i])}].*)?" for i in range(len(rest))]

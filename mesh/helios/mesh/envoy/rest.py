@@ -11,7 +11,8 @@ from helios.mesh.errors import InvalidRequest
 
 
 def descriptor_path() -> Path:
-    """Returns the descriptor set that ``make gen`` writes, google.api included: what the transcoder and reflection load.
+    """Returns the descriptor set that ``make gen`` writes, google.api included: what the transcoder and reflection
+    load.
 
     Raises:
         InvalidRequest: It is missing from the installation.

@@ -1,8 +1,8 @@
 """Which path goes where, on either listener.
 
-The transcoder rewrites a REST path to the gRPC path and has the route chosen again, so routes name gRPC paths and serve REST
-and gRPC alike. The REST prefixes are there for one reason only: a filter before the transcoder buffers the body, and the
-buffer's limit comes from the route of the *original* path (without such a route it is 1 MiB).
+The transcoder rewrites a REST path to the gRPC path and has the route chosen again, so routes name gRPC paths and
+serve REST and gRPC alike. The REST prefixes are there for one reason only: a filter before the transcoder buffers
+the body, and the buffer's limit comes from the route of the *original* path (without such a route it is 1 MiB).
 """
 
 from collections.abc import Iterable
@@ -41,13 +41,13 @@ ADMIN_REST_SERVICES: Final = (MODEL_SERVICE, ADMIN_SERVICE, REGISTRY_SERVICE)
 CORS_FILTER: Final = "envoy.filters.http.cors"
 PICKER_FILTER: Final = "envoy.filters.http.ext_proc"
 
-# Before the first byte only: Envoy never retries once it has sent response headers. `reset` is for a replica that is killed
-# during prefill, `unavailable` for one that refuses because it drains.
+# Before the first byte only: Envoy never retries once it has sent response headers. `reset` is for a replica that is
+# killed during prefill, `unavailable` for one that refuses because it drains.
 _RETRY_ON: Final = "connect-failure,refused-stream,unavailable,reset,reset-before-request"
 # Browsers' preflights ask for these; "*" covers the rest (openai's x-stainless-*), but never stands for authorization.
 _CORS_REQUEST_HEADERS: Final = (
-    f"authorization, content-type, openai-organization, openai-project, openai-beta, x-request-id, {CLIENT_REQUEST_ID_HEADER}, "
-    f"{MODEL_HEADER}, traceparent, tracestate, idempotency-key, *"
+    "authorization, content-type, openai-organization, openai-project, openai-beta, x-request-id, "
+    f"{CLIENT_REQUEST_ID_HEADER}, {MODEL_HEADER}, traceparent, tracestate, idempotency-key, *"
 )
 _CORS_RESPONSE_HEADERS: Final = "x-request-id, retry-after, x-should-retry, openai-processing-ms"
 
@@ -59,7 +59,7 @@ def edge_routes(limits: Limits) -> RouteConfiguration:
         for service in (OPENAI_SERVICE, INFERENCE_SERVICE)
     ]
     control = [_unpicked(_grpc(service, clusters.CONTROL, limits)) for service in (MODEL_SERVICE, HEALTH_SERVICE)]
-    reflection = _unpicked(_forward("/grpc.reflection.", clusters.CONTROL, limits))
+    reflection = _unpicked(_forward("/grpc.reflection.", clusters.CONTROL, limits.message_bytes))
     others = [_unpicked(route) for route in _unknown("/v1/", clusters.CONTROL, limits)]
     host = VirtualHost(
         name="edge",
@@ -75,7 +75,7 @@ def admin_routes(limits: Limits) -> RouteConfiguration:
     control = (ADMIN_SERVICE, MODEL_SERVICE, HEALTH_SERVICE)
     routes = [
         *(_grpc(service, clusters.CONTROL_ADMIN, limits) for service in control),
-        _forward("/grpc.reflection.", clusters.CONTROL_ADMIN, limits),
+        _forward("/grpc.reflection.", clusters.CONTROL_ADMIN, limits.message_bytes),
         _grpc(REGISTRY_SERVICE, clusters.REGISTRY, limits),
         *_unknown("/admin/v1/", clusters.CONTROL_ADMIN, limits),
     ]
@@ -83,25 +83,26 @@ def admin_routes(limits: Limits) -> RouteConfiguration:
 
 
 def _grpc(service: str, cluster: str, limits: Limits, *, retry_policy: RetryPolicy | None = None) -> Route:
-    return _forward(f"/{service}/", cluster, limits, retry_policy=retry_policy)
+    return _forward(f"/{service}/", cluster, limits.message_bytes, retry_policy=retry_policy)
 
 
-def _forward(prefix: str, cluster: str, limits: Limits, *, retry_policy: RetryPolicy | None = None) -> Route:
+def _forward(prefix: str, cluster: str, buffer_bytes: int, *, retry_policy: RetryPolicy | None = None) -> Route:
     return Route(
         match=RouteMatch(prefix=prefix),
         # No timeout: a generation may take an hour, and its client says when it has waited enough.
         route=RouteAction(cluster=cluster, timeout=pack.seconds(0), retry_policy=retry_policy),
-        request_body_buffer_limit=limits.buffer_bytes,
+        request_body_buffer_limit=buffer_bytes,
     )
 
 
 def _unknown(rest_prefix: str, cluster: str, limits: Limits) -> Iterable[Route]:
-    """Yields the routes of REST paths before transcoding, and the 404 of everything else (which the error filter shapes).
+    """Yields the routes of REST paths before transcoding, and the 404 of everything else (which the error filter
+    shapes).
 
-    The first one must name a cluster: a direct response has neither a body limit nor a CORS policy. Only a gRPC call to a path
-    that is REST's gets as far as that cluster, which knows no such method.
+    The first one must name a cluster: a direct response has neither a body limit nor a CORS policy. Only a gRPC call
+    to a path that is REST's gets as far as that cluster, which knows no such method.
     """
-    yield _forward(rest_prefix, cluster, limits)
+    yield _forward(rest_prefix, cluster, limits.upload_bytes)
     yield Route(
         match=RouteMatch(prefix="/"),
         direct_response=DirectResponseAction(status=404, body=DataSource(inline_string="no such path or method")),

@@ -7,6 +7,7 @@ from typing import Final
 from helios.mesh.identity import DEFAULT_TRUST_DOMAIN, IdentityFiles
 
 LOOPBACK_HOST: Final = "127.0.0.1"
+_FRAME_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,9 +15,13 @@ class Limits:
     """Bounds of what clients and replicas may cost Envoy."""
 
     max_body_bytes: int = 32 << 20
-    """Largest request body; a larger one is 413. 32 MiB: long contexts and images in base64, and the gRPC servers' own limit."""
+    """Largest request body; a larger one is 413. 32 MiB: long contexts and images in base64, and the gRPC servers' own
+    limit.
+    """
     hold_limit_seconds: float = 600.0
-    """Longest hold of a request. Envoy waits 30 s longer for the picker, whose own deadline must come first (503, not 504)."""
+    """Longest hold of a request. Envoy waits 30 s longer for the picker, whose own deadline must come first (503, not
+    504).
+    """
     stream_idle_seconds: float = 3600.0
     """How long a request may see no byte in either direction. An hour: above every hold and every prefill."""
     upload_seconds: float = 600.0
@@ -26,14 +31,21 @@ class Limits:
     max_heap_bytes: int = 3 << 30
     """Memory of Envoy: at 95 % it takes no new requests. 3 GiB: about 90 held bodies of the largest size."""
     connection_age_seconds: float = 3600.0
-    """Connections to servers are replaced at this age, so that renewed certificates are taken up; running calls end first."""
+    """Connections to servers are replaced at this age, so that renewed certificates are taken up; running calls end
+    first.
+    """
     retry_count: int = 2
     """Further candidates that are tried before the first byte, where the picker does not say how many it named."""
 
     @property
-    def buffer_bytes(self) -> int:
-        """What Envoy itself buffers of a body at most. Twice the limit: what lies between is read and then refused politely."""
+    def upload_bytes(self) -> int:
+        """What Envoy reads of a REST body at most; above the limit it is read to its end, then refused."""
         return 2 * self.max_body_bytes
+
+    @property
+    def message_bytes(self) -> int:
+        """What Envoy buffers of a gRPC call at most: a body and its frame, as the mesh's servers take it."""
+        return self.max_body_bytes + _FRAME_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +82,7 @@ class EdgeSettings:
     access_log: Path | None = None
     """JSON lines, one a request. None: standard output."""
     otlp_endpoint: str | None = None
-    """Collector of OpenTelemetry spans, "host:port" of a plaintext OTLP/gRPC receiver. None: no tracing by Envoy; clients'
-    traceparent passes either way."""
+    """Collector of OpenTelemetry spans, "host:port" of a plaintext OTLP/gRPC receiver. None: no tracing by Envoy;
+    clients' traceparent passes either way.
+    """
     limits: Limits = field(default_factory=Limits)

@@ -1,8 +1,9 @@
 """mTLS of Envoy towards the mesh, by secrets in files.
 
-Envoy reads its leaf by file SDS: the secret's ``watched_directory`` makes it load a renewed pair within milliseconds, with no
-chicken-and-egg between the control plane and the certificate that reaches it. (A certificate that stands in the cluster
-itself is never read again, and SDS over ADS in a static cluster crashes Envoy 1.40 at boot.)
+Envoy reads its leaf by file SDS: the secret's ``watched_directory`` makes it load a renewed pair within
+milliseconds, with no chicken-and-egg between the control plane and the certificate that reaches it. (A certificate
+that stands in the cluster itself is never read again, and SDS over ADS in a static cluster crashes Envoy 1.40 at
+boot.)
 """
 
 import json

@@ -21,8 +21,8 @@ ENDPOINTS_TYPE: Final = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoa
 class XdsServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
     """Serves endpoints of the cluster ``replicas``. One event loop owns it; no call of it blocks.
 
-    Usage: ``ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(xds, server.grpc)``; the policy lets component
-    ``edge`` call ``ADS_SERVICE``. Then ``publish`` at will, ``open`` once the workers have resynchronised.
+    Usage: ``ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(xds, server.grpc)``; the policy lets
+    component ``edge`` call ``ADS_SERVICE``. Then ``publish`` at will, ``open`` once the workers have resynchronised.
     """
 
     def __init__(self) -> None:
@@ -55,8 +55,8 @@ class XdsServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
         Args:
             version: From ``publish``.
             deadline: Absolute, ``time.monotonic()`` seconds.
-            node: Wait for this Envoy alone (the picker reads its name from the metadata ``x-helios-envoy``): one that hangs then
-                holds up only its own requests.
+            node: Wait for this Envoy alone (the picker reads its name from the metadata ``x-helios-envoy``): one that
+                hangs then holds up only its own requests.
 
         Raises:
             Unavailable: The deadline passed; the metadata name the Envoys that lag.
@@ -82,11 +82,10 @@ class XdsServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
         """Returns counts for metrics."""
         return self._state.statistics()
 
-    async def DeltaAggregatedResources(  # noqa: N802 (the name is the contract's)
-        self, requests: AsyncIterator[Any], context: Any
-    ) -> None:
+    async def DeltaAggregatedResources(self, requests: AsyncIterator[Any], context: Any) -> None:
         """Serves one Envoy until it leaves."""
-        # A coroutine that writes, not a generator: a generator that is closed while it is suspended would leave its task group.
+        # A coroutine that writes, not a generator: a generator that is closed while it is suspended would leave its
+        # task group.
         first = await anext(aiter(requests), None)
         if first is None:
             return
@@ -103,9 +102,7 @@ class XdsServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
             self._notify()
             log.info("envoy disconnected", node=first.node.id)
 
-    async def StreamAggregatedResources(  # noqa: N802 (the name is the contract's)
-        self, requests: AsyncIterator[Any], context: Any
-    ) -> None:
+    async def StreamAggregatedResources(self, requests: AsyncIterator[Any], context: Any) -> None:
         """Refuses the state-of-the-world protocol: acknowledgements would need a second bookkeeping."""
         raise Unsupported("only the delta protocol is served: set api_type DELTA_GRPC")
 

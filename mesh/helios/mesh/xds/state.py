@@ -1,7 +1,8 @@
 """Which Envoy has which endpoints: the pure part of the ADS server.
 
-Delta xDS in one type. A stream subscribes to the cluster's endpoints, gets the newest version, answers with the response's
-nonce (an error detail makes the answer a NACK), and only then gets the next: a slow Envoy skips versions and never queues them.
+Delta xDS in one type. A stream subscribes to the cluster's endpoints, gets the newest version, answers with the
+response's nonce (an error detail makes the answer a NACK), and only then gets the next: a slow Envoy skips versions
+and never queues them.
 
     stream:  connected ──subscribe──▶ idle ──respond──▶ waiting ──ack/nack──▶ idle ──(newer version)──▶ waiting …
                                        ▲                                                │
@@ -113,7 +114,7 @@ class XdsState:
         return self.version
 
     def open(self) -> None:
-        """Lets versions out. Until then Envoys keep what they had from the proxy before: a poorer set would cut them off."""
+        """Lets versions out. Until then Envoys keep what an earlier proxy said: a poorer set would cut them off."""
         self.is_open = True
 
     def connect(self, node: str) -> int:
@@ -149,7 +150,7 @@ class XdsState:
         return entry.pending
 
     def is_acked(self, version: int, node: str | None = None) -> bool:
-        """Returns whether every connected Envoy (or every stream of ``node``), and at least one, has a version or a newer one."""
+        """Returns whether there are Envoys (named ``node``, where given) and all have a version or a newer one."""
         if version > self.version:
             raise Bug("a version that was never published", metadata={"version": str(version)})
         streams = [entry for entry in self._streams.values() if node is None or entry.node == node]
