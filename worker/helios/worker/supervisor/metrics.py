@@ -17,5 +17,5 @@ DEVICE_MEMORY: Final = Gauge(names.DEVICE_MEMORY_BYTES, "Memory that replicas ma
 DEVICE_BOOKED: Final = Gauge(names.DEVICE_BOOKED_BYTES, "Memory booked for replicas", ("device",))
 FLEET_SESSIONS: Final = Gauge(names.FLEET_SESSIONS, "Proxies that this worker is in session with")
 OUTBOX_OVERFLOWS: Final = Counter(names.OUTBOX_OVERFLOWS_TOTAL, "Sessions given up because the proxy did not read")
-REPLICAS: Final = Gauge(names.REPLICAS, "Replicas of this worker", ("state",))
+REPLICAS: Final = Gauge(names.WORKER_REPLICAS, "Replicas of this worker", ("state",))
 REPLICA_EXITS: Final = Counter(names.REPLICA_EXITS_TOTAL, "Replicas that ended", ("reason",))
