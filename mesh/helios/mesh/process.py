@@ -58,17 +58,25 @@ class Lifetime:
             temporary.replace(self._ready_file)
 
 
-def run(name: str, settings_class: type[S], main: Callable[[S, Lifetime], Awaitable[None]]) -> NoReturn:
-    """Runs a process to its end and exits."""
-    # gRPC's handlers of fork() restart its threads in the child, where they crash between fork and exec, as uvloop's way of
-    # starting a subprocess shows; no process of the mesh forks while it uses gRPC. Read when gRPC is first used.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # noqa: TID251 - written for a library, not read
+def run(
+    name: str,
+    settings_class: type[S],
+    main: Callable[[S, Lifetime], Awaitable[None]],
+    *,
+    is_hot: bool = False,
+) -> NoReturn:
+    """Runs a process to its end and exits.
+
+    ``is_hot`` takes uvloop, for a process that answers many small calls. A process that starts others must not: uvloop
+    forks where asyncio's own loop uses vfork, and gRPC's handlers of fork() then crash the child before it has begun.
+    """
     ready_file, arguments = _take_ready_file(sys.argv[1:])
     settings = load_settings(settings_class, arguments)
     setup_logs(process=name, level=settings.log_level)
     shut_down_telemetry = setup_telemetry(process=name, otlp_endpoint=settings.otlp_endpoint)
     try:
-        uvloop.run(_run(settings, main, ready_file))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop if is_hot else None) as runner:
+            runner.run(_run(settings, main, ready_file))
         status = 0
     except BaseExceptionGroup as group:
         status = _report(name, group.exceptions[0] if len(group.exceptions) == 1 else group)

@@ -110,4 +110,4 @@ def _control(settings: ProxySettings, runtime: Runtime, models: ModelSource) -> 
 
 
 if __name__ == "__main__":
-    run("proxy", ProxySettings, main)
+    run("proxy", ProxySettings, main, is_hot=True)
