@@ -18,12 +18,12 @@ from helios.mesh.channel import Dialer
 from helios.mesh.errors import InvalidRequest
 from helios.mesh.process import Lifetime, run
 from helios.mesh.server import MeshServer, ServerOptions
+from helios.mesh.tasks import task_scope
 from helios.storage.client import StorageClient
 from helios.worker.launcher.client import LauncherClient
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.settings import WorkerSettings
 from helios.worker.supervisor.attach_servicer import AttachServicer
-from helios.worker.supervisor.background import background
 from helios.worker.supervisor.core_placement import place
 from helios.worker.supervisor.fleet_session import FleetSession
 from helios.worker.supervisor.host import cpu_device, pick_free_port
@@ -54,7 +54,7 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
         launcher = await stack.enter_async_context(
             LauncherClient(engine=settings.replica.engine, log_level=settings.log_level)
         )
-        group = await stack.enter_async_context(background())
+        group = await stack.enter_async_context(task_scope())
         supervisor = Supervisor(
             _rules(settings),
             group=group,

@@ -10,6 +10,7 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any, Final, Protocol
 
+import grpc.aio
 import structlog
 
 from helios.api.worker.v1 import supervisor_service_pb2 as pb
@@ -106,7 +107,7 @@ class AttachServicer(SupervisorServiceServicer):
         self._report_interval_seconds = report_interval_seconds
         self._orphan_seconds = orphan_seconds
 
-    async def Attach(  # type: ignore[override]
+    async def Attach(
         self, request_iterator: AsyncIterator[pb.AttachRequest], context: Any
     ) -> AsyncIterator[pb.AttachResponse]:
         """Holds the conversation of the contract."""
@@ -136,6 +137,9 @@ class AttachServicer(SupervisorServiceServicer):
                 self._take(replica_id, link, request)
         except HeliosError as wrong:
             error = wrong
+        except grpc.aio.BaseError as ended:
+            # The server stops, or the call was torn down while it was read: the stream is over either way.
+            log.debug("stream of a replica ended", replica=replica_id, error=str(ended))
         finally:
             link.close(error)
 

@@ -21,8 +21,8 @@ class FleetFeed:
         self._sequence = 0
 
     @contextmanager
-    def subscribe(self, wake: Callable[[], None]) -> Iterator[tuple[WorkerView, Outbox]]:
-        """Lends an outbox for the block; ``wake`` is called whenever something was put into it."""
+    def subscribe(self, wake: Callable[[Outbox], None]) -> Iterator[tuple[WorkerView, Outbox]]:
+        """Lends an outbox for the block; ``wake`` is called with it whenever something was put in."""
         outbox = Outbox(wake, self._capacity)
         self._outboxes.append(outbox)
         try:

@@ -6,7 +6,7 @@ proxy.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -19,19 +19,13 @@ from helios.api.fleet.v1.fleet_service_pb2_grpc import FleetServiceStub
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import HeliosError, Overloaded, Unavailable
 from helios.mesh.identity import IdentityFiles
-from helios.mesh.tasks import RECOVERABLE, keep_running
+from helios.mesh.tasks import keep_running
 from helios.worker.supervisor import metrics
 from helios.worker.supervisor.commands import Ack, Command
-from helios.worker.supervisor.outbox import LoadReport, Outbox, Outgoing, ReplicaEvent
+from helios.worker.supervisor.outbox import Outbox
 from helios.worker.supervisor.records import WorkerView
-from helios.worker.supervisor.wire import (
-    ack_to_proto,
-    command_from_proto,
-    delta_to_proto,
-    hello_to_proto,
-    replica_to_proto,
-    seconds_from_proto,
-)
+from helios.worker.supervisor.session_requests import SessionRequests
+from helios.worker.supervisor.wire import command_from_proto, seconds_from_proto
 
 log = structlog.get_logger()
 
@@ -47,7 +41,7 @@ _LONGEST_INTERVAL_SECONDS: Final = 10.0
 class Feed(Protocol):
     """Where a session's snapshot and changes come from."""
 
-    def subscribe(self, wake: Callable[[], None]) -> AbstractContextManager[tuple[WorkerView, Outbox]]:
+    def subscribe(self, wake: Callable[[Outbox], None]) -> AbstractContextManager[tuple[WorkerView, Outbox]]:
         """Lends an outbox with everything that changes after the snapshot; ``wake`` is called at each change."""
         ...
 
@@ -102,21 +96,39 @@ class FleetSession:
             )
 
     async def _converse(self, dialer: Dialer) -> None:
-        changed = asyncio.Event()
-        stream = dialer.stub(FleetServiceStub).Session()
+        requests = SessionRequests()
+        stream: Stream = dialer.stub(FleetServiceStub).Session(requests)
+
+        def wake(outbox: Outbox) -> None:
+            requests.wake()
+            if outbox.is_overflowed:
+                # Ends the read below: a write to a proxy that does not read never ends by itself.
+                stream.cancel()
+
         try:
-            with self._feed.subscribe(changed.set) as (worker, outbox):
-                await _write(stream, pb.SessionRequest(hello=hello_to_proto(worker)))
-                welcome = await self._welcome(stream)
-                interval = seconds_from_proto(welcome.report_interval) or 1.0
-                interval = min(max(interval, _SHORTEST_INTERVAL_SECONDS), _LONGEST_INTERVAL_SECONDS)
-                log.info(
-                    "fleet session open", proxy=self._address, proxy_id=welcome.proxy_id, interval_seconds=interval
-                )
-                with metrics.FLEET_SESSIONS.track_inprogress():
-                    await self._exchange(stream, outbox, changed, interval)
+            with self._feed.subscribe(wake) as (worker, outbox):
+                requests.open(worker, outbox)
+                await self._exchange(stream, requests, outbox)
         finally:
+            requests.close()
             stream.cancel()
+
+    async def _exchange(self, stream: Stream, requests: SessionRequests, outbox: Outbox) -> None:
+        try:
+            welcome = await self._welcome(stream)
+            interval = seconds_from_proto(welcome.report_interval) or 1.0
+            interval = min(max(interval, _SHORTEST_INTERVAL_SECONDS), _LONGEST_INTERVAL_SECONDS)
+            log.info("fleet session open", proxy=self._address, proxy_id=welcome.proxy_id, interval_seconds=interval)
+            requests.begin(interval)
+            with metrics.FLEET_SESSIONS.track_inprogress():
+                await self._take_commands(stream, outbox, interval)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not outbox.is_overflowed or task is None or task.cancelling():
+                raise
+            # It was the stream that was cancelled, not this task.
+            metrics.OUTBOX_OVERFLOWS.inc()
+            raise Overloaded("the proxy does not read what it is told", reason="OUTBOX_FULL") from None
 
     async def _welcome(self, stream: Stream) -> pb.Welcome:
         async with asyncio.timeout(_WELCOME_SECONDS):
@@ -124,17 +136,6 @@ class FleetSession:
         if response.WhichOneof("message") != "welcome":
             raise Unavailable("the proxy did not answer the hello with a welcome", reason="WELCOME_EXPECTED")
         return response.welcome
-
-    async def _exchange(self, stream: Stream, outbox: Outbox, changed: asyncio.Event, interval: float) -> None:
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._take_commands(stream, outbox, interval), name=f"read {self._address}")
-                group.create_task(self._report(stream, outbox, changed, interval), name=f"write {self._address}")
-        except BaseExceptionGroup as errors:
-            _, unforeseen = errors.split(RECOVERABLE)
-            if unforeseen is not None:
-                raise
-            raise errors.exceptions[0] from None
 
     async def _take_commands(self, stream: Stream, outbox: Outbox, interval: float) -> None:
         silence_seconds = max(self._options.silence_seconds, 5 * interval)
@@ -153,60 +154,6 @@ class FleetSession:
         except HeliosError as error:
             return Ack(message.command_id, error.reason, error.message)
         return self._executor.execute(message.command_id, command)
-
-    async def _report(self, stream: Stream, outbox: Outbox, changed: asyncio.Event, interval: float) -> None:
-        clock = asyncio.get_running_loop().time
-        load_at = sent_at = clock()
-        while True:
-            if outbox.is_overflowed:
-                metrics.OUTBOX_OVERFLOWS.inc()
-                raise Overloaded("the proxy does not read what it is told", reason="OUTBOX_FULL")
-            now = clock()
-            messages = outbox.take(is_load_due=now >= load_at + interval)
-            for message in _requests(messages):
-                await _write(stream, message)
-            if any(isinstance(message, LoadReport) for message in messages):
-                load_at = now
-            if messages:
-                sent_at = now
-                continue
-            if now >= sent_at + interval:
-                await _write(stream, pb.SessionRequest(heartbeat=pb.Heartbeat()))
-                sent_at = now
-            due = min(sent_at, load_at) + interval if outbox.has_load else sent_at + interval
-            await _wait(changed, max(due - clock(), 0.0))
-
-
-async def _wait(changed: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await changed.wait()
-    except TimeoutError:
-        return
-    changed.clear()
-
-
-def _requests(messages: Sequence[Outgoing]) -> list[pb.SessionRequest]:
-    return [_to_proto(message) for message in messages]
-
-
-def _to_proto(message: Outgoing) -> pb.SessionRequest:
-    match message:
-        case ReplicaEvent(sequence, view):
-            return pb.SessionRequest(replica_event=pb.ReplicaEvent(sequence=sequence, replica=replica_to_proto(view)))
-        case LoadReport(deltas):
-            return pb.SessionRequest(load=pb.LoadReport(deltas=[delta_to_proto(delta) for delta in deltas]))
-        case Ack():
-            return pb.SessionRequest(command_ack=ack_to_proto(message))
-
-
-async def _write(stream: Stream, request: pb.SessionRequest) -> None:
-    try:
-        await stream.write(request)
-    except asyncio.InvalidStateError as error:
-        # grpcio says this when the stream ended before the write; reading tells why.
-        await _read(stream)
-        raise Unavailable("the proxy closed the session") from error
 
 
 async def _read(stream: Stream) -> pb.SessionResponse:

@@ -1,8 +1,8 @@
 """What waits to be sent to one proxy: events and acks in order, loads folded together.
 
-Pure: the session is woken by a callback and decides when to take. Loads change with every token and are worth sending
-a few times a second; the end of a request is worth sending at once, because the proxy's ledger of reservations waits
-for it.
+Pure: the session is woken by a callback, which is given the outbox, and decides when to take. Loads change with every
+token and are worth sending a few times a second; the end of a request is worth sending at once, because the proxy's
+ledger of reservations waits for it.
 """
 
 from collections import deque
@@ -44,7 +44,7 @@ class Outbox:
     hello.
     """
 
-    def __init__(self, wake: Callable[[], None], capacity: int = DEFAULT_CAPACITY) -> None:
+    def __init__(self, wake: "Callable[[Outbox], None]", capacity: int = DEFAULT_CAPACITY) -> None:
         self._wake = wake
         self._capacity = capacity
         self._queue: deque[Outgoing] = deque()
@@ -81,7 +81,7 @@ class Outbox:
         self._request_count += len(delta.started) + len(delta.finished)
         self._is_urgent = self._is_urgent or bool(delta.finished)
         self._check()
-        self._wake()
+        self._wake(self)
 
     def take(self, *, is_load_due: bool) -> list[Outgoing]:
         """Empties the box and returns what is to be sent now; loads only when due, or when a request ended."""
@@ -107,7 +107,7 @@ class Outbox:
             return
         self._queue.append(message)
         self._check()
-        self._wake()
+        self._wake(self)
 
     def _check(self) -> None:
         if self.is_overflowed or len(self) > self._capacity:

@@ -41,6 +41,7 @@ class ProcessEntry:
 
     identity: ProcessIdentity
     parent_pid: int
+    group_id: int
     session_id: int
     is_zombie: bool
 
@@ -64,6 +65,7 @@ def read_process(pid: int) -> ProcessEntry | None:
     return ProcessEntry(
         identity=ProcessIdentity(pid, int(fields[19])),
         parent_pid=int(fields[1]),
+        group_id=int(fields[2]),
         session_id=int(fields[3]),
         is_zombie=fields[0] in (b"Z", b"X"),
     )
@@ -114,7 +116,7 @@ async def kill_tree(front: ProcessIdentity) -> None:
         empty_looks = 0 if living else empty_looks + 1
         if not is_reported and loop.time() - started > _STUBBORN_SECONDS:
             is_reported = True
-            log.warning("processes do not die", front_pid=front.pid, pids=[entry.pid for entry in living])
+            log.warning("processes do not die", front_pid=front.pid, pids=[identity.pid for identity in living[:16]])
         if empty_looks < 2:
             await asyncio.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS) if living else _FIRST_PAUSE_SECONDS
@@ -149,15 +151,21 @@ def reap(front_pids: frozenset[int]) -> list[int]:
 
 
 def _kill_once(front: ProcessIdentity) -> list[ProcessIdentity]:
-    living: list[ProcessIdentity] = []
+    living: list[ProcessEntry] = []
     for entry in find_tree(front):
         if entry.is_zombie:
             if entry.parent_pid == os.getpid():
                 _wait_for(entry.identity.pid)
             continue
-        living.append(entry.identity)
+        living.append(entry)
+    # A group is signalled in one step, so that a process which forks faster than it is looked for can't slip away. The
+    # group's number is its own while a member of it lives, which one just did.
+    for group_id in {entry.group_id for entry in living if entry.session_id == front.pid}:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group_id, signal.SIGKILL)
+    for entry in living:
         _kill(entry.identity)
-    return living
+    return [entry.identity for entry in living]
 
 
 def _kill(process: ProcessIdentity) -> None:

@@ -201,7 +201,9 @@ class ReplicaMachine:
             case ProcessExited(status):
                 return self._on_exit(status)
             case TreeGone():
-                return self._finish() if self._stage is Stage.ENDING else []
+                # Without a process nothing was killed: the fork is still under way.
+                is_killed = self._stage is Stage.ENDING and self._view.process is not None
+                return self._finish() if is_killed else []
             case Tick():
                 is_due = self._deadline is not None and now >= self._deadline
                 return self._end(self._overdue) if is_due else []

@@ -1,0 +1,265 @@
+"""The life of a replica: every order of events, and the cases that matter by name."""
+
+from datetime import UTC, datetime
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from helios.worker.supervisor import life_actions as act
+from helios.worker.supervisor import life_events as on
+from helios.worker.supervisor.records import (
+    Failure,
+    Order,
+    PhaseTiming,
+    ProcessIdentity,
+    ReplicaState,
+    ReplicaView,
+)
+from helios.worker.supervisor.replica_machine import Limits, ReplicaMachine, Stage
+
+LIMITS = Limits(fetch_seconds=60, start_seconds=30, drain_seconds=20, drain_grace_seconds=2)
+ORDER = Order(
+    replica_id="r1",
+    model="m",
+    revision="sha256:" + "0" * 64,
+    engine="vllm",
+    memory_bytes=1 << 30,
+    kv_cache_bytes=1 << 20,
+    max_context_tokens=0,
+    created_at=datetime(2026, 1, 1, tzinfo=UTC),
+)
+PROCESS = ProcessIdentity(4242, 99)
+BOOM = Failure("BOOM", "it broke")
+
+
+def drive(machine: ReplicaMachine, *events: on.Event, now: float = 0.0) -> list[act.Action]:
+    """Handles events at one moment and returns the actions of the last one."""
+    actions: list[act.Action] = []
+    for event in events:
+        actions = machine.handle(event, now)
+    return actions
+
+
+def ready_machine() -> ReplicaMachine:
+    machine = ReplicaMachine(ORDER, LIMITS)
+    drive(
+        machine,
+        on.Begin(),
+        on.WeightsReady("/weights", "lease"),
+        on.Forked(PROCESS),
+        on.BecameReady("127.0.0.1:1", 512),
+    )
+    return machine
+
+
+def test_a_start_goes_through_all_states_and_keeps_its_phases() -> None:
+    machine = ReplicaMachine(ORDER, LIMITS)
+    assert machine.handle(on.Begin(), 10.0) == [act.Fetch(), act.Publish()]
+    assert machine.handle(on.WeightsReady("/w", "lease"), 12.5) == [act.Fork("/w", "lease", 42.5), act.Publish()]
+    assert machine.handle(on.Forked(PROCESS), 13.0) == [act.Watch(PROCESS), act.Publish()]
+    machine.handle(on.Attached(PROCESS, ReplicaState.LOADING, phases=(PhaseTiming("fork", 0.5),)), 13.1)
+    machine.handle(on.Progressed(ReplicaState.WARMING, PhaseTiming("load", 1.0)), 14.0)
+    assert machine.view.state is ReplicaState.WARMING
+    machine.handle(on.BecameReady("127.0.0.1:9", 512), 15.0)
+    assert (machine.view.state, machine.view.address) == (ReplicaState.READY, "127.0.0.1:9")
+    assert [(phase.phase, phase.seconds) for phase in machine.view.phases] == [
+        ("fetch", 2.5),
+        ("fork", 0.5),
+        ("load", 1.0),
+    ]
+    assert machine.deadline is None
+
+
+def test_a_hung_start_is_killed_at_its_deadline_and_says_so() -> None:
+    machine = ReplicaMachine(ORDER, LIMITS)
+    drive(machine, on.Begin(), on.WeightsReady("/w", "l"), on.Forked(PROCESS))
+    assert machine.handle(on.Tick(), 29.9) == []
+    assert machine.handle(on.Tick(), 30.0) == [act.KillTree(PROCESS), act.Publish()]
+    assert machine.view.state is ReplicaState.DRAINING
+    assert machine.handle(on.TreeGone(), 31.0) == [act.ReleaseWeights(), act.Free(), act.Publish()]
+    assert machine.view.state is ReplicaState.FAILED
+    assert machine.view.failure is not None
+    assert machine.view.failure.reason == "START_TIMEOUT"
+
+
+def test_a_stop_during_the_fork_waits_for_the_process_and_kills_it() -> None:
+    machine = ReplicaMachine(ORDER, LIMITS)
+    drive(machine, on.Begin(), on.WeightsReady("/w", "l"))
+    assert act.Free() not in machine.handle(on.StopRequested(), 1.0)
+    assert machine.handle(on.Forked(PROCESS), 2.0) == [act.KillTree(PROCESS), act.Publish()]
+    assert act.Free() in machine.handle(on.TreeGone(), 3.0)
+    assert machine.view.state is ReplicaState.STOPPED
+
+
+def test_a_death_while_draining_is_a_stop_and_a_death_while_ready_a_failure() -> None:
+    draining = ready_machine()
+    drive(draining, on.DrainRequested(5), on.ProcessExited(1), on.TreeGone())
+    assert draining.view.state is ReplicaState.STOPPED
+    ready = ready_machine()
+    drive(ready, on.ProcessExited(), on.ProcessExited(-9), on.TreeGone())
+    assert ready.view.state is ReplicaState.FAILED
+    assert ready.view.failure is not None
+    assert "SIGKILL" in ready.view.failure.message
+
+
+def test_a_drain_that_takes_too_long_ends_in_a_kill() -> None:
+    machine = ready_machine()
+    assert drive(machine, on.DrainRequested(5), now=100.0) == [act.SendDrain(5), act.Publish()]
+    assert machine.deadline == 107.0
+    assert machine.handle(on.Tick(), 107.0) == [act.KillTree(PROCESS), act.Publish()]
+
+
+def test_a_replica_that_comes_back_while_draining_is_told_again_with_what_is_left() -> None:
+    machine = ready_machine()
+    drive(machine, on.DrainRequested(5), now=100.0)
+    actions = drive(machine, on.Attached(PROCESS, ReplicaState.READY, "127.0.0.1:1", 512), now=103.0)
+    assert act.SendDrain(2.0) in actions
+    assert machine.stage is Stage.DRAINING
+
+
+def test_a_replica_that_drains_on_its_own_account_is_shown_as_draining() -> None:
+    machine = ready_machine()
+    drive(machine, on.Progressed(ReplicaState.DRAINING, None), now=50.0)
+    assert machine.view.state is ReplicaState.DRAINING
+    assert machine.deadline == 72.0
+
+
+def test_a_replica_taken_over_that_says_nothing_is_lost_and_killed() -> None:
+    view = ReplicaView(ORDER, ReplicaState.READY, "127.0.0.1:1", PROCESS, lease_id="old")
+    machine = ReplicaMachine.returning(view, LIMITS, return_by=15.0)
+    assert machine.resume() == [act.Watch(PROCESS), act.Fetch("old")]
+    assert machine.is_awaited
+    assert machine.handle(on.Tick(), 15.0) == [act.KillTree(PROCESS), act.Publish()]
+    drive(machine, on.TreeGone())
+    assert machine.view.failure is not None
+    assert machine.view.failure.reason == "REPLICA_LOST"
+
+
+@pytest.mark.parametrize("state", [ReplicaState.LOADING, ReplicaState.WARMING, ReplicaState.READY])
+def test_a_replica_taken_over_goes_on_in_the_state_that_it_says(state: ReplicaState) -> None:
+    view = ReplicaView(ORDER, ReplicaState.LOADING, process=PROCESS)
+    machine = ReplicaMachine.returning(view, LIMITS, return_by=15.0)
+    drive(machine, on.Attached(PROCESS, state, "127.0.0.1:1", 512), now=1.0)
+    assert machine.view.state is state
+    assert not machine.is_awaited
+    assert machine.deadline == (None if state is ReplicaState.READY else 31.0)
+
+
+@pytest.mark.parametrize("state", [ReplicaState.PENDING, ReplicaState.STOPPED, ReplicaState.FAILED])
+def test_only_a_running_replica_can_be_taken_over(state: ReplicaState) -> None:
+    with pytest.raises(ValueError, match="taken over"):
+        ReplicaMachine.returning(ReplicaView(ORDER, state, process=PROCESS), LIMITS, return_by=1.0)
+
+
+class Lives(RuleBasedStateMachine):
+    """Plays launcher, storage agent, kernel and proxy in any order that the world allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.machine = ReplicaMachine(ORDER, LIMITS)
+        self.now = 0.0
+        self.is_fetching = self.is_forking = self.is_killing = False
+        self.has_processes = False
+        self.kill_count = self.free_count = 0
+        self.history: list[ReplicaState] = []
+        self.play(on.Begin())
+
+    def play(self, event: on.Event) -> None:
+        for action in self.machine.handle(event, self.now):
+            assert self.free_count == 0 or isinstance(action, act.Publish), "nothing follows the end"
+            match action:
+                case act.Fetch():
+                    self.is_fetching = True
+                case act.Fork():
+                    self.is_forking = True
+                case act.KillTree(process):
+                    assert process == PROCESS
+                    self.is_killing = True
+                    self.kill_count += 1
+                case act.Free():
+                    assert not self.has_processes, "freed while a process lives"
+                    assert not self.is_forking, "freed while a fork may still succeed"
+                    self.free_count += 1
+        self.history.append(self.machine.view.state)
+
+    @rule(seconds=st.floats(0.1, 40))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.play(on.Tick())
+
+    @precondition(lambda self: self.is_fetching)
+    @rule(is_ok=st.booleans())
+    def weights_come(self, is_ok: bool) -> None:
+        self.is_fetching = False
+        self.play(on.WeightsReady("/w", "lease") if is_ok else on.WeightsFailed(BOOM))
+
+    @precondition(lambda self: self.is_forking)
+    @rule(is_ok=st.booleans())
+    def fork_ends(self, is_ok: bool) -> None:
+        self.is_forking, self.has_processes = False, is_ok
+        self.play(on.Forked(PROCESS) if is_ok else on.ForkFailed(BOOM))
+
+    @precondition(lambda self: self.has_processes)
+    @rule(event=st.sampled_from(["hello", "warming", "ready", "drains", "failed", "died", "died again"]))
+    def replica_does(self, event: str) -> None:
+        events: dict[str, on.Event] = {
+            "hello": on.Attached(PROCESS, ReplicaState.WARMING),
+            "warming": on.Progressed(ReplicaState.WARMING, PhaseTiming("load", 1.0)),
+            "ready": on.BecameReady("127.0.0.1:1", 512),
+            "drains": on.Progressed(ReplicaState.DRAINING, None),
+            "failed": on.ReportedFailure(BOOM),
+            "died": on.ProcessExited(),
+            "died again": on.ProcessExited(-9),
+        }
+        self.play(events[event])
+
+    @rule(event=st.sampled_from([on.DrainRequested(5.0), on.StopRequested(), on.Begin()]))
+    def somebody_asks(self, event: on.Event) -> None:
+        self.play(event)
+
+    @precondition(lambda self: self.is_killing)
+    @rule()
+    def tree_goes(self) -> None:
+        self.is_killing = self.has_processes = False
+        self.play(on.TreeGone())
+
+    @precondition(lambda self: not self.is_killing)
+    @rule()
+    def stray_tree_gone(self) -> None:
+        self.play(on.TreeGone())
+
+    @invariant()
+    def kills_and_frees_at_most_once(self) -> None:
+        assert self.kill_count <= 1
+        assert self.free_count <= 1
+
+    @invariant()
+    def ended_means_freed_and_freed_means_ended(self) -> None:
+        assert self.machine.view.state.is_ended == (self.free_count == 1)
+
+    @invariant()
+    def ended_is_for_good(self) -> None:
+        ends = [state for state in self.history if state.is_ended]
+        assert len(set(ends)) <= 1
+        assert not ends or self.history[-1] is ends[0]
+
+    @invariant()
+    def failed_has_a_reason_and_stopped_has_none(self) -> None:
+        view = self.machine.view
+        if view.state.is_ended:
+            assert (view.failure is not None) == (view.state is ReplicaState.FAILED)
+
+    @invariant()
+    def ready_has_an_address_and_a_process(self) -> None:
+        if self.machine.view.state is ReplicaState.READY:
+            assert self.machine.view.address
+            assert self.machine.view.process == PROCESS
+
+    @invariant()
+    def no_state_before_ready_and_no_drain_lasts_for_ever(self) -> None:
+        if self.machine.stage in (Stage.FETCHING, Stage.LOADING, Stage.WARMING, Stage.DRAINING):
+            assert self.machine.deadline is not None
+
+
+TestEveryOrderOfEvents = Lives.TestCase
