@@ -1,9 +1,12 @@
 """The real proxy behind the real Envoy: hold at zero, end to end, with a fake replica that answers for real."""
 
 import asyncio
+import json
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -23,6 +26,8 @@ from tests.wire.gateway import QUICK, free_port, running_envoy
 
 pytestmark = pytest.mark.leaks("Envoy keeps connections to servers of this process until it is gone")
 INFERENCE = frozenset({"edge"})
+TOKEN = "token-of-this-test-0123456789"
+GRPCURL = Path(sys.executable).with_name("grpcurl")
 
 
 @dataclass
@@ -34,6 +39,7 @@ class Edge:
     worker: FakeWorker
     replica: FakeReplica
     address: str
+    admin_address: str
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
@@ -70,7 +76,7 @@ async def running_edge(world: World, **overrides: object) -> AsyncIterator[Edge]
         settings = EdgeSettings(
             directory=world.directory / "envoy",
             envoy_admin=f"unix:{world.directory}/envoy.sock",
-            admin_token="token-of-this-test-0123456789",
+            admin_token=TOKEN,
             picker=(proxy.picker_address,),
             control=(proxy.control_address,),
             registry=(world.registry_target,),
@@ -82,7 +88,7 @@ async def running_edge(world: World, **overrides: object) -> AsyncIterator[Edge]
         )
         admin = await stack.enter_async_context(running_envoy(settings))
         listeners = await admin.admin.listeners()
-        yield Edge(world, proxy, worker, replica, listeners["edge"])
+        yield Edge(world, proxy, worker, replica, listeners["edge"], listeners["admin"])
 
 
 async def test_a_rest_request_at_zero_is_held_and_answered(world: World) -> None:
@@ -163,7 +169,7 @@ async def test_a_request_held_over_a_proxy_restart_is_answered_or_refused_cleanl
         settings = EdgeSettings(
             directory=world.directory / "envoy",
             envoy_admin=f"unix:{world.directory}/envoy.sock",
-            admin_token="token-of-this-test-0123456789",
+            admin_token=TOKEN,
             picker=(f"unix:{world.directory}/picker.sock",),
             control=(f"unix:{world.directory}/control.sock",),
             registry=(world.registry_target,),
@@ -191,3 +197,45 @@ async def test_a_request_held_over_a_proxy_restart_is_answered_or_refused_cleanl
                     while (await client.post("/v1/chat/completions", json={"model": "m"})).status_code != 200:
                         await asyncio.sleep(0.05)
         assert len(worker.starts) == 1
+
+
+async def grpcurl(*arguments: str) -> tuple[int, str]:
+    """Runs grpcurl; returns its status and all it printed."""
+    process = await asyncio.create_subprocess_exec(
+        GRPCURL, "-plaintext", *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    async with asyncio.timeout(20):
+        output, _ = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, output.decode()
+
+
+async def test_grpcurl_sees_public_services_on_the_edge_and_all_on_the_admin_edge(world: World) -> None:
+    world.registry.put("m")
+    token = ("-H", f"authorization: Bearer {TOKEN}")
+    async with running_edge(world) as edge:
+        _, public = await grpcurl(edge.address, "list")
+        assert "helios.api.inference.v1.OpenAIService" in public
+        assert "helios.api.catalog.v1.ModelService" in public
+        assert "Admin" not in public
+        assert "Registry" not in public
+        status, described = await grpcurl(edge.address, "describe", "helios.api.inference.v1.InferenceService.Chat")
+        assert (status, "ChatRequest" in described) == (0, True)
+        status, hidden = await grpcurl(edge.address, "describe", "helios.api.admin.v1.AdminService")
+        assert status != 0, hidden
+        status, model = await grpcurl(
+            "-d", '{"model": "m"}', edge.address, "helios.api.catalog.v1.ModelService/GetModel"
+        )
+        assert status == 0, model
+        assert json.loads(model)["id"] == "m"
+        _, everything = await grpcurl(*token, edge.admin_address, "list")
+        assert "helios.api.admin.v1.AdminService" in everything
+        assert "helios.api.registry.v1.RegistryService" in everything
+        status, workers = await grpcurl(*token, edge.admin_address, "helios.api.admin.v1.AdminService/ListWorkers")
+        assert status == 0, workers
+        assert json.loads(workers)["workers"][0]["workerId"] == "w1"
+        status, started = await grpcurl(
+            *token, "-d", '{"model": "m"}', edge.admin_address, "helios.api.admin.v1.AdminService/PreloadModel"
+        )
+        assert status == 0, started
+        assert len(json.loads(started)["replicas"]) == 1

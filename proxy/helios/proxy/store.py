@@ -44,7 +44,11 @@ class Store:
             await self._changed.wait()
             await asyncio.sleep(_SETTLE_SECONDS)
             self._changed.clear()
-            await asyncio.to_thread(_write, self._models, self._catalogue.models())
+            await self.write_models()
+
+    async def write_models(self) -> None:
+        """Writes the catalogue now. Raises OSError."""
+        await asyncio.to_thread(_write, self._models, self._catalogue.models())
 
     async def save(self, worker_ids: frozenset[str]) -> None:
         """Remembers the workers."""
@@ -58,7 +62,7 @@ def load_models(directory: Path) -> list[ModelEntry]:
         return []
     try:
         return [_entry(item) for item in document]
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, AttributeError) as error:
         log.warning("catalogue on disk can't be used", error=str(error))
         return []
 

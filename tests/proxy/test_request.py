@@ -1,0 +1,71 @@
+"""What the picker reads from requests."""
+
+import pytest
+from google.api import httpbody_pb2
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helios.api.inference.v1 import inference_service_pb2 as inference_pb
+from helios.mesh.errors import InvalidRequest, ModelMismatch
+from helios.proxy.picker.request import agree, body_model, read_heads, timeout_seconds
+
+OPENAI = "/helios.api.inference.v1.OpenAIService/CreateCompletion"
+TOKENIZE = "/helios.api.inference.v1.InferenceService/Tokenize"
+
+
+def frame(message: bytes) -> bytes:
+    return b"\0" + len(message).to_bytes(4, "big") + message
+
+
+@given(st.binary(max_size=200), st.sampled_from([OPENAI, TOKENIZE, TOKENIZE + "x"]))
+def test_no_body_breaks_the_reader(body: bytes, path: str) -> None:
+    for message in (body, frame(body)):
+        try:
+            assert body_model(path, message)
+        except InvalidRequest:
+            continue
+
+
+@given(st.text(min_size=1, max_size=50).filter(lambda text: text.isprintable()))
+def test_the_model_of_every_message_is_found(model: str) -> None:
+    messages = {
+        "Chat": inference_pb.ChatRequest(model=model),
+        "Complete": inference_pb.CompleteRequest(model=model, text="x"),
+        "Tokenize": inference_pb.TokenizeRequest(model=model, text="x"),
+    }
+    for name, message in messages.items():
+        path = f"/helios.api.inference.v1.InferenceService/{name}"
+        assert body_model(path, frame(message.SerializeToString())) == model
+
+
+@pytest.mark.parametrize(
+    "content_type", ["", "application/json", "application/json; charset=utf-8", "application/x+json"]
+)
+def test_json_is_read_whatever_it_calls_itself(content_type: str) -> None:
+    http = httpbody_pb2.HttpBody(content_type=content_type, data=b'{"model":"m"}')
+    assert body_model(OPENAI, frame(http.SerializeToString())) == "m"
+
+
+def test_a_compressed_message_asks_for_the_header() -> None:
+    with pytest.raises(InvalidRequest, match="x-helios-model"):
+        body_model(TOKENIZE, b"\1\0\0\0\0")
+
+
+def test_header_and_body_must_agree() -> None:
+    assert agree("m", "") == agree("", "m") == agree("m", "m") == "m"
+    assert agree("", "") == ""
+    with pytest.raises(ModelMismatch):
+        agree("m", "n")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("1S", 1.0), ("250m", 0.25), ("2H", 7200.0), ("", None), ("x", None), ("-1S", None), ("1", None)],
+)
+def test_grpc_timeouts(text: str, seconds: float | None) -> None:
+    assert timeout_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("length", ["", "x", "-1", "1e3", "²"])
+def test_a_content_length_that_is_no_number_counts_as_0(length: str) -> None:
+    assert read_heads({"content-length": length}).content_length == 0
