@@ -38,11 +38,11 @@ async def test_the_client_keeps_its_lease_over_kill_and_restart(mesh: Mesh) -> N
     revision = mesh.shelf.add({"w": os.urandom(MIB)})
     async with agent_process(mesh) as agent, mesh.dial(agent.address) as dialer, mesh.dial(agent.address) as other:
         client = StorageClient(dialer)
-        async with client.materialize(revision, holder="t", ttl_seconds=30) as lent:
+        async with client.materialize(revision, holder="t", ttl_seconds=15) as lent:
             before = lent.expires_at
             agent.kill()
             await agent.start()
-            # The client's renewal, ten seconds after the one before, meets the new process.
+            # The client's renewal, five seconds after the one before, meets the new process.
             async with asyncio.timeout(20):
                 while lent.expires_at == before and not lent.lost.is_set():
                     await asyncio.sleep(0.05)
