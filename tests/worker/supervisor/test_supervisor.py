@@ -210,7 +210,7 @@ async def test_a_restarted_supervisor_adopts_what_runs_and_the_replica_never_not
     weights = FakeWeights()
     async with running_node(folder, launcher=FakeLauncher(), weights=weights) as node:
         before = await start_ready(node)
-        await node.supervisor.write_list()
+        node.supervisor.write_list()
     assert len(living(process_of(before))) == 3
     assert weights.released == []
     launcher = FakeLauncher()
@@ -245,7 +245,7 @@ async def test_a_replica_is_adopted_from_its_hello_alone_when_the_list_is_lost(f
 async def test_a_listed_replica_that_does_not_come_back_is_held_and_then_killed(folder: Path) -> None:
     async with running_node(folder, launcher=FakeLauncher(r1="silent")) as node:
         before = await start_ready(node)
-        await node.supervisor.write_list()
+        node.supervisor.write_list()
     rules = replace(RULES, return_seconds=0.7)
     async with running_node(folder, launcher=FakeLauncher(), rules=rules) as node:
         assert not await node.supervisor.wait_returned(0.1)
@@ -263,7 +263,7 @@ async def test_a_listed_replica_that_does_not_come_back_is_held_and_then_killed(
 async def test_what_a_dead_front_left_while_the_supervisor_was_away_is_killed(folder: Path) -> None:
     async with running_node(folder, launcher=FakeLauncher(r1="silent")) as node:
         process = process_of(await start_ready(node))
-        await node.supervisor.write_list()
+        node.supervisor.write_list()
     kill_and_wait(process)
     assert len(living(process)) == 2
     async with running_node(folder, launcher=FakeLauncher()) as node:
@@ -276,7 +276,7 @@ async def test_what_a_dead_front_left_while_the_supervisor_was_away_is_killed(fo
 async def test_a_list_of_another_boot_is_not_believed(folder: Path) -> None:
     async with running_node(folder, launcher=FakeLauncher(r1="silent")) as node:
         process = process_of(await start_ready(node))
-        await node.supervisor.write_list()
+        node.supervisor.write_list()
     text = (folder / "replicas.json").read_text()
     (folder / "replicas.json").write_text(text.replace("this boot", "an earlier boot"))
     async with running_node(folder, launcher=FakeLauncher()) as node:

@@ -105,7 +105,7 @@ async def _stop(supervisor: Supervisor, settings: WorkerSettings) -> None:
         await supervisor.end_unforked()
     else:
         await supervisor.end_all(settings.replica.drain_seconds)
-    await supervisor.write_list()
+    supervisor.write_list()
 
 
 async def _take_exits(launcher: LauncherClient, supervisor: Supervisor) -> None:

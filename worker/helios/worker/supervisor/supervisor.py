@@ -249,7 +249,7 @@ class Supervisor:
         for runner in runners:
             await runner.wait_ended()
 
-    async def write_list(self) -> None:
+    def write_list(self) -> None:
         """Writes the list of running replicas now."""
         listed = []
         for booking in self._ledger.bookings:
@@ -257,7 +257,7 @@ class Supervisor:
             if view.process is not None:
                 listed.append(ListedReplica(view, booking.port))
         try:
-            await self._list.write(listed)
+            self._list.write(listed)
         except OSError as error:
             log.warning("list of replicas can't be written", error=str(error))
 
@@ -362,7 +362,7 @@ class Supervisor:
         while True:
             await self._list_changed.wait()
             self._list_changed.clear()
-            await self.write_list()
+            self.write_list()
 
     async def _reap_orphans(self) -> None:
         while True:

@@ -1,0 +1,69 @@
+"""Memory, ports and cores of the node."""
+
+import socket
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from helios.worker.supervisor.core_placement import place
+from helios.worker.supervisor.host import cpu_device, pick_free_port, usable_memory_bytes
+
+GIB = 1 << 30
+
+
+def machine(folder: Path, *, cgroup: str, limits: dict[str, str]) -> tuple[Path, Path]:
+    proc, cgroups = folder / "proc", folder / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text(f"MemTotal:       {16 * GIB // 1024} kB\nMemFree: 1 kB\n")
+    (proc / "self/cgroup").write_text(cgroup)
+    for path, text in limits.items():
+        file = cgroups / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return proc, cgroups
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "limits", "expected_gib"),
+    [
+        ("0::/\n", {}, 16),
+        ("0::/a/b\n", {"a/memory.max": f"{4 * GIB}\n", "a/b/memory.max": "max\n"}, 4),
+        ("0::/a\n", {"a/memory.max": f"{64 * GIB}\n"}, 16),
+        ("4:memory:/pod\n0::/\n", {"memory/pod/memory.limit_in_bytes": f"{2 * GIB}\n"}, 2),
+        ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712\n"}, 16),
+        ("", {}, 16),
+    ],
+)
+def test_the_lowest_limit_above_the_process_counts(
+    tmp_path: Path, cgroup: str, limits: dict[str, str], expected_gib: int
+) -> None:
+    proc, cgroups = machine(tmp_path, cgroup=cgroup, limits=limits)
+    assert usable_memory_bytes(proc, cgroups) == expected_gib * GIB
+
+
+def test_the_device_has_what_is_set_or_a_share_of_the_machine() -> None:
+    assert cpu_device(5).memory_bytes == 5
+    assert cpu_device(None).memory_bytes == int(usable_memory_bytes() * 0.6)
+
+
+def test_a_port_that_somebody_listens_on_is_not_picked() -> None:
+    port = pick_free_port("127.0.0.1", frozenset(), seed=7)
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", port))
+        holder.listen()
+        assert pick_free_port("127.0.0.1", frozenset(), seed=7) != port
+    assert pick_free_port("127.0.0.1", frozenset({port}), seed=7) != port
+
+
+@given(slot=st.integers(0, 7), cores=st.lists(st.integers(0, 63), unique=True, max_size=9), count=st.integers(0, 4))
+def test_engine_and_api_share_no_core_and_use_only_given_ones(slot: int, cores: list[int], count: int) -> None:
+    placement = place(slot, cores, engine_core_count=count)
+    assert set(placement.engine_cores) | set(placement.api_cores) <= set(cores)
+    assert not set(placement.engine_cores) & set(placement.api_cores)
+    assert bool(placement.engine_cores) == bool(placement.api_cores) == (len(cores) >= 2 and count >= 1)
+
+
+def test_neighbours_compute_on_different_cores() -> None:
+    assert [place(slot, (0, 1), engine_core_count=1).engine_cores for slot in range(3)] == [(1,), (0,), (1,)]
