@@ -6,8 +6,11 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from helios.mesh.envoy.settings import Limits
 from helios.mesh.errors import Unavailable
@@ -190,6 +193,25 @@ async def test_envoy_keeps_its_endpoints_while_the_proxy_restarts(changing: Chan
     gateway.xds.open()
     await gateway.xds.wait_acked(version, time.monotonic() + 10, node="edge-under-test")
     assert (await client.post(CHAT, json={"model": "m"})).status_code == 200
+
+
+async def test_an_envoy_without_memory_says_so(tmp_path: Path) -> None:
+    # One byte is less than Envoy needs to be there at all; the monitor looks once a second.
+    async with (
+        running_gateway(tmp_path, limits=Limits(max_heap_bytes=1)) as gateway,
+        httpx.AsyncClient(base_url=f"http://{gateway.edge}", timeout=20, trust_env=False) as client,
+    ):
+        async with asyncio.timeout(15):
+            while (answer := await client.post(CHAT, json={"model": "m"})).status_code == 200:
+                await asyncio.sleep(0.1)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "overloaded"
+        assert answer.headers["retry-after"] == "5"
+        async with grpc.aio.insecure_channel(gateway.edge) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "{" not in (caught.value.details() or "")
 
 
 async def test_metrics_are_there_and_the_filters_had_no_error(changing: Changing) -> None:

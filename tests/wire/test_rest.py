@@ -243,6 +243,18 @@ async def test_a_models_name_may_hold_slashes(gateway: Gateway, rest: httpx.Asyn
     assert gateway.control.calls[0].request.model == model
 
 
+@pytest.mark.parametrize(
+    "headers", [{"x_helios_endpoint": "x"}, {"x-big": "a" * 70_000}], ids=["underscore", "too large"]
+)
+async def test_headers_that_are_refused_reach_nobody(
+    gateway: Gateway, rest: httpx.AsyncClient, headers: dict[str, str]
+) -> None:
+    answer = await rest.post(CHAT, json={"model": "m"}, headers=headers)
+    assert answer.status_code in {400, 431}
+    assert openai_error(answer)["type"] == "invalid_request_error"
+    assert not gateway.picker.requests
+
+
 async def test_healthz_is_ok(rest: httpx.AsyncClient) -> None:
     assert (await rest.get("/healthz")).status_code == 200
 
@@ -278,7 +290,7 @@ async def test_the_access_log_names_the_request(gateway: Gateway, rest: httpx.As
     lines: list[dict[str, str]] = []
     while not lines and time.monotonic() < deadline:
         text = (gateway.directory / "access.log").read_text()
-        lines = [line for line in map(json.loads, text.splitlines()) if line["request_id"] == wanted]
+        lines = [line for line in map(json.loads, text.splitlines()) if line.get("request_id") == wanted]
         await asyncio.sleep(0.2)
     assert lines[0]["model"] == "logged"
     assert lines[0]["path"] == CHAT

@@ -101,7 +101,6 @@ def _overload(limits: Limits) -> OverloadManager:
         actions=[
             _when_heap_reaches(0.90, "envoy.overload_actions.shrink_heap"),
             _when_heap_reaches(0.95, "envoy.overload_actions.stop_accepting_requests"),
-            _when_heap_reaches(0.98, "envoy.overload_actions.stop_accepting_connections"),
         ],
     )
 

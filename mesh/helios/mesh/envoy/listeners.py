@@ -1,20 +1,11 @@
 """The two doors: the edge for everybody, the admin listener for the operator of this machine."""
 
-from envoy_data_plane.envoy.config.accesslog.v3 import (
-    AccessLog,
-    AccessLogFilter,
-    ComparisonFilter,
-    ComparisonFilterOp,
-    StatusCodeFilter,
-)
+from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog
 from envoy_data_plane.envoy.config.core.v3 import (
     GrpcService,
     GrpcServiceEnvoyGrpc,
-    HeaderValue,
-    HeaderValueOption,
     HttpProtocolOptions,
     HttpProtocolOptionsHeadersWithUnderscoresAction,
-    RuntimeUInt32,
     SubstitutionFormatString,
     TcpKeepalive,
 )
@@ -30,12 +21,10 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
     HttpConnectionManagerPathWithEscapedSlashesAction,
     HttpConnectionManagerTracing,
     HttpFilter,
-    LocalReplyConfig,
-    ResponseMapper,
 )
 from envoy_data_plane.google.protobuf import Any
 
-from helios.mesh.envoy import clusters, filters, pack, routes
+from helios.mesh.envoy import clusters, filters, pack, replies, routes
 from helios.mesh.envoy.headers import CLIENT_REQUEST_ID_HEADER, ENDPOINT_HEADER, strip_client_headers
 from helios.mesh.envoy.settings import EdgeSettings
 
@@ -137,22 +126,10 @@ def _manager(
         stream_idle_timeout=pack.seconds(limits.stream_idle_seconds),
         request_headers_timeout=pack.seconds(30),
         request_timeout=pack.seconds(limits.upload_seconds),
-        local_reply_config=_too_large_is_resource_exhausted(),
+        local_reply_config=replies.own_replies(),
         access_log=[_access_log(settings)],
         tracing=_tracing(settings.otlp_endpoint),
     )
-
-
-def _too_large_is_resource_exhausted() -> LocalReplyConfig:
-    """Gives gRPC callers the status that the mesh's servers give; Envoy has none for its own 413 and says UNKNOWN."""
-    is_413 = StatusCodeFilter(
-        comparison=ComparisonFilter(
-            op=ComparisonFilterOp.EQ, value=RuntimeUInt32(default_value=413, runtime_key="helios.none")
-        )
-    )
-    status = HeaderValueOption(header=HeaderValue(key="grpc-status", value="8"))
-    mapper = ResponseMapper(filter=AccessLogFilter(status_code_filter=is_413), headers_to_add=[status])
-    return LocalReplyConfig(mappers=[mapper])
 
 
 def _access_log(settings: EdgeSettings) -> AccessLog:

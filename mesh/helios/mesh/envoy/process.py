@@ -34,6 +34,9 @@ def command(config_path: Path, *, concurrency: int = 1, log_level: str = "warnin
         "--disable-hot-restart",
         "--concurrency",
         str(concurrency),
+        # The access log reaches its file within a second; Envoy's default is ten.
+        "--file-flush-interval-msec",
+        "1000",
         "--log-level",
         log_level,
         "--log-format",
