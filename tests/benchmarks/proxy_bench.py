@@ -72,7 +72,7 @@ def measure(core: Core, model: str) -> list[float]:
         load = Load(running_count=number % 7, waiting_count=number % 3, kv_usage_ratio=(number % 10) / 10)
         # Every request is told of, so that reservations do not pile up.
         delta = LoadDelta(replica.replica_id, load, started=(f"q{number - 1}",), finished=((f"q{number - 1}", 0),))
-        core.load_report(replica.worker_id, [delta], 1.0)
+        core.load_report([delta], 1.0)
         spent.append(_time(lambda: _pick(core, model, f"q{number}")))  # noqa: B023 (called at once)
     return spent
 

@@ -186,6 +186,26 @@ def test_a_silent_worker_is_unpicked() -> None:
     assert subject.pick(entry(), "q2", 3.1) is None
 
 
+def test_a_silent_worker_that_speaks_again_is_picked_again() -> None:
+    subject = core()
+    known(subject)
+    warm(subject)
+    subject.tick(3.1)
+    hold, _ = subject.hold(entry(), "q1", size_bytes=0, deadline=99.0, now=3.2)
+    todo = subject.worker_seen("w", 4.0)
+    assert [action.hold for action in todo if isinstance(action, actions.Release)] == [hold]
+
+
+def test_a_worker_that_is_silent_beyond_its_grace_has_to_say_hello_again() -> None:
+    subject = core()
+    known(subject)
+    warm(subject)
+    subject.tick(3.1)
+    assert actions.Disconnect("w") in subject.tick(34.0)
+    subject.worker_seen("w", 35.0)
+    assert subject.pick(entry(), "q1", 35.0) is None
+
+
 def test_a_reconnect_resends_unacknowledged_commands_with_the_same_id() -> None:
     subject = core()
     known(subject)
@@ -264,13 +284,13 @@ def test_the_breaker_takes_a_failing_replica_out_and_lets_one_probe_in() -> None
     known(subject)
     warm(subject)
     for number in range(3):
-        subject.load_report("w", [LoadDelta("r", Load(), finished=((f"q{number}", 14),))], 1.0)
+        subject.load_report([LoadDelta("r", Load(), finished=((f"q{number}", 14),))], 1.0)
     assert subject.pick(entry(), "q9", 1.0) is None
     subject.worker_seen("w", 3.0)
     subject.tick(3.1)
     assert subject.pick(entry(), "probe", 3.1) is not None
     assert subject.pick(entry(), "too early", 3.1) is None
-    subject.load_report("w", [LoadDelta("r", Load(), finished=(("probe", 0),))], 3.2)
+    subject.load_report([LoadDelta("r", Load(), finished=(("probe", 0),))], 3.2)
     assert subject.pick(entry(), "q10", 3.3) is not None
 
 

@@ -101,7 +101,7 @@ async def test_a_rest_request_at_zero_is_held_and_answered(world: World) -> None
                 group.create_task(client.post("/v1/chat/completions", json={"model": name})) for name in ("m", "alias")
             ]
         for name, answer in zip(("m", "alias"), answers, strict=True):
-            assert answer.result().status_code == 200
+            assert answer.result().status_code == 200, answer.result().text
             headers = answer.result().json()["headers"]
             assert headers["x-helios-route-model"] == name
             assert headers["x-helios-route-revision"] == "sha256:1"

@@ -337,6 +337,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.inbox: list[Command] = []
         self.sequence = Counter[str]()
         self.published: frozenset[str] = frozenset()
+        self.connected: set[str] = set()
         self.waiting: dict[int, Hold] = {}
         self.carried_out: set[str] = set()
         self.next_request = 0
@@ -350,6 +351,8 @@ class CoreMachine(RuleBasedStateMachine):
                 case actions.Release(hold, pick):
                     assert self.waiting.pop(hold.hold_id).model == pick.model
                     self.check_pick(pick.endpoints)
+                case actions.Disconnect(worker_id):
+                    self.connected.discard(worker_id)
                 case actions.Fail(hold, error):
                     assert self.waiting.pop(hold.hold_id) == hold
                     assert error.retry_after_seconds is not None
@@ -370,6 +373,7 @@ class CoreMachine(RuleBasedStateMachine):
     def connect(self, worker_id: str, forgets: bool) -> None:
         held = {} if forgets else self.workers.get(worker_id, {})
         self.workers[worker_id] = held
+        self.connected.add(worker_id)
         self.sequence[worker_id] = 0
         incarnation = str(self.now) + str(self.next_request)
         told = hello(worker_id, replicas=tuple(held.values()), memory_bytes=2 * GIB, incarnation=incarnation)
@@ -381,6 +385,7 @@ class CoreMachine(RuleBasedStateMachine):
         if not happens:
             return
         self.inbox = [command for command in self.inbox if command.worker_id != worker_id]
+        self.connected.discard(worker_id)
         self.apply(self.core.worker_lost(worker_id, self.now))
 
     @precondition(lambda self: self.inbox)
@@ -488,14 +493,15 @@ class CoreMachine(RuleBasedStateMachine):
         item = data.draw(st.sampled_from(sorted(items, key=lambda item: item.replica_id)))
         started = tuple(f"q{number}" for number in range(max(0, self.next_request - 3), self.next_request))
         delta = LoadDelta(item.replica_id, Load(), started, tuple((request, code) for request in started))
-        self.apply(self.core.load_report(item.worker_id, [delta], self.now))
+        self.apply(self.core.load_report([delta], self.now))
 
     @rule(seconds=st.sampled_from([0.1, 0.5, 1.0, 3.0, 10.0, 45.0]), is_silent=RARELY)
     def time_passes(self, seconds: float, is_silent: bool) -> None:
         self.now += seconds
         if not is_silent:
             for worker_id in self.workers:
-                self.core.worker_seen(worker_id, self.now)
+                if worker_id in self.connected:
+                    self.apply(self.core.worker_seen(worker_id, self.now))
         self.apply(self.core.expire_holds(self.now))
         self.apply(self.core.tick(self.now))
 

@@ -39,6 +39,13 @@ class WorkersChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class Disconnect:
+    """End a worker's session, where it has one: it was silent for so long that only a new hello makes it believed."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class FleetResynchronised:
     """The fleet is believed to be complete: endpoints may be published, replicas started."""
 
@@ -76,5 +83,13 @@ class ActivationFailed:
 
 
 Action = (
-    Send | Release | Fail | WorkersChanged | FleetResynchronised | ActivationBegun | ActivationDone | ActivationFailed
+    Send
+    | Release
+    | Fail
+    | WorkersChanged
+    | Disconnect
+    | FleetResynchronised
+    | ActivationBegun
+    | ActivationDone
+    | ActivationFailed
 )

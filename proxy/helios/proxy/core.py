@@ -152,9 +152,15 @@ class Core:
             self.traffic.refresh(replica.replica_id)
         return self._take(now)
 
-    def worker_seen(self, worker_id: str, now: float) -> None:
-        """A worker said something."""
-        self.fleet.seen(worker_id, now)
+    def worker_seen(self, worker_id: str, now: float) -> list[actions.Action]:
+        """A worker said something on its stream; one that had fallen silent is reachable again."""
+        worker = self.fleet.worker(worker_id)
+        is_back = worker is not None and not worker.is_reachable
+        for replica in self.fleet.seen(worker_id, now):
+            self.traffic.refresh(replica.replica_id)
+        if is_back:
+            self.lifecycle.capacity_changed(now)
+        return self._take(now)
 
     def replica_event(self, worker_id: str, sequence: int, replica: Replica, now: float) -> list[actions.Action]:
         """A replica changed; an event that comes twice changes nothing."""
@@ -163,9 +169,8 @@ class Core:
             self._follow([change], now, is_worker_lost=False)
         return self._take(now)
 
-    def load_report(self, worker_id: str, deltas: Iterable[LoadDelta], now: float) -> list[actions.Action]:
+    def load_report(self, deltas: Iterable[LoadDelta], now: float) -> list[actions.Action]:
         """Loads changed, requests started and finished."""
-        self.fleet.seen(worker_id, now)
         for delta in deltas:
             self.traffic.load(delta, now)
         return self._take(now)
@@ -174,7 +179,6 @@ class Core:
         self, worker_id: str, command_id: str, *, refused_reason: str, message: str, now: float
     ) -> list[actions.Action]:
         """A worker accepted a command, or refused it."""
-        self.fleet.seen(worker_id, now)
         command = self._commands.acknowledge(worker_id, command_id)
         if command is not None and refused_reason and isinstance(command.order, StartReplica):
             replica = self.fleet.replica(command.order.replica_id)
@@ -250,7 +254,7 @@ class Core:
                 self.traffic.refresh(replica.replica_id)
         for worker_id in self.fleet.overdue(now, self._policy.worker_grace_seconds):
             self._commands.forget_worker(worker_id)
-            self._out([actions.WorkersChanged()])
+            self._out([actions.WorkersChanged(), actions.Disconnect(worker_id)])
             self._follow(self.fleet.remove_worker(worker_id), now, is_worker_lost=True)
         if not self.is_resynchronised and now >= self._resync_at:
             self._resynchronise(now, is_complete=False)

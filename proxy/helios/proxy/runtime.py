@@ -172,6 +172,10 @@ class Runtime:
                         outbox.put(command)
                 case actions.WorkersChanged():
                     self._workers_changed.set()
+                case actions.Disconnect(worker_id):
+                    outbox = self._outboxes.get(worker_id)
+                    if outbox is not None:
+                        outbox.close()
                 case actions.FleetResynchronised(is_complete):
                     log.info(
                         "fleet resynchronised", is_complete=is_complete, workers=len(list(self.core.fleet.workers()))

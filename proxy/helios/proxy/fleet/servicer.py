@@ -78,11 +78,11 @@ class FleetServicer(FleetServiceServicer):
 
     def _take(self, message: pb.SessionRequest, worker_id: str, now: float) -> None:
         core = self._runtime.core
-        core.worker_seen(worker_id, now)
+        self._runtime.apply(core.worker_seen(worker_id, now))
         match message.WhichOneof("message"):
             case "load":
                 deltas = [wire.delta_from_proto(delta) for delta in message.load.deltas]
-                self._runtime.apply(core.load_report(worker_id, deltas, now))
+                self._runtime.apply(core.load_report(deltas, now))
             case "replica_event":
                 event = message.replica_event
                 replica = wire.replica_from_proto(event.replica, worker_id)

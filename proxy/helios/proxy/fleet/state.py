@@ -242,11 +242,19 @@ class FleetState:
         self._store(self._workers[replica.worker_id], replica)
         return replica
 
-    def seen(self, worker_id: str, now: float) -> None:
-        """Notes that a worker spoke."""
+    def seen(self, worker_id: str, now: float) -> list[Replica]:
+        """Notes that a worker spoke; returns its replicas where it was silent before and is reachable again.
+
+        Nothing is lost on a stream that did not break, so such a worker needs no new hello.
+        """
         worker = self._workers.get(worker_id)
-        if worker is not None:
-            worker.seen_at = now
+        if worker is None:
+            return []
+        worker.seen_at = now
+        if worker.lost_at is None:
+            return []
+        worker.lost_at = None
+        return list(worker.replicas.values())
 
     def lose(self, worker_id: str, now: float) -> list[Replica]:
         """Marks a worker unreachable; returns its replicas. Harmless when repeated."""
