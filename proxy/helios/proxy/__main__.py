@@ -5,9 +5,6 @@ from contextlib import AsyncExitStack
 from typing import Final
 from uuid import uuid4
 
-from envoy.service.discovery.v3 import ads_pb2_grpc
-from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
-
 from helios.api.admin.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from helios.api.catalog.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
 from helios.api.fleet.v1.fleet_service_pb2_grpc import add_FleetServiceServicer_to_server
@@ -86,10 +83,8 @@ def _picker(settings: ProxySettings, runtime: Runtime, models: ModelSource, xds:
     picker = PickerServicer(
         runtime, models, hold_limit_seconds=settings.hold.limit_seconds, is_enforced=identity is not None
     )
-    external_processor_pb2_grpc.add_ExternalProcessorServicer_to_server(picker, server.grpc)
-    ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(
-        GuardedXds(xds, is_enforced=identity is not None), server.grpc
-    )
+    picker.add_to(server.grpc)
+    GuardedXds(xds, is_enforced=identity is not None).add_to(server.grpc)
     return server
 
 

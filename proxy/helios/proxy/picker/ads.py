@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
+import grpc.aio
 from envoy.service.discovery.v3 import ads_pb2_grpc
 
 from helios.mesh import status
@@ -19,6 +20,10 @@ class GuardedXds(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
     def __init__(self, xds: XdsServer, *, is_enforced: bool) -> None:
         self._xds = xds
         self._is_enforced = is_enforced
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers the service."""
+        ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(self, server)
 
     async def DeltaAggregatedResources(self, requests: AsyncIterator[Any], context: Any) -> None:
         """Serves one Envoy until it leaves."""

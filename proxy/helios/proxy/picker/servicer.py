@@ -65,6 +65,10 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
         self._hold_limit_seconds = hold_limit_seconds
         self._is_enforced = is_enforced
 
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers the service."""
+        external_processor_pb2_grpc.add_ExternalProcessorServicer_to_server(self, server)
+
     async def Process(self, _: Any, context: Any) -> None:
         """Serves one request."""
         if self._is_enforced:
