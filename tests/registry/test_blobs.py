@@ -96,9 +96,8 @@ async def test_another_file_of_a_known_size_is_stored_and_progress_adds_up(store
 
 
 async def test_a_full_disk_leaves_nothing(store: BlobStore, source: Path) -> None:
-    with store.hold() as hold, largest_file(1 << 20):
-        with pytest.raises(DiskFull):
-            await hold.put(source, on_bytes=ignore)
+    with store.hold() as hold, largest_file(1 << 20), pytest.raises(DiskFull):
+        await hold.put(source, on_bytes=ignore)
     assert files_of(store) == []
 
 
@@ -117,9 +116,8 @@ async def test_keeps_the_reserve(tmp_path: Path) -> None:
 
 
 async def test_a_file_of_another_digest_is_refused(store: BlobStore, source: Path) -> None:
-    with store.hold() as hold:
-        with pytest.raises(DigestMismatch):
-            await hold.put(source, expected="0" * 64, on_bytes=ignore)
+    with store.hold() as hold, pytest.raises(DigestMismatch):
+        await hold.put(source, expected="0" * 64, on_bytes=ignore)
     assert files_of(store) == []
 
 
@@ -128,17 +126,15 @@ async def test_a_file_that_changes_while_it_is_read_is_refused(store: BlobStore,
         with source.open("ab") as file:
             file.write(b"more")
 
-    with store.hold() as hold:
-        with pytest.raises(Conflict) as caught:
-            await hold.put(source, on_bytes=grow)
+    with store.hold() as hold, pytest.raises(Conflict) as caught:
+        await hold.put(source, on_bytes=grow)
     assert caught.value.reason == "SOURCE_CHANGED"
     assert files_of(store) == []
 
 
 async def test_a_missing_source_is_a_conflict(store: BlobStore, tmp_path: Path) -> None:
-    with store.hold() as hold:
-        with pytest.raises(Conflict):
-            await hold.put(tmp_path / "nothing", on_bytes=ignore)
+    with store.hold() as hold, pytest.raises(Conflict):
+        await hold.put(tmp_path / "nothing", on_bytes=ignore)
 
 
 async def test_cancelling_stops_the_copy_and_leaves_nothing(store: BlobStore, tmp_path: Path) -> None:

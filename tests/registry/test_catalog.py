@@ -8,8 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from helios.mesh.errors import AlreadyExists, Corrupted, InvalidRequest, ModelNotFound, NotFound, RevisionNotFound
-from helios.mesh.errors import Draining, PreconditionFailed, Unavailable
+from helios.mesh.errors import (
+    AlreadyExists,
+    Corrupted,
+    Draining,
+    InvalidRequest,
+    ModelNotFound,
+    NotFound,
+    PreconditionFailed,
+    RevisionNotFound,
+    Unavailable,
+)
 from helios.registry.database import Database
 from helios.registry.manifest import MEDIA_CONFIG, MEDIA_WEIGHT, Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile

@@ -2,17 +2,18 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, INTERMEDIATE, CONTEXT = 2, 32, 4, 2, 64, 128
-WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz0123456789", "Ġ"]
+WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz0123456789", "Ġ", "ab", "cd"]
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "bos_token_id": 1,
@@ -88,15 +89,22 @@ def write_sharded(directory: Path) -> Path:
 
 
 def write_big(directory: Path, size_bytes: int) -> Path:
-    """Writes the model with one more tensor of about this size, for tests that need an ingest to last."""
+    """Writes the model with one more tensor of this size, for tests that need an ingest to last; the tensor is a hole."""
     directory.mkdir(parents=True)
-    filler = np.random.default_rng(1).integers(0, 255, size_bytes, dtype=np.uint8)
-    save_file(tensors() | {"filler": filler}, directory / "model.safetensors")
+    content = save(tensors())
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    begin = len(content) - 8 - length
+    header["filler"] = {"dtype": "U8", "shape": [size_bytes], "data_offsets": [begin, begin + size_bytes]}
+    document = json.dumps(header).encode()
+    path = directory / "model.safetensors"
+    path.write_bytes(len(document).to_bytes(8, "little") + document + content[8 + length :])
+    os.truncate(path, path.stat().st_size + size_bytes)
     write_small_files(directory)
     return directory
 
 
-def write_gguf(path: Path, *, tokenizer: bool = True) -> Path:
+def write_gguf(path: Path, *, tokenizer: bool = True, merges: tuple[str, ...] = ("a b", "c d")) -> Path:
     """Writes the model as a GGUF file; returns the path."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(CONTEXT)
@@ -115,7 +123,7 @@ def write_gguf(path: Path, *, tokenizer: bool = True) -> Path:
         writer.add_tokenizer_pre("default")
         writer.add_token_list(WORDS)
         writer.add_token_types([3, 3, 3] + [1] * (len(WORDS) - 3))
-        writer.add_token_merges(["a b", "c d"])
+        writer.add_token_merges(list(merges))
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         writer.add_unk_token_id(0)

@@ -103,13 +103,16 @@ class Converter:
         """Reads what the converter reports until it ends, or until it reports an error, which is returned."""
         assert process.stdout is not None
         async for line in process.stdout:
-            failure = self._handle(json.loads(line), progress)
+            try:
+                failure = self._handle(json.loads(line), progress)
+            except ValueError as error:
+                raise Bug(f"the converter wrote {line[:100]!r}, which is no report") from error
             if failure is not None:
                 return failure
         await process.wait()
         return None
 
-    def _handle(self, event: dict[str, Any], progress: ProgressLog) -> HeliosError | None:
+    def _handle(self, event: Any, progress: ProgressLog) -> HeliosError | None:
         """Acts on one line of the converter's output; returns the error that it reports."""
         match event:
             case {"output_bytes": int(total)}:

@@ -1,0 +1,140 @@
+"""The registry as a process: it starts, says so, stops, and survives kill -9 at any moment of an ingest."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from helios.mesh.errors import HeliosError
+from helios.registry.client import IngestDone, IngestProgress, RegistryClient
+from tests.registry import tiny
+from tests.registry.support import Mesh
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@asynccontextmanager
+async def running(root: Path, mesh: Mesh, *flags: str) -> AsyncIterator[tuple[Process, str]]:
+    """Runs a registry on a directory; yields the process and its address, and stops it at the end."""
+    ready = root.with_name(f"{root.name}-ready.json")
+    ready.unlink(missing_ok=True)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "helios.registry",
+        f"--state-directory={root}",
+        f"--mesh.identity-directory={mesh.identity('registry').directory}",
+        f"--ready-file={ready}",
+        "--ingest.reserve-bytes=0",
+        *flags,
+        cwd=ROOT,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+        env={"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        async with asyncio.timeout(30):
+            while not ready.exists():
+                assert process.returncode is None, f"the registry ended with {process.returncode}"
+                await asyncio.sleep(0.02)
+        yield process, json.loads(ready.read_text())["address"]
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(20):
+                await process.wait()
+
+
+def leftovers(root: Path) -> list[str]:
+    return [str(path) for part in ("blobs", "work") for path in (root / part).rglob("*") if path.is_file()]
+
+
+async def ingest(client: RegistryClient, name: str, source: Path) -> IngestDone:
+    events = [event async for event in client.ingest(name, str(source))]
+    assert isinstance(events[-1], IngestDone)
+    return events[-1]
+
+
+async def test_starts_serves_and_stops(tmp_path: Path, mesh: Mesh, model_directory: Path) -> None:
+    root = tmp_path / "registry"
+    async with running(root, mesh) as (process, address):
+        async with mesh.client(address) as client:
+            before = (await ingest(client, "m", model_directory)).model
+        loaded = psutil.Process(process.pid).memory_maps()
+        assert not any("torch" in mapped.path for mapped in loaded)
+    assert process.returncode == 0
+    async with running(root, mesh) as (_, address), mesh.client(address) as client:
+        assert await client.list_models() == (before,)
+
+
+async def test_a_second_registry_on_the_same_directory_is_refused(tmp_path: Path, mesh: Mesh) -> None:
+    async with running(tmp_path / "registry", mesh):
+        with pytest.raises(AssertionError, match="ended with 1"):
+            async with running(tmp_path / "registry", mesh):
+                pass
+
+
+@pytest.mark.parametrize("delay_seconds", [0.0, 0.15])
+async def test_kill_9_in_the_middle_of_storing(tmp_path: Path, mesh: Mesh, delay_seconds: float) -> None:
+    root = tmp_path / "registry"
+    directory = tiny.write_big(tmp_path / "big", 256 << 20)
+    small = tiny.write_model(tmp_path / "small")
+    async with running(root, mesh) as (process, address), mesh.client(address) as client:
+        kept = (await ingest(client, "kept", small)).model
+        with pytest.raises(HeliosError):
+            async for event in client.ingest("m", str(directory)):
+                if isinstance(event, IngestProgress) and event.phase == "store":
+                    await asyncio.sleep(delay_seconds)
+                    process.kill()
+                    await process.wait()
+    # What the model that was there before needs, and nothing else.
+    async with running(root, mesh) as (_, address), mesh.client(address) as client:
+        assert await client.list_models() == (kept,)
+        manifest = (await client.get_manifest(kept.revision.digest)).manifest
+        assert {Path(path).name for path in leftovers(root)} == {entry.digest.hash for entry in manifest.entries}
+        assert (await ingest(client, "m", directory)).model.name == "m"
+        assert await client.delete_model("m") > 0
+        assert {Path(path).name for path in leftovers(root)} == {entry.digest.hash for entry in manifest.entries}
+
+
+async def test_kill_9_in_the_middle_of_a_conversion_takes_the_converter_along(
+    tmp_path: Path, mesh: Mesh, gguf_file: Path
+) -> None:
+    root = tmp_path / "registry"
+    async with running(root, mesh) as (process, address), mesh.client(address) as client:
+        children: list[psutil.Process] = []
+        with pytest.raises(HeliosError):
+            async for event in client.ingest("m", str(gguf_file)):
+                if isinstance(event, IngestProgress) and event.phase == "convert" and event.total_bytes:
+                    children = psutil.Process(process.pid).children(recursive=True)
+                    process.kill()
+                    await process.wait()
+    assert len(children) == 1
+    async with asyncio.timeout(30):
+        while any(child.is_running() for child in children):
+            await asyncio.sleep(0.05)
+    async with running(root, mesh) as (_, address), mesh.client(address) as client:
+        assert await client.list_models() == ()
+        assert leftovers(root) == []
+
+
+async def test_sigterm_in_the_middle_of_a_conversion_stops_at_once_and_leaves_nothing(
+    tmp_path: Path, mesh: Mesh, gguf_file: Path
+) -> None:
+    root = tmp_path / "registry"
+    async with running(root, mesh) as (process, address), mesh.client(address) as client:
+        with pytest.raises(HeliosError):
+            async for event in client.ingest("m", str(gguf_file)):
+                if isinstance(event, IngestProgress) and event.phase == "convert":
+                    process.terminate()
+        async with asyncio.timeout(10):
+            assert await process.wait() == 0
+    assert leftovers(root) == []
