@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -86,6 +87,11 @@ def body(**fields: Any) -> HttpBody:
     document = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 32} | fields
     present = {key: value for key, value in document.items() if value is not ...}
     return HttpBody(content_type="application/json", data=orjson.dumps(present))
+
+
+def mapped_shared_memory(pid: int) -> set[Path]:
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {Path(line[line.index("/dev/shm/") :]) for line in lines if "/dev/shm/" in line and "(deleted)" not in line}
 
 
 async def read(call: Any) -> list[HttpBody]:
@@ -226,7 +232,8 @@ async def test_tokenize_conversation_uses_the_chat_template(
         (body(max_tokens=0, stream=True), "INVALID_REQUEST", "max_tokens"),
         (body(temperature=-1), "INVALID_REQUEST", "temperature"),
         (body(top_p=3, stream=True), "INVALID_REQUEST", "top_p"),
-        (body(messages=[{"role": "user", "content": "word " * 9000}]), "CONTEXT_LENGTH_EXCEEDED", "input_tokens"),
+        # Above what the KV cache holds, below the model's own limit of 8192.
+        (body(messages=[{"role": "user", "content": "word " * 5000}]), "CONTEXT_LENGTH_EXCEEDED", "input_tokens"),
         (body(max_tokens=100_000), "CONTEXT_LENGTH_EXCEEDED", "max_tokens"),
         (
             HttpBody(content_type="application/json", data=b'{"model":"x","mod\\u0065l":"x"}'),
@@ -258,7 +265,7 @@ async def test_typed_bad_input_is_refused(native: inference_service_pb2_grpc.Inf
     ):
         code, info, _ = await refusal(native.Complete(request, timeout=START_SECONDS, wait_for_ready=True))
         assert (code, info.metadata["param"]) == (grpc.StatusCode.INVALID_ARGUMENT, param)
-    request = pb.CompleteRequest(model=MODEL, text="word " * 9000)
+    request = pb.CompleteRequest(model=MODEL, text="word " * 5000)
     code, info, _ = await refusal(native.Complete(request, timeout=30))
     assert (code, info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_LENGTH_EXCEEDED")
 
@@ -351,9 +358,14 @@ def test_killing_the_front_ends_the_whole_tree(
         time.sleep(0.05)
     processes = running.tree()
     assert len(processes) >= 3, processes
+    assert any(Path(tempfile.gettempdir(), f"helios-replica-{running.pid}").iterdir())
+    shared = {path for process in processes for path in mapped_shared_memory(process.pid)}
+    assert shared
     os.kill(running.pid, signal.SIGKILL)
     assert wait_gone(processes, 2) == []
     assert launcher.wait_exit(running.pid, 5).status == -signal.SIGKILL
+    assert not Path(tempfile.gettempdir(), f"helios-replica-{running.pid}").exists()
+    assert not [path for path in shared if path.exists()]
 
 
 async def test_draining_finishes_what_runs_and_refuses_the_rest(

@@ -1,7 +1,7 @@
 """An engine without weights: echoes the prompt, token by token, at a set pace.
 
-For tests of everything around an engine, for scale and chaos tests, and for users' load tests: it starts in milliseconds
-and its answers are known. A token is a word; the model's directory is not read. It says nothing of any engine's speed.
+For tests of everything around an engine, for scale and chaos tests, and for users' load tests: it starts at once and
+its answers are known. A token is a word; the model's directory is not read. It says nothing of any engine's speed.
 """
 
 import asyncio

@@ -37,9 +37,11 @@ _ENVIRONMENT: Final = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
-    # Records of vLLM go to the replica's log; colours and per-request lines have no place there.
+    # vLLM's records go through the handler of the replica's process, as JSON.
+    "VLLM_CONFIGURE_LOGGING": "0",
     "VLLM_LOGGING_COLOR": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    # Binding by environment variables comes too late in a fork; the engine's adapter binds.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # Handlers that gRPC would run around every fork; there is no gRPC object when a fork happens.
     "GRPC_ENABLE_FORK_SUPPORT": "0",
 }

@@ -16,6 +16,7 @@ import structlog
 
 from helios.mesh.errors import Corrupted, InvalidRequest
 from helios.worker.launcher.messages import Decoder, Exited, Fork, Forked, Message, Ready, Refused, encode
+from helios.worker.replica.scratch import remove_scratch
 from helios.worker.replica.spec import ReplicaSpec
 
 log = structlog.get_logger()
@@ -105,6 +106,7 @@ class Zygote:
         os.close(child.pidfd)
         _, wait_status = os.waitpid(child.pid, 0)
         status = os.waitstatus_to_exitcode(wait_status)
+        remove_scratch(child.pid)
         log.info("replica exited", pid=child.pid, status=status)
         self._send(Exited(child.pid, child.start_ticks, status))
 

@@ -15,6 +15,7 @@ import uvloop
 
 from helios.mesh.logs import setup_logs
 from helios.worker.replica.lifeline import Lifeline
+from helios.worker.replica.scratch import make_scratch, remove_scratch
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.replica.start import EngineStart, engine_module
 
@@ -45,12 +46,14 @@ def run(spec: ReplicaSpec, requested_ns: int) -> None:
     if spec.placement.api_cores:
         # Inherited by what the engine forks; the process that computes then moves to cores of its own.
         os.sched_setaffinity(0, spec.placement.api_cores)
+    make_scratch(os.getpid())
     Lifeline()
     start = EngineStart(spec)
     start.run_until_forked()
     main = importlib.import_module("helios.worker.replica.main")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         is_clean = runner.run(main.serve(spec, start, requested_at=requested_ns / 1e9, forked_at=forked_at))
+    remove_scratch(os.getpid())
     if not is_clean:
         raise SystemExit(1)
 

@@ -12,8 +12,11 @@ unknown: ``check_version`` says so, and the engine then starts its processes in 
 import json
 import multiprocessing
 import os
+import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from contextvars import ContextVar
 from multiprocessing.context import BaseContext
 from typing import Any, Final
@@ -21,9 +24,14 @@ from typing import Any, Final
 import structlog
 import torch
 import vllm
+import vllm.distributed.elastic_ep.elastic_execute
+import vllm.entrypoints.serve.utils.fingerprint
+import vllm.model_executor.layers.quantization.online.base
 import vllm.renderers.hf
 import vllm.tokenizers.hf
 import vllm.utils.system_utils
+import vllm.v1.attention.backends.cpu_attn
+import vllm.v1.core.sched.scheduler
 import vllm.v1.engine.core
 import vllm.v1.engine.utils
 import vllm.v1.executor.multiproc_executor
@@ -56,8 +64,12 @@ from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import async_llm as async_llm_module
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -91,9 +103,10 @@ __all__ = [
     "VLLMError",
     "VLLMNotFoundError",
     "VLLMValidationError",
+    "chat_template_of",
     "check_version",
     "fork_instead_of_spawn",
-    "notify_when_forked",
+    "make_llm",
     "parse_model_prompt",
     "prepare_before_fork",
 ]
@@ -144,17 +157,13 @@ def fork_instead_of_spawn() -> None:
         setattr(module, "get_mp_context", lambda: context)  # noqa: B010  a patch, and visibly one
 
 
-def notify_when_forked(callback: Callable[[], None]) -> None:
-    """Has ``callback`` called, in the thread that makes the engine, when EngineCore's process exists."""
-    manager: Any = vllm.v1.engine.utils.CoreEngineProcManager
-    original = manager.__init__
+def chat_template_of(model_config: Any, tokenizer: Any) -> str | None:
+    """Returns the template of a text model, None where vLLM must find it out.
 
-    def start_and_tell(*args: Any, **kwargs: Any) -> None:
-        original(*args, **kwargs)
-        callback()
-
-    # The method rather than the class: vLLM asks for instances of the class later.
-    manager.__init__ = start_and_tell
+    vLLM first asks for a multimodal processor of the model, which for a text model loads the tokenizer once more.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    return template if isinstance(template, str) and not model_config.is_multimodal_model else None
 
 
 def worker_settings(cores: tuple[int, ...], phase_descriptor: int) -> dict[str, Any]:
@@ -187,6 +196,84 @@ class PlacedWorker(CPUWorker):
     def _end_phase(self, phase: str) -> None:
         # CLOCK_MONOTONIC is one clock for all processes of a machine. A pipe write below 4 KiB is atomic.
         os.write(self._phase_descriptor, json.dumps([phase, time.monotonic()]).encode() + b"\n")
+
+
+def make_llm(
+    arguments: Any, *, stat_loggers: list[Any], on_forked: Callable[[], None], while_loading: Callable[[Any, Any], None]
+) -> "MeteredLLM":
+    """Makes an engine whose processes load the weights while this one builds tokenizer and renderer.
+
+    AsyncLLM does these one after the other, and for a small model they take about as long. Here EngineCore is forked
+    first, from a thread of its own so that its handshake can go on meanwhile; this thread waits until the fork is over.
+
+    Args:
+        arguments: AsyncEngineArgs.
+        stat_loggers: As AsyncLLM takes them.
+        on_forked: Called in another thread when EngineCore's process exists.
+        while_loading: Called with the model's config and its renderer while the weights load.
+    """
+    config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    executor_class = Executor.get_class(config)
+    forked: Future[None] = Future()
+    started: Future[Any] = Future()
+
+    def start() -> None:
+        try:
+            started.set_result(
+                EngineCoreClient.make_async_mp_client(vllm_config=config, executor_class=executor_class, log_stats=True)
+            )
+        except Exception as error:  # noqa: BLE001  handed over to the thread that waits
+            started.set_exception(error)
+        finally:
+            if not forked.done():
+                forked.set_result(None)
+
+    def tell() -> None:
+        on_forked()
+        forked.set_result(None)
+
+    class Started:
+        """Stands for EngineCoreClient in AsyncLLM's constructor."""
+
+        @staticmethod
+        def make_async_mp_client(*, renderer: Any, **_: Any) -> Any:
+            renderer.start_mm_warmup_in_background()
+            while_loading(config.model_config, renderer)
+            return started.result()
+
+    with _patched(async_llm_module, "EngineCoreClient", Started), _notifying(tell):
+        threading.Thread(target=start, name="engine core handshake", daemon=True).start()
+        forked.result()
+        llm = MeteredLLM(config, executor_class, log_stats=False, log_requests=False, stat_loggers=stat_loggers)
+    # The engine may have fitted the context to its KV cache: what was derived from the old length is derived anew.
+    for name in ("default_cmpl_tok_params", "default_chat_tok_params"):
+        vars(llm.renderer).pop(name, None)
+    return llm
+
+
+@contextmanager
+def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def _notifying(callback: Callable[[], None]) -> Iterator[None]:
+    """Has ``callback`` called, in the thread that forks, when EngineCore's process exists."""
+    manager: Any = vllm.v1.engine.utils.CoreEngineProcManager
+    original = manager.__init__
+
+    def start_and_tell(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        callback()
+
+    # The method rather than the class: vLLM asks for instances of the class later.
+    with _patched(manager, "__init__", start_and_tell):
+        yield
 
 
 class MeteredLLM(AsyncLLM):

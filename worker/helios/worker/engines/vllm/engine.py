@@ -34,7 +34,9 @@ log = structlog.get_logger()
 # One prefill step: enough to keep two cores busy, small enough that running answers are not held up for long.
 _BATCHED_TOKENS: Final = 1024
 _ERROR_EVENT: Final = 'data: {"error"'
-_SHUTDOWN_SECONDS: Final = 2.0
+# Nothing runs any more when an engine is closed. A graceful end of EngineCore and Worker takes two seconds of mutual
+# waiting, in which the device is not free; after this they are killed.
+_SHUTDOWN_SECONDS: Final = 0.2
 
 
 class VllmEngine:
@@ -44,25 +46,19 @@ class VllmEngine:
         """Loads the model; returns when the engine takes requests."""
         if compat.check_version():
             compat.fork_instead_of_spawn()
-        compat.notify_when_forked(hooks.on_forked)
         self._sink = compat.LoadSink(hooks.on_load)
-        arguments = _engine_arguments(spec, hooks.phase_descriptor)
-        self._llm = compat.MeteredLLM.from_engine_args(arguments, stat_loggers=[lambda *_: self._sink])
+        self._llm = compat.make_llm(
+            _engine_arguments(spec, hooks.phase_descriptor),
+            stat_loggers=[lambda *_: self._sink],
+            on_forked=hooks.on_forked,
+            while_loading=self._prepare,
+        )
         config = self._llm.vllm_config
         self._facts = EngineFacts(
             max_context_tokens=config.model_config.max_model_len,
             vocabulary_size=config.model_config.get_vocab_size(),
             kv_cache_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
         )
-        renderer = compat.OnlineRenderer(
-            config.model_config,
-            self._llm.renderer,
-            request_logger=None,
-            chat_template=None,
-            chat_template_content_format="auto",
-        )
-        # Compiles the chat template and finds its content format, which the first request would pay for.
-        renderer.warmup()
         models = compat.OpenAIServingModels(
             self._llm, [compat.BaseModelPath(name=name, model_path=spec.model_path) for name in spec.names]
         )
@@ -70,16 +66,28 @@ class VllmEngine:
             self._llm,
             models,
             "assistant",
-            online_renderer=renderer,
+            online_renderer=self._renderer,
             request_logger=None,
-            chat_template=None,
+            chat_template=self._chat_template,
             chat_template_content_format="auto",
             enable_prompt_tokens_details=True,
         )
         self._completion = compat.OpenAIServingCompletion(
-            self._llm, models, online_renderer=renderer, request_logger=None, enable_prompt_tokens_details=True
+            self._llm, models, online_renderer=self._renderer, request_logger=None, enable_prompt_tokens_details=True
         )
-        self._prompts = PromptRenderer(config.model_config, self._llm.renderer)
+        self._prompts = PromptRenderer(config.model_config, self._llm.renderer, self._chat_template)
+
+    def _prepare(self, model_config: Any, renderer: Any) -> None:
+        """Does what needs no weights and what the first request would otherwise wait for."""
+        self._chat_template = compat.chat_template_of(model_config, renderer.tokenizer)
+        self._renderer = compat.OnlineRenderer(
+            model_config,
+            renderer,
+            request_logger=None,
+            chat_template=self._chat_template,
+            chat_template_content_format="auto",
+        )
+        self._renderer.warmup()
 
     @property
     def facts(self) -> EngineFacts:
@@ -152,6 +160,7 @@ def _engine_arguments(spec: ReplicaSpec, phase_descriptor: int) -> Any:
         additional_config=compat.worker_settings(spec.placement.engine_cores, phase_descriptor),
         disable_log_stats=True,
         enable_log_requests=False,
+        use_tqdm_on_load=False,
     )
 
 

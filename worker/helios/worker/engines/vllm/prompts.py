@@ -10,9 +10,10 @@ from helios.worker.replica.engine import Conversation, Prompt, Sampling, Text, T
 class PromptRenderer:
     """Renders prompts of one model. Safe for concurrent calls: vLLM's renderer is."""
 
-    def __init__(self, model_config: Any, renderer: Any) -> None:
+    def __init__(self, model_config: Any, renderer: Any, chat_template: str | None) -> None:
         self._model = model_config
         self._renderer = renderer
+        self._chat_template = chat_template
         self._defaults: dict[str, Any] = model_config.get_diff_sampling_param()
 
     async def render(self, prompt: Prompt, sampling: Sampling) -> tuple[Any, Any]:
@@ -34,7 +35,8 @@ class PromptRenderer:
                 max_output_tokens_param="max_tokens",
             )
             chat = compat.ChatParams(
-                chat_template_kwargs=dict(prompt.template_arguments) | {"add_generation_prompt": True}
+                chat_template=self._chat_template,
+                chat_template_kwargs=dict(prompt.template_arguments) | {"add_generation_prompt": True},
             )
             messages = [
                 {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})

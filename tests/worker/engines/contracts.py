@@ -1,0 +1,303 @@
+"""What Helios leans on in vLLM, as one function each; `test_compat.py` runs them in a process of their own.
+
+Importing this module imports vLLM. `python -m tests.worker.engines.contracts` prints a JSON object: contract → what is
+wrong with it, empty where it holds.
+"""
+
+import asyncio
+import dataclasses
+import inspect
+import json
+import traceback
+from collections.abc import Callable
+from functools import cached_property
+from http import HTTPStatus
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import vllm.utils.system_utils
+import vllm.v1.engine.utils
+import vllm.v1.executor.multiproc_executor
+from pydantic import ValidationError
+from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.exceptions import GracefulHTTPError, QueueOverflowError, VLLMNotFoundError, VLLMValidationError
+from vllm.logprobs import Logprob
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
+from vllm.renderers.base import BaseRenderer
+from vllm.renderers.params import TokenizeParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.utils import CoreEngineProcManager
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from helios.worker.engines.vllm import compat, errors
+from helios.worker.engines.vllm.pieces import PieceCutter
+from helios.worker.replica.engine import FinishReason, Meter, Sampling
+
+Contract = Callable[[], None]
+CONTRACTS: list[Contract] = []
+
+
+def contract(function: Contract) -> Contract:
+    """Adds a function to the contracts."""
+    CONTRACTS.append(function)
+    return function
+
+
+def parameters(function: Any) -> set[str]:
+    """Returns the names of a function's parameters."""
+    return set(inspect.signature(function).parameters)
+
+
+@contract
+def the_installed_version_is_the_pinned_one() -> None:
+    assert compat.check_version()
+
+
+@contract
+def importing_starts_no_thread() -> None:
+    compat.prepare_before_fork()
+    assert len(list(Path("/proc/self/task").iterdir())) == 1
+
+
+@contract
+def the_platform_is_found_without_metadata_of_a_distribution_named_vllm() -> None:
+    assert current_platform.device_type in {"cpu", "cuda"}
+
+
+@contract
+def get_mp_context_is_looked_up_in_the_three_modules_at_call_time() -> None:
+    for module in (vllm.utils.system_utils, vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor):
+        assert callable(module.get_mp_context)
+    for user in (
+        vllm.v1.engine.utils.CoreEngineProcManager.__init__,
+        vllm.v1.executor.multiproc_executor.MultiprocExecutor._init_executor,
+        vllm.v1.executor.multiproc_executor.WorkerProc.make_worker_process,
+    ):
+        assert "get_mp_context" in user.__code__.co_names
+
+
+@contract
+def fork_instead_of_spawn_reaches_every_user() -> None:
+    compat.fork_instead_of_spawn()
+    for module in (vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor):
+        assert module.get_mp_context().get_start_method() == "fork"
+
+
+@contract
+def core_engine_proc_manager_forks_in_its_constructor() -> None:
+    assert "start" in CoreEngineProcManager.__init__.__code__.co_names
+
+
+@contract
+def async_llm_makes_renderer_then_core_client_by_global_names() -> None:
+    names = AsyncLLM.__init__.__code__.co_names
+    assert names.index("renderer_from_config") < names.index("EngineCoreClient")
+    assert "make_async_mp_client" in names
+
+
+@contract
+def make_async_mp_client_takes_what_make_llm_gives() -> None:
+    assert {"vllm_config", "executor_class", "log_stats", "renderer"} <= parameters(
+        EngineCoreClient.make_async_mp_client
+    )
+
+
+@contract
+def async_llm_takes_what_make_llm_gives() -> None:
+    assert {"vllm_config", "executor_class", "log_stats", "log_requests", "stat_loggers"} <= parameters(
+        AsyncLLM.__init__
+    )
+    assert {"prompt", "sampling_params", "request_id"} <= parameters(AsyncLLM.generate)
+    assert inspect.isasyncgenfunction(AsyncLLM.generate)
+    assert isinstance(AsyncLLM.errored, property)
+    assert "timeout" in parameters(AsyncLLM.shutdown)
+
+
+@contract
+def engine_arguments_have_the_fields_that_are_set() -> None:
+    fields = {field.name for field in dataclasses.fields(compat.AsyncEngineArgs)}
+    assert fields >= {
+        "model",
+        "served_model_name",
+        "max_model_len",
+        "kv_cache_memory_bytes",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "enforce_eager",
+        "distributed_executor_backend",
+        "worker_cls",
+        "additional_config",
+        "disable_log_stats",
+        "enable_log_requests",
+        "use_tqdm_on_load",
+    }
+
+
+@contract
+def the_cpu_worker_has_the_steps_that_are_timed() -> None:
+    assert "vllm_config" in parameters(CPUWorker.__init__)
+    assert callable(CPUWorker.init_device)
+    assert callable(CPUWorker.load_model)
+
+
+@contract
+def triton_overrides_are_a_class_method_of_the_platform() -> None:
+    assert callable(current_platform.register_triton_kernel_overrides)
+    assert not parameters(current_platform.register_triton_kernel_overrides)
+
+
+@contract
+def preloaded_models_are_registered_by_class() -> None:
+    compat.prepare_before_fork()
+    for name in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"):
+        assert type(ModelRegistry.models[name]).__name__ == "_RegisteredModel"
+
+
+@contract
+def the_renderer_derives_token_limits_lazily_under_these_names() -> None:
+    for name in ("default_cmpl_tok_params", "default_chat_tok_params"):
+        assert isinstance(inspect.getattr_static(BaseRenderer, name), cached_property)
+    assert {"conversations", "chat_params", "tok_params"} <= parameters(BaseRenderer.render_chat_async)
+    assert {"prompts", "tok_params"} <= parameters(BaseRenderer.render_cmpl_async)
+
+
+@contract
+def serving_classes_take_what_the_engine_gives() -> None:
+    common = {"online_renderer", "request_logger", "enable_prompt_tokens_details"}
+    assert common | {"chat_template", "chat_template_content_format"} <= parameters(compat.OpenAIServingChat.__init__)
+    assert common <= parameters(compat.OpenAIServingCompletion.__init__)
+    assert {"request_logger", "chat_template", "chat_template_content_format"} <= parameters(
+        compat.OnlineRenderer.__init__
+    )
+    assert {"engine_client", "base_model_paths"} <= parameters(compat.OpenAIServingModels.__init__)
+
+
+@contract
+def the_request_id_is_read_from_the_headers_of_the_http_request() -> None:
+    http = cast(Any, SimpleNamespace(headers={"X-Request-Id": "mine"}, state=SimpleNamespace()))
+    assert BaseServing._base_request_id(http, "default") == "mine"
+
+
+@contract
+def requests_are_pydantic_models_that_refuse_wrong_types() -> None:
+    with pytest.raises(ValidationError) as caught:
+        compat.ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "x"}], "max_tokens": "a"})
+    said = errors.from_exception(caught.value)
+    assert said.reason == "INVALID_REQUEST"
+    assert said.metadata == {"param": "max_tokens"}
+
+
+@contract
+def errors_say_what_went_wrong_by_class_and_message() -> None:
+    def reason(error: Exception) -> str:
+        return errors.from_exception(error).reason
+
+    assert reason(VLLMValidationError("no", parameter="top_p")) == "INVALID_REQUEST"
+    assert reason(VLLMNotFoundError("no")) == "MODEL_NOT_FOUND"
+    assert reason(QueueOverflowError()) == "OVERLOADED"
+    assert reason(GracefulHTTPError("no", HTTPStatus.SERVICE_UNAVAILABLE)) == "OVERLOADED"
+    assert reason(EngineDeadError()) == "REPLICA_LOST"
+    assert reason(RuntimeError("no")) == "INTERNAL"
+    with pytest.raises(VLLMValidationError) as caught:
+        TokenizeParams(max_total_tokens=4)._token_len_check(None, [1] * 5)
+    assert reason(caught.value) == "CONTEXT_LENGTH_EXCEEDED"
+    assert errors.from_exception(caught.value).metadata == {"param": "input_tokens"}
+
+
+@contract
+def error_events_of_a_stream_begin_with_data_error() -> None:
+    serving: Any = GenerateBaseServing.__new__(GenerateBaseServing)
+    event = f"data: {serving.create_streaming_error_response('it broke')}\n\n"
+    assert event.startswith('data: {"error"')
+
+
+@contract
+def scheduler_statistics_have_the_counts_that_are_reported() -> None:
+    calls: list[int] = []
+    sink = compat.LoadSink(lambda: calls.append(1))
+    sink.record(SchedulerStats(num_running_reqs=2, num_waiting_reqs=3, kv_cache_usage=0.5), None)
+    sink.record(None, None)
+    sink.record(SchedulerStats(num_running_reqs=2, num_waiting_reqs=3, kv_cache_usage=0.5), None)
+    assert (sink.load.running_requests, sink.load.waiting_requests, sink.load.kv_usage_ratio) == (2, 3, 0.5)
+    assert calls == [1]
+
+
+@contract
+def sampling_parameters_are_made_from_the_fields_of_the_contract() -> None:
+    assert {field.name for field in dataclasses.fields(Sampling)} <= parameters(compat.SamplingParams.from_optional)
+    made = compat.SamplingParams.from_optional(max_tokens=None, output_kind=compat.RequestOutputKind.DELTA)
+    assert made.max_tokens is None
+
+
+@contract
+def outputs_become_pieces() -> None:
+    def output(text: str, token_ids: list[int], finish: str | None) -> RequestOutput:
+        logprobs = [{7: Logprob(-2.0, 9, "g"), 1: Logprob(-0.1, 1, "a"), 2: Logprob(-0.2, 2, "b")} for _ in token_ids]
+        choice = CompletionOutput(0, text, token_ids, None, logprobs, finish_reason=finish)
+        return RequestOutput("id", None, [1], None, [choice], finished=finish is not None)
+
+    cutter = PieceCutter()
+    (first,) = cutter.cut(output("ab", [7, 7], None))
+    (last,) = cutter.cut(output("", [7], "length"))
+    assert (first.output_index, last.output_index) == (0, 2)
+    assert (first.finish, last.finish) == (None, FinishReason.LENGTH)
+    assert [entry.token_id for entry in first.logprobs[0].top] == [1, 2, 7]
+    assert (first.logprobs[0].chosen.token_id, first.logprobs[0].chosen.logprob) == (7, -2.0)
+    assert not cutter.cut(output("", [], None))
+
+
+@contract
+def a_metered_engine_closes_the_engine_s_generator_when_it_is_closed() -> None:
+    closed: list[bool] = []
+
+    async def endless(self: Any, *args: Any, **kwargs: Any) -> Any:
+        del self, args, kwargs
+        try:
+            while True:
+                choice = CompletionOutput(0, "x", [1], None, None)
+                yield RequestOutput("id", None, [1, 2, 3], None, [choice], finished=False, num_cached_tokens=2)
+        finally:
+            closed.append(True)
+
+    async def run() -> None:
+        meter = Meter("id", 0.0)
+        compat.METER.set(meter)
+        llm = compat.MeteredLLM.__new__(compat.MeteredLLM)
+        stream = llm.generate()
+        await anext(stream)
+        await anext(stream)
+        await stream.aclose()
+        assert (meter.prompt_tokens, meter.completion_tokens, meter.cached_prompt_tokens) == (3, 2, 2)
+        assert meter.first_token_at is not None
+
+    original, AsyncLLM.generate = AsyncLLM.generate, endless
+    AsyncLLM.__del__ = lambda _: None
+    try:
+        asyncio.run(run())
+    finally:
+        AsyncLLM.generate = original
+    assert closed == [True]
+
+
+def main() -> None:
+    """Runs all contracts and prints what came of each."""
+    outcome = {}
+    for function in CONTRACTS:
+        try:
+            function()
+            outcome[function.__name__] = ""
+        except Exception:  # noqa: BLE001  told to the test
+            outcome[function.__name__] = traceback.format_exc(limit=-3)
+    print(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main()
