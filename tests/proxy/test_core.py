@@ -370,3 +370,40 @@ def test_scaling_down_stops_what_is_not_ready_yet() -> None:
     assert [type(order) for order in sent(todo)] == [StartReplica]
     todo = subject.drain_model(entry(), 2.0)
     assert [type(order) for order in sent(todo)] == [StopReplica]
+
+
+def test_a_model_scaled_to_zero_stays_there_until_it_is_asked_for() -> None:
+    subject = core()
+    known(subject)
+    warm(subject)
+    assert subject.pick(entry(), "q1", 1.0) is not None
+    assert sent(subject.drain_model(entry(), 2.0)) == [DrainReplica("r", 30.0)]
+    # It drains, and its last request ends: neither is a new use.
+    assert sent(subject.replica_event("w", 1, replica(state=ReplicaState.DRAINING), 2.1)) == []
+    assert sent(subject.load_report([LoadDelta("r", Load(), ("q1",), (("q1", 0),))], 2.2)) == []
+    assert sent(subject.replica_event("w", 2, replica(state=ReplicaState.STOPPED), 2.3)) == []
+    assert sent(subject.tick(2.9)) == []
+    _, todo = subject.hold(entry(), "q2", size_bytes=0, deadline=99.0, now=2.9)
+    assert [type(order) for order in sent(todo)] == [StartReplica]
+
+
+def test_stopping_a_start_on_purpose_is_no_failure_of_the_model() -> None:
+    subject = core()
+    known(subject)
+    subject.worker_hello(hello(), 0.0)
+    (start,) = sent(subject.preload(entry(), 1.0))
+    assert isinstance(start, StartReplica)
+    subject.drain_model(entry(), 2.0)
+    subject.replica_event("w", 1, replica(start.replica_id, state=ReplicaState.STOPPED), 2.1)
+    _, todo = subject.hold(entry(), "q1", size_bytes=0, deadline=99.0, now=2.2)
+    assert [type(order) for order in sent(todo)] == [StartReplica]
+
+
+def test_a_request_that_comes_while_the_model_stops_starts_it_anew() -> None:
+    subject = core()
+    known(subject)
+    subject.worker_hello(hello(), 0.0)
+    subject.preload(entry(), 1.0)
+    subject.drain_model(entry(), 2.0)
+    _, todo = subject.hold(entry(), "q1", size_bytes=0, deadline=99.0, now=2.0)
+    assert [type(order) for order in sent(todo)] == [StartReplica]

@@ -209,6 +209,14 @@ class ActivationMachine(RuleBasedStateMachine):
     def gone(self, is_worker_lost: bool) -> None:
         self.feed(machine.Gone(self.pending.pop(), "ENGINE_DIED", "it died", is_worker_lost), "delayed")
 
+    @precondition(lambda self: self.pending)
+    @rule()
+    def test_a_start_that_is_withdrawn_is_no_failure(self) -> None:
+        before = self.activation.failure_count
+        self.feed(machine.Withdrawn(self.pending.pop()))
+        assert self.activation.state is ActivationState.IDLE
+        assert self.activation.failure_count == before
+
     @rule(is_worker_lost=st.booleans())
     def another_replica_goes(self, is_worker_lost: bool) -> None:
         before = self.activation.state
@@ -479,6 +487,10 @@ class CoreMachine(RuleBasedStateMachine):
             return
         self.waiting[hold.hold_id] = hold
         self.apply(todo)
+
+    @rule(model=st.sampled_from("abc"))
+    def operator_drains(self, model: str) -> None:
+        self.apply(self.core.drain_model(entry(model), self.now))
 
     @precondition(lambda self: self.waiting)
     @rule()

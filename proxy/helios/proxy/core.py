@@ -139,7 +139,7 @@ class Core:
         self.traffic.resynchronised(replica.replica_id for replica in hello.replicas)
         self._out([actions.WorkersChanged(), *(actions.Send(command) for command in pending)])
         self._follow(changes, now, is_worker_lost=True)
-        self._repeat_drains(hello)
+        self._repeat_drains(hello, now)
         self._awaited.discard(hello.worker_id)
         if not self._awaited:
             self._resynchronise(now, is_complete=True)
@@ -232,12 +232,12 @@ class Core:
 
     def drain_model(self, entry: ModelEntry, now: float) -> list[actions.Action]:
         """Brings a model to zero now."""
-        self.lifecycle.drain_all(entry.name)
+        self.lifecycle.drain_all(entry.name, now)
         return self._take(now)
 
     def evict(self, entry: ModelEntry, now: float) -> tuple[int, list[actions.Action]]:
         """Drains a model and drops its bytes; returns how many replicas drain too. Raises PreconditionFailed."""
-        count = self.lifecycle.evict(entry)
+        count = self.lifecycle.evict(entry, now)
         return count, self._take(now)
 
     # Time.
@@ -280,12 +280,12 @@ class Core:
         if has_room:
             self.lifecycle.capacity_changed(now)
 
-    def _repeat_drains(self, hello: WorkerHello) -> None:
+    def _repeat_drains(self, hello: WorkerHello, now: float) -> None:
         # A worker that restarted may have forgotten a drain that it had accepted.
         for replica in hello.replicas:
             held = self.fleet.replica(replica.replica_id)
             if held is not None and held.state is ReplicaState.READY and self.traffic.is_draining(held):
-                self.lifecycle.drain(held)
+                self.lifecycle.drain(held, now)
 
     def _release(self, model: str, now: float) -> None:
         entry = self.catalogue.find(model)

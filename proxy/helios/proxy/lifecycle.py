@@ -98,19 +98,19 @@ class Lifecycle:
         entry = self._catalogue.find(model)
         if entry is None or entry.name != model:
             if self._catalogue.is_synced:
-                self._remove(model)
+                self._remove(model, now)
             return
         replicas = [r for r in self._traffic.fleet.replicas_of(model) if not self._traffic.is_draining(r)]
         for replica in replicas:
             # No request is sent to an old revision any more, so its memory is better used otherwise.
             if replica.revision != entry.revision:
-                self.drain(replica)
+                self.drain(replica, now)
         current = [replica for replica in replicas if replica.revision == entry.revision]
         desired = self._desired(entry, current, now)
         if len(current) < desired.start_below:
             self._demand(entry, current, now)
         elif len(current) > desired.drain_above:
-            self._drain_surplus(current, len(current) - desired.drain_above)
+            self._drain_surplus(current, len(current) - desired.drain_above, now)
         self._adopt(model, current, now)
 
     def demand(self, entry: ModelEntry, now: float) -> None:
@@ -146,13 +146,14 @@ class Lifecycle:
             if activation.state is ActivationState.WAITING:
                 self.reconcile(model, now)
 
-    def drain(self, replica: Replica) -> None:
+    def drain(self, replica: Replica, now: float) -> None:
         """Takes a replica out: un-pick, then drain; its endpoint goes when it is gone. One not ready yet is stopped."""
         if self._traffic.is_draining(replica) and self._commands.has_pending_drain(
             replica.worker_id, replica.replica_id
         ):
             return
         self._traffic.drain_asked(replica.replica_id)
+        self.handle(replica.model, machine.Withdrawn(replica.replica_id), now)
         is_routable = replica.state in (ReplicaState.READY, ReplicaState.DRAINING)
         order: Order = (
             DrainReplica(replica.replica_id, self.policy.drain_seconds)
@@ -161,16 +162,16 @@ class Lifecycle:
         )
         self._send(replica.worker_id, order)
 
-    def drain_all(self, model: str) -> int:
+    def drain_all(self, model: str, now: float) -> int:
         """Brings a model to zero now; returns how many replicas drain."""
         self._traffic.forget_use(model)
         replicas = self._traffic.fleet.replicas_of(model)
         for replica in replicas:
             if not self._traffic.is_draining(replica):
-                self.drain(replica)
+                self.drain(replica, now)
         return len(replicas)
 
-    def evict(self, entry: ModelEntry) -> int:
+    def evict(self, entry: ModelEntry, now: float) -> int:
         """Drains a model and drops its bytes from the nodes once nothing uses them; returns how many replicas drain.
 
         Raises:
@@ -182,7 +183,7 @@ class Lifecycle:
                 reason="MODEL_PINNED",
                 metadata={"model": entry.name, "min_replicas": str(entry.min_replicas)},
             )
-        count = self.drain_all(entry.name)
+        count = self.drain_all(entry.name, now)
         self._evicting.add(entry.revision)
         self._evict_idle()
         return count
@@ -251,7 +252,7 @@ class Lifecycle:
                     replica = self._traffic.fleet.replica(replica_id)
                     assert replica is not None
                     self._traffic.forget_use(replica.model)
-                    self.drain(replica)
+                    self.drain(replica, now)
                 return machine.Delayed("NO_CAPACITY", "idle replicas of other models are draining to make room")
             case placement.Wait(reason, message):
                 return machine.Delayed(reason, message)
@@ -312,19 +313,19 @@ class Lifecycle:
         if starting is not None:
             self._handle(model, machine.Adopted(starting.replica_id), now, may_preempt=False)
 
-    def _drain_surplus(self, current: list[Replica], count: int) -> None:
+    def _drain_surplus(self, current: list[Replica], count: int, now: float) -> None:
         # What is not ready yet goes first, then what has least to do.
         def order(replica: Replica) -> tuple[bool, int, str]:
             load = replica.load.running_count + replica.load.waiting_count
             return replica.state is ReplicaState.READY, load, replica.replica_id
 
         for replica in sorted(current, key=order)[:count]:
-            self.drain(replica)
+            self.drain(replica, now)
 
-    def _remove(self, model: str) -> None:
+    def _remove(self, model: str, now: float) -> None:
         for replica in self._traffic.fleet.replicas_of(model):
             if not self._traffic.is_draining(replica):
-                self.drain(replica)
+                self.drain(replica, now)
         for hold in self._holds.take_all(model):
             self.outbox.append(actions.Fail(hold, model_not_found(model)))
         self._activations.pop(model, None)

@@ -73,8 +73,9 @@ class Traffic:
             return
         if replica.state is ReplicaState.READY:
             self._ready_since.setdefault(replica.replica_id, now)
-        # A replica that was here before this proxy counts as used now: nobody knows better.
-        self._last_used.setdefault(replica.model, now)
+        if change.before is None:
+            # A replica that was here before this proxy counts as used now: nobody knows better.
+            self._last_used.setdefault(replica.model, now)
         self.refresh(replica.replica_id)
 
     def resynchronised(self, replica_ids: Iterable[str]) -> None:
@@ -97,7 +98,8 @@ class Traffic:
                 self.breakers.failed(replica_id, now)
             else:
                 self.breakers.succeeded(replica_id)
-        if delta.started or delta.finished:
+        # What still ends at a replica on its way out is no reason to keep the model.
+        if (delta.started or delta.finished) and not self.is_draining(replica):
             self._last_used[replica.model] = now
         for other in touched:
             self.refresh(other)

@@ -12,6 +12,7 @@
 | STARTING | Ready of its replica | IDLE, failures forgotten | Measured |
 | STARTING | Gone of its replica, worker lost, fewer than 3 in a row | PLACING | Place |
 | STARTING | Gone of its replica, else | BACKING_OFF | FailHolds |
+| STARTING | Withdrawn of its replica | IDLE | |
 | STARTING | Tick, longer than start_seconds | BACKING_OFF | Abandon, FailHolds |
 | BACKING_OFF | Demanded before its end | BACKING_OFF | FailHolds, Retry-After the rest |
 | BACKING_OFF | Demanded at or after its end | PLACING | Place |
@@ -109,7 +110,14 @@ class Gone:
     is_worker_lost: bool = False
 
 
-Event = Demanded | Tick | Placed | Adopted | Delayed | Refused | Ready | Gone
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """A replica is being stopped because it is not wanted any more: no failure of its own."""
+
+    replica_id: str
+
+
+Event = Demanded | Tick | Placed | Adopted | Delayed | Refused | Ready | Gone | Withdrawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +210,10 @@ class Activation:
                 return self._ready(replica_id, now)
             case Gone():
                 return self._gone(event, now)
+            case Withdrawn(replica_id):
+                if self.state is ActivationState.STARTING and replica_id == self.replica_id:
+                    self._rest()
+                return []
 
     def _demanded(self, now: float) -> list[Action]:
         if self.state is ActivationState.BACKING_OFF:

@@ -86,7 +86,11 @@ class FleetServicer(FleetServiceServicer):
             case "replica_event":
                 event = message.replica_event
                 replica = wire.replica_from_proto(event.replica, worker_id)
-                log.info("replica changed", replica=replica.replica_id, model=replica.model, state=replica.state.name)
+                held = core.fleet.replica(replica.replica_id)
+                if held is None or held.state is not replica.state:
+                    log.info(
+                        "replica changed", replica=replica.replica_id, model=replica.model, state=replica.state.name
+                    )
                 self._runtime.apply(core.replica_event(worker_id, event.sequence, replica, now))
             case "command_ack":
                 ack = message.command_ack
