@@ -7,6 +7,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.scenarios.running_mesh import ALIAS, HELIOS, MODEL, RunningMesh, free_port
@@ -127,7 +128,9 @@ def test_scale_and_evict(mesh: RunningMesh) -> None:
     assert mesh.helios("evict", ALIAS).returncode == 0
     mesh.wait(lambda: not mesh.replicas(), 60, "no replica is left")
     mesh.wait(lambda: not any((mesh.state / "storage").rglob("model.safetensors")), 30, "its bytes left the node")
-    assert "Paris" in mesh.chat().json["choices"][0]["message"]["content"]
+    answer = mesh.chat()
+    assert answer.status == 200, answer.body
+    assert "Paris" in answer.json["choices"][0]["message"]["content"]
 
 
 def test_logs_and_metrics_of_every_process(mesh: RunningMesh) -> None:
@@ -151,8 +154,7 @@ def test_down_stops_everything_and_a_new_up_serves_again(tmp_path: Path) -> None
         stopped = second.helios("down")
     assert stopped.returncode == 0, stopped.stderr
     for pid in [record["pid"], *(child["pid"] for child in record["processes"])]:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_an_up_after_a_crash_cleans_up(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import psutil
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -42,8 +43,7 @@ async def up(options: UpOptions, console: Console) -> None:
 
         def on_ready(mesh: Mesh) -> None:
             display.close()
-            text = greeting(options.state, edge=mesh.edge, admin=mesh.admin, model=options.model or "MODEL")
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            _say(console, greeting(options.state, edge=mesh.edge, admin=mesh.admin, model=options.model or "MODEL"))
             console.print("Ctrl-C drains and stops.", style="dim")
 
         await run_mesh(options, display.show, on_ready)
@@ -62,8 +62,7 @@ async def up_detached(options: UpOptions, console: Console) -> None:
     process = _spawn_up(options, log_path)
     with console.status("starting the mesh") as spinner:
         record = await _wait_serving(state, process, log_path, spinner.update)
-    text = greeting(state, edge=record.edge, admin=record.admin, model=options.model or "MODEL")
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    _say(console, greeting(state, edge=record.edge, admin=record.admin, model=options.model or "MODEL"))
 
 
 def _spawn_up(options: UpOptions, log_path: Path) -> subprocess.Popen[bytes]:
@@ -268,6 +267,12 @@ async def logs(state: StateDirectory, console: Console, process: str, *, is_foll
         await asyncio.sleep(0.2)
 
 
+def _say(console: Console, text: str) -> None:
+    """Prints text as it is: rich would fold lines that are meant to be pasted."""
+    console.file.write(text)
+    console.file.flush()
+
+
 def _print_new(console: Console, path: Path, position: int, *, is_named: bool) -> int:
     size = path.stat().st_size if path.exists() else 0
     if size < position:
@@ -303,8 +308,16 @@ def _size(count: float) -> str:
     return ""
 
 
+def _table(*columns: str) -> Table:
+    """A table whose cells are never cut: names are there to be copied."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column in ("process", "worker", "model", "replica"))
+    return table
+
+
 def _process_table(record: MeshRecord) -> Table:
-    table = Table("process", "state", "pid", "restarts", "metrics", "last exit")
+    table = _table("process", "state", "pid", "restarts", "metrics", "last exit")
     for child in record.processes:
         metrics = f"http://{child.ops_address}/metrics" if child.ops_address else ""
         table.add_row(child.name, child.state, str(child.pid), str(child.restart_count), metrics, child.detail)
@@ -312,7 +325,7 @@ def _process_table(record: MeshRecord) -> Table:
 
 
 def _worker_table(response: admin_pb.ListWorkersResponse) -> Table:
-    table = Table("worker", "node", "slots", "device", "booked", "memory")
+    table = _table("worker", "node", "slots", "device", "booked", "memory")
     for worker in response.workers:
         for device in worker.devices:
             slots = f"{worker.replica_count}/{worker.slot_count}"
@@ -322,7 +335,7 @@ def _worker_table(response: admin_pb.ListWorkersResponse) -> Table:
 
 
 def _model_table(models: Any) -> Table:
-    table = Table("model", "state", "ready", "starting", "weights", "memory", "context", "aliases")
+    table = _table("model", "state", "ready", "starting", "weights", "memory", "context", "aliases")
     for model in models:
         name = catalog_pb.ModelState.Name(model.state).removeprefix("MODEL_STATE_").lower()
         sizes = _size(model.resources.weights_bytes), _size(model.resources.memory_bytes)
@@ -332,7 +345,7 @@ def _model_table(models: Any) -> Table:
 
 
 def _replica_table(response: admin_pb.ListReplicasResponse) -> Table:
-    table = Table("replica", "model", "state", "worker", "address", "running", "start")
+    table = _table("replica", "model", "state", "worker", "address", "running", "start")
     for entry in response.replicas:
         replica = entry.replica
         name = fleet_pb.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()

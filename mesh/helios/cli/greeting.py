@@ -1,5 +1,6 @@
 """What ``helios up`` prints when the mesh serves: lines that work when they are pasted."""
 
+import json
 import shlex
 import shutil
 import sys
@@ -14,13 +15,13 @@ def greeting(state: StateDirectory, *, edge: str, admin: str, model: str) -> str
     helios = _command("helios")
     token_file = shlex.quote(str(state.admin_token_file))
     where = f" --state-dir {shlex.quote(str(state.root))}"
+    question = "What is the capital of France?"
+    body = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": question}]})
     return f"""\
 The mesh serves {model} (and whatever you add) on http://{edge}/v1
 
 curl:
-  curl -sN http://{edge}/v1/chat/completions -H 'content-type: application/json' -d '{{"model": "{model}", "stream":
-  true, \
-"messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+  curl -sN http://{edge}/v1/chat/completions -H 'content-type: application/json' -d '{body}'
 
 Python (pip install openai):
   from openai import OpenAI

@@ -172,12 +172,12 @@ async def run_mesh(options: UpOptions, report: Report, on_ready: Callable[[Mesh]
     state = options.state
     state.create()
     with state.lock():
-        check_port_free(options.host, options.port, "--port")
-        check_port_free("127.0.0.1", options.admin_port, "--admin-port")
         become_subreaper()
         previous = read_mesh(state)
         if previous is not None:
             await asyncio.to_thread(kill_leftovers, previous.processes, timeout_seconds=15.0)
+        check_port_free(options.host, options.port, "--port")
+        check_port_free("127.0.0.1", options.admin_port, "--admin-port")
         issued = await asyncio.to_thread(issue_due, state)
         state.admin_token()
         report(Progress("certificates", "done", f"issued {len(issued)}" if issued else "valid"))

@@ -18,8 +18,24 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-# Streams that last as long as two processes know each other, and calls that say nothing about a request.
-SESSION_METHODS: Final = ("Session", "Attach", "Materialize", "WatchModels", "Watch", "Check", "ServerReflectionInfo")
+# Calls that get no span of the interceptors: sessions last as long as two processes know each other, probes say nothing
+# of a request, and the interceptor loses its context where a client leaves a response stream early. What streams makes
+# its spans itself, where they mean something.
+UNTRACED_METHODS: Final = (
+    "AggregatedDiscoveryService",
+    "Attach",
+    "Chat",
+    "Check",
+    "Complete",
+    "CreateChatCompletion",
+    "CreateCompletion",
+    "IngestModel",
+    "Materialize",
+    "ServerReflectionInfo",
+    "Session",
+    "Watch",
+    "WatchModels",
+)
 
 
 def setup_telemetry(*, process: str, otlp_endpoint: str = "") -> Callable[[], None]:
@@ -38,16 +54,16 @@ def setup_telemetry(*, process: str, otlp_endpoint: str = "") -> Callable[[], No
 
 
 def server_interceptors() -> list[grpc.aio.ServerInterceptor]:
-    """Returns the interceptors that make a span for each call, session streams apart."""
+    """Returns the interceptors that make a span for each unary call."""
     make: Any = instrumentation.aio_server_interceptor
     return [make(filter_=_is_request)]
 
 
 def client_interceptors() -> list[grpc.aio.ClientInterceptor]:
-    """Returns the interceptors that carry the trace context to the server, session streams apart."""
+    """Returns the interceptors that carry the trace context to the server with each unary call."""
     make: Any = instrumentation.aio_client_interceptors
     return list(make(filter_=_is_request))
 
 
-_is_session: Any = filters.any_of(*(filters.method_name(name) for name in SESSION_METHODS))
-_is_request: Any = filters.negate(_is_session)
+_is_untraced: Any = filters.any_of(*(filters.method_name(name) for name in UNTRACED_METHODS))
+_is_request: Any = filters.negate(_is_untraced)
