@@ -27,6 +27,8 @@ from helios.registry.sources.embedded import EMBEDDED, find_embedded
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_DIRECTORY = ROOT / "build" / "models" / "smollm2-135m-instruct"
+# Whole files of tests that start heavy processes one after another; `make check` leaves them out.
+SLOW_FILES = ("registry/test_convert.py", "storage/test_agent_process.py")
 # A child that was sent SIGTERM may flush and fsync; sockets of gRPC are closed by its own threads.
 GRACE_SECONDS = 3.0
 # Started once in a process and kept for good: gRPC's poller, and the worker threads of hypothesis and OpenTelemetry.
@@ -45,10 +47,12 @@ def pytest_configure(config: pytest.Config) -> None:
 # First, because pytest deselects by marker in the same hook.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks scenarios by their folder, and gives every asynchronous test the check for leaked tasks."""
+    """Marks scenarios and slow files by where they are; asynchronous tests get the check for leaked tasks."""
     for item in items:
         if ROOT / "tests" / "scenarios" in item.path.parents:
             item.add_marker("scenario")
+        if str(item.path.relative_to(ROOT / "tests")) in SLOW_FILES:
+            item.add_marker("slow")
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(inspect.unwrap(item.obj)):
             item.fixturenames.insert(_wider_scope_count(item), "leaves_no_task")
 
