@@ -1,4 +1,4 @@
-"""Stands in for the converter: starts a child, then works for ever. Shows what a cancelled conversion leaves running."""
+"""Stands in for the converter: starts a child, then works for ever."""
 
 import json
 import subprocess

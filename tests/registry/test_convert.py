@@ -1,7 +1,6 @@
 """Real conversions: the same file gives the same bytes, and a damaged one a clear error."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +91,7 @@ async def test_the_embedded_model(parts: Parts, smollm2_directory: Path) -> None
     assert done.model.revision.digest == shared.model.revision.digest
     assert done.new_bytes == 0
     assert parts.state.work.is_dir()
-    assert os.listdir(parts.state.work) == []
+    assert list(parts.state.work.iterdir()) == []
 
 
 def test_an_embedded_model_that_is_not_installed_says_how_to_install_it() -> None:

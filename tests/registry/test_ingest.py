@@ -23,7 +23,7 @@ from helios.mesh.errors import (
     Overloaded,
     Unavailable,
 )
-from helios.registry.records import IngestEvent, IngestPhase, IngestProgress, IngestSpec
+from helios.registry.records import IngestPhase, IngestProgress, IngestSpec
 from tests.registry import tiny
 from tests.registry.support import Parts, done_of, open_parts
 
@@ -35,9 +35,7 @@ async def assert_nothing_left(parts: Parts) -> None:
 
 
 async def test_a_directory_becomes_a_model(parts: Parts, model_directory: Path) -> None:
-    events: list[IngestEvent] = []
-    async for event in parts.ingester.ingest(IngestSpec("m", str(model_directory), ("x",))):
-        events.append(event)
+    events = [event async for event in parts.ingester.ingest(IngestSpec("m", str(model_directory), ("x",)))]
     done = done_of(events)
     progress = [event for event in events if isinstance(event, IngestProgress)]
     assert list(dict.fromkeys(event.phase for event in progress)) == [
@@ -279,7 +277,7 @@ async def test_two_callers_share_one_ingest_and_one_may_leave(parts: Parts, tmp_
         first = group.create_task(parts.ingest("m", directory), name="first")
         second = group.create_task(parts.ingest("m", directory), name="second")
         third = group.create_task(parts.ingest("m", directory), name="third")
-        await until(lambda: parts.files())
+        await until(parts.files)
         third.cancel()
     assert first.result() is second.result()
     assert third.cancelled()
@@ -363,10 +361,10 @@ async def test_stopping_the_registry_ends_its_ingests(tmp_path: Path, gguf_file:
         except Draining as error:
             caught.append(error)
 
-    async with asyncio.TaskGroup() as group:
-        async with open_parts(tmp_path / "r", convert_module="tests.registry.slow_converter") as parts:
-            group.create_task(ingest(parts), name="ingest")
-            await until(lambda: source.with_suffix(".pids").exists())
+    slow = open_parts(tmp_path / "r", convert_module="tests.registry.slow_converter")
+    async with asyncio.TaskGroup() as group, slow as parts:
+        group.create_task(ingest(parts), name="ingest")
+        await until(lambda: source.with_suffix(".pids").exists())
     assert len(caught) == 1
     assert psutil.Process().children() == []
     assert parts.files() == set()

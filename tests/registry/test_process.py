@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -63,6 +63,13 @@ async def ingest(client: RegistryClient, name: str, source: Path) -> IngestDone:
     return events[-1]
 
 
+async def follow(client: RegistryClient, source: Path, phase: str, act: Callable[[], Awaitable[None]]) -> None:
+    """Ingests and acts at each report of a phase whose size is known."""
+    async for event in client.ingest("m", str(source)):
+        if isinstance(event, IngestProgress) and event.phase == phase and event.total_bytes:
+            await act()
+
+
 async def test_starts_serves_and_stops(tmp_path: Path, mesh: Mesh, model_directory: Path) -> None:
     root = tmp_path / "registry"
     async with running(root, mesh) as (process, address):
@@ -89,12 +96,14 @@ async def test_kill_9_in_the_middle_of_storing(tmp_path: Path, mesh: Mesh, delay
     small = tiny.write_model(tmp_path / "small")
     async with running(root, mesh) as (process, address), mesh.client(address) as client:
         kept = (await ingest(client, "kept", small)).model
+
+        async def kill() -> None:
+            await asyncio.sleep(delay_seconds)
+            process.kill()
+            await process.wait()
+
         with pytest.raises(HeliosError):
-            async for event in client.ingest("m", str(directory)):
-                if isinstance(event, IngestProgress) and event.phase == "store":
-                    await asyncio.sleep(delay_seconds)
-                    process.kill()
-                    await process.wait()
+            await follow(client, directory, "store", kill)
     # What the model that was there before needs, and nothing else.
     async with running(root, mesh) as (_, address), mesh.client(address) as client:
         assert await client.list_models() == (kept,)
@@ -111,12 +120,14 @@ async def test_kill_9_in_the_middle_of_a_conversion_takes_the_converter_along(
     root = tmp_path / "registry"
     async with running(root, mesh) as (process, address), mesh.client(address) as client:
         children: list[psutil.Process] = []
+
+        async def kill() -> None:
+            children.extend(psutil.Process(process.pid).children(recursive=True))
+            process.kill()
+            await process.wait()
+
         with pytest.raises(HeliosError):
-            async for event in client.ingest("m", str(gguf_file)):
-                if isinstance(event, IngestProgress) and event.phase == "convert" and event.total_bytes:
-                    children = psutil.Process(process.pid).children(recursive=True)
-                    process.kill()
-                    await process.wait()
+            await follow(client, gguf_file, "convert", kill)
     assert len(children) == 1
     async with asyncio.timeout(30):
         while any(child.is_running() for child in children):
@@ -131,10 +142,12 @@ async def test_sigterm_in_the_middle_of_a_conversion_stops_at_once_and_leaves_no
 ) -> None:
     root = tmp_path / "registry"
     async with running(root, mesh) as (process, address), mesh.client(address) as client:
+
+        async def terminate() -> None:
+            process.terminate()
+
         with pytest.raises(HeliosError):
-            async for event in client.ingest("m", str(gguf_file)):
-                if isinstance(event, IngestProgress) and event.phase == "convert":
-                    process.terminate()
+            await follow(client, gguf_file, "convert", terminate)
         async with asyncio.timeout(10):
             assert await process.wait() == 0
     assert leftovers(root) == []

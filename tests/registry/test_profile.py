@@ -133,7 +133,7 @@ def test_the_index_must_agree_with_the_shards() -> None:
     ):
         with pytest.raises(InvalidRequest, match="index"):
             check_shards(wrong, shards)
-    with pytest.raises(InvalidRequest, match="is in a.safetensors and in b.safetensors"):
+    with pytest.raises(InvalidRequest, match=r"is in a\.safetensors and in b\.safetensors"):
         check_shards(None, {"a.safetensors": header(), "b.safetensors": header()})
 
 

@@ -70,7 +70,7 @@ def write_small_files(directory: Path) -> None:
     """Writes config and tokenizer."""
     (directory / "config.json").write_text(json.dumps(CONFIG))
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
@@ -89,7 +89,7 @@ def write_sharded(directory: Path) -> Path:
 
 
 def write_big(directory: Path, size_bytes: int) -> Path:
-    """Writes the model with one more tensor of this size, for tests that need an ingest to last; the tensor is a hole."""
+    """Writes the model with one more tensor of this size, a hole in the file, so that an ingest lasts."""
     directory.mkdir(parents=True)
     content = save(tensors())
     length = int.from_bytes(content[:8], "little")
