@@ -3,10 +3,10 @@
 import asyncio
 import contextlib
 import itertools
-import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc.aio
@@ -242,6 +242,7 @@ class FakeEnvoy:
         path: str = "/helios.api.inference.v1.OpenAIService/CreateChatCompletion",
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
+        age_seconds: float = 0.0,
         timeout: float = 15.0,
     ) -> Answer:
         """One request: `model` is what Envoy lifted from the body, `header` is x-helios-model."""
@@ -253,6 +254,9 @@ class FakeEnvoy:
             request.request_headers.headers.headers.add(key=key, raw_value=value.encode())
         if model is not None:
             request.metadata_context.filter_metadata["helios"].fields["model"].string_value = model
+        began = datetime.now(UTC) - timedelta(seconds=age_seconds)
+        attributes = request.attributes["envoy.filters.http.ext_proc"].fields
+        attributes["request.time"].string_value = began.isoformat()
         call = self._dialer.stub(external_processor_pb2_grpc.ExternalProcessorStub).Process(timeout=timeout)
         asked_body = False
         try:
@@ -378,8 +382,3 @@ class FakeRegistry(RegistryServiceServicer):
     def _tell(self, message: registry_pb.WatchModelsResponse) -> None:
         for watcher in self._watchers:
             watcher.put_nowait(message)
-
-
-def seconds_since(start: float) -> float:
-    """Seconds since a monotonic time."""
-    return time.monotonic() - start

@@ -115,6 +115,16 @@ async def test_a_clients_own_deadline_bounds_its_hold(world: World) -> None:
         assert answer.status == 503
 
 
+async def test_a_hold_is_counted_from_the_requests_own_start(world: World) -> None:
+    """It may have waited at another proxy before."""
+    world.registry.put("m")
+    limits = HoldSettings(limit_seconds=20)
+    async with small_world(world, worker=FakeWorker(start_seconds=30), hold=limits) as (_, envoy, _):
+        async with asyncio.timeout(3):
+            answer = await envoy.ask("m", age_seconds=19.7)
+        assert orjson.loads(answer.headers["x-openai-error"])["error"]["code"] == "hold_expired"
+
+
 async def test_full_holds_shed(world: World) -> None:
     world.registry.put("m")
     limits = HoldSettings(limit_seconds=5, model_count=2)

@@ -16,11 +16,14 @@ TOKEN_USAGE: Final = "gen_ai_client_token_usage"  # noqa: S105
 # Proxy.
 ACTIVATIONS_TOTAL: Final = "helios_activations_total"
 ACTIVATION_SECONDS: Final = "helios_activation_seconds"
+ENDPOINTS: Final = "helios_endpoints"
+HOLD_BYTES: Final = "helios_hold_bytes"
 HOLDS: Final = "helios_holds"
 HOLD_SECONDS: Final = "helios_hold_seconds"
 PICKS_TOTAL: Final = "helios_picks_total"
 PICK_SECONDS: Final = "helios_pick_seconds"
 REPLICAS: Final = "helios_replicas"
+RESERVATIONS: Final = "helios_reservations"
 WORKERS: Final = "helios_workers"
 XDS_ACKS_TOTAL: Final = "helios_xds_acks_total"
 

@@ -12,7 +12,7 @@ _WAIT_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 60, 120, 3
 PICKS: Final = Counter(names.PICKS_TOTAL, "Requests that the picker answered, by outcome", ["outcome"])
 PICK_SECONDS: Final = Histogram(names.PICK_SECONDS, "Time of one routing decision", buckets=_PICK_BUCKETS)
 HOLDS: Final = Gauge(names.HOLDS, "Requests that wait for a replica")
-HOLD_BYTES: Final = Gauge("helios_hold_bytes", "Bytes of bodies of requests that wait")
+HOLD_BYTES: Final = Gauge(names.HOLD_BYTES, "Bytes of bodies of requests that wait")
 HOLD_SECONDS: Final = Histogram(names.HOLD_SECONDS, "How long requests waited", ["outcome"], buckets=_WAIT_BUCKETS)
 ACTIVATIONS: Final = Counter(names.ACTIVATIONS_TOTAL, "Starts of replicas, by outcome", ["outcome"])
 ACTIVATION_SECONDS: Final = Histogram(
@@ -20,8 +20,8 @@ ACTIVATION_SECONDS: Final = Histogram(
 )
 WORKERS: Final = Gauge(names.WORKERS, "Workers that can be reached")
 REPLICAS: Final = Gauge(names.REPLICAS, "Replicas, by state", ["state"])
-RESERVATIONS: Final = Gauge("helios_reservations", "Picks whose request has not been reported yet")
-ENDPOINTS: Final = Gauge("helios_endpoints", "Endpoints that are published to Envoy")
+RESERVATIONS: Final = Gauge(names.RESERVATIONS, "Picks whose request has not been reported yet")
+ENDPOINTS: Final = Gauge(names.ENDPOINTS, "Endpoints that are published to Envoy")
 
 PICKED: Final = PICKS.labels("picked")
 RELEASED: Final = PICKS.labels("released")

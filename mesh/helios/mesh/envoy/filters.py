@@ -152,6 +152,8 @@ def picker(settings: EdgeSettings) -> HttpFilter:
         metadata_options=MetadataOptions(
             forwarding_namespaces=MetadataOptionsMetadataNamespaces(untyped=[METADATA_NAMESPACE])
         ),
+        # When the request began: a hold that moves to another picker must not begin anew.
+        request_attributes=["request.time"],
         # x-envoy-max-retries = candidates - 1, so that the last failure is the replica's own.
         mutation_rules=HeaderMutationRules(allow_envoy=True),
     )
