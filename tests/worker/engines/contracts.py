@@ -28,12 +28,14 @@ from vllm.logprobs import Logprob
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
+from vllm.platforms.cpu import CpuPlatform
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.params import TokenizeParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.utils import CoreEngineProcManager
+from vllm.v1.executor import Executor, UniProcExecutor
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -89,6 +91,14 @@ def fork_instead_of_spawn_reaches_every_user() -> None:
     compat.fork_instead_of_spawn()
     for module in (vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor):
         assert module.get_mp_context().get_start_method() == "fork"
+
+
+@contract
+def the_cpu_platform_leaves_the_worker_in_the_engine_core_when_told_so() -> None:
+    source = inspect.getsource(CpuPlatform.check_and_update_config)
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" in source
+    config = SimpleNamespace(parallel_config=SimpleNamespace(distributed_executor_backend="uni", world_size=1))
+    assert Executor.get_class(cast(Any, config)) is UniProcExecutor
 
 
 @contract
@@ -278,12 +288,13 @@ def a_metered_engine_closes_the_engine_s_generator_when_it_is_closed() -> None:
         assert (meter.prompt_tokens, meter.completion_tokens, meter.cached_prompt_tokens) == (3, 2, 2)
         assert meter.first_token_at is not None
 
-    original, AsyncLLM.generate = AsyncLLM.generate, endless
-    AsyncLLM.__del__ = lambda _: None
+    stock: Any = AsyncLLM
+    original, stock.generate = stock.generate, endless
+    stock.__del__ = lambda _: None
     try:
         asyncio.run(run())
     finally:
-        AsyncLLM.generate = original
+        stock.generate = original
     assert closed == [True]
 
 

@@ -33,7 +33,8 @@ MESSAGES: list[Message] = [
 @given(st.lists(st.sampled_from(MESSAGES), max_size=6), st.lists(st.integers(1, 200), min_size=1))
 def test_messages_survive_any_cutting_of_the_stream(messages: list[Message], cuts: list[int]) -> None:
     stream = b"".join(map(encode, messages))
-    decoder, received, position, turn = Decoder(), [], 0, 0
+    decoder, position, turn = Decoder(), 0, 0
+    received: list[Message] = []
     while position < len(stream):
         size = cuts[turn % len(cuts)]
         received += decoder.feed(stream[position : position + size])

@@ -211,7 +211,7 @@ class RecordingSupervisor(supervisor_service_pb2_grpc.SupervisorServiceServicer)
         assert self._server is not None
         await self._server.drain(0)
 
-    async def Attach(  # type: ignore[override]
+    async def Attach(
         self, request_iterator: AsyncIterator[pb.AttachRequest], context: Any
     ) -> AsyncIterator[pb.AttachResponse]:
         del context

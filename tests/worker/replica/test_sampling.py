@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ from helios.worker.replica.sampling import check_sampling
         ("stop_token_ids", ((0, 99),), ((100,),)),
     ],
 )
-def test_each_field_is_checked_and_named(field: str, allowed: tuple[object, ...], refused: tuple[object, ...]) -> None:
+def test_each_field_is_checked_and_named(field: str, allowed: tuple[Any, ...], refused: tuple[Any, ...]) -> None:
     for value in allowed:
         check_sampling(dataclasses.replace(Sampling(), **{field: value}), vocabulary_size=100)
     for value in refused:

@@ -144,13 +144,12 @@ def _last_text(messages: Any) -> str:
 
 
 def _words(prompt: Prompt) -> list[str]:
-    match prompt:
-        case Conversation(turns):
-            text = " ".join(turn.content for turn in turns)
-        case Text(text):
-            pass
-        case TokenIds(ids):
-            text = " ".join(map(str, ids))
+    if isinstance(prompt, Conversation):
+        text = " ".join(turn.content for turn in prompt.turns)
+    elif isinstance(prompt, TokenIds):
+        text = " ".join(map(str, prompt.ids))
+    else:
+        text = prompt.text
     return [f"{word} " for word in text.split()] or [" "]
 
 

@@ -4,6 +4,7 @@ Order of the end: refuse new calls → let running ones end, with a deadline →
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -145,6 +146,7 @@ class _Replica:
     def _become_ready(self, address: str, engine: Engine) -> None:
         condition = self._condition
         condition.address, condition.max_context_tokens = address, engine.facts.max_context_tokens
+        bind_threads(self._spec.placement.api_cores)
         condition.end_phase("serve", time.monotonic())
         condition.state = State.READY
         self._attachment.wake()
@@ -191,6 +193,17 @@ class _Replica:
                 await self._condition.failure_told.wait()
         except TimeoutError:
             log.warning("supervisor did not hear of the failure")
+
+
+def bind_threads(cores: tuple[int, ...]) -> None:
+    """Binds every thread of this process to ``cores``; empty does nothing.
+
+    Done when the start is over: until then the engine's cores have nothing else to do, and the start is waited for.
+    """
+    if cores:
+        for thread in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(int(thread.name), cores)
 
 
 def _own_start_ticks() -> int:

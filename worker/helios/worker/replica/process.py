@@ -43,9 +43,6 @@ def run(spec: ReplicaSpec, requested_ns: int) -> None:
     structlog.contextvars.bind_contextvars(replica=spec.replica_id)
     # The heap was frozen by the launcher; what a replica allocates is collected again, by its own small generations.
     gc.enable()
-    if spec.placement.api_cores:
-        # Inherited by what the engine forks; the process that computes then moves to cores of its own.
-        os.sched_setaffinity(0, spec.placement.api_cores)
     make_scratch(os.getpid())
     Lifeline()
     start = EngineStart(spec)

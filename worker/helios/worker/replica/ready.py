@@ -74,7 +74,7 @@ class _Step(Generic[T]):
     """
 
     def __init__(self, items: AsyncIterator[T]) -> None:
-        self._steps: Generator[Any, Any, T] = items.__anext__().__await__()  # type: ignore[assignment]
+        self._steps: Generator[Any, Any, T] = items.__anext__().__await__()
         self._is_started = False
         self._waits_for: Any = None
         self.value: T

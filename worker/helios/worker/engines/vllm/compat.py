@@ -1,9 +1,9 @@
 """Every place where Helios leans on what vLLM does not promise to keep; pinned to one minor version.
 
-Three things stock vLLM can't do are had here: its EngineCore and Worker are forked (its CPU platform insists on
-spawning them, and each spawn imports torch and vLLM for nine seconds anew); the process that computes is bound to its
-cores after the fork (vLLM binds by environment variables that libgomp read long before); and every request is metered
-in one place.
+What stock vLLM can't do is had here: its EngineCore is forked (its CPU platform insists on spawning, and each spawn
+imports torch and vLLM for nine seconds anew) before tokenizer and renderer are built; the process that computes is
+bound to its cores after the fork (vLLM binds by environment variables that libgomp read long before); and every request is
+metered in one place.
 
 ``tests/worker/engines/test_compat.py`` holds one test for each symbol. With another version than PINNED the contract is
 unknown: ``check_version`` says so, and the engine then starts its processes in vLLM's own way.
@@ -247,7 +247,7 @@ def make_llm(
         llm = MeteredLLM(config, executor_class, log_stats=False, log_requests=False, stat_loggers=stat_loggers)
     # The engine may have fitted the context to its KV cache: what was derived from the old length is derived anew.
     for name in ("default_cmpl_tok_params", "default_chat_tok_params"):
-        vars(llm.renderer).pop(name, None)
+        llm.renderer.__dict__.pop(name, None)
     return llm
 
 

@@ -34,8 +34,8 @@ log = structlog.get_logger()
 # One prefill step: enough to keep two cores busy, small enough that running answers are not held up for long.
 _BATCHED_TOKENS: Final = 1024
 _ERROR_EVENT: Final = 'data: {"error"'
-# Nothing runs any more when an engine is closed. A graceful end of EngineCore and Worker takes two seconds of mutual
-# waiting, in which the device is not free; after this they are killed.
+# Nothing runs any more when an engine is closed. A graceful end of EngineCore may take seconds, in which the device is not
+# free; after this it is killed.
 _SHUTDOWN_SECONDS: Final = 0.2
 
 
@@ -100,7 +100,7 @@ class VllmEngine:
         return dataclasses.replace(load, is_dead=True) if self._llm.errored else load
 
     def close(self) -> None:
-        """Ends EngineCore and Worker."""
+        """Ends EngineCore."""
         self._llm.shutdown(timeout=_SHUTDOWN_SECONDS)
 
     async def answer(self, call: OpenAICall, document: Mapping[str, Any], meter: Meter) -> JsonAnswer | EventStream:

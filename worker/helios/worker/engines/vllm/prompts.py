@@ -62,7 +62,7 @@ class PromptRenderer:
         }
         values |= {name: list(values[name]) for name in ("stop", "stop_token_ids") if name in values}
         # The model's own defaults, then the request. Without a bound the engine goes on to the end of the context.
-        merged = {"max_tokens": None} | self._defaults | values
+        merged: dict[str, Any] = {"max_tokens": None} | self._defaults | values
         return compat.SamplingParams.from_optional(**merged, output_kind=compat.RequestOutputKind.DELTA)
 
 
