@@ -11,7 +11,7 @@ from typing import Final, Protocol
 import structlog
 from opentelemetry import trace
 
-from helios.mesh.errors import HeliosError, Unavailable
+from helios.mesh.errors import Draining, HeliosError, Unavailable
 from helios.proxy import actions, metrics
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
@@ -108,7 +108,7 @@ class Runtime:
             group.create_task(self._remember(), name="remember workers")
 
     def stop(self) -> None:
-        """Answers everything that waits: another proxy, or this one restarted, will do better."""
+        """Ends every wait with Draining: another proxy, or this one restarted, goes on with it."""
         self._is_stopping = True
         for future in self._waiting.values():
             if not future.done():
@@ -118,7 +118,8 @@ class Runtime:
     async def wait_pick(self, entry: ModelEntry, request_id: str, *, size_bytes: int, deadline: float) -> Pick:
         """Holds a request until a replica can take it.
 
-        Cancelling ends the hold. Raises HeliosError where the request is not to be served.
+        Cancelling ends the hold. Raises Draining where this process stops, another HeliosError where the request is
+        not to be served.
         """
         if self._is_stopping:
             raise _stopping()
@@ -281,5 +282,5 @@ class Runtime:
             metrics.REPLICAS.labels(state).set(count)
 
 
-def _stopping() -> Unavailable:
-    return Unavailable("the gateway's control process restarts; try again", reason="DRAINING", retry_after_seconds=1)
+def _stopping() -> Draining:
+    return Draining("the gateway's control process restarts; try again", retry_after_seconds=1)

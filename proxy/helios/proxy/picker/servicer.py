@@ -24,7 +24,7 @@ from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
 
 from helios.mesh import names, status
-from helios.mesh.errors import HeliosError, InvalidRequest, PermissionDenied
+from helios.mesh.errors import Draining, HeliosError, InvalidRequest, PermissionDenied
 from helios.mesh.server import check_peer
 from helios.proxy import metrics
 from helios.proxy.catalog.servicer import find_model
@@ -91,6 +91,9 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 is_body = True
                 model = await _read_body_model(context, heads)
             pick = await self._pick(model, heads, request)
+        except Draining as error:
+            # No answer but a broken stream: Envoy asks another proxy, or this one once it is back.
+            await status.abort(context, error)
         except HeliosError as error:
             metrics.PICKS.labels(error.reason.lower()).inc()
             log.debug("request refused", request=heads.request_id, reason=error.reason, error=error.message)
