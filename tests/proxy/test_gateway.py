@@ -120,6 +120,15 @@ async def test_an_unknown_model_is_404_and_a_bad_body_400(world: World) -> None:
         for body in (b"{", b"{}", b"", b'{"model": 3}', b"[]"):
             answer = await client.post("/v1/chat/completions", content=body, headers=json_type)
             assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error"), body
+        for name in ("x" * 100_000, "a\nb\0c", "é—\U0001f600", "../../etc/passwd"):
+            answer = await client.post("/v1/chat/completions", json={"model": name})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found"), name[:50]
+            async with grpc.aio.insecure_channel(edge.address) as channel:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await InferenceServiceStub(channel).Tokenize(
+                        inference_pb.TokenizeRequest(model=name, text="x"), timeout=10
+                    )
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND, name[:50]
         assert edge.worker.starts == []
 
 

@@ -50,16 +50,18 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
     core.models_replaced(load_models(directory), time.monotonic(), is_synced=False)
     store = Store(directory, core.catalogue)
     xds = XdsServer()
+    ads = GuardedXds(xds, is_enforced=settings.mesh.identity is not None)
     runtime = Runtime(core, publisher=xds, memory=store)
     async with AsyncExitStack() as stack:
         models = await _registry(settings, lifetime, stack, runtime, store)
         lifetime.group.create_task(runtime.run(), name="runtime")
         lifetime.group.create_task(store.run(), name="store")
-        picker = await stack.enter_async_context(_picker(settings, runtime, models, xds))
+        picker = await stack.enter_async_context(_picker(settings, runtime, models, ads))
         control = await stack.enter_async_context(_control(settings, runtime, models))
         lifetime.mark_ready(picker_address=picker.address, control_address=control.address)
         await lifetime.wait_stop()
         runtime.stop()
+        ads.close()
 
 
 async def _registry(
@@ -76,7 +78,7 @@ async def _registry(
     return session
 
 
-def _picker(settings: ProxySettings, runtime: Runtime, models: ModelSource, xds: XdsServer) -> MeshServer:
+def _picker(settings: ProxySettings, runtime: Runtime, models: ModelSource, ads: GuardedXds) -> MeshServer:
     identity = settings.mesh.identity
     options = ServerOptions(intercept=False, drain_seconds=settings.drain_seconds)
     server = MeshServer(listen=settings.picker_listen, identity=identity, policy={}, options=options)
@@ -84,7 +86,7 @@ def _picker(settings: ProxySettings, runtime: Runtime, models: ModelSource, xds:
         runtime, models, hold_limit_seconds=settings.hold.limit_seconds, is_enforced=identity is not None
     )
     picker.add_to(server.grpc)
-    GuardedXds(xds, is_enforced=identity is not None).add_to(server.grpc)
+    ads.add_to(server.grpc)
     return server
 
 

@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# The registry refuses longer names.
+_NAME_LENGTH = 200
+
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
@@ -30,6 +33,12 @@ class ModelEntry:
     created_at: int = 0
     min_replicas: int = 0
     max_replicas: int = 0
+
+
+def shown(name: str) -> str:
+    """A name that a client sent, fit for a message: no control characters, and no longer than a model's name may be."""
+    clipped = name if len(name) <= _NAME_LENGTH else name[:_NAME_LENGTH] + "…"
+    return clipped if clipped.isprintable() else "".join(char if char.isprintable() else "�" for char in clipped)
 
 
 class Catalogue:

@@ -14,7 +14,7 @@ from helios.proxy import actions
 from helios.proxy.activation import machine, placement
 from helios.proxy.activation.estimate import StartEstimates
 from helios.proxy.activation.machine import Activation, ActivationPolicy, ActivationState
-from helios.proxy.catalogue import Catalogue, ModelEntry
+from helios.proxy.catalogue import Catalogue, ModelEntry, shown
 from helios.proxy.fleet.commands import CommandBook, DrainReplica, EvictRevision, Order, StartReplica, StopReplica
 from helios.proxy.fleet.state import Replica, ReplicaState, Worker
 from helios.proxy.holds import Holds
@@ -363,8 +363,8 @@ def asked_replica(worker_id: str, order: StartReplica) -> Replica:
 
 def model_not_found(model: str) -> ModelNotFound:
     """The answer to a request that names no model."""
-    message = f"the model '{model}' does not exist; GET /v1/models lists the models"
-    return ModelNotFound(message, metadata={"model": model, "param": "model"})
+    message = f"the model '{shown(model)}' does not exist; GET /v1/models lists the models"
+    return ModelNotFound(message, metadata={"model": shown(model), "param": "model"})
 
 
 def start_error(model: str, reason: str, message: str, retry_after_seconds: float) -> HeliosError:

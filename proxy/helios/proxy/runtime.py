@@ -108,11 +108,13 @@ class Runtime:
             group.create_task(self._remember(), name="remember workers")
 
     def stop(self) -> None:
-        """Ends every wait with Draining: another proxy, or this one restarted, goes on with it."""
+        """Ends every session, and every wait with Draining: another proxy, or this one restarted, goes on with it."""
         self._is_stopping = True
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(_stopping())
+        for outbox in self._outboxes.values():
+            outbox.close()
 
     # Requests.
     async def wait_pick(self, entry: ModelEntry, request_id: str, *, size_bytes: int, deadline: float) -> Pick:

@@ -9,7 +9,7 @@ from helios.api.catalog.v1.model_service_pb2_grpc import ModelServiceServicer
 from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, Unavailable
 from helios.proxy.activation.machine import ActivationState
 from helios.proxy.catalog.session import ModelSource
-from helios.proxy.catalogue import ModelEntry
+from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.fleet.state import Replica, ReplicaState
 from helios.proxy.runtime import Runtime
 from helios.proxy.sizing import replica_size
@@ -93,9 +93,9 @@ async def find_model(runtime: Runtime, models: ModelSource, name: str) -> ModelE
         raise
     except HeliosError as error:
         raise Unavailable(
-            f"it can't be told now whether the model '{name}' exists: the registry is not reachable",
+            f"it can't be told now whether the model '{shown(name)}' exists: the registry is not reachable",
             reason="REGISTRY_UNAVAILABLE",
-            metadata={"model": name},
+            metadata={"model": shown(name)},
             retry_after_seconds=2,
         ) from error
     runtime.apply(runtime.core.model_upserted(entry, time.monotonic()))

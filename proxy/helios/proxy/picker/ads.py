@@ -1,5 +1,6 @@
 """The ADS servicer on the picker's server, which has no interceptors: the caller is checked here."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
@@ -20,16 +21,27 @@ class GuardedXds(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
     def __init__(self, xds: XdsServer, *, is_enforced: bool) -> None:
         self._xds = xds
         self._is_enforced = is_enforced
+        self._streams: set[asyncio.Task[object]] = set()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the service."""
         ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(self, server)
 
+    def close(self) -> None:
+        """Ends every stream: they last for as long as Envoy, and a server that drains would wait for them."""
+        for stream in tuple(self._streams):
+            stream.cancel()
+
     async def DeltaAggregatedResources(self, requests: AsyncIterator[Any], context: Any) -> None:
         """Serves one Envoy until it leaves."""
+        stream = asyncio.current_task()
+        assert stream is not None
+        self._streams.add(stream)
         try:
             if self._is_enforced:
                 check_peer(context, _EDGE, ADS_SERVICE)
             await self._xds.DeltaAggregatedResources(requests, context)
         except HeliosError as error:
             await status.abort(context, error)
+        finally:
+            self._streams.discard(stream)

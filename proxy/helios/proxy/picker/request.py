@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError, Message
 
 from helios.api.inference.v1 import inference_service_pb2 as inference_pb
 from helios.mesh.errors import InvalidRequest, ModelMismatch
+from helios.proxy.catalogue import shown
 
 OPENAI_PREFIX: Final = "/helios.api.inference.v1.OpenAIService/"
 INFERENCE_PREFIX: Final = "/helios.api.inference.v1.InferenceService/"
@@ -53,7 +54,7 @@ def agree(header_model: str, body_model: str) -> str:
     """The model that header and body name; empty where neither does. Raises ModelMismatch where they differ."""
     if header_model and body_model and header_model != body_model:
         raise ModelMismatch(
-            f"the header x-helios-model names '{header_model}' and the body names '{body_model}'",
+            f"the header x-helios-model names '{shown(header_model)}' and the body names '{shown(body_model)}'",
             metadata={"param": "model"},
         )
     return header_model or body_model
@@ -109,7 +110,7 @@ def _openai_model(message: bytes) -> str:
     kind = http.content_type.partition(";")[0].strip().lower()
     if kind and kind != "application/json" and not kind.endswith("+json"):
         raise InvalidRequest(
-            f"the content type must be application/json, not '{kind}'",
+            f"the content type must be application/json, not '{shown(kind)}'",
             reason="UNSUPPORTED_CONTENT_TYPE",
             metadata={"param": "content-type"},
         )
