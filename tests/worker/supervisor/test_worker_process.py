@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -126,9 +127,11 @@ async def mesh(folder: Path) -> AsyncIterator[Mesh]:
 
 def _reap_everything() -> None:
     """Waits for what a killed worker left to this process: its launcher ends by itself, replicas only when killed."""
-    deadline = time.monotonic() + 10
-    while (children := psutil.Process().children()) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 5
+    while (children := psutil.Process().children()) and time.monotonic() < deadline + 5:
         for child in children:
+            if time.monotonic() > deadline:
+                child.kill()
             with suppress(ChildProcessError):
                 os.waitpid(child.pid, os.WNOHANG)
         time.sleep(0.02)
@@ -153,6 +156,14 @@ async def ready(session: FakeProxySession, replica_id: str) -> types.Replica:
     return replica
 
 
+def read_metrics(ready_file: Path) -> dict[str, float]:
+    address = json.loads(ready_file.read_text())["ops_address"]
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
+        lines = str(response.read(), "utf-8").splitlines()
+    samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, _, value in samples}
+
+
 def front_of(replica: types.Replica) -> ProcessIdentity:
     ticks = int(Path(f"/proc/{replica.pid}/stat").read_text().rpartition(")")[2].split()[19])
     return ProcessIdentity(replica.pid, ticks)
@@ -175,6 +186,10 @@ async def test_a_worker_starts_a_replica_and_sigterm_drains_it_and_leaves_nothin
         replica = await ready(session, "r1")
         front = front_of(replica)
         assert [phase.phase for phase in replica.phases][:2] == ["fetch", "fork"]
+        metrics = await asyncio.to_thread(read_metrics, mesh.folder / "ready.json")
+        assert metrics['helios_device_booked_bytes{device="cpu:0"}'] == 1 << 30
+        assert metrics['helios_worker_replicas{state="READY"}'] == 1
+        assert metrics['helios_worker_commands_total{command="start",outcome="accepted"}'] == 1
         assert await end(worker) == 0, mesh.log()
     assert living(front) == []
     states = [r.replica_event.replica.state for r in session.received if r.WhichOneof("message") == "replica_event"]
@@ -227,6 +242,17 @@ async def test_a_launcher_that_dies_kills_no_replica_and_comes_back(mesh: Mesh) 
 
         await session.wait_for(failed)
         assert await end(worker) == 0, mesh.log()
+
+
+async def test_a_second_worker_on_the_same_state_is_refused_and_the_first_serves_on(mesh: Mesh) -> None:
+    with mesh.worker() as first:
+        await mesh.proxy.wait_session()
+        with mesh.worker() as second:
+            assert await asyncio.to_thread(second.wait, START_SECONDS) == 1
+        assert "another worker runs on" in mesh.log()
+        assert first.poll() is None
+        assert len(mesh.proxy.sessions) == 1
+        assert await end(first) == 0
 
 
 def test_wrong_settings_are_all_named(folder: Path) -> None:

@@ -4,8 +4,10 @@ Start: subreaper → launcher and storage client → take over what a predecesso
 those that are known → sessions with the proxies. Stop: cordon → drain the replicas (or leave them) → close.
 """
 
+import fcntl
 import uuid
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -15,7 +17,7 @@ import structlog
 from helios.api.worker.v1 import supervisor_service_pb2
 from helios.api.worker.v1.supervisor_service_pb2_grpc import add_SupervisorServiceServicer_to_server
 from helios.mesh.channel import Dialer
-from helios.mesh.errors import InvalidRequest
+from helios.mesh.errors import InvalidRequest, PreconditionFailed
 from helios.mesh.process import Lifetime, run
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.tasks import task_scope
@@ -50,6 +52,7 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
     _prepare(settings)
     identity = settings.mesh.identity
     async with AsyncExitStack() as stack:
+        stack.enter_context(_only_one(settings.state_directory))
         storage = await stack.enter_async_context(Dialer(settings.storage_target, identity=identity, peer="storage"))
         launcher = await stack.enter_async_context(
             LauncherClient(engine=settings.replica.engine, log_level=settings.log_level)
@@ -112,6 +115,23 @@ async def _take_exits(launcher: LauncherClient, supervisor: Supervisor) -> None:
     while True:
         ended = await launcher.exits.get()
         supervisor.note_exit(ended.pid, ended.start_ticks, ended.status)
+
+
+@contextmanager
+def _only_one(directory: Path) -> Iterator[None]:
+    """Keeps a second supervisor off the same replicas; the kernel drops the lock with the process, however it ends.
+
+    Raises:
+        PreconditionFailed: STATE_IN_USE.
+    """
+    with (directory / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PreconditionFailed(
+                f"another worker runs on {directory}; stop it, or choose another state_directory", reason="STATE_IN_USE"
+            ) from error
+        yield
 
 
 def _prepare(settings: WorkerSettings) -> None:

@@ -239,9 +239,11 @@ class ReplicaRunner:
                     self.post(life_events.WeightsFailed(Failure(error.reason, error.message)))
                     return
                 log.warning("lease of a running replica lost", replica=order.replica_id, reason=error.reason)
-            # What is mapped stays readable; a new lease keeps the agent from giving the room away.
+            # What is mapped stays readable; a new lease keeps the agent from giving the room away, so it is asked for
+            # at once where an old one could not be resumed.
+            if not lease_id:
+                await asyncio.sleep(_LEASE_RETRY_SECONDS)
             lease_id = ""
-            await asyncio.sleep(_LEASE_RETRY_SECONDS)
 
     async def _fork(self, action: life_actions.Fork) -> None:
         spec = self._around.spec(self._life.view, action.path, self._traceparent())
