@@ -28,7 +28,13 @@ from helios.registry.sources.embedded import EMBEDDED, find_embedded
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_DIRECTORY = ROOT / "build" / "models" / "smollm2-135m-instruct"
 # Whole files of tests that start heavy processes one after another; `make check` leaves them out.
-SLOW_FILES = ("registry/test_convert.py", "storage/test_agent_process.py")
+SLOW_FILES = (
+    "registry/test_convert.py",
+    "registry/test_process.py",
+    "storage/test_agent_process.py",
+    "wire/test_changes.py",
+    "worker/engines/test_compat.py",
+)
 # A child that was sent SIGTERM may flush and fsync; sockets of gRPC are closed by its own threads.
 GRACE_SECONDS = 3.0
 # Started once in a process and kept for good: gRPC's poller, and the worker threads of hypothesis and OpenTelemetry.

@@ -12,7 +12,10 @@ REGISTRY_HOSTS += [r"\.".join(host) for host in (("deb", "debian", "org"), ("npm
 SECRETS = ["-----BEGIN " + "(?:[A-Z]+ )?PRIVATE KEY", "hf_" + "[A-Za-z0-9]{30,}", "AKIA" + "[A-Z0-9]{16}"]
 # Text is about the project, whoever or whatever wrote it.
 AUTHORS = [r"(?i:\b" + word + r"\b)" for word in ("clau" + "de", "co-authored" + "-by", "as an ai" + " language model")]
-PATTERN = re.compile("|".join([rf"(?<![\w.*]){path}" for path in MACHINE_PATHS] + REGISTRY_HOSTS + SECRETS + AUTHORS))
+# Absolute paths only: what stands before one is a quote, a bracket, a separator or nothing.
+PATTERN = re.compile(
+    "|".join([rf"(?<![^\s\"'`(\[=:,]){path}" for path in MACHINE_PATHS] + REGISTRY_HOSTS + SECRETS + AUTHORS)
+)
 BINARY = {".pb", ".png", ".gguf", ".safetensors"}
 
 
