@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Self
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 
 from helios.mesh.errors import InvalidRequest
 
@@ -16,9 +16,10 @@ from helios.mesh.errors import InvalidRequest
 class OpsServer:
     """Serves the three paths while it is open; ``address`` is ``host:port`` once entered."""
 
-    def __init__(self, listen: str, *, is_ready: Callable[[], bool]) -> None:
+    def __init__(self, listen: str, *, is_ready: Callable[[], bool], registry: CollectorRegistry = REGISTRY) -> None:
         self._listen = listen
         self._is_ready = is_ready
+        self._registry = registry
         self._runner: web.AppRunner | None = None
         self.address = ""
 
@@ -45,7 +46,7 @@ class OpsServer:
             await self._runner.cleanup()
 
     async def _metrics(self, _request: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _healthz(self, _request: web.Request) -> web.Response:
         return web.Response(text="ok\n")

@@ -53,15 +53,19 @@ async def test_a_future_that_is_done_while_the_caller_does_something_else_is_not
         assert await anext(batches) == ["second"]
 
 
-async def test_an_error_comes_after_the_items_before_it() -> None:
+@pytest.mark.parametrize("waits", [True, False])
+async def test_an_error_comes_after_the_items_before_it(waits: bool) -> None:
     async def items() -> AsyncIterator[int]:
         yield 1
-        await asyncio.sleep(0)
+        if waits:
+            await asyncio.sleep(0)
         raise KeyError("broken")
 
     batches = ReadyTogether(items())
     assert await anext(batches) == [1]
     with pytest.raises(KeyError):
+        await anext(batches)
+    with pytest.raises(StopAsyncIteration):
         await anext(batches)
 
 

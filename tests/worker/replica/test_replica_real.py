@@ -1,6 +1,7 @@
 """One replica of the embedded model, forked from a launcher as in production, asked over mTLS."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import tempfile
@@ -367,6 +368,31 @@ def test_killing_the_front_ends_the_whole_tree(
     assert launcher.wait_exit(running.pid, 5).status == -signal.SIGKILL
     assert not Path(tempfile.gettempdir(), f"helios-replica-{running.pid}").exists()
     assert not [path for path in shared if path.exists()]
+
+
+async def test_a_dead_engine_is_told_and_ends_the_replica(
+    launcher: Launcher, leaves: Leaves, tmp_path: Path, smollm2_directory: Path
+) -> None:
+    running = fork_real(launcher, leaves, tmp_path, smollm2_directory)
+    async with running.supervisor() as supervisor, leaves.dial(running.address) as dialer:
+        await supervisor.wait_heard(lambda said: said.HasField("ready"), START_SECONDS)
+        stub = dialer.stub(openai_service_pb2_grpc.OpenAIServiceStub)
+        call = stub.CreateChatCompletion(
+            body(stream=True, max_tokens=3000, ignore_eos=True), timeout=START_SECONDS, wait_for_ready=True
+        )
+        messages = [await call.read()]
+        front, *below = running.tree()
+        for process in below:
+            process.kill()
+        failed = (await supervisor.wait_heard(lambda said: said.HasField("failed"))).failed
+        assert failed.reason == "ENGINE_DIED"
+        # What was begun can't be taken back: the error travels in band, and the stream ends.
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            messages += [message async for message in call]
+        assert all(isinstance(message, HttpBody) for message in messages)
+    exited = await asyncio.get_running_loop().run_in_executor(None, launcher.wait_exit, running.pid, 10)
+    assert exited.status == 1
+    assert wait_gone([front, *below], 2) == []
 
 
 async def test_draining_finishes_what_runs_and_refuses_the_rest(

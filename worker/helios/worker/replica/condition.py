@@ -4,8 +4,6 @@ import asyncio
 from dataclasses import dataclass, field
 from enum import Enum
 
-from helios.worker.replica import metrics
-
 
 class State(Enum):
     """loading → warming → ready → draining; failed from any. (fetching and stopped are the supervisor's to know.)"""
@@ -45,7 +43,6 @@ class Condition:
         seconds = max(0.0, ended_at - self._phase_began_at)
         self._phase_began_at = max(self._phase_began_at, ended_at)
         self.phases.append((name, seconds))
-        metrics.PHASES.labels(name).set(seconds)
 
     def fail(self, reason: str, message: str) -> None:
         """It can't go on."""

@@ -163,7 +163,10 @@ class JsonAnswer:
 
 @dataclass(frozen=True, slots=True)
 class EventStream:
-    """Server-sent events, each a complete ``data: …`` block; close it (``aclose``) when it is not read to its end."""
+    """Server-sent events, each a complete ``data: …`` block; close it (``aclose``) when it is not read to its end.
+
+    An error after the first event is raised, not put into words.
+    """
 
     events: AsyncIterator[str]
 

@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,7 +17,10 @@ import structlog
 
 from helios.api.inference.v1 import inference_service_pb2_grpc, openai_service_pb2_grpc
 from helios.mesh.identity import IdentityFiles
+from helios.mesh.ops import OpsServer
 from helios.mesh.server import MeshServer, ServerOptions
+from helios.mesh.telemetry import setup_telemetry
+from helios.worker.replica import metrics, tracing
 from helios.worker.replica.attachment import Attachment
 from helios.worker.replica.condition import Condition, State
 from helios.worker.replica.engine import Engine, EngineLoad
@@ -73,6 +77,7 @@ class _Replica:
     async def run(self) -> bool:
         """The whole life; cancel-safe, but nobody cancels it."""
         loop = asyncio.get_running_loop()
+        stop_telemetry = setup_telemetry(process="replica", otlp_endpoint=self._spec.otlp_endpoint)
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, self._end, Ending(signum.name, self._spec.drain_seconds))
         loop.add_reader(self._start.phase_descriptor, self._take_phases)
@@ -88,6 +93,7 @@ class _Replica:
                 task.cancel()
         if self._engine is not None:
             self._engine.close()
+        stop_telemetry()
         return ending.is_clean
 
     async def _live(self) -> Ending:
@@ -99,8 +105,8 @@ class _Replica:
             names=self._spec.names, revision=self._spec.revision, ledger=self._ledger, on_change=self._attachment.wake
         )
         self._start.on_load = self._attachment.wake
-        async with self._server(engine, gate) as server:
-            self._become_ready(server.address, engine)
+        async with self._server(engine, gate) as server, self._ops() as ops_address:
+            self._become_ready(server.address, ops_address, engine)
             ending = await self._ending
             if ending.drain_seconds is not None and ending.is_clean:
                 self._condition.state = State.DRAINING
@@ -143,16 +149,27 @@ class _Replica:
         self._condition.end_phase("warm_up", self._start.ended_at)
         return made.result()
 
-    def _become_ready(self, address: str, engine: Engine) -> None:
+    @contextlib.asynccontextmanager
+    async def _ops(self) -> AsyncIterator[str]:
+        if not self._spec.ops_listen:
+            yield ""
+            return
+        is_ready = lambda: self._condition.state is State.READY  # noqa: E731
+        async with OpsServer(self._spec.ops_listen, is_ready=is_ready, registry=metrics.REGISTRY) as server:
+            yield server.address
+
+    def _become_ready(self, address: str, ops_address: str, engine: Engine) -> None:
         condition = self._condition
         condition.address, condition.max_context_tokens = address, engine.facts.max_context_tokens
         bind_threads(self._spec.placement.api_cores)
         condition.end_phase("serve", time.monotonic())
         condition.state = State.READY
         self._attachment.wake()
+        tracing.record_start(self._spec, condition)
         log.info(
             "replica ready",
             address=address,
+            ops_address=ops_address,
             phases={name: round(seconds, 4) for name, seconds in condition.phases},
             start_seconds=round(time.monotonic() - condition.requested_at, 4),
             max_context_tokens=engine.facts.max_context_tokens,

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from helios.mesh import names
 from helios.worker.replica.ledger import Finished
@@ -29,9 +29,6 @@ _PER_TOKEN = Histogram(
     registry=REGISTRY,
 )
 _TOKENS = Counter(names.TOKEN_USAGE, "Tokens", (*_LABELS, "gen_ai_token_type"), registry=REGISTRY)
-PHASES: Final = Gauge(
-    names.COLD_START_PHASE_SECONDS, "Length of each phase of the start", ("phase",), registry=REGISTRY
-)
 
 
 def observe(model: str, operation: str, status: str, finished: Finished) -> None:

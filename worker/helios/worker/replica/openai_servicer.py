@@ -60,3 +60,5 @@ async def _stream(answer: EventStream, call: Call, context: Any) -> None:
             if not is_begun:
                 raise
             await context.write(HttpBody(content_type=_EVENTS, data=b"data: " + openai_body(error) + b"\n\n"))
+            # REST callers have read the event; gRPC callers and the account get the status as well.
+            raise

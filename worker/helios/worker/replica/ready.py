@@ -26,12 +26,16 @@ class ReadyTogether(Generic[T]):
         self._items = items
         self._step: _Step[T] | None = None
         self._is_ended = False
+        self._error: BaseException | None = None
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> list[T]:
         """Waits for one item, then takes what is there. Cancel-safe: a cancel ends the iteration."""
+        if self._error is not None:
+            error, self._error, self._is_ended = self._error, None, True
+            raise error
         if self._is_ended:
             raise StopAsyncIteration
         step, self._step = self._step or _Step(self._items), None
@@ -46,6 +50,9 @@ class ReadyTogether(Generic[T]):
                 is_there = step.poll()
             except StopAsyncIteration:
                 self._is_ended = True
+                break
+            except BaseException as error:  # noqa: BLE001  raised by the next call: what came before it is not lost
+                self._error = error
                 break
             if not is_there:
                 self._step = step

@@ -45,6 +45,8 @@ class ReplicaSpec:
         orphan_seconds: How long it lives on without its supervisor, until the supervisor's welcome says otherwise.
         traceparent: W3C trace context of the request that asked for the start; empty for none.
         otlp_endpoint: Where spans go; empty for nowhere.
+        ops_listen: Address of /metrics, /healthz and /readyz; port 0 lets the kernel choose, and the log says which.
+            Empty for none.
         log_level: Level of Helios's own records.
     """
 
@@ -70,6 +72,7 @@ class ReplicaSpec:
     orphan_seconds: float = 60.0
     traceparent: str = ""
     otlp_endpoint: str = ""
+    ops_listen: str = "127.0.0.1:0"
     log_level: str = "info"
 
     @property

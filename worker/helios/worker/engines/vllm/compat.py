@@ -2,8 +2,8 @@
 
 What stock vLLM can't do is had here: its EngineCore is forked (its CPU platform insists on spawning, and each spawn
 imports torch and vLLM for nine seconds anew) before tokenizer and renderer are built; the process that computes is
-bound to its cores after the fork (vLLM binds by environment variables that libgomp read long before); and every request is
-metered in one place.
+bound to its cores after the fork (vLLM binds by environment variables that libgomp read long before); and every
+request is metered in one place.
 
 ``tests/worker/engines/test_compat.py`` holds one test for each symbol. With another version than PINNED the contract is
 unknown: ``check_version`` says so, and the engine then starts its processes in vLLM's own way.
@@ -30,7 +30,6 @@ import vllm.model_executor.layers.quantization.online.base
 import vllm.renderers.hf
 import vllm.tokenizers.hf
 import vllm.utils.system_utils
-import vllm.v1.attention.backends.cpu_attn
 import vllm.v1.core.sched.scheduler
 import vllm.v1.engine.core
 import vllm.v1.engine.utils
@@ -71,9 +70,15 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerBase
-from vllm.v1.worker.cpu_worker import CPUWorker
 
 from helios.worker.replica.engine import EngineLoad, Meter
+
+# The CPU worker patches torch when it is imported, so only the device's own worker may be.
+if current_platform.is_cpu():
+    import vllm.v1.attention.backends.cpu_attn
+    from vllm.v1.worker.cpu_worker import CPUWorker as DeviceWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as DeviceWorker
 
 __all__ = [
     "AsyncEngineArgs",
@@ -109,6 +114,7 @@ __all__ = [
     "make_llm",
     "parse_model_prompt",
     "prepare_before_fork",
+    "runs_eagerly",
 ]
 
 log = structlog.get_logger()
@@ -122,6 +128,11 @@ _SETTINGS_KEY: Final = "helios"
 
 METER: Final[ContextVar[Meter | None]] = ContextVar("helios_meter", default=None)
 """The meter of the request that the current task serves; set by the engine around each call into vLLM."""
+
+
+def runs_eagerly() -> bool:
+    """Returns whether compiling costs more than it gains: on a CPU it takes a minute and a half for nothing."""
+    return bool(current_platform.is_cpu())
 
 
 def check_version() -> bool:
@@ -171,7 +182,7 @@ def worker_settings(cores: tuple[int, ...], phase_descriptor: int) -> dict[str, 
     return {_SETTINGS_KEY: {"cores": list(cores), "phase_descriptor": phase_descriptor}}
 
 
-class PlacedWorker(CPUWorker):
+class PlacedWorker(DeviceWorker):
     """The process that computes: bound to its cores before its first parallel region, and says when weights are in."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,6 @@ import orjson
 import structlog
 
 from helios.mesh.errors import Bug, HeliosError
-from helios.mesh.status import openai_body
 from helios.worker.engines.vllm import compat, errors
 from helios.worker.engines.vllm.pieces import PieceCutter
 from helios.worker.engines.vllm.prompts import PromptRenderer
@@ -34,8 +33,8 @@ log = structlog.get_logger()
 # One prefill step: enough to keep two cores busy, small enough that running answers are not held up for long.
 _BATCHED_TOKENS: Final = 1024
 _ERROR_EVENT: Final = 'data: {"error"'
-# Nothing runs any more when an engine is closed. A graceful end of EngineCore may take seconds, in which the device is not
-# free; after this it is killed.
+# Nothing runs any more when an engine is closed. A graceful end of EngineCore may take seconds, in which the device is
+# not free; after this it is killed.
 _SHUTDOWN_SECONDS: Final = 0.2
 
 
@@ -153,8 +152,7 @@ def _engine_arguments(spec: ReplicaSpec, phase_descriptor: int) -> Any:
         kv_cache_memory_bytes=spec.kv_cache_bytes,
         max_num_seqs=spec.max_running_requests,
         max_num_batched_tokens=_BATCHED_TOKENS,
-        # Compilation takes a minute and a half on a CPU and gains nothing at this size.
-        enforce_eager=True,
+        enforce_eager=compat.runs_eagerly(),
         distributed_executor_backend="uni",
         worker_cls="helios.worker.engines.vllm.compat.PlacedWorker",
         additional_config=compat.worker_settings(spec.placement.engine_cores, phase_descriptor),
@@ -181,8 +179,7 @@ async def _rest(first: str, events: AsyncGenerator[str, None]) -> AsyncIterator[
         yield first
         async for event in events:
             if event.startswith(_ERROR_EVENT):
-                yield f"data: {openai_body(_read_error(event)).decode()}\n\n"
-                return
+                raise _read_error(event)
             yield event
 
 

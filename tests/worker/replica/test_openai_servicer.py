@@ -1,0 +1,101 @@
+"""OpenAIService over a real server, with engines that fail on purpose."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+import orjson
+from google.api.httpbody_pb2 import HttpBody
+
+from helios.api.inference.v1 import openai_service_pb2_grpc
+from helios.mesh.channel import Dialer
+from helios.mesh.errors import HeliosError, InvalidRequest, ReplicaLost
+from helios.mesh.server import MeshServer
+from helios.mesh.status import error_from_rpc
+from helios.worker.replica.engine import (
+    EngineFacts,
+    EngineLoad,
+    EventStream,
+    JsonAnswer,
+    Meter,
+    OpenAICall,
+    Piece,
+    Prompt,
+    Sampling,
+    Tokenized,
+)
+from helios.worker.replica.gate import CallGate
+from helios.worker.replica.ledger import RequestLedger
+from helios.worker.replica.openai_servicer import OpenAIServicer
+
+SERVICE = "helios.api.inference.v1.OpenAIService"
+
+
+class FailingEngine:
+    """Streams ``events`` and then raises; with no events it raises at once."""
+
+    def __init__(self, events: Sequence[str], error: HeliosError) -> None:
+        self._events = events
+        self._error = error
+        self.facts = EngineFacts(100, 100, 100)
+
+    async def answer(self, call: OpenAICall, document: Mapping[str, Any], meter: Meter) -> JsonAnswer | EventStream:
+        if not self._events:
+            raise self._error
+        return EventStream(self._stream())
+
+    async def _stream(self) -> AsyncIterator[str]:
+        for event in self._events:
+            yield event
+        raise self._error
+
+    def generate(self, prompt: Prompt, sampling: Sampling, meter: Meter) -> AsyncIterator[Sequence[Piece]]:
+        raise NotImplementedError
+
+    async def tokenize(self, prompt: Prompt) -> Tokenized:
+        raise NotImplementedError
+
+    def load(self) -> EngineLoad:
+        return EngineLoad()
+
+    def close(self) -> None:
+        pass
+
+
+async def ask(engine: FailingEngine, ledger: RequestLedger) -> tuple[list[HttpBody], HeliosError | None]:
+    gate = CallGate(names=("m",), revision="sha256:0", ledger=ledger, on_change=lambda: None)
+    server = MeshServer(listen="127.0.0.1:0", identity=None, policy={SERVICE: frozenset({"*"})})
+    openai_service_pb2_grpc.add_OpenAIServiceServicer_to_server(OpenAIServicer(engine, gate), server.grpc)
+    server.serve(SERVICE)
+    messages: list[HttpBody] = []
+    async with server, Dialer(server.address, identity=None, peer="worker") as dialer:
+        stub = dialer.stub(openai_service_pb2_grpc.OpenAIServiceStub)
+        body = HttpBody(content_type="application/json", data=b'{"model":"m"}')
+        try:
+            async for message in stub.CreateCompletion(body, timeout=10):
+                messages.append(message)  # noqa: PERF401  what came before an error is kept
+        except grpc.aio.AioRpcError as error:
+            return messages, error_from_rpc(error)
+    return messages, None
+
+
+async def test_an_error_before_the_first_event_is_the_status_of_the_call() -> None:
+    ledger = RequestLedger()
+    messages, error = await ask(FailingEngine([], InvalidRequest("no", metadata={"param": "prompt"})), ledger)
+    assert messages == []
+    assert isinstance(error, InvalidRequest)
+    assert error.metadata == {"param": "prompt"}
+    assert [finished.status_code for finished in ledger.take().finished] == [3]
+
+
+async def test_an_error_after_the_first_event_travels_in_band_and_ends_the_stream() -> None:
+    ledger = RequestLedger()
+    messages, status = await ask(FailingEngine(["data: 1\n\n", "data: 2\n\n"], ReplicaLost("the engine died")), ledger)
+    *events, last = b"".join(message.data for message in messages).decode().split("\n\n")[:-1]
+    assert events == ["data: 1", "data: 2"]
+    error = orjson.loads(last.removeprefix("data: "))["error"]
+    assert (error["code"], error["message"]) == ("replica_lost", "the engine died")
+    # The HTTP status is 200 by now; gRPC callers and the account get the status that REST callers can't.
+    assert isinstance(status, ReplicaLost)
+    assert [finished.status_code for finished in ledger.take().finished] == [grpc.StatusCode.UNAVAILABLE.value[0]]
