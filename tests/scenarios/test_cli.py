@@ -154,18 +154,29 @@ def test_down_stops_everything_and_a_new_up_serves_again(tmp_path: Path) -> None
         stopped = second.helios("down")
     assert stopped.returncode == 0, stopped.stderr
     for pid in [record["pid"], *(child["pid"] for child in record["processes"])]:
-        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        assert not is_running(pid)
 
 
-def test_an_up_after_a_crash_cleans_up(tmp_path: Path) -> None:
-    crashed = RunningMesh(tmp_path / "state", ["worker.device_memory_bytes=2000000000"])
+def test_up_and_down_clean_up_after_a_crash(tmp_path: Path) -> None:
+    crashed = RunningMesh(tmp_path / "state")
     command = [HELIOS, "up", "--detach", "--state-dir", str(crashed.state), "--model", ""]
     command += ["--port", str(crashed.port), "--admin-port", str(crashed.admin_port)]
-    for _ in range(2):
-        started = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-        assert started.returncode == 0, started.stdout + started.stderr
-        record = crashed.record()
-        os.kill(record["pid"], signal.SIGKILL)
-    started = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert started.returncode == 0, started.stdout + started.stderr
-    assert crashed.helios("down").returncode == 0
+    children: list[int] = []
+    try:
+        for _ in range(2):
+            started = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+            assert started.returncode == 0, started.stdout + started.stderr
+            assert not any(is_running(pid) for pid in children), "up ends what the crash had left"
+            record = crashed.record()
+            children = [child["pid"] for child in record["processes"]]
+            os.kill(record["pid"], signal.SIGKILL)
+            assert all(is_running(pid) for pid in children)
+    finally:
+        stopped = crashed.helios("down")
+    assert stopped.returncode == 0, stopped.stderr
+    assert not any(is_running(pid) for pid in children)
+    assert crashed.helios("down").returncode == 1
+
+
+def is_running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

@@ -198,8 +198,11 @@ async def reap_orphans(own_pids: Callable[[], set[int]]) -> None:
         await asyncio.sleep(1.0)
 
 
-def kill_leftovers(records: Sequence[ProcessRecord], *, timeout_seconds: float) -> None:
-    """Ends the processes of a mesh whose parent was killed: SIGTERM, then SIGKILL. Blocks up to the timeout."""
+def kill_leftovers(records: Sequence[ProcessRecord], *, timeout_seconds: float) -> int:
+    """Ends the processes of a mesh whose parent was killed: SIGTERM, then SIGKILL; returns how many there were.
+
+    Blocks up to the timeout.
+    """
     left = []
     for record in records:
         with contextlib.suppress(psutil.Error):
@@ -212,6 +215,7 @@ def kill_leftovers(records: Sequence[ProcessRecord], *, timeout_seconds: float) 
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(alive, timeout=2.0)
+    return len(left)
 
 
 def tail(path: Path, line_count: int) -> str:

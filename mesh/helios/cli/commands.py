@@ -25,7 +25,7 @@ from helios.api.catalog.v1.model_service_pb2_grpc import ModelServiceStub
 from helios.api.fleet.v1 import types_pb2 as fleet_pb
 from helios.cli.boot import BootDisplay
 from helios.cli.chat import Conversation
-from helios.cli.children import child_environment, tail
+from helios.cli.children import child_environment, kill_leftovers, tail
 from helios.cli.edge import open_admin, open_edge
 from helios.cli.greeting import greeting
 from helios.cli.state import MeshRecord, StateDirectory, find_running, read_mesh
@@ -102,6 +102,12 @@ async def _wait_serving(
 
 async def down(state: StateDirectory, console: Console, *, timeout_seconds: float) -> None:
     """Stops the mesh of a state directory and waits until it is gone."""
+    left = read_mesh(state)
+    if left is not None and not left.is_alive:
+        ended = await asyncio.to_thread(kill_leftovers, left.processes, timeout_seconds=timeout_seconds)
+        if ended:
+            console.print(f"stopped {ended} process(es) that a killed mesh had left")
+            return
     record = find_running(state)
     process = psutil.Process(record.pid)
     process.terminate()
