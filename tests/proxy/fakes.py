@@ -52,6 +52,7 @@ class FakeWorker:
     commands: list[fleet_pb.Command] = field(default_factory=list)
     ends: dict[str, str] = field(default_factory=dict)
     heartbeats: int = 0
+    broken: grpc.aio.AioRpcError | None = None
     _done: dict[str, fleet_pb.CommandAck] = field(default_factory=dict)
     _sequence: int = 0
     _outbox: "asyncio.Queue[fleet_pb.SessionRequest]" = field(default_factory=asyncio.Queue)
@@ -120,13 +121,16 @@ class FakeWorker:
                         self._obey(message.command)
                     case "heartbeat":
                         self.heartbeats += 1
+        except grpc.aio.AioRpcError as error:
+            self.broken = error
         finally:
             writer.cancel()
             await _end(call)
 
     async def _write(self, call: Any) -> None:
-        while True:
-            await call.write(await self._outbox.get())
+        with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+            while True:
+                await call.write(await self._outbox.get())
 
     async def _beat(self) -> None:
         while True:
@@ -219,6 +223,7 @@ class FakeEnvoy:
         self._dialer = dialer
         self._ids = itertools.count(1)
         self.endpoints: set[str] = set()
+        self.broken: grpc.aio.AioRpcError | None = None
         self.acking = asyncio.Event()
         self.acking.set()
 
@@ -285,6 +290,8 @@ class FakeEnvoy:
                 self.endpoints = set(_addresses(response))
                 ack = discovery_pb2.DeltaDiscoveryRequest(type_url=ENDPOINTS_TYPE, response_nonce=response.nonce)
                 await call.write(ack)
+        except grpc.aio.AioRpcError as error:
+            self.broken = error
         finally:
             await _end(call)
 

@@ -21,7 +21,7 @@ class GuardedXds(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
     def __init__(self, xds: XdsServer, *, is_enforced: bool) -> None:
         self._xds = xds
         self._is_enforced = is_enforced
-        self._streams: set[asyncio.Task[object]] = set()
+        self._streams: set[asyncio.Task[None]] = set()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the service."""
@@ -33,15 +33,14 @@ class GuardedXds(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
             stream.cancel()
 
     async def DeltaAggregatedResources(self, requests: AsyncIterator[Any], context: Any) -> None:
-        """Serves one Envoy until it leaves."""
-        stream = asyncio.current_task()
-        assert stream is not None
-        self._streams.add(stream)
+        """Serves one Envoy until it leaves, or until `close`."""
         try:
             if self._is_enforced:
                 check_peer(context, _EDGE, ADS_SERVICE)
-            await self._xds.DeltaAggregatedResources(requests, context)
         except HeliosError as error:
             await status.abort(context, error)
-        finally:
-            self._streams.discard(stream)
+        # A task of its own: a handler that is cancelled itself would leave the call open.
+        async with asyncio.TaskGroup() as group:
+            stream = group.create_task(self._xds.DeltaAggregatedResources(requests, context), name="ads stream")
+            self._streams.add(stream)
+            stream.add_done_callback(self._streams.discard)
