@@ -90,6 +90,11 @@ def body(**fields: Any) -> HttpBody:
     return HttpBody(content_type="application/json", data=orjson.dumps(present))
 
 
+def scratch_of(pid: int) -> Path:
+    """Returns the directory of a replica's temporary files, which must not outlive it."""
+    return Path(tempfile.gettempdir(), f"helios-replica-{Path('/proc/self/ns/pid').stat().st_ino}-{pid}")
+
+
 def mapped_shared_memory(pid: int) -> set[Path]:
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     return {Path(line[line.index("/dev/shm/") :]) for line in lines if "/dev/shm/" in line and "(deleted)" not in line}
@@ -361,12 +366,12 @@ def test_killing_the_front_ends_the_whole_tree(
         time.sleep(0.05)
     processes = running.tree()
     assert len(processes) >= 2, processes
-    assert any(Path(tempfile.gettempdir(), f"helios-replica-{running.pid}").iterdir())
+    assert any(scratch_of(running.pid).iterdir())
     shared = {path for process in processes for path in mapped_shared_memory(process.pid)}
     os.kill(running.pid, signal.SIGKILL)
     assert wait_gone(processes, 2) == []
     assert launcher.wait_exit(running.pid, 5).status == -signal.SIGKILL
-    assert not Path(tempfile.gettempdir(), f"helios-replica-{running.pid}").exists()
+    assert not scratch_of(running.pid).exists()
     assert not [path for path in shared if path.exists()]
 
 

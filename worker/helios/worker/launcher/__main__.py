@@ -17,6 +17,7 @@ import structlog
 from helios.mesh.logs import setup_logs
 from helios.worker.launcher.zygote import Zygote
 from helios.worker.replica import process
+from helios.worker.replica.scratch import sweep_scratch
 from helios.worker.replica.spec import ReplicaSpec
 
 log = structlog.get_logger()
@@ -35,6 +36,7 @@ def main() -> None:
     control.set_inheritable(False)
 
     process.preload(arguments.engine)
+    sweep_scratch()
     # Garbage of the imports is collected once, and what stays is put out of the collector's sight: no collection in a
     # child then writes to, and so copies, the pages it shares with this process.
     gc.collect()
