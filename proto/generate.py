@@ -14,6 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 GOOGLEAPIS = ROOT / "build" / "googleapis"
 DESCRIPTORS = Path("gen/helios/api/descriptors.pb")
+# No contract names them, but every error carries them: clients that read descriptors by reflection can show them.
+_ERROR_PROTOS = ("google/rpc/error_details.proto", "google/rpc/status.proto")
 _IMPORT = re.compile(r'^import (?:public )?"(google/(?!protobuf/)[^"]+)";', re.MULTILINE)
 
 
@@ -32,9 +34,13 @@ def generate(out: Path) -> None:
 
 
 def lay_out_googleapis(protos: Path, target: Path) -> None:
-    """Copies the google/… protos that `protos` import, directly or not, from the installed package to `target`."""
+    """Copies the google/… protos that `protos` import, directly or not, from the installed package to `target`.
+
+    What else lies there is removed: it would end up in the descriptor set.
+    """
     package = _package_directory()
-    wanted = [name for path in sorted(protos.rglob("*.proto")) for name in _IMPORT.findall(path.read_text())]
+    wanted = [*_ERROR_PROTOS]
+    wanted += [name for path in sorted(protos.rglob("*.proto")) for name in _IMPORT.findall(path.read_text())]
     done: set[str] = set()
     while wanted:
         name = wanted.pop()
@@ -47,6 +53,9 @@ def lay_out_googleapis(protos: Path, target: Path) -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(package / name, copy)
         wanted += _IMPORT.findall(text)
+    for path in target.rglob("*.proto"):
+        if path.relative_to(target).as_posix() not in done:
+            path.unlink()
 
 
 def buf(*arguments: str, directory: Path = ROOT) -> None:
