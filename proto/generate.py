@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 GOOGLEAPIS = ROOT / "build" / "googleapis"
 DESCRIPTORS = Path("gen/helios/api/descriptors.pb")
-# No contract names them, but every error carries them: clients that read descriptors by reflection can show them.
+# No contract names them, but every error carries them: Envoy's transcoder and reflection clients need them to show it.
 _ERROR_PROTOS = ("google/rpc/error_details.proto", "google/rpc/status.proto")
 _IMPORT = re.compile(r'^import (?:public )?"(google/(?!protobuf/)[^"]+)";', re.MULTILINE)
 
