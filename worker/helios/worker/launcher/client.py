@@ -42,7 +42,7 @@ _ENVIRONMENT: Final = {
     "VLLM_LOGGING_COLOR": "0",
     # The process that schedules computes too. With a process between them, scheduler and worker wait for each other by
     # spinning, which on a machine with few cores costs a third of the tokens (measured with two busy cores and
-    # SmolLM2-135M, at 1 / 8 / 32 streams: 37 / 206 / 391 tokens/s apart, 50 / 273 / 490 together), and one start more.
+    # SmolLM2-135M, at 1 / 8 / 32 streams: 37 / 206 / 250 tokens/s apart, 50 / 273 / 490 together), and one start more.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # Binding by environment variables comes too late in a fork; the engine's adapter binds.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
