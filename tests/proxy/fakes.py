@@ -69,11 +69,11 @@ class FakeWorker:
         async with Dialer(target, identity=identity, peer="proxy") as dialer:
             with contextlib.suppress(asyncio.CancelledError):
                 async with asyncio.TaskGroup() as group:
-                    self._group = group
+                    self._group, self.broken = group, None
                     welcomed = asyncio.Event()
                     group.create_task(self._session(dialer, welcomed))
-                    async with asyncio.timeout(10):
-                        await welcomed.wait()
+                    await until(lambda: welcomed.is_set() or self.broken is not None)
+                    assert self.broken is None, self.broken
                     yield self
                     raise asyncio.CancelledError
 
@@ -107,7 +107,7 @@ class FakeWorker:
 
     async def _session(self, dialer: Dialer, welcomed: asyncio.Event) -> None:
         self._outbox = asyncio.Queue()
-        call = dialer.stub(FleetServiceStub).Session()
+        call = dialer.stub(FleetServiceStub).Session(wait_for_ready=True)
         await call.write(fleet_pb.SessionRequest(hello=self._hello()))
         assert self._group is not None
         self._group.create_task(self._beat())
@@ -262,7 +262,9 @@ class FakeEnvoy:
         began = datetime.now(UTC) - timedelta(seconds=age_seconds)
         attributes = request.attributes["envoy.filters.http.ext_proc"].fields
         attributes["request.time"].string_value = began.isoformat()
-        call = self._dialer.stub(external_processor_pb2_grpc.ExternalProcessorStub).Process(timeout=timeout)
+        call = self._dialer.stub(external_processor_pb2_grpc.ExternalProcessorStub).Process(
+            timeout=timeout, wait_for_ready=True
+        )
         asked_body = False
         try:
             await call.write(request)
@@ -279,7 +281,9 @@ class FakeEnvoy:
             await _end(call)
 
     async def _follow(self) -> None:
-        call = self._dialer.stub(ads_pb2_grpc.AggregatedDiscoveryServiceStub).DeltaAggregatedResources()
+        call = self._dialer.stub(ads_pb2_grpc.AggregatedDiscoveryServiceStub).DeltaAggregatedResources(
+            wait_for_ready=True
+        )
         first = discovery_pb2.DeltaDiscoveryRequest(type_url=ENDPOINTS_TYPE, resource_names_subscribe=["replicas"])
         first.node.id = "envoy"
         try:
