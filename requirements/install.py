@@ -15,9 +15,11 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +27,8 @@ VENV = ROOT / ".venv"
 LOCKS = ROOT / "requirements"
 STAMP = VENV / ".helios-setup.json"
 UV_INSTALL = (VENV / "bin" / "uv", "pip", "install", "--python", VENV / "bin" / "python", "--no-deps")
+# Where PyTorch publishes CPU wheels; asked where no find-links are configured, and for torch alone.
+PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # The locks are compiled for it: a CPU torch has one wheel, and so one hash, for each version of Python.
 PYTHON = (3, 11)
 
@@ -106,9 +110,31 @@ def install_locks(engine: str) -> None:
     if not python.exists():
         create_venv()
     run(python, "-m", "pip", "install", "--quiet", "--require-hashes", "-r", LOCKS / "installer.lock")
-    sources = package_sources(python, engine)
-    for lock in (LOCKS / f"{engine}.lock", LOCKS / "embedded.lock"):
-        run(*UV_INSTALL, "--require-hashes", *sources, "-r", lock)
+    links = find_links(python) if engine == "cpu" else []
+    sources = [*default_index(python), *links]
+    lock = (LOCKS / f"{engine}.lock").read_text()
+    if engine == "cpu" and not links:
+        # Alone, because PyTorch's index holds builds of other packages too, with other hashes.
+        torch, lock = split_lock(lock, "torch")
+        install_lock(torch, ["--default-index", PYTORCH_CPU_INDEX])
+    install_lock(lock, sources)
+    install_lock((LOCKS / "embedded.lock").read_text(), sources)
+
+
+def install_lock(lock: str, sources: list[str]) -> None:
+    """Installs what a lock lists, each file checked against its hashes."""
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(lock)
+        file.flush()
+        run(*UV_INSTALL, "--require-hashes", *sources, "-r", file.name)
+
+
+def split_lock(lock: str, name: str) -> tuple[str, str]:
+    """Takes one package out of a lock; returns its entry and the rest."""
+    entry = re.search(rf"^{name}==.*\n(?:    .*\n)*", lock, re.MULTILINE)
+    if entry is None:
+        raise SetupError(f"the lock does not hold {name}: run `make lock`")
+    return entry[0], lock[: entry.start()] + lock[entry.end() :]
 
 
 def install_project() -> None:
@@ -127,25 +153,20 @@ def create_venv() -> None:
         raise SetupError(f"can't create {VENV} (Debian: apt-get install python3.11-venv)\n{done.stdout}{done.stderr}")
 
 
-def package_sources(python: Path, engine: str) -> list[str]:
-    """Translates pip's configuration, which uv does not read, to uv's flags.
-
-    PyTorch's CPU wheels are on no common index: they come from find-links where it is configured, else from PyTorch's
-    public CPU index, which uv knows by name. A GPU machine takes torch from the common index; find-links are left out
-    there, because a CPU torch in it would pass for the newer version.
-    """
-    sources: list[str] = []
+def default_index(python: Path) -> list[str]:
+    """Translates pip's index, whose configuration uv does not read, to uv's flag."""
     index = pip_setting(python, "index-url")
-    if index and "UV_DEFAULT_INDEX" not in os.environ:
-        sources += ["--default-index", index]
-    if engine == "cpu":
-        links = os.environ.get("UV_FIND_LINKS") or pip_setting(python, "find-links")
-        if links:
-            for link in links.replace(",", " ").split():
-                sources += ["--find-links", link]
-        else:
-            sources += ["--torch-backend", "cpu"]
-    return sources
+    return ["--default-index", index] if index and "UV_DEFAULT_INDEX" not in os.environ else []
+
+
+def find_links(python: Path) -> list[str]:
+    """Translates pip's find-links to uv's flags; empty where there are none.
+
+    They are for the CPU engine: PyTorch's CPU wheels are on no common index. A GPU machine takes torch from the common
+    index, and must not see find-links, because a CPU torch there would pass for the newer version.
+    """
+    links = os.environ.get("UV_FIND_LINKS") or pip_setting(python, "find-links")
+    return [flag for link in links.replace(",", " ").split() for flag in ("--find-links", link)]
 
 
 def pip_setting(python: Path, name: str) -> str:
