@@ -122,6 +122,8 @@ async def mesh(folder: Path) -> AsyncIterator[Mesh]:
     async with proxy_server, storage_server:
         mesh = Mesh(folder, proxy, proxy_server.address, agent, storage_server.address)
         yield mesh
+        # Shown where a test fails.
+        print(mesh.log())
         await asyncio.to_thread(_reap_everything)
 
 
@@ -146,8 +148,10 @@ async def ready(session: FakeProxySession, replica_id: str) -> types.Replica:
     """Waits until a replica is ready and returns it."""
 
     def found() -> types.Replica | None:
-        events = (request.replica_event.replica for request in session.received)
-        return next((r for r in events if r.replica_id == replica_id and r.state == types.REPLICA_STATE_READY), None)
+        events = [request.replica_event.replica for request in session.received]
+        own = [replica for replica in events if replica.replica_id == replica_id]
+        assert not [replica for replica in own if replica.state == types.REPLICA_STATE_FAILED], own[-1]
+        return next((replica for replica in own if replica.state == types.REPLICA_STATE_READY), None)
 
     async with asyncio.timeout(START_SECONDS):
         while (replica := found()) is None:
@@ -232,6 +236,10 @@ async def test_a_launcher_that_dies_kills_no_replica_and_comes_back(mesh: Mesh) 
         first = await ready(session, "r1")
         [launcher] = [p for p in psutil.Process(worker.pid).children() if "helios.worker.launcher" in p.cmdline()]
         launcher.kill()
+        # A fork that the launcher's death interrupts fails: whether there is a process, nobody knows.
+        async with asyncio.timeout(START_SECONDS):
+            while '"task": "launcher"' not in mesh.log():
+                await asyncio.sleep(0.02)
         session.commands.put_nowait(start_command("r2"))
         await ready(session, "r2")
         os.kill(first.pid, signal.SIGKILL)
