@@ -164,3 +164,30 @@ async def test_a_taken_address_is_a_clear_error(server: MeshServer) -> None:
     with pytest.raises(errors.InvalidRequest, match="in use"):
         async with second:
             pass
+
+
+async def test_a_renewal_cuts_no_stream_that_runs(
+    server: MeshServer, authority: CertificateAuthority, tmp_path: Path
+) -> None:
+    identity = authority.issue("edge", tmp_path / "edge")
+    async with asyncio.timeout(10), Dialer(server.address, identity=identity, peer="proxy") as dialer:
+        call = dialer.stub(health_pb2_grpc.HealthStub).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        assert (await call.read()).status == health_pb2.HealthCheckResponse.SERVING
+        authority.issue("edge", tmp_path / "edge")
+        await asyncio.sleep(1.1)
+        response = await dialer.stub(pb_grpc.ModelServiceStub).ListModels(pb.ListModelsRequest(), timeout=5)
+        assert response.object == "edge"
+        await server.set_serving(is_serving=False)
+        assert (await call.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_a_dialer_goes_on_with_its_leaf_while_the_new_one_cannot_be_read(
+    server: MeshServer, authority: CertificateAuthority, tmp_path: Path
+) -> None:
+    identity = authority.issue("edge", tmp_path / "edge")
+    async with Dialer(server.address, identity=identity, peer="proxy") as dialer:
+        authority.issue("edge", tmp_path / "edge")
+        key = (tmp_path / "edge" / "current" / "tls.key").resolve()
+        key.rename(key.with_suffix(".away"))
+        response = await dialer.stub(pb_grpc.ModelServiceStub).ListModels(pb.ListModelsRequest(), timeout=5)
+        assert response.object == "edge"

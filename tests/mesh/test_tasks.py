@@ -1,11 +1,11 @@
-"""keep_running comes back after what may pass, and not after a bug."""
+"""keep_running comes back after what may pass, and not after a bug; a scope ends its tasks and loses nothing."""
 
 import asyncio
 
 import pytest
 
 from helios.mesh.errors import Unavailable
-from helios.mesh.tasks import keep_running
+from helios.mesh.tasks import keep_running, task_scope
 
 
 async def test_runs_again_after_recoverable_errors() -> None:
@@ -31,3 +31,57 @@ async def test_a_bug_ends_it() -> None:
     with pytest.raises(ZeroDivisionError):
         async with asyncio.timeout(2):
             await keep_running("broken", broken)
+
+
+async def test_runs_again_when_what_it_awaited_was_cancelled() -> None:
+    runs = 0
+
+    async def session() -> None:
+        nonlocal runs
+        runs += 1
+        call = asyncio.get_running_loop().create_future()
+        if runs < 3:
+            call.cancel()
+        await call
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await keep_running("session", session, base_seconds=0.001, cap_seconds=0.01)
+    assert runs == 3
+
+
+async def test_a_scope_cancels_its_tasks_when_its_body_ends() -> None:
+    async with task_scope() as group:
+        task = group.create_task(asyncio.sleep(60), name="sleeper")
+    assert task.cancelled()
+
+
+async def test_a_scope_raises_what_its_body_raised() -> None:
+    error = ExceptionGroup("of the body", [Unavailable("no")])
+    with pytest.raises(ExceptionGroup) as caught:
+        async with task_scope():
+            raise error
+    assert caught.value is error
+
+
+async def test_a_scope_keeps_a_cancellation_that_comes_while_its_tasks_end() -> None:
+    is_ending = asyncio.Event()
+
+    async def slow_to_end() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            is_ending.set()
+            await asyncio.sleep(0.1)
+
+    async def owner() -> None:
+        async with task_scope() as group:
+            group.create_task(slow_to_end(), name="slow to end")
+            await asyncio.sleep(0)
+        await asyncio.sleep(60)
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
+        owning = tasks.create_task(owner(), name="owner")
+        await is_ending.wait()
+        owning.cancel()
+    assert owning.cancelled()

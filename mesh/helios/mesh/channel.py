@@ -1,8 +1,9 @@
 """The one way to dial another component: mTLS, keepalive, and a channel that is rebuilt when the leaf is renewed.
 
 grpcio reads a client's certificate once, when the channel is made. A Dialer therefore looks whether the files changed
-each time a stub is asked for (at most once a second), makes a new channel when they did, and closes the old one after
-its calls had time to end.
+each time a stub is asked for (at most once a second), makes a new channel when they did, and closes the old one once
+its calls have ended, session streams included: grpcio cancels what a channel still carries when it is closed, and a
+reader of a cancelled call can't tell that from being cancelled itself.
 """
 
 import asyncio
@@ -14,17 +15,19 @@ from typing import Final, Protocol, Self, TypeVar
 
 import grpc
 import grpc.aio
+import structlog
 
 from helios.mesh.errors import Bug
 from helios.mesh.identity import IdentityFiles, server_name
 from helios.mesh.tasks import task_scope
 from helios.mesh.telemetry import client_interceptors
 
+log = structlog.get_logger()
 S = TypeVar("S")
 
 _CHECK_SECONDS: Final = 1.0
-# A replaced channel is closed gracefully: its calls, session streams apart, end well within this.
-_OLD_CHANNEL_GRACE_SECONDS: Final = 600.0
+# A year, for grpcio wants a number: a replaced channel stays as long as one of its streams does.
+_OLD_CHANNEL_GRACE_SECONDS: Final = 365 * 86400.0
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", 33 << 20),
     ("grpc.max_send_message_length", 33 << 20),
@@ -94,15 +97,24 @@ class Dialer:
         if self._identity is not None and now >= self._next_check:
             self._next_check = now + _CHECK_SECONDS
             if os.path.realpath(self._identity.certificate) != self._generation:
-                old, self._channel = self._channel, self._connect()
-                self._closing.create_task(old.close(_OLD_CHANNEL_GRACE_SECONDS), name=f"close {self._target}")
+                self._renew(self._channel, self._closing)
         return stub_class(self._channel)
+
+    def _renew(self, old: grpc.aio.Channel, closing: asyncio.TaskGroup) -> None:
+        try:
+            self._channel = self._connect()
+        except OSError as error:
+            # The leaf in force is good for hours; the next look may find the files whole again.
+            log.warning("certificate can't be read", target=self._target, error=str(error))
+            return
+        closing.create_task(old.close(_OLD_CHANNEL_GRACE_SECONDS), name=f"close {self._target}")
 
     def _connect(self) -> grpc.aio.Channel:
         if self._identity is None:
             return grpc.aio.insecure_channel(self._target, options=_OPTIONS, interceptors=client_interceptors())
-        self._generation = os.path.realpath(self._identity.certificate)
+        generation = os.path.realpath(self._identity.certificate)
         pem = self._identity.read()
+        self._generation = generation
         credentials = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate)
         # The leaf is checked against the component's name, not against the address that happened to be dialled.
         options = (*_OPTIONS, ("grpc.ssl_target_name_override", server_name(self._peer)))

@@ -6,6 +6,7 @@ And Jitter".
 """
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ import grpc.aio
 import structlog
 import tenacity
 
-from helios.mesh.errors import HeliosError
+from helios.mesh.errors import HeliosError, Unavailable
 
 log = structlog.get_logger()
 
@@ -29,8 +30,9 @@ async def keep_running(
 ) -> None:
     """Runs ``factory()`` again and again until cancelled, with full-jitter back-off after a failure.
 
-    A normal return is run again too, after ``base_seconds``. Errors that nobody foresaw (not in RECOVERABLE) are
-    raised: a bug must end the process, which its parent restarts, rather than be retried for ever.
+    A normal return is run again too, after ``base_seconds`` on average, and so is a run that ended because something
+    that it awaited was cancelled. Errors that nobody foresaw (not in RECOVERABLE) are raised: a bug must end the
+    process, which its parent restarts, rather than be retried for ever.
     """
     while True:
         retrying = tenacity.AsyncRetrying(
@@ -39,15 +41,18 @@ async def keep_running(
             before_sleep=_Reporter(name),
         )
         await retrying(_run_once, name, factory)
-        await asyncio.sleep(base_seconds)
+        await asyncio.sleep(random.uniform(0, 2 * base_seconds))  # noqa: S311 - no secret
 
 
 @asynccontextmanager
 async def task_scope() -> AsyncIterator[asyncio.TaskGroup]:
     """A task group whose tasks are cancelled, not awaited, when its body ends.
 
-    What the body raises is raised as it is; what a task raises cancels the body and comes as an ExceptionGroup.
+    What the body raises is raised as it is; what a task raises cancels the body and comes as an ExceptionGroup. A
+    cancellation that comes while the tasks are ending is raised once they have ended.
     """
+    owner = asyncio.current_task()
+    cancelling_count = 0
     raised: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as group:
@@ -56,14 +61,17 @@ async def task_scope() -> AsyncIterator[asyncio.TaskGroup]:
             except BaseException as error:
                 raised = error
                 raise
+            cancelling_count = owner.cancelling() if owner else 0
             raise _EndOfScopeError
     except BaseExceptionGroup as errors:
-        _, others = errors.split(_EndOfScopeError)
-        if others is None:
-            return
-        if raised is not None and others.exceptions == (raised,):
+        if raised is not None and errors.exceptions == (raised,):
             raise raised from None
-        raise others from None
+        _, others = errors.split(_EndOfScopeError)
+        if others is not None:
+            raise others from None
+        # Python 3.11's TaskGroup drops a cancellation that reaches it while it aborts.
+        if owner is not None and owner.cancelling() > cancelling_count:
+            raise asyncio.CancelledError from None
 
 
 class _EndOfScopeError(Exception):
@@ -73,11 +81,22 @@ class _EndOfScopeError(Exception):
 async def _run_once(name: str, factory: Callable[[], Awaitable[None]]) -> None:
     started = time.monotonic()
     try:
-        await factory()
+        await _uncancelled(factory())
     except RECOVERABLE as error:
         if time.monotonic() - started < _SETTLED_SECONDS:
             raise
         log.warning("task ended", task=name, error=_describe(error))
+
+
+async def _uncancelled(work: Awaitable[None]) -> None:
+    """Tells a cancellation of this task from one of what it awaits (a call whose channel was closed, for instance)."""
+    try:
+        await work
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise Unavailable("what it waited for was cancelled") from error
 
 
 class _Reporter:
