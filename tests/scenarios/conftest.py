@@ -6,13 +6,23 @@ from pathlib import Path
 
 import pytest
 
+from tests.scenarios.collector import Collector
 from tests.scenarios.running_mesh import RunningMesh
 
 
 @pytest.fixture(scope="session")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningMesh]:
+def collector() -> Iterator[Collector]:
+    """Gets the traces of the mesh."""
+    with Collector() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def mesh(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[RunningMesh]:
     """A mesh that serves the embedded model; scenarios may restart its parts but leave it serving."""
-    running = RunningMesh(Path(tmp_path_factory.mktemp("mesh")) / "state")
+    processes = ("registry", "storage", "proxy", "worker", "envoy")
+    settings = [f"{name}.otlp_endpoint={collector.address}" for name in processes]
+    running = RunningMesh(Path(tmp_path_factory.mktemp("mesh")) / "state", settings)
     try:
         running.start()
         yield running

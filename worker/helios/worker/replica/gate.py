@@ -14,10 +14,11 @@ from typing import Any, Final
 
 import grpc
 import structlog
+from opentelemetry.trace import Span
 
 from helios.mesh.errors import Draining, HeliosError, InvalidRequest, ModelMismatch, ModelNotFound, NoReadyReplica
 from helios.mesh.names import MODEL_HEADER, REQUEST_ID_HEADER, ROUTE_MODEL_HEADER, ROUTE_REVISION_HEADER
-from helios.worker.replica import metrics
+from helios.worker.replica import metrics, tracing
 from helios.worker.replica.engine import Meter
 from helios.worker.replica.ledger import RequestLedger
 
@@ -88,6 +89,7 @@ class CallGate:
                 retry_after_seconds=_DRAINING_RETRY_SECONDS,
             )
         meter = self._ledger.start(_request_id(metadata), time.monotonic())
+        span = tracing.start_request(metadata, operation, self._model, meter.request_id)
         self._idle.clear()
         self._on_change()
         status = grpc.StatusCode.OK
@@ -97,7 +99,7 @@ class CallGate:
             status = _status_of(error)
             raise
         finally:
-            self._close(meter, status, operation)
+            self._close(meter, status, operation, span)
 
     def check_model(self, model: str, call: Call) -> None:
         """Checks the model that a request names against what it was routed for and what this replica serves.
@@ -123,8 +125,10 @@ class CallGate:
         """Returns the name to give to the engine for a model that ``check_model`` let pass."""
         return model if model in self._names else self._model
 
-    def _close(self, meter: Meter, status: grpc.StatusCode, operation: str) -> None:
+    def _close(self, meter: Meter, status: grpc.StatusCode, operation: str, span: Span) -> None:
         finished = self._ledger.finish(meter, status.value[0], time.monotonic())
+        used = {"prompt_tokens": finished.prompt_tokens, "completion_tokens": finished.completion_tokens}
+        tracing.end_request(span, status=status.name, **used)
         metrics.observe(self._model, operation, status.name, finished)
         log.info(
             "request finished",
