@@ -65,7 +65,7 @@ imports:
 	@$(BIN)/lint-imports --no-logo > build/imports.txt 2>&1 || { cat build/imports.txt; exit 1; }
 
 fast:
-	@$(BIN)/python -m pytest -q -m "not soak and not slow and not real_model and not scenario" -p no:cacheprovider
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not soak and not slow and not real_model and not scenario" -p no:cacheprovider
 
 node: setup $(NODE)/node_modules/.package-lock.json
 
