@@ -56,6 +56,11 @@ def test_a_leaf_is_due_after_a_third_of_its_life(authority: CertificateAuthority
     assert renewal_due(files, now=now + timedelta(minutes=70))
 
 
+def test_a_leaf_of_a_clock_that_was_ahead_is_due(authority: CertificateAuthority, tmp_path: Path) -> None:
+    files = authority.issue("worker", tmp_path / "worker")
+    assert renewal_due(files, now=datetime.now(UTC) - timedelta(days=2))
+
+
 def test_a_missing_leaf_is_due(authority: CertificateAuthority, tmp_path: Path) -> None:
     files = authority.issue("worker", tmp_path / "worker")
     files.certificate.unlink()

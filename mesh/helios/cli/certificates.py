@@ -21,10 +21,11 @@ def identity_of(state: StateDirectory, component: str) -> IdentityFiles:
 
 
 def issue_due(state: StateDirectory, *, lifetime: timedelta = LEAF_LIFETIME) -> list[str]:
-    """Issues the leaves that are missing or have lived for a third of their life; returns their components."""
+    """Issues the leaves that are due, missing, or of another CA than the one in force; returns their components."""
     authority = CertificateAuthority.open(state.pki)
     now = datetime.now(UTC)
-    due = [name for name in COMPONENTS if renewal_due(identity_of(state, name), now=now)]
+    leaves = {name: identity_of(state, name) for name in COMPONENTS}
+    due = [name for name, leaf in leaves.items() if renewal_due(leaf, now=now) or leaf.ca.read_bytes() != authority.pem]
     for name in due:
         authority.issue(name, state.pki / name, lifetime=lifetime)
     return due

@@ -22,7 +22,8 @@ from typing import Any, Final
 import psutil
 import structlog
 
-from helios.cli.state import ProcessRecord
+from helios.cli.log_files import tail
+from helios.cli.state import ProcessRecord, is_same_process, process_started_at
 from helios.mesh.errors import Unavailable
 
 log = structlog.get_logger()
@@ -35,7 +36,6 @@ _BACKOFF_CAP_SECONDS: Final = 5.0
 _SETTLED_SECONDS: Final = 30.0
 # Deaths before the first readiness after which a start is given up.
 _GIVE_UP_AFTER: Final = 3
-_LOG_LIMIT_BYTES: Final = 50 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +92,18 @@ class Child:
         failures = 0
         while not self._stopping.is_set():
             started = time.monotonic()
-            self._start()
-            await self._watch()
+            try:
+                self._start()
+            except OSError as error:
+                # No process or no file to be had now: like a death, it may pass.
+                self._detail = f"can't be started: {error.strerror}"
+            else:
+                await self._watch()
             if self._stopping.is_set():
                 break
             failures = 1 if time.monotonic() - started > _SETTLED_SECONDS else failures + 1
             self._restart_count += 1
-            delay = min(_BACKOFF_CAP_SECONDS, _BACKOFF_BASE_SECONDS * 2 ** (failures - 1))
+            delay = backoff_seconds(failures)
             log.warning("process died", name=self.spec.name, status=self._detail, restart_in_seconds=delay)
             self._set("restarting")
             await asyncio.sleep(delay)
@@ -109,6 +114,7 @@ class Child:
         self._stopping.set()
         process = self._process
         if process is None or process.poll() is not None:
+            self._set("stopped")
             return
         process.terminate()
         deadline = time.monotonic() + self.spec.stop_seconds
@@ -123,7 +129,6 @@ class Child:
     def _start(self) -> None:
         if self.spec.ready_path is not None:
             self.spec.ready_path.unlink(missing_ok=True)
-        _rotate(self.spec.log_path)
         with self.spec.log_path.open("ab") as log_file:
             self._process = subprocess.Popen(
                 list(self.spec.arguments),
@@ -134,7 +139,7 @@ class Child:
                 # Ctrl-C on the terminal goes to this process alone, which stops the others in order.
                 start_new_session=True,
             )
-        self._started_at = psutil.Process(self._process.pid).create_time()
+        self._started_at = process_started_at(self._process.pid) or 0.0
         self._set("restarting" if self._restart_count else "starting")
 
     async def _watch(self) -> None:
@@ -163,6 +168,12 @@ class Child:
     def _set(self, state: str) -> None:
         self._state = state
         self._on_change()
+
+
+def backoff_seconds(failure_count: int) -> float:
+    """Returns how long to wait after so many deaths in a row, 1 or more."""
+    # The exponent is bounded: after a thousand deaths (an hour and a half) the power would be beyond any float.
+    return min(_BACKOFF_CAP_SECONDS, _BACKOFF_BASE_SECONDS * 2.0 ** min(failure_count - 1, 30))
 
 
 async def wait_all_ready(children: Sequence[Child], *, timeout_seconds: float) -> None:
@@ -206,8 +217,8 @@ def kill_leftovers(records: Sequence[ProcessRecord], *, timeout_seconds: float) 
     left = []
     for record in records:
         with contextlib.suppress(psutil.Error):
-            process = psutil.Process(record.pid)
-            if record.pid and abs(process.create_time() - record.started_at) < 0.02:
+            if is_same_process(record.pid, record.started_at):
+                process = psutil.Process(record.pid)
                 process.send_signal(signal.SIGTERM)
                 left.append(process)
     _, alive = psutil.wait_procs(left, timeout=timeout_seconds)
@@ -218,21 +229,6 @@ def kill_leftovers(records: Sequence[ProcessRecord], *, timeout_seconds: float) 
     return len(left)
 
 
-def tail(path: Path, line_count: int) -> str:
-    """Returns the last lines of a log."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 64 * 1024))
-            return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-line_count:])
-    except OSError:
-        return ""
-
-
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment of a child: this process's own and ``extra``."""
     return {**dict(os.environ), **extra}  # noqa: TID251 - handed on whole, nothing is read
-
-
-def _rotate(path: Path) -> None:
-    if path.exists() and path.stat().st_size > _LOG_LIMIT_BYTES:
-        path.replace(path.with_suffix(".log.1"))

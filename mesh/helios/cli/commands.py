@@ -25,9 +25,10 @@ from helios.api.catalog.v1.model_service_pb2_grpc import ModelServiceStub
 from helios.api.fleet.v1 import types_pb2 as fleet_pb
 from helios.cli.boot import BootDisplay
 from helios.cli.chat import Conversation
-from helios.cli.children import child_environment, kill_leftovers, tail
+from helios.cli.children import child_environment, kill_leftovers
 from helios.cli.edge import open_admin, open_edge
 from helios.cli.greeting import greeting
+from helios.cli.log_files import read_lines, tail
 from helios.cli.state import MeshRecord, StateDirectory, find_running, read_mesh
 from helios.cli.up import Mesh, UpOptions, run_mesh
 from helios.mesh.errors import DeadlineExceeded, InvalidRequest, PreconditionFailed, Unavailable
@@ -70,7 +71,8 @@ def _spawn_up(options: UpOptions, log_path: Path) -> subprocess.Popen[bytes]:
     arguments = [sys.executable, "-m", "helios.cli", "up", "--state-dir", str(state.root), "--host", options.host]
     arguments += ["--port", str(options.port), "--admin-port", str(options.admin_port), "--model", options.model]
     arguments += [f"--set={override}" for override in options.overrides]
-    with log_path.open("wb") as log_file:
+    log_path.unlink(missing_ok=True)
+    with log_path.open("ab") as log_file:
         return subprocess.Popen(
             arguments,
             stdin=subprocess.DEVNULL,
@@ -269,7 +271,9 @@ async def logs(state: StateDirectory, console: Console, process: str, *, is_foll
             _print_line(console, path, line, is_named=len(chosen) > 1)
     while is_following:
         for path in chosen:
-            positions[path] = _print_new(console, path, positions[path], is_named=len(chosen) > 1)
+            lines, positions[path] = read_lines(path, positions[path])
+            for line in lines:
+                _print_line(console, path, line, is_named=len(chosen) > 1)
         await asyncio.sleep(0.2)
 
 
@@ -277,18 +281,6 @@ def _say(console: Console, text: str) -> None:
     """Prints text as it is: rich would fold lines that are meant to be pasted."""
     console.file.write(text)
     console.file.flush()
-
-
-def _print_new(console: Console, path: Path, position: int, *, is_named: bool) -> int:
-    size = path.stat().st_size if path.exists() else 0
-    if size < position:
-        position = 0
-    if size > position:
-        with path.open("rb") as file:
-            file.seek(position)
-            for line in file.read(size - position).decode("utf-8", "replace").splitlines():
-                _print_line(console, path, line, is_named=is_named)
-    return size
 
 
 def _print_line(console: Console, path: Path, line: str, *, is_named: bool) -> None:

@@ -5,23 +5,25 @@ mesh by it. ``run/lock`` is held (flock) by the process that runs the mesh, so t
 behind.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import secrets
+import stat
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
-
-import psutil
 
 from helios.mesh.errors import AlreadyExists, PreconditionFailed
 
 # sun_path holds 108 bytes with its end.
 _SOCKET_PATH_LIMIT: Final = 107
 _LONGEST_SOCKET_NAME: Final = "envoy-admin.sock"
+# Everybody may write here, so that a name may be somebody else's.
+_SHARED: Final = Path(tempfile.gettempdir())
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class StateDirectory:
         if len(str(self.run / _LONGEST_SOCKET_NAME).encode()) <= _SOCKET_PATH_LIMIT:
             return self.run
         name = hashlib.sha256(str(self.root).encode()).hexdigest()[:16]
-        return Path(tempfile.gettempdir(), f"helios-{os.getuid()}-{name}")
+        return _SHARED / f"helios-{os.getuid()}-{name}"
 
     @property
     def logs(self) -> Path:
@@ -70,6 +72,8 @@ class StateDirectory:
         for directory in (self.root, self.pki, self.run, self.logs, self.sockets):
             try:
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+                if directory.parent == _SHARED:
+                    _require_own(directory)
                 directory.chmod(0o700)
             except OSError as error:
                 raise PreconditionFailed(
@@ -83,12 +87,20 @@ class StateDirectory:
         return directory
 
     def admin_token(self) -> str:
-        """Returns the admin token; makes it on first use."""
-        if not self.admin_token_file.exists():
-            descriptor = os.open(self.admin_token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_urlsafe(32))
-        return self.admin_token_file.read_text().strip()
+        """Returns the admin token; makes it on first use. Raises PreconditionFailed where others may know it."""
+        path = self.admin_token_file
+        if not path.exists():
+            _write_once(path, secrets.token_urlsafe(32))
+        with path.open() as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            token = file.read().strip()
+        if mode & 0o077 or not token:
+            raise PreconditionFailed(
+                f"{path} {f'can be read by others (mode {mode:o})' if token else 'is empty'}; remove it, then "
+                "`helios down` and `helios up`: the mesh makes a new token",
+                reason="ADMIN_TOKEN_UNSAFE",
+            )
+        return token
 
     def lock(self) -> "Lock":
         """Returns the lock of the mesh, not taken yet."""
@@ -132,7 +144,7 @@ class ProcessRecord:
     """``starting``, ``ready``, ``restarting`` or ``stopped``."""
     pid: int = 0
     started_at: float = 0.0
-    """psutil's create time: with the pid, it names one process."""
+    """From ``process_started_at``: with the pid, it names one process."""
     restart_count: int = 0
     ops_address: str = ""
     detail: str = ""
@@ -163,12 +175,20 @@ class MeshRecord:
 
 def is_same_process(pid: int, started_at: float) -> bool:
     """Returns whether a process with this pid and start time runs (a zombie does not)."""
+    return pid > 0 and process_started_at(pid) == started_at
+
+
+def process_started_at(pid: int) -> float | None:
+    """Returns when a process began, in seconds since the machine's boot; None where none runs (a zombie does not).
+
+    From the kernel rather than psutil's ``create_time``, which is wall-clock time, and another number for the same
+    process once the clock was set. Source: proc_pid_stat(5), fields 3 and 22.
+    """
     try:
-        process = psutil.Process(pid)
-        is_same = abs(process.create_time() - started_at) < 0.02
-        return is_same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def write_mesh(state: StateDirectory, record: MeshRecord) -> None:
@@ -179,13 +199,17 @@ def write_mesh(state: StateDirectory, record: MeshRecord) -> None:
 
 
 def read_mesh(state: StateDirectory) -> MeshRecord | None:
-    """Returns what mesh.json says, None where there is none."""
+    """Returns what mesh.json says, None where there is none. Raises PreconditionFailed where it can't be read."""
     try:
         fields = json.loads(state.mesh_file.read_text())
         processes = tuple(ProcessRecord(**entry) for entry in fields.pop("processes", ()))
         return MeshRecord(processes=processes, **fields)
     except (FileNotFoundError, ValueError, TypeError):
         return None
+    except OSError as error:
+        raise PreconditionFailed(
+            f"can't read {state.mesh_file} ({error.strerror}); name the mesh's directory with --state-dir"
+        ) from error
 
 
 def find_running(state: StateDirectory) -> MeshRecord:
@@ -200,3 +224,26 @@ def find_running(state: StateDirectory) -> MeshRecord:
             reason="NOT_RUNNING",
         )
     return record
+
+
+def _require_own(directory: Path) -> None:
+    """Raises PreconditionFailed unless this is a directory of this user: a link or a stranger's is a trap."""
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise PreconditionFailed(
+            f"{directory} is not a directory of yours; remove it, or choose another --state-dir",
+            reason="SOCKET_DIRECTORY_UNSAFE",
+        )
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Makes a file (mode 0600) with its whole content, unless it is there: a crash leaves no empty one behind."""
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        with contextlib.suppress(FileExistsError):
+            path.hardlink_to(temporary)
+    finally:
+        temporary.unlink()

@@ -114,6 +114,8 @@ def _apply(settings: Settings, override: str) -> None:
     place = settings[component]
     for parent in parents:
         place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise InvalidRequest(f"--set {override}: {parent} is a value, it has no fields")
     place[leaf] = value
 
 
@@ -127,7 +129,6 @@ def _python_process(state: StateDirectory, name: str, settings: Mapping[str, Any
 
 
 def _envoy(state: StateDirectory, settings: Settings, options: "UpOptions") -> ChildSpec:
-    hold_seconds = float(settings["proxy"].get("hold", {}).get("limit_seconds", 300.0))
     edge = EdgeSettings(
         directory=state.component("envoy"),
         envoy_admin=_envoy_admin(state),
@@ -142,7 +143,7 @@ def _envoy(state: StateDirectory, settings: Settings, options: "UpOptions") -> C
         admin_port=options.admin_port,
         access_log=state.logs / "access.log",
         otlp_endpoint=settings["envoy"].get("otlp_endpoint"),
-        limits=Limits(hold_limit_seconds=hold_seconds),
+        limits=Limits(hold_limit_seconds=_hold_seconds(settings)),
     )
 
     async def is_serving() -> bool:
@@ -150,6 +151,14 @@ def _envoy(state: StateDirectory, settings: Settings, options: "UpOptions") -> C
             return await admin.is_ready()
 
     return ChildSpec("envoy", command(install(edge)), state.logs / "envoy.log", probe=is_serving)
+
+
+def _hold_seconds(settings: Settings) -> float:
+    # 300: the proxy's own default (helios.proxy.settings).
+    try:
+        return float(settings["proxy"].get("hold", {}).get("limit_seconds", 300.0))
+    except (AttributeError, ValueError) as error:
+        raise InvalidRequest("--set proxy.hold.limit_seconds=SECONDS takes a number") from error
 
 
 def _envoy_admin(state: StateDirectory) -> str:

@@ -7,20 +7,20 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Final
 
-import psutil
 import structlog
 
 from helios.cli import topology
 from helios.cli.certificates import issue_due, renew_forever
 from helios.cli.children import Child, become_subreaper, kill_leftovers, reap_orphans, wait_all_ready
 from helios.cli.edge import open_admin
-from helios.cli.state import MeshRecord, StateDirectory, read_mesh, write_mesh
+from helios.cli.log_files import rotate_forever
+from helios.cli.state import MeshRecord, StateDirectory, process_started_at, read_mesh, write_mesh
 from helios.mesh.errors import AlreadyExists, HeliosError, ModelNotFound
-from helios.mesh.tasks import task_scope
+from helios.mesh.tasks import keep_running, task_scope
 from helios.registry.client import IngestProgress, RegistryClient
 
 log = structlog.get_logger()
@@ -67,7 +67,7 @@ class Mesh:
         self._report = report
         self._state = "starting"
         self._failure = ""
-        self._started_at = psutil.Process().create_time()
+        self._started_at = process_started_at(os.getpid()) or 0.0
         specs = topology.children(options.state, topology.settings_of(options), options)
         self.children = [Child(spec, self._publish) for spec in specs]
 
@@ -83,9 +83,16 @@ class Mesh:
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
         """Starts everything, calls ``on_ready``, serves until ``stop`` is set, then drains. Raises HeliosError."""
+        state = self._options.state
+        # What a full disk stops goes on when there is room again; the processes run meanwhile.
+        chores: dict[str, Callable[[], Awaitable[None]]] = {
+            "renew certificates": lambda: renew_forever(state),
+            "rotate logs": lambda: rotate_forever(state.logs),
+            "reap orphans": lambda: reap_orphans(self._own_pids),
+        }
         async with task_scope() as group:
-            group.create_task(renew_forever(self._options.state), name="renew certificates")
-            group.create_task(reap_orphans(self._own_pids), name="reap orphans")
+            for name, chore in chores.items():
+                group.create_task(keep_running(name, chore), name=name)
             for child in self.children:
                 group.create_task(child.run(), name=f"run {child.spec.name}")
             try:
@@ -164,11 +171,15 @@ class Mesh:
             failure=self._failure,
             processes=tuple(child.record for child in self.children),
         )
-        write_mesh(self._options.state, record)
+        try:
+            write_mesh(self._options.state, record)
+        except OSError as error:
+            # The processes matter more than the file about them, above all when they are to be stopped.
+            log.warning("mesh.json can't be written", error=str(error))
 
 
 async def run_mesh(options: UpOptions, report: Report, on_ready: Callable[[Mesh], None]) -> None:
-    """Runs a mesh in this process until SIGINT or SIGTERM. Raises HeliosError where it can't start."""
+    """Runs a mesh in this process until SIGINT, SIGTERM or SIGHUP. Raises HeliosError where it can't start."""
     state = options.state
     state.create()
     with state.lock():
@@ -183,8 +194,10 @@ async def run_mesh(options: UpOptions, report: Report, on_ready: Callable[[Mesh]
         report(Progress("certificates", "done", f"issued {len(issued)}" if issued else "valid"))
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop.set)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # nohup has SIGHUP ignored, and means it; else a terminal that closes would leave the processes behind.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, stop.set)
         mesh = Mesh(options, report)
         await mesh.run(stop, lambda: on_ready(mesh))
 

@@ -116,9 +116,9 @@ class CertificateAuthority:
 
     @classmethod
     def open(cls, directory: Path, *, trust_domain: str = DEFAULT_TRUST_DOMAIN) -> Self:
-        """Loads the CA of a directory, or makes one on first use."""
+        """Loads the CA of a directory; makes one on first use, and where the one that is there is not valid now."""
         certificate_path, key_path = directory / "ca.crt", directory / "ca.key"
-        if not (certificate_path.exists() and key_path.exists()):
+        if not (key_path.exists() and _is_valid(certificate_path)):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             certificate, key = _make_ca(trust_domain)
             _write_private(key_path, _key_pem(key))
@@ -128,16 +128,20 @@ class CertificateAuthority:
             raise InvalidRequest(f"{key_path} is not an EC key; remove {directory} to make a new CA")
         return cls(x509.load_pem_x509_certificate(certificate_path.read_bytes()), loaded_key, trust_domain)
 
+    @property
+    def pem(self) -> bytes:
+        """What those who trust this CA are given."""
+        return self._certificate.public_bytes(serialization.Encoding.PEM)
+
     def issue(self, component: str, directory: Path, *, lifetime: timedelta = LEAF_LIFETIME) -> IdentityFiles:
         """Writes a fresh leaf for a component; readers see the old pair or the new one, never a mixture."""
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._sign_leaf(component, key, lifetime)
         generation = directory / f"generation-{secrets.token_hex(6)}"
         generation.mkdir(parents=True, mode=0o700)
-        ca_pem = self._certificate.public_bytes(serialization.Encoding.PEM)
         _write_private(generation / "tls.key", _key_pem(key))
-        _write_private(generation / "tls.crt", certificate.public_bytes(serialization.Encoding.PEM) + ca_pem)
-        _write_private(generation / "ca.crt", ca_pem)
+        _write_private(generation / "tls.crt", certificate.public_bytes(serialization.Encoding.PEM) + self.pem)
+        _write_private(generation / "ca.crt", self.pem)
         _publish(directory, generation)
         return IdentityFiles(directory)
 
@@ -165,13 +169,25 @@ class CertificateAuthority:
 
 
 def renewal_due(identity: IdentityFiles, *, now: datetime, renew_at_ratio: float = 1 / 3) -> bool:
-    """Returns whether a leaf has lived for ``renew_at_ratio`` of its life, or can't be read."""
+    """Returns whether a leaf has lived for ``renew_at_ratio`` of its life, is not valid yet, or can't be read.
+
+    Not valid yet: the clock was ahead when it was issued and has been set right since.
+    """
     try:
         certificate = x509.load_pem_x509_certificate(identity.certificate.read_bytes())
     except (OSError, ValueError):
         return True
     born, dies = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    return now >= born + (dies - born) * renew_at_ratio
+    return not born <= now < born + (dies - born) * renew_at_ratio
+
+
+def _is_valid(path: Path) -> bool:
+    """Returns whether a certificate is there and within its time, which one of a clock that was ahead is not."""
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return certificate.not_valid_before_utc <= datetime.now(UTC) < certificate.not_valid_after_utc
 
 
 def _make_ca(trust_domain: str) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:

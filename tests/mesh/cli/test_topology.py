@@ -1,0 +1,24 @@
+"""Overrides of settings that make no sense are refused with a message, before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from helios.cli import topology
+from helios.cli.certificates import issue_due
+from helios.cli.state import StateDirectory
+from helios.cli.up import UpOptions
+from helios.mesh.errors import InvalidRequest
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["proxy", "proxy.x", "nobody.x=1", "proxy.listen.deeper=1", "proxy.hold=5", "proxy.hold.limit_seconds=soon"],
+)
+def test_overrides_that_make_no_sense_are_refused(tmp_path: Path, override: str) -> None:
+    state = StateDirectory(tmp_path)
+    state.create()
+    issue_due(state)
+    options = UpOptions(state, overrides=("proxy.listen=1", override))
+    with pytest.raises(InvalidRequest, match="--set"):
+        topology.children(state, topology.settings_of(options), options)
