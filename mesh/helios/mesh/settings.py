@@ -8,7 +8,7 @@ parser of our own: one declaration gives the file, the environment, the flags an
 import json
 import sys
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
@@ -141,7 +141,8 @@ def _own_flags(arguments: list[str]) -> tuple[list[str], str | None, bool]:
 def _bind(settings_class: type[S], file: str | None) -> type[S]:
     prefix = f"HELIOS_{settings_class.process_name.upper()}__"
     config = SettingsConfigDict(env_prefix=prefix, toml_file=file)
-    return type(settings_class.__name__, (settings_class,), {"model_config": config, "__doc__": settings_class.__doc__})
+    members = {"model_config": config, "__doc__": settings_class.__doc__}
+    return cast("type[S]", type(settings_class.__name__, (settings_class,), members))
 
 
 def _program(settings_class: type[ProcessSettings]) -> str:
