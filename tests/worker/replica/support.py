@@ -155,7 +155,7 @@ def make_spec(directory: Path, leaves: Leaves, **changes: Any) -> ReplicaSpec:
         "identity_directory": str(leaves.directory / "worker"),
         "log_path": str(directory / "replica.log"),
         "created_at": datetime.now(UTC),
-        "orphan_seconds": 3600.0,
+        "orphan_seconds": 60.0,
         "drain_seconds": 5.0,
     }
     return ReplicaSpec(**(values | changes))
@@ -192,7 +192,7 @@ class RecordingSupervisor(supervisor_service_pb2_grpc.SupervisorServiceServicer)
     address: str
     identity: IdentityFiles
     heard: list[pb.AttachRequest] = field(default_factory=list)
-    orphan_seconds: float = 3600.0
+    orphan_seconds: float = 60.0
     _answers: "asyncio.Queue[pb.AttachResponse]" = field(default_factory=asyncio.Queue)
     _heard_more: asyncio.Event = field(default_factory=asyncio.Event)
     _server: MeshServer | None = None
