@@ -154,7 +154,9 @@ async def test_a_replica_outlives_its_supervisor_and_says_hello_to_the_next(tmp_
             assert (hello.replica.pid, hello.replica.state) == (replica.pid, 5)
             assert hello.replica.load.generated_tokens == 3
             # What happened in between is told.
-            await second.wait_heard(lambda said: len(said.load.finished) == 1 and len(said.load.started) == 1)
+            finished = (await second.wait_heard(lambda said: said.load.finished)).load.finished[0]
+            started = await second.wait_heard(lambda said: said.load.started)
+            assert started.load.started[0].request_id == finished.request_id
             second.say(worker_pb.AttachResponse(stop=worker_pb.ReplicaStop()))
             async with asyncio.timeout(10):
                 assert (await launcher.exits.get()).status == 0

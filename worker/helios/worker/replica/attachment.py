@@ -7,6 +7,7 @@ hello.
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC
 from pathlib import Path
@@ -39,6 +40,8 @@ _STATES: Final = {
 # A supervisor on the same node comes back within a second or two; dialling is cheap.
 _REDIAL_BASE_SECONDS: Final = 0.05
 _REDIAL_CAP_SECONDS: Final = 1.0
+# A peer on the same node that is gone is noticed well within this; reports have no acks of their own.
+_UNSURE_SECONDS: Final = 2.0
 _SHORTEST_REPORT_SECONDS: Final = 0.01
 _SUPERVISOR: Final = "worker"
 
@@ -69,7 +72,7 @@ class Attachment:
         self._on_stop = on_stop
         self._changed = asyncio.Event()
         self._report_seconds = _SHORTEST_REPORT_SECONDS
-        self._last_sent = Changes((), ())
+        self._sent: deque[tuple[float, Changes]] = deque()
         self.lost_at: float | None = time.monotonic()
         self.orphan_seconds = spec.orphan_seconds
 
@@ -104,8 +107,8 @@ class Attachment:
             if self.lost_at is None:
                 self.lost_at = time.monotonic()
             # It may have arrived: the supervisor counts by request id, so twice is harmless and lost is not.
-            self._ledger.give_back(self._last_sent)
-            self._last_sent = Changes((), ())
+            while self._sent:
+                self._ledger.give_back(self._sent.pop()[1])
 
     def _listen(self, response: pb.AttachResponse) -> None:
         match response.WhichOneof("message"):
@@ -136,12 +139,20 @@ class Attachment:
                 yield self._announce(state)
                 if state is State.FAILED:
                     condition.failure_told.set()
-            self._last_sent = self._ledger.take()
-            yield pb.AttachRequest(load=self._load_delta(self._last_sent))
+            yield pb.AttachRequest(load=self._load_delta(self._take()))
             if state is State.READY:
                 await asyncio.sleep(self._report_seconds)
             await self._changed.wait()
             self._changed.clear()
+
+    def _take(self) -> Changes:
+        """Takes what changed, and remembers it for as long as nobody can know whether it arrived."""
+        changes, now = self._ledger.take(), time.monotonic()
+        while self._sent and now - self._sent[0][0] > _UNSURE_SECONDS:
+            self._sent.popleft()
+        if changes.started or changes.finished:
+            self._sent.append((now, changes))
+        return changes
 
     def _announce(self, state: State) -> pb.AttachRequest:
         match state:
