@@ -33,7 +33,14 @@ class Catalog(pb_grpc.ModelServiceServicer):
         if request.model == "slow":
             await asyncio.sleep(0.3)
             return pb.Model()
+        if request.model == "grouped":
+            async with asyncio.TaskGroup() as group:
+                group.create_task(refuse(), name="refuse")
         raise errors.ModelNotFound("no such model", metadata={"model": request.model})
+
+
+async def refuse() -> None:
+    raise errors.Overloaded("a task of the handler says no")
 
 
 @pytest.fixture
@@ -106,6 +113,12 @@ async def test_a_raised_error_arrives_as_itself(edge: Dialer) -> None:
     assert error.metadata == {"model": "x"}
 
 
+async def test_an_error_of_a_handlers_task_arrives_as_itself(edge: Dialer) -> None:
+    request = pb.GetModelRequest(model="grouped")
+    error = await failure(edge.stub(pb_grpc.ModelServiceStub).GetModel(request, timeout=5))
+    assert type(error) is errors.Overloaded
+
+
 async def test_an_unforeseen_error_is_internal_and_tells_nothing(edge: Dialer) -> None:
     error = await failure(edge.stub(pb_grpc.ModelServiceStub).GetModel(pb.GetModelRequest(model="bug"), timeout=5))
     assert type(error) is errors.Bug
@@ -151,6 +164,21 @@ async def test_draining_lets_running_calls_end(server: MeshServer, edge: Dialer)
 
 async def _await(call: Any) -> Any:
     return await call
+
+
+async def test_a_drain_that_was_given_up_leaves_no_server_behind(
+    server: MeshServer, edge: Dialer, authority: CertificateAuthority, tmp_path: Path
+) -> None:
+    health = edge.stub(health_pb2_grpc.HealthStub).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+    await health.read()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await server.drain(30.0)
+    async with asyncio.timeout(5):
+        await server.__aexit__(None, None, None)
+    again = MeshServer(listen=server.address, identity=authority.issue("proxy", tmp_path / "again"), policy={})
+    async with again:
+        assert again.address == server.address
 
 
 async def test_health_answers_for_each_service(edge: Dialer) -> None:

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from helios.mesh.errors import InvalidRequest
+from helios.mesh.files import write_private
 
 DEFAULT_TRUST_DOMAIN: Final = "helios.local"
 # A day: long enough to outlive an outage of the supervisor over night, short enough to need no revocation.
@@ -121,8 +122,8 @@ class CertificateAuthority:
         if not (key_path.exists() and _is_valid(certificate_path)):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             certificate, key = _make_ca(trust_domain)
-            _write_private(key_path, _key_pem(key))
-            _write_private(certificate_path, certificate.public_bytes(serialization.Encoding.PEM))
+            write_private(key_path, _key_pem(key))
+            write_private(certificate_path, certificate.public_bytes(serialization.Encoding.PEM))
         loaded_key = serialization.load_pem_private_key(key_path.read_bytes(), password=None)
         if not isinstance(loaded_key, ec.EllipticCurvePrivateKey):
             raise InvalidRequest(f"{key_path} is not an EC key; remove {directory} to make a new CA")
@@ -139,9 +140,9 @@ class CertificateAuthority:
         certificate = self._sign_leaf(component, key, lifetime)
         generation = directory / f"generation-{secrets.token_hex(6)}"
         generation.mkdir(parents=True, mode=0o700)
-        _write_private(generation / "tls.key", _key_pem(key))
-        _write_private(generation / "tls.crt", certificate.public_bytes(serialization.Encoding.PEM) + self.pem)
-        _write_private(generation / "ca.crt", self.pem)
+        write_private(generation / "tls.key", _key_pem(key))
+        write_private(generation / "tls.crt", certificate.public_bytes(serialization.Encoding.PEM) + self.pem)
+        write_private(generation / "ca.crt", self.pem)
         _publish(directory, generation)
         return IdentityFiles(directory)
 
@@ -228,13 +229,3 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

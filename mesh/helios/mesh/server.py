@@ -104,8 +104,9 @@ class MeshServer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Drains."""
+        """Drains; a drain that was begun before and given up is ended at once."""
         await self.drain(self._options.drain_seconds)
+        await self.grpc.stop(None)
 
     async def set_serving(self, *, is_serving: bool) -> None:
         """Sets what health says of every service and of the server as a whole."""
@@ -256,7 +257,12 @@ def _guard_stream(behavior: Any, method: str) -> Any:
 
 
 def as_helios_error(error: Exception, method: str) -> HeliosError:
-    """Returns what the caller is told of an exception; one that nobody foresaw is logged with its traceback."""
+    """Returns what the caller is told of an exception; one that nobody foresaw is logged with its traceback.
+
+    A group of one stands for that one: a handler's task group wraps what its task raised.
+    """
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
     if isinstance(error, HeliosError):
         return error
     if isinstance(error, grpc.aio.AioRpcError):

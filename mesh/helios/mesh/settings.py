@@ -20,6 +20,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from helios.mesh.errors import InvalidRequest
 from helios.mesh.identity import IdentityFiles
 
 
@@ -35,11 +36,11 @@ class MeshSettings(BaseModel):
 
     @property
     def identity(self) -> IdentityFiles | None:
-        """The leaf of this process, None without TLS."""
+        """The leaf of this process, None without TLS. Raises InvalidRequest where the settings name none."""
         if self.tls == "off":
             return None
         if self.identity_directory is None:
-            raise SettingsError("mesh.identity_directory is needed while mesh.tls is 'files'")
+            raise InvalidRequest("mesh.identity_directory is needed while mesh.tls is 'files'")
         return IdentityFiles(self.identity_directory)
 
 

@@ -1,8 +1,6 @@
 """The whole configuration, and how it gets to disk."""
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +35,7 @@ from helios.mesh.envoy import clusters, pack
 from helios.mesh.envoy.listeners import admin_listener, edge_listener
 from helios.mesh.envoy.settings import EdgeSettings, Limits
 from helios.mesh.envoy.tls import secret_files
+from helios.mesh.files import write_private
 
 CONFIG_NAME: Final = "envoy.json"
 _HEAP: Final = "envoy.resource_monitors.fixed_heap"
@@ -70,9 +69,9 @@ def install(settings: EdgeSettings) -> Path:
     for identity in (settings.edge_identity, settings.admin_identity):
         if identity is not None:
             for path, content in secret_files(settings.directory, identity).items():
-                _write_private(path, content)
+                write_private(path, content.encode())
     path = settings.directory / CONFIG_NAME
-    _write_private(path, json.dumps(edge_config(settings).to_dict(), indent=1))
+    write_private(path, json.dumps(edge_config(settings).to_dict(), indent=1).encode())
     return path
 
 
@@ -107,11 +106,3 @@ def _overload(limits: Limits) -> OverloadManager:
 
 def _when_heap_reaches(ratio: float, action: str) -> OverloadAction:
     return OverloadAction(name=action, triggers=[Trigger(name=_HEAP, threshold=ThresholdTrigger(value=ratio))])
-
-
-def _write_private(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(content)
-    temporary.replace(path)

@@ -7,12 +7,14 @@
 -- Every handle that was taken before body() is dead afterwards (body() yields): headers() is called again.
 
 local JSON = "application/json"
+-- Namespace of what this filter remembers of a request until its answer.
+local STATE = "helios.errors"
 
 -- Status -> type and code of the error, and a message for people where Envoy's own says nothing to them.
 local KINDS = {
   ["400"] = {"invalid_request_error", "invalid_request"},
   ["401"] = {"authentication_error", "unauthenticated", "A valid token is required: send the header `Authorization: Bearer <token>`."},
-  ["403"] = {"permission_error", "permission_denied", "This request is refused here: the Host or Origin header is not this listener's own."},
+  ["403"] = {"permission_error", "permission_denied", "This request is refused here."},
   ["404"] = {"invalid_request_error", "unknown_url"},
   ["405"] = {"invalid_request_error", "method_not_allowed"},
   ["408"] = {"timeout_error", "request_timeout", "The request took too long to arrive."},
@@ -30,6 +32,7 @@ local SERVER_ERROR = {"server_error", "internal_error"}
 
 -- Beginnings of Envoy's own texts -> what people should read.
 local PLAIN = {
+  {"RBAC: access denied", "This request is refused here: the Host or Origin header is not this listener's own."},
   {"upstream connect error", "The server could not be reached, or was lost before it answered; try again."},
   {"no healthy upstream", "The replica that was picked is gone; try again."},
   {"stream timeout", "The request took too long."},
@@ -109,6 +112,7 @@ function envoy_on_request(handle)
   local content_type = headers:get("content-type")
   if is_grpc(content_type) or method == "OPTIONS" then return end
   local path = string.match(headers:get(":path") or "", "^[^?#]*")
+  if method == "HEAD" then handle:streamInfo():dynamicMetadata():set(STATE, "is_head", true) end
   local allowed = METHODS[path]
   if allowed and not string.find(", " .. allowed .. ",", ", " .. method .. ",", 1, true) then
     refuse(handle, "405", method .. " is not allowed on " .. path .. "; use " .. allowed .. ".", {["allow"] = allowed})
@@ -131,6 +135,14 @@ function envoy_on_request(handle)
   end
 end
 
+-- An answer to HEAD has no body. One that is put in would be read as the beginning of the connection's next answer.
+-- Envoy's own replies announce the body that they leave out, also where an earlier filter refused the request.
+local function is_for_head(handle, headers, size)
+  local state = handle:streamInfo():dynamicMetadata():get(STATE)
+  if state and state["is_head"] then return true end
+  return size == 0 and (tonumber(headers:get("content-length") or "0") or 0) > 0
+end
+
 local NOT_FOR_REST = {"grpc-status", "grpc-message", "grpc-status-details-bin", "grpc-accept-encoding", "x-openai-error"}
 
 function envoy_on_response(handle)
@@ -144,6 +156,7 @@ function envoy_on_response(handle)
 
   local buffer = handle:body(true)
   local size = buffer:length()
+  if is_for_head(handle, handle:headers(), size) then return end
   local body = size > 0 and buffer:getBytes(0, size) or ""
   local shaped = ready_made or shape(status, content_type, body)
   buffer:setBytes(shaped)
