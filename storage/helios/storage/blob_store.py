@@ -1,9 +1,9 @@
 """One disk tier: verified blobs under their sha256, and views that link to them.
 
-    <root>/lock                            held while an agent runs: two agents on one root would evict each other's
-    blobs <root>/blobs/sha256/<ab>/<hash>        0444, complete and verified, or not there at all <root>/views/<hash
-    of the revision>/…  a directory of links, complete or not there at all <root>/tmp/…
-    everything unfinished; swept at start
+    <root>/lock                            held while an agent runs: two on one root would evict each other's blobs
+    <root>/blobs/sha256/<ab>/<hash>        0444, complete and verified, or not there at all
+    <root>/views/<hash of the revision>/   a directory of links, complete or not there at all
+    <root>/tmp/                            everything unfinished; swept at start
 
 A blob appears by: write to a temporary name, fsync, verify, rename, fsync the directory. A view appears and goes by
 one rename of its directory. Views hold hard links: a path that survives tools which resolve symbolic links, and the

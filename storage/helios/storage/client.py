@@ -27,6 +27,7 @@ from helios.api.storage.v1.storage_service_pb2_grpc import StorageServiceStub
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import Bug, HeliosError, Unavailable
 from helios.mesh.status import error_from_rpc
+from helios.mesh.tasks import task_scope
 
 log = structlog.get_logger()
 
@@ -134,23 +135,16 @@ class StorageClient:
 
         Raises:
             HeliosError: What the agent answered: RevisionNotFound, NotFound (LEASE_NOT_FOUND, when `lease_id` was
-            given),
-                InvalidRequest, DigestMismatch, DiskFull, Unavailable (SOURCE_UNAVAILABLE, or no agent).
+                given), InvalidRequest, DigestMismatch, DiskFull, Unavailable (SOURCE_UNAVAILABLE, or no agent).
         """
         holding = _Holding(self._dialer, revision, holder=holder, ttl_seconds=ttl_seconds, on_progress=on_progress)
         lent = await holding.begin(lease_id, keep=keep)
-        group = asyncio.TaskGroup()
-        await group.__aenter__()
-        keeper = group.create_task(holding.keep_alive(lent), name=f"renew lease of {revision}")
         try:
-            yield lent
+            async with task_scope() as group:
+                group.create_task(holding.keep_alive(lent), name=f"renew lease of {revision}")
+                yield lent
         finally:
-            # Left by hand so that the block's own exception is not wrapped in an ExceptionGroup.
-            keeper.cancel()
-            try:
-                await group.__aexit__(None, None, None)
-            finally:
-                await holding.end(lent)
+            await holding.end(lent)
 
     async def evict(self, revision: str, *, timeout_seconds: float = _UNARY_TIMEOUT_SECONDS) -> int:
         """Drops a revision from the node; returns the bytes that were freed. Idempotent.

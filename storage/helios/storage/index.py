@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from helios.mesh.errors import DigestMismatch, DiskFull, InvalidRequest, Unavailable
+from helios.mesh.errors import DigestMismatch, DiskFull, HeliosError, InvalidRequest, Unavailable
 from helios.storage.inventory import Resident
 from helios.storage.leases import Lease
 from helios.storage.manifest import Digest, ManifestEntry, make_manifest
@@ -26,6 +26,9 @@ log = structlog.get_logger()
 
 _SCHEMA_VERSION = 1
 """Another version is dropped and rebuilt from the blobs: the index is a cache of the disk, leases aside."""
+
+_BUSY_SECONDS = 5.0
+"""A backup, or sqlite3 on the command line, may hold the lock for moments."""
 
 _NO_ROOM = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE"})
 """A full disk is SQLITE_FULL; a limit on the size of a file comes as a failed write."""
@@ -48,10 +51,18 @@ class Index:
     """Rows on disk; it decides nothing."""
 
     def __init__(self, path: Path) -> None:
-        """Opens the index. One that is damaged, or of another version, is replaced by an empty one."""
+        """Opens the index. One that is damaged, or of another version, is replaced by an empty one.
+
+        Raises:
+            DiskFull: No room to open it.
+            Unavailable: TIER_FAILED, when the disk fails otherwise, or another program has it locked.
+        """
         self._path = path
         try:
             self._connection = self._open()
+        except sqlite3.OperationalError as error:
+            # The file is as good as it was: leases must not be lost to a full disk or a backup that runs.
+            raise _write_error(error) from error
         except sqlite3.DatabaseError as error:
             log.warning("residency index replaced", path=str(path), error=str(error))
             for suffix in ("", "-wal", "-shm"):
@@ -136,25 +147,27 @@ class Index:
             with self._connection as transaction:
                 yield transaction
         except sqlite3.OperationalError as error:
-            name = error.sqlite_errorname
-            if name in _NO_ROOM:
-                raise DiskFull("the storage agent's disk is full; evict a model or give it more room") from error
-            raise Unavailable(
-                f"the residency index can't be written: {error}", reason="TIER_FAILED", metadata={"error": name}
-            ) from error
+            raise _write_error(error) from error
 
     def _rows(self, query: str) -> list[tuple[Any, ...]]:
         with closing(self._connection.execute(query)) as cursor:
             return cursor.fetchall()
 
     def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, check_same_thread=False)
+        connection = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, check_same_thread=False)
         try:
             _prepare(connection)
         except BaseException:
             connection.close()
             raise
         return connection
+
+
+def _write_error(error: sqlite3.OperationalError) -> HeliosError:
+    name = error.sqlite_errorname
+    if name in _NO_ROOM:
+        return DiskFull("the storage agent's disk is full; evict a model or give it more room")
+    return Unavailable(f"the residency index can't be written: {error}", reason="TIER_FAILED", metadata={"error": name})
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
