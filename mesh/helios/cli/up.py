@@ -3,12 +3,14 @@ stop.
 """
 
 import asyncio
+import errno
 import os
 import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from typing import Final
 
 import structlog
@@ -19,7 +21,7 @@ from helios.cli.children import Child, become_subreaper, kill_leftovers, reap_or
 from helios.cli.edge import open_admin
 from helios.cli.log_files import rotate_forever
 from helios.cli.state import MeshRecord, StateDirectory, process_started_at, read_mesh, write_mesh
-from helios.mesh.errors import AlreadyExists, HeliosError, ModelNotFound
+from helios.mesh.errors import AlreadyExists, HeliosError, InvalidRequest, ModelNotFound
 from helios.mesh.tasks import keep_running, task_scope
 from helios.registry.client import IngestProgress, RegistryClient
 
@@ -180,6 +182,7 @@ class Mesh:
 
 async def run_mesh(options: UpOptions, report: Report, on_ready: Callable[[Mesh], None]) -> None:
     """Runs a mesh in this process until SIGINT, SIGTERM or SIGHUP. Raises HeliosError where it can't start."""
+    options = replace(options, host=listen_host(options.host))
     state = options.state
     state.create()
     with state.lock():
@@ -202,17 +205,31 @@ async def run_mesh(options: UpOptions, report: Report, on_ready: Callable[[Mesh]
         await mesh.run(stop, lambda: on_ready(mesh))
 
 
+def listen_host(text: str) -> str:
+    """Returns an address as Envoy takes it, IPv6 in brackets. Raises InvalidRequest where it is no IP address."""
+    try:
+        ip = ip_address(text.removeprefix("[").removesuffix("]"))
+    except ValueError as error:
+        raise InvalidRequest(f"--host takes an IP address, such as 127.0.0.1 or 0.0.0.0 (all), not {text!r}") from error
+    return f"[{ip}]" if ip.version == 6 else str(ip)
+
+
 def check_port_free(host: str, port: int, flag: str) -> None:
-    """Raises AlreadyExists, saying what to do, where a port can't be bound."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
+    """Raises AlreadyExists or InvalidRequest, saying what to do, where a port of a ``listen_host`` can't be bound."""
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host.strip("[]"), port))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
             raise AlreadyExists(
-                f"port {port} on {host} is taken ({error.strerror}); free it, or choose another one with {flag}",
-                reason="PORT_TAKEN",
+                f"port {port} on {host} is taken; free it, or choose another one with {flag}", reason="PORT_TAKEN"
             ) from error
+        raise InvalidRequest(
+            f"can't listen on {host}:{port} ({error.strerror}); choose another --host or {flag}",
+            reason="PORT_UNUSABLE",
+        ) from error
 
 
 async def _unless_stopped(work: Coroutine[None, None, None], stop: asyncio.Event) -> bool:
