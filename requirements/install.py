@@ -118,6 +118,9 @@ def install_locks(engine: str) -> None:
         torch, lock = split_lock(lock, "torch")
         install_lock(torch, ["--default-index", PYTORCH_CPU_INDEX])
     install_lock(lock, sources)
+    # xds-protos carries an older copy of these modules, and whichever package comes last owns the files.
+    shared, _ = split_lock(lock, "opentelemetry-proto")
+    install_lock(shared, [*sources, "--reinstall"])
     install_lock((LOCKS / "embedded.lock").read_text(), sources)
 
 
