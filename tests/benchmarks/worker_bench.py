@@ -28,7 +28,7 @@ from tests.scenarios.running_mesh import HELIOS, MODEL
 from tests.wire.gateway import free_port
 
 # Streams → rounds: short ones are noisier.
-ROUNDS: Final = {1: 8, 8: 8, 64: 5}
+ROUNDS: Final = {1: 6, 8: 6, 64: 4}
 TOKENS: Final = 64
 # Holds the context of the model (8,192 tokens) and 64 streams.
 KV_CACHE_BYTES: Final = 256 << 20
