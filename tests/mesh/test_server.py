@@ -70,6 +70,24 @@ async def failure(call: Any) -> errors.HeliosError:
     return error_from_rpc(caught.value)
 
 
+@pytest.mark.parametrize("message", [b"\x0a\x01\xff", b"\xff\xff\xff"], ids=["invalid UTF-8", "no protobuf"])
+async def test_a_message_that_cant_be_parsed_is_the_callers_mistake(edge: Dialer, message: bytes) -> None:
+    def raw(channel: grpc.aio.Channel) -> Any:
+        return channel.unary_unary(f"/{SERVICE}/GetModel")
+
+    error = await failure(edge.stub(raw)(message, timeout=5))
+    assert type(error) is errors.InvalidRequest
+    assert "DecodeError" not in error.message
+
+
+async def test_metadata_that_the_edge_lets_pass_is_taken(edge: Dialer) -> None:
+    metadata = (("cookie", "a" * (60 << 10)),)
+    response = await edge.stub(pb_grpc.ModelServiceStub).ListModels(
+        pb.ListModelsRequest(), timeout=5, metadata=metadata
+    )
+    assert response.object == "edge"
+
+
 async def test_the_server_knows_its_caller(edge: Dialer) -> None:
     response = await edge.stub(pb_grpc.ModelServiceStub).ListModels(pb.ListModelsRequest(), timeout=5)
     assert response.object == "edge"

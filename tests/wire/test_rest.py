@@ -1,6 +1,7 @@
 """REST through the public listener: answers, streams, errors, limits, browsers."""
 
 import asyncio
+import gzip
 import json
 import time
 from collections.abc import AsyncIterator
@@ -116,9 +117,61 @@ async def test_what_is_not_served_is_an_openai_error(
     assert not gateway.registry.calls
 
 
-async def test_head_has_no_body(rest: httpx.AsyncClient) -> None:
-    answer = await rest.head("/nothing")
-    assert (answer.status_code, answer.content) == (404, b"")
+@pytest.mark.parametrize(
+    ("path", "status", "is_admin"),
+    [("/nothing", 404, False), (CHAT, 405, False), ("/v1/models", 405, False), ("/admin/v1/workers", 401, True)],
+)
+async def test_an_error_that_answers_head_has_no_body(
+    gateway: Gateway, *, path: str, status: int, is_admin: bool
+) -> None:
+    # Bytes on the wire, since HTTP clients skip a body here and read the next answer wrong instead.
+    reader, writer = await asyncio.open_connection(*(gateway.admin if is_admin else gateway.edge).split(":"))
+    writer.write(f"HEAD {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n".encode())
+    async with asyncio.timeout(10):
+        answer = await reader.read()
+    writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode())
+    assert body == b""
+
+
+async def test_an_upgrade_is_refused_without_blaming_the_host(rest: httpx.AsyncClient) -> None:
+    answer = await rest.get("/v1/realtime", headers={"connection": "upgrade", "upgrade": "websocket"})
+    assert answer.status_code == 403
+    assert "Host" not in str(openai_error(answer)["message"])
+
+
+async def test_an_encoded_body_is_415(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = await rest.post(CHAT, content=gzip.compress(b'{"model":"m"}'), headers=headers)
+    assert (answer.status_code, openai_error(answer)["code"]) == (415, "unsupported_media_type")
+    assert "gzip" in str(openai_error(answer)["message"])
+    assert not gateway.picker.requests
+
+
+@pytest.mark.parametrize("path", ["/v1/models/%ff", "/v1/models/a%80b"])
+async def test_a_name_that_is_not_utf8_is_400(gateway: Gateway, rest: httpx.AsyncClient, path: str) -> None:
+    answer = await rest.get(path)
+    assert (answer.status_code, openai_error(answer)["code"]) == (400, "invalid_request")
+    assert not gateway.control.calls
+
+
+async def test_headers_below_the_edges_limit_reach_the_servers(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    # A fourth of it would already be too much for gRPC's default.
+    assert (await rest.get("/v1/models", headers={"cookie": "x" * 50_000})).status_code == 200
+    assert (await rest.post(CHAT, json={"model": "m"}, headers={"cookie": "x" * 50_000})).status_code == 200
+    assert gateway.replica.calls
+
+
+async def test_http_1_0_is_served(gateway: Gateway) -> None:
+    # ab, and nginx as a reverse proxy without proxy_http_version.
+    reader, writer = await asyncio.open_connection(*gateway.edge.split(":"))
+    writer.write(b"GET /v1/models HTTP/1.0\r\n\r\n")
+    async with asyncio.timeout(10):
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    assert b" 200 OK" in head
+    assert json.loads(body)["data"] == []
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any, Final, Self
 import grpc
 import grpc.aio
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -28,6 +29,7 @@ HEALTH_SERVICE: Final = "grpc.health.v1.Health"
 REFLECTION_SERVICE: Final = reflection.SERVICE_NAME
 # Component names are spoken for by certificates; without TLS (under Istio's sidecars) nobody can be told apart here.
 NO_TLS_COMPONENT: Final = "unauthenticated"
+_MAX_METADATA_BYTES: Final = 128 << 10
 
 Policy = Mapping[str, frozenset[str]]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
@@ -176,8 +178,10 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             return handler
         method = handler_call_details.method
         if handler.response_streaming:
-            return _rebuild(handler, _guard_stream(_stream_behavior(handler), method))
-        return _rebuild(handler, _guard_unary(_unary_behavior(handler), method))
+            guarded = _rebuild(handler, _guard_stream(_stream_behavior(handler), method))
+        else:
+            guarded = _rebuild(handler, _guard_unary(_unary_behavior(handler), method))
+        return guarded._replace(request_deserializer=_reader(handler))
 
 
 class PolicyInterceptor(grpc.aio.ServerInterceptor):
@@ -231,9 +235,50 @@ def _check_stream(behavior: Any, allowed: frozenset[str], service: str) -> Any:
     return checked
 
 
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    """Stands for a message that could not be parsed until the guard can say so."""
+
+    error: DecodeError
+
+
+def _reader(handler: Any) -> Any:
+    """Returns a deserializer that leaves complaining to the guard.
+
+    gRPC answers what a deserializer raises with UNKNOWN and the exception's text, and logs a traceback: for bytes that
+    any client can send, such as a REST path with `%ff` in a name.
+    """
+    read = handler.request_deserializer
+    if read is None:
+        return None
+
+    def deserialize(data: bytes) -> Any:
+        try:
+            return read(data)
+        except DecodeError as error:
+            # A stream's messages are read by the handler, where an exception reaches the guard by itself.
+            if handler.request_streaming:
+                raise _unreadable() from error
+            return _Unreadable(error)
+
+    return deserialize
+
+
+def _check_readable(request: Any) -> None:
+    if isinstance(request, _Unreadable):
+        raise _unreadable() from request.error
+
+
+def _unreadable() -> InvalidRequest:
+    return InvalidRequest(
+        "the request message can't be parsed: it is no message of this method, or holds invalid UTF-8"
+    )
+
+
 def _guard_unary(behavior: Any, method: str) -> Any:
     async def guarded(request: Any, context: Any) -> Any:
         try:
+            _check_readable(request)
             return await behavior(request, context)
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
@@ -246,6 +291,7 @@ def _guard_unary(behavior: Any, method: str) -> Any:
 def _guard_stream(behavior: Any, method: str) -> Any:
     async def guarded(request: Any, context: Any) -> Any:
         try:
+            _check_readable(request)
             async for response in behavior(request, context):
                 yield response
         except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
@@ -316,6 +362,10 @@ def _channel_options(options: ServerOptions) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", options.max_message_bytes),
         ("grpc.max_send_message_length", options.max_message_bytes),
+        # Above Envoy's limit for a request's headers (60 KiB). gRPC's own 16 KiB would refuse as RESOURCE_EXHAUSTED, to
+        # REST callers 429, what Envoy let pass: many cookies, a long URL.
+        ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", _MAX_METADATA_BYTES),
         # SO_REUSEPORT would let two servers share a port by mistake; a taken port must be an error.
         ("grpc.so_reuseport", 0),
         # Envoy and our own clients ping idle connections; without these the server answers with GOAWAY.

@@ -124,6 +124,11 @@ function envoy_on_request(handle)
     refuse(handle, "415", "The body must be JSON: send `Content-Type: application/json`, not `" .. content_type .. "`.")
     return
   end
+  local encoding = headers:get("content-encoding")
+  if encoding and string.lower(encoding) ~= "identity" then
+    refuse(handle, "415", "The body must not be encoded: send it without `Content-Encoding: " .. encoding .. "`.")
+    return
+  end
   -- get() returns no value at all, rather than nil, for a header that is not there.
   local announced = tonumber(headers:get("content-length") or "")
   if announced and announced <= MAX_BODY_BYTES then return end

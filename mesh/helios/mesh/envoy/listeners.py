@@ -4,6 +4,7 @@ from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog
 from envoy_data_plane.envoy.config.core.v3 import (
     GrpcService,
     GrpcServiceEnvoyGrpc,
+    Http1ProtocolOptions,
     HttpProtocolOptions,
     HttpProtocolOptionsHeadersWithUnderscoresAction,
     SubstitutionFormatString,
@@ -122,6 +123,9 @@ def _manager(
             # `x_helios_y` and `x-helios-y` would be one name to some servers.
             headers_with_underscores_action=HttpProtocolOptionsHeadersWithUnderscoresAction.REJECT_REQUEST
         ),
+        # nginx speaks HTTP/1.0 to its upstreams unless told otherwise, and so does ab. The admin listener goes by
+        # the Host header, which 1.0 does not demand.
+        http_protocol_options=Http1ProtocolOptions(accept_http_10=name == EDGE, default_host_for_http_10="localhost"),
         http2_protocol_options=pack.http2(keepalive_seconds=30, timeout_seconds=15),
         stream_idle_timeout=pack.seconds(limits.stream_idle_seconds),
         request_headers_timeout=pack.seconds(30),
