@@ -19,6 +19,7 @@ from helios.proxy.catalog.session import ModelSource, NoRegistry, RegistrySessio
 from helios.proxy.core import Core
 from helios.proxy.fleet.servicer import FLEET_SERVICE, FleetServicer
 from helios.proxy.picker.ads import GuardedXds
+from helios.proxy.picker.request import INFERENCE_PREFIX, OPENAI_PREFIX
 from helios.proxy.picker.servicer import PickerServicer
 from helios.proxy.reflection import REFLECTION_SERVICES, ReflectionServicer
 from helios.proxy.runtime import Runtime
@@ -102,7 +103,9 @@ def _control(settings: ProxySettings, runtime: Runtime, models: ModelSource) -> 
     add_ModelServiceServicer_to_server(ModelServicer(runtime, models), server.grpc)
     add_AdminServiceServicer_to_server(AdminServicer(runtime, models), server.grpc)
     ReflectionServicer().add_to(server.grpc)
-    server.serve(FLEET_SERVICE, MODEL_SERVICE, ADMIN_SERVICE, with_reflection=False)
+    # Health of the inference services is asked here, too: a client's own health checks have no model to be routed by.
+    inference = (prefix.strip("/") for prefix in (OPENAI_PREFIX, INFERENCE_PREFIX))
+    server.serve(FLEET_SERVICE, MODEL_SERVICE, ADMIN_SERVICE, *inference, with_reflection=False)
     return server
 
 

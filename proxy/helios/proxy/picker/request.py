@@ -9,7 +9,7 @@ from google.api import httpbody_pb2
 from google.protobuf.message import DecodeError, Message
 
 from helios.api.inference.v1 import inference_service_pb2 as inference_pb
-from helios.mesh.errors import InvalidRequest, ModelMismatch
+from helios.mesh.errors import InvalidRequest, ModelMismatch, Unsupported
 from helios.proxy.catalogue import shown
 
 OPENAI_PREFIX: Final = "/helios.api.inference.v1.OpenAIService/"
@@ -70,7 +70,7 @@ def body_model(path: str, body: bytes) -> str:
     if path.startswith(INFERENCE_PREFIX):
         kind = _INFERENCE_MESSAGES.get(path.removeprefix(INFERENCE_PREFIX))
         if kind is None:
-            raise InvalidRequest(f"no such method: {path}")
+            raise Unsupported(f"no such method: {shown(path)}")
         try:
             model = getattr(kind.FromString(message), "model", "")
         except DecodeError as error:
