@@ -278,6 +278,28 @@ async def test_typed_bad_input_is_refused(native: inference_service_pb2_grpc.Inf
     assert (code, info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_LENGTH_EXCEEDED")
 
 
+async def test_a_typed_chat_far_beyond_the_context_is_refused_before_it_is_tokenized(
+    native: inference_service_pb2_grpc.InferenceServiceStub,
+) -> None:
+    long = pb.ChatMessage(role=pb.ChatMessage.ROLE_USER, content="x" * (20 << 20))
+    # Tokenizing that takes twenty seconds, in which the replica would hear nobody.
+    code, info, _ = await refusal(native.Chat(pb.ChatRequest(model=MODEL, messages=[long]), timeout=8))
+    assert (code, info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_LENGTH_EXCEEDED")
+
+
+async def test_a_schema_without_any_sentence_and_too_many_answers(
+    openai: openai_service_pb2_grpc.OpenAIServiceStub,
+) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}
+    code, _, _ = await refusal(openai.CreateChatCompletion(body(response_format=schema), timeout=START_SECONDS))
+    # UNAVAILABLE would have the edge try it on the next replica.
+    assert code is grpc.StatusCode.INTERNAL
+    code, _, message = await refusal(
+        openai.CreateChatCompletion(body(n=129, temperature=1), timeout=START_SECONDS, wait_for_ready=True)
+    )
+    assert (code, "128" in message) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
 async def test_a_request_that_was_routed_for_something_else_is_refused(
     openai: openai_service_pb2_grpc.OpenAIServiceStub,
 ) -> None:

@@ -35,6 +35,8 @@ _ENVIRONMENT: Final = {
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_NO_USAGE_STATS": "1",
+    # OpenAI's bound of `n`. vLLM's own (16384) lets one request of a few bytes occupy the engine for minutes.
+    "VLLM_MAX_N_SEQUENCES": "128",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     # vLLM's records go through the handler of the replica's process, as JSON.

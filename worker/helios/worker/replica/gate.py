@@ -94,7 +94,7 @@ class CallGate:
         self._on_change()
         status = grpc.StatusCode.OK
         try:
-            yield Call(meter, metadata.get(ROUTE_MODEL_HEADER), metadata.get(MODEL_HEADER))
+            yield Call(meter, metadata.get(ROUTE_MODEL_HEADER), metadata.get(MODEL_HEADER) or None)
         except BaseException as error:
             status = _status_of(error)
             raise

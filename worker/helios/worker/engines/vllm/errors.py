@@ -13,7 +13,6 @@ from helios.mesh.errors import (
     ModelNotFound,
     Overloaded,
     ReplicaLost,
-    Unavailable,
     Unsupported,
 )
 from helios.worker.engines.vllm import compat
@@ -57,7 +56,8 @@ def from_exception(error: Exception) -> HeliosError:
     if isinstance(error, compat.VLLMClientError):
         return _invalid(str(error), None)
     if isinstance(error, compat.VLLMError):
-        return Unavailable(str(error))
+        # Not Unavailable: what broke here (a grammar without any sentence, say) would be tried on every other replica.
+        return Bug(str(error))
     if isinstance(error, ValueError | TypeError | OverflowError):
         return _invalid(str(error), None)
     return Bug(f"the engine failed ({type(error).__name__})")

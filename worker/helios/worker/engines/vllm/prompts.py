@@ -36,7 +36,10 @@ class PromptRenderer:
             )
             chat = compat.ChatParams(
                 chat_template=self._chat_template,
-                chat_template_kwargs=dict(prompt.template_arguments) | {"add_generation_prompt": True},
+                # The text only: vLLM then looks at its length before it tokenizes, and tokenizes in a thread. A
+                # template that tokenizes does it in the event loop, for 20 s where a message has 20 MiB.
+                chat_template_kwargs=dict(prompt.template_arguments)
+                | {"add_generation_prompt": True, "tokenize": False},
             )
             messages = [
                 {"role": turn.role, "content": turn.content} | ({"name": turn.name} if turn.name else {})
