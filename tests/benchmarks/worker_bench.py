@@ -65,7 +65,7 @@ def run() -> list[dict[str, Any]]:
         front = _front_of(state)
         stock_port = _start_stock(children, Path(name), _weights(state))
         helios = Side(port, MODEL, [*_pids(state, "envoy", "proxy", "worker"), front.pid])
-        stock = Side(stock_port, MODEL, [_place_like(front, stock_port)])
+        stock = Side(stock_port, MODEL, [_stock_server(front, stock_port)])
         results: list[dict[str, Any]] = []
         for streams, rounds in ROUNDS.items():
             results += _compare(helios, stock, streams, rounds)
@@ -152,7 +152,7 @@ def _start_stock(children: Children, directory: Path, weights: Path) -> int:
         "max-num-batched-tokens": BATCHED_TOKENS,
         "uvicorn-log-level": "warning",
     }
-    switches = ["--enforce-eager", "--disable-log-stats", "--disable-uvicorn-access-log"]
+    switches = ["--enforce-eager", "--disable-uvicorn-access-log"]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *switches]
     children.start("stock", [*command, *(f"--{name}={value}" for name, value in flags.items())], environment)
     children.wait(lambda: _is_healthy(port), START_SECONDS, "vLLM's server is ready")
@@ -164,19 +164,15 @@ def _engine_cores() -> list[int]:
     return [max(os.sched_getaffinity(0))]
 
 
-def _place_like(front: psutil.Process, port: int) -> int:
-    """Puts what serves and schedules for vLLM's server on the cores that serve here; returns the API server's pid.
+def _stock_server(front: psutil.Process, port: int) -> int:
+    """Returns the API server's pid, having checked that both sides compute on the same cores.
 
-    Its Worker has bound itself to the cores of the engine, on which Helios's engine, one process, does everything.
+    What serves and schedules is where each side puts it: vLLM binds its Worker alone and leaves the rest to the kernel.
     """
     server = _listener(port)
-    (ours,), (theirs,) = (_named(process, "VLLM::EngineCor") for process in (front, server))
+    (ours,) = _named(front, "VLLM::EngineCor")
     (computing,) = _named(server, "VLLM::Worker")
     assert os.sched_getaffinity(ours) == os.sched_getaffinity(computing), "both compute on the same cores"
-    cores = os.sched_getaffinity(front.pid)
-    for pid in (server.pid, theirs):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            os.sched_setaffinity(int(task.name), cores)
     return server.pid
 
 

@@ -259,7 +259,9 @@ class Runtime:
                 next_tick = now + _TICK_SECONDS
                 self.apply(self.core.tick(now))
                 self._measure()
-            await asyncio.sleep(_HOLD_TICK_SECONDS)
+            # A hold that comes meanwhile has a deadline beyond the next tick.
+            has_holds = self.core.holds.statistics().count > 0
+            await asyncio.sleep(_HOLD_TICK_SECONDS if has_holds else max(0.0, next_tick - time.monotonic()))
 
     async def _remember(self) -> None:
         while True:

@@ -42,6 +42,9 @@ _REDIAL_BASE_SECONDS: Final = 0.05
 _REDIAL_CAP_SECONDS: Final = 1.0
 # A peer on the same node that is gone is noticed well within this; reports have no acks of their own.
 _UNSURE_SECONDS: Final = 2.0
+# Every request that starts or ends carries the load with it. In between it moves with each token, and a message costs
+# as much as several tokens.
+_LOAD_SECONDS: Final = 1.0
 _SHORTEST_REPORT_SECONDS: Final = 0.01
 _SUPERVISOR: Final = "worker"
 
@@ -71,14 +74,19 @@ class Attachment:
         self._on_drain = on_drain
         self._on_stop = on_stop
         self._changed = asyncio.Event()
+        self._is_load_moving = False
         self._report_seconds = _SHORTEST_REPORT_SECONDS
         self._sent: deque[tuple[float, Changes]] = deque()
         self.lost_at: float | None = time.monotonic()
         self.orphan_seconds = spec.orphan_seconds
 
     def wake(self) -> None:
-        """Says that there is something to report."""
+        """Says that there is something to report at once."""
         self._changed.set()
+
+    def note_load(self) -> None:
+        """Says that the engine's load moved, as it does with each token."""
+        self._is_load_moving = True
 
     async def run(self) -> None:
         """Keeps a session until cancelled."""
@@ -142,8 +150,20 @@ class Attachment:
             yield pb.AttachRequest(load=self._load_delta(self._take()))
             if state is State.READY:
                 await asyncio.sleep(self._report_seconds)
-            await self._changed.wait()
+            await self._wait_changed()
+
+    async def _wait_changed(self) -> None:
+        """Waits for something worth a message at once; a load that only moves is told once in a while."""
+        while True:
+            try:
+                async with asyncio.timeout(_LOAD_SECONDS):
+                    await self._changed.wait()
+            except TimeoutError:
+                if not self._is_load_moving:
+                    continue
             self._changed.clear()
+            self._is_load_moving = False
+            return
 
     def _take(self) -> Changes:
         """Takes what changed, and remembers it for as long as nobody can know whether it arrived."""

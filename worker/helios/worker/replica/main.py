@@ -104,7 +104,7 @@ class _Replica:
         gate = CallGate(
             names=self._spec.names, revision=self._spec.revision, ledger=self._ledger, on_change=self._attachment.wake
         )
-        self._start.on_load = self._attachment.wake
+        self._start.on_load = self._attachment.note_load
         async with self._server(engine, gate) as server, self._ops() as ops_address:
             self._become_ready(server.address, ops_address, engine)
             ending = await self._ending
