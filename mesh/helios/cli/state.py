@@ -25,6 +25,11 @@ _LONGEST_SOCKET_NAME: Final = "envoy-admin.sock"
 # Everybody may write here, so that a name may be somebody else's.
 _SHARED: Final = Path(tempfile.gettempdir())
 
+# What a start that was cut short may have left; lost+found is there where a file system is mounted for the mesh.
+_OWN_NAMES: Final = frozenset(
+    {"admin-token", "envoy", "logs", "lost+found", "pki", "proxy", "registry", "run", "storage", "worker"}
+)
+
 
 @dataclass(frozen=True, slots=True)
 class StateDirectory:
@@ -69,6 +74,7 @@ class StateDirectory:
 
     def create(self) -> None:
         """Makes the directories, readable by their owner only. Raises PreconditionFailed where that is not possible."""
+        self._require_no_strangers()
         for directory in (self.root, self.pki, self.run, self.logs, self.sockets):
             try:
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -79,6 +85,26 @@ class StateDirectory:
                 raise PreconditionFailed(
                     f"can't use {directory} ({error.strerror}); choose another place with --state-dir"
                 ) from error
+
+    def _require_no_strangers(self) -> None:
+        """Raises PreconditionFailed where the directory is something else's: making it ours would lock others out.
+
+        ``--state-dir "$UNSET"`` is the current directory, and that may be a home or /tmp.
+        """
+        if (self.run / "lock").exists() or not self.root.is_dir():
+            return
+        try:
+            strangers = sorted({entry.name for entry in self.root.iterdir()} - _OWN_NAMES)
+        except OSError as error:
+            raise PreconditionFailed(
+                f"can't read {self.root} ({error.strerror}); choose another place with --state-dir"
+            ) from error
+        if strangers:
+            raise PreconditionFailed(
+                f"{self.root} is no state directory: {strangers[0]} is not the mesh's. Name a new or an empty one with "
+                "--state-dir",
+                reason="NOT_A_STATE_DIRECTORY",
+            )
 
     def component(self, name: str) -> Path:
         """Returns the directory that a component keeps its own state in."""

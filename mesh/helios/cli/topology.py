@@ -42,9 +42,11 @@ Settings = dict[str, dict[str, Any]]
 
 
 def default_state_directory() -> Path:
-    """Returns ``$XDG_STATE_HOME/helios``, by default ``~/.local/state/helios``."""
-    base = os.environ.get("XDG_STATE_HOME")  # noqa: TID251 - the XDG specification names the variable
-    return (Path(base) if base else Path.home() / ".local" / "state") / "helios"
+    """Returns ``$XDG_STATE_HOME/helios``, by default (and where that is relative, as XDG says)
+    ``~/.local/state/helios``.
+    """
+    base = os.environ.get("XDG_STATE_HOME", "")  # noqa: TID251 - the XDG specification names the variable
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".local" / "state") / "helios"
 
 
 def settings_of(options: "UpOptions") -> Settings:

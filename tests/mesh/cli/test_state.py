@@ -82,3 +82,22 @@ def test_a_directory_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PreconditionFailed, match="--state-dir"):
         read_mesh(StateDirectory(tmp_path / "file"))
+
+
+def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o755)
+    (home / ".bashrc").touch()
+    with pytest.raises(PreconditionFailed, match="bashrc"):
+        StateDirectory(home).create()
+    assert home.stat().st_mode & 0o777 == 0o755
+    assert [path.name for path in home.iterdir()] == [".bashrc"]
+
+
+def test_a_state_directory_may_be_empty_or_half_made_or_hold_a_users_notes(tmp_path: Path) -> None:
+    (tmp_path / "s" / "pki").mkdir(parents=True)
+    state = StateDirectory(tmp_path / "s")
+    state.create()
+    with state.lock():
+        (state.root / "notes").touch()
+    state.create()
