@@ -14,6 +14,7 @@ from helios.registry.catalog import Catalog
 from helios.registry.ingest import Ingester
 from helios.registry.manifest import parse_revision
 from helios.registry.names import check_name
+from helios.registry.records import IngestPhase, IngestProgress
 
 DEFAULT_PAGE_SIZE: Final = 100
 MAX_PAGE_SIZE: Final = 1_000
@@ -31,6 +32,10 @@ class RegistryServicer(RegistryServiceServicer):
         access.check_may_write(context)
         async with aclosing(self._ingester.ingest(wire.ingest_spec_from_proto(request))) as events:
             async for event in events:
+                # Over REST the first message is a 200: nothing is sent before the source was looked at, so that a source
+                # that can't be taken is an error of the request.
+                if event == IngestProgress(IngestPhase.INSPECT):
+                    continue
                 yield wire.ingest_event_to_proto(event)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
