@@ -407,3 +407,15 @@ def test_a_request_that_comes_while_the_model_stops_starts_it_anew() -> None:
     subject.drain_model(entry(), 2.0)
     _, todo = subject.hold(entry(), "q1", size_bytes=0, deadline=99.0, now=2.0)
     assert [type(order) for order in sent(todo)] == [StartReplica]
+
+
+def test_a_deleted_models_bytes_leave_the_nodes_unless_another_model_has_them() -> None:
+    alone, shared = core(), core()
+    known(alone)
+    known(shared, "m", "same bytes")
+    for subject, orders in ((alone, [EvictRevision("sha256:1")]), (shared, [])):
+        warm(subject)
+        subject.model_deleted("m", 1.0)
+        todo = subject.replica_event("w", 1, replica(state=ReplicaState.STOPPED), 2.0)
+        todo += subject.tick(2.0)
+        assert [order for order in sent(todo) if isinstance(order, EvictRevision)] == orders

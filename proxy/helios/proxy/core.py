@@ -210,9 +210,12 @@ class Core:
         return self._take(now)
 
     def model_deleted(self, name: str, now: float) -> list[actions.Action]:
-        """A model is gone."""
+        """A model is gone: its replicas drain, and its bytes leave the nodes unless another model has the same."""
+        entry = self.catalogue.find(name)
         if self.catalogue.delete(name):
             self.lifecycle.reconcile(name, now)
+            if entry is not None:
+                self.lifecycle.discard(entry.revision)
         return self._take(now)
 
     # Operators.

@@ -188,6 +188,12 @@ class Lifecycle:
         self._evict_idle()
         return count
 
+    def discard(self, revision: str) -> None:
+        """Drops the bytes of a deleted model's revision from the nodes once no replica uses them."""
+        if all(entry.revision != revision for entry in self._catalogue.models()):
+            self._evicting.add(revision)
+            self._evict_idle()
+
     def _desired(self, entry: ModelEntry, current: list[Replica], now: float) -> Desired:
         usage = Usage(
             held_count=self._holds.count(entry.name),
