@@ -116,11 +116,8 @@ async def test_errors_arrive_as_they_were_raised(
 
 
 async def test_a_source_that_cant_be_taken_is_an_error_before_the_first_message(client: RegistryClient) -> None:
-    events: list[object] = []
     with pytest.raises(InvalidRequest):
-        async for event in client.ingest("n", "/nothing"):
-            events.append(event)  # noqa: PERF401 - those before the error are looked at
-    assert events == []
+        await anext(client.ingest("n", "/nothing"))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class RegistryServicer(RegistryServiceServicer):
         access.check_may_write(context)
         async with aclosing(self._ingester.ingest(wire.ingest_spec_from_proto(request))) as events:
             async for event in events:
-                # Over REST the first message is a 200: nothing is sent before the source was looked at, so that a source
+                # Over REST the first message is a 200: nothing is sent before the source was looked at, so that one
                 # that can't be taken is an error of the request.
                 if event == IngestProgress(IngestPhase.INSPECT):
                     continue
