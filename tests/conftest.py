@@ -29,11 +29,14 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL_DIRECTORY = ROOT / "build" / "models" / "smollm2-135m-instruct"
 # Whole files of tests that start heavy processes one after another; `make check` leaves them out.
 SLOW_FILES = (
+    "proxy/test_gateway.py",
+    "proxy/test_process.py",
     "registry/test_convert.py",
     "registry/test_process.py",
     "storage/test_agent_process.py",
     "wire/test_changes.py",
     "worker/engines/test_compat.py",
+    "worker/supervisor/test_worker_process.py",
 )
 # A child that was sent SIGTERM may flush and fsync; sockets of gRPC are closed by its own threads.
 GRACE_SECONDS = 3.0
