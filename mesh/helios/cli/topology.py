@@ -18,7 +18,6 @@ from helios.cli.certificates import identity_of
 from helios.cli.children import ChildSpec
 from helios.cli.state import StateDirectory
 from helios.mesh.envoy.admin import EnvoyAdmin
-from helios.mesh.envoy.bootstrap import install
 from helios.mesh.envoy.process import command
 from helios.mesh.envoy.settings import EdgeSettings, Limits
 from helios.mesh.errors import InvalidRequest, Unavailable
@@ -151,6 +150,9 @@ def _envoy(state: StateDirectory, settings: Settings, options: "UpOptions") -> C
     async def is_serving() -> bool:
         async with EnvoyAdmin(_envoy_admin(state)) as admin:
             return await admin.is_ready()
+
+    # Half a second of every command, for what only `up` needs.
+    from helios.mesh.envoy.bootstrap import install  # noqa: PLC0415
 
     return ChildSpec("envoy", command(install(edge)), state.logs / "envoy.log", probe=is_serving)
 

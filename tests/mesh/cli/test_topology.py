@@ -1,5 +1,7 @@
 """Overrides of settings that make no sense are refused with a message, before anything starts."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,3 +24,8 @@ def test_overrides_that_make_no_sense_are_refused(tmp_path: Path, override: str)
     options = UpOptions(state, overrides=("proxy.listen=1", override))
     with pytest.raises(InvalidRequest, match="--set"):
         topology.children(state, topology.settings_of(options), options)
+
+
+def test_commands_do_not_wait_for_envoys_types() -> None:
+    code = "import sys, helios.cli.main; sys.exit('envoy_data_plane' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
