@@ -1,8 +1,8 @@
 """How long one routing decision takes: resolve, pick, reserve, as the picker does it for each request.
 
-A fleet of 1,000 replicas on 100 workers and 10,000 models; the model that is asked for has 10 replicas, then 100, then all
-1,000. Between picks a load report changes one of the replicas, as workers' reports do; it is not timed. The value is
-the median; the 99th percentile is reported beside it.
+A fleet of 1,000 replicas on 100 workers and 10,000 models; the model that is asked for has 10 replicas, then 100, then
+all 1,000. Between picks a load report changes one of the replicas, as workers' reports do; it is not timed. The value
+is the median; the 99th percentile is reported beside it.
 """
 
 import itertools

@@ -13,7 +13,6 @@ import grpc
 import grpc.aio
 from opentelemetry import trace
 from opentelemetry.instrumentation import grpc as instrumentation
-from opentelemetry.instrumentation.grpc import filters
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -22,7 +21,6 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 # of a request, and the interceptor loses its context where a client leaves a response stream early. What streams makes
 # its spans itself, where they mean something.
 UNTRACED_METHODS: Final = (
-    "AggregatedDiscoveryService",
     "Attach",
     "Chat",
     "Check",
@@ -65,5 +63,7 @@ def client_interceptors() -> list[grpc.aio.ClientInterceptor]:
     return list(make(filter_=_is_request))
 
 
-_is_untraced: Any = filters.any_of(*(filters.method_name(name) for name in UNTRACED_METHODS))
-_is_request: Any = filters.negate(_is_untraced)
+def _is_request(details: Any) -> bool:
+    """Whether a call gets a span; ``details`` is a server's or a client's, with a method in str or in bytes."""
+    method = details.method.decode() if isinstance(details.method, bytes) else details.method
+    return method.rpartition("/")[2] not in UNTRACED_METHODS
