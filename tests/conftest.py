@@ -45,10 +45,9 @@ LASTING_THREADS = ("_poll_wrapper", "OtelBatch", "pytest_timeout")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Seeds hypothesis: the same examples in every run, more and random ones in a soak."""
+    """Seeds hypothesis: the same examples in every run."""
     hypothesis.settings.register_profile("short", derandomize=True, deadline=None, max_examples=60)
-    hypothesis.settings.register_profile("soak", deadline=None, max_examples=3000)
-    hypothesis.settings.load_profile("soak" if config.getoption("markexpr") == "soak" else "short")
+    hypothesis.settings.load_profile("short")
     # gRPC's poller has a pair of sockets for as long as anybody uses it: made here, they are nobody's leak.
     grpc.aio.init_grpc_aio()
 

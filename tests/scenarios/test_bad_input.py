@@ -171,6 +171,13 @@ def test_the_admin_address_wants_token_host_and_no_foreign_origin(mesh: RunningM
     assert (mesh.state / "admin-token").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("body", [b"{}", b'{"replicas": 3}', b'{"replica_count": -1}', b'{"replica_count": 100000}'])
+def test_scaling_without_a_good_count_changes_nothing(mesh: RunningMesh, body: bytes) -> None:
+    before = mesh.request(f"/admin/v1/models/{MODEL}", is_admin=True).json
+    assert mesh.request(f"/admin/v1/models/{MODEL}:scale", body, is_admin=True).status == 400
+    assert mesh.request(f"/admin/v1/models/{MODEL}", is_admin=True).json == before
+
+
 def test_a_browser_may_call_the_public_address(mesh: RunningMesh) -> None:
     headers = {
         "origin": "http://app.example",

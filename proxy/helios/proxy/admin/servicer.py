@@ -45,6 +45,8 @@ class AdminServicer(AdminServiceServicer):
 
     async def ScaleModel(self, request: pb.ScaleModelRequest, context: Any) -> pb.ScaleModelResponse:
         """Writes the count to the registry and follows it at once."""
+        if not request.HasField("replica_count"):
+            raise InvalidRequest("replica_count is required; 0 stops the model", metadata={"param": "replica_count"})
         count = request.replica_count
         if count > MAX_REPLICA_COUNT:
             raise InvalidRequest(

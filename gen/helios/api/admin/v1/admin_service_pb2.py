@@ -27,7 +27,7 @@ from helios.api.fleet.v1 import fleet_service_pb2 as helios_dot_api_dot_fleet_do
 from helios.api.fleet.v1 import types_pb2 as helios_dot_api_dot_fleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'helios/api/admin/v1/admin_service.proto\x12\x13helios.api.admin.v1\x1a\x1cgoogle/api/annotations.proto\x1a\'helios/api/fleet/v1/fleet_service.proto\x1a\x1fhelios/api/fleet/v1/types.proto\"+\n\x13PreloadModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"P\n\x14PreloadModelResponse\x12\x38\n\x08replicas\x18\x01 \x03(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x08replicas\"N\n\x11ScaleModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12#\n\rreplica_count\x18\x02 \x01(\rR\x0creplicaCount\"Z\n\x12ScaleModelResponse\x12#\n\rdesired_count\x18\x01 \x01(\rR\x0c\x64\x65siredCount\x12\x1f\n\x0bready_count\x18\x02 \x01(\rR\nreadyCount\")\n\x11\x45victModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\";\n\x12\x45victModelResponse\x12%\n\x0e\x64raining_count\x18\x01 \x01(\rR\rdrainingCount\"P\n\x12ListWorkersRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\"t\n\x13ListWorkersResponse\x12\x35\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.helios.api.admin.v1.WorkerR\x07workers\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xe8\x01\n\x06Worker\x12\x1b\n\tworker_id\x18\x01 \x01(\tR\x08workerId\x12\x12\n\x04node\x18\x02 \x01(\tR\x04node\x12\x35\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1b.helios.api.fleet.v1.DeviceR\x07\x64\x65vices\x12\x18\n\x07\x65ngines\x18\x04 \x03(\tR\x07\x65ngines\x12\x1d\n\nslot_count\x18\x05 \x01(\rR\tslotCount\x12#\n\rreplica_count\x18\x06 \x01(\rR\x0creplicaCount\x12\x18\n\x07version\x18\x07 \x01(\tR\x07version\"g\n\x13ListReplicasRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1b\n\tpage_size\x18\x02 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x03 \x01(\tR\tpageToken\"\x80\x01\n\x14ListReplicasResponse\x12@\n\x08replicas\x18\x01 \x03(\x0b\x32$.helios.api.admin.v1.ReplicaOnWorkerR\x08replicas\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"f\n\x0fReplicaOnWorker\x12\x36\n\x07replica\x18\x01 \x01(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x07replica\x12\x1b\n\tworker_id\x18\x02 \x01(\tR\x08workerId2\xbe\x05\n\x0c\x41\x64minService\x12\x93\x01\n\x0cPreloadModel\x12(.helios.api.admin.v1.PreloadModelRequest\x1a).helios.api.admin.v1.PreloadModelResponse\".\x82\xd3\xe4\x93\x02(\"#/admin/v1/models/{model=**}:preload:\x01*\x12\x8b\x01\n\nScaleModel\x12&.helios.api.admin.v1.ScaleModelRequest\x1a\'.helios.api.admin.v1.ScaleModelResponse\",\x82\xd3\xe4\x93\x02&\"!/admin/v1/models/{model=**}:scale:\x01*\x12\x8b\x01\n\nEvictModel\x12&.helios.api.admin.v1.EvictModelRequest\x1a\'.helios.api.admin.v1.EvictModelResponse\",\x82\xd3\xe4\x93\x02&\"!/admin/v1/models/{model=**}:evict:\x01*\x12{\n\x0bListWorkers\x12\'.helios.api.admin.v1.ListWorkersRequest\x1a(.helios.api.admin.v1.ListWorkersResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/admin/v1/workers\x12\x7f\n\x0cListReplicas\x12(.helios.api.admin.v1.ListReplicasRequest\x1a).helios.api.admin.v1.ListReplicasResponse\"\x1a\x82\xd3\xe4\x93\x02\x14\x12\x12/admin/v1/replicasb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'helios/api/admin/v1/admin_service.proto\x12\x13helios.api.admin.v1\x1a\x1cgoogle/api/annotations.proto\x1a\'helios/api/fleet/v1/fleet_service.proto\x1a\x1fhelios/api/fleet/v1/types.proto\"+\n\x13PreloadModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"P\n\x14PreloadModelResponse\x12\x38\n\x08replicas\x18\x01 \x03(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x08replicas\"e\n\x11ScaleModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12(\n\rreplica_count\x18\x02 \x01(\rH\x00R\x0creplicaCount\x88\x01\x01\x42\x10\n\x0e_replica_count\"Z\n\x12ScaleModelResponse\x12#\n\rdesired_count\x18\x01 \x01(\rR\x0c\x64\x65siredCount\x12\x1f\n\x0bready_count\x18\x02 \x01(\rR\nreadyCount\")\n\x11\x45victModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\";\n\x12\x45victModelResponse\x12%\n\x0e\x64raining_count\x18\x01 \x01(\rR\rdrainingCount\"P\n\x12ListWorkersRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\"t\n\x13ListWorkersResponse\x12\x35\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.helios.api.admin.v1.WorkerR\x07workers\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xe8\x01\n\x06Worker\x12\x1b\n\tworker_id\x18\x01 \x01(\tR\x08workerId\x12\x12\n\x04node\x18\x02 \x01(\tR\x04node\x12\x35\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1b.helios.api.fleet.v1.DeviceR\x07\x64\x65vices\x12\x18\n\x07\x65ngines\x18\x04 \x03(\tR\x07\x65ngines\x12\x1d\n\nslot_count\x18\x05 \x01(\rR\tslotCount\x12#\n\rreplica_count\x18\x06 \x01(\rR\x0creplicaCount\x12\x18\n\x07version\x18\x07 \x01(\tR\x07version\"g\n\x13ListReplicasRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1b\n\tpage_size\x18\x02 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x03 \x01(\tR\tpageToken\"\x80\x01\n\x14ListReplicasResponse\x12@\n\x08replicas\x18\x01 \x03(\x0b\x32$.helios.api.admin.v1.ReplicaOnWorkerR\x08replicas\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"f\n\x0fReplicaOnWorker\x12\x36\n\x07replica\x18\x01 \x01(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x07replica\x12\x1b\n\tworker_id\x18\x02 \x01(\tR\x08workerId2\xbe\x05\n\x0c\x41\x64minService\x12\x93\x01\n\x0cPreloadModel\x12(.helios.api.admin.v1.PreloadModelRequest\x1a).helios.api.admin.v1.PreloadModelResponse\".\x82\xd3\xe4\x93\x02(\"#/admin/v1/models/{model=**}:preload:\x01*\x12\x8b\x01\n\nScaleModel\x12&.helios.api.admin.v1.ScaleModelRequest\x1a\'.helios.api.admin.v1.ScaleModelResponse\",\x82\xd3\xe4\x93\x02&\"!/admin/v1/models/{model=**}:scale:\x01*\x12\x8b\x01\n\nEvictModel\x12&.helios.api.admin.v1.EvictModelRequest\x1a\'.helios.api.admin.v1.EvictModelResponse\",\x82\xd3\xe4\x93\x02&\"!/admin/v1/models/{model=**}:evict:\x01*\x12{\n\x0bListWorkers\x12\'.helios.api.admin.v1.ListWorkersRequest\x1a(.helios.api.admin.v1.ListWorkersResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/admin/v1/workers\x12\x7f\n\x0cListReplicas\x12(.helios.api.admin.v1.ListReplicasRequest\x1a).helios.api.admin.v1.ListReplicasResponse\"\x1a\x82\xd3\xe4\x93\x02\x14\x12\x12/admin/v1/replicasb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,25 +49,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PRELOADMODELRESPONSE']._serialized_start=213
   _globals['_PRELOADMODELRESPONSE']._serialized_end=293
   _globals['_SCALEMODELREQUEST']._serialized_start=295
-  _globals['_SCALEMODELREQUEST']._serialized_end=373
-  _globals['_SCALEMODELRESPONSE']._serialized_start=375
-  _globals['_SCALEMODELRESPONSE']._serialized_end=465
-  _globals['_EVICTMODELREQUEST']._serialized_start=467
-  _globals['_EVICTMODELREQUEST']._serialized_end=508
-  _globals['_EVICTMODELRESPONSE']._serialized_start=510
-  _globals['_EVICTMODELRESPONSE']._serialized_end=569
-  _globals['_LISTWORKERSREQUEST']._serialized_start=571
-  _globals['_LISTWORKERSREQUEST']._serialized_end=651
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=653
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=769
-  _globals['_WORKER']._serialized_start=772
-  _globals['_WORKER']._serialized_end=1004
-  _globals['_LISTREPLICASREQUEST']._serialized_start=1006
-  _globals['_LISTREPLICASREQUEST']._serialized_end=1109
-  _globals['_LISTREPLICASRESPONSE']._serialized_start=1112
-  _globals['_LISTREPLICASRESPONSE']._serialized_end=1240
-  _globals['_REPLICAONWORKER']._serialized_start=1242
-  _globals['_REPLICAONWORKER']._serialized_end=1344
-  _globals['_ADMINSERVICE']._serialized_start=1347
-  _globals['_ADMINSERVICE']._serialized_end=2049
+  _globals['_SCALEMODELREQUEST']._serialized_end=396
+  _globals['_SCALEMODELRESPONSE']._serialized_start=398
+  _globals['_SCALEMODELRESPONSE']._serialized_end=488
+  _globals['_EVICTMODELREQUEST']._serialized_start=490
+  _globals['_EVICTMODELREQUEST']._serialized_end=531
+  _globals['_EVICTMODELRESPONSE']._serialized_start=533
+  _globals['_EVICTMODELRESPONSE']._serialized_end=592
+  _globals['_LISTWORKERSREQUEST']._serialized_start=594
+  _globals['_LISTWORKERSREQUEST']._serialized_end=674
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=676
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=792
+  _globals['_WORKER']._serialized_start=795
+  _globals['_WORKER']._serialized_end=1027
+  _globals['_LISTREPLICASREQUEST']._serialized_start=1029
+  _globals['_LISTREPLICASREQUEST']._serialized_end=1132
+  _globals['_LISTREPLICASRESPONSE']._serialized_start=1135
+  _globals['_LISTREPLICASRESPONSE']._serialized_end=1263
+  _globals['_REPLICAONWORKER']._serialized_start=1265
+  _globals['_REPLICAONWORKER']._serialized_end=1367
+  _globals['_ADMINSERVICE']._serialized_start=1370
+  _globals['_ADMINSERVICE']._serialized_end=2072
 # @@protoc_insertion_point(module_scope)

@@ -77,18 +77,20 @@ class ScaleModelRequest(_message.Message):
     model: _builtins.str
     """Name or alias."""
     replica_count: _builtins.int
-    """Replicas to keep. At most 1,000."""
+    """Replicas to keep. Required, because 0 stops the model: a misspelt field must not. At most 1,000."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
-        replica_count: _builtins.int = ...,
+        replica_count: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_replica_count", b"_replica_count", "replica_count", b"replica_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "replica_count", b"replica_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_replica_count", b"_replica_count", "model", b"model", "replica_count", b"replica_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__replica_count: _TypeAlias = _typing.Literal["replica_count"]  # noqa: Y015
+    _WhichOneofArgType__replica_count: _TypeAlias = _typing.Literal["_replica_count", b"_replica_count"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replica_count) -> _WhichOneofReturnType__replica_count | None: ...
 
 Global___ScaleModelRequest: _TypeAlias = ScaleModelRequest  # noqa: Y015
 
