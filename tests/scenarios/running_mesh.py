@@ -65,6 +65,11 @@ class RunningMesh:
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
+    def console(self) -> Path:
+        """What ``helios up`` printed; beside the state directory, which takes no strangers' files."""
+        return self.state.with_name(f"{self.state.name}-console.log")
+
+    @property
     def edge(self) -> str:
         """``host:port`` of the public address."""
         return f"127.0.0.1:{self.port}"
@@ -83,8 +88,8 @@ class RunningMesh:
         """Runs ``helios up`` and returns when it says that it is ready."""
         command = [HELIOS, "up", "--state-dir", str(self.state), "--port", str(self.port)]
         command += ["--admin-port", str(self.admin_port), *(f"--set={setting}" for setting in self._settings)]
-        self.state.mkdir(parents=True, exist_ok=True)
-        with (self.state / "console.log").open("ab") as log:
+        self.console.parent.mkdir(parents=True, exist_ok=True)
+        with self.console.open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         self.wait(lambda: self._has_state("ready"), timeout_seconds, "the mesh is ready")
 
@@ -119,7 +124,7 @@ class RunningMesh:
         while not condition():
             is_dead = self._process is not None and self._process.poll() is not None
             if time.monotonic() > deadline or is_dead:
-                console = (self.state / "console.log").read_text(errors="replace")[-4000:]
+                console = self.console.read_text(errors="replace")[-4000:]
                 raise AssertionError(f"not reached in {timeout_seconds} s: {what}\n{console}")
             time.sleep(0.05)
 

@@ -19,7 +19,7 @@ def up(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_what_up_prints_works_when_pasted(mesh: RunningMesh) -> None:
     assert mesh.chat().status == 200
-    text = (mesh.state / "console.log").read_text()
+    text = mesh.console.read_text()
     curl = re.search(r"^  (curl .*)$", text, re.MULTILINE)
     assert curl is not None
     assert "[DONE]" in shell(curl[1])

@@ -33,6 +33,8 @@ log = structlog.get_logger()
 # Raised when convert.py writes other bytes for the same file.
 _FORMAT: Final = 1
 _MODULE: Final = "helios.registry.convert"
+# SIGKILL needs milliseconds; a process in uninterruptible I/O is not waited for.
+_END_SECONDS: Final = 10.0
 # The end of a traceback; the log is no place for more.
 _LOG_BYTES: Final = 4096
 
@@ -157,9 +159,14 @@ async def _end(process: Process) -> None:
     """Kills the process's group, whoever is left in it, and reaps the process."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    await process.wait()
     if process.stdin is not None:
         process.stdin.close()
+    try:
+        # asyncio's wait also wants the ends of the pipes, which whoever left the group may still hold.
+        async with asyncio.timeout(_END_SECONDS):
+            await process.wait()
+    except TimeoutError:
+        log.warning("converter was killed, its pipes stay open", pid=process.pid)
 
 
 def _version(distribution: str) -> str:
