@@ -39,7 +39,7 @@ SLOW_FILES = (
     "worker/supervisor/test_worker_process.py",
 )
 # A child that was sent SIGTERM may flush and fsync; sockets of gRPC are closed by its own threads.
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 8.0
 # Started once in a process and kept for good: gRPC's poller, and the worker threads of hypothesis and OpenTelemetry.
 LASTING_THREADS = ("_poll_wrapper", "OtelBatch", "pytest_timeout")
 
@@ -150,11 +150,11 @@ def _descriptors() -> set[str]:
 
 
 def _children() -> set[str]:
-    return {f"process {child.pid} {child.name()}" for child in psutil.Process().children() if _is_alive(child)}
+    return {name for child in psutil.Process().children() if (name := _living(child))}
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def _living(process: psutil.Process) -> str:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE
+        return f"process {process.pid} {process.name()}" if process.status() != psutil.STATUS_ZOMBIE else ""
     except psutil.NoSuchProcess:
-        return False
+        return ""

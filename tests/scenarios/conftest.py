@@ -26,10 +26,8 @@ def mesh(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iter
     try:
         running.start()
         yield running
+    finally:
         status = running.stop()
-    except BaseException:
-        running.stop()
-        raise
     assert status == 0
 
 

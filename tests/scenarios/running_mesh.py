@@ -1,8 +1,10 @@
 """A whole mesh as the tests see it: started by the command that users type, found by what it wrote."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -97,12 +99,12 @@ class RunningMesh:
         """Sends SIGINT, as Ctrl-C does; returns the exit status. What is left after the timeout is killed."""
         assert self._process is not None
         tree = [self._process.pid, *(child.pid for child in psutil.Process(self._process.pid).children(recursive=True))]
-        self._process.send_signal(2)
+        self._process.send_signal(signal.SIGINT)
         try:
             return self._process.wait(timeout_seconds)
         finally:
             for pid in tree:
-                if psutil.pid_exists(pid):
+                with contextlib.suppress(psutil.NoSuchProcess):
                     psutil.Process(pid).kill()
             self._process.wait(5)
 

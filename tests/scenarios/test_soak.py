@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -98,7 +99,7 @@ class Load:
         while not self._stop.is_set():
             try:
                 answer = self._mesh.request("/v1/chat/completions", json.dumps(body).encode(), timeout_seconds=320)
-            except OSError:
+            except (OSError, HTTPException):
                 # Envoy, or the replica in mid-answer, was killed: the connection says so.
                 self.seen["cut"] += 1
                 time.sleep(0.1)

@@ -61,6 +61,8 @@ T = TypeVar("T")
 
 # Reads take milliseconds; a registry that was just started may still open its database.
 DEFAULT_TIMEOUT_SECONDS: Final = 10.0
+# A registry that restarts serves again within two or three seconds.
+RESTART_SECONDS: Final = 6.0
 # Deleting may wait for an ingest's commit and removes files of a whole model.
 DELETE_TIMEOUT_SECONDS: Final = 60.0
 # A large model off a slow disk; the registry's own limits end an ingest that hangs.
@@ -119,7 +121,9 @@ class RegistryClient:
     async def update_policy(self, name: str, policy: ModelPolicy) -> Model:
         """Sets how many replicas a model has. Raises ModelNotFound, InvalidRequest (INVALID_POLICY)."""
         request = pb.UpdatePolicyRequest(name=name, policy=wire.policy_to_proto(policy))
-        response = await _call(self._stub().UpdatePolicy(request, timeout=self._timeout_seconds))
+        # Idempotent, and an operator waits for it: a registry that restarts is waited for.
+        stub = self._stub()
+        response = await _call(stub.UpdatePolicy(request, timeout=RESTART_SECONDS, wait_for_ready=True))
         return wire.model_from_proto(response.model)
 
     async def put_alias(self, alias: str, model: str) -> Model:

@@ -105,6 +105,7 @@ class Mesh:
 
 @pytest.fixture
 async def mesh(folder: Path) -> AsyncIterator[Mesh]:
+    strangers = {child.pid for child in psutil.Process().children()}
     authority = CertificateAuthority.open(folder / "pki")
     for component in ("worker", "proxy", "storage"):
         authority.issue(component, folder / "pki" / component)
@@ -124,13 +125,16 @@ async def mesh(folder: Path) -> AsyncIterator[Mesh]:
         yield mesh
         # Shown where a test fails.
         print(mesh.log())
-        await asyncio.to_thread(_reap_everything)
+        await asyncio.to_thread(_reap_everything_but, strangers)
 
 
-def _reap_everything() -> None:
+def _reap_everything_but(strangers: set[int]) -> None:
     """Waits for what a killed worker left to this process: its launcher ends by itself, replicas only when killed."""
     deadline = time.monotonic() + 5
-    while (children := psutil.Process().children()) and time.monotonic() < deadline + 5:
+    while time.monotonic() < deadline + 5:
+        children = [child for child in psutil.Process().children() if child.pid not in strangers]
+        if not children:
+            return
         for child in children:
             if time.monotonic() > deadline:
                 child.kill()
