@@ -10,14 +10,14 @@ from tests.scenarios.collector import Collector
 from tests.scenarios.running_mesh import RunningMesh
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def collector() -> Iterator[Collector]:
     """Gets the traces of the mesh."""
     with Collector() as running:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def mesh(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[RunningMesh]:
     """A mesh that serves the embedded model; scenarios may restart its parts but leave it serving."""
     processes = ("registry", "storage", "proxy", "worker", "envoy")
