@@ -75,6 +75,7 @@ class Attachment:
         self._on_stop = on_stop
         self._changed = asyncio.Event()
         self._is_load_moving = False
+        self._session_number = 0
         self._report_seconds = _SHORTEST_REPORT_SECONDS
         self._sent: deque[tuple[float, Changes]] = deque()
         self.lost_at: float | None = time.monotonic()
@@ -102,9 +103,10 @@ class Attachment:
     async def _session(self, dialer: Dialer) -> None:
         stub = dialer.stub(supervisor_service_pb2_grpc.SupervisorServiceStub)
         welcomed = asyncio.Event()
+        self._session_number += 1
         # An iterator of requests rather than stream.write: on a channel with interceptors, grpcio's write leaves a task
         # behind when the server ends the stream.
-        stream = stub.Attach(self._speak(welcomed))
+        stream = stub.Attach(self._speak(welcomed, self._session_number))
         try:
             async for response in stream:
                 self._listen(response)
@@ -112,6 +114,9 @@ class Attachment:
             raise Unavailable("the supervisor ended the session")
         finally:
             stream.cancel()
+            # grpcio closes the iterator some time later; until then it must take nothing that the next session is to
+            # tell.
+            self._session_number += 1
             if self.lost_at is None:
                 self.lost_at = time.monotonic()
             # It may have arrived: the supervisor counts by request id, so twice is harmless and lost is not.
@@ -132,13 +137,13 @@ class Attachment:
             case "stop":
                 self._on_stop()
 
-    async def _speak(self, welcomed: asyncio.Event) -> AsyncIterator[pb.AttachRequest]:
+    async def _speak(self, welcomed: asyncio.Event, number: int) -> AsyncIterator[pb.AttachRequest]:
         """Yields hello, and after the welcome what changed, at most once in a report interval while ready."""
         condition = self._condition
         phase_count, state = len(condition.phases), condition.state
         yield pb.AttachRequest(hello=self._hello())
         await welcomed.wait()
-        while True:
+        while number == self._session_number:
             for phase in condition.phases[phase_count:]:
                 yield pb.AttachRequest(progress=self._progress(phase))
             phase_count = len(condition.phases)
@@ -150,9 +155,9 @@ class Attachment:
             yield pb.AttachRequest(load=self._load_delta(self._take()))
             if state is State.READY:
                 await asyncio.sleep(self._report_seconds)
-            await self._wait_changed()
+            await self._wait_changed(number)
 
-    async def _wait_changed(self) -> None:
+    async def _wait_changed(self, number: int) -> None:
         """Waits for something worth a message at once; a load that only moves is told once in a while."""
         while True:
             try:
@@ -161,8 +166,10 @@ class Attachment:
             except TimeoutError:
                 if not self._is_load_moving:
                     continue
-            self._changed.clear()
-            self._is_load_moving = False
+            # A session that is over leaves the mark for the next one.
+            if number == self._session_number:
+                self._changed.clear()
+                self._is_load_moving = False
             return
 
     def _take(self) -> Changes:
