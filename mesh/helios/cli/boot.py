@@ -3,7 +3,8 @@
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.filesize import decimal
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from helios.cli.up import Progress
@@ -23,7 +24,7 @@ class BootDisplay:
                 TextColumn("{task.description:<14}"),
                 TextColumn("{task.fields[detail]}"),
                 BarColumn(bar_width=24),
-                DownloadColumn(),
+                TextColumn("{task.fields[size]}"),
                 TimeElapsedColumn(),
                 console=console,
             )
@@ -54,10 +55,12 @@ class BootDisplay:
 
     def _draw(self, bars: Bars, progress: Progress) -> None:
         if progress.step not in self._tasks:
-            self._tasks[progress.step] = bars.add_task(progress.step, total=None, detail="")
+            self._tasks[progress.step] = bars.add_task(progress.step, total=None, detail="", size="")
         task = self._tasks[progress.step]
         if progress.state == "done":
             total = progress.total_bytes or 1
-            bars.update(task, detail=progress.detail, completed=total, total=total)
+            bars.update(task, detail=progress.detail, size="", completed=total, total=total)
         else:
-            bars.update(task, detail=progress.detail, completed=progress.done_bytes, total=progress.total_bytes or None)
+            done, total_bytes = progress.done_bytes, progress.total_bytes or None
+            size = f"{decimal(done)} of {decimal(total_bytes)}" if total_bytes else ""
+            bars.update(task, detail=progress.detail, size=size, completed=done, total=total_bytes)
