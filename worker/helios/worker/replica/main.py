@@ -39,7 +39,8 @@ INFERENCE_SERVICE: Final = "helios.api.inference.v1.InferenceService"
 _CALLERS: Final = frozenset({"edge", "proxy"})
 _HEALTH_CHECK_SECONDS: Final = 0.5
 # Time for the supervisor to hear why, before the process is gone.
-_LAST_WORDS_SECONDS: Final = 2.0
+_LAST_WORDS_SECONDS: Final = 5.0
+_FLUSH_SECONDS: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +209,8 @@ class _Replica:
         try:
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
                 await self._condition.failure_told.wait()
+                # gRPC says when it has taken a message, not when it has sent it; the process ends right after this.
+                await asyncio.sleep(_FLUSH_SECONDS)
         except TimeoutError:
             log.warning("supervisor did not hear of the failure")
 
