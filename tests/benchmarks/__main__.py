@@ -35,15 +35,17 @@ def main() -> int:
     if unknown := only - modules.keys():
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(modules)}")
     console = Console()
+    REPORT.parent.mkdir(exist_ok=True)
     results: list[Mapping[str, Any]] = []
+    judged: list[Judged] = []
     for name, module in modules.items():
         if not only or name in only:
             console.print(f"running {name} …")
             results += run(module)
-    judged = judge(results, bars)
+            # After each module: what was measured is not lost when a later one fails.
+            judged = judge(results, bars)
+            REPORT.write_text(json.dumps([line.as_json() for line in judged], indent=2) + "\n")
     console.print(table(judged))
-    REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text(json.dumps([line.as_json() for line in judged], indent=2) + "\n")
     absent = [] if only else missing(results, bars)
     for bar in absent:
         console.print(f"[red]not measured: {bar.name} ({bar.what})")
