@@ -23,46 +23,48 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from helios.api.engine.v1 import engine_settings_pb2 as helios_dot_api_dot_engine_dot_v1_dot_engine__settings__pb2
 from helios.api.fleet.v1 import types_pb2 as helios_dot_api_dot_fleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'helios/api/fleet/v1/fleet_service.proto\x12\x13helios.api.fleet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fhelios/api/fleet/v1/types.proto\"\xd4\x02\n\x0eSessionRequest\x12\x32\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.helios.api.fleet.v1.HelloH\x00R\x05hello\x12H\n\rreplica_event\x18\x02 \x01(\x0b\x32!.helios.api.fleet.v1.ReplicaEventH\x00R\x0creplicaEvent\x12\x35\n\x04load\x18\x03 \x01(\x0b\x32\x1f.helios.api.fleet.v1.LoadReportH\x00R\x04load\x12\x42\n\x0b\x63ommand_ack\x18\x04 \x01(\x0b\x32\x1f.helios.api.fleet.v1.CommandAckH\x00R\ncommandAck\x12>\n\theartbeat\x18\x05 \x01(\x0b\x32\x1e.helios.api.fleet.v1.HeartbeatH\x00R\theartbeatB\t\n\x07message\"\xd0\x01\n\x0fSessionResponse\x12\x38\n\x07welcome\x18\x01 \x01(\x0b\x32\x1c.helios.api.fleet.v1.WelcomeH\x00R\x07welcome\x12\x38\n\x07\x63ommand\x18\x02 \x01(\x0b\x32\x1c.helios.api.fleet.v1.CommandH\x00R\x07\x63ommand\x12>\n\theartbeat\x18\x03 \x01(\x0b\x32\x1e.helios.api.fleet.v1.HeartbeatH\x00R\theartbeatB\t\n\x07message\"\x9e\x02\n\x05Hello\x12\x1b\n\tworker_id\x18\x01 \x01(\tR\x08workerId\x12 \n\x0bincarnation\x18\x02 \x01(\tR\x0bincarnation\x12\x12\n\x04node\x18\x03 \x01(\tR\x04node\x12\x35\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x1b.helios.api.fleet.v1.DeviceR\x07\x64\x65vices\x12\x18\n\x07\x65ngines\x18\x05 \x03(\tR\x07\x65ngines\x12\x1d\n\nslot_count\x18\x06 \x01(\rR\tslotCount\x12\x38\n\x08replicas\x18\x07 \x03(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x08replicas\x12\x18\n\x07version\x18\x08 \x01(\tR\x07version\"\xa0\x01\n\x06\x44\x65vice\x12\x1b\n\tdevice_id\x18\x01 \x01(\tR\x08\x64\x65viceId\x12\x33\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.helios.api.fleet.v1.DeviceKindR\x04kind\x12!\n\x0cmemory_bytes\x18\x03 \x01(\x04R\x0bmemoryBytes\x12!\n\x0c\x62ooked_bytes\x18\x04 \x01(\x04R\x0b\x62ookedBytes\"h\n\x07Welcome\x12\x42\n\x0freport_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0ereportInterval\x12\x19\n\x08proxy_id\x18\x02 \x01(\tR\x07proxyId\"b\n\x0cReplicaEvent\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\x12\x36\n\x07replica\x18\x02 \x01(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x07replica\"D\n\nLoadReport\x12\x36\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1e.helios.api.fleet.v1.LoadDeltaR\x06\x64\x65ltas\"\x0b\n\tHeartbeat\"\x9d\x02\n\x07\x43ommand\x12\x1d\n\ncommand_id\x18\x01 \x01(\tR\tcommandId\x12\x39\n\x05start\x18\x02 \x01(\x0b\x32!.helios.api.fleet.v1.StartReplicaH\x00R\x05start\x12\x39\n\x05\x64rain\x18\x03 \x01(\x0b\x32!.helios.api.fleet.v1.DrainReplicaH\x00R\x05\x64rain\x12\x36\n\x04stop\x18\x04 \x01(\x0b\x32 .helios.api.fleet.v1.StopReplicaH\x00R\x04stop\x12:\n\x05\x65vict\x18\x05 \x01(\x0b\x32\".helios.api.fleet.v1.EvictRevisionH\x00R\x05\x65victB\t\n\x07\x63ommand\"\xee\x01\n\x0cStartReplica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12\x16\n\x06\x65ngine\x18\x04 \x01(\tR\x06\x65ngine\x12!\n\x0cmemory_bytes\x18\x05 \x01(\x04R\x0bmemoryBytes\x12$\n\x0ekv_cache_bytes\x18\x06 \x01(\x04R\x0ckvCacheBytes\x12,\n\x12max_context_tokens\x18\x07 \x01(\rR\x10maxContextTokens\"b\n\x0c\x44rainReplica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\x12\x33\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07timeout\",\n\x0bStopReplica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\"+\n\rEvictRevision\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\"l\n\nCommandAck\x12\x1d\n\ncommand_id\x18\x01 \x01(\tR\tcommandId\x12%\n\x0erefused_reason\x18\x02 \x01(\tR\rrefusedReason\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message*T\n\nDeviceKind\x12\x1b\n\x17\x44\x45VICE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45VICE_KIND_CPU\x10\x01\x12\x14\n\x10\x44\x45VICE_KIND_CUDA\x10\x02\x32h\n\x0c\x46leetService\x12X\n\x07Session\x12#.helios.api.fleet.v1.SessionRequest\x1a$.helios.api.fleet.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'helios/api/fleet/v1/fleet_service.proto\x12\x13helios.api.fleet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a*helios/api/engine/v1/engine_settings.proto\x1a\x1fhelios/api/fleet/v1/types.proto\"\xd4\x02\n\x0eSessionRequest\x12\x32\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.helios.api.fleet.v1.HelloH\x00R\x05hello\x12H\n\rreplica_event\x18\x02 \x01(\x0b\x32!.helios.api.fleet.v1.ReplicaEventH\x00R\x0creplicaEvent\x12\x35\n\x04load\x18\x03 \x01(\x0b\x32\x1f.helios.api.fleet.v1.LoadReportH\x00R\x04load\x12\x42\n\x0b\x63ommand_ack\x18\x04 \x01(\x0b\x32\x1f.helios.api.fleet.v1.CommandAckH\x00R\ncommandAck\x12>\n\theartbeat\x18\x05 \x01(\x0b\x32\x1e.helios.api.fleet.v1.HeartbeatH\x00R\theartbeatB\t\n\x07message\"\xd0\x01\n\x0fSessionResponse\x12\x38\n\x07welcome\x18\x01 \x01(\x0b\x32\x1c.helios.api.fleet.v1.WelcomeH\x00R\x07welcome\x12\x38\n\x07\x63ommand\x18\x02 \x01(\x0b\x32\x1c.helios.api.fleet.v1.CommandH\x00R\x07\x63ommand\x12>\n\theartbeat\x18\x03 \x01(\x0b\x32\x1e.helios.api.fleet.v1.HeartbeatH\x00R\theartbeatB\t\n\x07message\"\x9e\x02\n\x05Hello\x12\x1b\n\tworker_id\x18\x01 \x01(\tR\x08workerId\x12 \n\x0bincarnation\x18\x02 \x01(\tR\x0bincarnation\x12\x12\n\x04node\x18\x03 \x01(\tR\x04node\x12\x35\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x1b.helios.api.fleet.v1.DeviceR\x07\x64\x65vices\x12\x18\n\x07\x65ngines\x18\x05 \x03(\tR\x07\x65ngines\x12\x1d\n\nslot_count\x18\x06 \x01(\rR\tslotCount\x12\x38\n\x08replicas\x18\x07 \x03(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x08replicas\x12\x18\n\x07version\x18\x08 \x01(\tR\x07version\"\xa0\x01\n\x06\x44\x65vice\x12\x1b\n\tdevice_id\x18\x01 \x01(\tR\x08\x64\x65viceId\x12\x33\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.helios.api.fleet.v1.DeviceKindR\x04kind\x12!\n\x0cmemory_bytes\x18\x03 \x01(\x04R\x0bmemoryBytes\x12!\n\x0c\x62ooked_bytes\x18\x04 \x01(\x04R\x0b\x62ookedBytes\"h\n\x07Welcome\x12\x42\n\x0freport_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0ereportInterval\x12\x19\n\x08proxy_id\x18\x02 \x01(\tR\x07proxyId\"b\n\x0cReplicaEvent\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\x12\x36\n\x07replica\x18\x02 \x01(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x07replica\"D\n\nLoadReport\x12\x36\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1e.helios.api.fleet.v1.LoadDeltaR\x06\x64\x65ltas\"\x0b\n\tHeartbeat\"\x9d\x02\n\x07\x43ommand\x12\x1d\n\ncommand_id\x18\x01 \x01(\tR\tcommandId\x12\x39\n\x05start\x18\x02 \x01(\x0b\x32!.helios.api.fleet.v1.StartReplicaH\x00R\x05start\x12\x39\n\x05\x64rain\x18\x03 \x01(\x0b\x32!.helios.api.fleet.v1.DrainReplicaH\x00R\x05\x64rain\x12\x36\n\x04stop\x18\x04 \x01(\x0b\x32 .helios.api.fleet.v1.StopReplicaH\x00R\x04stop\x12:\n\x05\x65vict\x18\x05 \x01(\x0b\x32\".helios.api.fleet.v1.EvictRevisionH\x00R\x05\x65victB\t\n\x07\x63ommand\"\xc1\x03\n\x0cStartReplica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12\x16\n\x06\x65ngine\x18\x04 \x01(\tR\x06\x65ngine\x12!\n\x0cmemory_bytes\x18\x05 \x01(\x04R\x0bmemoryBytes\x12$\n\x0ekv_cache_bytes\x18\x06 \x01(\x04R\x0ckvCacheBytes\x12,\n\x12max_context_tokens\x18\x07 \x01(\rR\x10maxContextTokens\x12M\n\x0f\x65ngine_settings\x18\x08 \x01(\x0b\x32$.helios.api.engine.v1.EngineSettingsR\x0e\x65ngineSettings\x12!\n\x0cserved_names\x18\t \x03(\tR\x0bservedNames\x12 \n\x0btraceparent\x18\n \x01(\tR\x0btraceparent\x12=\n\x0crequested_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0brequestedAt\"b\n\x0c\x44rainReplica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\x12\x33\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07timeout\",\n\x0bStopReplica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\"+\n\rEvictRevision\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\"l\n\nCommandAck\x12\x1d\n\ncommand_id\x18\x01 \x01(\tR\tcommandId\x12%\n\x0erefused_reason\x18\x02 \x01(\tR\rrefusedReason\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message*T\n\nDeviceKind\x12\x1b\n\x17\x44\x45VICE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45VICE_KIND_CPU\x10\x01\x12\x14\n\x10\x44\x45VICE_KIND_CUDA\x10\x02\x32h\n\x0c\x46leetService\x12X\n\x07Session\x12#.helios.api.fleet.v1.SessionRequest\x1a$.helios.api.fleet.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'helios.api.fleet.v1.fleet_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DEVICEKIND']._serialized_start=2254
-  _globals['_DEVICEKIND']._serialized_end=2338
-  _globals['_SESSIONREQUEST']._serialized_start=130
-  _globals['_SESSIONREQUEST']._serialized_end=470
-  _globals['_SESSIONRESPONSE']._serialized_start=473
-  _globals['_SESSIONRESPONSE']._serialized_end=681
-  _globals['_HELLO']._serialized_start=684
-  _globals['_HELLO']._serialized_end=970
-  _globals['_DEVICE']._serialized_start=973
-  _globals['_DEVICE']._serialized_end=1133
-  _globals['_WELCOME']._serialized_start=1135
-  _globals['_WELCOME']._serialized_end=1239
-  _globals['_REPLICAEVENT']._serialized_start=1241
-  _globals['_REPLICAEVENT']._serialized_end=1339
-  _globals['_LOADREPORT']._serialized_start=1341
-  _globals['_LOADREPORT']._serialized_end=1409
-  _globals['_HEARTBEAT']._serialized_start=1411
-  _globals['_HEARTBEAT']._serialized_end=1422
-  _globals['_COMMAND']._serialized_start=1425
-  _globals['_COMMAND']._serialized_end=1710
-  _globals['_STARTREPLICA']._serialized_start=1713
-  _globals['_STARTREPLICA']._serialized_end=1951
-  _globals['_DRAINREPLICA']._serialized_start=1953
-  _globals['_DRAINREPLICA']._serialized_end=2051
-  _globals['_STOPREPLICA']._serialized_start=2053
-  _globals['_STOPREPLICA']._serialized_end=2097
-  _globals['_EVICTREVISION']._serialized_start=2099
-  _globals['_EVICTREVISION']._serialized_end=2142
-  _globals['_COMMANDACK']._serialized_start=2144
-  _globals['_COMMANDACK']._serialized_end=2252
-  _globals['_FLEETSERVICE']._serialized_start=2340
-  _globals['_FLEETSERVICE']._serialized_end=2444
+  _globals['_DEVICEKIND']._serialized_start=2542
+  _globals['_DEVICEKIND']._serialized_end=2626
+  _globals['_SESSIONREQUEST']._serialized_start=207
+  _globals['_SESSIONREQUEST']._serialized_end=547
+  _globals['_SESSIONRESPONSE']._serialized_start=550
+  _globals['_SESSIONRESPONSE']._serialized_end=758
+  _globals['_HELLO']._serialized_start=761
+  _globals['_HELLO']._serialized_end=1047
+  _globals['_DEVICE']._serialized_start=1050
+  _globals['_DEVICE']._serialized_end=1210
+  _globals['_WELCOME']._serialized_start=1212
+  _globals['_WELCOME']._serialized_end=1316
+  _globals['_REPLICAEVENT']._serialized_start=1318
+  _globals['_REPLICAEVENT']._serialized_end=1416
+  _globals['_LOADREPORT']._serialized_start=1418
+  _globals['_LOADREPORT']._serialized_end=1486
+  _globals['_HEARTBEAT']._serialized_start=1488
+  _globals['_HEARTBEAT']._serialized_end=1499
+  _globals['_COMMAND']._serialized_start=1502
+  _globals['_COMMAND']._serialized_end=1787
+  _globals['_STARTREPLICA']._serialized_start=1790
+  _globals['_STARTREPLICA']._serialized_end=2239
+  _globals['_DRAINREPLICA']._serialized_start=2241
+  _globals['_DRAINREPLICA']._serialized_end=2339
+  _globals['_STOPREPLICA']._serialized_start=2341
+  _globals['_STOPREPLICA']._serialized_end=2385
+  _globals['_EVICTREVISION']._serialized_start=2387
+  _globals['_EVICTREVISION']._serialized_end=2430
+  _globals['_COMMANDACK']._serialized_start=2432
+  _globals['_COMMANDACK']._serialized_end=2540
+  _globals['_FLEETSERVICE']._serialized_start=2628
+  _globals['_FLEETSERVICE']._serialized_end=2732
 # @@protoc_insertion_point(module_scope)

@@ -7,8 +7,10 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from helios.api.engine.v1 import engine_settings_pb2 as _engine_settings_pb2
 from helios.api.fleet.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -381,6 +383,10 @@ class StartReplica(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    ENGINE_SETTINGS_FIELD_NUMBER: _builtins.int
+    SERVED_NAMES_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    REQUESTED_AT_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """The id that it will have."""
     model: _builtins.str
@@ -395,6 +401,20 @@ class StartReplica(_message.Message):
     """Bytes of KV cache to give it."""
     max_context_tokens: _builtins.int
     """Longest prompt plus answer, in tokens; 0: the model's own."""
+    traceparent: _builtins.str
+    """W3C trace context of the request that asked for the start; empty: none did."""
+    @_builtins.property
+    def engine_settings(self) -> _engine_settings_pb2.EngineSettings:
+        """How the engine is set; what it says of memory and context is in the fields above already."""
+
+    @_builtins.property
+    def served_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Other names that requests use for the model: its aliases."""
+
+    @_builtins.property
+    def requested_at(self) -> _timestamp_pb2.Timestamp:
+        """When the request that asked for the start arrived; unset: none did. The phase "schedule" begins here."""
+
     def __init__(
         self,
         *,
@@ -405,10 +425,14 @@ class StartReplica(_message.Message):
         memory_bytes: _builtins.int = ...,
         kv_cache_bytes: _builtins.int = ...,
         max_context_tokens: _builtins.int = ...,
+        engine_settings: _engine_settings_pb2.EngineSettings | None = ...,
+        served_names: _abc.Iterable[_builtins.str] | None = ...,
+        traceparent: _builtins.str = ...,
+        requested_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["engine_settings", b"engine_settings", "requested_at", b"requested_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "kv_cache_bytes", b"kv_cache_bytes", "max_context_tokens", b"max_context_tokens", "memory_bytes", b"memory_bytes", "model", b"model", "replica_id", b"replica_id", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "engine_settings", b"engine_settings", "kv_cache_bytes", b"kv_cache_bytes", "max_context_tokens", b"max_context_tokens", "memory_bytes", b"memory_bytes", "model", b"model", "replica_id", b"replica_id", "requested_at", b"requested_at", "revision", b"revision", "served_names", b"served_names", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from helios.api.engine.v1 import engine_settings_pb2 as helios_dot_api_dot_engine_dot_v1_dot_engine__settings__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-helios/api/registry/v1/registry_service.proto\x12\x16helios.api.registry.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xeb\x01\n\x05Model\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n\x07\x61liases\x18\x02 \x03(\tR\x07\x61liases\x12<\n\x08revision\x18\x03 \x01(\x0b\x32 .helios.api.registry.v1.RevisionR\x08revision\x12;\n\x06policy\x18\x04 \x01(\x0b\x32#.helios.api.registry.v1.ModelPolicyR\x06policy\x12\x39\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcreatedAt\"\xd4\x01\n\x08Revision\x12\x16\n\x06\x64igest\x18\x01 \x01(\tR\x06\x64igest\x12>\n\x07profile\x18\x02 \x01(\x0b\x32$.helios.api.registry.v1.ModelProfileR\x07profile\x12\x16\n\x06source\x18\x03 \x01(\tR\x06source\x12\x1d\n\nsize_bytes\x18\x04 \x01(\x04R\tsizeBytes\x12\x39\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcreatedAt\"\xbb\x02\n\x0cModelProfile\x12\"\n\x0c\x61rchitecture\x18\x01 \x01(\tR\x0c\x61rchitecture\x12\'\n\x0fparameter_count\x18\x02 \x01(\x04R\x0eparameterCount\x12#\n\rweights_bytes\x18\x03 \x01(\x04R\x0cweightsBytes\x12\x14\n\x05\x64type\x18\x04 \x01(\tR\x05\x64type\x12+\n\x12kv_bytes_per_token\x18\x05 \x01(\x04R\x0fkvBytesPerToken\x12,\n\x12max_context_tokens\x18\x06 \x01(\rR\x10maxContextTokens\x12\x1f\n\x0blayer_count\x18\x07 \x01(\rR\nlayerCount\x12\'\n\x0fvocabulary_size\x18\x08 \x01(\rR\x0evocabularySize\"S\n\x0bModelPolicy\x12!\n\x0cmin_replicas\x18\x01 \x01(\rR\x0bminReplicas\x12!\n\x0cmax_replicas\x18\x02 \x01(\rR\x0bmaxReplicas\"Y\n\x06\x44igest\x12\x1c\n\talgorithm\x18\x01 \x01(\tR\talgorithm\x12\x12\n\x04hash\x18\x02 \x01(\tR\x04hash\x12\x1d\n\nsize_bytes\x18\x03 \x01(\x04R\tsizeBytes\"z\n\rManifestEntry\x12\x12\n\x04path\x18\x01 \x01(\tR\x04path\x12\x36\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x1e.helios.api.registry.v1.DigestR\x06\x64igest\x12\x1d\n\nmedia_type\x18\x03 \x01(\tR\tmediaType\"K\n\x08Manifest\x12?\n\x07\x65ntries\x18\x01 \x03(\x0b\x32%.helios.api.registry.v1.ManifestEntryR\x07\x65ntries\"\x83\x01\n\x12IngestModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n\x06source\x18\x02 \x01(\tR\x06source\x12\x18\n\x07\x61liases\x18\x03 \x03(\tR\x07\x61liases\x12\'\n\x0f\x65xpected_sha256\x18\x04 \x01(\tR\x0e\x65xpectedSha256\"\x9e\x01\n\x13IngestModelResponse\x12\x44\n\x08progress\x18\x01 \x01(\x0b\x32&.helios.api.registry.v1.IngestProgressH\x00R\x08progress\x12\x38\n\x04\x64one\x18\x02 \x01(\x0b\x32\".helios.api.registry.v1.IngestDoneH\x00R\x04\x64oneB\x07\n\x05\x65vent\"f\n\x0eIngestProgress\x12\x14\n\x05phase\x18\x01 \x01(\tR\x05phase\x12\x1d\n\ndone_bytes\x18\x02 \x01(\x04R\tdoneBytes\x12\x1f\n\x0btotal_bytes\x18\x03 \x01(\x04R\ntotalBytes\"^\n\nIngestDone\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\x12\x1b\n\tnew_bytes\x18\x02 \x01(\x04R\x08newBytes\"O\n\x11ListModelsRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\"s\n\x12ListModelsResponse\x12\x35\n\x06models\x18\x01 \x03(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x06models\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"%\n\x0fGetModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\"G\n\x10GetModelResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"(\n\x12\x44\x65leteModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\"6\n\x13\x44\x65leteModelResponse\x12\x1f\n\x0b\x66reed_bytes\x18\x01 \x01(\x04R\nfreedBytes\"f\n\x14ListRevisionsRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n\tpage_size\x18\x02 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x03 \x01(\tR\tpageToken\"\x7f\n\x15ListRevisionsResponse\x12>\n\trevisions\x18\x01 \x03(\x0b\x32 .helios.api.registry.v1.RevisionR\trevisions\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"0\n\x12GetManifestRequest\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\"\xb7\x01\n\x13GetManifestResponse\x12<\n\x08manifest\x18\x01 \x01(\x0b\x32 .helios.api.registry.v1.ManifestR\x08manifest\x12$\n\x0e\x62lob_store_url\x18\x02 \x01(\tR\x0c\x62lobStoreUrl\x12<\n\x08revision\x18\x03 \x01(\x0b\x32 .helios.api.registry.v1.RevisionR\x08revision\"=\n\x0fPutAliasRequest\x12\x14\n\x05\x61lias\x18\x01 \x01(\tR\x05\x61lias\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\"G\n\x10PutAliasResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"*\n\x12\x44\x65leteAliasRequest\x12\x14\n\x05\x61lias\x18\x01 \x01(\tR\x05\x61lias\"\x15\n\x13\x44\x65leteAliasResponse\"f\n\x13UpdatePolicyRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12;\n\x06policy\x18\x02 \x01(\x0b\x32#.helios.api.registry.v1.ModelPolicyR\x06policy\"K\n\x14UpdatePolicyResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\x14\n\x12WatchModelsRequest\"\xbc\x01\n\x13WatchModelsResponse\x12\x43\n\x08snapshot\x18\x01 \x01(\x0b\x32%.helios.api.registry.v1.ModelSnapshotH\x00R\x08snapshot\x12;\n\x08upserted\x18\x02 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelH\x00R\x08upserted\x12\x1a\n\x07\x64\x65leted\x18\x03 \x01(\tH\x00R\x07\x64\x65letedB\x07\n\x05\x65vent\"F\n\rModelSnapshot\x12\x35\n\x06models\x18\x01 \x03(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x06models2\xf3\n\n\x0fRegistryService\x12\x8c\x01\n\x0bIngestModel\x12*.helios.api.registry.v1.IngestModelRequest\x1a+.helios.api.registry.v1.IngestModelResponse\"\"\x82\xd3\xe4\x93\x02\x1c\"\x17/admin/v1/models:ingest:\x01*0\x01\x12}\n\nListModels\x12).helios.api.registry.v1.ListModelsRequest\x1a*.helios.api.registry.v1.ListModelsResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/admin/v1/models\x12\x81\x01\n\x08GetModel\x12\'.helios.api.registry.v1.GetModelRequest\x1a(.helios.api.registry.v1.GetModelResponse\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/admin/v1/models/{name=**}\x12\x8a\x01\n\x0b\x44\x65leteModel\x12*.helios.api.registry.v1.DeleteModelRequest\x1a+.helios.api.registry.v1.DeleteModelResponse\"\"\x82\xd3\xe4\x93\x02\x1c*\x1a/admin/v1/models/{name=**}\x12\x93\x01\n\rListRevisions\x12,.helios.api.registry.v1.ListRevisionsRequest\x1a-.helios.api.registry.v1.ListRevisionsResponse\"%\x82\xd3\xe4\x93\x02\x1f\x12\x1d/admin/v1/revisions/{name=**}\x12\x8e\x01\n\x0bGetManifest\x12*.helios.api.registry.v1.GetManifestRequest\x1a+.helios.api.registry.v1.GetManifestResponse\"&\x82\xd3\xe4\x93\x02 \x12\x1e/admin/v1/manifests/{revision}\x12\x86\x01\n\x08PutAlias\x12\'.helios.api.registry.v1.PutAliasRequest\x1a(.helios.api.registry.v1.PutAliasResponse\"\'\x82\xd3\xe4\x93\x02!\x1a\x1c/admin/v1/aliases/{alias=**}:\x01*\x12\x8c\x01\n\x0b\x44\x65leteAlias\x12*.helios.api.registry.v1.DeleteAliasRequest\x1a+.helios.api.registry.v1.DeleteAliasResponse\"$\x82\xd3\xe4\x93\x02\x1e*\x1c/admin/v1/aliases/{alias=**}\x12\x97\x01\n\x0cUpdatePolicy\x12+.helios.api.registry.v1.UpdatePolicyRequest\x1a,.helios.api.registry.v1.UpdatePolicyResponse\",\x82\xd3\xe4\x93\x02&\x1a\x1c/admin/v1/policies/{name=**}:\x06policy\x12h\n\x0bWatchModels\x12*.helios.api.registry.v1.WatchModelsRequest\x1a+.helios.api.registry.v1.WatchModelsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-helios/api/registry/v1/registry_service.proto\x12\x16helios.api.registry.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a*helios/api/engine/v1/engine_settings.proto\"\xba\x02\n\x05Model\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n\x07\x61liases\x18\x02 \x03(\tR\x07\x61liases\x12<\n\x08revision\x18\x03 \x01(\x0b\x32 .helios.api.registry.v1.RevisionR\x08revision\x12;\n\x06policy\x18\x04 \x01(\x0b\x32#.helios.api.registry.v1.ModelPolicyR\x06policy\x12\x39\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcreatedAt\x12M\n\x0f\x65ngine_settings\x18\x06 \x01(\x0b\x32$.helios.api.engine.v1.EngineSettingsR\x0e\x65ngineSettings\"\xd4\x01\n\x08Revision\x12\x16\n\x06\x64igest\x18\x01 \x01(\tR\x06\x64igest\x12>\n\x07profile\x18\x02 \x01(\x0b\x32$.helios.api.registry.v1.ModelProfileR\x07profile\x12\x16\n\x06source\x18\x03 \x01(\tR\x06source\x12\x1d\n\nsize_bytes\x18\x04 \x01(\x04R\tsizeBytes\x12\x39\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcreatedAt\"\xbb\x02\n\x0cModelProfile\x12\"\n\x0c\x61rchitecture\x18\x01 \x01(\tR\x0c\x61rchitecture\x12\'\n\x0fparameter_count\x18\x02 \x01(\x04R\x0eparameterCount\x12#\n\rweights_bytes\x18\x03 \x01(\x04R\x0cweightsBytes\x12\x14\n\x05\x64type\x18\x04 \x01(\tR\x05\x64type\x12+\n\x12kv_bytes_per_token\x18\x05 \x01(\x04R\x0fkvBytesPerToken\x12,\n\x12max_context_tokens\x18\x06 \x01(\rR\x10maxContextTokens\x12\x1f\n\x0blayer_count\x18\x07 \x01(\rR\nlayerCount\x12\'\n\x0fvocabulary_size\x18\x08 \x01(\rR\x0evocabularySize\"S\n\x0bModelPolicy\x12!\n\x0cmin_replicas\x18\x01 \x01(\rR\x0bminReplicas\x12!\n\x0cmax_replicas\x18\x02 \x01(\rR\x0bmaxReplicas\"Y\n\x06\x44igest\x12\x1c\n\talgorithm\x18\x01 \x01(\tR\talgorithm\x12\x12\n\x04hash\x18\x02 \x01(\tR\x04hash\x12\x1d\n\nsize_bytes\x18\x03 \x01(\x04R\tsizeBytes\"z\n\rManifestEntry\x12\x12\n\x04path\x18\x01 \x01(\tR\x04path\x12\x36\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x1e.helios.api.registry.v1.DigestR\x06\x64igest\x12\x1d\n\nmedia_type\x18\x03 \x01(\tR\tmediaType\"K\n\x08Manifest\x12?\n\x07\x65ntries\x18\x01 \x03(\x0b\x32%.helios.api.registry.v1.ManifestEntryR\x07\x65ntries\"\xd2\x01\n\x12IngestModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n\x06source\x18\x02 \x01(\tR\x06source\x12\x18\n\x07\x61liases\x18\x03 \x03(\tR\x07\x61liases\x12\'\n\x0f\x65xpected_sha256\x18\x04 \x01(\tR\x0e\x65xpectedSha256\x12M\n\x0f\x65ngine_settings\x18\x05 \x01(\x0b\x32$.helios.api.engine.v1.EngineSettingsR\x0e\x65ngineSettings\"\x9e\x01\n\x13IngestModelResponse\x12\x44\n\x08progress\x18\x01 \x01(\x0b\x32&.helios.api.registry.v1.IngestProgressH\x00R\x08progress\x12\x38\n\x04\x64one\x18\x02 \x01(\x0b\x32\".helios.api.registry.v1.IngestDoneH\x00R\x04\x64oneB\x07\n\x05\x65vent\"f\n\x0eIngestProgress\x12\x14\n\x05phase\x18\x01 \x01(\tR\x05phase\x12\x1d\n\ndone_bytes\x18\x02 \x01(\x04R\tdoneBytes\x12\x1f\n\x0btotal_bytes\x18\x03 \x01(\x04R\ntotalBytes\"^\n\nIngestDone\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\x12\x1b\n\tnew_bytes\x18\x02 \x01(\x04R\x08newBytes\"O\n\x11ListModelsRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\"s\n\x12ListModelsResponse\x12\x35\n\x06models\x18\x01 \x03(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x06models\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"%\n\x0fGetModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\"G\n\x10GetModelResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"(\n\x12\x44\x65leteModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\"6\n\x13\x44\x65leteModelResponse\x12\x1f\n\x0b\x66reed_bytes\x18\x01 \x01(\x04R\nfreedBytes\"f\n\x14ListRevisionsRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n\tpage_size\x18\x02 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x03 \x01(\tR\tpageToken\"\x7f\n\x15ListRevisionsResponse\x12>\n\trevisions\x18\x01 \x03(\x0b\x32 .helios.api.registry.v1.RevisionR\trevisions\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"0\n\x12GetManifestRequest\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\"\xb7\x01\n\x13GetManifestResponse\x12<\n\x08manifest\x18\x01 \x01(\x0b\x32 .helios.api.registry.v1.ManifestR\x08manifest\x12$\n\x0e\x62lob_store_url\x18\x02 \x01(\tR\x0c\x62lobStoreUrl\x12<\n\x08revision\x18\x03 \x01(\x0b\x32 .helios.api.registry.v1.RevisionR\x08revision\"=\n\x0fPutAliasRequest\x12\x14\n\x05\x61lias\x18\x01 \x01(\tR\x05\x61lias\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\"G\n\x10PutAliasResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"*\n\x12\x44\x65leteAliasRequest\x12\x14\n\x05\x61lias\x18\x01 \x01(\tR\x05\x61lias\"\x15\n\x13\x44\x65leteAliasResponse\"f\n\x13UpdatePolicyRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12;\n\x06policy\x18\x02 \x01(\x0b\x32#.helios.api.registry.v1.ModelPolicyR\x06policy\"K\n\x14UpdatePolicyResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"s\n\x1bUpdateEngineSettingsRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12@\n\x08settings\x18\x02 \x01(\x0b\x32$.helios.api.engine.v1.EngineSettingsR\x08settings\"S\n\x1cUpdateEngineSettingsResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\x14\n\x12WatchModelsRequest\"\xbc\x01\n\x13WatchModelsResponse\x12\x43\n\x08snapshot\x18\x01 \x01(\x0b\x32%.helios.api.registry.v1.ModelSnapshotH\x00R\x08snapshot\x12;\n\x08upserted\x18\x02 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelH\x00R\x08upserted\x12\x1a\n\x07\x64\x65leted\x18\x03 \x01(\tH\x00R\x07\x64\x65letedB\x07\n\x05\x65vent\"F\n\rModelSnapshot\x12\x35\n\x06models\x18\x01 \x03(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x06models2\xae\x0c\n\x0fRegistryService\x12\x8c\x01\n\x0bIngestModel\x12*.helios.api.registry.v1.IngestModelRequest\x1a+.helios.api.registry.v1.IngestModelResponse\"\"\x82\xd3\xe4\x93\x02\x1c\"\x17/admin/v1/models:ingest:\x01*0\x01\x12}\n\nListModels\x12).helios.api.registry.v1.ListModelsRequest\x1a*.helios.api.registry.v1.ListModelsResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/admin/v1/models\x12\x81\x01\n\x08GetModel\x12\'.helios.api.registry.v1.GetModelRequest\x1a(.helios.api.registry.v1.GetModelResponse\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/admin/v1/models/{name=**}\x12\x8a\x01\n\x0b\x44\x65leteModel\x12*.helios.api.registry.v1.DeleteModelRequest\x1a+.helios.api.registry.v1.DeleteModelResponse\"\"\x82\xd3\xe4\x93\x02\x1c*\x1a/admin/v1/models/{name=**}\x12\x93\x01\n\rListRevisions\x12,.helios.api.registry.v1.ListRevisionsRequest\x1a-.helios.api.registry.v1.ListRevisionsResponse\"%\x82\xd3\xe4\x93\x02\x1f\x12\x1d/admin/v1/revisions/{name=**}\x12\x8e\x01\n\x0bGetManifest\x12*.helios.api.registry.v1.GetManifestRequest\x1a+.helios.api.registry.v1.GetManifestResponse\"&\x82\xd3\xe4\x93\x02 \x12\x1e/admin/v1/manifests/{revision}\x12\x86\x01\n\x08PutAlias\x12\'.helios.api.registry.v1.PutAliasRequest\x1a(.helios.api.registry.v1.PutAliasResponse\"\'\x82\xd3\xe4\x93\x02!\x1a\x1c/admin/v1/aliases/{alias=**}:\x01*\x12\x8c\x01\n\x0b\x44\x65leteAlias\x12*.helios.api.registry.v1.DeleteAliasRequest\x1a+.helios.api.registry.v1.DeleteAliasResponse\"$\x82\xd3\xe4\x93\x02\x1e*\x1c/admin/v1/aliases/{alias=**}\x12\x97\x01\n\x0cUpdatePolicy\x12+.helios.api.registry.v1.UpdatePolicyRequest\x1a,.helios.api.registry.v1.UpdatePolicyResponse\",\x82\xd3\xe4\x93\x02&\x1a\x1c/admin/v1/policies/{name=**}:\x06policy\x12\xb8\x01\n\x14UpdateEngineSettings\x12\x33.helios.api.registry.v1.UpdateEngineSettingsRequest\x1a\x34.helios.api.registry.v1.UpdateEngineSettingsResponse\"5\x82\xd3\xe4\x93\x02/\x1a#/admin/v1/engine-settings/{name=**}:\x08settings\x12h\n\x0bWatchModels\x12*.helios.api.registry.v1.WatchModelsRequest\x1a+.helios.api.registry.v1.WatchModelsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,66 +52,72 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTRYSERVICE'].methods_by_name['DeleteAlias']._serialized_options = b'\202\323\344\223\002\036*\034/admin/v1/aliases/{alias=**}'
   _globals['_REGISTRYSERVICE'].methods_by_name['UpdatePolicy']._loaded_options = None
   _globals['_REGISTRYSERVICE'].methods_by_name['UpdatePolicy']._serialized_options = b'\202\323\344\223\002&\032\034/admin/v1/policies/{name=**}:\006policy'
-  _globals['_MODEL']._serialized_start=137
-  _globals['_MODEL']._serialized_end=372
-  _globals['_REVISION']._serialized_start=375
-  _globals['_REVISION']._serialized_end=587
-  _globals['_MODELPROFILE']._serialized_start=590
-  _globals['_MODELPROFILE']._serialized_end=905
-  _globals['_MODELPOLICY']._serialized_start=907
-  _globals['_MODELPOLICY']._serialized_end=990
-  _globals['_DIGEST']._serialized_start=992
-  _globals['_DIGEST']._serialized_end=1081
-  _globals['_MANIFESTENTRY']._serialized_start=1083
-  _globals['_MANIFESTENTRY']._serialized_end=1205
-  _globals['_MANIFEST']._serialized_start=1207
-  _globals['_MANIFEST']._serialized_end=1282
-  _globals['_INGESTMODELREQUEST']._serialized_start=1285
-  _globals['_INGESTMODELREQUEST']._serialized_end=1416
-  _globals['_INGESTMODELRESPONSE']._serialized_start=1419
-  _globals['_INGESTMODELRESPONSE']._serialized_end=1577
-  _globals['_INGESTPROGRESS']._serialized_start=1579
-  _globals['_INGESTPROGRESS']._serialized_end=1681
-  _globals['_INGESTDONE']._serialized_start=1683
-  _globals['_INGESTDONE']._serialized_end=1777
-  _globals['_LISTMODELSREQUEST']._serialized_start=1779
-  _globals['_LISTMODELSREQUEST']._serialized_end=1858
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1860
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1975
-  _globals['_GETMODELREQUEST']._serialized_start=1977
-  _globals['_GETMODELREQUEST']._serialized_end=2014
-  _globals['_GETMODELRESPONSE']._serialized_start=2016
-  _globals['_GETMODELRESPONSE']._serialized_end=2087
-  _globals['_DELETEMODELREQUEST']._serialized_start=2089
-  _globals['_DELETEMODELREQUEST']._serialized_end=2129
-  _globals['_DELETEMODELRESPONSE']._serialized_start=2131
-  _globals['_DELETEMODELRESPONSE']._serialized_end=2185
-  _globals['_LISTREVISIONSREQUEST']._serialized_start=2187
-  _globals['_LISTREVISIONSREQUEST']._serialized_end=2289
-  _globals['_LISTREVISIONSRESPONSE']._serialized_start=2291
-  _globals['_LISTREVISIONSRESPONSE']._serialized_end=2418
-  _globals['_GETMANIFESTREQUEST']._serialized_start=2420
-  _globals['_GETMANIFESTREQUEST']._serialized_end=2468
-  _globals['_GETMANIFESTRESPONSE']._serialized_start=2471
-  _globals['_GETMANIFESTRESPONSE']._serialized_end=2654
-  _globals['_PUTALIASREQUEST']._serialized_start=2656
-  _globals['_PUTALIASREQUEST']._serialized_end=2717
-  _globals['_PUTALIASRESPONSE']._serialized_start=2719
-  _globals['_PUTALIASRESPONSE']._serialized_end=2790
-  _globals['_DELETEALIASREQUEST']._serialized_start=2792
-  _globals['_DELETEALIASREQUEST']._serialized_end=2834
-  _globals['_DELETEALIASRESPONSE']._serialized_start=2836
-  _globals['_DELETEALIASRESPONSE']._serialized_end=2857
-  _globals['_UPDATEPOLICYREQUEST']._serialized_start=2859
-  _globals['_UPDATEPOLICYREQUEST']._serialized_end=2961
-  _globals['_UPDATEPOLICYRESPONSE']._serialized_start=2963
-  _globals['_UPDATEPOLICYRESPONSE']._serialized_end=3038
-  _globals['_WATCHMODELSREQUEST']._serialized_start=3040
-  _globals['_WATCHMODELSREQUEST']._serialized_end=3060
-  _globals['_WATCHMODELSRESPONSE']._serialized_start=3063
-  _globals['_WATCHMODELSRESPONSE']._serialized_end=3251
-  _globals['_MODELSNAPSHOT']._serialized_start=3253
-  _globals['_MODELSNAPSHOT']._serialized_end=3323
-  _globals['_REGISTRYSERVICE']._serialized_start=3326
-  _globals['_REGISTRYSERVICE']._serialized_end=4721
+  _globals['_REGISTRYSERVICE'].methods_by_name['UpdateEngineSettings']._loaded_options = None
+  _globals['_REGISTRYSERVICE'].methods_by_name['UpdateEngineSettings']._serialized_options = b'\202\323\344\223\002/\032#/admin/v1/engine-settings/{name=**}:\010settings'
+  _globals['_MODEL']._serialized_start=181
+  _globals['_MODEL']._serialized_end=495
+  _globals['_REVISION']._serialized_start=498
+  _globals['_REVISION']._serialized_end=710
+  _globals['_MODELPROFILE']._serialized_start=713
+  _globals['_MODELPROFILE']._serialized_end=1028
+  _globals['_MODELPOLICY']._serialized_start=1030
+  _globals['_MODELPOLICY']._serialized_end=1113
+  _globals['_DIGEST']._serialized_start=1115
+  _globals['_DIGEST']._serialized_end=1204
+  _globals['_MANIFESTENTRY']._serialized_start=1206
+  _globals['_MANIFESTENTRY']._serialized_end=1328
+  _globals['_MANIFEST']._serialized_start=1330
+  _globals['_MANIFEST']._serialized_end=1405
+  _globals['_INGESTMODELREQUEST']._serialized_start=1408
+  _globals['_INGESTMODELREQUEST']._serialized_end=1618
+  _globals['_INGESTMODELRESPONSE']._serialized_start=1621
+  _globals['_INGESTMODELRESPONSE']._serialized_end=1779
+  _globals['_INGESTPROGRESS']._serialized_start=1781
+  _globals['_INGESTPROGRESS']._serialized_end=1883
+  _globals['_INGESTDONE']._serialized_start=1885
+  _globals['_INGESTDONE']._serialized_end=1979
+  _globals['_LISTMODELSREQUEST']._serialized_start=1981
+  _globals['_LISTMODELSREQUEST']._serialized_end=2060
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2062
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2177
+  _globals['_GETMODELREQUEST']._serialized_start=2179
+  _globals['_GETMODELREQUEST']._serialized_end=2216
+  _globals['_GETMODELRESPONSE']._serialized_start=2218
+  _globals['_GETMODELRESPONSE']._serialized_end=2289
+  _globals['_DELETEMODELREQUEST']._serialized_start=2291
+  _globals['_DELETEMODELREQUEST']._serialized_end=2331
+  _globals['_DELETEMODELRESPONSE']._serialized_start=2333
+  _globals['_DELETEMODELRESPONSE']._serialized_end=2387
+  _globals['_LISTREVISIONSREQUEST']._serialized_start=2389
+  _globals['_LISTREVISIONSREQUEST']._serialized_end=2491
+  _globals['_LISTREVISIONSRESPONSE']._serialized_start=2493
+  _globals['_LISTREVISIONSRESPONSE']._serialized_end=2620
+  _globals['_GETMANIFESTREQUEST']._serialized_start=2622
+  _globals['_GETMANIFESTREQUEST']._serialized_end=2670
+  _globals['_GETMANIFESTRESPONSE']._serialized_start=2673
+  _globals['_GETMANIFESTRESPONSE']._serialized_end=2856
+  _globals['_PUTALIASREQUEST']._serialized_start=2858
+  _globals['_PUTALIASREQUEST']._serialized_end=2919
+  _globals['_PUTALIASRESPONSE']._serialized_start=2921
+  _globals['_PUTALIASRESPONSE']._serialized_end=2992
+  _globals['_DELETEALIASREQUEST']._serialized_start=2994
+  _globals['_DELETEALIASREQUEST']._serialized_end=3036
+  _globals['_DELETEALIASRESPONSE']._serialized_start=3038
+  _globals['_DELETEALIASRESPONSE']._serialized_end=3059
+  _globals['_UPDATEPOLICYREQUEST']._serialized_start=3061
+  _globals['_UPDATEPOLICYREQUEST']._serialized_end=3163
+  _globals['_UPDATEPOLICYRESPONSE']._serialized_start=3165
+  _globals['_UPDATEPOLICYRESPONSE']._serialized_end=3240
+  _globals['_UPDATEENGINESETTINGSREQUEST']._serialized_start=3242
+  _globals['_UPDATEENGINESETTINGSREQUEST']._serialized_end=3357
+  _globals['_UPDATEENGINESETTINGSRESPONSE']._serialized_start=3359
+  _globals['_UPDATEENGINESETTINGSRESPONSE']._serialized_end=3442
+  _globals['_WATCHMODELSREQUEST']._serialized_start=3444
+  _globals['_WATCHMODELSREQUEST']._serialized_end=3464
+  _globals['_WATCHMODELSRESPONSE']._serialized_start=3467
+  _globals['_WATCHMODELSRESPONSE']._serialized_end=3655
+  _globals['_MODELSNAPSHOT']._serialized_start=3657
+  _globals['_MODELSNAPSHOT']._serialized_end=3727
+  _globals['_REGISTRYSERVICE']._serialized_start=3730
+  _globals['_REGISTRYSERVICE']._serialized_end=5312
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from helios.api.engine.v1 import engine_settings_pb2 as _engine_settings_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -30,6 +31,7 @@ class Model(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
+    ENGINE_SETTINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name: 1 to 200 characters of letters, digits, `.`, `_`, `-` and `/`, beginning with a letter or digit."""
     @_builtins.property
@@ -48,6 +50,10 @@ class Model(_message.Message):
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """When the name was first used."""
 
+    @_builtins.property
+    def engine_settings(self) -> _engine_settings_pb2.EngineSettings:
+        """How its engine is set."""
+
     def __init__(
         self,
         *,
@@ -56,10 +62,11 @@ class Model(_message.Message):
         revision: Global___Revision | None = ...,
         policy: Global___ModelPolicy | None = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
+        engine_settings: _engine_settings_pb2.EngineSettings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "policy", b"policy", "revision", b"revision"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "engine_settings", b"engine_settings", "policy", b"policy", "revision", b"revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created_at", b"created_at", "name", b"name", "policy", b"policy", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created_at", b"created_at", "engine_settings", b"engine_settings", "name", b"name", "policy", b"policy", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -279,6 +286,7 @@ class IngestModelRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     EXPECTED_SHA256_FIELD_NUMBER: _builtins.int
+    ENGINE_SETTINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name that the model will have."""
     source: _builtins.str
@@ -291,6 +299,10 @@ class IngestModelRequest(_message.Message):
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Aliases to point at it."""
 
+    @_builtins.property
+    def engine_settings(self) -> _engine_settings_pb2.EngineSettings:
+        """How its engine is to be set. Unset: a model that exists keeps its settings."""
+
     def __init__(
         self,
         *,
@@ -298,10 +310,11 @@ class IngestModelRequest(_message.Message):
         source: _builtins.str = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         expected_sha256: _builtins.str = ...,
+        engine_settings: _engine_settings_pb2.EngineSettings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["engine_settings", b"engine_settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "expected_sha256", b"expected_sha256", "name", b"name", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "engine_settings", b"engine_settings", "expected_sha256", b"expected_sha256", "name", b"name", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -795,6 +808,58 @@ class UpdatePolicyResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpdatePolicyResponse: _TypeAlias = UpdatePolicyResponse  # noqa: Y015
+
+@_typing.final
+class UpdateEngineSettingsRequest(_message.Message):
+    """UpdateEngineSettingsRequest sets a model's engine settings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name or alias of the model."""
+    @_builtins.property
+    def settings(self) -> _engine_settings_pb2.EngineSettings:
+        """The whole settings."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        settings: _engine_settings_pb2.EngineSettings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "settings", b"settings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateEngineSettingsRequest: _TypeAlias = UpdateEngineSettingsRequest  # noqa: Y015
+
+@_typing.final
+class UpdateEngineSettingsResponse(_message.Message):
+    """UpdateEngineSettingsResponse is the model as it stands now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def model(self) -> Global___Model:
+        """The model."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___Model | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateEngineSettingsResponse: _TypeAlias = UpdateEngineSettingsResponse  # noqa: Y015
 
 @_typing.final
 class WatchModelsRequest(_message.Message):

@@ -83,6 +83,11 @@ class RegistryServiceStub:
                 request_serializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdatePolicyRequest.SerializeToString,
                 response_deserializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdatePolicyResponse.FromString,
                 _registered_method=True)
+        self.UpdateEngineSettings = channel.unary_unary(
+                '/helios.api.registry.v1.RegistryService/UpdateEngineSettings',
+                request_serializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdateEngineSettingsRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdateEngineSettingsResponse.FromString,
+                _registered_method=True)
         self.WatchModels = channel.unary_stream(
                 '/helios.api.registry.v1.RegistryService/WatchModels',
                 request_serializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.WatchModelsRequest.SerializeToString,
@@ -168,6 +173,14 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateEngineSettings(self, request, context):
+        """UpdateEngineSettings replaces the engine settings of a model; replicas that are started from then on have them.
+        Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_ENGINE_SETTINGS).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchModels(self, request, context):
         """WatchModels sends all models at once, then every change, for as long as the caller stays. Reconnecting starts over
         with all models, so nothing is missed.
@@ -223,6 +236,11 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.UpdatePolicy,
                     request_deserializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdatePolicyRequest.FromString,
                     response_serializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdatePolicyResponse.SerializeToString,
+            ),
+            'UpdateEngineSettings': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateEngineSettings,
+                    request_deserializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdateEngineSettingsRequest.FromString,
+                    response_serializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdateEngineSettingsResponse.SerializeToString,
             ),
             'WatchModels': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchModels,
@@ -477,6 +495,33 @@ class RegistryService:
             '/helios.api.registry.v1.RegistryService/UpdatePolicy',
             helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdatePolicyRequest.SerializeToString,
             helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdatePolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateEngineSettings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.registry.v1.RegistryService/UpdateEngineSettings',
+            helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdateEngineSettingsRequest.SerializeToString,
+            helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdateEngineSettingsResponse.FromString,
             options,
             channel_credentials,
             insecure,

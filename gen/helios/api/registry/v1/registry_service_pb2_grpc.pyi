@@ -51,6 +51,10 @@ class RegistryServiceStub:
     """UpdatePolicy sets how many replicas a model has. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT
     (INVALID_POLICY).
     """
+    UpdateEngineSettings: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.UpdateEngineSettingsRequest, _registry_service_pb2.UpdateEngineSettingsResponse]
+    """UpdateEngineSettings replaces the engine settings of a model; replicas that are started from then on have them.
+    Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_ENGINE_SETTINGS).
+    """
     WatchModels: _aio.UnaryStreamMultiCallable[_registry_service_pb2.WatchModelsRequest, _registry_service_pb2.WatchModelsResponse]
     """WatchModels sends all models at once, then every change, for as long as the caller stays. Reconnecting starts over
     with all models, so nothing is missed.
@@ -146,6 +150,16 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_registry_service_pb2.UpdatePolicyResponse]:
         """UpdatePolicy sets how many replicas a model has. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT
         (INVALID_POLICY).
+        """
+
+    @_abc_1.abstractmethod
+    def UpdateEngineSettings(
+        self,
+        request: _registry_service_pb2.UpdateEngineSettingsRequest,
+        context: _aio.ServicerContext[_registry_service_pb2.UpdateEngineSettingsRequest, _abc.Awaitable[_registry_service_pb2.UpdateEngineSettingsResponse]],
+    ) -> _abc.Awaitable[_registry_service_pb2.UpdateEngineSettingsResponse]:
+        """UpdateEngineSettings replaces the engine settings of a model; replicas that are started from then on have them.
+        Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_ENGINE_SETTINGS).
         """
 
     @_abc_1.abstractmethod
