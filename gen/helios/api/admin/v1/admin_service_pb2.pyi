@@ -165,6 +165,194 @@ class EvictModelResponse(_message.Message):
 Global___EvictModelResponse: _TypeAlias = EvictModelResponse  # noqa: Y015
 
 @_typing.final
+class StageModelRequest(_message.Message):
+    """StageModelRequest names a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name or alias."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageModelRequest: _TypeAlias = StageModelRequest  # noqa: Y015
+
+@_typing.final
+class StageModelResponse(_message.Message):
+    """StageModelResponse says what was begun."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    DRAINING_COUNT_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Worker that stages the weights."""
+    state: _fleet_service_pb2.StagedState.ValueType
+    """Where it stands."""
+    draining_count: _builtins.int
+    """Replicas that are being drained."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        state: _fleet_service_pb2.StagedState.ValueType = ...,
+        draining_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining_count", b"draining_count", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageModelResponse: _TypeAlias = StageModelResponse  # noqa: Y015
+
+@_typing.final
+class UnstageModelRequest(_message.Message):
+    """UnstageModelRequest names a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name or alias."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnstageModelRequest: _TypeAlias = UnstageModelRequest  # noqa: Y015
+
+@_typing.final
+class UnstageModelResponse(_message.Message):
+    """UnstageModelResponse says what was begun."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_COUNT_FIELD_NUMBER: _builtins.int
+    worker_count: _builtins.int
+    """Nodes that give memory back."""
+    def __init__(
+        self,
+        *,
+        worker_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker_count", b"worker_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnstageModelResponse: _TypeAlias = UnstageModelResponse  # noqa: Y015
+
+@_typing.final
+class SleepReplicaRequest(_message.Message):
+    """SleepReplicaRequest names a replica."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    """Its id."""
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_id", b"replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepReplicaRequest: _TypeAlias = SleepReplicaRequest  # noqa: Y015
+
+@_typing.final
+class SleepReplicaResponse(_message.Message):
+    """SleepReplicaResponse says that the order went out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def replica(self) -> _types_pb2.Replica:
+        """The replica."""
+
+    def __init__(
+        self,
+        *,
+        replica: _types_pb2.Replica | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepReplicaResponse: _TypeAlias = SleepReplicaResponse  # noqa: Y015
+
+@_typing.final
+class WakeReplicaRequest(_message.Message):
+    """WakeReplicaRequest names a replica."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    """Its id."""
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_id", b"replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WakeReplicaRequest: _TypeAlias = WakeReplicaRequest  # noqa: Y015
+
+@_typing.final
+class WakeReplicaResponse(_message.Message):
+    """WakeReplicaResponse says that the order went out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def replica(self) -> _types_pb2.Replica:
+        """The replica."""
+
+    def __init__(
+        self,
+        *,
+        replica: _types_pb2.Replica | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WakeReplicaResponse: _TypeAlias = WakeReplicaResponse  # noqa: Y015
+
+@_typing.final
 class ListWorkersRequest(_message.Message):
     """ListWorkersRequest asks for workers."""
 
@@ -231,6 +419,8 @@ class Worker(_message.Message):
     SLOT_COUNT_FIELD_NUMBER: _builtins.int
     REPLICA_COUNT_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    HOST_MEMORY_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Its id."""
     node: _builtins.str
@@ -249,6 +439,14 @@ class Worker(_message.Message):
     def engines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Engines that it can run."""
 
+    @_builtins.property
+    def host_memory(self) -> _fleet_service_pb2.HostMemory:
+        """Host memory that staged revisions may take."""
+
+    @_builtins.property
+    def staged(self) -> _containers.RepeatedCompositeFieldContainer[_fleet_service_pb2.StagedRevision]:
+        """Revisions in host memory."""
+
     def __init__(
         self,
         *,
@@ -259,10 +457,12 @@ class Worker(_message.Message):
         slot_count: _builtins.int = ...,
         replica_count: _builtins.int = ...,
         version: _builtins.str = ...,
+        host_memory: _fleet_service_pb2.HostMemory | None = ...,
+        staged: _abc.Iterable[_fleet_service_pb2.StagedRevision] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["host_memory", b"host_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "engines", b"engines", "node", b"node", "replica_count", b"replica_count", "slot_count", b"slot_count", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "engines", b"engines", "host_memory", b"host_memory", "node", b"node", "replica_count", b"replica_count", "slot_count", b"slot_count", "staged", b"staged", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

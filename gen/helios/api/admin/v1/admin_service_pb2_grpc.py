@@ -50,6 +50,26 @@ class AdminServiceStub:
                 request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.EvictModelRequest.SerializeToString,
                 response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.EvictModelResponse.FromString,
                 _registered_method=True)
+        self.StageModel = channel.unary_unary(
+                '/helios.api.admin.v1.AdminService/StageModel',
+                request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.StageModelRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.StageModelResponse.FromString,
+                _registered_method=True)
+        self.UnstageModel = channel.unary_unary(
+                '/helios.api.admin.v1.AdminService/UnstageModel',
+                request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.UnstageModelRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.UnstageModelResponse.FromString,
+                _registered_method=True)
+        self.SleepReplica = channel.unary_unary(
+                '/helios.api.admin.v1.AdminService/SleepReplica',
+                request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.SleepReplicaRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.SleepReplicaResponse.FromString,
+                _registered_method=True)
+        self.WakeReplica = channel.unary_unary(
+                '/helios.api.admin.v1.AdminService/WakeReplica',
+                request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.WakeReplicaRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.WakeReplicaResponse.FromString,
+                _registered_method=True)
         self.ListWorkers = channel.unary_unary(
                 '/helios.api.admin.v1.AdminService/ListWorkers',
                 request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListWorkersRequest.SerializeToString,
@@ -91,6 +111,40 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StageModel(self, request, context):
+        """StageModel brings a model's weights to host memory on a node and drains its replicas: the next request starts it
+        without the disk. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (NO_WORKER, NO_CAPACITY),
+        FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnstageModel(self, request, context):
+        """UnstageModel gives the host memory of a model's staged weights back; the disk keeps them. Idempotent.
+        Errors: NOT_FOUND (MODEL_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SleepReplica(self, request, context):
+        """SleepReplica takes an idle replica's weights and KV cache off its device; the next request of its model wakes it.
+        Idempotent. Errors: NOT_FOUND (REPLICA_NOT_FOUND), FAILED_PRECONDITION (SLEEP_UNSUPPORTED, REPLICA_BUSY,
+        REPLICA_NOT_READY).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WakeReplica(self, request, context):
+        """WakeReplica brings a sleeping replica back. Idempotent. Errors: NOT_FOUND (REPLICA_NOT_FOUND), FAILED_PRECONDITION
+        (REPLICA_NOT_ASLEEP).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListWorkers(self, request, context):
         """ListWorkers lists the workers that are connected. Idempotent.
         """
@@ -122,6 +176,26 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.EvictModel,
                     request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.EvictModelRequest.FromString,
                     response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.EvictModelResponse.SerializeToString,
+            ),
+            'StageModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.StageModel,
+                    request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.StageModelRequest.FromString,
+                    response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.StageModelResponse.SerializeToString,
+            ),
+            'UnstageModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnstageModel,
+                    request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.UnstageModelRequest.FromString,
+                    response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.UnstageModelResponse.SerializeToString,
+            ),
+            'SleepReplica': grpc.unary_unary_rpc_method_handler(
+                    servicer.SleepReplica,
+                    request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.SleepReplicaRequest.FromString,
+                    response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.SleepReplicaResponse.SerializeToString,
+            ),
+            'WakeReplica': grpc.unary_unary_rpc_method_handler(
+                    servicer.WakeReplica,
+                    request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.WakeReplicaRequest.FromString,
+                    response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.WakeReplicaResponse.SerializeToString,
             ),
             'ListWorkers': grpc.unary_unary_rpc_method_handler(
                     servicer.ListWorkers,
@@ -216,6 +290,114 @@ class AdminService:
             '/helios.api.admin.v1.AdminService/EvictModel',
             helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.EvictModelRequest.SerializeToString,
             helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.EvictModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StageModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.admin.v1.AdminService/StageModel',
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.StageModelRequest.SerializeToString,
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.StageModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnstageModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.admin.v1.AdminService/UnstageModel',
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.UnstageModelRequest.SerializeToString,
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.UnstageModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SleepReplica(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.admin.v1.AdminService/SleepReplica',
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.SleepReplicaRequest.SerializeToString,
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.SleepReplicaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WakeReplica(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.admin.v1.AdminService/WakeReplica',
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.WakeReplicaRequest.SerializeToString,
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.WakeReplicaResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -29,6 +29,24 @@ class AdminServiceStub:
     """EvictModel drains all replicas of a model and drops its bytes from the nodes' tiers; the registry keeps the model.
     Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0).
     """
+    StageModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.StageModelRequest, _admin_service_pb2.StageModelResponse]
+    """StageModel brings a model's weights to host memory on a node and drains its replicas: the next request starts it
+    without the disk. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (NO_WORKER, NO_CAPACITY),
+    FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0).
+    """
+    UnstageModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UnstageModelRequest, _admin_service_pb2.UnstageModelResponse]
+    """UnstageModel gives the host memory of a model's staged weights back; the disk keeps them. Idempotent.
+    Errors: NOT_FOUND (MODEL_NOT_FOUND).
+    """
+    SleepReplica: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.SleepReplicaRequest, _admin_service_pb2.SleepReplicaResponse]
+    """SleepReplica takes an idle replica's weights and KV cache off its device; the next request of its model wakes it.
+    Idempotent. Errors: NOT_FOUND (REPLICA_NOT_FOUND), FAILED_PRECONDITION (SLEEP_UNSUPPORTED, REPLICA_BUSY,
+    REPLICA_NOT_READY).
+    """
+    WakeReplica: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.WakeReplicaRequest, _admin_service_pb2.WakeReplicaResponse]
+    """WakeReplica brings a sleeping replica back. Idempotent. Errors: NOT_FOUND (REPLICA_NOT_FOUND), FAILED_PRECONDITION
+    (REPLICA_NOT_ASLEEP).
+    """
     ListWorkers: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListWorkersRequest, _admin_service_pb2.ListWorkersResponse]
     """ListWorkers lists the workers that are connected. Idempotent."""
     ListReplicas: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListReplicasRequest, _admin_service_pb2.ListReplicasResponse]
@@ -66,6 +84,48 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_admin_service_pb2.EvictModelResponse]:
         """EvictModel drains all replicas of a model and drops its bytes from the nodes' tiers; the registry keeps the model.
         Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0).
+        """
+
+    @_abc_1.abstractmethod
+    def StageModel(
+        self,
+        request: _admin_service_pb2.StageModelRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.StageModelRequest, _abc.Awaitable[_admin_service_pb2.StageModelResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.StageModelResponse]:
+        """StageModel brings a model's weights to host memory on a node and drains its replicas: the next request starts it
+        without the disk. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (NO_WORKER, NO_CAPACITY),
+        FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0).
+        """
+
+    @_abc_1.abstractmethod
+    def UnstageModel(
+        self,
+        request: _admin_service_pb2.UnstageModelRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.UnstageModelRequest, _abc.Awaitable[_admin_service_pb2.UnstageModelResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.UnstageModelResponse]:
+        """UnstageModel gives the host memory of a model's staged weights back; the disk keeps them. Idempotent.
+        Errors: NOT_FOUND (MODEL_NOT_FOUND).
+        """
+
+    @_abc_1.abstractmethod
+    def SleepReplica(
+        self,
+        request: _admin_service_pb2.SleepReplicaRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.SleepReplicaRequest, _abc.Awaitable[_admin_service_pb2.SleepReplicaResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.SleepReplicaResponse]:
+        """SleepReplica takes an idle replica's weights and KV cache off its device; the next request of its model wakes it.
+        Idempotent. Errors: NOT_FOUND (REPLICA_NOT_FOUND), FAILED_PRECONDITION (SLEEP_UNSUPPORTED, REPLICA_BUSY,
+        REPLICA_NOT_READY).
+        """
+
+    @_abc_1.abstractmethod
+    def WakeReplica(
+        self,
+        request: _admin_service_pb2.WakeReplicaRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.WakeReplicaRequest, _abc.Awaitable[_admin_service_pb2.WakeReplicaResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.WakeReplicaResponse]:
+        """WakeReplica brings a sleeping replica back. Idempotent. Errors: NOT_FOUND (REPLICA_NOT_FOUND), FAILED_PRECONDITION
+        (REPLICA_NOT_ASLEEP).
         """
 
     @_abc_1.abstractmethod

@@ -212,22 +212,30 @@ class ReplicaCounts(_message.Message):
     STARTING_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    ASLEEP_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
     starting: _builtins.int
     """Asked for, fetching, loading or warming."""
     ready: _builtins.int
     """Taking requests."""
     draining: _builtins.int
     """Finishing their requests."""
+    asleep: _builtins.int
+    """Weights off the device, or coming back; a request wakes one before another is started."""
+    staged: _builtins.int
+    """No process, weights in host memory; one for each node."""
     def __init__(
         self,
         *,
         starting: _builtins.int = ...,
         ready: _builtins.int = ...,
         draining: _builtins.int = ...,
+        asleep: _builtins.int = ...,
+        staged: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "ready", b"ready", "starting", b"starting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asleep", b"asleep", "draining", b"draining", "ready", b"ready", "staged", b"staged", "starting", b"starting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

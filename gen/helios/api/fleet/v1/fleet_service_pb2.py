@@ -28,43 +28,67 @@ from helios.api.engine.v1 import engine_settings_pb2 as helios_dot_api_dot_engin
 from helios.api.fleet.v1 import types_pb2 as helios_dot_api_dot_fleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'helios/api/fleet/v1/fleet_service.proto\x12\x13helios.api.fleet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a*helios/api/engine/v1/engine_settings.proto\x1a\x1fhelios/api/fleet/v1/types.proto\"\xd4\x02\n\x0eSessionRequest\x12\x32\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.helios.api.fleet.v1.HelloH\x00R\x05hello\x12H\n\rreplica_event\x18\x02 \x01(\x0b\x32!.helios.api.fleet.v1.ReplicaEventH\x00R\x0creplicaEvent\x12\x35\n\x04load\x18\x03 \x01(\x0b\x32\x1f.helios.api.fleet.v1.LoadReportH\x00R\x04load\x12\x42\n\x0b\x63ommand_ack\x18\x04 \x01(\x0b\x32\x1f.helios.api.fleet.v1.CommandAckH\x00R\ncommandAck\x12>\n\theartbeat\x18\x05 \x01(\x0b\x32\x1e.helios.api.fleet.v1.HeartbeatH\x00R\theartbeatB\t\n\x07message\"\xd0\x01\n\x0fSessionResponse\x12\x38\n\x07welcome\x18\x01 \x01(\x0b\x32\x1c.helios.api.fleet.v1.WelcomeH\x00R\x07welcome\x12\x38\n\x07\x63ommand\x18\x02 \x01(\x0b\x32\x1c.helios.api.fleet.v1.CommandH\x00R\x07\x63ommand\x12>\n\theartbeat\x18\x03 \x01(\x0b\x32\x1e.helios.api.fleet.v1.HeartbeatH\x00R\theartbeatB\t\n\x07message\"\x9e\x02\n\x05Hello\x12\x1b\n\tworker_id\x18\x01 \x01(\tR\x08workerId\x12 \n\x0bincarnation\x18\x02 \x01(\tR\x0bincarnation\x12\x12\n\x04node\x18\x03 \x01(\tR\x04node\x12\x35\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x1b.helios.api.fleet.v1.DeviceR\x07\x64\x65vices\x12\x18\n\x07\x65ngines\x18\x05 \x03(\tR\x07\x65ngines\x12\x1d\n\nslot_count\x18\x06 \x01(\rR\tslotCount\x12\x38\n\x08replicas\x18\x07 \x03(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x08replicas\x12\x18\n\x07version\x18\x08 \x01(\tR\x07version\"\xa0\x01\n\x06\x44\x65vice\x12\x1b\n\tdevice_id\x18\x01 \x01(\tR\x08\x64\x65viceId\x12\x33\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.helios.api.fleet.v1.DeviceKindR\x04kind\x12!\n\x0cmemory_bytes\x18\x03 \x01(\x04R\x0bmemoryBytes\x12!\n\x0c\x62ooked_bytes\x18\x04 \x01(\x04R\x0b\x62ookedBytes\"h\n\x07Welcome\x12\x42\n\x0freport_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0ereportInterval\x12\x19\n\x08proxy_id\x18\x02 \x01(\tR\x07proxyId\"b\n\x0cReplicaEvent\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\x12\x36\n\x07replica\x18\x02 \x01(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x07replica\"D\n\nLoadReport\x12\x36\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1e.helios.api.fleet.v1.LoadDeltaR\x06\x64\x65ltas\"\x0b\n\tHeartbeat\"\x9d\x02\n\x07\x43ommand\x12\x1d\n\ncommand_id\x18\x01 \x01(\tR\tcommandId\x12\x39\n\x05start\x18\x02 \x01(\x0b\x32!.helios.api.fleet.v1.StartReplicaH\x00R\x05start\x12\x39\n\x05\x64rain\x18\x03 \x01(\x0b\x32!.helios.api.fleet.v1.DrainReplicaH\x00R\x05\x64rain\x12\x36\n\x04stop\x18\x04 \x01(\x0b\x32 .helios.api.fleet.v1.StopReplicaH\x00R\x04stop\x12:\n\x05\x65vict\x18\x05 \x01(\x0b\x32\".helios.api.fleet.v1.EvictRevisionH\x00R\x05\x65victB\t\n\x07\x63ommand\"\xc1\x03\n\x0cStartReplica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12\x16\n\x06\x65ngine\x18\x04 \x01(\tR\x06\x65ngine\x12!\n\x0cmemory_bytes\x18\x05 \x01(\x04R\x0bmemoryBytes\x12$\n\x0ekv_cache_bytes\x18\x06 \x01(\x04R\x0ckvCacheBytes\x12,\n\x12max_context_tokens\x18\x07 \x01(\rR\x10maxContextTokens\x12M\n\x0f\x65ngine_settings\x18\x08 \x01(\x0b\x32$.helios.api.engine.v1.EngineSettingsR\x0e\x65ngineSettings\x12!\n\x0cserved_names\x18\t \x03(\tR\x0bservedNames\x12 \n\x0btraceparent\x18\n \x01(\tR\x0btraceparent\x12=\n\x0crequested_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0brequestedAt\"b\n\x0c\x44rainReplica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\x12\x33\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07timeout\",\n\x0bStopReplica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\"+\n\rEvictRevision\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\"l\n\nCommandAck\x12\x1d\n\ncommand_id\x18\x01 \x01(\tR\tcommandId\x12%\n\x0erefused_reason\x18\x02 \x01(\tR\rrefusedReason\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message*T\n\nDeviceKind\x12\x1b\n\x17\x44\x45VICE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45VICE_KIND_CPU\x10\x01\x12\x14\n\x10\x44\x45VICE_KIND_CUDA\x10\x02\x32h\n\x0c\x46leetService\x12X\n\x07Session\x12#.helios.api.fleet.v1.SessionRequest\x1a$.helios.api.fleet.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'helios/api/fleet/v1/fleet_service.proto\x12\x13helios.api.fleet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a*helios/api/engine/v1/engine_settings.proto\x1a\x1fhelios/api/fleet/v1/types.proto\"\x9b\x03\n\x0eSessionRequest\x12\x32\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.helios.api.fleet.v1.HelloH\x00R\x05hello\x12H\n\rreplica_event\x18\x02 \x01(\x0b\x32!.helios.api.fleet.v1.ReplicaEventH\x00R\x0creplicaEvent\x12\x35\n\x04load\x18\x03 \x01(\x0b\x32\x1f.helios.api.fleet.v1.LoadReportH\x00R\x04load\x12\x42\n\x0b\x63ommand_ack\x18\x04 \x01(\x0b\x32\x1f.helios.api.fleet.v1.CommandAckH\x00R\ncommandAck\x12>\n\theartbeat\x18\x05 \x01(\x0b\x32\x1e.helios.api.fleet.v1.HeartbeatH\x00R\theartbeat\x12\x45\n\x0cstaged_event\x18\x06 \x01(\x0b\x32 .helios.api.fleet.v1.StagedEventH\x00R\x0bstagedEventB\t\n\x07message\"\xd0\x01\n\x0fSessionResponse\x12\x38\n\x07welcome\x18\x01 \x01(\x0b\x32\x1c.helios.api.fleet.v1.WelcomeH\x00R\x07welcome\x12\x38\n\x07\x63ommand\x18\x02 \x01(\x0b\x32\x1c.helios.api.fleet.v1.CommandH\x00R\x07\x63ommand\x12>\n\theartbeat\x18\x03 \x01(\x0b\x32\x1e.helios.api.fleet.v1.HeartbeatH\x00R\theartbeatB\t\n\x07message\"\x9d\x03\n\x05Hello\x12\x1b\n\tworker_id\x18\x01 \x01(\tR\x08workerId\x12 \n\x0bincarnation\x18\x02 \x01(\tR\x0bincarnation\x12\x12\n\x04node\x18\x03 \x01(\tR\x04node\x12\x35\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x1b.helios.api.fleet.v1.DeviceR\x07\x64\x65vices\x12\x18\n\x07\x65ngines\x18\x05 \x03(\tR\x07\x65ngines\x12\x1d\n\nslot_count\x18\x06 \x01(\rR\tslotCount\x12\x38\n\x08replicas\x18\x07 \x03(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x08replicas\x12\x18\n\x07version\x18\x08 \x01(\tR\x07version\x12@\n\x0bhost_memory\x18\t \x01(\x0b\x32\x1f.helios.api.fleet.v1.HostMemoryR\nhostMemory\x12;\n\x06staged\x18\n \x03(\x0b\x32#.helios.api.fleet.v1.StagedRevisionR\x06staged\"\xed\x04\n\x06\x44\x65vice\x12\x1b\n\tdevice_id\x18\x01 \x01(\tR\x08\x64\x65viceId\x12\x33\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.helios.api.fleet.v1.DeviceKindR\x04kind\x12!\n\x0cmemory_bytes\x18\x03 \x01(\x04R\x0bmemoryBytes\x12!\n\x0c\x62ooked_bytes\x18\x04 \x01(\x04R\x0b\x62ookedBytes\x12\x12\n\x04name\x18\x05 \x01(\tR\x04name\x12\x12\n\x04uuid\x18\x06 \x01(\tR\x04uuid\x12(\n\x10parent_device_id\x18\x07 \x01(\tR\x0eparentDeviceId\x12\x1f\n\x0bmig_profile\x18\x08 \x01(\tR\nmigProfile\x12\x39\n\x06health\x18\t \x01(\x0e\x32!.helios.api.fleet.v1.DeviceHealthR\x06health\x12%\n\x0ehealth_message\x18\n \x01(\tR\rhealthMessage\x12 \n\tnuma_node\x18\x0b \x01(\rH\x00R\x08numaNode\x88\x01\x01\x12\x1c\n\npci_bus_id\x18\x0c \x01(\tR\x08pciBusId\x12\x35\n\x05links\x18\r \x03(\x0b\x32\x1f.helios.api.fleet.v1.DeviceLinkR\x05links\x12-\n\x12\x63ompute_capability\x18\x0e \x01(\tR\x11\x63omputeCapability\x12\x42\n\ttelemetry\x18\x0f \x01(\x0b\x32$.helios.api.fleet.v1.DeviceTelemetryR\ttelemetryB\x0c\n\n_numa_node\"\x81\x01\n\nDeviceLink\x12\x1b\n\tdevice_id\x18\x01 \x01(\tR\x08\x64\x65viceId\x12\x37\n\x04kind\x18\x02 \x01(\x0e\x32#.helios.api.fleet.v1.DeviceLinkKindR\x04kind\x12\x1d\n\nlink_count\x18\x03 \x01(\rR\tlinkCount\"\xde\x04\n\x0f\x44\x65viceTelemetry\x12\x1b\n\tdevice_id\x18\x01 \x01(\tR\x08\x64\x65viceId\x12\"\n\nused_bytes\x18\x02 \x01(\x04H\x00R\tusedBytes\x88\x01\x01\x12$\n\x0btotal_bytes\x18\x03 \x01(\x04H\x01R\ntotalBytes\x88\x01\x01\x12\x30\n\x11utilization_ratio\x18\x04 \x01(\x02H\x02R\x10utilizationRatio\x88\x01\x01\x12\x34\n\x13temperature_celsius\x18\x05 \x01(\rH\x03R\x12temperatureCelsius\x88\x01\x01\x12\x37\n\x15\x63orrected_error_count\x18\x06 \x01(\x04H\x04R\x13\x63orrectedErrorCount\x88\x01\x01\x12;\n\x17uncorrected_error_count\x18\x07 \x01(\x04H\x05R\x15uncorrectedErrorCount\x88\x01\x01\x12\x39\n\x06health\x18\x08 \x01(\x0e\x32!.helios.api.fleet.v1.DeviceHealthR\x06health\x12%\n\x0ehealth_message\x18\t \x01(\tR\rhealthMessage\x12!\n\x0c\x62ooked_bytes\x18\n \x01(\x04R\x0b\x62ookedBytesB\r\n\x0b_used_bytesB\x0e\n\x0c_total_bytesB\x14\n\x12_utilization_ratioB\x16\n\x14_temperature_celsiusB\x18\n\x16_corrected_error_countB\x1a\n\x18_uncorrected_error_count\"R\n\nHostMemory\x12!\n\x0cmemory_bytes\x18\x01 \x01(\x04R\x0bmemoryBytes\x12!\n\x0c\x62ooked_bytes\x18\x02 \x01(\x04R\x0b\x62ookedBytes\"\xa6\x02\n\x0eStagedRevision\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12\x36\n\x05state\x18\x03 \x01(\x0e\x32 .helios.api.fleet.v1.StagedStateR\x05state\x12!\n\x0cmemory_bytes\x18\x04 \x01(\x04R\x0bmemoryBytes\x12%\n\x0eresident_bytes\x18\x05 \x01(\x04R\rresidentBytes\x12!\n\x0clocked_bytes\x18\x06 \x01(\x04R\x0blockedBytes\x12=\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32#.helios.api.fleet.v1.ReplicaFailureR\x07\x66\x61ilure\"f\n\x0bStagedEvent\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\x12;\n\x06staged\x18\x02 \x01(\x0b\x32#.helios.api.fleet.v1.StagedRevisionR\x06staged\"h\n\x07Welcome\x12\x42\n\x0freport_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0ereportInterval\x12\x19\n\x08proxy_id\x18\x02 \x01(\tR\x07proxyId\"b\n\x0cReplicaEvent\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\x12\x36\n\x07replica\x18\x02 \x01(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x07replica\"\x84\x01\n\nLoadReport\x12\x36\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1e.helios.api.fleet.v1.LoadDeltaR\x06\x64\x65ltas\x12>\n\x07\x64\x65vices\x18\x02 \x03(\x0b\x32$.helios.api.fleet.v1.DeviceTelemetryR\x07\x64\x65vices\"\x0b\n\tHeartbeat\"\x8e\x04\n\x07\x43ommand\x12\x1d\n\ncommand_id\x18\x01 \x01(\tR\tcommandId\x12\x39\n\x05start\x18\x02 \x01(\x0b\x32!.helios.api.fleet.v1.StartReplicaH\x00R\x05start\x12\x39\n\x05\x64rain\x18\x03 \x01(\x0b\x32!.helios.api.fleet.v1.DrainReplicaH\x00R\x05\x64rain\x12\x36\n\x04stop\x18\x04 \x01(\x0b\x32 .helios.api.fleet.v1.StopReplicaH\x00R\x04stop\x12:\n\x05\x65vict\x18\x05 \x01(\x0b\x32\".helios.api.fleet.v1.EvictRevisionH\x00R\x05\x65vict\x12:\n\x05stage\x18\x06 \x01(\x0b\x32\".helios.api.fleet.v1.StageRevisionH\x00R\x05stage\x12@\n\x07unstage\x18\x07 \x01(\x0b\x32$.helios.api.fleet.v1.UnstageRevisionH\x00R\x07unstage\x12\x39\n\x05sleep\x18\x08 \x01(\x0b\x32!.helios.api.fleet.v1.SleepReplicaH\x00R\x05sleep\x12\x36\n\x04wake\x18\t \x01(\x0b\x32 .helios.api.fleet.v1.WakeReplicaH\x00R\x04wakeB\t\n\x07\x63ommand\"\xc7\x04\n\x0cStartReplica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12\x16\n\x06\x65ngine\x18\x04 \x01(\tR\x06\x65ngine\x12!\n\x0cmemory_bytes\x18\x05 \x01(\x04R\x0bmemoryBytes\x12$\n\x0ekv_cache_bytes\x18\x06 \x01(\x04R\x0ckvCacheBytes\x12,\n\x12max_context_tokens\x18\x07 \x01(\rR\x10maxContextTokens\x12M\n\x0f\x65ngine_settings\x18\x08 \x01(\x0b\x32$.helios.api.engine.v1.EngineSettingsR\x0e\x65ngineSettings\x12!\n\x0cserved_names\x18\t \x03(\tR\x0bservedNames\x12 \n\x0btraceparent\x18\n \x01(\tR\x0btraceparent\x12=\n\x0crequested_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0brequestedAt\x12\x1d\n\ndevice_ids\x18\x0c \x03(\tR\tdeviceIds\x12!\n\x0c\x64\x65vice_count\x18\r \x01(\rR\x0b\x64\x65viceCount\x12\x42\n\x0cmemory_items\x18\x0e \x03(\x0b\x32\x1f.helios.api.fleet.v1.MemoryItemR\x0bmemoryItems\"b\n\x0c\x44rainReplica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\x12\x33\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07timeout\",\n\x0bStopReplica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\"+\n\rEvictRevision\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\"d\n\rStageRevision\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12!\n\x0cmemory_bytes\x18\x03 \x01(\x04R\x0bmemoryBytes\"-\n\x0fUnstageRevision\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\"-\n\x0cSleepReplica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\",\n\x0bWakeReplica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\"l\n\nCommandAck\x12\x1d\n\ncommand_id\x18\x01 \x01(\tR\tcommandId\x12%\n\x0erefused_reason\x18\x02 \x01(\tR\rrefusedReason\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message*|\n\x0c\x44\x65viceHealth\x12\x1d\n\x19\x44\x45VICE_HEALTH_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44\x45VICE_HEALTH_HEALTHY\x10\x01\x12\x1a\n\x16\x44\x45VICE_HEALTH_DEGRADED\x10\x02\x12\x16\n\x12\x44\x45VICE_HEALTH_LOST\x10\x03*\xae\x01\n\x0e\x44\x65viceLinkKind\x12 \n\x1c\x44\x45VICE_LINK_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44\x45VICE_LINK_KIND_NVLINK\x10\x01\x12 \n\x1c\x44\x45VICE_LINK_KIND_PCIE_SWITCH\x10\x02\x12\x1e\n\x1a\x44\x45VICE_LINK_KIND_PCIE_HOST\x10\x03\x12\x1b\n\x17\x44\x45VICE_LINK_KIND_SYSTEM\x10\x04*u\n\x0bStagedState\x12\x1c\n\x18STAGED_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14STAGED_STATE_STAGING\x10\x01\x12\x17\n\x13STAGED_STATE_STAGED\x10\x02\x12\x15\n\x11STAGED_STATE_GONE\x10\x03*T\n\nDeviceKind\x12\x1b\n\x17\x44\x45VICE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45VICE_KIND_CPU\x10\x01\x12\x14\n\x10\x44\x45VICE_KIND_CUDA\x10\x02\x32h\n\x0c\x46leetService\x12X\n\x07Session\x12#.helios.api.fleet.v1.SessionRequest\x1a$.helios.api.fleet.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'helios.api.fleet.v1.fleet_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DEVICEKIND']._serialized_start=2542
-  _globals['_DEVICEKIND']._serialized_end=2626
+  _globals['_DEVICEHEALTH']._serialized_start=5109
+  _globals['_DEVICEHEALTH']._serialized_end=5233
+  _globals['_DEVICELINKKIND']._serialized_start=5236
+  _globals['_DEVICELINKKIND']._serialized_end=5410
+  _globals['_STAGEDSTATE']._serialized_start=5412
+  _globals['_STAGEDSTATE']._serialized_end=5529
+  _globals['_DEVICEKIND']._serialized_start=5531
+  _globals['_DEVICEKIND']._serialized_end=5615
   _globals['_SESSIONREQUEST']._serialized_start=207
-  _globals['_SESSIONREQUEST']._serialized_end=547
-  _globals['_SESSIONRESPONSE']._serialized_start=550
-  _globals['_SESSIONRESPONSE']._serialized_end=758
-  _globals['_HELLO']._serialized_start=761
-  _globals['_HELLO']._serialized_end=1047
-  _globals['_DEVICE']._serialized_start=1050
-  _globals['_DEVICE']._serialized_end=1210
-  _globals['_WELCOME']._serialized_start=1212
-  _globals['_WELCOME']._serialized_end=1316
-  _globals['_REPLICAEVENT']._serialized_start=1318
-  _globals['_REPLICAEVENT']._serialized_end=1416
-  _globals['_LOADREPORT']._serialized_start=1418
-  _globals['_LOADREPORT']._serialized_end=1486
-  _globals['_HEARTBEAT']._serialized_start=1488
-  _globals['_HEARTBEAT']._serialized_end=1499
-  _globals['_COMMAND']._serialized_start=1502
-  _globals['_COMMAND']._serialized_end=1787
-  _globals['_STARTREPLICA']._serialized_start=1790
-  _globals['_STARTREPLICA']._serialized_end=2239
-  _globals['_DRAINREPLICA']._serialized_start=2241
-  _globals['_DRAINREPLICA']._serialized_end=2339
-  _globals['_STOPREPLICA']._serialized_start=2341
-  _globals['_STOPREPLICA']._serialized_end=2385
-  _globals['_EVICTREVISION']._serialized_start=2387
-  _globals['_EVICTREVISION']._serialized_end=2430
-  _globals['_COMMANDACK']._serialized_start=2432
-  _globals['_COMMANDACK']._serialized_end=2540
-  _globals['_FLEETSERVICE']._serialized_start=2628
-  _globals['_FLEETSERVICE']._serialized_end=2732
+  _globals['_SESSIONREQUEST']._serialized_end=618
+  _globals['_SESSIONRESPONSE']._serialized_start=621
+  _globals['_SESSIONRESPONSE']._serialized_end=829
+  _globals['_HELLO']._serialized_start=832
+  _globals['_HELLO']._serialized_end=1245
+  _globals['_DEVICE']._serialized_start=1248
+  _globals['_DEVICE']._serialized_end=1869
+  _globals['_DEVICELINK']._serialized_start=1872
+  _globals['_DEVICELINK']._serialized_end=2001
+  _globals['_DEVICETELEMETRY']._serialized_start=2004
+  _globals['_DEVICETELEMETRY']._serialized_end=2610
+  _globals['_HOSTMEMORY']._serialized_start=2612
+  _globals['_HOSTMEMORY']._serialized_end=2694
+  _globals['_STAGEDREVISION']._serialized_start=2697
+  _globals['_STAGEDREVISION']._serialized_end=2991
+  _globals['_STAGEDEVENT']._serialized_start=2993
+  _globals['_STAGEDEVENT']._serialized_end=3095
+  _globals['_WELCOME']._serialized_start=3097
+  _globals['_WELCOME']._serialized_end=3201
+  _globals['_REPLICAEVENT']._serialized_start=3203
+  _globals['_REPLICAEVENT']._serialized_end=3301
+  _globals['_LOADREPORT']._serialized_start=3304
+  _globals['_LOADREPORT']._serialized_end=3436
+  _globals['_HEARTBEAT']._serialized_start=3438
+  _globals['_HEARTBEAT']._serialized_end=3449
+  _globals['_COMMAND']._serialized_start=3452
+  _globals['_COMMAND']._serialized_end=3978
+  _globals['_STARTREPLICA']._serialized_start=3981
+  _globals['_STARTREPLICA']._serialized_end=4564
+  _globals['_DRAINREPLICA']._serialized_start=4566
+  _globals['_DRAINREPLICA']._serialized_end=4664
+  _globals['_STOPREPLICA']._serialized_start=4666
+  _globals['_STOPREPLICA']._serialized_end=4710
+  _globals['_EVICTREVISION']._serialized_start=4712
+  _globals['_EVICTREVISION']._serialized_end=4755
+  _globals['_STAGEREVISION']._serialized_start=4757
+  _globals['_STAGEREVISION']._serialized_end=4857
+  _globals['_UNSTAGEREVISION']._serialized_start=4859
+  _globals['_UNSTAGEREVISION']._serialized_end=4904
+  _globals['_SLEEPREPLICA']._serialized_start=4906
+  _globals['_SLEEPREPLICA']._serialized_end=4951
+  _globals['_WAKEREPLICA']._serialized_start=4953
+  _globals['_WAKEREPLICA']._serialized_end=4997
+  _globals['_COMMANDACK']._serialized_start=4999
+  _globals['_COMMANDACK']._serialized_end=5107
+  _globals['_FLEETSERVICE']._serialized_start=5617
+  _globals['_FLEETSERVICE']._serialized_end=5721
 # @@protoc_insertion_point(module_scope)

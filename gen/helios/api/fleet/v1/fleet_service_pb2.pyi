@@ -23,6 +23,94 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _DeviceHealth:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeviceHealthEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeviceHealth.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEVICE_HEALTH_UNSPECIFIED: _DeviceHealth.ValueType  # 0
+    """Not set: counts as healthy."""
+    DEVICE_HEALTH_HEALTHY: _DeviceHealth.ValueType  # 1
+    """It can."""
+    DEVICE_HEALTH_DEGRADED: _DeviceHealth.ValueType  # 2
+    """It answers, but nothing is to be started on it: uncorrected memory errors, or a reset is required."""
+    DEVICE_HEALTH_LOST: _DeviceHealth.ValueType  # 3
+    """It does not answer any more ("fallen off the bus")."""
+
+class DeviceHealth(_DeviceHealth, metaclass=_DeviceHealthEnumTypeWrapper):
+    """Whether a device can be used."""
+
+DEVICE_HEALTH_UNSPECIFIED: DeviceHealth.ValueType  # 0
+"""Not set: counts as healthy."""
+DEVICE_HEALTH_HEALTHY: DeviceHealth.ValueType  # 1
+"""It can."""
+DEVICE_HEALTH_DEGRADED: DeviceHealth.ValueType  # 2
+"""It answers, but nothing is to be started on it: uncorrected memory errors, or a reset is required."""
+DEVICE_HEALTH_LOST: DeviceHealth.ValueType  # 3
+"""It does not answer any more ("fallen off the bus")."""
+Global___DeviceHealth: _TypeAlias = DeviceHealth  # noqa: Y015
+
+class _DeviceLinkKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeviceLinkKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeviceLinkKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEVICE_LINK_KIND_UNSPECIFIED: _DeviceLinkKind.ValueType  # 0
+    """Not set: never sent."""
+    DEVICE_LINK_KIND_NVLINK: _DeviceLinkKind.ValueType  # 1
+    """NVLink, direct or through NVSwitch."""
+    DEVICE_LINK_KIND_PCIE_SWITCH: _DeviceLinkKind.ValueType  # 2
+    """The same board, or PCIe switches without the processor."""
+    DEVICE_LINK_KIND_PCIE_HOST: _DeviceLinkKind.ValueType  # 3
+    """Through a host bridge of the same NUMA node."""
+    DEVICE_LINK_KIND_SYSTEM: _DeviceLinkKind.ValueType  # 4
+    """Between NUMA nodes."""
+
+class DeviceLinkKind(_DeviceLinkKind, metaclass=_DeviceLinkKindEnumTypeWrapper):
+    """Ways between devices, the fastest first."""
+
+DEVICE_LINK_KIND_UNSPECIFIED: DeviceLinkKind.ValueType  # 0
+"""Not set: never sent."""
+DEVICE_LINK_KIND_NVLINK: DeviceLinkKind.ValueType  # 1
+"""NVLink, direct or through NVSwitch."""
+DEVICE_LINK_KIND_PCIE_SWITCH: DeviceLinkKind.ValueType  # 2
+"""The same board, or PCIe switches without the processor."""
+DEVICE_LINK_KIND_PCIE_HOST: DeviceLinkKind.ValueType  # 3
+"""Through a host bridge of the same NUMA node."""
+DEVICE_LINK_KIND_SYSTEM: DeviceLinkKind.ValueType  # 4
+"""Between NUMA nodes."""
+Global___DeviceLinkKind: _TypeAlias = DeviceLinkKind  # noqa: Y015
+
+class _StagedState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StagedStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StagedState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STAGED_STATE_UNSPECIFIED: _StagedState.ValueType  # 0
+    """Not set: never sent."""
+    STAGED_STATE_STAGING: _StagedState.ValueType  # 1
+    """It is on its way to memory."""
+    STAGED_STATE_STAGED: _StagedState.ValueType  # 2
+    """All of it is in memory."""
+    STAGED_STATE_GONE: _StagedState.ValueType  # 3
+    """It was given back, or could not be brought to memory; it is not held any more."""
+
+class StagedState(_StagedState, metaclass=_StagedStateEnumTypeWrapper):
+    """Where a staged revision stands."""
+
+STAGED_STATE_UNSPECIFIED: StagedState.ValueType  # 0
+"""Not set: never sent."""
+STAGED_STATE_STAGING: StagedState.ValueType  # 1
+"""It is on its way to memory."""
+STAGED_STATE_STAGED: StagedState.ValueType  # 2
+"""All of it is in memory."""
+STAGED_STATE_GONE: StagedState.ValueType  # 3
+"""It was given back, or could not be brought to memory; it is not held any more."""
+Global___StagedState: _TypeAlias = StagedState  # noqa: Y015
+
 class _DeviceKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -58,6 +146,7 @@ class SessionRequest(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     COMMAND_ACK_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    STAGED_EVENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """Who the worker is and what it holds."""
@@ -78,6 +167,10 @@ class SessionRequest(_message.Message):
     def heartbeat(self) -> Global___Heartbeat:
         """Nothing happened."""
 
+    @_builtins.property
+    def staged_event(self) -> Global___StagedEvent:
+        """A staged revision changed."""
+
     def __init__(
         self,
         *,
@@ -86,12 +179,13 @@ class SessionRequest(_message.Message):
         load: Global___LoadReport | None = ...,
         command_ack: Global___CommandAck | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        staged_event: Global___StagedEvent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command_ack", b"command_ack", "heartbeat", b"heartbeat", "hello", b"hello", "load", b"load", "message", b"message", "replica_event", b"replica_event"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command_ack", b"command_ack", "heartbeat", b"heartbeat", "hello", b"hello", "load", b"load", "message", b"message", "replica_event", b"replica_event", "staged_event", b"staged_event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_ack", b"command_ack", "heartbeat", b"heartbeat", "hello", b"hello", "load", b"load", "message", b"message", "replica_event", b"replica_event"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_ack", b"command_ack", "heartbeat", b"heartbeat", "hello", b"hello", "load", b"load", "message", b"message", "replica_event", b"replica_event", "staged_event", b"staged_event"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "replica_event", "load", "command_ack", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "replica_event", "load", "command_ack", "heartbeat", "staged_event"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -149,6 +243,8 @@ class Hello(_message.Message):
     SLOT_COUNT_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    HOST_MEMORY_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Stable over restarts of the worker."""
     incarnation: _builtins.str
@@ -171,6 +267,14 @@ class Hello(_message.Message):
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Replica]:
         """Every replica that it holds now."""
 
+    @_builtins.property
+    def host_memory(self) -> Global___HostMemory:
+        """Host memory that staged revisions may take."""
+
+    @_builtins.property
+    def staged(self) -> _containers.RepeatedCompositeFieldContainer[Global___StagedRevision]:
+        """Every revision that it holds in host memory, or is bringing there."""
+
     def __init__(
         self,
         *,
@@ -182,10 +286,12 @@ class Hello(_message.Message):
         slot_count: _builtins.int = ...,
         replicas: _abc.Iterable[_types_pb2.Replica] | None = ...,
         version: _builtins.str = ...,
+        host_memory: Global___HostMemory | None = ...,
+        staged: _abc.Iterable[Global___StagedRevision] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["host_memory", b"host_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "engines", b"engines", "incarnation", b"incarnation", "node", b"node", "replicas", b"replicas", "slot_count", b"slot_count", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "engines", b"engines", "host_memory", b"host_memory", "incarnation", b"incarnation", "node", b"node", "replicas", b"replicas", "slot_count", b"slot_count", "staged", b"staged", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -201,6 +307,17 @@ class Device(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     BOOKED_BYTES_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    UUID_FIELD_NUMBER: _builtins.int
+    PARENT_DEVICE_ID_FIELD_NUMBER: _builtins.int
+    MIG_PROFILE_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
+    HEALTH_MESSAGE_FIELD_NUMBER: _builtins.int
+    NUMA_NODE_FIELD_NUMBER: _builtins.int
+    PCI_BUS_ID_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
+    COMPUTE_CAPABILITY_FIELD_NUMBER: _builtins.int
+    TELEMETRY_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     """Name on the node, such as "cpu:0"."""
     kind: Global___DeviceKind.ValueType
@@ -209,6 +326,32 @@ class Device(_message.Message):
     """Memory that replicas may use, in bytes."""
     booked_bytes: _builtins.int
     """Memory booked for replicas now, in bytes."""
+    name: _builtins.str
+    """Product name, such as "NVIDIA H100 80GB HBM3"."""
+    uuid: _builtins.str
+    """What CUDA_VISIBLE_DEVICES takes: "GPU-…", or "MIG-…" for a slice. Empty for a CPU."""
+    parent_device_id: _builtins.str
+    """Of a MIG slice: the device that it is a part of."""
+    mig_profile: _builtins.str
+    """Of a MIG slice: its profile, such as "3g.40gb"."""
+    health: Global___DeviceHealth.ValueType
+    """Whether replicas may be started on it."""
+    health_message: _builtins.str
+    """Why it is not healthy, for people."""
+    numa_node: _builtins.int
+    """NUMA node that it is attached to; unset: not known."""
+    pci_bus_id: _builtins.str
+    """Address on the PCI bus, such as "00000000:1B:00.0"."""
+    compute_capability: _builtins.str
+    """CUDA compute capability, such as "9.0"."""
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceLink]:
+        """How it reaches the other devices of the node."""
+
+    @_builtins.property
+    def telemetry(self) -> Global___DeviceTelemetry:
+        """What was measured last."""
+
     def __init__(
         self,
         *,
@@ -216,14 +359,240 @@ class Device(_message.Message):
         kind: Global___DeviceKind.ValueType = ...,
         memory_bytes: _builtins.int = ...,
         booked_bytes: _builtins.int = ...,
+        name: _builtins.str = ...,
+        uuid: _builtins.str = ...,
+        parent_device_id: _builtins.str = ...,
+        mig_profile: _builtins.str = ...,
+        health: Global___DeviceHealth.ValueType = ...,
+        health_message: _builtins.str = ...,
+        numa_node: _builtins.int | None = ...,
+        pci_bus_id: _builtins.str = ...,
+        links: _abc.Iterable[Global___DeviceLink] | None = ...,
+        compute_capability: _builtins.str = ...,
+        telemetry: Global___DeviceTelemetry | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_numa_node", b"_numa_node", "numa_node", b"numa_node", "telemetry", b"telemetry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_numa_node", b"_numa_node", "booked_bytes", b"booked_bytes", "compute_capability", b"compute_capability", "device_id", b"device_id", "health", b"health", "health_message", b"health_message", "kind", b"kind", "links", b"links", "memory_bytes", b"memory_bytes", "mig_profile", b"mig_profile", "name", b"name", "numa_node", b"numa_node", "parent_device_id", b"parent_device_id", "pci_bus_id", b"pci_bus_id", "telemetry", b"telemetry", "uuid", b"uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__numa_node: _TypeAlias = _typing.Literal["numa_node"]  # noqa: Y015
+    _WhichOneofArgType__numa_node: _TypeAlias = _typing.Literal["_numa_node", b"_numa_node"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__numa_node) -> _WhichOneofReturnType__numa_node | None: ...
+
+Global___Device: _TypeAlias = Device  # noqa: Y015
+
+@_typing.final
+class DeviceLink(_message.Message):
+    """DeviceLink is the way from one device to another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    LINK_COUNT_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.str
+    """The other device."""
+    kind: Global___DeviceLinkKind.ValueType
+    """What kind of way."""
+    link_count: _builtins.int
+    """Of NVLink: how many links are up."""
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.str = ...,
+        kind: Global___DeviceLinkKind.ValueType = ...,
+        link_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["booked_bytes", b"booked_bytes", "device_id", b"device_id", "kind", b"kind", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "kind", b"kind", "link_count", b"link_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Device: _TypeAlias = Device  # noqa: Y015
+Global___DeviceLink: _TypeAlias = DeviceLink  # noqa: Y015
+
+@_typing.final
+class DeviceTelemetry(_message.Message):
+    """DeviceTelemetry is what was measured of a device. What a device can't say is unset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    UTILIZATION_RATIO_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_CELSIUS_FIELD_NUMBER: _builtins.int
+    CORRECTED_ERROR_COUNT_FIELD_NUMBER: _builtins.int
+    UNCORRECTED_ERROR_COUNT_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
+    HEALTH_MESSAGE_FIELD_NUMBER: _builtins.int
+    BOOKED_BYTES_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.str
+    """Which device."""
+    used_bytes: _builtins.int
+    """Memory in use by anybody, in bytes."""
+    total_bytes: _builtins.int
+    """Memory that the device itself has, in bytes."""
+    utilization_ratio: _builtins.float
+    """Share of the last sample in which it computed, 0 to 1."""
+    temperature_celsius: _builtins.int
+    """Temperature in degrees Celsius."""
+    corrected_error_count: _builtins.int
+    """Memory errors that were corrected since the driver was loaded."""
+    uncorrected_error_count: _builtins.int
+    """Memory errors that could not be corrected since the driver was loaded."""
+    health: Global___DeviceHealth.ValueType
+    """Whether replicas may be started on it."""
+    health_message: _builtins.str
+    """Why it is not healthy, for people."""
+    booked_bytes: _builtins.int
+    """Memory booked for replicas now, in bytes."""
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.str = ...,
+        used_bytes: _builtins.int | None = ...,
+        total_bytes: _builtins.int | None = ...,
+        utilization_ratio: _builtins.float | None = ...,
+        temperature_celsius: _builtins.int | None = ...,
+        corrected_error_count: _builtins.int | None = ...,
+        uncorrected_error_count: _builtins.int | None = ...,
+        health: Global___DeviceHealth.ValueType = ...,
+        health_message: _builtins.str = ...,
+        booked_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_corrected_error_count", b"_corrected_error_count", "_temperature_celsius", b"_temperature_celsius", "_total_bytes", b"_total_bytes", "_uncorrected_error_count", b"_uncorrected_error_count", "_used_bytes", b"_used_bytes", "_utilization_ratio", b"_utilization_ratio", "corrected_error_count", b"corrected_error_count", "temperature_celsius", b"temperature_celsius", "total_bytes", b"total_bytes", "uncorrected_error_count", b"uncorrected_error_count", "used_bytes", b"used_bytes", "utilization_ratio", b"utilization_ratio"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_corrected_error_count", b"_corrected_error_count", "_temperature_celsius", b"_temperature_celsius", "_total_bytes", b"_total_bytes", "_uncorrected_error_count", b"_uncorrected_error_count", "_used_bytes", b"_used_bytes", "_utilization_ratio", b"_utilization_ratio", "booked_bytes", b"booked_bytes", "corrected_error_count", b"corrected_error_count", "device_id", b"device_id", "health", b"health", "health_message", b"health_message", "temperature_celsius", b"temperature_celsius", "total_bytes", b"total_bytes", "uncorrected_error_count", b"uncorrected_error_count", "used_bytes", b"used_bytes", "utilization_ratio", b"utilization_ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__corrected_error_count: _TypeAlias = _typing.Literal["corrected_error_count"]  # noqa: Y015
+    _WhichOneofArgType__corrected_error_count: _TypeAlias = _typing.Literal["_corrected_error_count", b"_corrected_error_count"]  # noqa: Y015
+    _WhichOneofReturnType__temperature_celsius: _TypeAlias = _typing.Literal["temperature_celsius"]  # noqa: Y015
+    _WhichOneofArgType__temperature_celsius: _TypeAlias = _typing.Literal["_temperature_celsius", b"_temperature_celsius"]  # noqa: Y015
+    _WhichOneofReturnType__total_bytes: _TypeAlias = _typing.Literal["total_bytes"]  # noqa: Y015
+    _WhichOneofArgType__total_bytes: _TypeAlias = _typing.Literal["_total_bytes", b"_total_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__uncorrected_error_count: _TypeAlias = _typing.Literal["uncorrected_error_count"]  # noqa: Y015
+    _WhichOneofArgType__uncorrected_error_count: _TypeAlias = _typing.Literal["_uncorrected_error_count", b"_uncorrected_error_count"]  # noqa: Y015
+    _WhichOneofReturnType__used_bytes: _TypeAlias = _typing.Literal["used_bytes"]  # noqa: Y015
+    _WhichOneofArgType__used_bytes: _TypeAlias = _typing.Literal["_used_bytes", b"_used_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__utilization_ratio: _TypeAlias = _typing.Literal["utilization_ratio"]  # noqa: Y015
+    _WhichOneofArgType__utilization_ratio: _TypeAlias = _typing.Literal["_utilization_ratio", b"_utilization_ratio"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__corrected_error_count) -> _WhichOneofReturnType__corrected_error_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature_celsius) -> _WhichOneofReturnType__temperature_celsius | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__total_bytes) -> _WhichOneofReturnType__total_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__uncorrected_error_count) -> _WhichOneofReturnType__uncorrected_error_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__used_bytes) -> _WhichOneofReturnType__used_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__utilization_ratio) -> _WhichOneofReturnType__utilization_ratio | None: ...
+
+Global___DeviceTelemetry: _TypeAlias = DeviceTelemetry  # noqa: Y015
+
+@_typing.final
+class HostMemory(_message.Message):
+    """HostMemory is what staged revisions share."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    BOOKED_BYTES_FIELD_NUMBER: _builtins.int
+    memory_bytes: _builtins.int
+    """Host memory that staged revisions may take, in bytes."""
+    booked_bytes: _builtins.int
+    """Booked for staged revisions now, in bytes."""
+    def __init__(
+        self,
+        *,
+        memory_bytes: _builtins.int = ...,
+        booked_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["booked_bytes", b"booked_bytes", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostMemory: _TypeAlias = HostMemory  # noqa: Y015
+
+@_typing.final
+class StagedRevision(_message.Message):
+    """StagedRevision is a revision whose weights are in the node's memory, without a process."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    LOCKED_BYTES_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Digest of the revision's manifest."""
+    model: _builtins.str
+    """The model's own name."""
+    state: Global___StagedState.ValueType
+    """Where it stands."""
+    memory_bytes: _builtins.int
+    """Host memory booked for it, in bytes."""
+    resident_bytes: _builtins.int
+    """Of these, in memory now."""
+    locked_bytes: _builtins.int
+    """Of these, locked: the kernel can't drop them. The rest is in the page cache."""
+    @_builtins.property
+    def failure(self) -> _types_pb2.ReplicaFailure:
+        """Why it failed."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        model: _builtins.str = ...,
+        state: Global___StagedState.ValueType = ...,
+        memory_bytes: _builtins.int = ...,
+        resident_bytes: _builtins.int = ...,
+        locked_bytes: _builtins.int = ...,
+        failure: _types_pb2.ReplicaFailure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "locked_bytes", b"locked_bytes", "memory_bytes", b"memory_bytes", "model", b"model", "resident_bytes", b"resident_bytes", "revision", b"revision", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StagedRevision: _TypeAlias = StagedRevision  # noqa: Y015
+
+@_typing.final
+class StagedEvent(_message.Message):
+    """StagedEvent is a staged revision that changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Grows by one with each event, of replicas or of staged revisions, of this incarnation of the worker."""
+    @_builtins.property
+    def staged(self) -> Global___StagedRevision:
+        """The whole of it."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        staged: Global___StagedRevision | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["staged", b"staged"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "staged", b"staged"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StagedEvent: _TypeAlias = StagedEvent  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):
@@ -288,18 +657,24 @@ class LoadReport(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DELTAS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def deltas(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.LoadDelta]:
         """One a replica that changed."""
+
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceTelemetry]:
+        """Devices whose measures changed, at the worker's own interval."""
 
     def __init__(
         self,
         *,
         deltas: _abc.Iterable[_types_pb2.LoadDelta] | None = ...,
+        devices: _abc.Iterable[Global___DeviceTelemetry] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas", "devices", b"devices"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -333,6 +708,10 @@ class Command(_message.Message):
     DRAIN_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     EVICT_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    UNSTAGE_FIELD_NUMBER: _builtins.int
+    SLEEP_FIELD_NUMBER: _builtins.int
+    WAKE_FIELD_NUMBER: _builtins.int
     command_id: _builtins.str
     """Unique; repeated when the command is."""
     @_builtins.property
@@ -351,6 +730,22 @@ class Command(_message.Message):
     def evict(self) -> Global___EvictRevision:
         """Drop a revision's bytes from the node."""
 
+    @_builtins.property
+    def stage(self) -> Global___StageRevision:
+        """Bring a revision's weights to host memory."""
+
+    @_builtins.property
+    def unstage(self) -> Global___UnstageRevision:
+        """Give a staged revision's memory back."""
+
+    @_builtins.property
+    def sleep(self) -> Global___SleepReplica:
+        """Take a replica's weights and KV cache off its device."""
+
+    @_builtins.property
+    def wake(self) -> Global___WakeReplica:
+        """Bring a sleeping replica back."""
+
     def __init__(
         self,
         *,
@@ -359,12 +754,16 @@ class Command(_message.Message):
         drain: Global___DrainReplica | None = ...,
         stop: Global___StopReplica | None = ...,
         evict: Global___EvictRevision | None = ...,
+        stage: Global___StageRevision | None = ...,
+        unstage: Global___UnstageRevision | None = ...,
+        sleep: Global___SleepReplica | None = ...,
+        wake: Global___WakeReplica | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drain", b"drain", "evict", b"evict", "start", b"start", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drain", b"drain", "evict", b"evict", "sleep", b"sleep", "stage", b"stage", "start", b"start", "stop", b"stop", "unstage", b"unstage", "wake", b"wake"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "command_id", b"command_id", "drain", b"drain", "evict", b"evict", "start", b"start", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "command_id", b"command_id", "drain", b"drain", "evict", b"evict", "sleep", b"sleep", "stage", b"stage", "start", b"start", "stop", b"stop", "unstage", b"unstage", "wake", b"wake"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "drain", "stop", "evict"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "drain", "stop", "evict", "stage", "unstage", "sleep", "wake"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -387,6 +786,9 @@ class StartReplica(_message.Message):
     SERVED_NAMES_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     REQUESTED_AT_FIELD_NUMBER: _builtins.int
+    DEVICE_IDS_FIELD_NUMBER: _builtins.int
+    DEVICE_COUNT_FIELD_NUMBER: _builtins.int
+    MEMORY_ITEMS_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """The id that it will have."""
     model: _builtins.str
@@ -403,6 +805,8 @@ class StartReplica(_message.Message):
     """Longest prompt plus answer, in tokens; 0: the model's own."""
     traceparent: _builtins.str
     """W3C trace context of the request that asked for the start; empty: none did."""
+    device_count: _builtins.int
+    """How many devices, each with an equal share of the memory; 0 is 1. Ignored where device_ids names them."""
     @_builtins.property
     def engine_settings(self) -> _engine_settings_pb2.EngineSettings:
         """How the engine is set; what it says of memory and context is in the fields above already."""
@@ -414,6 +818,14 @@ class StartReplica(_message.Message):
     @_builtins.property
     def requested_at(self) -> _timestamp_pb2.Timestamp:
         """When the request that asked for the start arrived; unset: none did. The phase "schedule" begins here."""
+
+    @_builtins.property
+    def device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Devices to run on, all of this node; empty: the worker chooses."""
+
+    @_builtins.property
+    def memory_items(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.MemoryItem]:
+        """What memory_bytes is made of; empty: not known."""
 
     def __init__(
         self,
@@ -429,10 +841,13 @@ class StartReplica(_message.Message):
         served_names: _abc.Iterable[_builtins.str] | None = ...,
         traceparent: _builtins.str = ...,
         requested_at: _timestamp_pb2.Timestamp | None = ...,
+        device_ids: _abc.Iterable[_builtins.str] | None = ...,
+        device_count: _builtins.int = ...,
+        memory_items: _abc.Iterable[_types_pb2.MemoryItem] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine_settings", b"engine_settings", "requested_at", b"requested_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "engine_settings", b"engine_settings", "kv_cache_bytes", b"kv_cache_bytes", "max_context_tokens", b"max_context_tokens", "memory_bytes", b"memory_bytes", "model", b"model", "replica_id", b"replica_id", "requested_at", b"requested_at", "revision", b"revision", "served_names", b"served_names", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_count", b"device_count", "device_ids", b"device_ids", "engine", b"engine", "engine_settings", b"engine_settings", "kv_cache_bytes", b"kv_cache_bytes", "max_context_tokens", b"max_context_tokens", "memory_bytes", b"memory_bytes", "memory_items", b"memory_items", "model", b"model", "replica_id", b"replica_id", "requested_at", b"requested_at", "revision", b"revision", "served_names", b"served_names", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -509,6 +924,104 @@ class EvictRevision(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EvictRevision: _TypeAlias = EvictRevision  # noqa: Y015
+
+@_typing.final
+class StageRevision(_message.Message):
+    """StageRevision brings a revision's weights to host memory and keeps them there. Refused: NO_CAPACITY."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Digest of the revision's manifest."""
+    model: _builtins.str
+    """The model's own name."""
+    memory_bytes: _builtins.int
+    """Host memory to book, in bytes: the size of the weights."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        model: _builtins.str = ...,
+        memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "model", b"model", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageRevision: _TypeAlias = StageRevision  # noqa: Y015
+
+@_typing.final
+class UnstageRevision(_message.Message):
+    """UnstageRevision gives a staged revision's memory back; its bytes stay on the node's disk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Digest of the revision's manifest."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnstageRevision: _TypeAlias = UnstageRevision  # noqa: Y015
+
+@_typing.final
+class SleepReplica(_message.Message):
+    """SleepReplica takes a ready, idle replica's weights and KV cache off its device; its processes stay. Refused:
+    SLEEP_UNSUPPORTED (a CPU, or an engine that can't), REPLICA_BUSY, REPLICA_NOT_READY, SLEEP_CYCLES_USED_UP.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    """Which replica."""
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_id", b"replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepReplica: _TypeAlias = SleepReplica  # noqa: Y015
+
+@_typing.final
+class WakeReplica(_message.Message):
+    """WakeReplica brings a sleeping replica back. Refused: REPLICA_NOT_ASLEEP, NO_CAPACITY (its device was given to others)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    """Which replica."""
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_id", b"replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WakeReplica: _TypeAlias = WakeReplica  # noqa: Y015
 
 @_typing.final
 class CommandAck(_message.Message):

@@ -20,10 +20,11 @@ class FleetServiceStub:
      2. proxy → welcome: how often to send load. The hello replaced all that the proxy believed of this worker, so a
         reconnect is a complete resynchronisation and needs no history.
      3. worker → replica_event, whenever a replica changes, the whole replica with a sequence number that grows.
-     4. worker → load, the deltas since the last one, at the interval that welcome named, and at once when a request ends.
+     4. worker → load, the deltas since the last one and what was measured of its devices, at the interval that welcome named, and at once when a request ends.
      5. proxy → command with an id; worker → command_ack with the same id as soon as the command is accepted or refused.
         A command that comes twice is answered twice and carried out once. What the command leads to is seen in events.
-     6. either side → heartbeat, where it sent nothing else for the interval.
+     6. worker → staged_event, whenever a staged revision changes; it shares the numbers of replica events.
+     7. either side → heartbeat, where it sent nothing else for the interval.
     A stream that breaks changes nothing at the worker: replicas go on serving.
     """
 
@@ -41,10 +42,11 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
      2. proxy → welcome: how often to send load. The hello replaced all that the proxy believed of this worker, so a
         reconnect is a complete resynchronisation and needs no history.
      3. worker → replica_event, whenever a replica changes, the whole replica with a sequence number that grows.
-     4. worker → load, the deltas since the last one, at the interval that welcome named, and at once when a request ends.
+     4. worker → load, the deltas since the last one and what was measured of its devices, at the interval that welcome named, and at once when a request ends.
      5. proxy → command with an id; worker → command_ack with the same id as soon as the command is accepted or refused.
         A command that comes twice is answered twice and carried out once. What the command leads to is seen in events.
-     6. either side → heartbeat, where it sent nothing else for the interval.
+     6. worker → staged_event, whenever a staged revision changes; it shares the numbers of replica events.
+     7. either side → heartbeat, where it sent nothing else for the interval.
     A stream that breaks changes nothing at the worker: replicas go on serving.
     """
 

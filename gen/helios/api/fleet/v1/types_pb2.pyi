@@ -21,6 +21,42 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _MemoryKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MemoryKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MemoryKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MEMORY_KIND_UNSPECIFIED: _MemoryKind.ValueType  # 0
+    """Not set: counts as OVERHEAD."""
+    MEMORY_KIND_WEIGHTS: _MemoryKind.ValueType  # 1
+    """Weights of its own; weights that are mapped from the node's blobs are not counted."""
+    MEMORY_KIND_KV_CACHE: _MemoryKind.ValueType  # 2
+    """KV cache."""
+    MEMORY_KIND_ACTIVATIONS: _MemoryKind.ValueType  # 3
+    """Activations and logits of the largest step."""
+    MEMORY_KIND_OVERHEAD: _MemoryKind.ValueType  # 4
+    """Processes, libraries, a CUDA context."""
+    MEMORY_KIND_SLEEPING: _MemoryKind.ValueType  # 5
+    """What a sleeping replica leaves on its device."""
+
+class MemoryKind(_MemoryKind, metaclass=_MemoryKindEnumTypeWrapper):
+    """What a replica's memory is for."""
+
+MEMORY_KIND_UNSPECIFIED: MemoryKind.ValueType  # 0
+"""Not set: counts as OVERHEAD."""
+MEMORY_KIND_WEIGHTS: MemoryKind.ValueType  # 1
+"""Weights of its own; weights that are mapped from the node's blobs are not counted."""
+MEMORY_KIND_KV_CACHE: MemoryKind.ValueType  # 2
+"""KV cache."""
+MEMORY_KIND_ACTIVATIONS: MemoryKind.ValueType  # 3
+"""Activations and logits of the largest step."""
+MEMORY_KIND_OVERHEAD: MemoryKind.ValueType  # 4
+"""Processes, libraries, a CUDA context."""
+MEMORY_KIND_SLEEPING: MemoryKind.ValueType  # 5
+"""What a sleeping replica leaves on its device."""
+Global___MemoryKind: _TypeAlias = MemoryKind  # noqa: Y015
+
 class _ReplicaState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -45,9 +81,15 @@ class _ReplicaStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReplicaS
     """Its whole process tree is gone, as asked."""
     REPLICA_STATE_FAILED: _ReplicaState.ValueType  # 8
     """Its whole process tree is gone, not as asked."""
+    REPLICA_STATE_ASLEEP: _ReplicaState.ValueType  # 9
+    """Its weights and KV cache are off its device, or going; its processes wait. It takes no requests."""
+    REPLICA_STATE_WAKING: _ReplicaState.ValueType  # 10
+    """It comes back from sleep."""
 
 class ReplicaState(_ReplicaState, metaclass=_ReplicaStateEnumTypeWrapper):
-    """The life of a replica: pending → fetching → loading → warming → ready → draining → stopped; failed from any."""
+    """The life of a replica: pending → fetching → loading → warming → ready → draining → stopped; failed from any; and
+    ready → asleep → waking → ready.
+    """
 
 REPLICA_STATE_UNSPECIFIED: ReplicaState.ValueType  # 0
 """Not set: never sent."""
@@ -67,6 +109,10 @@ REPLICA_STATE_STOPPED: ReplicaState.ValueType  # 7
 """Its whole process tree is gone, as asked."""
 REPLICA_STATE_FAILED: ReplicaState.ValueType  # 8
 """Its whole process tree is gone, not as asked."""
+REPLICA_STATE_ASLEEP: ReplicaState.ValueType  # 9
+"""Its weights and KV cache are off its device, or going; its processes wait. It takes no requests."""
+REPLICA_STATE_WAKING: ReplicaState.ValueType  # 10
+"""It comes back from sleep."""
 Global___ReplicaState: _TypeAlias = ReplicaState  # noqa: Y015
 
 @_typing.final
@@ -88,6 +134,11 @@ class Replica(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    DEVICE_IDS_FIELD_NUMBER: _builtins.int
+    MEMORY_ITEMS_FIELD_NUMBER: _builtins.int
+    MEASURED_BYTES_FIELD_NUMBER: _builtins.int
+    CAN_SLEEP_FIELD_NUMBER: _builtins.int
+    WAKE_COUNT_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """Unique over the life of the cluster; made by whoever asked for the replica."""
     model: _builtins.str
@@ -106,6 +157,12 @@ class Replica(_message.Message):
     """Memory booked for it on its device, in bytes."""
     max_context_tokens: _builtins.int
     """Longest prompt plus answer, in tokens; set from READY on."""
+    measured_bytes: _builtins.int
+    """Memory of its own that was measured last, the counterpart of memory_bytes; 0: not measured."""
+    can_sleep: _builtins.bool
+    """Whether its engine can sleep."""
+    wake_count: _builtins.int
+    """How often it woke."""
     @_builtins.property
     def failure(self) -> Global___ReplicaFailure:
         """Why it failed or stopped."""
@@ -121,6 +178,14 @@ class Replica(_message.Message):
     @_builtins.property
     def load(self) -> Global___ReplicaLoad:
         """Its load when last reported."""
+
+    @_builtins.property
+    def device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Devices that it runs on."""
+
+    @_builtins.property
+    def memory_items(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryItem]:
+        """What memory_bytes is made of, over all its devices."""
 
     def __init__(
         self,
@@ -138,14 +203,45 @@ class Replica(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         max_context_tokens: _builtins.int = ...,
         load: Global___ReplicaLoad | None = ...,
+        device_ids: _abc.Iterable[_builtins.str] | None = ...,
+        memory_items: _abc.Iterable[Global___MemoryItem] | None = ...,
+        measured_bytes: _builtins.int = ...,
+        can_sleep: _builtins.bool = ...,
+        wake_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "failure", b"failure", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "created_at", b"created_at", "engine", b"engine", "failure", b"failure", "load", b"load", "max_context_tokens", b"max_context_tokens", "memory_bytes", b"memory_bytes", "model", b"model", "phases", b"phases", "pid", b"pid", "replica_id", b"replica_id", "revision", b"revision", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "can_sleep", b"can_sleep", "created_at", b"created_at", "device_ids", b"device_ids", "engine", b"engine", "failure", b"failure", "load", b"load", "max_context_tokens", b"max_context_tokens", "measured_bytes", b"measured_bytes", "memory_bytes", b"memory_bytes", "memory_items", b"memory_items", "model", b"model", "phases", b"phases", "pid", b"pid", "replica_id", b"replica_id", "revision", b"revision", "state", b"state", "wake_count", b"wake_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Replica: _TypeAlias = Replica  # noqa: Y015
+
+@_typing.final
+class MemoryItem(_message.Message):
+    """MemoryItem is one part of what a replica books."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    kind: Global___MemoryKind.ValueType
+    """What the memory is for."""
+    size_bytes: _builtins.int
+    """How much, in bytes."""
+    def __init__(
+        self,
+        *,
+        kind: Global___MemoryKind.ValueType = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryItem: _TypeAlias = MemoryItem  # noqa: Y015
 
 @_typing.final
 class ReplicaFailure(_message.Message):

@@ -29,6 +29,7 @@ class AttachRequest(_message.Message):
     READY_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    ASLEEP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___ReplicaHello:
         """Who the replica is."""
@@ -49,6 +50,10 @@ class AttachRequest(_message.Message):
     def load(self) -> _types_pb2.LoadDelta:
         """What changed in its load."""
 
+    @_builtins.property
+    def asleep(self) -> Global___ReplicaAsleep:
+        """Its weights and KV cache are off the device."""
+
     def __init__(
         self,
         *,
@@ -57,12 +62,13 @@ class AttachRequest(_message.Message):
         ready: Global___ReplicaReady | None = ...,
         failed: _types_pb2.ReplicaFailure | None = ...,
         load: _types_pb2.LoadDelta | None = ...,
+        asleep: Global___ReplicaAsleep | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "hello", b"hello", "load", b"load", "message", b"message", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["asleep", b"asleep", "failed", b"failed", "hello", b"hello", "load", b"load", "message", b"message", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "hello", b"hello", "load", b"load", "message", b"message", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asleep", b"asleep", "failed", b"failed", "hello", b"hello", "load", b"load", "message", b"message", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "progress", "ready", "failed", "load"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "progress", "ready", "failed", "load", "asleep"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -77,6 +83,8 @@ class AttachResponse(_message.Message):
     WELCOME_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
+    SLEEP_FIELD_NUMBER: _builtins.int
+    WAKE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___ReplicaWelcome:
         """The hello was taken."""
@@ -89,18 +97,28 @@ class AttachResponse(_message.Message):
     def stop(self) -> Global___ReplicaStop:
         """Exit now."""
 
+    @_builtins.property
+    def sleep(self) -> Global___ReplicaSleep:
+        """Take weights and KV cache off the device."""
+
+    @_builtins.property
+    def wake(self) -> Global___ReplicaWake:
+        """Come back."""
+
     def __init__(
         self,
         *,
         welcome: Global___ReplicaWelcome | None = ...,
         drain: Global___ReplicaDrain | None = ...,
         stop: Global___ReplicaStop | None = ...,
+        sleep: Global___ReplicaSleep | None = ...,
+        wake: Global___ReplicaWake | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "message", b"message", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "message", b"message", "sleep", b"sleep", "stop", b"stop", "wake", b"wake", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "message", b"message", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "message", b"message", "sleep", b"sleep", "stop", b"stop", "wake", b"wake", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "drain", "stop"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "drain", "stop", "sleep", "wake"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -174,23 +192,49 @@ class ReplicaReady(_message.Message):
 
     ADDRESS_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    CAN_SLEEP_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """`host:port` of its gRPC server."""
     max_context_tokens: _builtins.int
     """Longest prompt plus answer, in tokens."""
+    can_sleep: _builtins.bool
+    """Whether its engine can sleep."""
     def __init__(
         self,
         *,
         address: _builtins.str = ...,
         max_context_tokens: _builtins.int = ...,
+        can_sleep: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "max_context_tokens", b"max_context_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "can_sleep", b"can_sleep", "max_context_tokens", b"max_context_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReplicaReady: _TypeAlias = ReplicaReady  # noqa: Y015
+
+@_typing.final
+class ReplicaAsleep(_message.Message):
+    """ReplicaAsleep says that a replica's weights and KV cache are off its device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEFT_BYTES_FIELD_NUMBER: _builtins.int
+    left_bytes: _builtins.int
+    """Device memory that its processes still hold, as measured; 0: not measured."""
+    def __init__(
+        self,
+        *,
+        left_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_bytes", b"left_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaAsleep: _TypeAlias = ReplicaAsleep  # noqa: Y015
 
 @_typing.final
 class ReplicaWelcome(_message.Message):
@@ -245,6 +289,45 @@ class ReplicaDrain(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReplicaDrain: _TypeAlias = ReplicaDrain  # noqa: Y015
+
+@_typing.final
+class ReplicaSleep(_message.Message):
+    """ReplicaSleep asks an idle replica to take weights and KV cache off its device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEVEL_FIELD_NUMBER: _builtins.int
+    level: _builtins.int
+    """1: weights go to host memory. 2: they are dropped, and loaded again from the node's shared blobs."""
+    def __init__(
+        self,
+        *,
+        level: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["level", b"level"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaSleep: _TypeAlias = ReplicaSleep  # noqa: Y015
+
+@_typing.final
+class ReplicaWake(_message.Message):
+    """ReplicaWake asks a sleeping replica to come back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaWake: _TypeAlias = ReplicaWake  # noqa: Y015
 
 @_typing.final
 class ReplicaStop(_message.Message):

@@ -21,6 +21,9 @@ class SupervisorServiceStub:
      2. supervisor → welcome, or → stop where it does not want the replica.
      3. replica → progress (a phase ended), ready, failed, load.
      4. supervisor → drain: the replica takes no new requests, finishes those it has, and exits.
+     5. supervisor → sleep; replica → asleep, once its weights and KV cache are off the device. supervisor → wake; the
+        replica loads its weights again, asks itself a known prompt (the canary), and says → ready, or → failed where the
+        tokens are not the ones of its first start. No other door leads to sleep: a replica's own services have no such call.
     A replica that can't reach its supervisor for `orphan_timeout` drains and exits by itself.
     """
 
@@ -37,6 +40,9 @@ class SupervisorServiceServicer(metaclass=_abc_1.ABCMeta):
      2. supervisor → welcome, or → stop where it does not want the replica.
      3. replica → progress (a phase ended), ready, failed, load.
      4. supervisor → drain: the replica takes no new requests, finishes those it has, and exits.
+     5. supervisor → sleep; replica → asleep, once its weights and KV cache are off the device. supervisor → wake; the
+        replica loads its weights again, asks itself a known prompt (the canary), and says → ready, or → failed where the
+        tokens are not the ones of its first start. No other door leads to sleep: a replica's own services have no such call.
     A replica that can't reach its supervisor for `orphan_timeout` drains and exits by itself.
     """
 
