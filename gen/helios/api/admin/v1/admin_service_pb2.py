@@ -23,11 +23,13 @@ _sym_db = _symbol_database.Default()
 
 
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from helios.api.admin.v1 import explanation_pb2 as helios_dot_api_dot_admin_dot_v1_dot_explanation__pb2
 from helios.api.fleet.v1 import fleet_service_pb2 as helios_dot_api_dot_fleet_dot_v1_dot_fleet__service__pb2
 from helios.api.fleet.v1 import types_pb2 as helios_dot_api_dot_fleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'helios/api/admin/v1/admin_service.proto\x12\x13helios.api.admin.v1\x1a\x1cgoogle/api/annotations.proto\x1a\'helios/api/fleet/v1/fleet_service.proto\x1a\x1fhelios/api/fleet/v1/types.proto\"+\n\x13PreloadModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"P\n\x14PreloadModelResponse\x12\x38\n\x08replicas\x18\x01 \x03(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x08replicas\"e\n\x11ScaleModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12(\n\rreplica_count\x18\x02 \x01(\rH\x00R\x0creplicaCount\x88\x01\x01\x42\x10\n\x0e_replica_count\"Z\n\x12ScaleModelResponse\x12#\n\rdesired_count\x18\x01 \x01(\rR\x0c\x64\x65siredCount\x12\x1f\n\x0bready_count\x18\x02 \x01(\rR\nreadyCount\")\n\x11\x45victModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\";\n\x12\x45victModelResponse\x12%\n\x0e\x64raining_count\x18\x01 \x01(\rR\rdrainingCount\")\n\x11StageModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"\x90\x01\n\x12StageModelResponse\x12\x1b\n\tworker_id\x18\x01 \x01(\tR\x08workerId\x12\x36\n\x05state\x18\x02 \x01(\x0e\x32 .helios.api.fleet.v1.StagedStateR\x05state\x12%\n\x0e\x64raining_count\x18\x03 \x01(\rR\rdrainingCount\"+\n\x13UnstageModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"9\n\x14UnstageModelResponse\x12!\n\x0cworker_count\x18\x01 \x01(\rR\x0bworkerCount\"4\n\x13SleepReplicaRequest\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\"N\n\x14SleepReplicaResponse\x12\x36\n\x07replica\x18\x01 \x01(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x07replica\"3\n\x12WakeReplicaRequest\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\"M\n\x13WakeReplicaResponse\x12\x36\n\x07replica\x18\x01 \x01(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x07replica\"P\n\x12ListWorkersRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\"t\n\x13ListWorkersResponse\x12\x35\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.helios.api.admin.v1.WorkerR\x07workers\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xe7\x02\n\x06Worker\x12\x1b\n\tworker_id\x18\x01 \x01(\tR\x08workerId\x12\x12\n\x04node\x18\x02 \x01(\tR\x04node\x12\x35\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1b.helios.api.fleet.v1.DeviceR\x07\x64\x65vices\x12\x18\n\x07\x65ngines\x18\x04 \x03(\tR\x07\x65ngines\x12\x1d\n\nslot_count\x18\x05 \x01(\rR\tslotCount\x12#\n\rreplica_count\x18\x06 \x01(\rR\x0creplicaCount\x12\x18\n\x07version\x18\x07 \x01(\tR\x07version\x12@\n\x0bhost_memory\x18\x08 \x01(\x0b\x32\x1f.helios.api.fleet.v1.HostMemoryR\nhostMemory\x12;\n\x06staged\x18\t \x03(\x0b\x32#.helios.api.fleet.v1.StagedRevisionR\x06staged\"g\n\x13ListReplicasRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1b\n\tpage_size\x18\x02 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x03 \x01(\tR\tpageToken\"\x80\x01\n\x14ListReplicasResponse\x12@\n\x08replicas\x18\x01 \x03(\x0b\x32$.helios.api.admin.v1.ReplicaOnWorkerR\x08replicas\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"f\n\x0fReplicaOnWorker\x12\x36\n\x07replica\x18\x01 \x01(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x07replica\x12\x1b\n\tworker_id\x18\x02 \x01(\tR\x08workerId2\x8e\n\n\x0c\x41\x64minService\x12\x93\x01\n\x0cPreloadModel\x12(.helios.api.admin.v1.PreloadModelRequest\x1a).helios.api.admin.v1.PreloadModelResponse\".\x82\xd3\xe4\x93\x02(\"#/admin/v1/models/{model=**}:preload:\x01*\x12\x8b\x01\n\nScaleModel\x12&.helios.api.admin.v1.ScaleModelRequest\x1a\'.helios.api.admin.v1.ScaleModelResponse\",\x82\xd3\xe4\x93\x02&\"!/admin/v1/models/{model=**}:scale:\x01*\x12\x8b\x01\n\nEvictModel\x12&.helios.api.admin.v1.EvictModelRequest\x1a\'.helios.api.admin.v1.EvictModelResponse\",\x82\xd3\xe4\x93\x02&\"!/admin/v1/models/{model=**}:evict:\x01*\x12\x8b\x01\n\nStageModel\x12&.helios.api.admin.v1.StageModelRequest\x1a\'.helios.api.admin.v1.StageModelResponse\",\x82\xd3\xe4\x93\x02&\"!/admin/v1/models/{model=**}:stage:\x01*\x12\x93\x01\n\x0cUnstageModel\x12(.helios.api.admin.v1.UnstageModelRequest\x1a).helios.api.admin.v1.UnstageModelResponse\".\x82\xd3\xe4\x93\x02(\"#/admin/v1/models/{model=**}:unstage:\x01*\x12\x95\x01\n\x0cSleepReplica\x12(.helios.api.admin.v1.SleepReplicaRequest\x1a).helios.api.admin.v1.SleepReplicaResponse\"0\x82\xd3\xe4\x93\x02*\"%/admin/v1/replicas/{replica_id}:sleep:\x01*\x12\x91\x01\n\x0bWakeReplica\x12\'.helios.api.admin.v1.WakeReplicaRequest\x1a(.helios.api.admin.v1.WakeReplicaResponse\"/\x82\xd3\xe4\x93\x02)\"$/admin/v1/replicas/{replica_id}:wake:\x01*\x12{\n\x0bListWorkers\x12\'.helios.api.admin.v1.ListWorkersRequest\x1a(.helios.api.admin.v1.ListWorkersResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/admin/v1/workers\x12\x7f\n\x0cListReplicas\x12(.helios.api.admin.v1.ListReplicasRequest\x1a).helios.api.admin.v1.ListReplicasResponse\"\x1a\x82\xd3\xe4\x93\x02\x14\x12\x12/admin/v1/replicasb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'helios/api/admin/v1/admin_service.proto\x12\x13helios.api.admin.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%helios/api/admin/v1/explanation.proto\x1a\'helios/api/fleet/v1/fleet_service.proto\x1a\x1fhelios/api/fleet/v1/types.proto\"+\n\x13PreloadModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"P\n\x14PreloadModelResponse\x12\x38\n\x08replicas\x18\x01 \x03(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x08replicas\"e\n\x11ScaleModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12(\n\rreplica_count\x18\x02 \x01(\rH\x00R\x0creplicaCount\x88\x01\x01\x42\x10\n\x0e_replica_count\"Z\n\x12ScaleModelResponse\x12#\n\rdesired_count\x18\x01 \x01(\rR\x0c\x64\x65siredCount\x12\x1f\n\x0bready_count\x18\x02 \x01(\rR\nreadyCount\")\n\x11\x45victModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\";\n\x12\x45victModelResponse\x12%\n\x0e\x64raining_count\x18\x01 \x01(\rR\rdrainingCount\")\n\x11StageModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"\x90\x01\n\x12StageModelResponse\x12\x1b\n\tworker_id\x18\x01 \x01(\tR\x08workerId\x12\x36\n\x05state\x18\x02 \x01(\x0e\x32 .helios.api.fleet.v1.StagedStateR\x05state\x12%\n\x0e\x64raining_count\x18\x03 \x01(\rR\rdrainingCount\"+\n\x13UnstageModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"9\n\x14UnstageModelResponse\x12!\n\x0cworker_count\x18\x01 \x01(\rR\x0bworkerCount\"4\n\x13SleepReplicaRequest\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\"N\n\x14SleepReplicaResponse\x12\x36\n\x07replica\x18\x01 \x01(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x07replica\"3\n\x12WakeReplicaRequest\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\"M\n\x13WakeReplicaResponse\x12\x36\n\x07replica\x18\x01 \x01(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x07replica\"P\n\x12ListWorkersRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\"t\n\x13ListWorkersResponse\x12\x35\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.helios.api.admin.v1.WorkerR\x07workers\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xe7\x02\n\x06Worker\x12\x1b\n\tworker_id\x18\x01 \x01(\tR\x08workerId\x12\x12\n\x04node\x18\x02 \x01(\tR\x04node\x12\x35\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1b.helios.api.fleet.v1.DeviceR\x07\x64\x65vices\x12\x18\n\x07\x65ngines\x18\x04 \x03(\tR\x07\x65ngines\x12\x1d\n\nslot_count\x18\x05 \x01(\rR\tslotCount\x12#\n\rreplica_count\x18\x06 \x01(\rR\x0creplicaCount\x12\x18\n\x07version\x18\x07 \x01(\tR\x07version\x12@\n\x0bhost_memory\x18\x08 \x01(\x0b\x32\x1f.helios.api.fleet.v1.HostMemoryR\nhostMemory\x12;\n\x06staged\x18\t \x03(\x0b\x32#.helios.api.fleet.v1.StagedRevisionR\x06staged\"g\n\x13ListReplicasRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1b\n\tpage_size\x18\x02 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x03 \x01(\tR\tpageToken\"\xc0\x01\n\x14ListReplicasResponse\x12@\n\x08replicas\x18\x01 \x03(\x0b\x32$.helios.api.admin.v1.ReplicaOnWorkerR\x08replicas\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x12>\n\x08\x66\x61ilures\x18\x03 \x03(\x0b\x32\".helios.api.admin.v1.FailedReplicaR\x08\x66\x61ilures\"6\n\x15\x45xplainRequestRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\tR\trequestId\"c\n\x16\x45xplainRequestResponse\x12I\n\x0b\x65xplanation\x18\x01 \x01(\x0b\x32\'.helios.api.admin.v1.RequestExplanationR\x0b\x65xplanation\"\xa0\x01\n\x13ListRequestsRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x37\n\x05state\x18\x02 \x01(\x0e\x32!.helios.api.admin.v1.RequestStateR\x05state\x12\x1b\n\tpage_size\x18\x03 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x04 \x01(\tR\tpageToken\"\x7f\n\x14ListRequestsResponse\x12?\n\x08requests\x18\x01 \x03(\x0b\x32#.helios.api.admin.v1.RequestSummaryR\x08requests\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"f\n\x0fReplicaOnWorker\x12\x36\n\x07replica\x18\x01 \x01(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x07replica\x12\x1b\n\tworker_id\x18\x02 \x01(\tR\x08workerId\"\x9d\x01\n\rFailedReplica\x12\x36\n\x07replica\x18\x01 \x01(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x07replica\x12\x1b\n\tworker_id\x18\x02 \x01(\tR\x08workerId\x12\x37\n\tfailed_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08\x66\x61iledAt2\xa4\x0c\n\x0c\x41\x64minService\x12\x93\x01\n\x0cPreloadModel\x12(.helios.api.admin.v1.PreloadModelRequest\x1a).helios.api.admin.v1.PreloadModelResponse\".\x82\xd3\xe4\x93\x02(\"#/admin/v1/models/{model=**}:preload:\x01*\x12\x8b\x01\n\nScaleModel\x12&.helios.api.admin.v1.ScaleModelRequest\x1a\'.helios.api.admin.v1.ScaleModelResponse\",\x82\xd3\xe4\x93\x02&\"!/admin/v1/models/{model=**}:scale:\x01*\x12\x8b\x01\n\nEvictModel\x12&.helios.api.admin.v1.EvictModelRequest\x1a\'.helios.api.admin.v1.EvictModelResponse\",\x82\xd3\xe4\x93\x02&\"!/admin/v1/models/{model=**}:evict:\x01*\x12\x8b\x01\n\nStageModel\x12&.helios.api.admin.v1.StageModelRequest\x1a\'.helios.api.admin.v1.StageModelResponse\",\x82\xd3\xe4\x93\x02&\"!/admin/v1/models/{model=**}:stage:\x01*\x12\x93\x01\n\x0cUnstageModel\x12(.helios.api.admin.v1.UnstageModelRequest\x1a).helios.api.admin.v1.UnstageModelResponse\".\x82\xd3\xe4\x93\x02(\"#/admin/v1/models/{model=**}:unstage:\x01*\x12\x95\x01\n\x0cSleepReplica\x12(.helios.api.admin.v1.SleepReplicaRequest\x1a).helios.api.admin.v1.SleepReplicaResponse\"0\x82\xd3\xe4\x93\x02*\"%/admin/v1/replicas/{replica_id}:sleep:\x01*\x12\x91\x01\n\x0bWakeReplica\x12\'.helios.api.admin.v1.WakeReplicaRequest\x1a(.helios.api.admin.v1.WakeReplicaResponse\"/\x82\xd3\xe4\x93\x02)\"$/admin/v1/replicas/{replica_id}:wake:\x01*\x12{\n\x0bListWorkers\x12\'.helios.api.admin.v1.ListWorkersRequest\x1a(.helios.api.admin.v1.ListWorkersResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/admin/v1/workers\x12\x7f\n\x0cListReplicas\x12(.helios.api.admin.v1.ListReplicasRequest\x1a).helios.api.admin.v1.ListReplicasResponse\"\x1a\x82\xd3\xe4\x93\x02\x14\x12\x12/admin/v1/replicas\x12\x92\x01\n\x0e\x45xplainRequest\x12*.helios.api.admin.v1.ExplainRequestRequest\x1a+.helios.api.admin.v1.ExplainRequestResponse\"\'\x82\xd3\xe4\x93\x02!\x12\x1f/admin/v1/requests/{request_id}\x12\x7f\n\x0cListRequests\x12(.helios.api.admin.v1.ListRequestsRequest\x1a).helios.api.admin.v1.ListRequestsResponse\"\x1a\x82\xd3\xe4\x93\x02\x14\x12\x12/admin/v1/requestsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,46 +54,60 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADMINSERVICE'].methods_by_name['ListWorkers']._serialized_options = b'\202\323\344\223\002\023\022\021/admin/v1/workers'
   _globals['_ADMINSERVICE'].methods_by_name['ListReplicas']._loaded_options = None
   _globals['_ADMINSERVICE'].methods_by_name['ListReplicas']._serialized_options = b'\202\323\344\223\002\024\022\022/admin/v1/replicas'
-  _globals['_PRELOADMODELREQUEST']._serialized_start=168
-  _globals['_PRELOADMODELREQUEST']._serialized_end=211
-  _globals['_PRELOADMODELRESPONSE']._serialized_start=213
-  _globals['_PRELOADMODELRESPONSE']._serialized_end=293
-  _globals['_SCALEMODELREQUEST']._serialized_start=295
-  _globals['_SCALEMODELREQUEST']._serialized_end=396
-  _globals['_SCALEMODELRESPONSE']._serialized_start=398
-  _globals['_SCALEMODELRESPONSE']._serialized_end=488
-  _globals['_EVICTMODELREQUEST']._serialized_start=490
-  _globals['_EVICTMODELREQUEST']._serialized_end=531
-  _globals['_EVICTMODELRESPONSE']._serialized_start=533
-  _globals['_EVICTMODELRESPONSE']._serialized_end=592
-  _globals['_STAGEMODELREQUEST']._serialized_start=594
-  _globals['_STAGEMODELREQUEST']._serialized_end=635
-  _globals['_STAGEMODELRESPONSE']._serialized_start=638
-  _globals['_STAGEMODELRESPONSE']._serialized_end=782
-  _globals['_UNSTAGEMODELREQUEST']._serialized_start=784
-  _globals['_UNSTAGEMODELREQUEST']._serialized_end=827
-  _globals['_UNSTAGEMODELRESPONSE']._serialized_start=829
-  _globals['_UNSTAGEMODELRESPONSE']._serialized_end=886
-  _globals['_SLEEPREPLICAREQUEST']._serialized_start=888
-  _globals['_SLEEPREPLICAREQUEST']._serialized_end=940
-  _globals['_SLEEPREPLICARESPONSE']._serialized_start=942
-  _globals['_SLEEPREPLICARESPONSE']._serialized_end=1020
-  _globals['_WAKEREPLICAREQUEST']._serialized_start=1022
-  _globals['_WAKEREPLICAREQUEST']._serialized_end=1073
-  _globals['_WAKEREPLICARESPONSE']._serialized_start=1075
-  _globals['_WAKEREPLICARESPONSE']._serialized_end=1152
-  _globals['_LISTWORKERSREQUEST']._serialized_start=1154
-  _globals['_LISTWORKERSREQUEST']._serialized_end=1234
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=1236
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=1352
-  _globals['_WORKER']._serialized_start=1355
-  _globals['_WORKER']._serialized_end=1714
-  _globals['_LISTREPLICASREQUEST']._serialized_start=1716
-  _globals['_LISTREPLICASREQUEST']._serialized_end=1819
-  _globals['_LISTREPLICASRESPONSE']._serialized_start=1822
-  _globals['_LISTREPLICASRESPONSE']._serialized_end=1950
-  _globals['_REPLICAONWORKER']._serialized_start=1952
-  _globals['_REPLICAONWORKER']._serialized_end=2054
-  _globals['_ADMINSERVICE']._serialized_start=2057
-  _globals['_ADMINSERVICE']._serialized_end=3351
+  _globals['_ADMINSERVICE'].methods_by_name['ExplainRequest']._loaded_options = None
+  _globals['_ADMINSERVICE'].methods_by_name['ExplainRequest']._serialized_options = b'\202\323\344\223\002!\022\037/admin/v1/requests/{request_id}'
+  _globals['_ADMINSERVICE'].methods_by_name['ListRequests']._loaded_options = None
+  _globals['_ADMINSERVICE'].methods_by_name['ListRequests']._serialized_options = b'\202\323\344\223\002\024\022\022/admin/v1/requests'
+  _globals['_PRELOADMODELREQUEST']._serialized_start=240
+  _globals['_PRELOADMODELREQUEST']._serialized_end=283
+  _globals['_PRELOADMODELRESPONSE']._serialized_start=285
+  _globals['_PRELOADMODELRESPONSE']._serialized_end=365
+  _globals['_SCALEMODELREQUEST']._serialized_start=367
+  _globals['_SCALEMODELREQUEST']._serialized_end=468
+  _globals['_SCALEMODELRESPONSE']._serialized_start=470
+  _globals['_SCALEMODELRESPONSE']._serialized_end=560
+  _globals['_EVICTMODELREQUEST']._serialized_start=562
+  _globals['_EVICTMODELREQUEST']._serialized_end=603
+  _globals['_EVICTMODELRESPONSE']._serialized_start=605
+  _globals['_EVICTMODELRESPONSE']._serialized_end=664
+  _globals['_STAGEMODELREQUEST']._serialized_start=666
+  _globals['_STAGEMODELREQUEST']._serialized_end=707
+  _globals['_STAGEMODELRESPONSE']._serialized_start=710
+  _globals['_STAGEMODELRESPONSE']._serialized_end=854
+  _globals['_UNSTAGEMODELREQUEST']._serialized_start=856
+  _globals['_UNSTAGEMODELREQUEST']._serialized_end=899
+  _globals['_UNSTAGEMODELRESPONSE']._serialized_start=901
+  _globals['_UNSTAGEMODELRESPONSE']._serialized_end=958
+  _globals['_SLEEPREPLICAREQUEST']._serialized_start=960
+  _globals['_SLEEPREPLICAREQUEST']._serialized_end=1012
+  _globals['_SLEEPREPLICARESPONSE']._serialized_start=1014
+  _globals['_SLEEPREPLICARESPONSE']._serialized_end=1092
+  _globals['_WAKEREPLICAREQUEST']._serialized_start=1094
+  _globals['_WAKEREPLICAREQUEST']._serialized_end=1145
+  _globals['_WAKEREPLICARESPONSE']._serialized_start=1147
+  _globals['_WAKEREPLICARESPONSE']._serialized_end=1224
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1226
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1306
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1308
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1424
+  _globals['_WORKER']._serialized_start=1427
+  _globals['_WORKER']._serialized_end=1786
+  _globals['_LISTREPLICASREQUEST']._serialized_start=1788
+  _globals['_LISTREPLICASREQUEST']._serialized_end=1891
+  _globals['_LISTREPLICASRESPONSE']._serialized_start=1894
+  _globals['_LISTREPLICASRESPONSE']._serialized_end=2086
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_start=2088
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_end=2142
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_start=2144
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_end=2243
+  _globals['_LISTREQUESTSREQUEST']._serialized_start=2246
+  _globals['_LISTREQUESTSREQUEST']._serialized_end=2406
+  _globals['_LISTREQUESTSRESPONSE']._serialized_start=2408
+  _globals['_LISTREQUESTSRESPONSE']._serialized_end=2535
+  _globals['_REPLICAONWORKER']._serialized_start=2537
+  _globals['_REPLICAONWORKER']._serialized_end=2639
+  _globals['_FAILEDREPLICA']._serialized_start=2642
+  _globals['_FAILEDREPLICA']._serialized_end=2799
+  _globals['_ADMINSERVICE']._serialized_start=2802
+  _globals['_ADMINSERVICE']._serialized_end=4374
 # @@protoc_insertion_point(module_scope)

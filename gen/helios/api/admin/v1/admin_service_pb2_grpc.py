@@ -80,6 +80,16 @@ class AdminServiceStub:
                 request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListReplicasRequest.SerializeToString,
                 response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListReplicasResponse.FromString,
                 _registered_method=True)
+        self.ExplainRequest = channel.unary_unary(
+                '/helios.api.admin.v1.AdminService/ExplainRequest',
+                request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ExplainRequestRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ExplainRequestResponse.FromString,
+                _registered_method=True)
+        self.ListRequests = channel.unary_unary(
+                '/helios.api.admin.v1.AdminService/ListRequests',
+                request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListRequestsRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListRequestsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -159,6 +169,23 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainRequest(self, request, context):
+        """ExplainRequest says where the time of one request went and why each choice was made. Idempotent. The proxy that
+        answered the request keeps the last few thousand. Errors: NOT_FOUND (REQUEST_NOT_FOUND: never seen here, or too
+        long ago), INVALID_ARGUMENT (INVALID_REQUEST).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRequests(self, request, context):
+        """ListRequests lists requests that can be explained, the newest first. Idempotent. Errors: INVALID_ARGUMENT
+        (INVALID_REQUEST).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -206,6 +233,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListReplicas,
                     request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListReplicasRequest.FromString,
                     response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListReplicasResponse.SerializeToString,
+            ),
+            'ExplainRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRequest,
+                    request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ExplainRequestRequest.FromString,
+                    response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ExplainRequestResponse.SerializeToString,
+            ),
+            'ListRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRequests,
+                    request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListRequestsRequest.FromString,
+                    response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListRequestsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -452,6 +489,60 @@ class AdminService:
             '/helios.api.admin.v1.AdminService/ListReplicas',
             helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListReplicasRequest.SerializeToString,
             helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListReplicasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.admin.v1.AdminService/ExplainRequest',
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ExplainRequestRequest.SerializeToString,
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ExplainRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.admin.v1.AdminService/ListRequests',
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListRequestsRequest.SerializeToString,
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListRequestsResponse.FromString,
             options,
             channel_credentials,
             insecure,

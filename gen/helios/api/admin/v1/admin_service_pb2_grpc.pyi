@@ -51,6 +51,15 @@ class AdminServiceStub:
     """ListWorkers lists the workers that are connected. Idempotent."""
     ListReplicas: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListReplicasRequest, _admin_service_pb2.ListReplicasResponse]
     """ListReplicas lists replicas, by model. Idempotent."""
+    ExplainRequest: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ExplainRequestRequest, _admin_service_pb2.ExplainRequestResponse]
+    """ExplainRequest says where the time of one request went and why each choice was made. Idempotent. The proxy that
+    answered the request keeps the last few thousand. Errors: NOT_FOUND (REQUEST_NOT_FOUND: never seen here, or too
+    long ago), INVALID_ARGUMENT (INVALID_REQUEST).
+    """
+    ListRequests: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListRequestsRequest, _admin_service_pb2.ListRequestsResponse]
+    """ListRequests lists requests that can be explained, the newest first. Idempotent. Errors: INVALID_ARGUMENT
+    (INVALID_REQUEST).
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """AdminService steers models, replicas and workers. It exists on the admin edge only."""
@@ -143,5 +152,26 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_admin_service_pb2.ListReplicasRequest, _abc.Awaitable[_admin_service_pb2.ListReplicasResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.ListReplicasResponse]:
         """ListReplicas lists replicas, by model. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def ExplainRequest(
+        self,
+        request: _admin_service_pb2.ExplainRequestRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.ExplainRequestRequest, _abc.Awaitable[_admin_service_pb2.ExplainRequestResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.ExplainRequestResponse]:
+        """ExplainRequest says where the time of one request went and why each choice was made. Idempotent. The proxy that
+        answered the request keeps the last few thousand. Errors: NOT_FOUND (REQUEST_NOT_FOUND: never seen here, or too
+        long ago), INVALID_ARGUMENT (INVALID_REQUEST).
+        """
+
+    @_abc_1.abstractmethod
+    def ListRequests(
+        self,
+        request: _admin_service_pb2.ListRequestsRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.ListRequestsRequest, _abc.Awaitable[_admin_service_pb2.ListRequestsResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.ListRequestsResponse]:
+        """ListRequests lists requests that can be explained, the newest first. Idempotent. Errors: INVALID_ARGUMENT
+        (INVALID_REQUEST).
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _aio.Server) -> None: ...

@@ -291,6 +291,7 @@ class SpeculativeDecoding(_message.Message):
     DRAFT_MODEL_FIELD_NUMBER: _builtins.int
     TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     PROMPT_LOOKUP_MAX_FIELD_NUMBER: _builtins.int
+    DRAFT_REVISION_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     """How tokens are guessed, as vLLM names it: "ngram", "draft_model", "eagle", "eagle3", "mtp"."""
     draft_model: _builtins.str
@@ -299,6 +300,8 @@ class SpeculativeDecoding(_message.Message):
     """How many tokens are guessed at once."""
     prompt_lookup_max: _builtins.int
     """For "ngram": the longest piece of the prompt that is looked up."""
+    draft_revision: _builtins.str
+    """Digest of the draft model's revision, filled in when a replica is started. Empty in the registry."""
     def __init__(
         self,
         *,
@@ -306,10 +309,11 @@ class SpeculativeDecoding(_message.Message):
         draft_model: _builtins.str = ...,
         token_count: _builtins.int = ...,
         prompt_lookup_max: _builtins.int = ...,
+        draft_revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft_model", b"draft_model", "method", b"method", "prompt_lookup_max", b"prompt_lookup_max", "token_count", b"token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft_model", b"draft_model", "draft_revision", b"draft_revision", "method", b"method", "prompt_lookup_max", b"prompt_lookup_max", "token_count", b"token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -388,7 +392,9 @@ class KvOffload(_message.Message):
     host_bytes: _builtins.int
     """Bytes of host memory for them. 0: none."""
     disk_bytes: _builtins.int
-    """Bytes of local disk for what falls out of host memory. 0: none."""
+    """Bytes of local disk for what falls out of host memory. 0: none. A replica's blocks on disk end with it; the engine's
+    own tier has no bound, so this is what the node must have to spare.
+    """
     def __init__(
         self,
         *,

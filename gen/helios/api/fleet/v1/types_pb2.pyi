@@ -278,7 +278,9 @@ class PhaseTiming(_message.Message):
     PHASE_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
-    """Which phase: "schedule", "fetch", "fork", "engine", "load", "warm_up", "serve"."""
+    """Which phase, in order: "schedule" (from the request that asked, by two clocks), "fetch", "fork", what the replica
+    measures of itself, "report" (from ready at the replica to the worker's knowing).
+    """
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
         """How long it took."""
@@ -338,16 +340,22 @@ class RequestStarted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ARRIVED_AT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id (`x-request-id`)."""
+    @_builtins.property
+    def arrived_at(self) -> _timestamp_pb2.Timestamp:
+        """When it arrived, by the clock of the replica's node."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
+        arrived_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arrived_at", b"arrived_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at", b"arrived_at", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
