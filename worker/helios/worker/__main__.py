@@ -22,7 +22,8 @@ from helios.mesh.process import Lifetime, run
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.tasks import task_scope
 from helios.storage.client import StorageClient
-from helios.worker.launcher.client import LauncherClient
+from helios.worker.launcher.launchers import Launchers
+from helios.worker.replica.engines import installed_engines, split_engine
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.settings import WorkerSettings
 from helios.worker.supervisor.attach_servicer import AttachServicer
@@ -54,21 +55,21 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
     async with AsyncExitStack() as stack:
         stack.enter_context(_only_one(settings.state_directory))
         storage = await stack.enter_async_context(Dialer(settings.storage_target, identity=identity, peer="storage"))
-        launcher = await stack.enter_async_context(
-            LauncherClient(engine=settings.replica.engine, log_level=settings.log_level)
+        launchers = await stack.enter_async_context(
+            Launchers(log_level=settings.log_level, search_path=(str(settings.class_path),))
         )
         group = await stack.enter_async_context(task_scope())
         supervisor = Supervisor(
             _rules(settings),
             group=group,
             ledger=_ledger(settings),
-            launcher=launcher,
+            launcher=launchers,
             weights=StorageClient(storage),
             replica_list=ReplicaList(settings.state_directory / "replicas.json", boot_id()),
             make_spec=_SpecMaker(settings),
         )
         awaited_count = supervisor.recover()
-        group.create_task(_take_exits(launcher, supervisor), name="take exits")
+        group.create_task(_take_exits(launchers, supervisor), name="take exits")
         server = MeshServer(
             listen=settings.socket_target,
             identity=identity,
@@ -91,14 +92,18 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
         for address in settings.proxies:
             session = FleetSession(address, identity=identity, feed=supervisor.feed, executor=supervisor)
             group.create_task(session.run(), name=f"fleet session {address}")
-        group.create_task(_say_ready(launcher, lifetime, address=server.address), name="say ready")
+        engine, _ = split_engine(settings.replica.engine)
+        group.create_task(_say_ready(launchers, engine, lifetime, address=server.address), name="say ready")
         await lifetime.wait_stop()
         await _stop(supervisor, settings)
 
 
-async def _say_ready(launcher: LauncherClient, lifetime: Lifetime, *, address: str) -> None:
-    """Replicas that outlived the last worker serve at once; readiness means that new ones start in seconds too."""
-    await launcher.wait_ready()
+async def _say_ready(launchers: Launchers, engine: str, lifetime: Lifetime, *, address: str) -> None:
+    """Replicas that outlived the last worker serve at once; readiness means that new ones start in seconds too.
+
+    Of the default engine, that is: launchers of the others are started when somebody wants one.
+    """
+    await launchers.wait_ready(engine)
     lifetime.mark_ready(supervisor_address=address)
 
 
@@ -111,9 +116,9 @@ async def _stop(supervisor: Supervisor, settings: WorkerSettings) -> None:
     supervisor.write_list()
 
 
-async def _take_exits(launcher: LauncherClient, supervisor: Supervisor) -> None:
+async def _take_exits(launchers: Launchers, supervisor: Supervisor) -> None:
     while True:
-        ended = await launcher.exits.get()
+        ended = await launchers.exits.get()
         supervisor.note_exit(ended.pid, ended.start_ticks, ended.status)
 
 
@@ -154,7 +159,8 @@ def _rules(settings: WorkerSettings) -> Rules:
         incarnation=uuid.uuid4().hex,
         node=settings.node,
         version=_version(),
-        engines=(replica.engine,),
+        engines=_engines(settings),
+        default_engine=replica.engine,
         replica_memory_bytes=replica.memory_bytes,
         kv_cache_bytes=replica.kv_cache_bytes,
         drain_seconds=replica.drain_seconds,
@@ -167,6 +173,22 @@ def _rules(settings: WorkerSettings) -> Rules:
             drain_grace_seconds=replica.drain_grace_seconds,
         ),
     )
+
+
+def _engines(settings: WorkerSettings) -> tuple[str, ...]:
+    """Returns what can run here, the default first.
+
+    Raises:
+        InvalidRequest: The default can't.
+    """
+    default, _ = split_engine(settings.replica.engine)
+    installed = installed_engines()
+    if default not in installed:
+        raise InvalidRequest(
+            f"replica.engine: {default!r} is not to be had here; there are: {', '.join(installed)}",
+            metadata={"replica.engine": default},
+        )
+    return (default, *(engine for engine in installed if engine != default))
 
 
 def _ledger(settings: WorkerSettings) -> Ledger:
@@ -194,6 +216,9 @@ class _SpecMaker:
             revision=order.revision,
             model_path=model_path,
             engine=order.engine,
+            options=order.options,
+            settings=order.settings,
+            served_names=order.served_names,
             kv_cache_bytes=order.kv_cache_bytes,
             max_context_tokens=order.max_context_tokens,
             memory_bytes=order.memory_bytes,

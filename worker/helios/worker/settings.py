@@ -34,7 +34,8 @@ class ReplicaSettings(BaseModel):
     model_config = _FROZEN
 
     engine: str = "vllm"
-    """Engine where a command names none; the launcher holds its imports."""
+    """Engine where a command names none: "vllm", "transformers", "simulated", "custom:<module>:<Class>". Its launcher
+    is started with the worker, those of the others by their first replica."""
     memory_bytes: int = Field(default=1536 << 20, gt=0)
     """Booked where a command names no memory. 1.5 GiB: a small model on vLLM with its weights, three processes."""
     kv_cache_bytes: int = Field(default=96 << 20, gt=0)
@@ -77,6 +78,9 @@ class WorkerSettings(ProcessSettings):
     supervisor_listen: str = ""
     """``unix:/path`` where replicas report. Empty: ``supervisor.sock`` in the state directory. Such a path has
     at most 107 bytes."""
+    engine_directory: Path | None = None
+    """Directory with the modules of your own engines (``custom:<module>:<Class>``), ahead of PYTHONPATH. None:
+    ``engines`` in the state directory. Whoever can write there runs code as the worker."""
     listen_host: str = "127.0.0.1"
     """Address that replicas bind and are dialled at."""
     base_port: int = Field(default=0, ge=0, le=65_527)
@@ -94,6 +98,11 @@ class WorkerSettings(ProcessSettings):
     """Devices."""
     replica: ReplicaSettings = Field(default_factory=ReplicaSettings)
     """Replicas."""
+
+    @property
+    def class_path(self) -> Path:
+        """Where the modules of users' engines are."""
+        return (self.engine_directory or self.state_directory / "engines").absolute()
 
     @property
     def socket_target(self) -> str:

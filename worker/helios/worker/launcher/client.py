@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Self
 
@@ -70,9 +70,11 @@ class ReplicaExit:
     status: int
 
 
-def launcher_environment(base: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of the launcher: ``base`` and what libraries must find at import."""
+def launcher_environment(base: Mapping[str, str], search_path: Sequence[str] = ()) -> dict[str, str]:
+    """Returns the environment of the launcher: ``base``, modules of ``search_path``, what libraries find at import."""
     cleaned = {name: value for name, value in base.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
+    if search_path:
+        cleaned["PYTHONPATH"] = os.pathsep.join(filter(None, (*search_path, base.get("PYTHONPATH", ""))))
     return cleaned | _ENVIRONMENT
 
 
@@ -84,8 +86,14 @@ class LauncherClient:
     """
 
     def __init__(
-        self, *, engine: str = "vllm", log_level: Literal["debug", "info", "warning", "error"] = "info"
+        self,
+        *,
+        engine: str = "vllm",
+        log_level: Literal["debug", "info", "warning", "error"] = "info",
+        exits: asyncio.Queue[ReplicaExit] | None = None,
+        search_path: Sequence[str] = (),
     ) -> None:
+        """``exits`` takes the exits where several launchers share one queue; ``search_path`` goes before PYTHONPATH."""
         self._arguments = ("--engine", engine, "--log-level", log_level)
         self._group = asyncio.TaskGroup()
         self._keeper: asyncio.Task[None] | None = None
@@ -93,7 +101,8 @@ class LauncherClient:
         self._writer: asyncio.StreamWriter | None = None
         self._numbers = 0
         self._forks: dict[int, asyncio.Future[ForkedReplica]] = {}
-        self.exits: asyncio.Queue[ReplicaExit] = asyncio.Queue(_EXIT_QUEUE_SIZE)
+        self._search_path = tuple(search_path)
+        self.exits: asyncio.Queue[ReplicaExit] = asyncio.Queue(_EXIT_QUEUE_SIZE) if exits is None else exits
         self.pid: int | None = None
         self.import_seconds = 0.0
 
@@ -173,7 +182,7 @@ class LauncherClient:
             pass_fds=(descriptor,),
             stdin=asyncio.subprocess.DEVNULL,
             # The environment is handed on, not read: the launcher's libraries are configured by it.
-            env=launcher_environment(os.environ),  # noqa: TID251
+            env=launcher_environment(os.environ, self._search_path),  # noqa: TID251
         )
 
     async def _read(self, reader: asyncio.StreamReader) -> None:

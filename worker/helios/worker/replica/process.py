@@ -14,10 +14,11 @@ import structlog
 import uvloop
 
 from helios.mesh.logs import setup_logs
+from helios.worker.replica.engines import engine_module
 from helios.worker.replica.lifeline import Lifeline
 from helios.worker.replica.scratch import make_scratch, remove_scratch
 from helios.worker.replica.spec import ReplicaSpec
-from helios.worker.replica.start import EngineStart, engine_module
+from helios.worker.replica.start import EngineStart
 
 log = structlog.get_logger()
 

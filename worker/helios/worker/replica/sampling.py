@@ -33,24 +33,31 @@ _RANGES: Final[tuple[tuple[str, str, Callable[[float], bool]], ...]] = (
 )
 
 
-def check_sampling(sampling: Sampling, *, vocabulary_size: int) -> None:
-    """Raises InvalidRequest that names the first field out of its range (``param`` in the metadata)."""
+def check_sampling(sampling: Sampling, *, vocabulary_size: int, prefix: str = "sampling.") -> None:
+    """Raises InvalidRequest that names the first field out of its range (``param`` in the metadata).
+
+    ``prefix`` is what leads to the fields in the caller's message.
+    """
+    problem = _first_problem(sampling, vocabulary_size)
+    if problem is not None:
+        field, text = problem
+        raise InvalidRequest(f"{prefix}{field}: {text}", metadata={"param": f"{prefix}{field}"})
+
+
+def _first_problem(sampling: Sampling, vocabulary_size: int) -> tuple[str, str] | None:
     for name, rule, is_allowed in _RANGES:
         value = getattr(sampling, name)
         if value is not None and not (math.isfinite(value) and is_allowed(value)):
-            raise _invalid(name, f"{value} is not {rule}")
+            return name, f"{value} is not {rule}"
     if sampling.min_tokens and sampling.max_tokens and sampling.min_tokens > sampling.max_tokens:
-        raise _invalid("min_tokens", f"{sampling.min_tokens} is above max_tokens ({sampling.max_tokens})")
+        return "min_tokens", f"{sampling.min_tokens} is above max_tokens ({sampling.max_tokens})"
     if len(sampling.stop) > _STOP_LIMIT or len(sampling.stop_token_ids) > _STOP_LIMIT:
-        raise _invalid("stop", f"at most {_STOP_LIMIT}")
+        return "stop", f"at most {_STOP_LIMIT}"
     if "" in sampling.stop:
-        raise _invalid("stop", "an empty text can't end an answer")
+        return "stop", "an empty text can't end an answer"
     for token_id in sampling.stop_token_ids:
-        if token_id >= vocabulary_size:
-            raise _invalid("stop_token_ids", f"{token_id} is not in the model's vocabulary")
+        if not 0 <= token_id < vocabulary_size:
+            return "stop_token_ids", f"{token_id} is not in the model's vocabulary"
     if sampling.n > 1 and sampling.temperature == 0:
-        raise _invalid("n", "greedy answers (temperature 0) are all the same: ask for 1")
-
-
-def _invalid(field: str, problem: str) -> InvalidRequest:
-    return InvalidRequest(f"sampling.{field}: {problem}", metadata={"param": f"sampling.{field}"})
+        return "n", "greedy answers (temperature 0) are all the same: ask for 1"
+    return None

@@ -4,36 +4,22 @@ The engine forks its own processes, which must happen before gRPC exists in this
 thread of its own; the event loop begins only when that thread has forked, and from then on both run.
 """
 
-import importlib
 import json
 import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Final
+from typing import Final
 
-from helios.mesh.errors import InvalidRequest
+from helios.mesh.errors import HeliosError
 from helios.worker.replica.engine import Engine, EngineHooks
+from helios.worker.replica.engines import engine_module
 from helios.worker.replica.spec import ReplicaSpec
 
-# Engine name → module with ``preload()`` and ``build(spec, hooks)``. Imported by name: an engine's libraries are
-# heavy, and only a launcher of that engine has them.
-_ENGINES: Final = {
-    "vllm": "helios.worker.engines.vllm.factory",
-    "simulated": "helios.worker.engines.simulated",
-}
 # Reading config and tokenizer before the fork takes a second or two, on a slow disk some ten.
 _FORK_SECONDS: Final = 120.0
 _READ_BYTES: Final = 4096
-
-
-def engine_module(engine: str) -> Any:
-    """Returns the factory module of an engine. Raises InvalidRequest for an unknown name."""
-    if engine not in _ENGINES:
-        known = ", ".join(_ENGINES)
-        raise InvalidRequest(f"unknown engine {engine!r}; there is {known}", metadata={"param": "engine"})
-    return importlib.import_module(_ENGINES[engine])
 
 
 class EngineStart:
@@ -43,6 +29,7 @@ class EngineStart:
         engine: Done when the engine takes requests, or with what stopped it. Its callbacks run in the starting thread.
         phase_descriptor: Read end of a pipe with one JSON line ``[phase, ended_at]`` for each phase that ended.
         ended_at: Monotonic time at which ``engine`` was done.
+        failure: Reason and message of what a process of the engine died of; None where none said anything.
         on_load: Called in the event loop when the engine's load changed, once it is set.
     """
 
@@ -51,6 +38,7 @@ class EngineStart:
         self.phase_descriptor, phase_writer = os.pipe()
         os.set_blocking(self.phase_descriptor, False)
         self.ended_at = 0.0
+        self.failure: tuple[str, str] | None = None
         self.on_load: Callable[[], None] | None = None
         self._spec = spec
         self._forked = threading.Event()
@@ -71,7 +59,19 @@ class EngineStart:
         except BlockingIOError:
             pass
         *lines, self._buffer = self._buffer.split(b"\n")
-        return [(str(name), float(at)) for name, at in map(json.loads, lines)]
+        entries = list(map(json.loads, lines))
+        failures = [(str(entry["reason"]), str(entry["message"])) for entry in entries if isinstance(entry, dict)]
+        # The first process that fails takes the others with it.
+        self.failure = self.failure or next(iter(failures), None)
+        return [(str(entry[0]), float(entry[1])) for entry in entries if isinstance(entry, list)]
+
+    def why(self, error: BaseException) -> tuple[str, str]:
+        """Returns reason and message of a start that failed with ``error``; call ``read_phases`` before."""
+        if self.failure is not None:
+            return self.failure
+        if isinstance(error, HeliosError):
+            return error.reason, error.message
+        return "ENGINE_START_FAILED", f"{type(error).__name__}: {error}"
 
     def _report_load(self) -> None:
         if self.on_load is not None:

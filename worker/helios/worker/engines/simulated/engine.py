@@ -1,0 +1,220 @@
+"""The ``Engine`` protocol on a simulated scheduler: steps that take time, and nothing computed in them.
+
+A token is a word, an answer repeats the words of its prompt; the model's directory is not read.
+"""
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from helios.mesh.errors import Bug, HeliosError, ReplicaLost, Unavailable
+from helios.worker.engines.endings import answer_limit
+from helios.worker.engines.openai_requests import read_request
+from helios.worker.engines.openai_shapes import as_generator, shape_answer
+from helios.worker.engines.options import read_options
+from helios.worker.engines.simulated.faults import Fault, Faults
+from helios.worker.engines.simulated.requests import VOCABULARY_SIZE, Request, token_id_of
+from helios.worker.engines.simulated.scheduler import Capacity, Scheduler, Step
+from helios.worker.engines.simulated.settings import SimulatedOptions
+from helios.worker.replica.engine import (
+    Conversation,
+    EngineFacts,
+    EngineHooks,
+    EngineLoad,
+    EventStream,
+    JsonAnswer,
+    Meter,
+    OpenAICall,
+    Piece,
+    Prompt,
+    Sampling,
+    TokenIds,
+    Tokenized,
+)
+from helios.worker.replica.spec import ReplicaSpec
+
+
+class SimulatedEngine:
+    """Answers with the prompt's own words. Made in any thread; used in one event loop.
+
+    Steps are timers of the loop, not a task: there is nothing to own or to cancel when nobody asks for anything.
+    """
+
+    def __init__(self, spec: ReplicaSpec, hooks: EngineHooks) -> None:
+        """Takes as long as a start is to take.
+
+        Raises:
+            InvalidRequest: Bad options.
+            Unavailable: The start is to fail.
+        """
+        hooks.on_forked()
+        options = self._options = read_options(SimulatedOptions, spec.options)
+        self._model = spec.model
+        self._on_load = hooks.on_load
+        self._faults = Faults(options)
+        block_count = spec.kv_cache_bytes // (options.kv_bytes_per_token * options.kv_block_tokens)
+        kv_tokens = max(1, block_count) * options.kv_block_tokens
+        context_tokens = min(spec.max_context_tokens or options.context_tokens, kv_tokens)
+        self._facts = EngineFacts(context_tokens, VOCABULARY_SIZE, kv_tokens)
+        self._scheduler = Scheduler(
+            Capacity(
+                max_batch=options.max_batch or spec.settings.max_running_requests or spec.max_running_requests,
+                max_batched_tokens=options.max_batched_tokens,
+                block_count=max(1, block_count),
+                block_tokens=options.kv_block_tokens,
+            )
+        )
+        self._requests: dict[int, Request] = {}
+        self._request_count = 0
+        self._sequence_count = 0
+        self._step_count = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_dead = False
+        self._begin(spec, hooks)
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What does not change."""
+        return self._facts
+
+    def load(self) -> EngineLoad:
+        """Returns what the scheduler holds now."""
+        scheduler = self._scheduler
+        return EngineLoad(scheduler.running_count, scheduler.waiting_count, scheduler.usage_ratio, self._is_dead)
+
+    def close(self) -> None:
+        """Ends what is under way."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._fail_all(ReplicaLost("the engine was closed"))
+
+    async def answer(self, call: OpenAICall, document: Mapping[str, Any], meter: Meter) -> JsonAnswer | EventStream:
+        """Answers an OpenAI body."""
+        request = read_request(call, document, vocabulary_size=VOCABULARY_SIZE)
+        pieces = as_generator(self.generate(request.prompt, request.sampling, meter))
+        return await shape_answer(call, request, pieces, meter=meter, model=self._model)
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, meter: Meter) -> AsyncIterator[Sequence[Piece]]:
+        """Yields the tokens of each step."""
+        words = _words(prompt)
+        meter.prompt_tokens = len(words)
+        request = self._submit(words, sampling)
+        try:
+            while pieces := await request.read():
+                meter.first_token_at = meter.first_token_at or time.monotonic()
+                meter.completion_tokens += sum(len(piece.token_ids) for piece in pieces)
+                yield pieces
+        finally:
+            self._forget(request)
+
+    async def tokenize(self, prompt: Prompt) -> Tokenized:
+        """Splits into words."""
+        words = _words(prompt)
+        return Tokenized(tuple(map(token_id_of, words)), tuple(words))
+
+    def _begin(self, spec: ReplicaSpec, hooks: EngineHooks) -> None:
+        for phase, seconds in (("engine", 0.0), ("load", self._options.start_seconds)):
+            time.sleep(seconds)
+            os.write(hooks.phase_descriptor, json.dumps([phase, time.monotonic()]).encode() + b"\n")
+        if self._faults.has_failed_start(spec.replica_id):
+            raise Unavailable(f"simulated: the start of {spec.replica_id} fails", reason="SIMULATED_START_FAILURE")
+
+    def _submit(self, words: Sequence[str], sampling: Sampling) -> Request:
+        if self._is_dead:
+            raise _dead()
+        context = self._facts.max_context_tokens
+        limit = answer_limit(len(words), sampling.max_tokens, context)
+        if sampling.max_tokens is None and not sampling.ignore_eos:
+            limit = min(limit, max(self._options.answer_tokens, sampling.min_tokens or 0))
+        keys = range(self._sequence_count, self._sequence_count + sampling.n)
+        self._sequence_count = keys.stop
+        self._request_count += 1
+        fate = self._faults.fate(self._request_count, limit)
+        request = Request(keys, words, sampling, limit=limit, fate=fate)
+        for key in keys:
+            self._requests[key] = request
+            self._scheduler.add(key, len(words))
+        self._step()
+        self._on_load()
+        return request
+
+    def _forget(self, request: Request) -> None:
+        for key in request.keys:
+            self._drop(key)
+        self._on_load()
+
+    def _drop(self, key: int) -> None:
+        self._scheduler.remove(key)
+        self._requests.pop(key, None)
+
+    def _step(self) -> None:
+        """Begins a step, where none is under way and there is something to do."""
+        if self._timer is not None or (step := self._scheduler.plan()) is None:
+            return
+        self._step_count += 1
+        options = self._options
+        seconds = step.prefill_tokens * options.prefill_seconds_per_token
+        if step.decode_count:
+            seconds += options.decode_seconds_per_token + step.decode_count * options.decode_seconds_per_sequence
+        seconds *= self._faults.jitter(self._step_count)
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._finish_step, step)
+
+    def _finish_step(self, step: Step) -> None:
+        self._timer = None
+        stall_seconds = 0.0
+        for key in self._scheduler.complete(step):
+            # Gone where another answer of its request failed just now.
+            if (request := self._requests.get(key)) is None:
+                continue
+            faults = request.faults_at_next_token(key)
+            if Fault.DEATH in faults:
+                self._die()
+                return
+            if Fault.ERROR in faults:
+                self._fail(request, Bug("simulated: this request fails", reason="SIMULATED_FAILURE"))
+                continue
+            if Fault.STALL in faults:
+                stall_seconds = self._options.stall_seconds
+            if request.make_token(key):
+                self._drop(key)
+        if stall_seconds:
+            self._timer = asyncio.get_running_loop().call_later(stall_seconds, self._resume)
+        else:
+            self._step()
+        self._on_load()
+
+    def _resume(self) -> None:
+        self._timer = None
+        self._step()
+
+    def _die(self) -> None:
+        self._is_dead = True
+        self._fail_all(_dead())
+        self._on_load()
+
+    def _fail(self, request: Request, error: HeliosError) -> None:
+        request.fail(error)
+        for key in request.keys:
+            self._drop(key)
+
+    def _fail_all(self, error: HeliosError) -> None:
+        for request in set(self._requests.values()):
+            self._fail(request, error)
+
+
+def _dead() -> ReplicaLost:
+    return ReplicaLost("simulated: the engine died", retry_after_seconds=1.0)
+
+
+def _words(prompt: Prompt) -> list[str]:
+    if isinstance(prompt, Conversation):
+        text = " ".join(turn.content for turn in prompt.turns)
+    elif isinstance(prompt, TokenIds):
+        text = " ".join(map(str, prompt.ids))
+    else:
+        text = prompt.text
+    return [f"{word} " for word in text.split()] or [" "]

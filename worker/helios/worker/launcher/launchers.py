@@ -1,0 +1,102 @@
+"""One launcher for each engine, started by the first replica of it.
+
+Each engine's libraries are imported in a process of their own: a replica of one engine carries nothing of another, and
+an engine that nobody uses costs nothing. A launcher has read its packages from the disk once; when packages are
+installed or removed it is replaced before the next fork, since a child would import the new files beside the old ones.
+"""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Literal, Self
+
+import structlog
+
+from helios.worker.launcher.client import ForkedReplica, LauncherClient, ReplicaExit
+from helios.worker.replica.spec import ReplicaSpec
+
+log = structlog.get_logger()
+
+# Far above the replicas of one worker (8 slots): full only where nobody reads, and then exits must not pile up.
+_EXIT_QUEUE_SIZE = 1024
+
+Packages = frozenset[str]
+
+
+class _Kept:
+    """A launcher that is kept alive, and the packages that were installed when it started."""
+
+    def __init__(self, client: LauncherClient, packages: Packages, task: asyncio.Task[None]) -> None:
+        self.client = client
+        self.packages = packages
+        self.task = task
+
+
+class Launchers:
+    """All launchers of a worker; open with ``async with``.
+
+    ``exits`` gets the exits of every launcher's replicas, as ``LauncherClient.exits`` does.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_level: Literal["debug", "info", "warning", "error"] = "info",
+        search_path: tuple[str, ...] = (),
+    ) -> None:
+        """``search_path`` is where users' classes are; launchers have it ahead of what they inherit."""
+        self._log_level: Literal["debug", "info", "warning", "error"] = log_level
+        self._search_path = search_path
+        self._group = asyncio.TaskGroup()
+        self._kept: dict[str, _Kept] = {}
+        self.exits: asyncio.Queue[ReplicaExit] = asyncio.Queue(_EXIT_QUEUE_SIZE)
+
+    async def __aenter__(self) -> Self:
+        """Starts nothing yet."""
+        await self._group.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Ends all launchers; replicas live on."""
+        for kept in self._kept.values():
+            kept.task.cancel()
+        await self._group.__aexit__(None, None, None)
+
+    async def wait_ready(self, engine: str) -> None:
+        """Starts the launcher of an engine where there is none, and waits until it is ready to fork. Cancel-safe."""
+        await self._launcher(engine).wait_ready()
+
+    async def fork(self, spec: ReplicaSpec, deadline: float) -> ForkedReplica:
+        """Forks a replica of the spec's engine; promises and errors are those of ``LauncherClient.fork``."""
+        return await self._launcher(spec.engine).fork(spec, deadline)
+
+    def _launcher(self, engine: str) -> LauncherClient:
+        packages = installed_packages()
+        kept = self._kept.get(engine)
+        if kept is not None and kept.packages != packages:
+            changed = sorted(kept.packages ^ packages)
+            log.info("packages changed: launcher is replaced", engine=engine, changed=changed[:5])
+            # What it was about to fork fails as Unavailable, and is asked for again.
+            kept.task.cancel()
+            kept = None
+        if kept is None:
+            client = LauncherClient(
+                engine=engine, log_level=self._log_level, exits=self.exits, search_path=self._search_path
+            )
+            task = self._group.create_task(_keep(client), name=f"launcher {engine}")
+            kept = self._kept[engine] = _Kept(client, packages, task)
+        return kept.client
+
+
+async def _keep(client: LauncherClient) -> None:
+    async with client:
+        await asyncio.get_running_loop().create_future()
+
+
+def installed_packages() -> Packages:
+    """Returns the names, which hold the versions, of all distributions that a new Python process would find."""
+    found: set[str] = set()
+    for folder in map(Path, sys.path):
+        if folder.is_dir():
+            found.update(path.name for path in folder.glob("*.dist-info"))
+    return frozenset(found)
