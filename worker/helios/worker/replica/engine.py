@@ -216,8 +216,8 @@ class EngineHooks:
     Attributes:
         on_forked: Call it once, when the engine's own processes exist: the replica may start threads from then on.
         on_load: Call it in the replica's event loop when ``load()`` has changed.
-        phase_descriptor: Any process of the engine writes a JSON line ``[phase, ended_at]`` here when a phase of the
-            start ended; times are CLOCK_MONOTONIC.
+        phase_descriptor: Any process of the engine writes a JSON line here: ``[phase, ended_at]`` when a phase of the
+            start ended, in CLOCK_MONOTONIC, or ``{"reason": …, "message": …}`` before it dies of something.
     """
 
     on_forked: Callable[[], None]

@@ -145,7 +145,7 @@ class _Replica:
         error = made.exception()
         if error is not None:
             log.error("engine failed to start", exc_info=error)
-            self._fail("ENGINE_START_FAILED", f"{type(error).__name__}: {error}")
+            self._fail(*self._start.why(error))
             return None
         self._condition.end_phase("warm_up", self._start.ended_at)
         return made.result()

@@ -1,11 +1,13 @@
 """What a replica is told when it is forked: everything it needs, decided by the supervisor."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Self
 
 from helios.mesh.errors import InvalidRequest
+from helios.worker.replica.settings import EngineSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,9 @@ class ReplicaSpec:
         revision: Digest of the revision's manifest, ``sha256:<hex>``.
         model_path: Directory with config.json, tokenizer files and safetensors; stays readable while the replica lives.
         engine: Which adapter runs it, such as "vllm".
+        options: Settings of an engine other than vLLM, by name; each engine documents its own and refuses others.
+        settings: How the engine is set, beyond what is said here.
+        revision_paths: Directories of further revisions that the settings name (a draft model, adapters), by digest.
         kv_cache_bytes: Size of the KV cache.
         max_context_tokens: Longest prompt plus answer; 0: the model's own limit, cut to what the KV cache holds.
         memory_bytes: Memory booked for it on its device; reported back in hellos so that a ledger can be rebuilt.
@@ -40,7 +45,8 @@ class ReplicaSpec:
         log_path: File that standard output and error of the whole process tree are appended to; empty inherits.
         created_at: When its start was asked for, with a time zone.
         placement: Cores.
-        max_running_requests: How many requests the engine works on at once; more wait inside it.
+        max_running_requests: How many requests the engine works on at once, where the settings do not say; more wait
+            inside it.
         drain_seconds: How long running requests may go on when nobody says otherwise (SIGTERM, orphaned).
         orphan_seconds: How long it lives on without its supervisor, until the supervisor's welcome says otherwise.
         traceparent: W3C trace context of the request that asked for the start; empty for none.
@@ -56,6 +62,9 @@ class ReplicaSpec:
     model_path: str
     served_names: tuple[str, ...] = ()
     engine: str = "vllm"
+    options: Mapping[str, str] = field(default_factory=dict)
+    settings: EngineSettings = field(default_factory=EngineSettings)
+    revision_paths: Mapping[str, str] = field(default_factory=dict)
     kv_cache_bytes: int = 96 << 20
     max_context_tokens: int = 0
     memory_bytes: int = 0
@@ -93,6 +102,7 @@ class ReplicaSpec:
             values = dict(document)
             values["created_at"] = datetime.fromisoformat(values["created_at"])
             values["served_names"] = tuple(values["served_names"])
+            values["settings"] = EngineSettings.from_document(values["settings"])
             cores = values["placement"]
             values["placement"] = Placement(tuple(cores["engine_cores"]), tuple(cores["api_cores"]))
             return cls(**values)

@@ -5,11 +5,13 @@ is remembered by command id and given again.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from helios.mesh.errors import HeliosError, InvalidRequest
+from helios.worker.supervisor.records import MemoryItem
+from helios.worker.replica.settings import EngineSettings
 
 # A proxy repeats within seconds; at a thousand commands a second this still remembers four.
 DEFAULT_CAPACITY: Final = 4096
@@ -17,7 +19,10 @@ DEFAULT_CAPACITY: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start a replica. ``engine`` empty and the numbers 0: the worker's defaults."""
+    """Start a replica. ``engine`` empty and the numbers 0: the worker's defaults. ``options`` are the engine's.
+
+    ``served_names`` are the model's other names.
+    """
 
     replica_id: str
     model: str
@@ -26,6 +31,12 @@ class Start:
     memory_bytes: int = 0
     kv_cache_bytes: int = 0
     max_context_tokens: int = 0
+    options: Mapping[str, str] = field(default_factory=dict)
+    settings: EngineSettings = field(default_factory=EngineSettings)
+    served_names: tuple[str, ...] = ()
+    memory_items: tuple[MemoryItem, ...] = ()
+    device_ids: tuple[str, ...] = ()
+    device_count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +61,37 @@ class Evict:
     revision: str
 
 
-Command = Start | Drain | Stop | Evict
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Bring a revision's weights to host memory; ``memory_bytes`` 0: their size is not known yet."""
+
+    revision: str
+    model: str
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Unstage:
+    """Give a staged revision's memory back."""
+
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Take an idle replica's weights and KV cache off its device."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Bring a sleeping replica back."""
+
+    replica_id: str
+
+
+Command = Start | Drain | Stop | Evict | Stage | Unstage | Sleep | Wake
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Final
 
 from helios.mesh.errors import InvalidRequest
+from helios.worker.replica.engines import split_engine
 from helios.worker.supervisor.commands import Start
 from helios.worker.supervisor.records import Order
 from helios.worker.supervisor.replica_machine import Limits
@@ -18,12 +19,16 @@ class Rules:
     """Who the worker is and what it goes by; times in seconds.
 
     Attributes:
-        engines: Engines that can run here; the first one is the default.
+        engines: Names of the engines that can run here.
+        default_engine: Where a command names none, such as "vllm" or "custom:shouting:Shouting"; empty: the first one.
         replica_memory_bytes: Booked where a command names no memory.
         kv_cache_bytes: Given where a command names no KV cache.
         drain_seconds: Where a drain names no timeout, and at the end of the worker.
         return_seconds: How long a listed replica may take to say hello to a restarted supervisor.
         lease_ttl_seconds: How long weights stay leased when this process dies.
+        sleep_left_bytes: Booked on each device of a replica that sleeps, where it can't measure what it leaves behind.
+        sleep_cycle_limit: How often a replica may wake; then it is replaced instead.
+        telemetry_seconds: How often devices and replicas are measured.
     """
 
     worker_id: str
@@ -37,6 +42,10 @@ class Rules:
     return_seconds: float
     lease_ttl_seconds: float
     limits: Limits
+    sleep_left_bytes: int = 1 << 30
+    sleep_cycle_limit: int = 20
+    telemetry_seconds: float = 2.0
+    default_engine: str = ""
 
 
 def order_of(start: Start, rules: Rules, now: datetime) -> Order:
@@ -45,7 +54,7 @@ def order_of(start: Start, rules: Rules, now: datetime) -> Order:
     Raises:
         InvalidRequest: START_INCOMPLETE, UNKNOWN_ENGINE, BAD_REVISION.
     """
-    engine = start.engine or rules.engines[0]
+    engine, options = split_engine(start.engine or rules.default_engine or rules.engines[0])
     if not start.replica_id or not start.model:
         raise InvalidRequest("a start needs a replica id and a model", reason="START_INCOMPLETE")
     if engine not in rules.engines:
@@ -64,4 +73,10 @@ def order_of(start: Start, rules: Rules, now: datetime) -> Order:
         kv_cache_bytes=start.kv_cache_bytes or rules.kv_cache_bytes,
         max_context_tokens=start.max_context_tokens,
         created_at=now,
+        options={**options, **start.options},
+        settings=start.settings,
+        served_names=start.served_names,
+        memory_items=start.memory_items,
+        device_ids=start.device_ids,
+        device_count=len(start.device_ids) or max(1, start.device_count),
     )

@@ -4,8 +4,11 @@ Everything is frozen, so that a snapshot given to a session never changes under 
 """
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
+
+from helios.worker.replica.settings import EngineSettings
 
 
 class ReplicaState(enum.Enum):
@@ -19,6 +22,8 @@ class ReplicaState(enum.Enum):
     DRAINING = "DRAINING"
     STOPPED = "STOPPED"
     FAILED = "FAILED"
+    ASLEEP = "ASLEEP"
+    WAKING = "WAKING"
 
     @property
     def is_ended(self) -> bool:
@@ -31,6 +36,24 @@ class DeviceKind(enum.Enum):
 
     CPU = "CPU"
     CUDA = "CUDA"
+
+
+class MemoryKind(enum.Enum):
+    """What a replica's memory is for; the values are the contract's names without their prefix."""
+
+    WEIGHTS = "WEIGHTS"
+    KV_CACHE = "KV_CACHE"
+    ACTIVATIONS = "ACTIVATIONS"
+    OVERHEAD = "OVERHEAD"
+    SLEEPING = "SLEEPING"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryItem:
+    """One part of what a replica books."""
+
+    kind: MemoryKind
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -99,7 +122,11 @@ class LoadDelta:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What was asked for: all that the life of a replica begins with. ``max_context_tokens`` 0: the model's own."""
+    """What was asked for: all that the life of a replica begins with.
+
+    ``max_context_tokens`` 0: the model's own. ``options`` are the engine's, by name; ``settings`` and ``served_names``
+    (the model's other names) are needed until the replica is forked, and not known of one that was taken over.
+    """
 
     replica_id: str
     model: str
@@ -109,6 +136,16 @@ class Order:
     kv_cache_bytes: int
     max_context_tokens: int
     created_at: datetime
+    options: Mapping[str, str] = field(default_factory=dict)
+    settings: EngineSettings = field(default_factory=EngineSettings)
+    served_names: tuple[str, ...] = ()
+
+    memory_items: tuple[MemoryItem, ...] = ()
+    """What ``memory_bytes`` is made of; empty: not known."""
+    device_ids: tuple[str, ...] = ()
+    """Devices that were asked for; empty: any."""
+    device_count: int = 1
+    """How many devices it runs on, each with an equal share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +161,67 @@ class ReplicaView:
     max_context_tokens: int = 0
     lease_id: str = ""
     load: Load = Load()
+    device_ids: tuple[str, ...] = ()
+    can_sleep: bool = False
+    wake_count: int = 0
+    sleeping_bytes: int | None = None
+    """Booked while it sleeps; None: it is awake, and books all that was ordered."""
+    measured_bytes: int = 0
+    """Memory of its own as measured last; 0: never."""
 
     @property
     def replica_id(self) -> str:
         """The replica's id."""
         return self.order.replica_id
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it books now, over all its devices."""
+        return self.order.memory_bytes if self.sleeping_bytes is None else self.sleeping_bytes
+
+    @property
+    def memory_items(self) -> tuple[MemoryItem, ...]:
+        """What it books now, item by item."""
+        if self.sleeping_bytes is not None:
+            return (MemoryItem(MemoryKind.SLEEPING, self.sleeping_bytes),)
+        return self.order.memory_items
+
+
+class LinkKind(enum.Enum):
+    """Ways between devices, the fastest first; the values are the contract's names without their prefix."""
+
+    NVLINK = "NVLINK"
+    PCIE_SWITCH = "PCIE_SWITCH"
+    PCIE_HOST = "PCIE_HOST"
+    SYSTEM = "SYSTEM"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLink:
+    """The way to another device; ``link_count`` is of NVLink."""
+
+    device_id: str
+    kind: LinkKind
+    link_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What does not change about a device; empty and None: not known, or not of this kind of device.
+
+    Attributes:
+        uuid: What CUDA_VISIBLE_DEVICES takes.
+        parent_device_id: The device that a MIG slice is a part of.
+    """
+
+    name: str = ""
+    uuid: str = ""
+    parent_device_id: str = ""
+    mig_profile: str = ""
+    numa_node: int | None = None
+    pci_bus_id: str = ""
+    compute_capability: str = ""
+    links: tuple[DeviceLink, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +231,71 @@ class Device:
     device_id: str
     kind: DeviceKind
     memory_bytes: int
+    facts: DeviceFacts = DeviceFacts()
+
+
+class Health(enum.Enum):
+    """Whether replicas may be started on a device; the values are the contract's names without their prefix."""
+
+    HEALTHY = "HEALTHY"
+    DEGRADED = "DEGRADED"
+    LOST = "LOST"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMeasure:
+    """What was measured of a device; None: it can't say."""
+
+    device_id: str
+    health: Health = Health.HEALTHY
+    health_message: str = ""
+    used_bytes: int | None = None
+    total_bytes: int | None = None
+    utilization_ratio: float | None = None
+    temperature_celsius: int | None = None
+    corrected_error_count: int | None = None
+    uncorrected_error_count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceUse:
-    """A device and what is booked on it now."""
+    """A device, what is booked on it now and what was measured of it last."""
 
     device: Device
     booked_bytes: int
+    measure: DeviceMeasure | None = None
+
+
+class StagedState(enum.Enum):
+    """Where a staged revision stands; the values are the contract's names without their prefix."""
+
+    STAGING = "STAGING"
+    STAGED = "STAGED"
+    GONE = "GONE"
+
+
+@dataclass(frozen=True, slots=True)
+class StagedView:
+    """A revision in host memory, as others see it.
+
+    ``resident_bytes`` are in memory; of these, ``locked_bytes`` can not be dropped by the kernel.
+    """
+
+    revision: str
+    model: str
+    state: StagedState
+    memory_bytes: int
+    resident_bytes: int = 0
+    locked_bytes: int = 0
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HostUse:
+    """Host memory that staged revisions may take, and what they do take, in bytes."""
+
+    memory_bytes: int = 0
+    booked_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,3 +310,5 @@ class WorkerView:
     engines: tuple[str, ...]
     slot_count: int
     replicas: tuple[ReplicaView, ...]
+    host: HostUse = HostUse()
+    staged: tuple[StagedView, ...] = ()

@@ -75,14 +75,21 @@ class ReplicaList:
 def _to_json(replica: ListedReplica) -> dict[str, Any]:
     view = replica.view
     assert view.process is not None
+    order = {**asdict(view.order), "created_at": view.order.created_at.isoformat()}
+    # Of use only for a fork, and a replica with a process was forked.
+    del order["settings"], order["served_names"]
     return {
-        "order": {**asdict(view.order), "created_at": view.order.created_at.isoformat()},
+        "order": order,
         "state": view.state.value,
         "address": view.address,
         "process": asdict(view.process),
         "phases": [asdict(phase) for phase in view.phases],
         "max_context_tokens": view.max_context_tokens,
         "lease_id": view.lease_id,
+        "device_ids": view.device_ids,
+        "can_sleep": view.can_sleep,
+        "wake_count": view.wake_count,
+        "sleeping_bytes": view.sleeping_bytes,
         "port": replica.port,
     }
 
@@ -98,5 +105,9 @@ def _from_json(entry: dict[str, Any]) -> ListedReplica:
         phases=tuple(PhaseTiming(**phase) for phase in entry["phases"]),
         max_context_tokens=int(entry["max_context_tokens"]),
         lease_id=str(entry["lease_id"]),
+        device_ids=tuple(entry["device_ids"]),
+        can_sleep=bool(entry["can_sleep"]),
+        wake_count=int(entry["wake_count"]),
+        sleeping_bytes=entry["sleeping_bytes"],
     )
     return ListedReplica(view, int(entry["port"]))

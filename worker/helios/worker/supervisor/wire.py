@@ -24,6 +24,7 @@ from helios.worker.supervisor.records import (
     ReplicaView,
     WorkerView,
 )
+from helios.worker.supervisor.settings_wire import settings_from_proto
 
 
 def seconds_to_proto(seconds: float) -> Duration:
@@ -177,7 +178,10 @@ def command_from_proto(command: fleet.Command) -> Command:
                 replica_id=start.replica_id,
                 model=start.model,
                 revision=start.revision,
-                engine=start.engine,
+                engine=start.engine or start.engine_settings.engine,
+                options=dict(start.engine_settings.options),
+                settings=settings_from_proto(start.engine_settings),
+                served_names=tuple(start.served_names),
                 memory_bytes=start.memory_bytes,
                 kv_cache_bytes=start.kv_cache_bytes,
                 max_context_tokens=start.max_context_tokens,

@@ -71,6 +71,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from helios.worker.engines.vllm import failures
 from helios.worker.replica.engine import EngineLoad, Meter
 
 # The CPU worker patches torch when it is imported, so only the device's own worker may be.
@@ -196,12 +197,14 @@ class PlacedWorker(DeviceWorker):
 
     def init_device(self) -> None:
         """Prepares the device; what comes next is loading."""
-        super().init_device()
+        with _telling(self._phase_descriptor):
+            super().init_device()
         self._end_phase("engine")
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Loads the weights; what comes next is the KV cache and the warm-up."""
-        super().load_model(*args, **kwargs)
+        with _telling(self._phase_descriptor):
+            super().load_model(*args, **kwargs)
         self._end_phase("load")
 
     def _end_phase(self, phase: str) -> None:
@@ -252,7 +255,8 @@ def make_llm(
             while_loading(config.model_config, renderer)
             return started.result()
 
-    with _patched(async_llm_module, "EngineCoreClient", Started), _notifying(tell):
+    descriptor = arguments.additional_config[_SETTINGS_KEY]["phase_descriptor"]
+    with _patched(async_llm_module, "EngineCoreClient", Started), _notifying(tell), _confessing(descriptor):
         threading.Thread(target=start, name="engine core handshake", daemon=True).start()
         forked.result()
         llm = MeteredLLM(config, executor_class, log_stats=False, log_requests=False, stat_loggers=stat_loggers)
@@ -285,6 +289,30 @@ def _notifying(callback: Callable[[], None]) -> Iterator[None]:
     # The method rather than the class: vLLM asks for instances of the class later.
     with _patched(manager, "__init__", start_and_tell):
         yield
+
+
+@contextmanager
+def _confessing(phase_descriptor: int) -> Iterator[None]:
+    """Has an EngineCore that is forked meanwhile say what it died of; its parent learns no more than that it did."""
+    core: Any = vllm.v1.engine.core.EngineCoreProc
+    original = core.__init__
+
+    def start_or_tell(*args: Any, **kwargs: Any) -> None:
+        with _telling(phase_descriptor):
+            original(*args, **kwargs)
+
+    with _patched(core, "__init__", start_or_tell):
+        yield
+
+
+@contextmanager
+def _telling(phase_descriptor: int) -> Iterator[None]:
+    try:
+        yield
+    except failures.START_ERRORS as error:
+        reason, message = failures.classify(error)
+        os.write(phase_descriptor, json.dumps({"reason": reason, "message": message}).encode() + b"\n")
+        raise
 
 
 class MeteredLLM(AsyncLLM):

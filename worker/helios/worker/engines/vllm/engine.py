@@ -11,6 +11,7 @@ import structlog
 
 from helios.mesh.errors import Bug, HeliosError
 from helios.worker.engines.vllm import compat, errors
+from helios.worker.engines.vllm.arguments import engine_arguments
 from helios.worker.engines.vllm.pieces import PieceCutter
 from helios.worker.engines.vllm.prompts import PromptRenderer
 from helios.worker.replica.engine import (
@@ -30,8 +31,6 @@ from helios.worker.replica.spec import ReplicaSpec
 
 log = structlog.get_logger()
 
-# One prefill step: enough to keep two cores busy, small enough that running answers are not held up for long.
-_BATCHED_TOKENS: Final = 1024
 _ERROR_EVENT: Final = 'data: {"error"'
 # Nothing runs any more when an engine is closed. A graceful end of EngineCore may take seconds, in which the device is
 # not free; after this it is killed.
@@ -45,9 +44,11 @@ class VllmEngine:
         """Loads the model; returns when the engine takes requests."""
         if compat.check_version():
             compat.fork_instead_of_spawn()
+        self._model = spec.model
+        self._settings = spec.settings
         self._sink = compat.LoadSink(hooks.on_load)
         self._llm = compat.make_llm(
-            _engine_arguments(spec, hooks.phase_descriptor),
+            engine_arguments(spec, hooks.phase_descriptor),
             stat_loggers=[lambda *_: self._sink],
             on_forked=hooks.on_forked,
             while_loading=self._prepare,
@@ -70,6 +71,9 @@ class VllmEngine:
             chat_template=self._chat_template,
             chat_template_content_format="auto",
             enable_prompt_tokens_details=True,
+            reasoning_parser=spec.settings.reasoning_parser,
+            enable_auto_tools=bool(spec.settings.tool_call_parser),
+            tool_parser=spec.settings.tool_call_parser or None,
         )
         self._completion = compat.OpenAIServingCompletion(
             self._llm, models, online_renderer=self._renderer, request_logger=None, enable_prompt_tokens_details=True
@@ -78,13 +82,17 @@ class VllmEngine:
 
     def _prepare(self, model_config: Any, renderer: Any) -> None:
         """Does what needs no weights and what the first request would otherwise wait for."""
-        self._chat_template = compat.chat_template_of(model_config, renderer.tokenizer)
+        settings = self._settings
+        self._chat_template = settings.chat_template or compat.chat_template_of(model_config, renderer.tokenizer)
         self._renderer = compat.OnlineRenderer(
             model_config,
             renderer,
             request_logger=None,
             chat_template=self._chat_template,
             chat_template_content_format="auto",
+            reasoning_parser=settings.reasoning_parser,
+            enable_auto_tools=bool(settings.tool_call_parser),
+            tool_parser=settings.tool_call_parser or None,
         )
         self._renderer.warmup()
 
@@ -117,7 +125,7 @@ class VllmEngine:
         except errors.REQUEST_ERRORS as error:
             raise errors.from_exception(error) from error
         if isinstance(result, compat.ErrorResponse):
-            raise errors.from_response(result)
+            raise errors.from_response(result, self._model)
         if isinstance(result, compat.ChatCompletionResponse | compat.CompletionResponse):
             return JsonAnswer(result.model_dump_json().encode())
         return await _open(result)
@@ -141,25 +149,6 @@ class VllmEngine:
             return await self._prompts.tokenize(prompt)
         except errors.REQUEST_ERRORS as error:
             raise errors.from_exception(error) from error
-
-
-def _engine_arguments(spec: ReplicaSpec, phase_descriptor: int) -> Any:
-    return compat.AsyncEngineArgs(
-        model=spec.model_path,
-        served_model_name=list(spec.names),
-        # -1 fits the context to what the KV cache can hold.
-        max_model_len=spec.max_context_tokens or -1,
-        kv_cache_memory_bytes=spec.kv_cache_bytes,
-        max_num_seqs=spec.max_running_requests,
-        max_num_batched_tokens=_BATCHED_TOKENS,
-        enforce_eager=compat.runs_eagerly(),
-        distributed_executor_backend="uni",
-        worker_cls="helios.worker.engines.vllm.compat.PlacedWorker",
-        additional_config=compat.worker_settings(spec.placement.engine_cores, phase_descriptor),
-        disable_log_stats=True,
-        enable_log_requests=False,
-        use_tqdm_on_load=False,
-    )
 
 
 async def _open(events: AsyncGenerator[str, None]) -> EventStream:

@@ -37,6 +37,8 @@ _BY_STATUS: Final[Mapping[int, type[HeliosError]]] = {
 # Wrappers that pydantic puts into the path of an error; a caller knows only the names of fields.
 _INTERNAL_MARKS: Final = frozenset("[](){}-")
 _REPORTED_ERRORS: Final = 3
+# vLLM names its own flag where a model has no parser, which is none of a caller's.
+_TOOL_PARSER_FLAG: Final = "--tool-call-parser"
 
 
 def from_exception(error: Exception) -> HeliosError:
@@ -63,8 +65,15 @@ def from_exception(error: Exception) -> HeliosError:
     return Bug(f"the engine failed ({type(error).__name__})")
 
 
-def from_response(response: Any) -> HeliosError:
-    """Returns the error that an ErrorResponse of vLLM stands for."""
+def from_response(response: Any, model: str) -> HeliosError:
+    """Returns the error that an ErrorResponse of vLLM stands for; ``model`` is whom it was asked of."""
+    if _TOOL_PARSER_FLAG in response.error.message:
+        return InvalidRequest(
+            f"{model} is not set up for tool calls: say which parser reads them from its answers, "
+            f"with `helios models set {model} --set tool_call_parser=hermes` (or another of vLLM's parsers)",
+            reason="TOOL_CALLS_NOT_SET_UP",
+            metadata={"param": "tool_choice"},
+        )
     return from_document(response.error.model_dump())
 
 

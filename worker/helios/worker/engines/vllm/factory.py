@@ -1,6 +1,6 @@
 """What the launcher and the replica's process call to have vLLM: ``preload`` before the fork, ``build`` after it."""
 
-from helios.worker.engines.vllm import compat
+from helios.worker.engines.vllm import compat, failures
 from helios.worker.engines.vllm.engine import VllmEngine
 from helios.worker.replica.engine import Engine, EngineHooks
 from helios.worker.replica.spec import ReplicaSpec
@@ -12,5 +12,8 @@ def preload() -> None:
 
 
 def build(spec: ReplicaSpec, hooks: EngineHooks) -> Engine:
-    """Loads the model of ``spec``."""
-    return VllmEngine(spec, hooks)
+    """Loads the model of ``spec``. Raises HeliosErrors that say why a model can't be run."""
+    try:
+        return VllmEngine(spec, hooks)
+    except failures.START_ERRORS as error:
+        raise failures.start_error(error) from error

@@ -1,0 +1,155 @@
+"""From a replica's spec to vLLM's arguments: the one place where Helios's settings become vLLM's words.
+
+What a setting leaves open comes from the spec, whose sizes were made from the model's profile, then from vLLM. A
+setting that vLLM's own parser or configuration classes refuse is reported with Helios's name of it, and all of them at
+once: whoever corrects one does not want to wait for the next.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from typing import Any, Final
+
+from helios.mesh.errors import InvalidRequest
+from helios.worker.engines.vllm import checks, compat, compat_config
+from helios.worker.engines.vllm.failures import INVALID_ENGINE_SETTINGS
+from helios.worker.replica.settings import Compilation, EngineSettings, KvOffload, SpeculativeDecoding, Task
+from helios.worker.replica.spec import ReplicaSpec
+
+# One prefill step: enough to keep two cores busy, small enough that running answers are not held up for long.
+_BATCHED_TOKENS: Final = 1024
+_RUNNERS: Final[Mapping[Task, Mapping[str, Any]]] = {
+    Task.DEFAULT: {},
+    Task.GENERATE: {"runner": "generate"},
+    Task.EMBED: {"runner": "pooling", "convert": "embed"},
+}
+
+
+def engine_arguments(spec: ReplicaSpec, phase_descriptor: int) -> Any:
+    """Returns AsyncEngineArgs for a spec.
+
+    Raises:
+        InvalidRequest: INVALID_ENGINE_SETTINGS, with every setting that can't be and what to do about it.
+    """
+    problems = checks.find_problems(spec.settings) + _missing_revisions(spec)
+    if problems:
+        raise InvalidRequest(
+            f"{spec.model} can't be run with its engine settings: " + "; ".join(map(str, problems)),
+            reason=INVALID_ENGINE_SETTINGS,
+            metadata={"param": problems[0].field, "fields": ",".join(problem.field for problem in problems)},
+        )
+    return compat_config.AsyncEngineArgs(**arguments_of(spec), **_surroundings(spec, phase_descriptor))
+
+
+def arguments_of(spec: ReplicaSpec) -> dict[str, Any]:
+    """Returns the keyword arguments of AsyncEngineArgs that say which model is run and how. Pure."""
+    settings = spec.settings
+    arguments: dict[str, Any] = {
+        "model": spec.model_path,
+        "served_model_name": list(spec.names),
+        # -1 fits the context to what the KV cache can hold.
+        "max_model_len": spec.max_context_tokens or -1,
+        # vLLM's bound is that of one rank.
+        "kv_cache_memory_bytes": spec.kv_cache_bytes // settings.rank_count,
+        "enforce_eager": _is_eager(settings),
+        **_batch_sizes(spec),
+        **_RUNNERS[settings.task],
+    }
+    plain = {
+        "dtype": settings.dtype,
+        "quantization": settings.quantization,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
+        "kv_cache_dtype": settings.kv_cache_dtype,
+        "enable_prefix_caching": settings.prefix_caching,
+        "enable_chunked_prefill": settings.chunked_prefill,
+        "reasoning_parser": settings.reasoning_parser,
+        "attention_backend": settings.attention_backend,
+        "cudagraph_capture_sizes": list(settings.cuda_graph_sizes),
+    }
+    arguments |= {name: value for name, value in plain.items() if value not in (None, "", [])}
+    if settings.structured_output_backend:
+        arguments["structured_outputs_config"] = compat_config.StructuredOutputsConfig(
+            backend=settings.structured_output_backend
+        )
+    if settings.speculative_decoding is not None:
+        arguments["speculative_config"] = speculative_config(settings.speculative_decoding, spec.revision_paths)
+    if settings.kv_offload is not None:
+        arguments |= _kv_offload(settings.kv_offload)
+    if settings.lora is not None:
+        arguments |= {
+            "enable_lora": True,
+            "max_lora_rank": settings.lora.max_rank,
+            "max_loras": settings.lora.max_active_count,
+        }
+    return arguments
+
+
+def _batch_sizes(spec: ReplicaSpec) -> dict[str, int]:
+    """Returns how much is computed at once; what the one leaves open is fitted to the other."""
+    settings = spec.settings
+    tokens, requests = settings.max_batched_tokens, settings.max_running_requests
+    sizes = {"max_num_seqs": requests or min(spec.max_running_requests, tokens or spec.max_running_requests)}
+    # A prompt that may not be cut has to fit: vLLM then takes the context's length.
+    if tokens or settings.chunked_prefill is not False:
+        sizes["max_num_batched_tokens"] = tokens or max(_BATCHED_TOKENS, requests or 0)
+    return sizes
+
+
+def speculative_config(speculative: SpeculativeDecoding, revision_paths: Mapping[str, str]) -> dict[str, Any]:
+    """Returns vLLM's ``speculative_config``."""
+    config: dict[str, Any] = {"method": speculative.method, "num_speculative_tokens": speculative.token_count}
+    if speculative.prompt_lookup_max:
+        config["prompt_lookup_max"] = speculative.prompt_lookup_max
+    if speculative.draft_model:
+        config["model"] = revision_paths.get(speculative.draft_revision, speculative.draft_model)
+    return config
+
+
+def offload_transfer(offload: KvOffload, directory: str) -> dict[str, Any]:
+    """Returns the fields of vLLM's KVTransferConfig that keep KV blocks in host memory, and below it on disk.
+
+    Args:
+        offload: How much.
+        directory: Where blocks on disk go. vLLM's tier on disk has no bound of its own, and removes nothing: it is the
+            replica's directory, which ends with the replica.
+    """
+    extra: dict[str, Any] = {"cpu_bytes_to_use": offload.host_bytes}
+    if offload.disk_bytes:
+        extra |= {
+            "spec_name": "TieringOffloadingSpec",
+            "secondary_tiers": [{"type": "fs", "root_dir": directory, "n_read_threads": 2, "n_write_threads": 2}],
+        }
+    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+def _kv_offload(offload: KvOffload) -> dict[str, Any]:
+    if not offload.host_bytes and not offload.disk_bytes:
+        return {}
+    # In a replica that is its own directory.
+    transfer = offload_transfer(offload, f"{tempfile.gettempdir()}/kv")
+    return {"kv_transfer_config": compat_config.KVTransferConfig(**transfer)}
+
+
+def _is_eager(settings: EngineSettings) -> bool:
+    if settings.compilation is Compilation.DEFAULT:
+        return compat.runs_eagerly()
+    return settings.compilation is Compilation.EAGER
+
+
+def _missing_revisions(spec: ReplicaSpec) -> list[checks.Problem]:
+    speculative = spec.settings.speculative_decoding
+    if speculative is None or not speculative.draft_model or speculative.draft_revision in spec.revision_paths:
+        return []
+    return [checks.Problem("speculative_decoding.draft_model", f"{speculative.draft_model!r} is not on the node")]
+
+
+def _surroundings(spec: ReplicaSpec, phase_descriptor: int) -> dict[str, Any]:
+    """What does not depend on the model: where its processes run and what they say."""
+    return {
+        "distributed_executor_backend": "uni" if spec.settings.rank_count == 1 else "mp",
+        "worker_cls": "helios.worker.engines.vllm.compat.PlacedWorker",
+        "additional_config": compat.worker_settings(spec.placement.engine_cores, phase_descriptor),
+        "disable_log_stats": True,
+        "enable_log_requests": False,
+        "use_tqdm_on_load": False,
+    }
