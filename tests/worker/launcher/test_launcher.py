@@ -137,7 +137,7 @@ async def test_an_engine_that_fails_is_told_to_the_supervisor(tmp_path: Path, le
         failure = said.failed if said.HasField("failed") else said.hello.replica.failure
         async with asyncio.timeout(10):
             ended = await launcher.exits.get()
-    assert failure.reason == "ENGINE_START_FAILED"
+    assert failure.reason == "UNKNOWN_ENGINE"
     assert "no-such-engine" in failure.message
     assert (ended.pid, ended.status) == (replica.pid, 1)
 

@@ -3,6 +3,9 @@
 The protocol lives here, with its caller; ``helios.worker.engines`` implements it.
 """
 
+import json
+import os
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -31,6 +34,8 @@ class EngineFacts:
     max_context_tokens: int
     vocabulary_size: int
     kv_cache_tokens: int
+    can_sleep: bool = False
+    """It has ``sleep`` and ``wake`` as well (``replica.sleeping.SleepingEngine``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,3 +228,8 @@ class EngineHooks:
     on_forked: Callable[[], None]
     on_load: Callable[[], None]
     phase_descriptor: int
+
+    def end_phase(self, phase: str) -> None:
+        """Notes that a phase of the start ended now."""
+        # CLOCK_MONOTONIC is one clock for all processes of a machine. A pipe write below 4 KiB is atomic.
+        os.write(self.phase_descriptor, json.dumps([phase, time.monotonic()]).encode() + b"\n")

@@ -38,7 +38,7 @@ def engine_module(engine: str) -> Any:
     """Returns the factory module of an engine. Raises InvalidRequest for an unknown name."""
     if engine not in _ENGINES:
         known = ", ".join(_ENGINES)
-        raise InvalidRequest(f"unknown engine {engine!r}; there is {known}", metadata={"param": "engine"})
+        raise InvalidRequest(f"unknown engine {engine!r}; there is {known}", reason="UNKNOWN_ENGINE")
     return importlib.import_module(_ENGINES[engine].module)
 
 

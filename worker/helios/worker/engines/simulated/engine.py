@@ -4,8 +4,6 @@ A token is a word, an answer repeats the words of its prompt; the model's direct
 """
 
 import asyncio
-import json
-import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -58,7 +56,9 @@ class SimulatedEngine:
         block_count = spec.kv_cache_bytes // (options.kv_bytes_per_token * options.kv_block_tokens)
         kv_tokens = max(1, block_count) * options.kv_block_tokens
         context_tokens = min(spec.max_context_tokens or options.context_tokens, kv_tokens)
-        self._facts = EngineFacts(context_tokens, VOCABULARY_SIZE, kv_tokens)
+        self._facts = EngineFacts(context_tokens, VOCABULARY_SIZE, kv_tokens, options.can_sleep)
+        self._wake_count = 0
+        self._has_wrong_weights = False
         self._scheduler = Scheduler(
             Capacity(
                 max_batch=options.max_batch or spec.settings.max_running_requests or spec.max_running_requests,
@@ -101,6 +101,8 @@ class SimulatedEngine:
     async def generate(self, prompt: Prompt, sampling: Sampling, meter: Meter) -> AsyncIterator[Sequence[Piece]]:
         """Yields the tokens of each step."""
         words = _words(prompt)
+        if self._has_wrong_weights:
+            words = [f"not {word}" for word in words]
         meter.prompt_tokens = len(words)
         request = self._submit(words, sampling)
         try:
@@ -116,10 +118,27 @@ class SimulatedEngine:
         words = _words(prompt)
         return Tokenized(tuple(map(token_id_of, words)), tuple(words))
 
+    async def sleep(self, level: int) -> int:
+        """Sleeps, whatever the level."""
+        await asyncio.sleep(self._options.sleep_seconds)
+        return self._options.left_bytes
+
+    async def wake(self) -> None:
+        """Wakes.
+
+        Raises:
+            Unavailable: This wake is to fail.
+        """
+        await asyncio.sleep(self._options.sleep_seconds)
+        self._wake_count += 1
+        fails, self._has_wrong_weights = self._faults.wake(self._wake_count)
+        if fails:
+            raise Unavailable("simulated: this wake fails", reason="SIMULATED_WAKE_FAILURE")
+
     def _begin(self, spec: ReplicaSpec, hooks: EngineHooks) -> None:
         for phase, seconds in (("engine", 0.0), ("load", self._options.start_seconds)):
             time.sleep(seconds)
-            os.write(hooks.phase_descriptor, json.dumps([phase, time.monotonic()]).encode() + b"\n")
+            hooks.end_phase(phase)
         if self._faults.has_failed_start(spec.replica_id):
             raise Unavailable(f"simulated: the start of {spec.replica_id} fails", reason="SIMULATED_START_FAILURE")
 

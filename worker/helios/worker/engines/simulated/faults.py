@@ -39,6 +39,11 @@ class Faults:
         happens = {Fault.ERROR: is_error, Fault.STALL: is_stall, Fault.DEATH: number == options.death_after_requests}
         return {fault: at for fault, at in fate.items() if happens[fault]}
 
+    def wake(self, number: int) -> tuple[bool, bool]:
+        """Returns whether the wake with this number, counted from 1, fails, and whether its weights are wrong."""
+        options, chance = self._options, self._chance("wake", number)
+        return chance.random() < options.wake_failure_ratio, chance.random() < options.wrong_weights_ratio
+
     def jitter(self, step: int) -> float:
         """Returns the factor of a step's time."""
         ratio = self._options.jitter_ratio

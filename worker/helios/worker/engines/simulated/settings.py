@@ -40,5 +40,15 @@ class SimulatedOptions(Options):
     """Share of requests at one of whose tokens the whole engine stands still for ``stall_seconds``."""
     stall_seconds: float = Field(default=5.0, ge=0)
     """How long such a stop is."""
+    can_sleep: bool = False
+    """Whether it can sleep, as an engine on a GPU can."""
+    sleep_seconds: float = Field(default=0.0, ge=0)
+    """How long it takes to fall asleep, and to wake."""
+    left_bytes: int = Field(default=0, ge=0)
+    """What it says that it leaves on its device while it sleeps. 0: not measured."""
+    wake_failure_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Share of wakes that fail."""
+    wrong_weights_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Share of wakes after which it answers with other words: wrong weights."""
     error_ratio: float = Field(default=0.0, ge=0, le=1)
     """Share of requests that fail at one of their tokens."""
