@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from helios.api.admin.v1 import admin_service_pb2, admin_service_pb2_grpc
+from helios.api.engine.v1 import engine_settings_pb2
 from helios.api.registry.v1 import registry_service_pb2, registry_service_pb2_grpc
 from helios.mesh import errors
 from tests.wire.gateway import TOKEN, Gateway
@@ -164,6 +165,7 @@ async def test_rest_of_the_proxys_services(
         ("PUT", "/admin/v1/aliases/team/best", "PutAlias", {"alias": "team/best", "model": "org/name"}),
         ("DELETE", "/admin/v1/aliases/team/best", "DeleteAlias", {"alias": "team/best"}),
         ("PUT", "/admin/v1/policies/org/name", "UpdatePolicy", {"name": "org/name"}),
+        ("PUT", "/admin/v1/engine-settings/org/name", "UpdateEngineSettings", {"name": "org/name"}),
     ],
 )
 async def test_rest_of_the_registry(
@@ -173,6 +175,12 @@ async def test_rest_of_the_registry(
         "IngestModel": {"name": "m", "source": "dir:/x"},
         "PutAlias": {"model": "org/name"},
         "UpdatePolicy": {"min_replicas": 1},
+        "UpdateEngineSettings": {
+            "kv_cache_bytes": "67108864",
+            "prefix_caching": False,
+            "compilation": "COMPILATION_MODE_EAGER",
+            "speculative_decoding": {"method": "ngram", "token_count": 3},
+        },
     }
     gateway.registry.answers["IngestModel"] = [
         registry_service_pb2.IngestModelResponse(progress=registry_service_pb2.IngestProgress(phase="store")),
@@ -185,6 +193,12 @@ async def test_rest_of_the_registry(
     assert {name: getattr(call.request, name) for name in fields} == fields
     if called == "UpdatePolicy":
         assert call.request.policy.min_replicas == 1
+    if called == "UpdateEngineSettings":
+        settings = call.request.settings
+        assert (settings.kv_cache_bytes, settings.compilation) == (64 << 20, engine_settings_pb2.COMPILATION_MODE_EAGER)
+        assert settings.HasField("prefix_caching")
+        assert not settings.prefix_caching
+        assert settings.speculative_decoding.token_count == 3
     if called == "IngestModel":
         assert answer.headers["content-type"] == "text/event-stream"
         assert answer.text.count("data: ") == 2

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from helios.mesh.errors import Corrupted
 from helios.registry import metrics, offload
 from helios.registry.blobs import BlobStore
+from helios.registry.engine_settings import EngineSettings
 from helios.registry.records import (
     LocatedManifest,
     Model,
@@ -92,6 +93,17 @@ class Catalog:
 
         async def write() -> Model:
             model = await self.store.update_policy(name, policy)
+            self._hub.publish(ModelUpserted(model))
+            return model
+
+        return await self._write(write)
+
+    async def update_engine_settings(self, name: str, settings: EngineSettings) -> Model:
+        """Sets how a model's engine is set. Raises ModelNotFound, InvalidRequest (INVALID_ENGINE_SETTINGS)."""
+        settings.check()
+
+        async def write() -> Model:
+            model = await self.store.update_engine_settings(name, settings)
             self._hub.publish(ModelUpserted(model))
             return model
 

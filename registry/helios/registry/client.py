@@ -16,6 +16,7 @@ from helios.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from helios.mesh.channel import StubSource
 from helios.mesh.status import error_from_rpc
 from helios.registry import wire
+from helios.registry.engine_settings import EngineSettings
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
 from helios.registry.records import (
@@ -37,6 +38,7 @@ from helios.registry.records import (
 
 __all__ = [
     "Digest",
+    "EngineSettings",
     "Entry",
     "IngestDone",
     "IngestEvent",
@@ -126,6 +128,12 @@ class RegistryClient:
         response = await _call(stub.UpdatePolicy(request, timeout=RESTART_SECONDS, wait_for_ready=True))
         return wire.model_from_proto(response.model)
 
+    async def update_engine_settings(self, name: str, settings: EngineSettings) -> Model:
+        """Replaces a model's engine settings. Raises ModelNotFound, InvalidRequest (INVALID_ENGINE_SETTINGS)."""
+        request = pb.UpdateEngineSettingsRequest(name=name, settings=wire.engine_settings_to_proto(settings))
+        response = await _call(self._stub().UpdateEngineSettings(request, timeout=self._timeout_seconds))
+        return wire.model_from_proto(response.model)
+
     async def put_alias(self, alias: str, model: str) -> Model:
         """Points an alias at a model. Raises ModelNotFound, AlreadyExists, InvalidRequest."""
         request = pb.PutAliasRequest(alias=alias, model=model)
@@ -149,6 +157,7 @@ class RegistryClient:
         *,
         aliases: Sequence[str] = (),
         expected_sha256: str = "",
+        engine_settings: EngineSettings | None = None,
         timeout_seconds: float = INGEST_TIMEOUT_SECONDS,
     ) -> AsyncGenerator[IngestEvent, None]:
         """Ingests a model; yields progress, and IngestDone last. Leaving the iteration early cancels the ingest.
@@ -156,7 +165,7 @@ class RegistryClient:
         Raises:
             HeliosError: As IngestModel in the contract.
         """
-        spec = IngestSpec(name, source, tuple(aliases), expected_sha256)
+        spec = IngestSpec(name, source, tuple(aliases), expected_sha256, engine_settings)
         call = self._stub().IngestModel(wire.ingest_spec_to_proto(spec), timeout=timeout_seconds)
         async with aclosing(_stream(call)) as messages:
             async for message in messages:

@@ -41,10 +41,10 @@ class Database:
 
     @classmethod
     async def open(cls, path: Path) -> "Database":
-        """Opens the database, making file and tables on first use.
+        """Opens the database, making file and tables on first use, and bringing those of an older Helios up to date.
 
         Raises:
-            PreconditionFailed: SCHEMA_MISMATCH, when another version of Helios wrote it.
+            PreconditionFailed: SCHEMA_MISMATCH, when a newer Helios wrote it.
             Corrupted: When it is not a database.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,6 +106,12 @@ async def _check_version(connection: AsyncConnection) -> None:
     found = (await connection.execute(select(tables.schema_version.c.version))).scalar_one_or_none()
     if found is None:
         await connection.execute(tables.schema_version.insert().values(version=tables.SCHEMA_VERSION))
+        return
+    if 1 <= found < tables.SCHEMA_VERSION:
+        for version in range(found + 1, tables.SCHEMA_VERSION + 1):
+            for statement in tables.MIGRATIONS[version]:
+                await connection.exec_driver_sql(statement)
+        await connection.execute(tables.schema_version.update().values(version=tables.SCHEMA_VERSION))
     elif found != tables.SCHEMA_VERSION:
         raise PreconditionFailed(
             f"the registry's database has schema {found}, this Helios knows {tables.SCHEMA_VERSION}:"

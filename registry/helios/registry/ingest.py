@@ -10,6 +10,7 @@ The ingester is an async context manager that owns the tasks; leaving it cancels
 """
 
 import asyncio
+import dataclasses
 import re
 import time
 from collections.abc import AsyncGenerator
@@ -253,6 +254,7 @@ class _Ingest:
 
     async def _commit(self, revision: NewRevision) -> Model:
         self._progress.begin(IngestPhase.COMMIT)
+        revision = dataclasses.replace(revision, engine_settings=self._spec.engine_settings)
         return await self._catalog.put_model(self._spec.name, self._spec.aliases, revision)
 
 
@@ -264,7 +266,10 @@ def check_spec(spec: IngestSpec) -> IngestSpec:
         raise InvalidRequest(
             "expected_sha256 is 64 hexadecimal digits", reason="INVALID_DIGEST", metadata={"param": "expected_sha256"}
         )
-    return IngestSpec(spec.name, spec.source, check_aliases(spec.name, spec.aliases), expected)
+    if spec.engine_settings is not None:
+        spec.engine_settings.check()
+    aliases = check_aliases(spec.name, spec.aliases)
+    return dataclasses.replace(spec, aliases=aliases, expected_sha256=expected)
 
 
 def _draining() -> Draining:

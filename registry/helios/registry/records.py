@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Final
 
 from helios.mesh.errors import InvalidRequest
+from helios.registry.engine_settings import NO_SETTINGS, EngineSettings
 from helios.registry.manifest import Manifest
 from helios.registry.profile import ModelProfile
 
@@ -49,6 +50,7 @@ class Model:
     revision: Revision
     policy: ModelPolicy
     created_at: datetime
+    engine_settings: EngineSettings = NO_SETTINGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +98,16 @@ class IngestPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class IngestSpec:
-    """What to ingest. ``expected_sha256`` is empty where nothing is expected."""
+    """What to ingest.
+
+    ``expected_sha256`` is empty where nothing is expected; without ``engine_settings`` a model keeps those it has.
+    """
 
     name: str
     source: str
     aliases: tuple[str, ...] = ()
     expected_sha256: str = ""
+    engine_settings: EngineSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,16 @@ class RegistryServicer(RegistryServiceServicer):
         model = await self._catalog.update_policy(name, wire.policy_from_proto(request.policy))
         return pb.UpdatePolicyResponse(model=wire.model_to_proto(model))
 
+    async def UpdateEngineSettings(
+        self, request: pb.UpdateEngineSettingsRequest, context: Any
+    ) -> pb.UpdateEngineSettingsResponse:
+        """Replaces a model's engine settings."""
+        access.check_may_write(context)
+        name = _required(request.name, "name")
+        settings = wire.engine_settings_from_proto(request.settings)
+        model = await self._catalog.update_engine_settings(name, settings)
+        return pb.UpdateEngineSettingsResponse(model=wire.model_to_proto(model))
+
     async def WatchModels(self, request: pb.WatchModelsRequest, context: Any) -> AsyncIterator[pb.WatchModelsResponse]:
         """Streams all models, then changes."""
         del request, context

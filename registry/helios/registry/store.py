@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from helios.mesh.errors import AlreadyExists, ModelNotFound, NotFound, RevisionNotFound
 from helios.registry.database import Database
+from helios.registry.engine_settings import EngineSettings, refuse
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
 from helios.registry.records import Model, ModelPolicy, Revision
@@ -32,12 +33,14 @@ class NewRevision:
 
     Attributes:
         converted_from: sha256 of the source file and the converter's version, where the files are a conversion's.
+        engine_settings: The model's from now on; None: it keeps those it has.
     """
 
     manifest: Manifest
     profile: ModelProfile
     source: str
     converted_from: tuple[str, str] | None = None
+    engine_settings: EngineSettings | None = None
 
 
 class Store:
@@ -71,14 +74,19 @@ class Store:
 
         Raises:
             AlreadyExists: ALIAS_TAKEN, when the name is an alias, or an alias names another model or is a model.
+            InvalidRequest: INVALID_ENGINE_SETTINGS, as ``update_engine_settings``.
         """
         digest = revision.manifest.digest()
         async with self._database.transaction() as connection:
             await _check_names(connection, name, new_aliases)
             await _insert_revision(connection, digest, revision, now)
-            row = {"name": name, "revision": digest, "min_replicas": 0, "max_replicas": 0, "created_at_us": _to_us(now)}
+            changes = {"revision": digest}
+            if revision.engine_settings is not None:
+                await _check_engine_settings(connection, name, revision.engine_settings)
+                changes["engine_settings"] = revision.engine_settings.document
+            row = {"name": name, "min_replicas": 0, "max_replicas": 0, "created_at_us": _to_us(now)} | changes
             await connection.execute(
-                upsert(models).values(row).on_conflict_do_update(index_elements=["name"], set_={"revision": digest})
+                upsert(models).values(row).on_conflict_do_update(index_elements=["name"], set_=changes)
             )
             await _serve_revision(connection, name, digest)
             for alias in new_aliases:
@@ -178,6 +186,21 @@ class Store:
             await connection.execute(update(models).where(models.c.name == model).values(**values))
             return await _require_model(connection, model)
 
+    async def update_engine_settings(self, name: str, settings: EngineSettings) -> Model:
+        """Sets how a model's engine is set, by name or alias.
+
+        Raises:
+            ModelNotFound: No such model.
+            InvalidRequest: INVALID_ENGINE_SETTINGS, when a model that they lean on is not there, or is this one, or an
+                adapter's name is taken.
+        """
+        async with self._database.transaction() as connection:
+            model = await _resolve(connection, name)
+            await _check_engine_settings(connection, model, settings)
+            statement = update(models).where(models.c.name == model).values(engine_settings=settings.document)
+            await connection.execute(statement)
+            return await _require_model(connection, model)
+
     async def referenced_blobs(self) -> dict[str, int]:
         """Returns hash and size of every blob that a revision uses."""
         async with self._database.transaction() as connection:
@@ -188,7 +211,7 @@ class Store:
 async def _select_models(connection: AsyncConnection, condition: Any, limit: int | None = None) -> list[Model]:
     query = (
         select(models.c.name, models.c.min_replicas, models.c.max_replicas, models.c.created_at_us.label("made_us"))
-        .add_columns(*revisions.c)
+        .add_columns(models.c.engine_settings, *revisions.c)
         .join(revisions, revisions.c.digest == models.c.revision)
         .where(condition)
         .order_by(models.c.name)
@@ -211,6 +234,7 @@ async def _select_models(connection: AsyncConnection, condition: Any, limit: int
             revision=_revision(row),
             policy=ModelPolicy(row.min_replicas, row.max_replicas),
             created_at=_from_us(row.made_us),
+            engine_settings=EngineSettings(row.engine_settings),
         )
         for row in rows
     ]
@@ -249,6 +273,19 @@ async def _check_names(connection: AsyncConnection, name: str, new_aliases: Coll
             raise _taken(alias, f"{alias!r} is already an alias of {target!r}; an ingest does not move it")
         if await _select_models(connection, models.c.name == alias):
             raise _taken(alias, f"{alias!r} is a model; an alias can't have its name")
+
+
+async def _check_engine_settings(connection: AsyncConnection, model: str, settings: EngineSettings) -> None:
+    problems: dict[str, str] = {}
+    for field, name in settings.required_models.items():
+        if name == model:
+            problems[field] = f"{name!r} is the model itself"
+        elif not await _select_models(connection, models.c.name == name):
+            problems[field] = f"there is no model {name!r}; add it first"
+    for field, name in settings.adapter_names.items():
+        if await _select_models(connection, models.c.name == name) or await _alias_target(connection, name):
+            problems[field] = f"{name!r} is a model or an alias already"
+    refuse(problems)
 
 
 async def _insert_revision(connection: AsyncConnection, digest: str, revision: NewRevision, now: datetime) -> None:

@@ -7,8 +7,13 @@ from typing import Final
 
 from sqlalchemy import BigInteger, CheckConstraint, Column, ForeignKey, Index, Integer, MetaData, String, Table
 
-# Raised with every change of a table; the store refuses a database of another version.
-SCHEMA_VERSION: Final = 1
+# Raised with every change of a table; an older database is migrated, a newer one refused.
+SCHEMA_VERSION: Final = 2
+
+# What brings a database of the version before to each version. Columns only: tables that are missing are made anyway.
+MIGRATIONS: Final[dict[int, tuple[str, ...]]] = {
+    2: ("ALTER TABLE models ADD COLUMN engine_settings VARCHAR NOT NULL DEFAULT '{}'",),
+}
 
 metadata = MetaData()
 
@@ -61,6 +66,8 @@ models = Table(
     Column("revision", ForeignKey("revisions.digest"), nullable=False),
     Column("min_replicas", Integer, nullable=False),
     Column("max_replicas", Integer, nullable=False),
+    # JSON of the contract's EngineSettings: read whole, never searched.
+    Column("engine_settings", String, nullable=False, server_default="{}"),
     Column("created_at_us", BigInteger, nullable=False),
     Index("models_by_revision", "revision"),
 )

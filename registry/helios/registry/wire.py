@@ -1,11 +1,15 @@
 """The registry's messages as values and back: two plain functions a type, for servicer and client alike."""
 
+import json
 from datetime import UTC, datetime
 
+from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from helios.api.engine.v1 import engine_settings_pb2 as engine_pb
 from helios.api.registry.v1 import registry_service_pb2 as pb
 from helios.mesh.errors import InvalidRequest
+from helios.registry.engine_settings import EngineSettings
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
 from helios.registry.records import (
@@ -92,6 +96,17 @@ def policy_from_proto(message: pb.ModelPolicy) -> ModelPolicy:
     return ModelPolicy(message.min_replicas, message.max_replicas)
 
 
+def engine_settings_to_proto(settings: EngineSettings) -> engine_pb.EngineSettings:
+    """Returns engine settings on the wire; what a newer registry kept and this one does not know is left out."""
+    return json_format.Parse(settings.document, engine_pb.EngineSettings(), ignore_unknown_fields=True)
+
+
+def engine_settings_from_proto(message: engine_pb.EngineSettings) -> EngineSettings:
+    """Reads engine settings; ``EngineSettings.check`` judges them."""
+    document = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    return EngineSettings(json.dumps(document, sort_keys=True))
+
+
 def model_to_proto(model: Model) -> pb.Model:
     """Returns a model on the wire."""
     return pb.Model(
@@ -100,6 +115,7 @@ def model_to_proto(model: Model) -> pb.Model:
         revision=revision_to_proto(model.revision),
         policy=policy_to_proto(model.policy),
         created_at=timestamp_to_proto(model.created_at),
+        engine_settings=engine_settings_to_proto(model.engine_settings),
     )
 
 
@@ -111,6 +127,7 @@ def model_from_proto(message: pb.Model) -> Model:
         revision=revision_from_proto(message.revision),
         policy=policy_from_proto(message.policy),
         created_at=message.created_at.ToDatetime(UTC),
+        engine_settings=engine_settings_from_proto(message.engine_settings),
     )
 
 
@@ -163,14 +180,20 @@ def located_manifest_from_proto(message: pb.GetManifestResponse) -> LocatedManif
 
 def ingest_spec_to_proto(spec: IngestSpec) -> pb.IngestModelRequest:
     """Returns what to ingest on the wire."""
+    settings = spec.engine_settings
     return pb.IngestModelRequest(
-        name=spec.name, source=spec.source, aliases=spec.aliases, expected_sha256=spec.expected_sha256
+        name=spec.name,
+        source=spec.source,
+        aliases=spec.aliases,
+        expected_sha256=spec.expected_sha256,
+        engine_settings=engine_settings_to_proto(settings) if settings is not None else None,
     )
 
 
 def ingest_spec_from_proto(message: pb.IngestModelRequest) -> IngestSpec:
     """Reads what to ingest; the ingester judges it."""
-    return IngestSpec(message.name, message.source, tuple(message.aliases), message.expected_sha256)
+    settings = engine_settings_from_proto(message.engine_settings) if message.HasField("engine_settings") else None
+    return IngestSpec(message.name, message.source, tuple(message.aliases), message.expected_sha256, settings)
 
 
 def ingest_event_to_proto(event: IngestEvent) -> pb.IngestModelResponse:
