@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -69,16 +70,30 @@ async def test_an_error_keeps_its_status(gateway: Gateway, channel: grpc.aio.Cha
         assert type(error_from_rpc(caught.value)) is type(error)
 
 
+# The picker's pause decides how much of the body Envoy has read when the answer to the headers comes.
+@pytest.mark.parametrize("pause_seconds", [0.0, 0.3], ids=["at once", "held"])
 @pytest.mark.parametrize("metadata", [MODEL, ()], ids=["by header", "by body"])
 async def test_a_message_of_40_mib_is_refused(
-    gateway: Gateway, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]
+    gateway: Gateway, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...], pause_seconds: float
 ) -> None:
-    stub = openai_service_pb2_grpc.OpenAIServiceStub(channel)
-    call = stub.CreateChatCompletion(_body({"model": "m", "text": "a" * (40 << 20)}), metadata=metadata, timeout=20)
+    gateway.picker.hold = lambda _: asyncio.sleep(pause_seconds)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call.read()
+        await _send_text(channel, 40 << 20, metadata)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert not gateway.replica.calls
+
+
+@pytest.mark.parametrize("pause_seconds", [0.0, 0.3], ids=["at once", "held"])
+@pytest.mark.parametrize("metadata", [MODEL, ()], ids=["by header", "by body"])
+async def test_a_message_of_32_mib_passes(
+    gateway: Gateway, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...], pause_seconds: float
+) -> None:
+    gateway.picker.hold = lambda _: asyncio.sleep(pause_seconds)
+    # The rest is the document around the text.
+    size = (32 << 20) - 100
+    answer = await _send_text(channel, size, metadata)
+    assert json.loads(answer.data)["size"] > size
+    assert [len(body) > size for body in gateway.picker.bodies] == ([] if metadata else [True])
 
 
 async def test_details_arrive(gateway: Gateway, channel: grpc.aio.Channel) -> None:
@@ -139,6 +154,12 @@ async def _chat(channel: grpc.aio.Channel) -> None:
     stub = openai_service_pb2_grpc.OpenAIServiceStub(channel)
     async for _ in stub.CreateChatCompletion(_body({"model": "m"}), metadata=MODEL, timeout=10):
         pass
+
+
+async def _send_text(channel: grpc.aio.Channel, size: int, metadata: tuple[tuple[str, str], ...]) -> Any:
+    stub = openai_service_pb2_grpc.OpenAIServiceStub(channel)
+    call = stub.CreateChatCompletion(_body({"model": "m", "text": "a" * size}), metadata=metadata, timeout=20)
+    return await call.read()
 
 
 def _body(document: dict[str, object]) -> httpbody_pb2.HttpBody:

@@ -53,11 +53,9 @@ from envoy_data_plane.envoy.type.v3 import HttpStatus, Percent, StatusCode
 
 from helios.mesh.envoy import clusters, pack, rest
 from helios.mesh.envoy.headers import NODE_HEADER
-from helios.mesh.envoy.routes import CORS_FILTER, PICKER_FILTER
+from helios.mesh.envoy.routes import CORS_FILTER, METADATA_NAMESPACE, MODEL_KEY, PICKER_FILTER
 from helios.mesh.envoy.settings import EdgeSettings, Limits
 
-METADATA_NAMESPACE = "helios"
-MODEL_KEY = "model"
 # The picker's own deadline ends a hold (503 with an estimate); Envoy's, a 504, is for a picker that hangs.
 _PICKER_GRACE_SECONDS = 30.0
 

@@ -40,7 +40,7 @@ _LOG_FIELDS = {
     # After transcoding :path is the gRPC path, and Envoy has put the caller's here.
     "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH):512%",
     "protocol": "%PROTOCOL%",
-    "model": f"%DYNAMIC_METADATA({filters.METADATA_NAMESPACE}:{filters.MODEL_KEY}):256%",
+    "model": f"%DYNAMIC_METADATA({routes.METADATA_NAMESPACE}:{routes.MODEL_KEY}):256%",
     "status": "%RESPONSE_CODE%",
     "grpc_status": "%GRPC_STATUS%",
     "flags": "%RESPONSE_FLAGS%",

@@ -3,6 +3,9 @@
 The transcoder rewrites a REST path to the gRPC path and has the route chosen again, so routes name gRPC paths and
 serve REST and gRPC alike. The REST prefixes are there for one reason only: a filter before the transcoder buffers
 the body, and the buffer's limit comes from the route of the *original* path (without such a route it is 1 MiB).
+
+An inference request that names its model neither in the header nor in a JSON body has a route of its own, on which
+ext_proc buffers from the start: the picker will want the body.
 """
 
 from collections.abc import Iterable
@@ -12,6 +15,7 @@ import betterproto2
 from envoy_data_plane.envoy.config.core.v3 import DataSource
 from envoy_data_plane.envoy.config.route.v3 import (
     DirectResponseAction,
+    HeaderMatcher,
     RetryPolicy,
     RetryPolicyRetryBackOff,
     Route,
@@ -21,8 +25,20 @@ from envoy_data_plane.envoy.config.route.v3 import (
     VirtualHost,
 )
 from envoy_data_plane.envoy.extensions.filters.http.cors.v3 import CorsPolicy
-from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ExtProcPerRoute
-from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
+    ExtProcOverrides,
+    ExtProcPerRoute,
+    ProcessingMode,
+    ProcessingModeBodySendMode,
+    ProcessingModeHeaderSendMode,
+)
+from envoy_data_plane.envoy.type.matcher.v3 import (
+    MetadataMatcher,
+    MetadataMatcherPathSegment,
+    RegexMatcher,
+    StringMatcher,
+    ValueMatcher,
+)
 from envoy_data_plane.google.protobuf import Any
 
 from helios.mesh.envoy import clusters, pack
@@ -40,6 +56,9 @@ ADMIN_REST_SERVICES: Final = (MODEL_SERVICE, ADMIN_SERVICE, REGISTRY_SERVICE)
 
 CORS_FILTER: Final = "envoy.filters.http.cors"
 PICKER_FILTER: Final = "envoy.filters.http.ext_proc"
+# Where json_to_metadata puts the model of a JSON body.
+METADATA_NAMESPACE: Final = "helios"
+MODEL_KEY: Final = "model"
 
 # Before the first byte only: Envoy never retries once it has sent response headers. `reset` is for a replica that is
 # killed during prefill, `unavailable` for one that refuses because it drains.
@@ -55,8 +74,12 @@ _CORS_RESPONSE_HEADERS: Final = "x-request-id, retry-after, x-should-retry, open
 def edge_routes(limits: Limits) -> RouteConfiguration:
     """Returns the public listener's routes."""
     inference = [
-        _grpc(service, clusters.REPLICAS, limits, retry_policy=_retries(limits))
+        route
         for service in (OPENAI_SERVICE, INFERENCE_SERVICE)
+        for route in (
+            _nameless(_grpc(service, clusters.REPLICAS, limits, retry_policy=_retries(limits))),
+            _grpc(service, clusters.REPLICAS, limits, retry_policy=_retries(limits)),
+        )
     ]
     control = [_unpicked(_grpc(service, clusters.CONTROL, limits)) for service in (MODEL_SERVICE, HEALTH_SERVICE)]
     reflection = _unpicked(_forward("/grpc.reflection.", clusters.CONTROL, limits.message_bytes))
@@ -117,6 +140,37 @@ def _unpicked(route: Route) -> Route:
 def _pack_disabled() -> Any:
     disabled: betterproto2.Message = ExtProcPerRoute(disabled=True)
     return Any.pack(disabled)
+
+
+def _nameless(route: Route) -> Route:
+    """Narrows a route to requests without a model in the header or in the metadata, and has ext_proc buffer their
+    bodies from the start.
+
+    A picker's `mode_override` says so too late: until then ext_proc lets the body pile up under a watermark, and where
+    it reaches the route's limit before the picker's answer, Envoy stops reading and never begins again
+    (Source: Envoy 1.40, ext_proc.cc, and envoyproxy/envoy pull request 39345, which mended the configured mode alone).
+    """
+    has_text = StringMatcher(safe_regex=RegexMatcher(regex=".+"))
+    route.match.headers = [
+        HeaderMatcher(name=MODEL_HEADER, string_match=has_text, invert_match=True, treat_missing_header_as_empty=True)
+    ]
+    route.match.dynamic_metadata = [
+        MetadataMatcher(
+            filter=METADATA_NAMESPACE,
+            path=[MetadataMatcherPathSegment(key=MODEL_KEY)],
+            value=ValueMatcher(string_match=has_text),
+            invert=True,
+        )
+    ]
+    mode = ProcessingMode(
+        request_header_mode=ProcessingModeHeaderSendMode.SEND,
+        response_header_mode=ProcessingModeHeaderSendMode.SKIP,
+        request_body_mode=ProcessingModeBodySendMode.BUFFERED,
+        response_body_mode=ProcessingModeBodySendMode.NONE,
+    )
+    buffered: betterproto2.Message = ExtProcPerRoute(overrides=ExtProcOverrides(processing_mode=mode))
+    route.typed_per_filter_config[PICKER_FILTER] = Any.pack(buffered)
+    return route
 
 
 def _retries(limits: Limits) -> RetryPolicy:
