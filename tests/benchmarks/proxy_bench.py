@@ -1,4 +1,4 @@
-"""How long one routing decision takes: resolve, pick, reserve, as the picker does it for each request.
+"""How long one routing decision takes: resolve, pick, reserve, note it, as the picker does it for each request.
 
 A fleet of 1,000 replicas on 100 workers and 10,000 models; the model that is asked for has 10 replicas, then 100, then
 all 1,000. Between picks a load report changes one of the replicas, as workers' reports do; it is not timed. The value
@@ -13,6 +13,7 @@ from typing import Any
 
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
+from helios.proxy.explain.journal import Journal, JournalLimits
 from helios.proxy.fleet.state import Device, DeviceKind, Load, Replica, ReplicaState, WorkerHello
 from helios.proxy.settings import ProxySettings
 from helios.proxy.traffic import LoadDelta
@@ -66,6 +67,7 @@ def fleet(replicas_of_model: int) -> tuple[Core, str]:
 def measure(core: Core, model: str) -> list[float]:
     """Times picks, each after a change; in microseconds."""
     replicas = core.fleet.replicas_of(model)
+    journal = Journal(JournalLimits())
     spent: list[float] = []
     for number in range(SAMPLES):
         replica = replicas[number % len(replicas)]
@@ -73,14 +75,16 @@ def measure(core: Core, model: str) -> list[float]:
         # Every request is told of, so that reservations do not pile up.
         delta = LoadDelta(replica.replica_id, load, started=(f"q{number - 1}",), finished=((f"q{number - 1}", 0),))
         core.load_report([delta], 1.0)
-        spent.append(_time(lambda: _pick(core, model, f"q{number}")))  # noqa: B023 (called at once)
+        spent.append(_time(lambda: _pick(core, journal, model, f"q{number}")))  # noqa: B023 (called at once)
     return spent
 
 
-def _pick(core: Core, model: str, request_id: str) -> None:
+def _pick(core: Core, journal: Journal, model: str, request_id: str) -> None:
     entry = core.resolve(model)
     assert entry is not None
-    assert core.pick(entry, request_id, 1.0) is not None
+    pick = core.pick(entry, request_id, 1.0)
+    assert pick is not None
+    journal.picked(request_id, (model, pick, core.traffic.exclusions(entry.name), "", 1.0, 1.0))
 
 
 def _time(action: Callable[[], None]) -> float:

@@ -16,6 +16,8 @@ TOKEN_USAGE: Final = "gen_ai_client_token_usage"  # noqa: S105
 # Proxy.
 ACTIVATIONS_TOTAL: Final = "helios_activations_total"
 ACTIVATION_SECONDS: Final = "helios_activation_seconds"
+# helios.cold_start.phase.duration in OpenTelemetry's form; attributes phase and model.
+COLD_START_PHASE_DURATION_SECONDS: Final = "helios_cold_start_phase_duration_seconds"
 ENDPOINTS: Final = "helios_endpoints"
 HOLD_BYTES: Final = "helios_hold_bytes"
 HOLDS: Final = "helios_holds"

@@ -17,6 +17,7 @@ from helios.proxy.admin.servicer import ADMIN_SERVICE, AdminServicer
 from helios.proxy.catalog.servicer import MODEL_SERVICE, ModelServicer
 from helios.proxy.catalog.session import ModelSource, NoRegistry, RegistrySession
 from helios.proxy.core import Core
+from helios.proxy.explain.journal import JournalLimits
 from helios.proxy.fleet.servicer import FLEET_SERVICE, FleetServicer
 from helios.proxy.picker.ads import GuardedXds
 from helios.proxy.picker.request import INFERENCE_PREFIX, OPENAI_PREFIX
@@ -52,7 +53,8 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
     store = Store(directory, core.catalogue)
     xds = XdsServer()
     ads = GuardedXds(xds, is_enforced=settings.mesh.identity is not None)
-    runtime = Runtime(core, publisher=xds, memory=store)
+    limits = JournalLimits(settings.explain.request_count, settings.explain.total_bytes)
+    runtime = Runtime(core, publisher=xds, memory=store, journal_limits=limits)
     async with AsyncExitStack() as stack:
         models = await _registry(settings, lifetime, stack, runtime, store)
         lifetime.group.create_task(runtime.run(), name="runtime")

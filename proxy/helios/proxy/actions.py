@@ -54,12 +54,23 @@ class FleetResynchronised:
 
 @dataclass(frozen=True, slots=True)
 class ActivationBegun:
-    """A start command goes out."""
+    """A start command goes out; `placement` says, for people, why there, `traceparent` is of the request that asked."""
 
     model: str
     replica_id: str
     worker_id: str
     held_count: int
+    placement: str = ""
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationDelayed:
+    """A start waits for room or for a worker; it is said again whenever the activation looks again."""
+
+    model: str
+    reason: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +101,7 @@ Action = (
     | Disconnect
     | FleetResynchronised
     | ActivationBegun
+    | ActivationDelayed
     | ActivationDone
     | ActivationFailed
 )

@@ -18,7 +18,10 @@ _NAME_LENGTH = 200
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """A model and its served revision. `created_at` is in seconds since the epoch; sizes are of one replica."""
+    """A model and its served revision. `created_at` is in seconds since the epoch; sizes are of one replica.
+
+    `engine_settings` is the contract's JSON; empty says nothing.
+    """
 
     name: str
     revision: str
@@ -33,6 +36,7 @@ class ModelEntry:
     created_at: int = 0
     min_replicas: int = 0
     max_replicas: int = 0
+    engine_settings: str = ""
 
 
 def shown(name: str) -> str:

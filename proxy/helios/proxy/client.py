@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 import grpc.aio
 
 from helios.api.admin.v1 import admin_service_pb2 as admin_pb
+from helios.api.admin.v1 import explanation_pb2 as explanation_pb
 from helios.api.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 from helios.api.catalog.v1 import model_service_pb2 as catalog_pb
 from helios.api.catalog.v1.model_service_pb2_grpc import ModelServiceStub
@@ -88,6 +89,16 @@ class AdminClient:
             token = response.next_page_token
             if not token:
                 return found
+
+    async def explain(self, request_id: str) -> explanation_pb.RequestExplanation:
+        """Where a request's time went. Raises NotFound (REQUEST_NOT_FOUND)."""
+        request = admin_pb.ExplainRequestRequest(request_id=request_id)
+        return (await _call(self._stub().ExplainRequest(request, **self._options))).explanation
+
+    async def list_requests(self, model: str = "", *, count: int = 100) -> list[explanation_pb.RequestSummary]:
+        """The newest `count` requests (at most 1,000) that can be explained, or those for a model."""
+        request = admin_pb.ListRequestsRequest(model=model, page_size=count)
+        return list((await _call(self._stub().ListRequests(request, **self._options))).requests)
 
     async def list_replicas(self, model: str = "") -> list[admin_pb.ReplicaOnWorker]:
         """All replicas, or those of a model."""

@@ -104,16 +104,24 @@ class Core:
         return self.traffic.pick(entry, request_id, now)
 
     def hold(
-        self, entry: ModelEntry, request_id: str, *, size_bytes: int, deadline: float, now: float
+        self,
+        entry: ModelEntry,
+        request_id: str,
+        *,
+        size_bytes: int,
+        deadline: float,
+        now: float,
+        requested_at: float = 0.0,
+        traceparent: str = "",
     ) -> tuple[Hold, list[actions.Action]]:
-        """Holds a request and starts what it waits for.
+        """Holds a request and starts what it waits for; `Hold` says what `requested_at` and `traceparent` are.
 
         Raises:
             Overloaded: too much is held already.
             HoldExpired: the deadline has passed.
         """
         self._next_hold_id += 1
-        hold = Hold(self._next_hold_id, request_id, entry.name, size_bytes, now, deadline)
+        hold = Hold(self._next_hold_id, request_id, entry.name, size_bytes, now, deadline, requested_at, traceparent)
         if deadline <= now:
             raise self._expired(hold, now)
         try:
@@ -199,12 +207,15 @@ class Core:
         self.catalogue.is_synced = is_synced
         # Replicas and holds of names that are in neither list were made while the catalogue was out of step.
         for model in changed | set(self.fleet.models()) | set(self.holds.models()):
+            if model in changed:
+                self.lifecycle.handle(model, machine.Changed(), now)
             self.lifecycle.reconcile(model, now)
         return self._take(now)
 
     def model_upserted(self, entry: ModelEntry, now: float) -> list[actions.Action]:
         """A model was made or changed."""
         if self.catalogue.upsert(entry):
+            self.lifecycle.handle(entry.name, machine.Changed(), now)
             self.lifecycle.reconcile(entry.name, now)
             self._release(entry.name, now)
         return self._take(now)

@@ -35,7 +35,11 @@ class HoldLimits:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """A request that waits. Times are monotonic seconds; `model` is the model's own name."""
+    """A request that waits. Times are monotonic seconds; `model` is the model's own name.
+
+    What a start is told of the request that asked for it: `requested_at`, its arrival in seconds since the epoch (0:
+    not known), and `traceparent`, its W3C trace context.
+    """
 
     hold_id: int
     request_id: str
@@ -43,6 +47,8 @@ class Hold:
     size_bytes: int
     since: float
     deadline: float
+    requested_at: float = 0.0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

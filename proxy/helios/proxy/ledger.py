@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """A place at a replica that a pick has promised; `expires_at` is in monotonic seconds."""
+class Reservation(NamedTuple):
+    """A place at a replica that a pick has promised; `expires_at` is in monotonic seconds.
+
+    A NamedTuple because each pick makes one.
+    """
 
     request_id: str
     replica_id: str

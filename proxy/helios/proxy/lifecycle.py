@@ -6,7 +6,7 @@ about the model changed, and by the clock. It is level-triggered: a lost event c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from helios.mesh.errors import HeliosError, ModelNotFound, NoReadyReplica, PreconditionFailed
@@ -15,11 +15,12 @@ from helios.proxy.activation import machine, placement
 from helios.proxy.activation.estimate import StartEstimates
 from helios.proxy.activation.machine import Activation, ActivationPolicy, ActivationState
 from helios.proxy.catalogue import Catalogue, ModelEntry, shown
+from helios.proxy.engine_needs import needs_of, with_revisions
 from helios.proxy.fleet.commands import CommandBook, DrainReplica, EvictRevision, Order, StartReplica, StopReplica
 from helios.proxy.fleet.state import Replica, ReplicaState, Worker
 from helios.proxy.holds import Holds
 from helios.proxy.scaling import Desired, Usage, desired_replicas
-from helios.proxy.sizing import SizingPolicy, replica_size
+from helios.proxy.sizing import ReplicaSize, SizingPolicy, replica_size
 from helios.proxy.traffic import Traffic
 
 
@@ -123,7 +124,7 @@ class Lifecycle:
         current = [r for r in self._traffic.fleet.replicas_of(entry.name) if not self._traffic.is_draining(r)]
         if any(replica.revision == entry.revision for replica in current) or not self.is_open:
             return
-        error = self._handle(entry.name, machine.Demanded(), now, may_preempt=True)
+        error = self._handle(entry.name, machine.Demanded(by_operator=True), now, may_preempt=True)
         if error is not None:
             raise error
 
@@ -247,24 +248,43 @@ class Lifecycle:
         entry = self._catalogue.find(model)
         if entry is None:
             return machine.Refused("MODEL_NOT_FOUND", f"the model '{model}' was deleted", 1.0)
-        size = replica_size(entry, self.policy.sizing)
+        needs = needs_of(entry.engine_settings)
+        others = {name: self._catalogue.find(name) for name in needs.models}
+        revisions = {name: other.revision for name, other in others.items() if other is not None}
+        if missing := others.keys() - revisions.keys():
+            message = f"its engine settings name the model '{min(missing)}', which does not exist"
+            return machine.Refused("INVALID_ENGINE_SETTINGS", message, 1.0)
+        size = replica_size(entry, self.policy.sizing, others.get(needs.draft_model))
         workers = [self._capacity(w, model, now) for w in self._traffic.fleet.workers() if w.is_reachable]
-        plan = placement.place(size.memory_bytes, self.policy.engine, workers, may_preempt=may_preempt)
+        # What stands behind a colon is the engine's own business.
+        engine = (needs.engine or self.policy.engine).partition(":")[0]
+        plan = placement.place(size.memory_bytes, engine, workers, may_preempt=may_preempt)
         match plan:
-            case placement.Placed(worker_id):
-                return machine.Placed(self._start(entry, worker_id, size.memory_bytes, size.kv_cache_bytes))
-            case placement.Preempt(_, replica_ids):
-                for replica_id in replica_ids:
-                    replica = self._traffic.fleet.replica(replica_id)
-                    assert replica is not None
-                    self._traffic.forget_use(replica.model)
-                    self.drain(replica, now)
-                return machine.Delayed("NO_CAPACITY", "idle replicas of other models are draining to make room")
+            case placement.Placed(worker_id, reason):
+                return machine.Placed(self._start(entry, worker_id, size, revisions, reason))
+            case placement.Preempt(worker_id, replica_ids):
+                return self._preempt(model, worker_id, replica_ids, now)
             case placement.Wait(reason, message):
+                self.outbox.append(actions.ActivationDelayed(model, reason, message))
                 return machine.Delayed(reason, message)
             case placement.Impossible(reason, message):
                 retry_after = self.estimates.expected_seconds(model, entry.weights_bytes)
                 return machine.Refused(reason, message, max(1.0, retry_after))
+
+    def _preempt(self, model: str, worker_id: str, replica_ids: tuple[str, ...], now: float) -> machine.Delayed:
+        victims: list[str] = []
+        for replica_id in replica_ids:
+            replica = self._traffic.fleet.replica(replica_id)
+            assert replica is not None
+            idle_seconds = now - (self._traffic.last_used_at(replica.model) or now)
+            victims.append(f"{replica.model} (unused for {idle_seconds:.0f} s)")
+            self._traffic.forget_use(replica.model)
+            self.drain(replica, now)
+        # Clients are told of the first; which models those are is for operators.
+        message = "idle replicas of other models are draining to make room"
+        detail = f"{message} on {worker_id}: {', '.join(victims)}"
+        self.outbox.append(actions.ActivationDelayed(model, "NO_CAPACITY", detail))
+        return machine.Delayed("NO_CAPACITY", message)
 
     def _capacity(self, worker: Worker, model: str, now: float) -> placement.WorkerCapacity:
         replicas = list(worker.replicas.values())
@@ -296,22 +316,31 @@ class Lifecycle:
         of_model = [r for r in self._traffic.fleet.replicas_of(replica.model) if not self._traffic.is_draining(r)]
         return len(of_model) > entry.min_replicas
 
-    def _start(self, entry: ModelEntry, worker_id: str, memory_bytes: int, kv_cache_bytes: int) -> str:
+    def _start(
+        self, entry: ModelEntry, worker_id: str, size: ReplicaSize, revisions: Mapping[str, str], placed: str
+    ) -> str:
+        needs = needs_of(entry.engine_settings)
+        asking = self._holds.first(entry.name)
+        traceparent = asking.traceparent if asking is not None else ""
         replica_id = self._new_id()
         self._evicting.discard(entry.revision)
         order = StartReplica(
             replica_id=replica_id,
             model=entry.name,
             revision=entry.revision,
-            engine=self.policy.engine,
-            memory_bytes=memory_bytes,
-            kv_cache_bytes=kv_cache_bytes,
-            max_context_tokens=0,
+            engine=needs.engine or self.policy.engine,
+            memory_bytes=size.memory_bytes,
+            kv_cache_bytes=size.kv_cache_bytes,
+            max_context_tokens=needs.max_context_tokens,
+            engine_settings=with_revisions(entry.engine_settings, revisions),
+            served_names=entry.aliases,
+            requested_at=asking.requested_at if asking is not None else 0.0,
+            traceparent=traceparent,
         )
         self._traffic.fleet.asked(asked_replica(worker_id, order))
         self._send(worker_id, order)
         held_count = self._holds.count(entry.name)
-        self.outbox.append(actions.ActivationBegun(entry.name, replica_id, worker_id, held_count))
+        self.outbox.append(actions.ActivationBegun(entry.name, replica_id, worker_id, held_count, placed, traceparent))
         return replica_id
 
     def _adopt(self, model: str, current: list[Replica], now: float) -> None:
@@ -375,6 +404,13 @@ def model_not_found(model: str) -> ModelNotFound:
 
 def start_error(model: str, reason: str, message: str, retry_after_seconds: float) -> HeliosError:
     """The answer to requests that waited for a start that will not be."""
+    if machine.is_permanent(reason):
+        # 400 and FAILED_PRECONDITION, which no client repeats by itself: a next try would fail alike.
+        return PreconditionFailed(
+            f"the model '{model}' can't be started: {message}",
+            reason=reason,
+            metadata={"model": model, "cause": reason, "param": "model"},
+        )
     is_capacity = reason in ("NO_CAPACITY", "NO_WORKER")
     return NoReadyReplica(
         f"the model '{model}' can't be started now: {message}",

@@ -8,6 +8,8 @@ from helios.mesh import names
 
 _PICK_BUCKETS: Final = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3)
 _WAIT_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600)
+# Phases on one machine take a millisecond, weights from far away minutes.
+_PHASE_BUCKETS: Final = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 120, 600)
 
 PICKS: Final = Counter(names.PICKS_TOTAL, "Requests that the picker answered, by outcome", ["outcome"])
 PICK_SECONDS: Final = Histogram(names.PICK_SECONDS, "Time of one routing decision", buckets=_PICK_BUCKETS)
@@ -17,6 +19,12 @@ HOLD_SECONDS: Final = Histogram(names.HOLD_SECONDS, "How long requests waited", 
 ACTIVATIONS: Final = Counter(names.ACTIVATIONS_TOTAL, "Starts of replicas, by outcome", ["outcome"])
 ACTIVATION_SECONDS: Final = Histogram(
     names.ACTIVATION_SECONDS, "From the decision to start a replica until it was ready", buckets=_WAIT_BUCKETS
+)
+COLD_START_PHASE: Final = Histogram(
+    names.COLD_START_PHASE_DURATION_SECONDS,
+    "How long each phase of a cold start took, by model",
+    ["model", "phase"],
+    buckets=_PHASE_BUCKETS,
 )
 WORKERS: Final = Gauge(names.WORKERS, "Workers that can be reached")
 REPLICAS: Final = Gauge(names.REPLICAS, "Replicas, by state", ["state"])

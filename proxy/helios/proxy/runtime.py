@@ -6,15 +6,18 @@ One event loop owns the core, so nothing here needs a lock. Every event goes thr
 import asyncio
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final, Protocol
 
 import structlog
-from opentelemetry import trace
+from opentelemetry import propagate, trace
 
 from helios.mesh.errors import Draining, HeliosError, Unavailable
 from helios.proxy import actions, metrics
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
+from helios.proxy.explain.journal import Journal, JournalLimits
 from helios.proxy.fleet.commands import Command
 from helios.proxy.holds import Hold
 from helios.proxy.routing.pick import Pick
@@ -59,6 +62,27 @@ class WorkerMemory(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request as it came in.
+
+    Attributes:
+        request_id: its `x-request-id`.
+        name: the model's name or alias that it asks for.
+        at: when it came here, in monotonic seconds.
+        began: when Envoy began with it, as Envoy wrote it; empty: it did not say.
+        began_wall: the same, in seconds since the epoch.
+        traceparent: W3C trace context of the client, or Envoy's; empty: none.
+    """
+
+    request_id: str
+    name: str
+    at: float
+    began: str = ""
+    began_wall: float = 0.0
+    traceparent: str = ""
+
+
 class Outbox:
     """What a worker's session still has to send; closed where a newer session took the worker over."""
 
@@ -84,8 +108,17 @@ class Outbox:
 class Runtime:
     """The core and its outside. `run` must be running for anything to move with time."""
 
-    def __init__(self, core: Core, *, publisher: EndpointPublisher, memory: WorkerMemory) -> None:
+    def __init__(
+        self,
+        core: Core,
+        *,
+        publisher: EndpointPublisher,
+        memory: WorkerMemory,
+        journal_limits: JournalLimits | None = None,
+    ) -> None:
         self.core = core
+        self.journal = Journal(journal_limits or JournalLimits(), wall_offset=_wall_offset())
+        self.journal.on_phase = _measure_phase
         self._publisher = publisher
         self._memory = memory
         self._waiting: dict[int, asyncio.Future[Pick]] = {}
@@ -117,7 +150,7 @@ class Runtime:
             outbox.close()
 
     # Requests.
-    async def wait_pick(self, entry: ModelEntry, request_id: str, *, size_bytes: int, deadline: float) -> Pick:
+    async def wait_pick(self, entry: ModelEntry, arrival: Arrival, *, size_bytes: int, deadline: float) -> Pick:
         """Holds a request until a replica can take it.
 
         Cancelling ends the hold. Raises Draining where this process stops, another HeliosError where the request is
@@ -125,8 +158,35 @@ class Runtime:
         """
         if self._is_stopping:
             raise _stopping()
+        parent = propagate.extract({"traceparent": arrival.traceparent})
+        attributes = {"gen_ai.request.model": entry.name, "helios.request.id": arrival.request_id}
+        with tracer.start_as_current_span("hold", context=parent, attributes=attributes) as span:
+            return await self._wait_pick(entry, arrival, span, size_bytes=size_bytes, deadline=deadline)
+
+    async def _wait_pick(
+        self, entry: ModelEntry, arrival: Arrival, span: trace.Span, *, size_bytes: int, deadline: float
+    ) -> Pick:
         since = time.monotonic()
-        hold, todo = self.core.hold(entry, request_id, size_bytes=size_bytes, deadline=deadline, now=since)
+        request_id, why = arrival.request_id, self._why_held(entry.name)
+        hold, todo = self.core.hold(
+            entry,
+            request_id,
+            size_bytes=size_bytes,
+            deadline=deadline,
+            now=since,
+            requested_at=arrival.began_wall,
+            traceparent=_traceparent(span),
+        )
+        self.journal.held(
+            request_id,
+            name=arrival.name,
+            began=arrival.began,
+            model=entry.name,
+            revision=entry.revision,
+            why=why,
+            arrived_at=arrival.at,
+            now=since,
+        )
         future: asyncio.Future[Pick] = asyncio.get_running_loop().create_future()
         self._waiting[hold.hold_id] = future
         self.apply(todo)
@@ -141,6 +201,9 @@ class Runtime:
         finally:
             del self._waiting[hold.hold_id]
             self.core.cancel_hold(hold)
+            if outcome in ("left", "draining"):
+                self.journal.left(entry.name, request_id, time.monotonic())
+            span.set_attribute("helios.hold.outcome", outcome)
             metrics.HOLD_SECONDS.labels(outcome).observe(time.monotonic() - since)
             self._measure_holds()
 
@@ -188,10 +251,25 @@ class Runtime:
                     self._report(action)
         self._publish()
 
+    def _why_held(self, model: str) -> str:
+        """Says, for people, why no replica of a model takes a request now."""
+        ahead_count = self.core.holds.count(model)
+        excluded = self.core.traffic.exclusions(model)
+        if not self.core.is_resynchronised:
+            why = "this proxy has just started and waits for its workers"
+        elif excluded:
+            why = "no replica can be picked: " + ", ".join(f"{key} is {reason}" for key, reason in excluded[:4])
+        else:
+            why = "there is no replica"
+        return f"{why}; {ahead_count} request(s) waited already" if ahead_count else why
+
     def _answer(self, hold: Hold, result: Pick | HeliosError) -> None:
         future = self._waiting.get(hold.hold_id)
         if future is None or future.done():
             return
+        if not isinstance(result, HeliosError):
+            excluded = self.core.traffic.exclusions(hold.model)
+            self.journal.released(hold.request_id, result, excluded, time.monotonic())
         if isinstance(result, HeliosError):
             future.set_exception(result)
         else:
@@ -199,16 +277,21 @@ class Runtime:
 
     def _report(self, action: actions.Action) -> None:
         match action:
-            case actions.ActivationBegun(model, replica_id, worker_id, held_count):
+            case actions.ActivationDelayed(model, _, message):
+                self.journal.start_delayed(model, message, time.monotonic())
+            case actions.ActivationBegun(model, replica_id, worker_id, held_count, placed, traceparent):
+                self.journal.start_begun(model, replica_id, worker_id, placed, time.monotonic())
                 log.info("activation begun", model=model, replica=replica_id, worker=worker_id, held=held_count)
                 attributes = {"helios.model": model, "helios.replica": replica_id, "helios.worker": worker_id}
-                self._spans[model] = tracer.start_span("activate", attributes=attributes)
+                parent = propagate.extract({"traceparent": traceparent})
+                self._spans[model] = tracer.start_span("activate", context=parent, attributes=attributes)
             case actions.ActivationDone(model, replica_id, seconds, phases):
                 log.info("activation done", model=model, replica=replica_id, seconds=round(seconds, 3), **dict(phases))
                 metrics.ACTIVATIONS.labels("ready").inc()
                 metrics.ACTIVATION_SECONDS.observe(seconds)
                 self._end_span(model, dict(phases))
             case actions.ActivationFailed(model, reason, message, held_count):
+                self.journal.start_failed(model, f"{reason}: {message}", time.monotonic())
                 log.warning("activation failed", model=model, reason=reason, error=message, held=held_count)
                 metrics.ACTIVATIONS.labels(reason.lower()).inc()
                 self._end_span(model, {}, error=f"{reason}: {message}")
@@ -247,7 +330,10 @@ class Runtime:
                 log.warning("endpoints not acknowledged", version=version, error=error.message, **error.metadata)
                 self._endpoints_changed.set()
                 continue
-            self.apply(self.core.endpoints_acknowledged(endpoints, time.monotonic()))
+            now = time.monotonic()
+            todo = self.core.endpoints_acknowledged(endpoints, now)
+            self.journal.published(endpoints, now)
+            self.apply(todo)
 
     # Time.
     async def _tick(self) -> None:
@@ -257,6 +343,7 @@ class Runtime:
             self.apply(self.core.expire_holds(now))
             if now >= next_tick:
                 next_tick = now + _TICK_SECONDS
+                self.journal.wall_offset = _wall_offset()
                 self.apply(self.core.tick(now))
                 self._measure()
             # A hold that comes meanwhile has a deadline beyond the next tick.
@@ -284,6 +371,21 @@ class Runtime:
             counts[replica.state.name.lower()] += 1
         for state, count in counts.items():
             metrics.REPLICAS.labels(state).set(count)
+
+
+def _wall_offset() -> float:
+    """Wall clock less monotonic clock."""
+    return datetime.now(UTC).timestamp() - time.monotonic()
+
+
+def _traceparent(span: trace.Span) -> str:
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier, context=trace.set_span_in_context(span))
+    return carrier.get("traceparent", "")
+
+
+def _measure_phase(model: str, phase: str, seconds: float) -> None:
+    metrics.COLD_START_PHASE.labels(model, phase).observe(seconds)
 
 
 def _stopping() -> Draining:

@@ -93,6 +93,17 @@ class BreakerSettings(BaseModel):
     """How long the one request that tries a replica again may take before another may try, in seconds."""
 
 
+class ExplainSettings(BaseModel):
+    """What is remembered of requests, for `helios why`."""
+
+    model_config = _FROZEN
+
+    request_count: PositiveInt = 4096
+    """Requests that can be explained, the newest. 4,096: minutes under load, days of trying things out."""
+    total_bytes: PositiveInt = 16 << 20
+    """Bytes that they may take, by their own account. 16 MiB: 4,096 requests of which many were held."""
+
+
 class ProxySettings(ProcessSettings):
     """Settings of `python -m helios.proxy`."""
 
@@ -125,6 +136,9 @@ class ProxySettings(ProcessSettings):
     """Replicas."""
     breaker: BreakerSettings = Field(default_factory=BreakerSettings)
     """Circuit breaker."""
+
+    explain: ExplainSettings = Field(default_factory=ExplainSettings)
+    """Explanations of requests."""
 
     def core_policy(self) -> CorePolicy:
         """The core's share of the settings."""

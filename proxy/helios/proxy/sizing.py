@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from helios.proxy.catalogue import ModelEntry
+from helios.proxy.engine_needs import needs_of
 
 _MIB = 1 << 20
 
@@ -34,12 +35,20 @@ class ReplicaSize:
     kv_cache_bytes: int
 
 
-def replica_size(entry: ModelEntry, policy: SizingPolicy) -> ReplicaSize:
-    """Sizes a replica of a model; whole MiB."""
-    context_bytes = entry.kv_bytes_per_token * entry.max_context_tokens
+def replica_size(entry: ModelEntry, policy: SizingPolicy, draft: ModelEntry | None = None) -> ReplicaSize:
+    """Sizes a replica of a model, with the one that guesses its tokens where it has one; whole MiB."""
+    needs = needs_of(entry.engine_settings)
+    weights_bytes = needs.weights_bytes(entry.weights_bytes, entry.dtype)
+    token_bytes = needs.kv_bytes_per_token(entry.kv_bytes_per_token, entry.dtype)
+    if draft is not None:
+        weights_bytes += draft.weights_bytes
+        token_bytes += draft.kv_bytes_per_token
+    context_bytes = token_bytes * (needs.max_context_tokens or entry.max_context_tokens)
     wanted = min(context_bytes * policy.context_count, policy.max_kv_cache_bytes)
-    kv_cache_bytes = _round_up(max(wanted, context_bytes, policy.min_kv_cache_bytes))
-    return ReplicaSize(_round_up(entry.weights_bytes + policy.overhead_bytes) + kv_cache_bytes, kv_cache_bytes)
+    kv_cache_bytes = _round_up(needs.kv_cache_bytes or max(wanted, context_bytes, policy.min_kv_cache_bytes))
+    # Each rank has processes of its own.
+    fixed_bytes = _round_up(weights_bytes + policy.overhead_bytes * needs.rank_count)
+    return ReplicaSize(fixed_bytes + kv_cache_bytes, kv_cache_bytes)
 
 
 def _round_up(count: int) -> int:

@@ -46,6 +46,8 @@ class Traffic:
         self._last_used: dict[str, float] = {}
         self._ready_since: dict[str, float] = {}
         self._opened: set[str] = set()
+        # By model, as a tuple that is made anew where it changes: a pick takes it as it is.
+        self._excluded: dict[str, tuple[tuple[str, str], ...]] = {}
 
     def pick(self, entry: ModelEntry, request_id: str, now: float) -> Pick | None:
         """Picks replicas for a request and reserves a place at the first; None where there is no candidate."""
@@ -69,7 +71,7 @@ class Traffic:
             return
         replica = change.replica
         if change.after is None or change.after.state.is_gone:
-            self._forget(replica.replica_id)
+            self._forget(replica)
             return
         if replica.state is ReplicaState.READY:
             self._ready_since.setdefault(replica.replica_id, now)
@@ -169,6 +171,10 @@ class Traffic:
         )
         return exclusion(replica, facts)
 
+    def exclusions(self, model: str) -> tuple[tuple[str, str], ...]:
+        """Replicas of a model that can't be picked now, each with its reason."""
+        return self._excluded.get(model, ())
+
     def take_opened(self) -> set[str]:
         """Models that got a candidate since the last call: what waits for them can go on."""
         opened, self._opened = self._opened, set()
@@ -177,7 +183,12 @@ class Traffic:
     def refresh(self, replica_id: str) -> None:
         """Filters and scores a replica anew."""
         replica = self.fleet.replica(replica_id)
-        if replica is None or self.excluded(replica) is not None:
+        if replica is None:
+            self.table.remove(replica_id)
+            return
+        reason = self.excluded(replica)
+        self._note_exclusion(replica, reason)
+        if reason is not None:
             self.table.remove(replica_id)
             return
         reserved_count = self.ledger.reserved_count(replica_id)
@@ -195,7 +206,20 @@ class Traffic:
             replica.model, replica.revision, score(replica_id, replica.address, replica.load, reserved_count)
         )
 
-    def _forget(self, replica_id: str) -> None:
+    def _note_exclusion(self, replica: Replica, reason: str | None) -> None:
+        known = self._excluded.get(replica.model, ())
+        if reason is None and not known:
+            return
+        others = tuple(entry for entry in known if entry[0] != replica.replica_id)
+        noted = others if reason is None else (*others, (replica.replica_id, reason))
+        if noted:
+            self._excluded[replica.model] = noted
+        else:
+            self._excluded.pop(replica.model, None)
+
+    def _forget(self, replica: Replica) -> None:
+        replica_id = replica.replica_id
+        self._note_exclusion(replica, None)
         self.table.remove(replica_id)
         self.ledger.forget_replica(replica_id)
         self.breakers.forget(replica_id)

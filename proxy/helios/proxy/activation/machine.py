@@ -15,8 +15,12 @@
 | STARTING | Withdrawn of its replica | IDLE | |
 | STARTING | Tick, longer than start_seconds | BACKING_OFF | Abandon, FailHolds |
 | BACKING_OFF | Demanded before its end | BACKING_OFF | FailHolds, Retry-After the rest |
-| BACKING_OFF | Demanded at or after its end | PLACING | Place |
+| BACKING_OFF | Demanded at or after its end, or by an operator where the failure is for good | PLACING | Place |
+| BACKING_OFF | Changed | IDLE, failures forgotten | |
 | any | Ready of another replica | the same, failures forgotten | |
+
+A failure that is for good (the engine refuses the settings, does not know the architecture, can't load the checkpoint)
+would come again at each try: its pause is `blocked_seconds`, and changing the model ends it.
 
 PLACING ends within the same step: whoever executes Place answers with Placed, Delayed or Refused. Pure.
 """
@@ -44,17 +48,26 @@ class ActivationPolicy:
         start_seconds: how long a start may take before it is given up.
         back_off_seconds: pause after the first failure; doubles with each further one.
         max_back_off_seconds: bound of the doubling.
+        blocked_seconds: pause after a failure that is for good: workers may have changed by then.
     """
 
     wait_seconds: float = 30.0
     start_seconds: float = 300.0
     back_off_seconds: float = 1.0
     max_back_off_seconds: float = 60.0
+    blocked_seconds: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Demanded:
-    """Something wants a replica."""
+    """Something wants a replica; `by_operator`: somebody who may know that what stood in the way is gone."""
+
+    by_operator: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """The model is another one now: its revision, its settings, or what an operator asks of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +130,7 @@ class Withdrawn:
     replica_id: str
 
 
-Event = Demanded | Tick | Placed | Adopted | Delayed | Refused | Ready | Gone | Withdrawn
+Event = Demanded | Changed | Tick | Placed | Adopted | Delayed | Refused | Ready | Gone | Withdrawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +164,25 @@ class Measured:
 
 Action = Place | FailHolds | Abandon | Measured
 
+# Reasons that a next try would meet again: those of the worker's engines, and of a worker that has not the engine.
+_PERMANENT_REASONS = frozenset(
+    {
+        "INVALID_ENGINE_SETTINGS",
+        "UNSUPPORTED_ARCHITECTURE",
+        "BAD_CHECKPOINT",
+        "UNKNOWN_ENGINE",
+        "UNSUPPORTED_FORMAT",
+        "INVALID_REQUEST",
+    }
+)
+
 # A model whose start takes its worker down would otherwise take down one worker after the other.
 _MAX_LOST_WORKERS = 3
+
+
+def is_permanent(reason: str) -> bool:
+    """Whether a start that failed for this reason fails again however often it is tried."""
+    return reason in _PERMANENT_REASONS
 
 
 class Activation:
@@ -189,8 +219,13 @@ class Activation:
     def handle(self, event: Event, now: float) -> list[Action]:
         """Takes in an event; `now` is in monotonic seconds."""
         match event:
-            case Demanded():
-                return self._demanded(now)
+            case Demanded(by_operator):
+                return self._demanded(now, by_operator=by_operator)
+            case Changed():
+                if self.state is ActivationState.BACKING_OFF:
+                    self.failure_count = 0
+                    self._rest()
+                return []
             case Tick():
                 return self._tick(now)
             case Placed(replica_id):
@@ -215,9 +250,9 @@ class Activation:
                     self._rest()
                 return []
 
-    def _demanded(self, now: float) -> list[Action]:
+    def _demanded(self, now: float, *, by_operator: bool) -> list[Action]:
         if self.state is ActivationState.BACKING_OFF:
-            if now < self._until:
+            if now < self._until and not (by_operator and is_permanent(self._reason)):
                 return [FailHolds(self._reason, self.failure, max(1.0, self._until - now))]
             return self._place()
         return self._place() if self.state in (ActivationState.IDLE, ActivationState.WAITING) else []
@@ -256,6 +291,8 @@ class Activation:
 
     def _fail(self, reason: str, message: str, now: float) -> list[Action]:
         pause = min(self._policy.back_off_seconds * 2.0**self.failure_count, self._policy.max_back_off_seconds)
+        if is_permanent(reason):
+            pause = self._policy.blocked_seconds
         # 2 ** 30 seconds is far above any bound; more would overflow a float in the end.
         self.failure_count = min(self.failure_count + 1, 30)
         self._rest()

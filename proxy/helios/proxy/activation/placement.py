@@ -4,7 +4,7 @@ Where nothing has room, the least recently used idle replicas of other models ma
 draining replicas will make room by themselves, waiting is the plan.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,10 @@ class WorkerCapacity:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Start it here."""
+    """Start it here; `reason` is for people."""
 
     worker_id: str
+    reason: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,13 @@ def place(memory_bytes: int, engine: str, workers: list[WorkerCapacity], *, may_
         return Wait("NO_WORKER", f"no worker {what}is connected")
     fitting = [worker for worker in able if worker.free_bytes >= memory_bytes and worker.free_slot_count > 0]
     if fitting:
-        return Placed(max(fitting, key=lambda worker: (worker.free_bytes, worker.worker_id)).worker_id)
+        chosen = max(fitting, key=lambda worker: (worker.free_bytes, worker.worker_id))
+        most = f"has the most memory free of {len(fitting)} that fit" if len(fitting) > 1 else "fits"
+        reason = (
+            f"{chosen.worker_id} {most}: {_gib(chosen.free_bytes)} of {_gib(chosen.memory_bytes)} free, "
+            f"{_gib(memory_bytes)} needed"
+        )
+        return Placed(chosen.worker_id, reason)
     large_enough = [worker for worker in able if worker.memory_bytes >= memory_bytes]
     if not large_enough:
         largest = max(worker.memory_bytes for worker in able)

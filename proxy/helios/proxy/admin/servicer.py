@@ -12,7 +12,8 @@ from helios.api.fleet.v1 import types_pb2
 from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, Unavailable
 from helios.proxy.catalog.servicer import find_model
 from helios.proxy.catalog.session import ModelSource
-from helios.proxy.catalogue import ModelEntry
+from helios.proxy.catalogue import ModelEntry, shown
+from helios.proxy.explain.wire import explanation_to_proto, failure_to_proto, state_from_proto, summary_to_proto
 from helios.proxy.fleet.state import Replica, ReplicaState
 from helios.proxy.fleet.wire import device_to_proto, replica_to_proto
 from helios.proxy.runtime import Runtime
@@ -91,14 +92,46 @@ class AdminServicer(AdminServiceServicer):
 
     async def ListReplicas(self, request: pb.ListReplicasRequest, context: Any) -> pb.ListReplicasResponse:
         """Lists replicas by model and id."""
-        replicas = self._core.fleet.replicas()
-        if request.model:
-            entry = await self._find(request.model)
-            replicas = self._core.fleet.replicas_of(entry.name)
+        entry = await self._find(request.model) if request.model else None
+        replicas = self._core.fleet.replicas() if entry is None else self._core.fleet.replicas_of(entry.name)
         ordered = sorted(replicas, key=_replica_key)
         page, token = _page(ordered, request.page_size, request.page_token, _replica_key)
         items = [pb.ReplicaOnWorker(replica=self._replica(r), worker_id=r.worker_id) for r in page]
-        return pb.ListReplicasResponse(replicas=items, next_page_token=token)
+        response = pb.ListReplicasResponse(replicas=items, next_page_token=token)
+        if not request.page_token:
+            journal = self._runtime.journal
+            failures = [f for f in journal.failures if entry is None or f.replica.model == entry.name]
+            response.failures.extend(failure_to_proto(failed, journal.wall_offset) for failed in failures)
+        return response
+
+    async def ExplainRequest(self, request: pb.ExplainRequestRequest, context: Any) -> pb.ExplainRequestResponse:
+        """Says where a request's time went."""
+        if not request.request_id:
+            raise InvalidRequest("you must provide a request_id", metadata={"param": "request_id"})
+        record = self._runtime.journal.find(request.request_id)
+        if record is None:
+            raise NotFound(
+                f"the request '{shown(request.request_id)}' was never seen here, or too long ago; "
+                "its id is the answer's header x-request-id",
+                reason="REQUEST_NOT_FOUND",
+                metadata={"request_id": shown(request.request_id)},
+            )
+        return pb.ExplainRequestResponse(explanation=explanation_to_proto(record, time.monotonic()))
+
+    async def ListRequests(self, request: pb.ListRequestsRequest, context: Any) -> pb.ListRequestsResponse:
+        """Lists requests that can be explained, the newest first."""
+        entry = self._core.catalogue.find(request.model)
+        names = frozenset(filter(None, (request.model, entry.name if entry is not None else "")))
+        found = self._runtime.journal.recent(names=names, state=state_from_proto(request.state))
+        size = _page_size(request.page_size)
+        start = 0
+        if request.page_token:
+            # Records leave oldest first: where the token's is gone, so is all that came before it.
+            ids = [record.request_id for record in found]
+            start = ids.index(request.page_token) + 1 if request.page_token in ids else len(ids)
+        page = found[start : start + size]
+        token = page[-1].request_id if page and start + size < len(found) else ""
+        return pb.ListRequestsResponse(requests=[summary_to_proto(record) for record in page], next_page_token=token)
 
     async def _find(self, name: str) -> ModelEntry:
         if not name:
@@ -134,9 +167,15 @@ def _replica_key(replica: Replica) -> str:
 
 def _page(items: list[T], page_size: int, token: str, key: Callable[[T], str]) -> tuple[list[T], str]:
     """A page of items that are sorted by `key`, and the token of the next: the last key, so pages survive changes."""
-    if page_size > _MAX_PAGE_SIZE:
-        raise InvalidRequest(f"page_size is at most {_MAX_PAGE_SIZE}", metadata={"param": "page_size"})
+    size = _page_size(page_size)
     start = bisect.bisect_right(items, token, key=key) if token else 0
-    page = items[start : start + (page_size or _DEFAULT_PAGE_SIZE)]
+    page = items[start : start + size]
     has_more = start + len(page) < len(items)
     return page, key(page[-1]) if page and has_more else ""
+
+
+def _page_size(page_size: int) -> int:
+    """How many items a page has. Raises InvalidRequest for too many."""
+    if page_size > _MAX_PAGE_SIZE:
+        raise InvalidRequest(f"page_size is at most {_MAX_PAGE_SIZE}", metadata={"param": "page_size"})
+    return page_size or _DEFAULT_PAGE_SIZE

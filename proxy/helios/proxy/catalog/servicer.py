@@ -10,6 +10,7 @@ from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, Unavailabl
 from helios.proxy.activation.machine import ActivationState
 from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry, shown
+from helios.proxy.engine_needs import needs_of
 from helios.proxy.fleet.state import Replica, ReplicaState
 from helios.proxy.runtime import Runtime
 from helios.proxy.sizing import replica_size
@@ -71,6 +72,7 @@ class ModelServicer(ModelServiceServicer):
             aliases=entry.aliases,
             revision=entry.revision,
             max_context_tokens=max((replica.max_context_tokens for replica in ready), default=0)
+            or needs_of(entry.engine_settings).max_context_tokens
             or entry.max_context_tokens,
             estimated_ready_seconds=0.0 if is_open else round(lifecycle.remaining_seconds(entry, now), 1),
             failure=activation.failure if is_failed else "",

@@ -109,4 +109,5 @@ def entry_from_model(model: Model) -> ModelEntry:
         created_at=int(model.revision.created_at.timestamp()),
         min_replicas=model.policy.min_replicas,
         max_replicas=model.policy.max_replicas,
+        engine_settings=model.engine_settings.document,
     )

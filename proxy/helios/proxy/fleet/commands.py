@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StartReplica:
-    """Start a replica."""
+    """Start a replica. `engine_settings` is the contract's JSON; `served_names` are the model's aliases.
+
+    `requested_at` (seconds since the epoch) and `traceparent` are of the request that asked for it; 0 and empty: none.
+    """
 
     replica_id: str
     model: str
@@ -19,6 +22,10 @@ class StartReplica:
     memory_bytes: int
     kv_cache_bytes: int
     max_context_tokens: int
+    engine_settings: str = ""
+    served_names: tuple[str, ...] = ()
+    requested_at: float = 0.0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

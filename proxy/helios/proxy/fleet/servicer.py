@@ -83,6 +83,7 @@ class FleetServicer(FleetServiceServicer):
             case "load":
                 deltas = [wire.delta_from_proto(delta) for delta in message.load.deltas]
                 self._runtime.apply(core.load_report(deltas, now))
+                self._note(message.load, now)
             case "replica_event":
                 event = message.replica_event
                 replica = wire.replica_from_proto(event.replica, worker_id)
@@ -91,6 +92,7 @@ class FleetServicer(FleetServiceServicer):
                     log.info(
                         "replica changed", replica=replica.replica_id, model=replica.model, state=replica.state.name
                     )
+                self._runtime.journal.replica_changed(replica, now)
                 self._runtime.apply(core.replica_event(worker_id, event.sequence, replica, now))
             case "command_ack":
                 ack = message.command_ack
@@ -104,6 +106,14 @@ class FleetServicer(FleetServiceServicer):
                 raise InvalidRequest("a session has one hello", reason="HELLO_EXPECTED")
             case _:
                 pass
+
+    def _note(self, report: pb.LoadReport, now: float) -> None:
+        journal = self._runtime.journal
+        for delta in report.deltas:
+            for request_id, at in wire.arrivals_from_proto(delta):
+                journal.arrived(request_id, delta.replica_id, at, now)
+            for request_id, finished in wire.ends_from_proto(delta, now):
+                journal.finished(request_id, finished)
 
     async def _write(self, outbox: Outbox, context: Any) -> None:
         while True:

@@ -2,11 +2,14 @@
 
 from datetime import UTC, datetime
 
+from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from helios.api.engine.v1 import engine_settings_pb2
 from helios.api.fleet.v1 import fleet_service_pb2 as pb
 from helios.api.fleet.v1 import types_pb2
+from helios.proxy.explain.record import Finished
 from helios.proxy.fleet.commands import Command, DrainReplica, EvictRevision, StartReplica, StopReplica
 from helios.proxy.fleet.state import Device, DeviceKind, Load, Replica, ReplicaState, WorkerHello
 from helios.proxy.traffic import LoadDelta
@@ -88,9 +91,7 @@ def replica_to_proto(replica: Replica) -> types_pb2.Replica:
     if replica.failure_reason:
         message.failure.reason, message.failure.message = replica.failure_reason, replica.failure_message
     if replica.created_at:
-        created = Timestamp()
-        created.FromDatetime(datetime.fromtimestamp(replica.created_at, UTC))
-        message.created_at.CopyFrom(created)
+        message.created_at.CopyFrom(_timestamp(replica.created_at))
     return message
 
 
@@ -121,6 +122,8 @@ def command_to_proto(command: Command) -> pb.SessionResponse:
         case StartReplica() as order:
             message.start.CopyFrom(
                 pb.StartReplica(
+                    traceparent=order.traceparent,
+                    requested_at=_timestamp(order.requested_at) if order.requested_at else None,
                     replica_id=order.replica_id,
                     model=order.model,
                     revision=order.revision,
@@ -128,6 +131,8 @@ def command_to_proto(command: Command) -> pb.SessionResponse:
                     memory_bytes=order.memory_bytes,
                     kv_cache_bytes=order.kv_cache_bytes,
                     max_context_tokens=order.max_context_tokens,
+                    engine_settings=_settings_to_proto(order.engine_settings),
+                    served_names=order.served_names,
                 )
             )
         case DrainReplica(replica_id, timeout_seconds):
@@ -137,6 +142,45 @@ def command_to_proto(command: Command) -> pb.SessionResponse:
         case EvictRevision(revision):
             message.evict.CopyFrom(pb.EvictRevision(revision=revision))
     return pb.SessionResponse(command=message)
+
+
+def _settings_to_proto(document: str) -> engine_settings_pb2.EngineSettings:
+    return json_format.Parse(document or "{}", engine_settings_pb2.EngineSettings(), ignore_unknown_fields=True)
+
+
+def arrivals_from_proto(message: types_pb2.LoadDelta) -> list[tuple[str, float | None]]:
+    """Requests that reached a replica, each with the replica's wall clock in seconds since the epoch, where it said."""
+    return [
+        (entry.request_id, entry.arrived_at.ToNanoseconds() / 1e9 if entry.HasField("arrived_at") else None)
+        for entry in message.started
+    ]
+
+
+def ends_from_proto(message: types_pb2.LoadDelta, now: float) -> list[tuple[str, Finished]]:
+    """Requests that ended at a replica, heard of at `now`."""
+    return [
+        (
+            entry.request_id,
+            Finished(
+                replica_id=message.replica_id,
+                status_code=entry.status_code,
+                prompt_tokens=entry.prompt_tokens,
+                completion_tokens=entry.completion_tokens,
+                time_to_first_token_seconds=(
+                    entry.time_to_first_token.ToNanoseconds() / 1e9 if entry.HasField("time_to_first_token") else None
+                ),
+                duration_seconds=entry.duration.ToNanoseconds() / 1e9,
+                heard_at=now,
+            ),
+        )
+        for entry in message.finished
+    ]
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    message = Timestamp()
+    message.FromDatetime(datetime.fromtimestamp(seconds, UTC))
+    return message
 
 
 def duration(seconds: float) -> Duration:

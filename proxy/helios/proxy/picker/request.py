@@ -36,6 +36,7 @@ class Heads:
     model: str
     content_length: int
     timeout: str
+    traceparent: str
 
 
 def read_heads(headers: dict[str, str]) -> Heads:
@@ -47,6 +48,7 @@ def read_heads(headers: dict[str, str]) -> Heads:
         model=headers.get("x-helios-model", ""),
         content_length=int(length) if length.isascii() and length.isdigit() else 0,
         timeout=headers.get("grpc-timeout", ""),
+        traceparent=headers.get("traceparent", ""),
     )
 
 

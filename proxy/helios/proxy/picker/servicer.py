@@ -30,6 +30,7 @@ from helios.proxy import metrics
 from helios.proxy.catalog.servicer import find_model
 from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry
+from helios.proxy.explain.record import Refusal
 from helios.proxy.picker.request import (
     INFERENCE_PREFIX,
     INLINE_BODY_BYTES,
@@ -42,7 +43,7 @@ from helios.proxy.picker.request import (
     timeout_seconds,
 )
 from helios.proxy.routing.pick import Pick
-from helios.proxy.runtime import Runtime
+from helios.proxy.runtime import Arrival, Runtime
 
 log = structlog.get_logger()
 
@@ -61,6 +62,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
     def __init__(self, runtime: Runtime, models: ModelSource, *, hold_limit_seconds: float, is_enforced: bool) -> None:
         self._runtime = runtime
         self._core = runtime.core
+        self._journal = runtime.journal
         self._models = models
         self._hold_limit_seconds = hold_limit_seconds
         self._is_enforced = is_enforced
@@ -81,8 +83,9 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             return
         if not request.HasField("request_headers"):
             await status.abort(context, InvalidRequest("the first message must be the request's headers"))
+        arrived_at = time.monotonic()
         heads = read_heads(_header_map(request.request_headers.headers.headers))
-        is_body = False
+        began, is_body, model = _began(request), False, heads.model
         try:
             model = agree(heads.model, _lifted_model(request))
             if not model:
@@ -90,37 +93,65 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 await context.write(_ASK_BODY)
                 is_body = True
                 model = await _read_body_model(context, heads)
-            pick = await self._pick(model, heads, request)
+            pick = await self._pick(model, heads, arrived_at, began, context)
         except Draining as error:
             # No answer but a broken stream: Envoy asks another proxy, or this one once it is back.
             await status.abort(context, error)
         except HeliosError as error:
             metrics.PICKS.labels(error.reason.lower()).inc()
             log.debug("request refused", request=heads.request_id, reason=error.reason, error=error.message)
+            self._note_refusal(model, heads, arrived_at, began, error)
             await context.write(_refusal(error))
             return
         await context.write(_answer(pick, model, is_body=is_body))
 
-    async def _pick(self, model: str, heads: Heads, request: Any) -> Pick:
+    async def _pick(self, model: str, heads: Heads, arrived_at: float, began: str, context: Any) -> Pick:
         now = time.perf_counter()
         entry = self._core.resolve(model) or await find_model(self._runtime, self._models, model)
         pick = self._core.pick(entry, heads.request_id, time.monotonic())
         if pick is not None:
+            excluded = self._core.traffic.exclusions(entry.name)
+            self._journal.picked(heads.request_id, (model, pick, excluded, began, arrived_at, time.monotonic()))
             metrics.PICK_SECONDS.observe(time.perf_counter() - now)
             metrics.PICKED.inc()
             return pick
-        pick = await self._hold(entry, heads, request)
+        pick = await self._hold(entry, model, heads, arrived_at=arrived_at, began=began, context=context)
         metrics.RELEASED.inc()
         return pick
 
-    async def _hold(self, entry: ModelEntry, heads: Heads, request: Any) -> Pick:
+    async def _hold(
+        self, entry: ModelEntry, model: str, heads: Heads, *, arrived_at: float, began: str, context: Any
+    ) -> Pick:
         limit = self._hold_limit_seconds
         own = timeout_seconds(heads.timeout)
+        began_at = _began_at(began)
         # Counted from the request's start: a hold that moved here from another proxy does not begin anew.
-        budget = min(limit, own if own is not None else limit) - _age_seconds(request)
+        age_seconds = max(0.0, (datetime.now(UTC) - began_at).total_seconds()) if began_at is not None else 0.0
+        budget = min(limit, own if own is not None else limit) - age_seconds
+        arrival = Arrival(
+            heads.request_id,
+            model,
+            arrived_at,
+            began=began,
+            began_wall=(began_at or datetime.now(UTC)).timestamp(),
+            traceparent=_trace_of(context) or heads.traceparent,
+        )
         deadline = time.monotonic() + budget
-        return await self._runtime.wait_pick(
-            entry, heads.request_id, size_bytes=heads.content_length, deadline=deadline
+        return await self._runtime.wait_pick(entry, arrival, size_bytes=heads.content_length, deadline=deadline)
+
+    def _note_refusal(self, model: str, heads: Heads, arrived_at: float, began: str, error: HeliosError) -> None:
+        code = int(grpc.StatusCode[error.grpc_code].value[0])
+        refusal = Refusal(error.reason, error.message, code, error.retry_after_seconds)
+        entry = self._core.catalogue.find(model)
+        self._journal.refused(
+            heads.request_id,
+            refusal,
+            name=model,
+            began=began,
+            model=entry.name if entry is not None else "",
+            revision=entry.revision if entry is not None else "",
+            arrived_at=arrived_at,
+            now=time.monotonic(),
         )
 
 
@@ -158,15 +189,23 @@ async def _read_body_model(context: Any, heads: Heads) -> str:
     return await asyncio.to_thread(body_model, heads.path, body)
 
 
-def _age_seconds(request: Any) -> float:
-    """How long ago Envoy began with the request; 0 where it does not say (`request_attributes: [request.time]`)."""
+def _began(request: Any) -> str:
+    """When Envoy began with the request; empty where it does not say (`request_attributes: [request.time]`)."""
     fields = request.attributes[_EXT_PROC_FILTER].fields if _EXT_PROC_FILTER in request.attributes else {}
-    text = fields["request.time"].string_value if "request.time" in fields else ""
+    return str(fields["request.time"].string_value) if "request.time" in fields else ""
+
+
+def _began_at(text: str) -> datetime | None:
     try:
-        began = datetime.fromisoformat(text)
+        return datetime.fromisoformat(text)
     except ValueError:
-        return 0.0
-    return max(0.0, (datetime.now(UTC) - began).total_seconds())
+        return None
+
+
+def _trace_of(context: Any) -> str:
+    """The trace context of Envoy's call, where Envoy traces: its span is a child of the client's."""
+    metadata = context.invocation_metadata() or ()
+    return next((str(value) for key, value in metadata if key == "traceparent"), "")
 
 
 def _answer(pick: Pick, model: str, *, is_body: bool) -> Any:

@@ -2,26 +2,32 @@
 candidate.
 """
 
-from dataclasses import dataclass
 from heapq import nlargest
 from operator import attrgetter
+from typing import NamedTuple
 
 from helios.proxy.routing.table import Candidate
 
+# Candidates that a pick keeps for its explanation; all of a larger fleet's would cost memory, not tell more.
+MAX_CONSIDERED = 16
 # Envoy tries the second and third where the first refuses before its first byte; more would only hide an outage.
 MAX_CHOICES = 3
 
 _by_score = attrgetter("score")
 
 
-@dataclass(frozen=True, slots=True)
-class Pick:
-    """A routing decision: the model's own name, the revision, and the choices, best first."""
+class Pick(NamedTuple):
+    """A routing decision: the model's own name, the revision, and the choices, best first.
+
+    `considered` is the snapshot that it was made from, where that was small, else the choices. A NamedTuple because one
+    is made on the path of every request.
+    """
 
     model: str
     revision: str
     choices: tuple[Candidate, ...]
     candidate_count: int
+    considered: tuple[Candidate, ...] = ()
 
     @property
     def endpoints(self) -> str:
@@ -43,7 +49,8 @@ def pick(model: str, revision: str, snapshot: tuple[Candidate, ...]) -> Pick | N
     """Picks from a snapshot; None where it is empty. Equal scores go to the candidate that came first."""
     count = len(snapshot)
     if count == 1:
-        return Pick(model, revision, snapshot, 1)
+        return Pick(model, revision, snapshot, 1, snapshot)
     if not count:
         return None
-    return Pick(model, revision, tuple(nlargest(MAX_CHOICES, snapshot, key=_by_score)), count)
+    choices = tuple(nlargest(MAX_CHOICES, snapshot, key=_by_score))
+    return Pick(model, revision, choices, count, snapshot if count <= MAX_CONSIDERED else choices)

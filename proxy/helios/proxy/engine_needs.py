@@ -1,0 +1,93 @@
+"""What a model's engine settings mean here: which engine, how much memory, which other models. Pure.
+
+The settings are the contract's JSON, as the registry keeps it; the proxy hands them on and reads only what it decides
+by. A settings document of a newer registry is read as far as it is understood.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+# Bytes of one value, by type. Integers of four bits are kept in bytes by some engines: rather too much than too little.
+_ELEMENT_BYTES: Final[Mapping[str, int]] = {"float32": 4, "float16": 2, "bfloat16": 2}
+_SMALL_ELEMENTS: Final = ("fp8", "int8", "int4", "nvfp4", "turboquant", "ultraquant")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineNeeds:
+    """What the proxy reads of engine settings; empty, 0 and 1 where they do not say.
+
+    Attributes:
+        engine: engine to run it with, as the worker is told.
+        dtype: type of weights and activations, where one is forced.
+        kv_cache_dtype: type of the KV cache, where one is forced.
+        rank_count: devices that one replica takes: tensor times pipeline parallelism.
+        max_context_tokens: longest prompt plus answer.
+        kv_cache_bytes: KV cache of a replica.
+        draft_model: model that guesses tokens.
+        adapters: models with adapters.
+    """
+
+    engine: str = ""
+    dtype: str = ""
+    kv_cache_dtype: str = ""
+    rank_count: int = 1
+    max_context_tokens: int = 0
+    kv_cache_bytes: int = 0
+    draft_model: str = ""
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Other models whose bytes a replica needs."""
+        return tuple(name for name in (self.draft_model, *self.adapters) if name)
+
+    def weights_bytes(self, stored_bytes: int, stored_dtype: str) -> int:
+        """Bytes of weights of this type as they are loaded."""
+        stored, forced = _ELEMENT_BYTES.get(stored_dtype), _ELEMENT_BYTES.get(self.dtype)
+        # Quantised weights stay as they are, whatever the activations' type.
+        return stored_bytes if stored is None or forced is None else stored_bytes * forced // stored
+
+    def kv_bytes_per_token(self, stored_bytes: int, stored_dtype: str) -> int:
+        """Bytes of KV cache of one token, from those at the weights' type."""
+        stored = _ELEMENT_BYTES.get(stored_dtype, 2)
+        if self.kv_cache_dtype.startswith(_SMALL_ELEMENTS):
+            return -(-stored_bytes // stored)
+        forced = _ELEMENT_BYTES.get(self.kv_cache_dtype) or _ELEMENT_BYTES.get(self.dtype) or stored
+        return stored_bytes * forced // stored
+
+
+@lru_cache(maxsize=4096)
+def needs_of(settings: str) -> EngineNeeds:
+    """Reads a settings document; an empty one says nothing."""
+    values: Mapping[str, Any] = json.loads(settings) if settings else {}
+    adapters = values.get("lora", {}).get("adapters", ())
+    return EngineNeeds(
+        engine=values.get("engine", ""),
+        dtype=values.get("dtype", ""),
+        kv_cache_dtype=values.get("kv_cache_dtype", ""),
+        rank_count=int(values.get("tensor_parallel_size", 1)) * int(values.get("pipeline_parallel_size", 1)),
+        max_context_tokens=int(values.get("max_context_tokens", 0)),
+        # JSON has no integers of 64 bits: the contract's form writes them as text.
+        kv_cache_bytes=int(values.get("kv_cache_bytes", 0)),
+        draft_model=values.get("speculative_decoding", {}).get("draft_model", ""),
+        adapters=tuple(adapter.get("model", "") for adapter in adapters),
+    )
+
+
+def with_revisions(settings: str, revisions: Mapping[str, str]) -> str:
+    """Fills in which revision each model that the settings name has now: name → digest."""
+    if not revisions:
+        return settings
+    values = json.loads(settings)
+    speculation = values.get("speculative_decoding", {})
+    if speculation.get("draft_model") in revisions:
+        speculation["draft_revision"] = revisions[speculation["draft_model"]]
+    for adapter in values.get("lora", {}).get("adapters", ()):
+        if adapter.get("model") in revisions:
+            adapter["revision"] = revisions[adapter["model"]]
+    return json.dumps(values, sort_keys=True)
