@@ -77,7 +77,7 @@ def edge_routes(limits: Limits) -> RouteConfiguration:
         route
         for service in (OPENAI_SERVICE, INFERENCE_SERVICE)
         for route in (
-            _nameless(_grpc(service, clusters.REPLICAS, limits, retry_policy=_retries(limits))),
+            _nameless(service, limits),
             _grpc(service, clusters.REPLICAS, limits, retry_policy=_retries(limits)),
         )
     ]
@@ -142,26 +142,32 @@ def _pack_disabled() -> Any:
     return Any.pack(disabled)
 
 
-def _nameless(route: Route) -> Route:
-    """Narrows a route to requests without a model in the header or in the metadata, and has ext_proc buffer their
-    bodies from the start.
+def _nameless(service: str, limits: Limits) -> Route:
+    """Returns the route of requests that name no model in header or metadata; ext_proc buffers their bodies from the
+    start.
 
     A picker's `mode_override` says so too late: until then ext_proc lets the body pile up under a watermark, and where
     it reaches the route's limit before the picker's answer, Envoy stops reading and never begins again
     (Source: Envoy 1.40, ext_proc.cc, and envoyproxy/envoy pull request 39345, which mended the configured mode alone).
     """
     has_text = StringMatcher(safe_regex=RegexMatcher(regex=".+"))
-    route.match.headers = [
-        HeaderMatcher(name=MODEL_HEADER, string_match=has_text, invert_match=True, treat_missing_header_as_empty=True)
-    ]
-    route.match.dynamic_metadata = [
-        MetadataMatcher(
-            filter=METADATA_NAMESPACE,
-            path=[MetadataMatcherPathSegment(key=MODEL_KEY)],
-            value=ValueMatcher(string_match=has_text),
-            invert=True,
-        )
-    ]
+    route = _grpc(service, clusters.REPLICAS, limits, retry_policy=_retries(limits))
+    route.match = RouteMatch(
+        prefix=f"/{service}/",
+        headers=[
+            HeaderMatcher(
+                name=MODEL_HEADER, string_match=has_text, invert_match=True, treat_missing_header_as_empty=True
+            )
+        ],
+        dynamic_metadata=[
+            MetadataMatcher(
+                filter=METADATA_NAMESPACE,
+                path=[MetadataMatcherPathSegment(key=MODEL_KEY)],
+                value=ValueMatcher(string_match=has_text),
+                invert=True,
+            )
+        ],
+    )
     mode = ProcessingMode(
         request_header_mode=ProcessingModeHeaderSendMode.SEND,
         response_header_mode=ProcessingModeHeaderSendMode.SKIP,
