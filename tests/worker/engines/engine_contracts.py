@@ -206,8 +206,8 @@ async def pieces_come_in_order_and_end_once(subject: Subject) -> None:
             text += piece.text
     assert ends == 1
     assert text
-    assert count.prompt_tokens > 0
     if subject.has_tokens:
+        assert count.prompt_tokens > 0
         assert position == count.completion_tokens == 10
 
 
@@ -299,12 +299,9 @@ async def a_prompt_that_does_not_fit_is_refused(subject: Subject) -> None:
     ids = TokenIds((5,) * subject.engine.facts.max_context_tokens)
     with pytest.raises(ContextLengthExceeded):
         await generated(subject, ids, Sampling(max_tokens=1))
+    body = {"model": subject.model, "prompt": list(ids.ids), "max_tokens": 1}
     with pytest.raises(ContextLengthExceeded):
-        await whole(
-            subject,
-            OpenAICall.CHAT_COMPLETION,
-            chat(subject, max_tokens=subject.engine.facts.max_context_tokens),
-        )
+        await whole(subject, OpenAICall.COMPLETION, body)
     await becomes_idle(subject.engine)
 
 
@@ -412,7 +409,7 @@ async def greedy_tokens_are_noted(subject: Subject) -> None:
 
 @contract
 async def errors_are_helios_errors(subject: Subject) -> None:
-    for body in ({}, {"messages": [{"role": "user"}], "stream": "yes"}, {"messages": [{"content": 5}]}):
+    for body in ({}, {"messages": [{"role": "user"}], "stream": "yes"}, {"messages": 5}):
         with pytest.raises(HeliosError):
             await subject.engine.answer(OpenAICall.CHAT_COMPLETION, {"model": subject.model} | body, meter())
 

@@ -10,6 +10,8 @@ import sys
 import traceback
 from typing import Any
 
+import pytest
+
 from helios.worker.replica.engine import Engine
 from helios.worker.replica.engines import engine_module
 from helios.worker.replica.spec import ReplicaSpec
@@ -34,7 +36,7 @@ async def hold(spec: ReplicaSpec, start: EngineStart) -> dict[str, Any]:
             async with asyncio.timeout(CONTRACT_SECONDS):
                 await contract(subject)
             errors[name] = ""
-        except Exception:  # noqa: BLE001  told to the test
+        except (Exception, pytest.fail.Exception):  # noqa: BLE001  told to the test
             errors[name] = traceback.format_exc(limit=-4)
     engine.close()
     return {"errors": errors, "notes": subject.notes}

@@ -7,22 +7,20 @@ from helios.worker.replica.engine import FinishReason, Sampling
 
 
 def answer_limit(prompt_tokens: int, max_tokens: int | None, context_tokens: int) -> int:
-    """Returns how many tokens an answer may have; None asks for all that fit.
+    """Returns how many tokens an answer may have: what was asked for, or all that fit, as vLLM does.
 
     Raises:
-        InvalidRequest: Less than one.
-        ContextLengthExceeded: Prompt and answer do not fit.
+        InvalidRequest: Less than one was asked for.
+        ContextLengthExceeded: The prompt leaves no room for one.
     """
     if max_tokens is not None and max_tokens < 1:
         raise InvalidRequest(f"max_tokens must be at least 1, got {max_tokens}", metadata={"param": "max_tokens"})
-    wanted = 1 if max_tokens is None else max_tokens
-    if prompt_tokens + wanted > context_tokens:
+    room = context_tokens - prompt_tokens
+    if room < 1:
         raise ContextLengthExceeded(
-            f"this model's maximum context length is {context_tokens} tokens; the prompt has {prompt_tokens} and the "
-            f"answer is to have {wanted}",
-            metadata={"param": "messages" if max_tokens is None else "max_tokens"},
+            f"this model's maximum context length is {context_tokens} tokens; the prompt has {prompt_tokens}"
         )
-    return context_tokens - prompt_tokens if max_tokens is None else max_tokens
+    return room if max_tokens is None else min(room, max_tokens)
 
 
 class AnswerEnd:

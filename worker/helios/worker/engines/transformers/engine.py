@@ -1,9 +1,7 @@
 """The ``Engine`` protocol on a model of transformers: one thread decodes one request."""
 
 import asyncio
-import contextlib
 import os
-import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +12,7 @@ import torch
 
 from helios.mesh.errors import Bug, HeliosError, InvalidRequest, ReplicaLost
 from helios.worker.engines.endings import answer_limit
+from helios.worker.engines.handover import Handover
 from helios.worker.engines.openai_requests import read_request
 from helios.worker.engines.openai_shapes import as_generator, shape_answer
 from helios.worker.engines.options import Options, read_options
@@ -41,33 +40,6 @@ log = structlog.get_logger()
 _THREAD_LIMIT: Final = 8
 
 
-class _Job:
-    """A request between the thread that decodes it and the loop that hands it out."""
-
-    def __init__(self) -> None:
-        self.is_cancelled = threading.Event()
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[list[Piece] | HeliosError | None] = asyncio.Queue()
-
-    def put(self, item: list[Piece] | HeliosError | None) -> None:
-        """Hands over pieces, the error that ended the request, or None for its end. Any thread."""
-        # The loop is closed where the process is about to end.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
-
-    def call(self, function: Any, *arguments: Any) -> None:
-        """Calls a function in the loop. Any thread."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(function, *arguments)
-
-    async def read(self) -> list[Piece]:
-        """Waits for pieces, and takes what is there; empty at the end. Raises what the request failed with."""
-        item = await self._queue.get()
-        if isinstance(item, HeliosError):
-            raise item
-        return item or []
-
-
 class TransformersEngine:
     """One model, decoded by threads. Made in any thread; used in one event loop.
 
@@ -89,7 +61,7 @@ class TransformersEngine:
         self._admission = Admission(request_count=thread_count, token_count=kv_tokens, on_change=hooks.on_load)
         self._decoders = ThreadPoolExecutor(thread_count, "decode", initializer=_place, initargs=(cores,))
         self._renderer = ThreadPoolExecutor(1, "render")
-        self._jobs: set[_Job] = set()
+        self._jobs: set[Handover[list[Piece]]] = set()
         self._is_closed = False
         self._warm_up()
 
@@ -108,7 +80,7 @@ class TransformersEngine:
         self._is_closed = True
         for job in self._jobs:
             job.is_cancelled.set()
-            job.put(_closed())
+            job.fail(_closed())
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._renderer.shutdown(wait=False, cancel_futures=True)
 
@@ -127,7 +99,8 @@ class TransformersEngine:
         await self._admission.enter(booked)
         job = self._start(prompt_ids, sampling, limit, booked)
         try:
-            while pieces := await job.read():
+            while (item := await job.read()) is not None:
+                (pieces,) = item
                 meter.first_token_at = meter.first_token_at or time.monotonic()
                 meter.completion_tokens += sum(len(piece.token_ids) for piece in pieces)
                 yield pieces
@@ -150,34 +123,34 @@ class TransformersEngine:
     def _limit(self, prompt_tokens: int, sampling: Sampling) -> int:
         limit = answer_limit(prompt_tokens, sampling.max_tokens, self._facts.max_context_tokens)
         room = self._facts.kv_cache_tokens // sampling.n - prompt_tokens
-        if room < (1 if sampling.max_tokens is None else limit):
+        if room < 1:
             raise InvalidRequest(
                 f"n: {sampling.n} such answers need more than the {self._facts.kv_cache_tokens} tokens of KV cache",
                 metadata={"param": "n"},
             )
         return min(limit, room)
 
-    def _start(self, prompt_ids: list[int], sampling: Sampling, limit: int, booked: int) -> _Job:
+    def _start(self, prompt_ids: list[int], sampling: Sampling, limit: int, booked: int) -> Handover[list[Piece]]:
         if self._is_closed:
             self._admission.leave(booked)
             raise _closed()
-        job = _Job()
+        job = Handover[list[Piece]]()
         self._jobs.add(job)
         future = self._decoders.submit(self._decode, job, prompt_ids, sampling, limit)
         future.add_done_callback(lambda done: job.call(self._end, job, booked, done))
         return job
 
-    def _end(self, job: _Job, booked: int, done: "Future[None]") -> None:
+    def _end(self, job: Handover[list[Piece]], booked: int, done: "Future[None]") -> None:
         self._jobs.discard(job)
         self._admission.leave(booked)
         error = None if done.cancelled() else done.exception()
         if error is not None:
             log.error("decoding failed", exc_info=error)
-            job.put(error if isinstance(error, HeliosError) else Bug(f"the engine failed ({type(error).__name__})"))
+            job.fail(error if isinstance(error, HeliosError) else Bug(f"the engine failed ({type(error).__name__})"))
         else:
-            job.put(None)
+            job.end()
 
-    def _decode(self, job: _Job, prompt_ids: list[int], sampling: Sampling, limit: int) -> None:
+    def _decode(self, job: Handover[list[Piece]], prompt_ids: list[int], sampling: Sampling, limit: int) -> None:
         """Decodes a request, its answers in turn. Runs in a thread."""
         with torch.inference_mode():
             answers = [
