@@ -2,7 +2,8 @@
 
 Run as ``python fake_replica.py SPEC`` in a session of its own; SPEC is a ReplicaSpec's document with a ``behaviour``:
 ``normal``; ``stubborn`` ignores SIGTERM and drains; ``hang`` never says hello; ``broken`` reports a failure; ``silent``
-says hello once and never again. Like vLLM's, it is three processes: front, EngineCore, Worker.
+says hello once and never again; ``drowsy`` can sleep; ``muddled`` can, too, and fails its canary after waking. Like
+vLLM's, it is three processes: front, EngineCore, Worker.
 """
 
 import json
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+_SLEEPERS = ("drowsy", "muddled")
 
 
 def main() -> None:
@@ -68,11 +71,18 @@ def _converse(document: dict[str, object], behaviour: str) -> None:
                     if kind == "stop" or (kind == "drain" and behaviour != "stubborn"):
                         outgoing.put(None)
                         sys.exit(0)
+                    if kind == "sleep":
+                        replica.state = types.REPLICA_STATE_ASLEEP
+                        outgoing.put(pb.AttachRequest(asleep=pb.ReplicaAsleep(left_bytes=64 << 20)))
+                    if kind == "wake":
+                        replica.state = types.REPLICA_STATE_READY
+                        outgoing.put(_woken(pb, types, address, behaviour))
                     if kind == "welcome" and replica.state == types.REPLICA_STATE_LOADING:
                         for message in _start(pb, types, address, behaviour):
                             outgoing.put(message)
                         replica.state = types.REPLICA_STATE_READY
                         replica.address, replica.max_context_tokens = address, 512
+                        replica.can_sleep = behaviour in _SLEEPERS
             except grpc.RpcError:
                 if behaviour == "silent":
                     time.sleep(600)
@@ -87,7 +97,14 @@ def _start(pb: Any, types: Any, address: str, behaviour: str) -> Iterator[Any]:
     phase = types.PhaseTiming(phase="load")
     phase.duration.FromMilliseconds(20)
     yield pb.AttachRequest(progress=pb.ReplicaProgress(state=types.REPLICA_STATE_WARMING, phase=phase))
-    yield pb.AttachRequest(ready=pb.ReplicaReady(address=address, max_context_tokens=512))
+    can_sleep = behaviour in _SLEEPERS
+    yield pb.AttachRequest(ready=pb.ReplicaReady(address=address, max_context_tokens=512, can_sleep=can_sleep))
+
+
+def _woken(pb: Any, types: Any, address: str, behaviour: str) -> Any:
+    if behaviour == "muddled":
+        return pb.AttachRequest(failed=types.ReplicaFailure(reason="CANARY_FAILED", message="other tokens"))
+    return pb.AttachRequest(ready=pb.ReplicaReady(address=address, max_context_tokens=512, can_sleep=True))
 
 
 if __name__ == "__main__":

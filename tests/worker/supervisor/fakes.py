@@ -116,6 +116,7 @@ class FakeWeights:
 
     error: HeliosError | None = None
     gate: asyncio.Event | None = None
+    path: str = "/weights"
     borrowed: list[str] = field(default_factory=list)
     resumed: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
@@ -132,6 +133,7 @@ class FakeWeights:
         if lease_id:
             self.resumed.append(lease_id)
         lent = FakeLent(lease_id or f"lease-{len(self.borrowed)}", keep)
+        lent.path = f"{self.path}/{revision}" if self.path != "/weights" else self.path
         self.borrowed.append(lent.lease_id)
         try:
             yield lent
@@ -208,6 +210,7 @@ async def running_node(
     weights: FakeWeights | None = None,
     rules: Rules = RULES,
     memory_bytes: int = 4 << 30,
+    host_memory_bytes: int = 0,
 ) -> AsyncIterator[Node]:
     """Runs a supervisor for the block; its replicas live on after it, as after a crash."""
     socket = f"unix:{folder / 's.sock'}"
@@ -241,6 +244,7 @@ async def running_node(
             weights=weights or FakeWeights(),
             replica_list=ReplicaList(folder / "replicas.json", "this boot"),
             make_spec=make_spec,
+            host_memory_bytes=host_memory_bytes,
         )
         node = Node(supervisor, socket)
         with supervisor.feed.subscribe(node.see):

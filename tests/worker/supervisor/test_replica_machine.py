@@ -146,6 +146,88 @@ def test_a_replica_taken_over_goes_on_in_the_state_that_it_says(state: ReplicaSt
     assert machine.deadline == (None if state is ReplicaState.READY else 31.0)
 
 
+def asleep_machine(left_bytes: int = 5) -> ReplicaMachine:
+    machine = ready_machine()
+    drive(machine, on.SleepRequested(100), on.FellAsleep(left_bytes))
+    return machine
+
+
+def test_a_replica_sleeps_gives_memory_back_wakes_and_counts_it() -> None:
+    machine = ready_machine()
+    assert drive(machine, on.SleepRequested(100), now=10.0) == [act.SendSleep(), act.Publish()]
+    assert (machine.view.state, machine.view.memory_bytes) == (ReplicaState.ASLEEP, 1 << 30)
+    assert machine.handle(on.FellAsleep(0), 11.0) == [act.Shrink(100), act.Publish()]
+    assert machine.view.memory_bytes == 100
+    assert machine.deadline is None
+    assert machine.handle(on.WakeRequested(), 20.0) == [act.SendWake(), act.Publish()]
+    assert (machine.view.state, machine.view.memory_bytes) == (ReplicaState.WAKING, 1 << 30)
+    assert machine.handle(on.BecameReady("127.0.0.1:1", 512, True), 21.0) == [act.Publish()]
+    assert (machine.view.state, machine.view.wake_count) == (ReplicaState.READY, 1)
+    assert machine.deadline is None
+
+
+def test_a_wake_that_overtakes_the_sleep_follows_it_and_gives_no_memory_back() -> None:
+    machine = ready_machine()
+    drive(machine, on.SleepRequested(100), on.WakeRequested())
+    assert machine.handle(on.FellAsleep(5), 1.0) == [act.SendWake(), act.Publish()]
+    assert machine.view.state is ReplicaState.WAKING
+
+
+def test_a_replica_that_has_requests_after_all_stays_awake() -> None:
+    machine = ready_machine()
+    drive(machine, on.SleepRequested(100), on.BecameReady("127.0.0.1:1", 512, True))
+    assert (machine.view.state, machine.view.wake_count) == (ReplicaState.READY, 0)
+
+
+@pytest.mark.parametrize(
+    ("events", "reason"), [([], "SLEEP_TIMEOUT"), ([on.FellAsleep(1), on.WakeRequested()], "WAKE_TIMEOUT")]
+)
+def test_who_does_not_fall_asleep_or_wake_in_time_is_killed(events: list[on.Event], reason: str) -> None:
+    machine = ready_machine()
+    drive(machine, on.SleepRequested(100), *events)
+    assert machine.handle(on.Tick(), 60.0) == [act.KillTree(PROCESS), act.Publish()]
+    drive(machine, on.TreeGone())
+    assert machine.view.failure is not None
+    assert machine.view.failure.reason == reason
+
+
+def test_a_failed_canary_ends_the_replica_with_its_reason() -> None:
+    machine = asleep_machine()
+    drive(machine, on.WakeRequested())
+    assert act.KillTree(PROCESS) in drive(machine, on.ReportedFailure(Failure("CANARY_FAILED", "wrong weights")))
+    drive(machine, on.TreeGone())
+    assert machine.view.failure == Failure("CANARY_FAILED", "wrong weights")
+
+
+def test_a_sleeping_replica_that_is_drained_is_killed_at_once() -> None:
+    assert drive(asleep_machine(), on.DrainRequested(5)) == [act.KillTree(PROCESS), act.Publish()]
+
+
+def test_orders_that_a_replica_missed_are_repeated_when_it_comes_back() -> None:
+    machine = ready_machine()
+    drive(machine, on.SleepRequested(100))
+    assert act.SendSleep() in drive(machine, on.Attached(PROCESS, ReplicaState.READY, "127.0.0.1:1", 512))
+    drive(machine, on.FellAsleep(5), on.WakeRequested())
+    assert act.SendWake() in drive(machine, on.Attached(PROCESS, ReplicaState.ASLEEP, "127.0.0.1:1", 512))
+
+
+@pytest.mark.parametrize("state", [ReplicaState.READY, ReplicaState.WAKING, ReplicaState.DRAINING])
+def test_a_replica_that_is_awake_against_all_belief_books_its_memory_again(state: ReplicaState) -> None:
+    machine = asleep_machine()
+    assert act.Regrow() in drive(machine, on.Attached(PROCESS, state, "127.0.0.1:1", 512))
+    assert machine.view.state is state
+    assert machine.view.sleeping_bytes is None
+
+
+def test_a_replica_taken_over_that_sleeps_unknown_to_the_list_is_shrunk() -> None:
+    view = ReplicaView(ORDER, ReplicaState.READY, "127.0.0.1:1", PROCESS, lease_id="old")
+    machine = ReplicaMachine.returning(view, LIMITS, return_by=15.0)
+    hello = on.Attached(PROCESS, ReplicaState.ASLEEP, "127.0.0.1:1", 512, can_sleep=True, left_bytes=7)
+    assert drive(machine, hello, now=1.0) == [act.Shrink(7), act.Publish()]
+    assert machine.view.state is ReplicaState.ASLEEP
+    assert machine.deadline is None
+
+
 @pytest.mark.parametrize("state", [ReplicaState.PENDING, ReplicaState.STOPPED, ReplicaState.FAILED])
 def test_only_a_running_replica_can_be_taken_over(state: ReplicaState) -> None:
     with pytest.raises(ValueError, match="taken over"):
@@ -162,6 +244,7 @@ class Lives(RuleBasedStateMachine):
         self.is_fetching = self.is_forking = self.is_killing = False
         self.has_processes = False
         self.kill_count = self.free_count = 0
+        self.booked_bytes = ORDER.memory_bytes
         self.history: list[ReplicaState] = []
         self.play(on.Begin())
 
@@ -177,6 +260,10 @@ class Lives(RuleBasedStateMachine):
                     assert process == PROCESS
                     self.is_killing = True
                     self.kill_count += 1
+                case act.Shrink(left_bytes):
+                    self.booked_bytes = left_bytes
+                case act.Regrow():
+                    self.booked_bytes = ORDER.memory_bytes
                 case act.Free():
                     assert not self.has_processes, "freed while a process lives"
                     assert not self.is_forking, "freed while a fork may still succeed"
@@ -200,10 +287,37 @@ class Lives(RuleBasedStateMachine):
         self.is_forking, self.has_processes = False, is_ok
         self.play(on.Forked(PROCESS) if is_ok else on.ForkFailed(BOOM))
 
+    @rule(is_wake=st.booleans())
+    def somebody_orders(self, is_wake: bool) -> None:
+        if not is_wake:
+            self.play(on.SleepRequested(100))
+        elif self.machine.view.state is ReplicaState.ASLEEP:
+            # The supervisor books before it orders.
+            self.booked_bytes = ORDER.memory_bytes
+            self.play(on.WakeRequested())
+
     @precondition(lambda self: self.has_processes)
-    @rule(event=st.sampled_from(["hello", "warming", "ready", "drains", "failed", "died", "died again"]))
+    @rule(
+        event=st.sampled_from(
+            [
+                "hello",
+                "warming",
+                "ready",
+                "asleep",
+                "hello asleep",
+                "hello ready",
+                "drains",
+                "failed",
+                "died",
+                "died again",
+            ]
+        )
+    )
     def replica_does(self, event: str) -> None:
         events: dict[str, on.Event] = {
+            "asleep": on.FellAsleep(7),
+            "hello asleep": on.Attached(PROCESS, ReplicaState.ASLEEP, "127.0.0.1:1", 512, left_bytes=7),
+            "hello ready": on.Attached(PROCESS, ReplicaState.READY, "127.0.0.1:1", 512),
             "hello": on.Attached(PROCESS, ReplicaState.WARMING),
             "warming": on.Progressed(ReplicaState.WARMING, PhaseTiming("load", 1.0)),
             "ready": on.BecameReady("127.0.0.1:1", 512),
@@ -257,8 +371,19 @@ class Lives(RuleBasedStateMachine):
             assert self.machine.view.process == PROCESS
 
     @invariant()
+    def only_a_sleeping_replica_books_less_than_was_ordered(self) -> None:
+        view = self.machine.view
+        if self.machine.stage is not Stage.ENDING and not view.state.is_ended:
+            assert self.booked_bytes == view.memory_bytes
+            assert (view.sleeping_bytes is None) == (self.machine.stage is not Stage.ASLEEP)
+
+    @invariant()
     def no_state_before_ready_and_no_drain_lasts_for_ever(self) -> None:
-        if self.machine.stage in (Stage.FETCHING, Stage.LOADING, Stage.WARMING, Stage.DRAINING):
+        waits_for_somebody = (
+            *(Stage.FETCHING, Stage.LOADING, Stage.WARMING, Stage.DRAINING),
+            *(Stage.FALLING_ASLEEP, Stage.WAKING),
+        )
+        if self.machine.stage in waits_for_somebody:
             assert self.machine.deadline is not None
 
 

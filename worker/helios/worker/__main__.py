@@ -22,6 +22,7 @@ from helios.mesh.process import Lifetime, run
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.tasks import task_scope
 from helios.storage.client import StorageClient
+from helios.worker.devices.inventory import Inventory, open_inventory
 from helios.worker.launcher.launchers import Launchers
 from helios.worker.replica.engines import installed_engines, split_engine
 from helios.worker.replica.spec import ReplicaSpec
@@ -29,7 +30,8 @@ from helios.worker.settings import WorkerSettings
 from helios.worker.supervisor.attach_servicer import AttachServicer
 from helios.worker.supervisor.core_placement import place
 from helios.worker.supervisor.fleet_session import FleetSession
-from helios.worker.supervisor.host import cpu_device, pick_free_port
+from helios.worker.supervisor.gauges import keep_measuring
+from helios.worker.supervisor.host import pick_free_port, staging_memory_bytes
 from helios.worker.supervisor.ledger import Booking, Ledger
 from helios.worker.supervisor.orders import Rules
 from helios.worker.supervisor.process_tree import become_subreaper, boot_id
@@ -58,17 +60,23 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
         launchers = await stack.enter_async_context(
             Launchers(log_level=settings.log_level, search_path=(str(settings.class_path),))
         )
+        device = settings.device
+        inventory = open_inventory(memory_bytes=device.memory_bytes, gpu_memory_ratio=device.gpu_memory_ratio)
+        stack.callback(inventory.close)
         group = await stack.enter_async_context(task_scope())
         supervisor = Supervisor(
             _rules(settings),
             group=group,
-            ledger=_ledger(settings),
+            ledger=_ledger(settings, inventory),
             launcher=launchers,
             weights=StorageClient(storage),
             replica_list=ReplicaList(settings.state_directory / "replicas.json", boot_id()),
-            make_spec=_SpecMaker(settings),
+            make_spec=_SpecMaker(settings, inventory),
+            host_memory_bytes=staging_memory_bytes(settings.device.staging_bytes),
         )
         awaited_count = supervisor.recover()
+        measuring = keep_measuring(inventory, supervisor, interval_seconds=settings.device.telemetry_seconds)
+        group.create_task(measuring, name="measure devices")
         group.create_task(_take_exits(launchers, supervisor), name="take exits")
         server = MeshServer(
             listen=settings.socket_target,
@@ -171,7 +179,11 @@ def _rules(settings: WorkerSettings) -> Rules:
             start_seconds=replica.start_seconds,
             drain_seconds=replica.drain_seconds,
             drain_grace_seconds=replica.drain_grace_seconds,
+            sleep_seconds=replica.sleep_seconds,
+            wake_seconds=replica.wake_seconds,
         ),
+        sleep_left_bytes=replica.sleep_left_bytes,
+        sleep_cycle_limit=replica.sleep_cycle_limit,
     )
 
 
@@ -191,9 +203,9 @@ def _engines(settings: WorkerSettings) -> tuple[str, ...]:
     return (default, *(engine for engine in installed if engine != default))
 
 
-def _ledger(settings: WorkerSettings) -> Ledger:
+def _ledger(settings: WorkerSettings, inventory: Inventory) -> Ledger:
     return Ledger(
-        [cpu_device(settings.device.memory_bytes)],
+        inventory.devices(),
         slot_count=settings.slot_count,
         base_port=settings.base_port,
         pick_port=lambda taken: pick_free_port(settings.listen_host, taken),
@@ -203,8 +215,9 @@ def _ledger(settings: WorkerSettings) -> Ledger:
 class _SpecMaker:
     """Turns a replica into the launcher's order."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, inventory: Inventory) -> None:
         self._settings = settings
+        self._uuids = {device.device_id: device.facts.uuid for device in inventory.devices()}
 
     def __call__(self, view: ReplicaView, booking: Booking, *, model_path: str, traceparent: str) -> ReplicaSpec:
         settings, order = self._settings, view.order
@@ -223,6 +236,9 @@ class _SpecMaker:
             max_context_tokens=order.max_context_tokens,
             memory_bytes=order.memory_bytes,
             lease_id=view.lease_id,
+            device_ids=booking.device_ids,
+            device_uuids=tuple(uuid for name in booking.device_ids if (uuid := self._uuids.get(name, ""))),
+            memory_items={item.kind.value: item.size_bytes for item in booking.items},
             host=settings.listen_host,
             port=booking.port,
             supervisor_address=settings.socket_target,

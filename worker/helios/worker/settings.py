@@ -21,6 +21,14 @@ class DeviceSettings(BaseModel):
     memory_bytes: int | None = Field(default=None, ge=0)
     """Host memory that replicas may book, in bytes. None: 60 % of the machine's memory, or of the cgroup's limit where
     that is less; the rest is for the page cache with the weights, and for everybody else."""
+    gpu_memory_ratio: float = Field(default=0.92, gt=0, le=1)
+    """Share of each GPU's or MIG slice's memory that replicas may book. 0.92: the driver and other processes take the
+    rest; vLLM's own default."""
+    staging_bytes: int | None = Field(default=None, ge=0)
+    """Host memory for staged models (weights in memory, no process), in bytes. None: a fifth of the machine's memory,
+    or of the cgroup's limit where that is less. 0: nothing is staged."""
+    telemetry_seconds: float = Field(default=2.0, gt=0)
+    """How often devices are measured (memory, utilisation, temperature, errors); what changed goes to the proxies."""
     engine_core_count: int = Field(default=1, ge=0)
     """Cores that one replica's engine computes on. 1: the other cores serve, which is the fastest on small machines.
     0: placement is left to the kernel."""
@@ -53,6 +61,16 @@ class ReplicaSettings(BaseModel):
     """How often a replica reports its load while it changes. 0.1: a picker's view is then at most that old."""
     orphan_seconds: float = Field(default=60.0, gt=0)
     """How long replicas live on without a supervisor. 60: a restart takes seconds, an upgrade less than a minute."""
+    sleep_seconds: float = Field(default=60.0, gt=0)
+    """How long a replica may take to put its weights and KV cache off its device, before it is killed."""
+    wake_seconds: float = Field(default=120.0, gt=0)
+    """How long a sleeping replica may take to be ready again, its weights loaded and its canary checked."""
+    sleep_left_bytes: int = Field(default=1 << 30, ge=0)
+    """Booked on each device of a sleeping replica that can't measure what it left there. 1 GiB: a CUDA context with
+    vLLM's kernels, cuBLAS workspaces and NCCL's buffers."""
+    sleep_cycle_limit: int = Field(default=20, ge=0)
+    """How often a replica may wake; after that it is replaced by a new one instead of being put to sleep. 20: a
+    fragmented address space, or a leak of the driver, does not last for days. 0: replicas never sleep."""
     lease_ttl_seconds: float = Field(default=60.0, ge=5, le=3600)
     """Life of the lease of a replica's weights from each renewal; what a supervisor has to come back in."""
 

@@ -36,6 +36,8 @@ _STATES: Final = {
     State.READY: fleet.REPLICA_STATE_READY,
     State.DRAINING: fleet.REPLICA_STATE_DRAINING,
     State.FAILED: fleet.REPLICA_STATE_FAILED,
+    State.ASLEEP: fleet.REPLICA_STATE_ASLEEP,
+    State.WAKING: fleet.REPLICA_STATE_WAKING,
 }
 # A supervisor on the same node comes back within a second or two; dialling is cheap.
 _REDIAL_BASE_SECONDS: Final = 0.05
@@ -50,7 +52,7 @@ _SUPERVISOR: Final = "worker"
 
 
 class Attachment:
-    """The session. ``run`` is its whole life; the callbacks are called from it.
+    """The session. ``run`` is its whole life; the callbacks are called from it. ``on_sleep`` gets a level, None: wake.
 
     Attributes:
         lost_at: Monotonic time since when there is no session, None while there is one.
@@ -66,6 +68,7 @@ class Attachment:
         engine_load: Callable[[], EngineLoad],
         on_drain: Callable[[float], None],
         on_stop: Callable[[], None],
+        on_sleep: Callable[[int | None], None],
     ) -> None:
         self._spec = spec
         self._condition = condition
@@ -73,6 +76,7 @@ class Attachment:
         self._engine_load = engine_load
         self._on_drain = on_drain
         self._on_stop = on_stop
+        self._on_sleep = on_sleep
         self._changed = asyncio.Event()
         self._is_load_moving = False
         self._session_number = 0
@@ -136,19 +140,23 @@ class Attachment:
                 self._on_drain(_seconds(response.drain.timeout))
             case "stop":
                 self._on_stop()
+            case "sleep":
+                self._on_sleep(response.sleep.level)
+            case "wake":
+                self._on_sleep(None)
 
     async def _speak(self, welcomed: asyncio.Event, number: int) -> AsyncIterator[pb.AttachRequest]:
         """Yields hello, and after the welcome what changed, at most once in a report interval while ready."""
         condition = self._condition
-        phase_count, state = len(condition.phases), condition.state
+        phase_count, state, ready_count = len(condition.phases), condition.state, condition.ready_count
         yield pb.AttachRequest(hello=self._hello())
         await welcomed.wait()
         while number == self._session_number:
             for phase in condition.phases[phase_count:]:
                 yield pb.AttachRequest(progress=self._progress(phase))
             phase_count = len(condition.phases)
-            if condition.state is not state:
-                state = condition.state
+            if condition.state is not state or condition.ready_count != ready_count:
+                state, ready_count = condition.state, condition.ready_count
                 yield self._announce(state)
                 if state is State.FAILED:
                     condition.failure_told.set()
@@ -158,14 +166,14 @@ class Attachment:
             await self._wait_changed(number)
 
     async def _wait_changed(self, number: int) -> None:
-        """Waits for something worth a message at once; a load that only moves is told once in a while."""
+        """Waits for something worth a message at once; without any, a load is told once in a while."""
         while True:
             try:
                 async with asyncio.timeout(_LOAD_SECONDS):
                     await self._changed.wait()
             except TimeoutError:
-                if not self._is_load_moving:
-                    continue
+                # Also where nothing moved: the supervisor takes a ready replica that is silent for one that hangs.
+                pass
             # A session that is over leaves the mark for the next one.
             if number == self._session_number:
                 self._changed.clear()
@@ -187,6 +195,8 @@ class Attachment:
                 return pb.AttachRequest(ready=self._ready())
             case State.FAILED:
                 return pb.AttachRequest(failed=self._failure())
+            case State.ASLEEP:
+                return pb.AttachRequest(asleep=pb.ReplicaAsleep(left_bytes=self._condition.left_bytes))
             case _:
                 return pb.AttachRequest(progress=pb.ReplicaProgress(state=_STATES[state]))
 
@@ -207,6 +217,10 @@ class Attachment:
             memory_bytes=spec.memory_bytes,
             max_context_tokens=condition.max_context_tokens,
             load=self._load(),
+            device_ids=spec.device_ids,
+            memory_items=self._memory_items(),
+            can_sleep=condition.can_sleep,
+            wake_count=condition.wake_count,
         )
         replica.created_at.FromDatetime(spec.created_at.astimezone(UTC))
         if condition.state is State.FAILED:
@@ -218,7 +232,20 @@ class Attachment:
 
     def _ready(self) -> pb.ReplicaReady:
         condition = self._condition
-        return pb.ReplicaReady(address=condition.address, max_context_tokens=condition.max_context_tokens)
+        return pb.ReplicaReady(
+            address=condition.address,
+            max_context_tokens=condition.max_context_tokens,
+            can_sleep=condition.can_sleep,
+        )
+
+    def _memory_items(self) -> list[fleet.MemoryItem]:
+        items = [
+            fleet.MemoryItem(kind=fleet.MemoryKind.Value(f"MEMORY_KIND_{kind}"), size_bytes=size)
+            for kind, size in self._spec.memory_items.items()
+        ]
+        if self._condition.state is State.ASLEEP:
+            items.append(fleet.MemoryItem(kind=fleet.MEMORY_KIND_SLEEPING, size_bytes=self._condition.left_bytes))
+        return items
 
     def _load(self) -> fleet.ReplicaLoad:
         load = self._engine_load()
@@ -231,7 +258,10 @@ class Attachment:
 
     def _load_delta(self, changes: Changes) -> fleet.LoadDelta:
         delta = fleet.LoadDelta(replica_id=self._spec.replica_id, load=self._load())
-        delta.started.extend(fleet.RequestStarted(request_id=request_id) for request_id in changes.started)
+        wall_offset_ns = time.time_ns() - time.monotonic_ns()
+        for started in changes.started:
+            message = delta.started.add(request_id=started.request_id)
+            message.arrived_at.FromNanoseconds(round(started.arrived_at * 1e9) + wall_offset_ns)
         for finished in changes.finished:
             message = delta.finished.add(
                 request_id=finished.request_id,

@@ -6,12 +6,16 @@ from enum import Enum
 
 
 class State(Enum):
-    """loading → warming → ready → draining; failed from any. (fetching and stopped are the supervisor's to know.)"""
+    """loading → warming → ready → draining, and ready → asleep → waking → ready; failed from any.
+    (fetching and stopped are the supervisor's to know.)
+    """
 
     LOADING = "loading"
     WARMING = "warming"
     READY = "ready"
     DRAINING = "draining"
+    ASLEEP = "asleep"
+    WAKING = "waking"
     FAILED = "failed"
 
 
@@ -20,7 +24,8 @@ class Condition:
     """What the replica tells of itself. One event loop writes and reads it.
 
     ``phases`` are (name, seconds) in order, without gaps: each begins where the one before ended, so they add up to
-    the time from the request for the start to the end of the last.
+    the time from the request for the start to the end of the last. ``left_bytes`` is what a sleeping replica left on
+    its device, 0: not measured. ``ready_count`` grows when READY is to be told again.
     """
 
     pid: int
@@ -32,6 +37,10 @@ class Condition:
     phases: list[tuple[str, float]] = field(default_factory=list)
     failure_reason: str = ""
     failure_message: str = ""
+    can_sleep: bool = False
+    wake_count: int = 0
+    left_bytes: int = 0
+    ready_count: int = 0
     failure_told: asyncio.Event = field(default_factory=asyncio.Event)
     _phase_began_at: float = 0.0
 

@@ -52,6 +52,7 @@ class CallGate:
         self._ledger = ledger
         self._on_change = on_change
         self._is_draining = False
+        self._is_paused = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -70,17 +71,33 @@ class CallGate:
             return False
         return True
 
+    async def pause(self, timeout_seconds: float) -> bool:
+        """Refuses new calls until ``resume`` and waits for running ones; returns whether all of them ended in time."""
+        self._is_paused = True
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def resume(self) -> None:
+        """Lets calls in again after ``pause``."""
+        self._is_paused = False
+
     @contextmanager
     def admit(self, context: Any, operation: str) -> Iterator[Call]:
         """Lets a call in, or raises; its account is closed when the block is left, however it is left.
 
         Raises:
             Draining: The replica takes nothing new.
-            NoReadyReplica: The pick was made for another revision.
+            NoReadyReplica: The replica sleeps, or the pick was made for another revision.
         """
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         if self._is_draining:
             raise Draining("this replica is draining; another one answers", retry_after_seconds=_DRAINING_RETRY_SECONDS)
+        if self._is_paused:
+            raise NoReadyReplica("this replica is asleep", retry_after_seconds=_DRAINING_RETRY_SECONDS)
         revision = metadata.get(ROUTE_REVISION_HEADER)
         if revision is not None and revision != self._revision:
             raise NoReadyReplica(

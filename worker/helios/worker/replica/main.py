@@ -28,6 +28,7 @@ from helios.worker.replica.gate import CallGate
 from helios.worker.replica.inference_servicer import InferenceServicer
 from helios.worker.replica.ledger import RequestLedger
 from helios.worker.replica.openai_servicer import OpenAIServicer
+from helios.worker.replica.sleeping import Sleeping
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.replica.start import EngineStart
 
@@ -62,6 +63,7 @@ class _Replica:
         self._spec = spec
         self._start = start
         self._engine: Engine | None = None
+        self._sleeping: Sleeping | None = None
         self._condition = Condition(os.getpid(), _own_start_ticks(), requested_at)
         self._condition.end_phase("fork", forked_at)
         self._ledger = RequestLedger()
@@ -73,6 +75,7 @@ class _Replica:
             engine_load=lambda: self._engine.load() if self._engine else EngineLoad(),
             on_drain=lambda seconds: self._end(Ending("told to drain", seconds)),
             on_stop=lambda: self._end(Ending("told to stop", None)),
+            on_sleep=self._order_sleep,
         )
 
     async def run(self) -> bool:
@@ -108,7 +111,8 @@ class _Replica:
         self._start.on_load = self._attachment.note_load
         async with self._server(engine, gate) as server, self._ops() as ops_address:
             self._become_ready(server.address, ops_address, engine)
-            ending = await self._ending
+            self._sleeping = Sleeping(engine, gate, self._condition, on_change=self._attachment.wake, fail=self._fail)
+            ending = await self._run_until_end(self._sleeping)
             if ending.drain_seconds is not None and ending.is_clean:
                 self._condition.state = State.DRAINING
                 self._attachment.wake()
@@ -117,6 +121,21 @@ class _Replica:
                 log.info("replica drained", is_idle=is_idle, running_count=self._ledger.running_count)
             return ending
 
+    async def _run_until_end(self, sleeping: Sleeping) -> Ending:
+        async with asyncio.TaskGroup() as group:
+            orders = group.create_task(sleeping.run(), name="sleep and wake")
+            ending = await self._ending
+            orders.cancel()
+        return ending
+
+    def _order_sleep(self, level: int | None) -> None:
+        if self._sleeping is None:
+            return
+        if level is None:
+            self._sleeping.order_wake()
+        else:
+            self._sleeping.order_sleep(level)
+
     def _server(self, engine: Engine, gate: CallGate) -> MeshServer:
         spec = self._spec
         server = MeshServer(
@@ -124,7 +143,7 @@ class _Replica:
             identity=IdentityFiles(Path(spec.identity_directory)) if spec.identity_directory else None,
             policy={OPENAI_SERVICE: _CALLERS, INFERENCE_SERVICE: _CALLERS},
             # The gate has drained by then; what still runs is over its time.
-            options=ServerOptions(drain_seconds=0.0),
+            options=ServerOptions(drain_seconds=0.0, transport="http2"),
         )
         openai_service_pb2_grpc.add_OpenAIServiceServicer_to_server(OpenAIServicer(engine, gate), server.grpc)
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
@@ -162,6 +181,7 @@ class _Replica:
     def _become_ready(self, address: str, ops_address: str, engine: Engine) -> None:
         condition = self._condition
         condition.address, condition.max_context_tokens = address, engine.facts.max_context_tokens
+        condition.can_sleep = engine.facts.can_sleep
         bind_threads(self._spec.placement.api_cores)
         condition.end_phase("serve", time.monotonic())
         condition.state = State.READY

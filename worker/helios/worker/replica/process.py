@@ -29,6 +29,11 @@ def preload(engine: str) -> None:
     importlib.import_module("helios.worker.replica.main")
 
 
+def prepare(spec: ReplicaSpec) -> None:
+    """Does in the launcher what the next replica of a model will not have to do; engines need not know how."""
+    getattr(engine_module(spec.engine), "prepare", lambda _: None)(spec)
+
+
 def run(spec: ReplicaSpec, requested_ns: int) -> None:
     """Lives as a replica; returns when it was told to end, raises SystemExit when it failed.
 
@@ -46,6 +51,9 @@ def run(spec: ReplicaSpec, requested_ns: int) -> None:
     gc.enable()
     make_scratch(os.getpid())
     Lifeline()
+    if spec.device_uuids:
+        # Before anything touches CUDA, which reads it once. By uuid: a MIG slice has no number.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(spec.device_uuids)  # noqa: TID251
     start = EngineStart(spec)
     start.run_until_forked()
     main = importlib.import_module("helios.worker.replica.main")

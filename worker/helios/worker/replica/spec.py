@@ -38,6 +38,9 @@ class ReplicaSpec:
         max_context_tokens: Longest prompt plus answer; 0: the model's own limit, cut to what the KV cache holds.
         memory_bytes: Memory booked for it on its device; reported back in hellos so that a ledger can be rebuilt.
         lease_id: Lease of its weights at the storage agent.
+        device_ids: Devices that it runs on; reported back in hellos.
+        device_uuids: Of these, those that CUDA_VISIBLE_DEVICES is to name; empty for a CPU.
+        memory_items: What ``memory_bytes`` is made of, by kind; reported back in hellos.
         host: Address its gRPC server binds, without the port.
         port: Port of its gRPC server; 0 lets the kernel choose.
         supervisor_address: gRPC target of the supervisor's socket, such as ``unix:/run/…``; empty for none (tests).
@@ -50,6 +53,8 @@ class ReplicaSpec:
         drain_seconds: How long running requests may go on when nobody says otherwise (SIGTERM, orphaned).
         orphan_seconds: How long it lives on without its supervisor, until the supervisor's welcome says otherwise.
         traceparent: W3C trace context of the request that asked for the start; empty for none.
+        asked_at: When its fork was asked for, on the node's monotonic clock, where its own phases begin; 0: when the
+            launcher is told.
         otlp_endpoint: Where spans go; empty for nowhere.
         ops_listen: Address of /metrics, /healthz and /readyz; port 0 lets the kernel choose, and the log says which.
             Empty for none.
@@ -69,6 +74,9 @@ class ReplicaSpec:
     max_context_tokens: int = 0
     memory_bytes: int = 0
     lease_id: str = ""
+    device_ids: tuple[str, ...] = ()
+    device_uuids: tuple[str, ...] = ()
+    memory_items: Mapping[str, int] = field(default_factory=dict)
     host: str = "127.0.0.1"
     port: int = 0
     supervisor_address: str = ""
@@ -80,6 +88,7 @@ class ReplicaSpec:
     drain_seconds: float = 30.0
     orphan_seconds: float = 60.0
     traceparent: str = ""
+    asked_at: float = 0.0
     otlp_endpoint: str = ""
     ops_listen: str = "127.0.0.1:0"
     log_level: str = "info"
@@ -101,7 +110,8 @@ class ReplicaSpec:
         try:
             values = dict(document)
             values["created_at"] = datetime.fromisoformat(values["created_at"])
-            values["served_names"] = tuple(values["served_names"])
+            for name in ("served_names", "device_ids", "device_uuids"):
+                values[name] = tuple(values[name])
             values["settings"] = EngineSettings.from_document(values["settings"])
             cores = values["placement"]
             values["placement"] = Placement(tuple(cores["engine_cores"]), tuple(cores["api_cores"]))

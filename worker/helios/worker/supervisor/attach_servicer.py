@@ -33,6 +33,8 @@ log = structlog.get_logger()
 
 # Welcome, drains and a stop: a replica that leaves this many unread is hung, and the kill at its deadline settles it.
 _LINK_CAPACITY: Final = 16
+# Weights are dropped, not copied: they lie in the node's shared blobs anyway, and host memory holds other models.
+SLEEP_LEVEL: Final = 2
 
 
 class Attachments(Protocol):
@@ -72,6 +74,14 @@ class ReplicaLink:
     def drain(self, timeout_seconds: float) -> None:
         """Asks the replica to finish and exit."""
         self._put(pb.AttachResponse(drain=pb.ReplicaDrain(timeout=seconds_to_proto(timeout_seconds))))
+
+    def sleep(self) -> None:
+        """Asks the replica to take weights and KV cache off its device."""
+        self._put(pb.AttachResponse(sleep=pb.ReplicaSleep(level=SLEEP_LEVEL)))
+
+    def wake(self) -> None:
+        """Asks the replica to come back."""
+        self._put(pb.AttachResponse(wake=pb.ReplicaWake()))
 
     def close(self, error: HeliosError | None = None) -> None:
         """Ends the stream after what was said before, with ``error`` where there is one. Idempotent."""
@@ -153,8 +163,11 @@ class AttachServicer(SupervisorServiceServicer):
                 event = life_events.Progressed(state_from_proto(progress.state), phase)
                 self._replicas.report(replica_id, link, event)
             case "ready":
-                ready = life_events.BecameReady(request.ready.address, request.ready.max_context_tokens)
+                said = request.ready
+                ready = life_events.BecameReady(said.address, said.max_context_tokens, said.can_sleep)
                 self._replicas.report(replica_id, link, ready)
+            case "asleep":
+                self._replicas.report(replica_id, link, life_events.FellAsleep(request.asleep.left_bytes))
             case "failed":
                 failed = life_events.ReportedFailure(failure_from_proto(request.failed))
                 self._replicas.report(replica_id, link, failed)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from helios.mesh.errors import HeliosError, InvalidRequest
-from helios.worker.supervisor.records import MemoryItem
 from helios.worker.replica.settings import EngineSettings
+from helios.worker.supervisor.records import MemoryItem
 
 # A proxy repeats within seconds; at a thousand commands a second this still remembers four.
 DEFAULT_CAPACITY: Final = 4096
@@ -21,7 +21,8 @@ DEFAULT_CAPACITY: Final = 4096
 class Start:
     """Start a replica. ``engine`` empty and the numbers 0: the worker's defaults. ``options`` are the engine's.
 
-    ``served_names`` are the model's other names.
+    ``served_names`` are the model's other names. ``requested_at`` (seconds since the epoch) and ``traceparent`` are of
+    the request that asked; 0 and empty: none did.
     """
 
     replica_id: str
@@ -37,6 +38,8 @@ class Start:
     memory_items: tuple[MemoryItem, ...] = ()
     device_ids: tuple[str, ...] = ()
     device_count: int = 1
+    requested_at: float = 0.0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from helios.worker.supervisor.outbox import DEFAULT_CAPACITY, Outbox, ReplicaEvent
-from helios.worker.supervisor.records import LoadDelta, ReplicaView, WorkerView
+from helios.worker.supervisor.outbox import DEFAULT_CAPACITY, Outbox, ReplicaEvent, StagedEvent
+from helios.worker.supervisor.records import DeviceMeasure, LoadDelta, ReplicaView, StagedView, WorkerView
 
 
 class FleetFeed:
@@ -36,6 +36,18 @@ class FleetFeed:
         event = ReplicaEvent(self._sequence, view)
         for outbox in self._outboxes:
             outbox.put_event(event)
+
+    def publish_staged(self, view: StagedView) -> None:
+        """Tells every session of a changed staged revision."""
+        self._sequence += 1
+        event = StagedEvent(self._sequence, view)
+        for outbox in self._outboxes:
+            outbox.put_staged(event)
+
+    def report_device(self, measure: DeviceMeasure, booked_bytes: int) -> None:
+        """Tells every session what was measured of a device."""
+        for outbox in self._outboxes:
+            outbox.put_device(measure, booked_bytes)
 
     def report(self, delta: LoadDelta) -> None:
         """Tells every session of a changed load."""

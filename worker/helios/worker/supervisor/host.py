@@ -16,22 +16,38 @@ from helios.worker.supervisor.records import Device, DeviceKind
 CPU_DEVICE: Final = "cpu:0"
 # The rest is for the page cache that holds the weights (replicas map them), the storage agent and everybody else.
 REPLICA_SHARE: Final = 0.6
+# Half of that rest: weights that are in use, and everybody else, need the other half.
+STAGING_SHARE: Final = 0.2
 # Below the ephemeral range, so that no outgoing connection takes the port between the choice and the replica's bind.
 _LOWEST_PORT: Final = 20_000
 _TRIES: Final = 64
 
 
-def cpu_device(memory_bytes: int | None) -> Device:
+def cpu_device(
+    memory_bytes: int | None, *, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
+) -> Device:
     """Returns the host as a device. ``memory_bytes`` None: 60 % of what this process may use."""
     if memory_bytes is None:
-        memory_bytes = int(usable_memory_bytes() * REPLICA_SHARE)
+        memory_bytes = int(usable_memory_bytes(proc, cgroups) * REPLICA_SHARE)
     return Device(CPU_DEVICE, DeviceKind.CPU, memory_bytes)
 
 
 def usable_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Returns the machine's memory, or the lowest limit of the cgroups above this process where that is less."""
-    total = _total_memory_bytes(proc / "meminfo")
+    total = _meminfo_bytes(proc / "meminfo", "MemTotal:")
     return min([total, *_cgroup_limits(proc / "self/cgroup", cgroups)])
+
+
+def staging_memory_bytes(memory_bytes: int | None) -> int:
+    """Returns what staged revisions may take. None: a fifth of what this process may use."""
+    return int(usable_memory_bytes() * STAGING_SHARE) if memory_bytes is None else memory_bytes
+
+
+def used_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Returns what is used of ``usable_memory_bytes`` and can't be had by dropping caches."""
+    limit = usable_memory_bytes(proc, cgroups)
+    free = _meminfo_bytes(proc / "meminfo", "MemAvailable:")
+    return max(0, limit - min(free, limit))
 
 
 def pick_free_port(host: str, taken: frozenset[int], seed: int | None = None) -> int:
@@ -68,9 +84,9 @@ def _first_ephemeral_port() -> int:
     return first if first > _LOWEST_PORT + 1000 else 61_000
 
 
-def _total_memory_bytes(meminfo: Path) -> int:
+def _meminfo_bytes(meminfo: Path, name: str) -> int:
     for line in meminfo.read_text().splitlines():
-        if line.startswith("MemTotal:"):
+        if line.startswith(name):
             return int(line.split()[1]) * 1024
     raise Unavailable(f"{meminfo} does not say how much memory there is", reason="NO_MEMTOTAL")
 

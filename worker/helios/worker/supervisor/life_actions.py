@@ -14,11 +14,15 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Have the launcher fork a process on these weights before ``deadline`` (same clock as ``now``)."""
+    """Have the launcher fork a process on these weights before ``deadline`` (same clock as ``now``).
+
+    ``asked_at`` is where the replica's own phases begin, on the same clock.
+    """
 
     path: str
     lease_id: str
     deadline: float
+    asked_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,28 @@ class SendDrain:
     """Tell the replica to drain; nothing where it is not attached (its next hello repeats this action)."""
 
     timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SendSleep:
+    """Tell the replica to sleep; nothing where it is not attached (its next hello repeats this action)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendWake:
+    """Tell the replica to wake; nothing where it is not attached (its next hello repeats this action)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shrink:
+    """Book only what a sleeping replica leaves on its devices."""
+
+    left_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Regrow:
+    """Book all of its memory again, as a fact: it is awake, whatever it was believed to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,4 +83,17 @@ class Publish:
     """The view changed."""
 
 
-Action = Fetch | Fork | Watch | SendDrain | KillTree | ReleaseWeights | Free | Publish
+Action = (
+    Fetch
+    | Fork
+    | Watch
+    | SendDrain
+    | SendSleep
+    | SendWake
+    | Shrink
+    | Regrow
+    | KillTree
+    | ReleaseWeights
+    | Free
+    | Publish
+)

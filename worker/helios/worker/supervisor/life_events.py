@@ -48,6 +48,9 @@ class Attached:
     address: str = ""
     max_context_tokens: int = 0
     phases: tuple[PhaseTiming, ...] = ()
+    can_sleep: bool = False
+    left_bytes: int = 0
+    """Device memory that a sleeping replica still holds; 0: not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,26 @@ class BecameReady:
 
     address: str
     max_context_tokens: int
+    can_sleep: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SleepRequested:
+    """Take weights and KV cache off the device. ``left_bytes``: booked while it sleeps where it measures nothing."""
+
+    left_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FellAsleep:
+    """Weights and KV cache are off the device; 0: what is left was not measured."""
+
+    left_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WakeRequested:
+    """Come back; the memory is booked again already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +120,14 @@ class StopRequested:
 
 @dataclass(frozen=True, slots=True)
 class TreeGone:
-    """No process of the replica's tree is left."""
+    """No process of the replica's tree is left; ``last_lines`` ended its log."""
+
+    last_lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """The replica said something: it is alive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +144,14 @@ Event = (
     | Attached
     | Progressed
     | BecameReady
+    | SleepRequested
+    | FellAsleep
+    | WakeRequested
     | ReportedFailure
     | ProcessExited
     | DrainRequested
     | StopRequested
     | TreeGone
+    | Heard
     | Tick
 )

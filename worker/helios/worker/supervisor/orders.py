@@ -1,14 +1,15 @@
 """What a worker goes by, and how a start becomes an order or is refused. Pure."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from helios.mesh.errors import InvalidRequest
+from helios.mesh.errors import InvalidRequest, PreconditionFailed
 from helios.worker.replica.engines import split_engine
 from helios.worker.supervisor.commands import Start
-from helios.worker.supervisor.records import Order
+from helios.worker.supervisor.records import Device, DeviceKind, Order, ReplicaState, ReplicaView
 from helios.worker.supervisor.replica_machine import Limits
 
 _REVISION: Final = re.compile(r"sha256:[0-9a-f]{64}")
@@ -28,7 +29,6 @@ class Rules:
         lease_ttl_seconds: How long weights stay leased when this process dies.
         sleep_left_bytes: Booked on each device of a replica that sleeps, where it can't measure what it leaves behind.
         sleep_cycle_limit: How often a replica may wake; then it is replaced instead.
-        telemetry_seconds: How often devices and replicas are measured.
     """
 
     worker_id: str
@@ -44,7 +44,6 @@ class Rules:
     limits: Limits
     sleep_left_bytes: int = 1 << 30
     sleep_cycle_limit: int = 20
-    telemetry_seconds: float = 2.0
     default_engine: str = ""
 
 
@@ -79,4 +78,29 @@ def order_of(start: Start, rules: Rules, now: datetime) -> Order:
         memory_items=start.memory_items,
         device_ids=start.device_ids,
         device_count=len(start.device_ids) or max(1, start.device_count),
+        requested_at=start.requested_at,
+        traceparent=start.traceparent,
     )
+
+
+def check_sleep(view: ReplicaView, devices: Sequence[Device | None], rules: Rules) -> None:
+    """Checks that a replica may go to sleep.
+
+    Raises:
+        PreconditionFailed: SLEEP_UNSUPPORTED, REPLICA_NOT_READY, REPLICA_BUSY, SLEEP_CYCLES_USED_UP.
+    """
+    if view.state is not ReplicaState.READY:
+        message = f"replica {view.replica_id} is {view.state.value.lower()}; only a ready one can be put to sleep"
+        raise PreconditionFailed(message, reason="REPLICA_NOT_READY")
+    if not view.can_sleep:
+        is_cpu = any(device is not None and device.kind is DeviceKind.CPU for device in devices)
+        why = "it runs on a CPU, which has no device memory to leave" if is_cpu else f"engine {view.order.engine} can't"
+        message = (
+            f"replica {view.replica_id} can't sleep: {why}; stage the model instead (weights in memory, no process)"
+        )
+        raise PreconditionFailed(message, reason="SLEEP_UNSUPPORTED")
+    if view.load.running_requests or view.load.waiting_requests:
+        raise PreconditionFailed(f"replica {view.replica_id} has requests", reason="REPLICA_BUSY")
+    if view.wake_count >= rules.sleep_cycle_limit:
+        message = f"replica {view.replica_id} woke {view.wake_count} times; it is to be replaced by a new one"
+        raise PreconditionFailed(message, reason="SLEEP_CYCLES_USED_UP")

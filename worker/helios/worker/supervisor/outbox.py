@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from helios.worker.supervisor.commands import Ack
-from helios.worker.supervisor.records import LoadDelta, ReplicaView
+from helios.worker.supervisor.records import DeviceMeasure, LoadDelta, ReplicaView, StagedView
 
 # A slow proxy costs at most some hundred KiB; a proxy that reads at all never gets near it.
 DEFAULT_CAPACITY: Final = 4096
@@ -26,13 +26,22 @@ class ReplicaEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class StagedEvent:
+    """A staged revision changed."""
+
+    sequence: int
+    view: StagedView
+
+
+@dataclass(frozen=True, slots=True)
 class LoadReport:
-    """Loads changed; one delta a replica."""
+    """Loads changed, one delta a replica; and devices were measured, each with what is booked on it."""
 
     deltas: tuple[LoadDelta, ...]
+    devices: tuple[tuple[DeviceMeasure, int], ...] = ()
 
 
-Outgoing = ReplicaEvent | Ack | LoadReport
+Outgoing = ReplicaEvent | StagedEvent | Ack | LoadReport
 
 
 class Outbox:
@@ -49,6 +58,7 @@ class Outbox:
         self._capacity = capacity
         self._queue: deque[Outgoing] = deque()
         self._deltas: dict[str, LoadDelta] = {}
+        self._devices: dict[str, tuple[DeviceMeasure, int]] = {}
         self._request_count = 0
         self._is_urgent = False
         self.is_overflowed = False
@@ -65,6 +75,16 @@ class Outbox:
             self._queue.append(LoadReport((last,)))
         self._put(event)
 
+    def put_staged(self, event: StagedEvent) -> None:
+        """Takes a change of a staged revision."""
+        self._put(event)
+
+    def put_device(self, measure: DeviceMeasure, booked_bytes: int) -> None:
+        """Takes what was measured of a device; an older measure of it that still waits is worth nothing."""
+        if not self.is_overflowed:
+            self._devices[measure.device_id] = (measure, booked_bytes)
+            self._wake(self)
+
     def put_ack(self, ack: Ack) -> None:
         """Takes an answer."""
         self._put(ack)
@@ -74,7 +94,10 @@ class Outbox:
         waiting = self._deltas.get(delta.replica_id)
         if waiting is not None:
             delta = replace(
-                delta, started=(*waiting.started, *delta.started), finished=(*waiting.finished, *delta.finished)
+                delta,
+                started=(*waiting.started, *delta.started),
+                finished=(*waiting.finished, *delta.finished),
+                arrivals=(*waiting.arrivals, *delta.arrivals),
             )
             self._request_count -= len(waiting.started) + len(waiting.finished)
         self._deltas[delta.replica_id] = delta
@@ -87,8 +110,8 @@ class Outbox:
         """Empties the box and returns what is to be sent now; loads only when due, or when a request ended."""
         messages = list(self._queue)
         self._queue.clear()
-        if self._deltas and (is_load_due or self._is_urgent):
-            messages.append(LoadReport(tuple(self._deltas.values())))
+        if self.has_load and (is_load_due or self._is_urgent):
+            messages.append(LoadReport(tuple(self._deltas.values()), tuple(self._devices.values())))
             self._drop_deltas()
         return messages
 
@@ -100,7 +123,7 @@ class Outbox:
     @property
     def has_load(self) -> bool:
         """Whether loads wait."""
-        return bool(self._deltas)
+        return bool(self._deltas) or bool(self._devices)
 
     def _put(self, message: Outgoing) -> None:
         if self.is_overflowed:
@@ -117,5 +140,6 @@ class Outbox:
 
     def _drop_deltas(self) -> None:
         self._deltas.clear()
+        self._devices.clear()
         self._request_count = 0
         self._is_urgent = False

@@ -112,12 +112,16 @@ class FinishedRequest:
 
 @dataclass(frozen=True, slots=True)
 class LoadDelta:
-    """What changed at a replica since the last delta of the same replica."""
+    """What changed at a replica since the last delta of the same replica.
+
+    ``arrivals`` says of requests that started when they arrived, in seconds since the epoch.
+    """
 
     replica_id: str
     load: Load
     started: tuple[str, ...] = ()
     finished: tuple[FinishedRequest, ...] = ()
+    arrivals: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,8 @@ class Order:
     """What was asked for: all that the life of a replica begins with.
 
     ``max_context_tokens`` 0: the model's own. ``options`` are the engine's, by name; ``settings`` and ``served_names``
-    (the model's other names) are needed until the replica is forked, and not known of one that was taken over.
+    (the model's other names) are needed until the replica is forked, and not known of one that was taken over. ``requested_at`` (seconds since the
+    epoch; 0: nobody) and ``traceparent`` are of the request that asked for it.
     """
 
     replica_id: str
@@ -146,6 +151,8 @@ class Order:
     """Devices that were asked for; empty: any."""
     device_count: int = 1
     """How many devices it runs on, each with an equal share."""
+    requested_at: float = 0.0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,19 @@ from typing import Any, Final
 
 import structlog
 
-from helios.worker.supervisor.records import Order, PhaseTiming, ProcessIdentity, ReplicaState, ReplicaView
+from helios.worker.supervisor.records import (
+    MemoryItem,
+    MemoryKind,
+    Order,
+    PhaseTiming,
+    ProcessIdentity,
+    ReplicaState,
+    ReplicaView,
+)
 
 log = structlog.get_logger()
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,7 @@ def _to_json(replica: ListedReplica) -> dict[str, Any]:
     order = {**asdict(view.order), "created_at": view.order.created_at.isoformat()}
     # Of use only for a fork, and a replica with a process was forked.
     del order["settings"], order["served_names"]
+    order["memory_items"] = [(item.kind.value, item.size_bytes) for item in view.order.memory_items]
     return {
         "order": order,
         "state": view.state.value,
@@ -97,6 +106,8 @@ def _to_json(replica: ListedReplica) -> dict[str, Any]:
 def _from_json(entry: dict[str, Any]) -> ListedReplica:
     order = dict(entry["order"])
     order["created_at"] = datetime.fromisoformat(order["created_at"])
+    order["memory_items"] = tuple(MemoryItem(MemoryKind(kind), size) for kind, size in order["memory_items"])
+    order["device_ids"] = tuple(order["device_ids"])
     view = ReplicaView(
         order=Order(**order),
         state=ReplicaState(entry["state"]),

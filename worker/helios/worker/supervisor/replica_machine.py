@@ -19,8 +19,12 @@ from helios.worker.supervisor.life_actions import (
     Free,
     KillTree,
     Publish,
+    Regrow,
     ReleaseWeights,
     SendDrain,
+    SendSleep,
+    SendWake,
+    Shrink,
     Watch,
 )
 from helios.worker.supervisor.life_events import (
@@ -29,14 +33,18 @@ from helios.worker.supervisor.life_events import (
     Begin,
     DrainRequested,
     Event,
+    FellAsleep,
     Forked,
     ForkFailed,
+    Heard,
     ProcessExited,
     Progressed,
     ReportedFailure,
+    SleepRequested,
     StopRequested,
     Tick,
     TreeGone,
+    WakeRequested,
     WeightsFailed,
     WeightsReady,
 )
@@ -52,10 +60,13 @@ START_TIMEOUT: Final = "START_TIMEOUT"
 FETCH_TIMEOUT: Final = "FETCH_TIMEOUT"
 REPLICA_DIED: Final = "REPLICA_DIED"
 REPLICA_LOST: Final = "REPLICA_LOST"
+REPLICA_HUNG: Final = "REPLICA_HUNG"
+SLEEP_TIMEOUT: Final = "SLEEP_TIMEOUT"
+WAKE_TIMEOUT: Final = "WAKE_TIMEOUT"
 
 
 class Stage(enum.Enum):
-    """Where a replica is for the supervisor: the contract's states, and ENDING while its tree is being killed."""
+    """Where a replica is for the supervisor: the contract's states, FALLING_ASLEEP, and ENDING while it is killed."""
 
     PENDING = enum.auto()
     FETCHING = enum.auto()
@@ -63,6 +74,9 @@ class Stage(enum.Enum):
     WARMING = enum.auto()
     READY = enum.auto()
     DRAINING = enum.auto()
+    FALLING_ASLEEP = enum.auto()
+    ASLEEP = enum.auto()
+    WAKING = enum.auto()
     ENDING = enum.auto()
     STOPPED = enum.auto()
     FAILED = enum.auto()
@@ -70,7 +84,10 @@ class Stage(enum.Enum):
     @property
     def shown(self) -> ReplicaState:
         """The state that others see."""
-        return ReplicaState.DRAINING if self is Stage.ENDING else ReplicaState[self.name]
+        return _SHOWN_AS.get(self.name) or ReplicaState[self.name]
+
+
+_SHOWN_AS: Final = {"ENDING": ReplicaState.DRAINING, "FALLING_ASLEEP": ReplicaState.ASLEEP}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +100,37 @@ class Limits:
         drain_seconds: For a replica that drains on its own account.
         drain_grace_seconds: Given to a replica on top of its drain timeout, to cut off what is left and to exit by
             itself.
+        sleep_seconds: Until weights and KV cache are off the device.
+        wake_seconds: Until a sleeping replica is ready again.
+        silence_seconds: How long a ready replica may say nothing before it counts as hung; 0: for ever.
     """
 
     fetch_seconds: float
     start_seconds: float
     drain_seconds: float
     drain_grace_seconds: float
+    sleep_seconds: float = 60.0
+    wake_seconds: float = 60.0
+    silence_seconds: float = 0.0
 
 
+# A deadline that is seen this late says that the supervisor itself stood still, and what the replica said meanwhile has
+# yet to be read.
+_LATE_SECONDS: Final = 1.0
+# Shorter gaps are what reading a clock twice costs.
+_GAP_SECONDS: Final = 0.0005
+# Phases that begin before the fork was asked for.
+_BEFORE_FORK: Final = frozenset({"schedule", "fetch"})
 _STARTING: Final = (Stage.LOADING, Stage.WARMING)
-_RUNNING: Final = (Stage.LOADING, Stage.WARMING, Stage.READY, Stage.DRAINING)
+_IN_BED: Final = (Stage.FALLING_ASLEEP, Stage.ASLEEP, Stage.WAKING)
+_RUNNING: Final = (Stage.LOADING, Stage.WARMING, Stage.READY, Stage.DRAINING, *_IN_BED)
 _REPORTABLE: Final = {
     ReplicaState.LOADING: Stage.LOADING,
     ReplicaState.WARMING: Stage.WARMING,
     ReplicaState.READY: Stage.READY,
     ReplicaState.DRAINING: Stage.DRAINING,
+    ReplicaState.ASLEEP: Stage.ASLEEP,
+    ReplicaState.WAKING: Stage.WAKING,
 }
 
 
@@ -118,7 +151,18 @@ class ReplicaMachine:
     | READY | DrainRequested | DRAINING | SendDrain |
     | READY | Progressed to DRAINING (it was sent a signal, or had no supervisor for too long) | DRAINING | |
     | DRAINING | Attached, DrainRequested | DRAINING | SendDrain |
+    | READY | SleepRequested | FALLING_ASLEEP | SendSleep |
+    | FALLING_ASLEEP | FellAsleep, Attached asleep | ASLEEP | Shrink |
+    | FALLING_ASLEEP | WakeRequested | the same, and WAKING as soon as it sleeps | SendWake then, and no Shrink |
+    | FALLING_ASLEEP, WAKING | Attached, having missed its order | the same | SendSleep, SendWake |
+    | FALLING_ASLEEP | BecameReady (it has requests after all) | READY | |
+    | ASLEEP | WakeRequested | WAKING | SendWake |
+    | ASLEEP | Attached awake (the order of a supervisor that died) | WAKING, READY | Regrow |
+    | WAKING | BecameReady, Attached ready | READY | |
+    | FALLING_ASLEEP, ASLEEP, WAKING | DrainRequested | ENDING | KillTree |
     | LOADING, WARMING | DrainRequested | ENDING | KillTree, if there is a process |
+    | READY | Heard | the same, and silence counts anew | |
+    | READY | Tick, silent for too long | ENDING | KillTree |
     | LOADING … DRAINING | StopRequested, ReportedFailure, ProcessExited, the deadline | ENDING | KillTree, if … |
     | ENDING without a process | Forked | ENDING | KillTree |
     | ENDING without a process | ForkFailed | STOPPED, FAILED | ReleaseWeights, Free |
@@ -137,6 +181,10 @@ class ReplicaMachine:
         self._overdue: Failure | None = None
         self._drain_deadline = 0.0
         self._fetching_since = 0.0
+        self._fork_asked_at: float | None = None
+        self._heard_at: float | None = None
+        self._left_bytes = 0
+        self._is_wake_wanted = False
 
     @classmethod
     def returning(cls, view: ReplicaView, limits: Limits, *, return_by: float) -> "ReplicaMachine":
@@ -167,7 +215,8 @@ class ReplicaMachine:
     @property
     def deadline(self) -> float | None:
         """When a Tick is due; None: never."""
-        return self._deadline
+        due = [at for at in (self._deadline, self._silent_at) if at is not None]
+        return min(due, default=None)
 
     @property
     def is_awaited(self) -> bool:
@@ -181,6 +230,8 @@ class ReplicaMachine:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Takes an event at ``now`` (seconds of a monotonic clock) and returns what to do, in order."""
+        if isinstance(event, Attached | Progressed | BecameReady | Heard):
+            self._heard_at = now
         match event:
             case Begin():
                 return self._begin(now)
@@ -192,26 +243,48 @@ class ReplicaMachine:
                 return self._on_attached(event, now)
             case Progressed() | BecameReady():
                 return self._on_progress(event, now)
+            case SleepRequested() | FellAsleep() | WakeRequested():
+                return self._on_sleep(event, now)
             case DrainRequested(timeout_seconds):
                 return self._on_drain(timeout_seconds, now)
-            case StopRequested():
-                return self._end(None)
-            case ReportedFailure(failure):
-                return self._end(failure) if self._stage in _RUNNING else []
+            case StopRequested() | ReportedFailure():
+                return self._on_end(event)
             case ProcessExited(status):
                 return self._on_exit(status)
-            case TreeGone():
+            case TreeGone(last_lines):
                 # Without a process nothing was killed: the fork is still under way.
                 is_killed = self._stage is Stage.ENDING and self._view.process is not None
-                return self._finish() if is_killed else []
+                return self._finish(last_lines) if is_killed else []
+            case Heard():
+                return []
             case Tick():
-                is_due = self._deadline is not None and now >= self._deadline
-                return self._end(self._overdue) if is_due else []
+                return self._on_tick(now)
+
+    @property
+    def _silent_at(self) -> float | None:
+        is_watched = self._stage is Stage.READY and self._limits.silence_seconds > 0 and not self.is_awaited
+        return self._heard_at + self._limits.silence_seconds if is_watched and self._heard_at is not None else None
+
+    def _on_tick(self, now: float) -> list[Action]:
+        if self._deadline is not None and now >= self._deadline:
+            return self._end(self._overdue)
+        silent_at = self._silent_at
+        if silent_at is None or now < silent_at:
+            return []
+        if now - silent_at > _LATE_SECONDS:
+            self._heard_at = now
+            return []
+        return self._end(Failure(REPLICA_HUNG, f"the replica said nothing for {self._limits.silence_seconds:g} s"))
 
     def _begin(self, now: float) -> list[Action]:
         if self._stage is not Stage.PENDING:
             return []
         self._fetching_since = now
+        order = self._view.order
+        if order.requested_at:
+            # Two clocks, the requesting proxy's and this node's: less than nothing says that they differ.
+            schedule = max(0.0, order.created_at.timestamp() - order.requested_at)
+            self._add_phases([PhaseTiming("schedule", schedule)])
         self._set_deadline(
             now + self._limits.fetch_seconds,
             Failure(FETCH_TIMEOUT, f"the weights were not on the node after {self._limits.fetch_seconds:g} s"),
@@ -230,7 +303,8 @@ class ReplicaMachine:
         self._set_start_deadline(now)
         self._view = replace(self._view, lease_id=event.lease_id)
         self._add_phases([PhaseTiming("fetch", now - self._fetching_since)])
-        return [Fork(event.path, event.lease_id, deadline), *self._enter(Stage.LOADING)]
+        self._fork_asked_at = now
+        return [Fork(event.path, event.lease_id, deadline, now), *self._enter(Stage.LOADING)]
 
     def _on_fork(self, event: Forked | ForkFailed) -> list[Action]:
         if self._stage not in (*_STARTING, Stage.ENDING) or self._view.process is not None:
@@ -254,12 +328,21 @@ class ReplicaMachine:
             actions.append(Watch(event.process))
         self._add_phases(event.phases)
         if event.address:
-            self._view = replace(self._view, address=event.address, max_context_tokens=event.max_context_tokens)
+            self._view = replace(
+                self._view,
+                address=event.address,
+                max_context_tokens=event.max_context_tokens,
+                can_sleep=event.can_sleep,
+            )
         if self._stage is Stage.DRAINING:
             return [*actions, *self._resend_drain(now)]
+        if self._stage in _IN_BED:
+            return [*actions, *self._attached_in_bed(event, now)]
         reported = _REPORTABLE.get(event.state, self._stage)
         if reported in _STARTING and (self._stage not in _STARTING or self.is_awaited):
             self._set_start_deadline(now)
+        elif reported in (Stage.ASLEEP, Stage.WAKING):
+            return [*actions, *self._adopted_in_bed(reported, event.left_bytes, now)]
         elif reported is Stage.READY:
             self._set_deadline(None, None)
         elif reported is Stage.DRAINING:
@@ -269,17 +352,105 @@ class ReplicaMachine:
     def _on_progress(self, event: Progressed | BecameReady, now: float) -> list[Action]:
         if isinstance(event, Progressed) and event.state is ReplicaState.DRAINING and self._stage is Stage.READY:
             return self._drains_by_itself(now)
-        if self._stage not in _STARTING:
+        if self._stage not in (*_STARTING, Stage.FALLING_ASLEEP, Stage.WAKING):
             return []
         if isinstance(event, BecameReady):
-            self._view = replace(self._view, address=event.address, max_context_tokens=event.max_context_tokens)
-            self._set_deadline(None, None)
-            return self._enter(Stage.READY)
+            self._view = replace(
+                self._view,
+                address=event.address,
+                max_context_tokens=event.max_context_tokens,
+                can_sleep=event.can_sleep,
+            )
+            if self._stage in _STARTING:
+                self._complete_phases(now)
+            return self._become_ready()
+        if self._stage in _IN_BED:
+            return []
         if event.phase is not None:
             self._add_phases([event.phase])
         # READY takes an address: BecameReady alone leads there.
         is_later = event.state is ReplicaState.WARMING
         return self._enter(Stage.WARMING if is_later else self._stage)
+
+    def _on_sleep(self, event: SleepRequested | FellAsleep | WakeRequested, now: float) -> list[Action]:
+        match event, self._stage:
+            case SleepRequested(left_bytes), Stage.READY:
+                self._left_bytes, self._is_wake_wanted = left_bytes, False
+                seconds = self._limits.sleep_seconds
+                self._set_deadline(now + seconds, Failure(SLEEP_TIMEOUT, f"it did not sleep after {seconds:g} s"))
+                return [SendSleep(), *self._enter(Stage.FALLING_ASLEEP)]
+            case SleepRequested(), Stage.FALLING_ASLEEP:
+                self._is_wake_wanted = False
+                return []
+            case FellAsleep(left_bytes), Stage.FALLING_ASLEEP:
+                return self._fell_asleep(left_bytes, now)
+            case FellAsleep(left_bytes), Stage.ASLEEP if left_bytes:
+                # Measured since, and by more than the replica itself can see.
+                return self._fell_asleep(left_bytes, now)
+            case WakeRequested(), Stage.FALLING_ASLEEP:
+                self._is_wake_wanted = True
+                return []
+            case WakeRequested(), Stage.ASLEEP:
+                return self._wake(now)
+            case _:
+                return []
+
+    def _fell_asleep(self, left_bytes: int, now: float) -> list[Action]:
+        if self._is_wake_wanted:
+            return self._wake(now)
+        self._set_deadline(None, None)
+        # Where nothing was measured nor expected, it may have left everything.
+        booked_bytes = self._view.order.memory_bytes
+        left_bytes = min(left_bytes or self._left_bytes or booked_bytes, booked_bytes)
+        self._view = replace(self._view, sleeping_bytes=left_bytes)
+        return [Shrink(left_bytes), *self._enter(Stage.ASLEEP)]
+
+    def _wake(self, now: float) -> list[Action]:
+        self._is_wake_wanted = False
+        self._view = replace(self._view, sleeping_bytes=None)
+        self._set_wake_deadline(now)
+        return [SendWake(), *self._enter(Stage.WAKING)]
+
+    def _become_ready(self) -> list[Action]:
+        woke = 1 if self._stage is Stage.WAKING else 0
+        self._view = replace(self._view, wake_count=self._view.wake_count + woke)
+        self._set_deadline(None, None)
+        return self._enter(Stage.READY)
+
+    def _attached_in_bed(self, event: Attached, now: float) -> list[Action]:
+        match event.state, self._stage:
+            case ReplicaState.READY, Stage.FALLING_ASLEEP:
+                # A taken-over replica is not in this stage, so its order was sent by this supervisor and lost.
+                return [SendSleep(), Publish()]
+            case ReplicaState.ASLEEP, Stage.FALLING_ASLEEP | Stage.ASLEEP if self._view.sleeping_bytes is None:
+                return self._fell_asleep(event.left_bytes, now)
+            case ReplicaState.ASLEEP, Stage.WAKING:
+                self._set_wake_deadline(now)
+                return [SendWake(), Publish()]
+            case ReplicaState.ASLEEP, Stage.ASLEEP:
+                self._set_deadline(None, None)
+                return [Publish()]
+            case ReplicaState.READY, _:
+                return [*self._regrow(), *self._become_ready()]
+            case ReplicaState.DRAINING, _:
+                return [*self._regrow(), *self._drains_by_itself(now)]
+            case _:
+                regrow = self._regrow()
+                self._set_wake_deadline(now)
+                return [*regrow, *self._enter(Stage.WAKING)]
+
+    def _adopted_in_bed(self, stage: Stage, left_bytes: int, now: float) -> list[Action]:
+        # Its supervisor died without having written the order, or what came of it, to its list.
+        if stage is Stage.WAKING:
+            self._set_wake_deadline(now)
+            return self._enter(Stage.WAKING)
+        return self._fell_asleep(left_bytes, now)
+
+    def _regrow(self) -> list[Action]:
+        if self._view.sleeping_bytes is None:
+            return []
+        self._view = replace(self._view, sleeping_bytes=None)
+        return [Regrow()]
 
     def _on_drain(self, timeout_seconds: float, now: float) -> list[Action]:
         if self._stage not in (Stage.READY, Stage.DRAINING):
@@ -288,6 +459,11 @@ class ReplicaMachine:
         self._drain_deadline = now + timeout_seconds
         self._set_deadline(self._drain_deadline + self._limits.drain_grace_seconds, None)
         return [SendDrain(timeout_seconds), *self._enter(Stage.DRAINING)]
+
+    def _on_end(self, event: StopRequested | ReportedFailure) -> list[Action]:
+        if isinstance(event, StopRequested):
+            return self._end(None)
+        return self._end(event.failure) if self._stage in _RUNNING else []
 
     def _drains_by_itself(self, now: float) -> list[Action]:
         self._drain_deadline = now + self._limits.drain_seconds
@@ -320,8 +496,12 @@ class ReplicaMachine:
         kill: list[Action] = [] if self._view.process is None else [KillTree(self._view.process)]
         return [*kill, *self._enter(Stage.ENDING)]
 
-    def _finish(self) -> list[Action]:
+    def _finish(self, last_lines: tuple[str, ...] = ()) -> list[Action]:
         self._set_deadline(None, None)
+        failure = self._view.failure
+        if failure is not None and last_lines:
+            text = "\n".join((failure.message, "the last lines of its log:", *last_lines))
+            self._view = replace(self._view, failure=Failure(failure.reason, text))
         ended = Stage.STOPPED if self._view.failure is None else Stage.FAILED
         return [ReleaseWeights(), Free(), *self._enter(ended)]
 
@@ -337,6 +517,19 @@ class ReplicaMachine:
     def _set_start_deadline(self, now: float) -> None:
         seconds = self._limits.start_seconds
         self._set_deadline(now + seconds, Failure(START_TIMEOUT, f"the replica was not ready after {seconds:g} s"))
+
+    def _set_wake_deadline(self, now: float) -> None:
+        seconds = self._limits.wake_seconds
+        self._set_deadline(now + seconds, Failure(WAKE_TIMEOUT, f"the replica was not awake after {seconds:g} s"))
+
+    def _complete_phases(self, now: float) -> None:
+        """Adds the time from ready at the replica to this event, so that the phases leave nothing out."""
+        if self._fork_asked_at is None:
+            return
+        known = sum(phase.seconds for phase in self._view.phases if phase.phase not in _BEFORE_FORK)
+        gap = now - self._fork_asked_at - known
+        if gap > _GAP_SECONDS:
+            self._add_phases([PhaseTiming("report", gap)])
 
     def _add_phases(self, phases: Iterable[PhaseTiming]) -> None:
         known = {phase.phase for phase in self._view.phases}

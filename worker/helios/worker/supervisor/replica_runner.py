@@ -6,6 +6,7 @@ ends in another ``post``.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
@@ -18,6 +19,7 @@ from opentelemetry import propagate, trace
 from helios.mesh.errors import HeliosError
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.supervisor import life_actions, life_events
+from helios.worker.supervisor.last_words import last_lines
 from helios.worker.supervisor.process_tree import kill_tree, watch_exit
 from helios.worker.supervisor.records import Failure, Load, ProcessIdentity, ReplicaState, ReplicaView
 from helios.worker.supervisor.replica_machine import ReplicaMachine, Stage
@@ -76,13 +78,16 @@ class Link(Protocol):
     """The stream to an attached replica; never blocks, and does nothing once the stream ended."""
 
     def drain(self, timeout_seconds: float) -> None: ...
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """What a runner acts on.
 
-    ``spec`` makes the launcher's order from a view, the weights' path and the trace context.
+    ``spec`` makes the launcher's order from a view, the weights' path and the trace context. ``on_asleep`` takes what a
+    replica that sleeps left behind, ``on_regrown`` one that is awake against all belief.
     """
 
     group: asyncio.TaskGroup
@@ -90,9 +95,12 @@ class Surroundings:
     weights: Weights
     lease_ttl_seconds: float
     holder: str
+    device_ids: tuple[str, ...]
     spec: Callable[[ReplicaView, str, str], ReplicaSpec]
     on_change: Callable[[ReplicaView], None]
     on_freed: Callable[[ReplicaView], None]
+    on_asleep: Callable[[str, int], None]
+    on_regrown: Callable[[str], None]
 
 
 class ReplicaRunner:
@@ -113,13 +121,16 @@ class ReplicaRunner:
         self._is_released = False
         self._link: Link | None = None
         self._load = Load()
+        self._measured_bytes = 0
         self._span: trace.Span | None = None
         self._ended = asyncio.Event()
 
     @property
     def view(self) -> ReplicaView:
-        """The replica as others see it, with its load."""
-        return replace(self._life.view, load=self._load)
+        """The replica as others see it, with its load, its devices and what was measured of it."""
+        return replace(
+            self._life.view, load=self._load, device_ids=self._around.device_ids, measured_bytes=self._measured_bytes
+        )
 
     @property
     def is_attached(self) -> bool:
@@ -142,6 +153,7 @@ class ReplicaRunner:
         order = self._life.view.order
         self._span = tracer.start_span(
             "start replica",
+            context=propagate.extract({"traceparent": order.traceparent}),
             attributes={"helios.replica": order.replica_id, "helios.model": order.model, "helios.engine": order.engine},
         )
         self.post(life_events.Begin())
@@ -168,8 +180,15 @@ class ReplicaRunner:
         return self._link is link
 
     def take_load(self, load: Load) -> None:
-        """Notes the load that the replica reported last."""
+        """Notes the load that the replica reported last; reporting it shows that the replica is alive."""
         self._load = load
+        self.post(life_events.Heard())
+
+    def take_measure(self, measured_bytes: int) -> None:
+        """Notes what memory of its own the replica was measured to have, and shows it where it changed."""
+        if measured_bytes != self._measured_bytes:
+            self._measured_bytes = measured_bytes
+            self._around.on_change(self.view)
 
     def post(self, event: life_events.Event) -> None:
         """Gives an event to the machine and carries out what it decides."""
@@ -179,7 +198,9 @@ class ReplicaRunner:
         self._is_handling = True
         try:
             while self._events:
-                now = asyncio.get_running_loop().time()
+                # Not the loop's own time, which stands still while an event is handled and is a millisecond coarse:
+                # phases are measured with it. Both are CLOCK_MONOTONIC.
+                now = time.monotonic()
                 for action in self._life.handle(self._events.popleft(), now):
                     self._execute(action)
                 self._set_timer()
@@ -194,9 +215,11 @@ class ReplicaRunner:
                 self._spawn("fork", self._fork(action))
             case life_actions.Watch(process):
                 self._spawn("watch", self._watch(process))
-            case life_actions.SendDrain(timeout_seconds):
+            case life_actions.SendDrain() | life_actions.SendSleep() | life_actions.SendWake():
                 if self._link is not None:
-                    self._link.drain(timeout_seconds)
+                    _say(self._link, action)
+            case life_actions.Shrink() | life_actions.Regrow():
+                self._book(action)
             case life_actions.KillTree(process):
                 self._spawn("kill", self._kill(process))
             case life_actions.ReleaseWeights():
@@ -209,6 +232,13 @@ class ReplicaRunner:
             case life_actions.Publish():
                 self._trace()
                 self._around.on_change(self.view)
+
+    def _book(self, action: life_actions.Shrink | life_actions.Regrow) -> None:
+        replica_id = self._life.view.replica_id
+        if isinstance(action, life_actions.Shrink):
+            self._around.on_asleep(replica_id, action.left_bytes)
+        else:
+            self._around.on_regrown(replica_id)
 
     def _spawn(self, what: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return self._around.group.create_task(work, name=f"{what} {self._life.view.replica_id}")
@@ -247,6 +277,7 @@ class ReplicaRunner:
 
     async def _fork(self, action: life_actions.Fork) -> None:
         spec = self._around.spec(self._life.view, action.path, self._traceparent())
+        spec = replace(spec, asked_at=action.asked_at)
         try:
             forked = await self._around.launcher.fork(spec, action.deadline)
         except (HeliosError, TimeoutError) as error:
@@ -262,7 +293,9 @@ class ReplicaRunner:
 
     async def _kill(self, process: ProcessIdentity) -> None:
         await kill_tree(process)
-        self.post(life_events.TreeGone())
+        log_path = self._around.spec(self._life.view, "", "").log_path
+        lines = await asyncio.to_thread(last_lines, log_path) if self._life.view.failure is not None else ()
+        self.post(life_events.TreeGone(lines))
 
     def _set_timer(self) -> None:
         if self._timer is not None:
@@ -289,3 +322,13 @@ class ReplicaRunner:
             self._span.set_attribute(f"helios.phase.{phase.phase}_seconds", phase.seconds)
         self._span.end()
         self._span = None
+
+
+def _say(link: Link, action: life_actions.SendDrain | life_actions.SendSleep | life_actions.SendWake) -> None:
+    match action:
+        case life_actions.SendDrain(timeout_seconds):
+            link.drain(timeout_seconds)
+        case life_actions.SendSleep():
+            link.sleep()
+        case life_actions.SendWake():
+            link.wake()

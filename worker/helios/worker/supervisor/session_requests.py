@@ -11,7 +11,8 @@ from typing import Self
 
 from helios.api.fleet.v1 import fleet_service_pb2 as pb
 from helios.worker.supervisor.commands import Ack
-from helios.worker.supervisor.outbox import LoadReport, Outbox, Outgoing, ReplicaEvent
+from helios.worker.supervisor.device_wire import measure_to_proto, staged_to_proto
+from helios.worker.supervisor.outbox import LoadReport, Outbox, Outgoing, ReplicaEvent, StagedEvent
 from helios.worker.supervisor.records import WorkerView
 from helios.worker.supervisor.wire import ack_to_proto, delta_to_proto, hello_to_proto, replica_to_proto
 
@@ -98,7 +99,13 @@ def _to_proto(message: Outgoing) -> pb.SessionRequest:
     match message:
         case ReplicaEvent(sequence, view):
             return pb.SessionRequest(replica_event=pb.ReplicaEvent(sequence=sequence, replica=replica_to_proto(view)))
-        case LoadReport(deltas):
-            return pb.SessionRequest(load=pb.LoadReport(deltas=[delta_to_proto(delta) for delta in deltas]))
+        case StagedEvent(sequence, staged):
+            return pb.SessionRequest(staged_event=pb.StagedEvent(sequence=sequence, staged=staged_to_proto(staged)))
+        case LoadReport(deltas, devices):
+            report = pb.LoadReport(
+                deltas=[delta_to_proto(delta) for delta in deltas],
+                devices=[measure_to_proto(measure, booked_bytes) for measure, booked_bytes in devices],
+            )
+            return pb.SessionRequest(load=report)
         case Ack():
             return pb.SessionRequest(command_ack=ack_to_proto(message))

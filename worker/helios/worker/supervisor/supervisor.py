@@ -16,13 +16,23 @@ from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.supervisor import commands, life_events, metrics
 from helios.worker.supervisor.commands import Ack, Command, CommandLog
 from helios.worker.supervisor.fleet import FleetFeed
+from helios.worker.supervisor.host_ledger import HostLedger
 from helios.worker.supervisor.ledger import Booking, Ledger
-from helios.worker.supervisor.orders import Rules, order_of
+from helios.worker.supervisor.orders import Rules, check_sleep, order_of
 from helios.worker.supervisor.process_tree import kill_tree, reap
-from helios.worker.supervisor.records import LoadDelta, ProcessIdentity, ReplicaState, ReplicaView, WorkerView
+from helios.worker.supervisor.records import (
+    DeviceMeasure,
+    Failure,
+    LoadDelta,
+    ProcessIdentity,
+    ReplicaState,
+    ReplicaView,
+    WorkerView,
+)
 from helios.worker.supervisor.replica_list import ListedReplica, ReplicaList
 from helios.worker.supervisor.replica_machine import ReplicaMachine
 from helios.worker.supervisor.replica_runner import Launcher, Link, ReplicaRunner, Surroundings, Weights
+from helios.worker.supervisor.staging import Staging
 
 log = structlog.get_logger()
 
@@ -58,6 +68,7 @@ class Supervisor:
         weights: Weights,
         replica_list: ReplicaList,
         make_spec: SpecMaker,
+        host_memory_bytes: int = 0,
     ) -> None:
         self._rules = rules
         self._group = group
@@ -74,6 +85,14 @@ class Supervisor:
         self._all_returned = asyncio.Event()
         self._is_cordoned = False
         self.feed = FleetFeed(self.view)
+        self._staging = Staging(
+            group=group,
+            weights=weights,
+            ledger=HostLedger(host_memory_bytes),
+            holder=rules.worker_id,
+            lease_ttl_seconds=rules.lease_ttl_seconds,
+            publish=self.feed.publish_staged,
+        )
 
     def recover(self) -> int:
         """Takes over what a predecessor left, starts the housekeeping; returns how many replicas are awaited."""
@@ -106,6 +125,8 @@ class Supervisor:
             engines=self._rules.engines,
             slot_count=self._ledger.slot_count,
             replicas=tuple(runner.view for runner in self._runners.values()),
+            host=self._staging.use(),
+            staged=tuple(self._staging.views.values()),
         )
 
     # Commands.
@@ -137,10 +158,43 @@ class Supervisor:
                 self._runner(replica_id).post(life_events.StopRequested())
             case commands.Evict(revision):
                 self._evict(revision)
+            case commands.Sleep(replica_id):
+                self._sleep(self._runner(replica_id))
+            case commands.Wake(replica_id):
+                self._wake(self._runner(replica_id))
+            case commands.Stage():
+                self._check_open()
+                self._staging.stage(command)
+            case commands.Unstage(revision):
+                self._staging.unstage(revision)
 
-    def _start(self, start: commands.Start) -> None:
+    def _sleep(self, runner: ReplicaRunner) -> None:
+        view = runner.view
+        if view.state is ReplicaState.ASLEEP:
+            runner.post(life_events.SleepRequested(0))
+            return
+        check_sleep(view, [self._ledger.device(name) for name in view.device_ids], self._rules)
+        left_bytes = self._rules.sleep_left_bytes * len(view.device_ids)
+        runner.post(life_events.SleepRequested(left_bytes))
+
+    def _wake(self, runner: ReplicaRunner) -> None:
+        view = runner.view
+        if view.state in (ReplicaState.READY, ReplicaState.WAKING):
+            return
+        if view.state is not ReplicaState.ASLEEP:
+            message = f"replica {view.replica_id} is {view.state.value.lower()}, not asleep"
+            raise PreconditionFailed(message, reason="REPLICA_NOT_ASLEEP")
+        # While it still falls asleep it holds everything, and this books nothing.
+        self._ledger.wake(view.replica_id)
+        self._measure_ledger()
+        runner.post(life_events.WakeRequested())
+
+    def _check_open(self) -> None:
         if self._is_cordoned:
             raise Draining("the worker is stopping", reason="WORKER_DRAINING")
+
+    def _start(self, start: commands.Start) -> None:
+        self._check_open()
         order = order_of(start, self._rules, datetime.now(UTC))
         existing = self._runners.get(order.replica_id)
         if existing is not None:
@@ -150,10 +204,17 @@ class Supervisor:
             raise AlreadyExists(f"replica {order.replica_id} serves another revision")
         if order.replica_id in self._ended:
             raise PreconditionFailed(f"replica {order.replica_id} has ended; use a new id", reason="REPLICA_ENDED")
-        booking = self._ledger.book(order.replica_id, order.memory_bytes)
+        booking = self._ledger.book(
+            order.replica_id,
+            order.memory_bytes,
+            items=order.memory_items,
+            device_ids=order.device_ids,
+            device_count=order.device_count,
+        )
         self._add(ReplicaMachine(order, self._rules.limits), booking).begin()
 
     def _evict(self, revision: str) -> None:
+        self._staging.unstage(revision)
         users = [name for name, runner in self._runners.items() if runner.view.order.revision == revision]
         if users:
             raise PreconditionFailed(f"replica {users[0]} uses revision {revision}", reason="REVISION_LEASED")
@@ -195,6 +256,8 @@ class Supervisor:
             address=said.address,
             max_context_tokens=said.max_context_tokens,
             phases=said.phases,
+            can_sleep=said.can_sleep,
+            left_bytes=said.sleeping_bytes or 0,
         )
         runner.attach(link, attached, said.load)
         log.info("replica attached", replica=said.replica_id, state=said.state.value, pid=said.process.pid)
@@ -211,8 +274,11 @@ class Supervisor:
         """Takes a replica's load and hands it on."""
         runner = self._runners.get(replica_id)
         if runner is not None and runner.is_link(link) and delta.replica_id == replica_id:
+            is_news = delta.load != runner.view.load or delta.started or delta.finished
             runner.take_load(delta.load)
-            self.feed.report(delta)
+            # A replica that has nothing to say says so, for this supervisor alone: it is alive.
+            if is_news:
+                self.feed.report(delta)
 
     def detach(self, replica_id: str, link: Link) -> None:
         """Notes that a stream ended, which by itself changes nothing."""
@@ -227,6 +293,27 @@ class Supervisor:
                 runner.post(life_events.ProcessExited(status))
                 return
 
+    # What is measured.
+
+    def note_measure(self, measure: DeviceMeasure) -> None:
+        """Takes what was measured of a device; replicas on one that is lost fail, since they can only hang."""
+        for replica_id in self._ledger.note(measure):
+            failure = Failure("DEVICE_LOST", f"its device {measure.device_id} is lost: {measure.health_message}")
+            self._runners[replica_id].post(life_events.ReportedFailure(failure))
+        for use in self._ledger.use():
+            if use.device.device_id == measure.device_id:
+                self.feed.report_device(measure, use.booked_bytes)
+
+    def note_memory(self, replica_id: str, measured_bytes: int) -> None:
+        """Takes what a replica's processes were measured to hold."""
+        runner = self._runners.get(replica_id)
+        if runner is None:
+            return
+        if runner.view.state is ReplicaState.ASLEEP:
+            runner.post(life_events.FellAsleep(measured_bytes))
+        else:
+            runner.take_measure(measured_bytes)
+
     # The end.
 
     def cordon(self) -> None:
@@ -240,6 +327,7 @@ class Supervisor:
             runner.post(life_events.DrainRequested(timeout_seconds))
         for runner in runners:
             await runner.wait_ended()
+        await self._staging.close()
 
     async def end_unforked(self) -> None:
         """Ends replicas that have no process yet, which no successor could find."""
@@ -280,7 +368,14 @@ class Supervisor:
         return_by = asyncio.get_running_loop().time() + self._rules.return_seconds
         try:
             life = ReplicaMachine.returning(view, self._rules.limits, return_by=return_by)
-            booking = self._ledger.adopt(view.replica_id, view.order.memory_bytes, listed.port)
+            booking = self._ledger.adopt(
+                view.replica_id,
+                view.order.memory_bytes,
+                listed.port,
+                items=view.order.memory_items,
+                device_ids=view.device_ids,
+                sleeping_bytes=view.sleeping_bytes,
+            )
         except (HeliosError, ValueError) as error:
             log.warning("replica can't be taken over", replica=view.replica_id, error=str(error))
             return None
@@ -303,6 +398,9 @@ class Supervisor:
             spec=spec,
             on_change=self._on_change,
             on_freed=self._on_freed,
+            on_asleep=self._on_asleep,
+            on_regrown=self._ledger.regrow,
+            device_ids=booking.device_ids,
         )
         runner = ReplicaRunner(life, surroundings)
         self._runners[booking.replica_id] = runner
@@ -315,6 +413,10 @@ class Supervisor:
         self._ended[view.replica_id] = view.process
         while len(self._ended) > _REMEMBERED_ENDS:
             self._ended.popitem(last=False)
+        self._measure_ledger()
+
+    def _on_asleep(self, replica_id: str, left_bytes: int) -> None:
+        self._ledger.sleep(replica_id, left_bytes)
         self._measure_ledger()
 
     def _on_change(self, view: ReplicaView) -> None:

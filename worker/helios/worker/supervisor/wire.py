@@ -10,9 +10,15 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet
 from helios.api.fleet.v1 import types_pb2 as types
 from helios.mesh.errors import InvalidRequest
-from helios.worker.supervisor.commands import Ack, Command, Drain, Evict, Start, Stop
+from helios.worker.supervisor.commands import Ack, Command, Drain, Evict, Sleep, Stage, Start, Stop, Unstage, Wake
+from helios.worker.supervisor.device_wire import (
+    device_to_proto,
+    host_to_proto,
+    items_from_proto,
+    items_to_proto,
+    staged_to_proto,
+)
 from helios.worker.supervisor.records import (
-    DeviceUse,
     Failure,
     FinishedRequest,
     Load,
@@ -83,16 +89,22 @@ def delta_from_proto(delta: types.LoadDelta) -> LoadDelta:
         replica_id=delta.replica_id,
         load=load_from_proto(delta.load),
         started=tuple(request.request_id for request in delta.started),
+        arrivals=tuple(
+            (request.request_id, request.arrived_at.ToNanoseconds() / 1e9)
+            for request in delta.started
+            if request.HasField("arrived_at")
+        ),
         finished=tuple(_finished_from_proto(request) for request in delta.finished),
     )
 
 
 def delta_to_proto(delta: LoadDelta) -> types.LoadDelta:
     """Returns the message of a delta."""
+    arrivals = dict(delta.arrivals)
     return types.LoadDelta(
         replica_id=delta.replica_id,
         load=load_to_proto(delta.load),
-        started=[types.RequestStarted(request_id=request_id) for request_id in delta.started],
+        started=[_started_to_proto(request_id, arrivals.get(request_id)) for request_id in delta.started],
         finished=[_finished_to_proto(request) for request in delta.finished],
     )
 
@@ -113,7 +125,12 @@ def replica_to_proto(view: ReplicaView) -> types.Replica:
         phases=[
             types.PhaseTiming(phase=phase.phase, duration=seconds_to_proto(phase.seconds)) for phase in view.phases
         ],
-        memory_bytes=order.memory_bytes,
+        memory_bytes=view.memory_bytes,
+        memory_items=items_to_proto(view.memory_items),
+        measured_bytes=view.measured_bytes,
+        device_ids=view.device_ids,
+        can_sleep=view.can_sleep,
+        wake_count=view.wake_count,
         created_at=created_at,
         max_context_tokens=view.max_context_tokens,
         load=load_to_proto(view.load),
@@ -136,6 +153,9 @@ def replica_from_proto(replica: types.Replica, *, start_ticks: int, lease_id: st
         kv_cache_bytes=0,
         max_context_tokens=0,
         created_at=replica.created_at.ToDatetime(tzinfo=UTC),
+        memory_items=items_from_proto(item for item in replica.memory_items if item.kind != types.MEMORY_KIND_SLEEPING),
+        device_ids=tuple(replica.device_ids),
+        device_count=max(1, len(replica.device_ids)),
     )
     return ReplicaView(
         order=order,
@@ -147,6 +167,10 @@ def replica_from_proto(replica: types.Replica, *, start_ticks: int, lease_id: st
         max_context_tokens=replica.max_context_tokens,
         lease_id=lease_id,
         load=load_from_proto(replica.load),
+        device_ids=tuple(replica.device_ids),
+        can_sleep=replica.can_sleep,
+        wake_count=replica.wake_count,
+        sleeping_bytes=_sleeping_bytes(replica),
     )
 
 
@@ -156,11 +180,13 @@ def hello_to_proto(worker: WorkerView) -> fleet.Hello:
         worker_id=worker.worker_id,
         incarnation=worker.incarnation,
         node=worker.node,
-        devices=[_device_to_proto(use) for use in worker.devices],
+        devices=[device_to_proto(use) for use in worker.devices],
         engines=worker.engines,
         slot_count=worker.slot_count,
         replicas=[replica_to_proto(view) for view in worker.replicas],
         version=worker.version,
+        host_memory=host_to_proto(worker.host),
+        staged=[staged_to_proto(view) for view in worker.staged],
     )
 
 
@@ -185,6 +211,11 @@ def command_from_proto(command: fleet.Command) -> Command:
                 memory_bytes=start.memory_bytes,
                 kv_cache_bytes=start.kv_cache_bytes,
                 max_context_tokens=start.max_context_tokens,
+                memory_items=items_from_proto(start.memory_items),
+                device_ids=tuple(start.device_ids),
+                device_count=start.device_count or 1,
+                requested_at=start.requested_at.ToNanoseconds() / 1e9 if start.HasField("requested_at") else 0.0,
+                traceparent=start.traceparent,
             )
         case "drain":
             drain = command.drain
@@ -194,17 +225,28 @@ def command_from_proto(command: fleet.Command) -> Command:
             return Stop(command.stop.replica_id)
         case "evict":
             return Evict(command.evict.revision)
+        case "stage":
+            return Stage(command.stage.revision, command.stage.model, command.stage.memory_bytes)
+        case "unstage":
+            return Unstage(command.unstage.revision)
+        case "sleep":
+            return Sleep(command.sleep.replica_id)
+        case "wake":
+            return Wake(command.wake.replica_id)
         case _:
             raise InvalidRequest("the command is empty or of a newer version", reason="UNKNOWN_COMMAND")
 
 
-def _device_to_proto(use: DeviceUse) -> fleet.Device:
-    return fleet.Device(
-        device_id=use.device.device_id,
-        kind=fleet.DeviceKind.Value(f"DEVICE_KIND_{use.device.kind.value}"),
-        memory_bytes=use.device.memory_bytes,
-        booked_bytes=use.booked_bytes,
-    )
+def _sleeping_bytes(replica: types.Replica) -> int | None:
+    left = [item.size_bytes for item in replica.memory_items if item.kind == types.MEMORY_KIND_SLEEPING]
+    return left[0] if left and replica.state == types.REPLICA_STATE_ASLEEP else None
+
+
+def _started_to_proto(request_id: str, arrived_at: float | None) -> types.RequestStarted:
+    message = types.RequestStarted(request_id=request_id)
+    if arrived_at is not None:
+        message.arrived_at.FromNanoseconds(round(arrived_at * 1e9))
+    return message
 
 
 def _finished_from_proto(request: types.RequestFinished) -> FinishedRequest:

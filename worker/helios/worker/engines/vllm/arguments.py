@@ -149,6 +149,7 @@ def _surroundings(spec: ReplicaSpec, phase_descriptor: int) -> dict[str, Any]:
         "distributed_executor_backend": "uni" if spec.settings.rank_count == 1 else "mp",
         "worker_cls": "helios.worker.engines.vllm.compat.PlacedWorker",
         "additional_config": compat.worker_settings(spec.placement.engine_cores, phase_descriptor),
+        "enable_sleep_mode": compat.can_sleep(),
         "disable_log_stats": True,
         "enable_log_requests": False,
         "use_tqdm_on_load": False,

@@ -71,7 +71,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from helios.worker.engines.vllm import failures
+from helios.worker.engines.vllm import failures, quick_start
+from helios.worker.engines.vllm.held_tokenizers import HeldTokenizers
 from helios.worker.replica.engine import EngineLoad, Meter
 
 # The CPU worker patches torch when it is imported, so only the device's own worker may be.
@@ -82,6 +83,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as DeviceWorker
 
 __all__ = [
+    "HELD_TOKENIZERS",
     "AsyncEngineArgs",
     "BaseModelPath",
     "ChatCompletionRequest",
@@ -109,13 +111,16 @@ __all__ = [
     "VLLMError",
     "VLLMNotFoundError",
     "VLLMValidationError",
+    "can_sleep",
     "chat_template_of",
     "check_version",
     "fork_instead_of_spawn",
     "make_llm",
     "parse_model_prompt",
     "prepare_before_fork",
+    "put_to_sleep",
     "runs_eagerly",
+    "wake_up",
 ]
 
 log = structlog.get_logger()
@@ -127,6 +132,8 @@ _USERS_OF_MP_CONTEXT: Final = (vllm.utils.system_utils, vllm.v1.engine.utils, vl
 # Key of AsyncEngineArgs.additional_config, vLLM's own place for settings of extensions.
 _SETTINGS_KEY: Final = "helios"
 
+HELD_TOKENIZERS: Final = HeldTokenizers(capacity=4)
+"""Those of the models that ran here last. 4: some 60 MiB of the launcher for each, shared by all that it forks."""
 METER: Final[ContextVar[Meter | None]] = ContextVar("helios_meter", default=None)
 """The meter of the request that the current task serves; set by the engine around each call into vLLM."""
 
@@ -134,6 +141,47 @@ METER: Final[ContextVar[Meter | None]] = ContextVar("helios_meter", default=None
 def runs_eagerly() -> bool:
     """Returns whether compiling costs more than it gains: on a CPU it takes a minute and a half for nothing."""
     return bool(current_platform.is_cpu())
+
+
+def can_sleep() -> bool:
+    """Returns whether vLLM can take a model's weights and KV cache off this kind of device."""
+    return bool(current_platform.is_sleep_mode_available())
+
+
+async def put_to_sleep(llm: AsyncLLM, level: int) -> None:
+    """Takes weights and KV cache off the devices of all ranks. There must be no request.
+
+    Raises:
+        RuntimeError: A rank could not.
+    """
+    with _told_apart():
+        # What the prefix cache names would be other blocks after waking.
+        await llm.reset_prefix_cache()
+        await llm.sleep(level=level)
+
+
+async def wake_up(llm: AsyncLLM, level: int) -> None:
+    """Brings all ranks back, after level 2 with weights read anew from the model's directory.
+
+    Weights first and the KV cache last, so that loading has the room that the cache will take.
+
+    Raises:
+        RuntimeError: A rank could not.
+    """
+    with _told_apart():
+        await llm.wake_up(tags=["weights"])
+        if level == 2:
+            await llm.collective_rpc("reload_weights")
+        await llm.wake_up(tags=["kv_cache"])
+
+
+@contextmanager
+def _told_apart() -> Iterator[None]:
+    """Makes RuntimeErrors of what a call to all ranks raises: vLLM's client raises a bare Exception with their words."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(str(error)) from error
 
 
 def check_version() -> bool:
@@ -160,6 +208,9 @@ def prepare_before_fork() -> None:
     # scan over every module that takes 0.4 s.
     current_platform.register_triton_kernel_overrides()
     setattr(type(current_platform), "register_triton_kernel_overrides", classmethod(lambda _: None))  # noqa: B010
+    if check_version():
+        quick_start.apply(is_cpu=current_platform.is_cpu())
+        HELD_TOKENIZERS.install()
 
 
 def fork_instead_of_spawn() -> None:

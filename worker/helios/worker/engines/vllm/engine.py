@@ -9,7 +9,7 @@ from typing import Any, Final
 import orjson
 import structlog
 
-from helios.mesh.errors import Bug, HeliosError
+from helios.mesh.errors import Bug, HeliosError, ReplicaLost
 from helios.worker.engines.vllm import compat, errors
 from helios.worker.engines.vllm.arguments import engine_arguments
 from helios.worker.engines.vllm.pieces import PieceCutter
@@ -58,7 +58,9 @@ class VllmEngine:
             max_context_tokens=config.model_config.max_model_len,
             vocabulary_size=config.model_config.get_vocab_size(),
             kv_cache_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+            can_sleep=config.model_config.enable_sleep_mode,
         )
+        self._sleep_level = 0
         models = compat.OpenAIServingModels(
             self._llm, [compat.BaseModelPath(name=name, model_path=spec.model_path) for name in spec.names]
         )
@@ -105,6 +107,22 @@ class VllmEngine:
         """Returns the scheduler's last report."""
         load = self._sink.load
         return dataclasses.replace(load, is_dead=True) if self._llm.errored else load
+
+    async def sleep(self, level: int) -> int:
+        """Takes weights and KV cache off the devices. What stays there (CUDA's context) is measured from outside: 0."""
+        try:
+            await compat.put_to_sleep(self._llm, level)
+        except RuntimeError as error:
+            raise ReplicaLost(f"vLLM could not put the model to sleep: {error}") from error
+        self._sleep_level = level
+        return 0
+
+    async def wake(self) -> None:
+        """Brings the model back. Raises ReplicaLost where vLLM can't."""
+        try:
+            await compat.wake_up(self._llm, self._sleep_level)
+        except RuntimeError as error:
+            raise ReplicaLost(f"vLLM could not wake the model: {error}") from error
 
     def close(self) -> None:
         """Ends EngineCore."""

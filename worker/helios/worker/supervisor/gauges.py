@@ -1,0 +1,67 @@
+"""Measures devices and replicas, over and over, for as long as the worker runs."""
+
+import asyncio
+from typing import Final, Protocol
+
+from helios.worker.supervisor.process_tree import find_tree
+from helios.worker.supervisor.records import DeviceMeasure, ReplicaState, ReplicaView, WorkerView
+
+# Walking the pages of a process costs the kernel some 10 ms a GiB, so replicas are measured more rarely than devices.
+_ROUNDS: Final = 5
+# A change below this share is noise, and every change is an event to every proxy.
+_WORTH_TELLING: Final = 0.01
+_MEASURED: Final = (ReplicaState.READY, ReplicaState.ASLEEP)
+
+
+class Inventory(Protocol):
+    """What measures."""
+
+    def measure(self) -> tuple[DeviceMeasure, ...]:
+        """Measures each device. Blocks."""
+        ...
+
+    def process_bytes(self, pids: frozenset[int]) -> int | None:
+        """Returns what processes hold; None where that can't be told. Blocks."""
+        ...
+
+
+class Listener(Protocol):
+    """Who is told: the supervisor."""
+
+    def view(self) -> WorkerView:
+        """Returns the worker as it stands."""
+        ...
+
+    def note_measure(self, measure: DeviceMeasure) -> None:
+        """Takes what was measured of a device."""
+        ...
+
+    def note_memory(self, replica_id: str, measured_bytes: int) -> None:
+        """Takes what a replica holds."""
+        ...
+
+
+async def keep_measuring(inventory: Inventory, listener: Listener, *, interval_seconds: float) -> None:
+    """Measures until cancelled. What did not change is not told again."""
+    told: dict[str, DeviceMeasure] = {}
+    number = 0
+    while True:
+        for measure in await asyncio.to_thread(inventory.measure):
+            if told.get(measure.device_id) != measure:
+                told[measure.device_id] = measure
+                listener.note_measure(measure)
+        for replica in listener.view().replicas:
+            if replica.state in _MEASURED and (not replica.measured_bytes or number % _ROUNDS == 0):
+                await _measure_replica(inventory, listener, replica)
+        number += 1
+        await asyncio.sleep(interval_seconds)
+
+
+async def _measure_replica(inventory: Inventory, listener: Listener, replica: ReplicaView) -> None:
+    if replica.process is None:
+        return
+    tree = await asyncio.to_thread(find_tree, replica.process)
+    pids = frozenset(entry.identity.pid for entry in tree)
+    held = await asyncio.to_thread(inventory.process_bytes, pids)
+    if held and abs(held - replica.measured_bytes) > _WORTH_TELLING * held:
+        listener.note_memory(replica.replica_id, held)
