@@ -57,13 +57,13 @@ class Square(ls.LitAPI):
     """LitServe's own first example: a dict in, a dict out, and OpenAI nowhere."""
 
     def setup(self, device: str) -> None:
-        self.model = lambda x: x**2
+        self.power = 2
 
     def decode_request(self, request: dict[str, Any]) -> float:
         return float(words(request)[0])
 
     def predict(self, x: float) -> float:
-        return float(self.model(x))
+        return float(x**self.power)
 
     def encode_response(self, output: float) -> dict[str, float]:
         return {"output": output}
@@ -172,6 +172,9 @@ class BrokenPredict(ls.LitAPI):
             yield "so far "
         raise ValueError("out of ideas")
 
+    def encode_response(self, output: Iterator[str]) -> Iterator[str]:
+        yield from output
+
 
 class Closing(ls.LitAPI):
     """Notes when its generator is closed."""
@@ -194,6 +197,10 @@ class Closing(ls.LitAPI):
                 yield x
         finally:
             self.closed.append(x)
+
+    def encode_response(self, output: Iterator[str]) -> Iterator[str]:
+        for part in output:
+            yield part + " "
 
 
 class WithSpec(ls.LitAPI):
