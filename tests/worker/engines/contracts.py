@@ -5,26 +5,44 @@ wrong with it, empty where it holds.
 """
 
 import asyncio
+import copy
 import dataclasses
+import importlib.metadata
 import inspect
 import json
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import psutil
 import pytest
+import tokenizers
+import torch
+import vllm.model_executor.layers.utils
+import vllm.plugins
+import vllm.renderers.hf
+import vllm.tokenizers.hf
+import vllm.tokenizers.registry
+import vllm.utils.cpu_resource_utils
 import vllm.utils.system_utils
 import vllm.v1.engine.utils
 import vllm.v1.executor.multiproc_executor
+import vllm.v1.sample.logits_processor
+import vllm.v1.structured_output
+import vllm.v1.worker.utils
 from pydantic import ValidationError
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import GracefulHTTPError, QueueOverflowError, VLLMNotFoundError, VLLMValidationError
 from vllm.logprobs import Logprob
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
@@ -37,6 +55,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.executor import Executor, UniProcExecutor
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from helios.worker.engines.vllm import compat, errors
@@ -296,6 +315,122 @@ def a_metered_engine_closes_the_engine_s_generator_when_it_is_closed() -> None:
     finally:
         stock.generate = original
     assert closed == [True]
+
+
+@contract
+def plugins_are_looked_for_by_group_through_importlib_metadata() -> None:
+    compat.prepare_before_fork()
+    found = importlib.metadata.entry_points(group=vllm.plugins.DEFAULT_PLUGINS_GROUP)
+    assert found is importlib.metadata.entry_points(group=vllm.plugins.DEFAULT_PLUGINS_GROUP)
+    assert importlib.metadata.entry_points(group="console_scripts", name="pytest")
+    for user in (vllm.plugins.load_plugins_by_group, vllm.v1.sample.logits_processor._load_logitsprocs_plugins):
+        assert "entry_points" in user.__code__.co_names
+    assert vllm.plugins.plugins_loaded
+
+
+@contract
+def the_structured_output_manager_gets_its_tokenizer_when_it_is_asked_for() -> None:
+    assert "cached_tokenizer_from_config" in StructuredOutputManager.__init__.__code__.co_names
+    compat.prepare_before_fork()
+    with tiny_tokenizer() as path:
+        manager: Any = StructuredOutputManager.__new__(StructuredOutputManager)
+        manager.vllm_config = SimpleNamespace(model_config=tokenizer_config(path))
+        manager.tokenizer = vllm.v1.structured_output.cached_tokenizer_from_config(model_config=None)
+        assert "tokenizer" not in vars(manager)
+        assert manager.tokenizer.encode("b a") == [1, 0]
+        assert manager.tokenizer is manager.tokenizer
+
+
+@contract
+def lscpu_runs_once() -> None:
+    compat.prepare_before_fork()
+    module = vllm.utils.cpu_resource_utils
+    assert "_get_cpu_list" in module.get_allowed_cpu_list.__code__.co_names
+    assert module.get_allowed_cpu_list()
+    assert module._get_cpu_list() is not module._get_cpu_list()
+
+
+@contract
+def the_kv_cache_is_one_tensor_of_zeros() -> None:
+    assert "zeros" in vllm.v1.worker.utils.allocate_kv_cache.__code__.co_names
+    compat.prepare_before_fork()
+    replaced = vllm.v1.worker.utils.torch
+    cache = replaced.zeros(64 << 20, dtype=torch.int8, device=torch.device("cpu"))
+    before = psutil.Process().memory_info().rss
+    assert (cache.dtype, cache.numel(), cache.is_contiguous()) == (torch.int8, 64 << 20, True)
+    assert not cache[-4096:].any()
+    assert psutil.Process().memory_info().rss - before < 16 << 20
+    assert replaced.zeros(4, dtype=torch.float32, device="cpu").dtype is torch.float32
+    assert replaced.Tensor is torch.Tensor
+
+
+@contract
+def an_input_embedding_is_packed_with_its_first_product() -> None:
+    assert "process_weights_after_loading" in vars(UnquantizedEmbeddingMethod)
+    assert "cpu_linear" in vllm.model_executor.layers.utils.cpu_unquantized_gemm.__code__.co_names
+    compat.prepare_before_fork()
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.randn(64, 32, dtype=torch.bfloat16), requires_grad=False)
+    unquantized: Any = UnquantizedEmbeddingMethod()
+    unquantized.process_weights_after_loading(layer)
+    rows = torch.randn(3, 32, dtype=torch.bfloat16)
+    late = vllm.model_executor.layers.utils.cpu_unquantized_gemm(layer, rows, layer.weight)
+    again = vllm.model_executor.layers.utils.cpu_unquantized_gemm(layer, rows, layer.weight)
+    assert torch.equal(late, again)
+    assert torch.allclose(late.float(), rows.float() @ layer.weight.float().t(), atol=0.2)
+
+
+@contract
+def notes_for_reloading_weights_are_taken_by_one_function() -> None:
+    assert "record_metadata_for_reloading" in inspect.unwrap(initialize_model).__code__.co_names
+
+
+@contract
+def a_held_tokenizer_is_used_until_its_files_change() -> None:
+    assert "cached_get_tokenizer" in vllm.tokenizers.registry.cached_tokenizer_from_config.__code__.co_names
+    assert "maybe_make_thread_pool" in vllm.renderers.hf.HfRenderer.__init__.__code__.co_names
+    assert "deepcopy" in vllm.tokenizers.hf.maybe_make_thread_pool.__code__.co_names
+    compat.prepare_before_fork()
+    with tiny_tokenizer() as path:
+        config = tokenizer_config(path)
+        ask: Any = vllm.tokenizers.registry.cached_tokenizer_from_config
+        compat.HELD_TOKENIZERS.hold(config)
+        held: Any = ask(config)
+        assert held is ask(config)
+        assert held.get_vocab() == {"a": 0, "b": 1}
+        copying: Any = vars(vllm.tokenizers.hf)["copy"]
+        copies = [copying.deepcopy(copy.copy(held)) for _ in range(2)]
+        assert [one.encode("a b") for one in (*copies, held)] == [[0, 1]] * 3
+        assert copies[0]._tokenizer is not held._tokenizer
+        Path(path, "tokenizer_config.json").write_text(
+            '{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "a"}'
+        )
+        assert ask(config) is not held
+    assert len(list(Path("/proc/self/task").iterdir())) == 1
+
+
+@contextmanager
+def tiny_tokenizer() -> Iterator[str]:
+    """Makes a directory with a tokenizer of two words."""
+    with tempfile.TemporaryDirectory() as path:
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+        words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        words.save(f"{path}/tokenizer.json")
+        Path(path, "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        yield path
+
+
+def tokenizer_config(path: str) -> Any:
+    """Returns what vLLM reads of a model's configuration to find its tokenizer."""
+    return SimpleNamespace(
+        skip_tokenizer_init=False,
+        hf_config=None,
+        tokenizer=path,
+        runner_type="generate",
+        tokenizer_mode="hf",
+        tokenizer_revision=None,
+        trust_remote_code=False,
+    )
 
 
 def main() -> None:

@@ -4,7 +4,6 @@
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -409,7 +408,7 @@ async def greedy_tokens_are_noted(subject: Subject) -> None:
 
 @contract
 async def errors_are_helios_errors(subject: Subject) -> None:
-    for body in ({}, {"messages": [{"role": "user"}], "stream": "yes"}, {"messages": 5}):
+    for body in ({}, {"messages": 5}, {"messages": [5]}):
         with pytest.raises(HeliosError):
             await subject.engine.answer(OpenAICall.CHAT_COMPLETION, {"model": subject.model} | body, meter())
 
@@ -419,6 +418,3 @@ async def it_is_idle_in_the_end_and_closes_twice(subject: Subject) -> None:
     await becomes_idle(subject.engine)
     subject.engine.close()
     subject.engine.close()
-    with contextlib.suppress(HeliosError):
-        async with asyncio.timeout(FREE_SECONDS):
-            await generated(subject, Text("after the end"), Sampling(max_tokens=1))
