@@ -62,10 +62,22 @@ def core(settings: CorePolicy | None = None, *, known_workers: Iterable[str] = (
 
 
 def entry(
-    name: str = "m", *, revision: str = "sha256:1", aliases: tuple[str, ...] = (), min_replicas: int = 0
+    name: str = "m",
+    *,
+    revision: str = "sha256:1",
+    aliases: tuple[str, ...] = (),
+    min_replicas: int = 0,
+    engine_settings: str = "",
 ) -> ModelEntry:
     """A model that books one GiB."""
-    return ModelEntry(name=name, revision=revision, aliases=aliases, min_replicas=min_replicas, max_context_tokens=2048)
+    return ModelEntry(
+        name=name,
+        revision=revision,
+        aliases=aliases,
+        min_replicas=min_replicas,
+        max_context_tokens=2048,
+        engine_settings=engine_settings,
+    )
 
 
 def hello(

@@ -217,6 +217,29 @@ class ActivationMachine(RuleBasedStateMachine):
         assert self.activation.state is ActivationState.IDLE
         assert self.activation.failure_count == before
 
+    @precondition(lambda self: self.pending)
+    @rule()
+    def test_a_failure_for_good_is_not_tried_again_for_a_long_while(self) -> None:
+        self.feed(machine.Gone(self.pending.pop(), "UNSUPPORTED_ARCHITECTURE", "no"))
+        assert self.activation.state is ActivationState.BACKING_OFF
+        assert self.activation.back_off_remaining_seconds(self.now) == 600
+
+    @rule(is_operator_asking=st.booleans())
+    def test_a_changed_model_has_no_past(self, is_operator_asking: bool) -> None:
+        if is_operator_asking and self.activation.back_off_remaining_seconds(self.now) > 60:
+            # Whoever asks may know that the worker is another one now.
+            self.pause_until = self.now
+            self.feed(machine.Demanded(by_operator=True))
+            assert self.activation.state is ActivationState.STARTING
+            return
+        was = self.activation.state
+        self.feed(machine.Changed())
+        if was is ActivationState.BACKING_OFF:
+            assert (self.activation.state, self.activation.failure_count) == (ActivationState.IDLE, 0)
+            self.pause_until = self.now
+        else:
+            assert self.activation.state is was
+
     @rule(is_worker_lost=st.booleans())
     def another_replica_goes(self, is_worker_lost: bool) -> None:
         before = self.activation.state

@@ -407,7 +407,7 @@ def start_error(model: str, reason: str, message: str, retry_after_seconds: floa
     if machine.is_permanent(reason):
         # 400 and FAILED_PRECONDITION, which no client repeats by itself: a next try would fail alike.
         return PreconditionFailed(
-            f"the model '{model}' can't be started: {message}",
+            f"the model '{model}' can't be started: {message.removeprefix(f'{reason}: ')}",
             reason=reason,
             metadata={"model": model, "cause": reason, "param": "model"},
         )

@@ -221,11 +221,6 @@ class Activation:
         match event:
             case Demanded(by_operator):
                 return self._demanded(now, by_operator=by_operator)
-            case Changed():
-                if self.state is ActivationState.BACKING_OFF:
-                    self.failure_count = 0
-                    self._rest()
-                return []
             case Tick():
                 return self._tick(now)
             case Placed(replica_id):
@@ -245,9 +240,8 @@ class Activation:
                 return self._ready(replica_id, now)
             case Gone():
                 return self._gone(event, now)
-            case Withdrawn(replica_id):
-                if self.state is ActivationState.STARTING and replica_id == self.replica_id:
-                    self._rest()
+            case Withdrawn() | Changed():
+                self._let_go(event)
                 return []
 
     def _demanded(self, now: float, *, by_operator: bool) -> list[Action]:
@@ -288,6 +282,14 @@ class Activation:
             self.failure_count += 1
             return self._place()
         return self._fail(event.reason, event.message, now)
+
+    def _let_go(self, event: Withdrawn | Changed) -> None:
+        if isinstance(event, Changed):
+            if self.state is ActivationState.BACKING_OFF:
+                self.failure_count = 0
+                self._rest()
+        elif self.state is ActivationState.STARTING and event.replica_id == self.replica_id:
+            self._rest()
 
     def _fail(self, reason: str, message: str, now: float) -> list[Action]:
         pause = min(self._policy.back_off_seconds * 2.0**self.failure_count, self._policy.max_back_off_seconds)

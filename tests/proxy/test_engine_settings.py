@@ -1,0 +1,192 @@
+"""What the proxy makes of a model's engine settings: sizes, start commands, and starts that can't ever succeed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from helios.api.engine.v1 import engine_settings_pb2
+from helios.mesh.errors import NoReadyReplica, PreconditionFailed
+from helios.proxy import actions
+from helios.proxy.catalogue import Catalogue
+from helios.proxy.core import Core
+from helios.proxy.engine_needs import EngineNeeds, needs_of
+from helios.proxy.fleet.commands import Command, StartReplica
+from helios.proxy.fleet.state import ReplicaState
+from helios.proxy.fleet.wire import command_to_proto
+from helios.proxy.sizing import SizingPolicy, replica_size
+from helios.proxy.store import Store, load_models
+from tests.proxy.support import GIB, MIB, core, entry, hello, ready, replica
+from tests.proxy.test_core import sent
+
+SIZING = SizingPolicy(overhead_bytes=GIB, context_count=2, min_kv_cache_bytes=MIB, max_kv_cache_bytes=GIB)
+
+
+def settings(**values: object) -> str:
+    return json.dumps(values, sort_keys=True)
+
+
+def size_of(**values: object) -> tuple[int, int]:
+    model = replace(
+        entry(engine_settings=settings(**values)), weights_bytes=GIB, kv_bytes_per_token=MIB, dtype="bfloat16"
+    )
+    size = replica_size(model, SIZING)
+    return size.memory_bytes - size.kv_cache_bytes, size.kv_cache_bytes
+
+
+def test_sizes_follow_the_settings() -> None:
+    assert size_of() == (2 * GIB, 2 * GIB), "one full context, above the bound"
+    assert size_of(max_context_tokens=256) == (2 * GIB, 512 * MIB)
+    assert size_of(kv_cache_bytes=str(100 * MIB)) == (2 * GIB, 100 * MIB)
+    assert size_of(kv_cache_bytes=str(MIB + 1)) == (2 * GIB, 2 * MIB)
+    assert size_of(dtype="float32", max_context_tokens=256) == (3 * GIB, GIB)
+    assert size_of(kv_cache_dtype="fp8", max_context_tokens=256) == (2 * GIB, 256 * MIB)
+    assert size_of(dtype="float32", kv_cache_dtype="bfloat16", max_context_tokens=256) == (3 * GIB, 512 * MIB)
+    assert size_of(tensor_parallel_size=2, pipeline_parallel_size=2, max_context_tokens=1) == (5 * GIB, 2 * MIB)
+
+
+def test_quantised_weights_keep_their_size_whatever_the_activations_are() -> None:
+    needs = EngineNeeds(dtype="float32")
+    assert needs.weights_bytes(100, "int8") == 100
+    assert needs.weights_bytes(100, "float16") == 200
+    assert EngineNeeds(dtype="bfloat16").weights_bytes(100, "float32") == 50
+
+
+def test_a_draft_model_is_booked_with_its_model() -> None:
+    draft = replace(entry("d"), weights_bytes=GIB, kv_bytes_per_token=MIB)
+    plain = replica_size(entry(), SIZING)
+    assert replica_size(entry(), SIZING, draft).memory_bytes == plain.memory_bytes + GIB + 2048 * MIB - MIB
+
+
+def test_settings_that_say_nothing_change_nothing() -> None:
+    assert needs_of("") == needs_of("{}") == needs_of('{"a newer field": 1}') == EngineNeeds()
+
+
+def start_of(subject: Core, name: str = "m") -> StartReplica:
+    found = subject.catalogue.find(name)
+    assert found is not None
+    _, todo = subject.hold(found, "q", size_bytes=0, deadline=99.0, now=1.0)
+    (order,) = sent(todo)
+    assert isinstance(order, StartReplica)
+    return order
+
+
+def test_a_start_carries_settings_and_aliases() -> None:
+    subject = core()
+    said = settings(
+        engine="vllm",
+        dtype="float16",
+        kv_cache_bytes=str(64 * MIB),
+        max_context_tokens=512,
+        prefix_caching=False,
+        speculative_decoding={"method": "draft_model", "draft_model": "d", "token_count": 2},
+        lora={"adapters": [{"name": "x", "model": "a"}]},
+    )
+    models = [
+        entry(engine_settings=said, aliases=("one", "two")),
+        entry("d", revision="sha256:d"),
+        entry("a", revision="sha256:a"),
+    ]
+    subject.models_replaced(models, 0.0, is_synced=True)
+    subject.worker_hello(hello(), 0.0)
+    order = start_of(subject)
+    message = command_to_proto(Command("c", "w", order)).command.start
+    assert (message.engine, message.kv_cache_bytes, message.max_context_tokens) == ("vllm", 64 * MIB, 512)
+    assert list(message.served_names) == ["one", "two"]
+    assert message.engine_settings == engine_settings_pb2.EngineSettings(
+        engine="vllm",
+        dtype="float16",
+        kv_cache_bytes=64 * MIB,
+        max_context_tokens=512,
+        prefix_caching=False,
+        speculative_decoding=engine_settings_pb2.SpeculativeDecoding(
+            method="draft_model", draft_model="d", token_count=2, draft_revision="sha256:d"
+        ),
+        lora=engine_settings_pb2.LoraSettings(
+            adapters=[engine_settings_pb2.LoraAdapter(name="x", model="a", revision="sha256:a")]
+        ),
+    )
+
+
+def test_changed_settings_leave_running_replicas_alone_and_hold_for_the_next() -> None:
+    subject = core()
+    subject.models_replaced([entry()], 0.0, is_synced=True)
+    subject.worker_hello(hello(replicas=(replica(),)), 0.0)
+    changed = entry(engine_settings=settings(max_running_requests=2))
+    assert sent(subject.model_upserted(changed, 1.0)) == []
+    subject.hold(changed, "q", size_bytes=0, deadline=99.0, now=1.5)
+    (order,) = sent(subject.replica_event("w", 1, replica(state=ReplicaState.STOPPED), 2.0))
+    assert isinstance(order, StartReplica)
+    assert order.engine_settings == changed.engine_settings
+
+
+def fail(subject: Core, order: StartReplica, reason: str, now: float) -> list[actions.Action]:
+    failed = replace(
+        replica(order.replica_id, state=ReplicaState.FAILED), failure_reason=reason, failure_message="no such thing"
+    )
+    return subject.replica_event("w", int(now), failed, now)
+
+
+@pytest.mark.parametrize("reason", ["INVALID_ENGINE_SETTINGS", "UNSUPPORTED_ARCHITECTURE", "BAD_CHECKPOINT"])
+def test_a_start_that_cant_ever_succeed_is_answered_at_once_and_not_repeated(reason: str) -> None:
+    subject = core()
+    subject.models_replaced([entry(min_replicas=1)], 0.0, is_synced=True)
+    (order,) = sent(subject.worker_hello(hello(), 0.0))
+    assert isinstance(order, StartReplica)
+    subject.hold(entry(min_replicas=1), "q", size_bytes=0, deadline=99.0, now=1.0)
+    (failed,) = [action for action in fail(subject, order, reason, 2.0) if isinstance(action, actions.Fail)]
+    assert isinstance(failed.error, PreconditionFailed)
+    assert (failed.error.reason, failed.error.http_status) == (reason, 400)
+    assert "the model 'm' can't be started: no such thing" in failed.error.message
+    assert failed.error.retry_after_seconds is None
+    for now in range(3, 120):
+        subject.worker_seen("w", float(now))
+        assert sent(subject.tick(float(now))) == []
+    _, todo = subject.hold(entry(min_replicas=1), "q2", size_bytes=0, deadline=999.0, now=121.0)
+    (again,) = [action for action in todo if isinstance(action, actions.Fail)]
+    assert again.error.message == failed.error.message
+    # What stood in the way may be gone when the model is another one.
+    changed = entry(min_replicas=1, engine_settings=settings(dtype="float32"))
+    (order,) = sent(subject.model_upserted(changed, 122.0))
+    assert isinstance(order, StartReplica)
+    done = subject.replica_event("w", 200, ready(replica(order.replica_id, state=ReplicaState.LOADING)), 123.0)
+    assert [type(action) for action in done if not isinstance(action, actions.Send)] == [actions.ActivationDone]
+
+
+def test_an_operator_may_try_again() -> None:
+    subject = core()
+    subject.models_replaced([entry()], 0.0, is_synced=True)
+    subject.worker_hello(hello(), 0.0)
+    fail(subject, start_of(subject), "UNSUPPORTED_ARCHITECTURE", 2.0)
+    assert [type(order) for order in sent(subject.preload(entry(), 3.0))] == [StartReplica]
+
+
+def test_out_of_memory_is_tried_again_after_a_pause() -> None:
+    subject = core()
+    subject.models_replaced([entry()], 0.0, is_synced=True)
+    subject.worker_hello(hello(), 0.0)
+    (failed,) = [
+        action for action in fail(subject, start_of(subject), "OUT_OF_MEMORY", 2.0) if isinstance(action, actions.Fail)
+    ]
+    assert isinstance(failed.error, NoReadyReplica)
+    assert "no such thing" in failed.error.message
+    assert failed.error.retry_after_seconds == pytest.approx(1.0)
+
+
+def test_settings_that_name_a_missing_model_fail_for_good() -> None:
+    subject = core()
+    said = settings(speculative_decoding={"method": "draft_model", "draft_model": "gone", "token_count": 2})
+    subject.models_replaced([entry(engine_settings=said)], 0.0, is_synced=True)
+    subject.worker_hello(hello(), 0.0)
+    _, todo = subject.hold(entry(engine_settings=said), "q", size_bytes=0, deadline=99.0, now=1.0)
+    (failed,) = [action for action in todo if isinstance(action, actions.Fail)]
+    assert (failed.error.reason, failed.error.http_status) == ("INVALID_ENGINE_SETTINGS", 400)
+    assert "'gone'" in failed.error.message
+
+
+async def test_settings_outlive_a_restart(tmp_path: Path) -> None:
+    catalogue = Catalogue()
+    catalogue.replace([entry(engine_settings=settings(dtype="float32"))])
+    await Store(tmp_path, catalogue).write_models()
+    assert load_models(tmp_path) == catalogue.models()
