@@ -335,7 +335,8 @@ def the_structured_output_manager_gets_its_tokenizer_when_it_is_asked_for() -> N
     with tiny_tokenizer() as path:
         manager: Any = StructuredOutputManager.__new__(StructuredOutputManager)
         manager.vllm_config = SimpleNamespace(model_config=tokenizer_config(path))
-        manager.tokenizer = vllm.v1.structured_output.cached_tokenizer_from_config(model_config=None)
+        make: Any = vars(vllm.v1.structured_output)["cached_tokenizer_from_config"]
+        manager.tokenizer = make(model_config=None)
         assert "tokenizer" not in vars(manager)
         assert manager.tokenizer.encode("b a") == [1, 0]
         assert manager.tokenizer is manager.tokenizer
@@ -354,7 +355,7 @@ def lscpu_runs_once() -> None:
 def the_kv_cache_is_one_tensor_of_zeros() -> None:
     assert "zeros" in vllm.v1.worker.utils.allocate_kv_cache.__code__.co_names
     compat.prepare_before_fork()
-    replaced = vllm.v1.worker.utils.torch
+    replaced: Any = vars(vllm.v1.worker.utils)["torch"]
     cache = replaced.zeros(64 << 20, dtype=torch.int8, device=torch.device("cpu"))
     before = psutil.Process().memory_info().rss
     assert (cache.dtype, cache.numel(), cache.is_contiguous()) == (torch.int8, 64 << 20, True)

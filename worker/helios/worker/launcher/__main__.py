@@ -47,11 +47,20 @@ def main() -> None:
     log.info("launcher ready", pid=os.getpid(), import_seconds=round(import_seconds, 3), thread_count=threads)
     if threads != 1:
         log.warning("launcher has more than one thread: a fork copies only the one that forks", thread_count=threads)
-    Zygote(control, _child_main).run(import_seconds)
+    Zygote(control, _child_main, _prepare).run(import_seconds)
 
 
 def _child_main(spec: ReplicaSpec, requested_ns: int) -> None:
     process.run(spec, requested_ns)
+
+
+def _prepare(spec: ReplicaSpec) -> None:
+    try:
+        process.prepare(spec)
+    except Exception as error:  # noqa: BLE001  the replica itself says what is wrong with its model
+        log.warning("next start not prepared", model=spec.model, error=str(error))
+    # What is kept is shared by the children, and no collection of theirs is to look at it.
+    gc.freeze()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ _ENVIRONMENT: Final = {
     # NumPy's and SciPy's OpenBLAS start a thread pool at import otherwise, and a fork copies only one thread.
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
+    # Large blocks of malloc are huge pages where the kernel has them to give: a hundred thousand page faults fewer in a
+    # start (0.1 s of CPU with SmolLM2-135M), and a fork copies fewer page tables. Unknown to other C libraries.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_NO_USAGE_STATS": "1",
@@ -133,7 +136,7 @@ class LauncherClient:
         """
         self._numbers += 1
         number = self._numbers
-        requested_ns = time.monotonic_ns()
+        requested_ns = round(spec.asked_at * 1e9) or time.monotonic_ns()
         future: asyncio.Future[ForkedReplica] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):

@@ -23,7 +23,11 @@ log = structlog.get_logger()
 
 _READ_BYTES: Final = 64 << 10
 
+# A launcher that prepares can't fork. After this long without a request the next one is not likely to be near.
+_IDLE_SECONDS: Final = 1.0
+
 ChildMain = Callable[[ReplicaSpec, int], None]
+Prepare = Callable[[ReplicaSpec], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +40,20 @@ class _Child:
 class Zygote:
     """Serves the control socket until its other end is closed. Not reusable."""
 
-    def __init__(self, control: socket.socket, child_main: ChildMain) -> None:
-        """``child_main(spec, requested_ns)`` is the whole life of a forked child; it must not return normally."""
+    def __init__(self, control: socket.socket, child_main: ChildMain, prepare: Prepare = lambda _: None) -> None:
+        """Takes what runs in it.
+
+        Args:
+            control: The socket to the supervisor.
+            child_main: ``child_main(spec, requested_ns)`` is the whole life of a forked child; it must not return
+                normally.
+            prepare: Called in this process some time after a fork; takes below a second,
+                starts no thread and raises nothing.
+        """
         self._control = control
         self._child_main = child_main
+        self._prepare = prepare
+        self._forked_last: ReplicaSpec | None = None
         self._decoder = Decoder()
         self._children: dict[int, _Child] = {}
         self._poll = select.poll()
@@ -50,7 +64,11 @@ class Zygote:
         if not self._send(Ready(import_seconds)):
             return
         while True:
-            for descriptor, _ in self._poll.poll():
+            events = self._poll.poll(None if self._forked_last is None else _IDLE_SECONDS * 1000)
+            if not events and self._forked_last is not None:
+                spec, self._forked_last = self._forked_last, None
+                self._prepare(spec)
+            for descriptor, _ in events:
                 if descriptor != self._control.fileno():
                     self._reap(self._children[descriptor])
                 elif not self._read():
@@ -84,6 +102,7 @@ class Zygote:
         child = _Child(pid, start_ticks, os.pidfd_open(pid))
         self._children[child.pidfd] = child
         self._poll.register(child.pidfd, select.POLLIN)
+        self._forked_last = spec
         log.info("replica forked", replica=spec.replica_id, pid=pid)
         return Forked(request.number, pid, start_ticks)
 

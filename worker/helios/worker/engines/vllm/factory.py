@@ -1,6 +1,7 @@
 """What the launcher and the replica's process call to have vLLM: ``preload`` before the fork, ``build`` after it."""
 
 from helios.worker.engines.vllm import compat, failures
+from helios.worker.engines.vllm.arguments import engine_arguments
 from helios.worker.engines.vllm.engine import VllmEngine
 from helios.worker.replica.engine import Engine, EngineHooks
 from helios.worker.replica.spec import ReplicaSpec
@@ -9,6 +10,11 @@ from helios.worker.replica.spec import ReplicaSpec
 def preload() -> None:
     """Importing this module has imported everything; the rest is what needs no model."""
     compat.prepare_before_fork()
+
+
+def prepare(spec: ReplicaSpec) -> None:
+    """Called in the launcher after a replica was forked, when there is nothing else to do: for the model's next one."""
+    compat.HELD_TOKENIZERS.hold(engine_arguments(spec, -1).create_model_config())
 
 
 def build(spec: ReplicaSpec, hooks: EngineHooks) -> Engine:
