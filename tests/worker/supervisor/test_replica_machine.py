@@ -56,7 +56,7 @@ def ready_machine() -> ReplicaMachine:
 def test_a_start_goes_through_all_states_and_keeps_its_phases() -> None:
     machine = ReplicaMachine(ORDER, LIMITS)
     assert machine.handle(on.Begin(), 10.0) == [act.Fetch(), act.Publish()]
-    assert machine.handle(on.WeightsReady("/w", "lease"), 12.5) == [act.Fork("/w", "lease", 42.5), act.Publish()]
+    assert machine.handle(on.WeightsReady("/w", "lease"), 12.5) == [act.Fork("/w", "lease", 42.5, 12.5), act.Publish()]
     assert machine.handle(on.Forked(PROCESS), 13.0) == [act.Watch(PROCESS), act.Publish()]
     machine.handle(on.Attached(PROCESS, ReplicaState.LOADING, phases=(PhaseTiming("fork", 0.5),)), 13.1)
     machine.handle(on.Progressed(ReplicaState.WARMING, PhaseTiming("load", 1.0)), 14.0)
@@ -67,6 +67,7 @@ def test_a_start_goes_through_all_states_and_keeps_its_phases() -> None:
         ("fetch", 2.5),
         ("fork", 0.5),
         ("load", 1.0),
+        ("report", 1.0),
     ]
     assert machine.deadline is None
 

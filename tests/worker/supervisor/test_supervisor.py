@@ -57,7 +57,7 @@ async def test_a_replica_starts_serves_and_drains(folder: Path) -> None:
     async with running_node(folder, launcher=FakeLauncher(), weights=weights) as node:
         view = await start_ready(node)
         assert len(living(process_of(view))) == 3
-        assert [phase.phase for phase in view.phases] == ["fetch", "load"]
+        assert [phase.phase for phase in view.phases] == ["fetch", "load", "report"]
         assert weights.released == []
         node.supervisor.execute("drain", Drain("r1", 2.0))
         await node.wait_state("r1", S.STOPPED)

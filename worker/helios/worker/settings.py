@@ -71,6 +71,12 @@ class ReplicaSettings(BaseModel):
     sleep_cycle_limit: int = Field(default=20, ge=0)
     """How often a replica may wake; after that it is replaced by a new one instead of being put to sleep. 20: a
     fragmented address space, or a leak of the driver, does not last for days. 0: replicas never sleep."""
+    silence_seconds: float = Field(default=30.0, ge=0)
+    """A ready replica that says nothing for this long hangs, and is killed; it reports every second. 30: an event loop
+    that one huge request keeps busy, or a machine that swaps, is not hung. 0: silence is borne for ever."""
+    stall_seconds: float = Field(default=120.0, gt=0)
+    """A replica whose engine has requests and does nothing for this long gives up. 120: a step of a large model on a
+    slow CPU takes a minute."""
     lease_ttl_seconds: float = Field(default=60.0, ge=5, le=3600)
     """Life of the lease of a replica's weights from each renewal; what a supervisor has to come back in."""
 

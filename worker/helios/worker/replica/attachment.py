@@ -6,6 +6,7 @@ hello.
 """
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -78,7 +79,6 @@ class Attachment:
         self._on_stop = on_stop
         self._on_sleep = on_sleep
         self._changed = asyncio.Event()
-        self._is_load_moving = False
         self._session_number = 0
         self._report_seconds = _SHORTEST_REPORT_SECONDS
         self._sent: deque[tuple[float, Changes]] = deque()
@@ -88,10 +88,6 @@ class Attachment:
     def wake(self) -> None:
         """Says that there is something to report at once."""
         self._changed.set()
-
-    def note_load(self) -> None:
-        """Says that the engine's load moved, as it does with each token."""
-        self._is_load_moving = True
 
     async def run(self) -> None:
         """Keeps a session until cancelled."""
@@ -166,19 +162,16 @@ class Attachment:
             await self._wait_changed(number)
 
     async def _wait_changed(self, number: int) -> None:
-        """Waits for something worth a message at once; without any, a load is told once in a while."""
-        while True:
-            try:
-                async with asyncio.timeout(_LOAD_SECONDS):
-                    await self._changed.wait()
-            except TimeoutError:
-                # Also where nothing moved: the supervisor takes a ready replica that is silent for one that hangs.
-                pass
-            # A session that is over leaves the mark for the next one.
-            if number == self._session_number:
-                self._changed.clear()
-                self._is_load_moving = False
-            return
+        """Waits for something worth a message at once; the load is told once in a while, whether it moved or not.
+
+        The supervisor takes a ready replica that is silent for one that hangs.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LOAD_SECONDS):
+                await self._changed.wait()
+        # A session that is over leaves the mark for the next one.
+        if number == self._session_number:
+            self._changed.clear()
 
     def _take(self) -> Changes:
         """Takes what changed, and remembers it for as long as nobody can know whether it arrived."""
@@ -260,8 +253,8 @@ class Attachment:
         delta = fleet.LoadDelta(replica_id=self._spec.replica_id, load=self._load())
         wall_offset_ns = time.time_ns() - time.monotonic_ns()
         for started in changes.started:
-            message = delta.started.add(request_id=started.request_id)
-            message.arrived_at.FromNanoseconds(round(started.arrived_at * 1e9) + wall_offset_ns)
+            arrival = delta.started.add(request_id=started.request_id)
+            arrival.arrived_at.FromNanoseconds(round(started.arrived_at * 1e9) + wall_offset_ns)
         for finished in changes.finished:
             message = delta.finished.add(
                 request_id=finished.request_id,

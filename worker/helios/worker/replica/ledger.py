@@ -28,10 +28,18 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Started:
+    """A request that arrived, at a monotonic time."""
+
+    request_id: str
+    arrived_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Changes:
     """What happened since the last report."""
 
-    started: Sequence[str]
+    started: Sequence[Started]
     finished: Sequence[Finished]
 
 
@@ -39,7 +47,7 @@ class RequestLedger:
     """Counts requests between reports. One event loop uses it; no method waits."""
 
     def __init__(self) -> None:
-        self._started: deque[str] = deque(maxlen=_PENDING_LIMIT)
+        self._started: deque[Started] = deque(maxlen=_PENDING_LIMIT)
         self._finished: deque[Finished] = deque(maxlen=_PENDING_LIMIT)
         self._running_count = 0
         self._generated_tokens = 0
@@ -57,7 +65,7 @@ class RequestLedger:
     def start(self, request_id: str, now: float) -> Meter:
         """Opens the account of a request; pass the meter to ``finish`` exactly once."""
         self._running_count += 1
-        self._started.append(request_id)
+        self._started.append(Started(request_id, now))
         return Meter(request_id, now)
 
     def finish(self, meter: Meter, status_code: int, now: float) -> Finished:

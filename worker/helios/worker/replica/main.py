@@ -63,6 +63,7 @@ class _Replica:
         self._spec = spec
         self._start = start
         self._engine: Engine | None = None
+        self._engine_moved_at = 0.0
         self._sleeping: Sleeping | None = None
         self._condition = Condition(os.getpid(), _own_start_ticks(), requested_at)
         self._condition.end_phase("fork", forked_at)
@@ -108,7 +109,8 @@ class _Replica:
         gate = CallGate(
             names=self._spec.names, revision=self._spec.revision, ledger=self._ledger, on_change=self._attachment.wake
         )
-        self._start.on_load = self._attachment.note_load
+        self._note_engine_moved()
+        self._start.on_load = self._note_engine_moved
         async with self._server(engine, gate) as server, self._ops() as ops_address:
             self._become_ready(server.address, ops_address, engine)
             self._sleeping = Sleeping(engine, gate, self._condition, on_change=self._attachment.wake, fail=self._fail)
@@ -207,13 +209,23 @@ class _Replica:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_HEALTH_CHECK_SECONDS)
-            if self._engine is not None and self._engine.load().is_dead:
-                self._fail("ENGINE_DIED", "a process of the engine died")
+            if self._engine is not None:
+                self._check_engine(self._engine.load())
             lost_at = self._attachment.lost_at
             if not self._spec.supervisor_address or lost_at is None:
                 continue
             if time.monotonic() - lost_at > self._attachment.orphan_seconds:
                 self._end(Ending("orphaned: the supervisor is gone", self._spec.drain_seconds))
+
+    def _note_engine_moved(self) -> None:
+        self._engine_moved_at = time.monotonic()
+
+    def _check_engine(self, load: EngineLoad) -> None:
+        limit = self._spec.stall_seconds
+        if load.is_dead:
+            self._fail("ENGINE_DIED", "a process of the engine died")
+        elif (load.running_requests or load.waiting_requests) and time.monotonic() - self._engine_moved_at > limit:
+            self._fail("ENGINE_STALLED", f"the engine has requests and did nothing for {limit:g} s")
 
     def _fail(self, reason: str, message: str) -> None:
         if not self._ending.done():

@@ -52,6 +52,7 @@ class ReplicaSpec:
             inside it.
         drain_seconds: How long running requests may go on when nobody says otherwise (SIGTERM, orphaned).
         orphan_seconds: How long it lives on without its supervisor, until the supervisor's welcome says otherwise.
+        stall_seconds: An engine that has requests and does nothing for this long is given up.
         traceparent: W3C trace context of the request that asked for the start; empty for none.
         asked_at: When its fork was asked for, on the node's monotonic clock, where its own phases begin; 0: when the
             launcher is told.
@@ -87,6 +88,7 @@ class ReplicaSpec:
     max_running_requests: int = 64
     drain_seconds: float = 30.0
     orphan_seconds: float = 60.0
+    stall_seconds: float = 120.0
     traceparent: str = ""
     asked_at: float = 0.0
     otlp_endpoint: str = ""

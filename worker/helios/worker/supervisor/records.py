@@ -129,8 +129,8 @@ class Order:
     """What was asked for: all that the life of a replica begins with.
 
     ``max_context_tokens`` 0: the model's own. ``options`` are the engine's, by name; ``settings`` and ``served_names``
-    (the model's other names) are needed until the replica is forked, and not known of one that was taken over. ``requested_at`` (seconds since the
-    epoch; 0: nobody) and ``traceparent`` are of the request that asked for it.
+    (the model's other names) are needed until the replica is forked, and not known of one that was taken over.
+    ``requested_at`` (seconds since the epoch; 0: nobody did) and ``traceparent`` are of the request that asked for it.
     """
 
     replica_id: str

@@ -230,8 +230,8 @@ class ReplicaMachine:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Takes an event at ``now`` (seconds of a monotonic clock) and returns what to do, in order."""
-        if isinstance(event, Attached | Progressed | BecameReady | Heard):
-            self._heard_at = now
+        is_heard = isinstance(event, Attached | Progressed | BecameReady | Heard)
+        self._heard_at = now if is_heard else self._heard_at
         match event:
             case Begin():
                 return self._begin(now)
@@ -252,18 +252,19 @@ class ReplicaMachine:
             case ProcessExited(status):
                 return self._on_exit(status)
             case TreeGone(last_lines):
-                # Without a process nothing was killed: the fork is still under way.
-                is_killed = self._stage is Stage.ENDING and self._view.process is not None
-                return self._finish(last_lines) if is_killed else []
-            case Heard():
-                return []
-            case Tick():
+                return self._on_tree_gone(last_lines)
+            case Tick() | Heard():
                 return self._on_tick(now)
 
     @property
     def _silent_at(self) -> float | None:
         is_watched = self._stage is Stage.READY and self._limits.silence_seconds > 0 and not self.is_awaited
         return self._heard_at + self._limits.silence_seconds if is_watched and self._heard_at is not None else None
+
+    def _on_tree_gone(self, last_lines: tuple[str, ...]) -> list[Action]:
+        # Without a process nothing was killed: the fork is still under way.
+        is_killed = self._stage is Stage.ENDING and self._view.process is not None
+        return self._finish(last_lines) if is_killed else []
 
     def _on_tick(self, now: float) -> list[Action]:
         if self._deadline is not None and now >= self._deadline:
