@@ -295,7 +295,7 @@ async def sampling_out_of_range_is_refused_by_field(subject: Subject) -> None:
 @contract
 @needs_tokens
 async def a_prompt_that_does_not_fit_is_refused(subject: Subject) -> None:
-    ids = TokenIds((5,) * subject.engine.facts.max_context_tokens)
+    ids = TokenIds((5,) * (subject.engine.facts.max_context_tokens + 1))
     with pytest.raises(ContextLengthExceeded):
         await generated(subject, ids, Sampling(max_tokens=1))
     body = {"model": subject.model, "prompt": list(ids.ids), "max_tokens": 1}

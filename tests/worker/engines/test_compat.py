@@ -16,22 +16,24 @@ import pytest
 from helios.worker.launcher.client import launcher_environment
 from tests.worker.replica.support import ROOT, source_path
 
-SOURCE = Path(__file__).with_name("contracts.py")
+SOURCES = [Path(__file__).with_name(name) for name in ("contracts.py", "setting_contracts.py")]
 # On a busy machine, importing takes several times as long.
 SECONDS = 200
 
 
 def names() -> list[str]:
     """Returns the names of the contracts, without importing them."""
-    functions = [node for node in ast.parse(SOURCE.read_text()).body if isinstance(node, ast.FunctionDef)]
+    nodes = [node for source in SOURCES for node in ast.parse(source.read_text()).body]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     return [node.name for node in functions if any(ast.unparse(mark) == "contract" for mark in node.decorator_list)]
 
 
 @pytest.fixture(scope="module")
-def outcome() -> dict[str, str]:
+def outcome(smollm2_directory: Path) -> dict[str, str]:
     path = os.pathsep.join([source_path(), str(ROOT)])
-    environment = launcher_environment(os.environ) | {"PYTHONPATH": path}  # noqa: TID251
-    command = [sys.executable, "-m", "tests.worker.engines.contracts"]
+    own = {"PYTHONPATH": path, "HELIOS_TEST_MODEL": str(smollm2_directory)}
+    environment = launcher_environment(os.environ) | own  # noqa: TID251
+    command = [sys.executable, "-m", "tests.worker.engines.setting_contracts"]
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False
     )

@@ -111,10 +111,8 @@ def read_request(call: OpenAICall, document: Mapping[str, Any], *, vocabulary_si
     if isinstance(body, _ChatBody):
         prompt, sampling = _conversation(body), _chat_sampling(body)
     else:
-        prompt, sampling = (
-            _completion_prompt(body),
-            _sampling(body, body.max_tokens or _COMPLETION_TOKENS, body.logprobs),
-        )
+        max_tokens = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        prompt, sampling = _completion_prompt(body), _sampling(body, max_tokens, body.logprobs)
     check_sampling(sampling, vocabulary_size=vocabulary_size, prefix="")
     if isinstance(prompt, TokenIds):
         for token_id in prompt.ids:

@@ -31,7 +31,7 @@ async def shape_answer(
     call: OpenAICall, request: OpenAIRequest, pieces: Pieces, *, meter: Meter, model: str
 ) -> JsonAnswer | EventStream:
     """Returns the answer that the pieces make; a stream when its first pieces are there. Closes ``pieces``."""
-    shape = Shape(call, request_id=meter.request_id, model=model)
+    shape = Shape(call, request_id=meter.request_id, model=model, top_count=request.sampling.logprobs or 0)
     if not request.is_stream:
         async with contextlib.aclosing(pieces):
             choices = _Choices(shape)
@@ -65,7 +65,11 @@ def usage(meter: Meter) -> dict[str, Any]:
 class Shape:
     """The form of one call's answers. Pure, but for the offsets of log probabilities, which grow with the pieces."""
 
-    def __init__(self, call: OpenAICall, *, request_id: str, model: str) -> None:
+    def __init__(self, call: OpenAICall, *, request_id: str, model: str, top_count: int = 0) -> None:
+        """``top_count`` is how many of the likeliest tokens a conversation's answer tells; an engine tells the drawn one
+        too, where it is none of them.
+        """
+        self._top_count = top_count
         self.is_chat = call is OpenAICall.CHAT_COMPLETION
         self._offsets: dict[int, int] = {}
         self._head = {
@@ -105,7 +109,7 @@ class Shape:
         if not piece.logprobs:
             return None
         if self.is_chat:
-            return {"content": [_chat_entry(entry) for entry in piece.logprobs]}
+            return {"content": [_chat_entry(entry, self._top_count) for entry in piece.logprobs]}
         offsets = []
         for entry in piece.logprobs:
             offsets.append(self._offsets.get(piece.choice_index, 0))
@@ -208,8 +212,8 @@ class _Events:
         self._ready.append(DONE)
 
 
-def _chat_entry(entry: TokenLogprobs) -> dict[str, Any]:
-    return _chat_token(entry.chosen) | {"top_logprobs": [_chat_token(top) for top in entry.top]}
+def _chat_entry(entry: TokenLogprobs, top_count: int) -> dict[str, Any]:
+    return _chat_token(entry.chosen) | {"top_logprobs": [_chat_token(top) for top in entry.top[:top_count]]}
 
 
 def _chat_token(entry: Logprob) -> dict[str, Any]:

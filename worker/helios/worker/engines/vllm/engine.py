@@ -1,5 +1,6 @@
 """The ``Engine`` protocol on vLLM's AsyncLLM and its OpenAI serving classes."""
 
+import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -143,6 +144,9 @@ class VllmEngine:
         except errors.REQUEST_ERRORS as error:
             raise errors.from_exception(error) from error
         if isinstance(result, compat.ErrorResponse):
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                # vLLM's serving code turns a cancel into an answer ("Client disconnected") and goes on.
+                raise asyncio.CancelledError
             raise errors.from_response(result, self._model)
         if isinstance(result, compat.ChatCompletionResponse | compat.CompletionResponse):
             return JsonAnswer(result.model_dump_json().encode())
