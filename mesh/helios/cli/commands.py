@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import UTC
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from helios.api.admin.v1 import admin_service_pb2 as admin_pb
 from helios.api.admin.v1.admin_service_pb2_grpc import AdminServiceStub
@@ -137,6 +139,7 @@ async def status(state: StateDirectory, console: Console, *, is_json: bool) -> N
         models = await catalog.ListModels(catalog_pb.ListModelsRequest(), timeout=_CALL_SECONDS)
     if is_json:
         document |= {"workers": _plain(workers)["workers"], "replicas": _plain(replicas)["replicas"]}
+        document["failures"] = _plain(replicas)["failures"]
         console.print_json(json.dumps(document | {"models": _plain(models)["data"]}))
         return
     console.print(f"mesh [bold]{record.state}[/]  edge http://{record.edge}/v1  admin {record.admin}  {state.root}")
@@ -145,6 +148,8 @@ async def status(state: StateDirectory, console: Console, *, is_json: bool) -> N
     console.print(_model_table(models.data))
     if replicas.replicas:
         console.print(_replica_table(replicas))
+    for failed in replicas.failures:
+        console.print(_failure(failed), highlight=False)
 
 
 async def models_list(state: StateDirectory, console: Console, *, is_json: bool) -> None:
@@ -340,6 +345,12 @@ def _model_table(models: Any) -> Table:
         counts = str(model.replicas.ready), str(model.replicas.starting)
         table.add_row(model.id, name, *counts, *sizes, str(model.max_context_tokens), ", ".join(model.aliases))
     return table
+
+
+def _failure(failed: admin_pb.FailedReplica) -> Text:
+    replica, at = failed.replica, failed.failed_at.ToDatetime(tzinfo=UTC).astimezone()
+    text = Text(f"{at:%H:%M:%S} {replica.model}: replica {replica.replica_id} failed: ", "red")
+    return text.append(f"{replica.failure.reason}: {replica.failure.message}", "default")
 
 
 def _replica_table(response: admin_pb.ListReplicasResponse) -> Table:

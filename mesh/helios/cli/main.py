@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from helios.cli import commands
+from helios.cli import why as explanations
 from helios.cli.state import StateDirectory
 from helios.cli.topology import EMBEDDED_MODEL, default_state_directory
 from helios.cli.up import UpOptions
@@ -151,6 +152,34 @@ def scale(
 def evict(model: Annotated[str, typer.Argument(help="Name or alias.")], state_dir: StateOption) -> None:
     """Stop a model's replicas and drop its weights from this node's cache."""
     _run(commands.evict(_state(state_dir), console, model))
+
+
+@app.command()
+def why(
+    state_dir: StateOption,
+    request: Annotated[
+        str, typer.Argument(help="The answer's x-request-id; with --last: a model, or nothing for any.")
+    ] = "",
+    *,
+    last: Annotated[bool, typer.Option("--last", help="The last request that came.")] = False,
+    is_json: JsonOption = False,
+) -> None:
+    """Show where a request's time went, and why."""
+    _run(explanations.why(_state(state_dir), console, request, is_last=last, is_json=is_json))
+
+
+@app.command()
+def requests(
+    state_dir: StateOption,
+    *,
+    model: Annotated[str, typer.Option(help="Only those for this model, by name or alias.")] = "",
+    status: Annotated[str, typer.Option(help="Only held, sent, running, finished, refused or left ones.")] = "",
+    count: Annotated[int, typer.Option("--count", "-n", help="How many, the newest.", min=1, max=1000)] = 20,
+    is_json: JsonOption = False,
+) -> None:
+    """List the last requests, for helios why."""
+    state = _state(state_dir)
+    _run(explanations.requests(state, console, model=model, status=status, count=count, is_json=is_json))
 
 
 @app.command()

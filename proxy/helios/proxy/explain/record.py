@@ -187,8 +187,7 @@ class Record:
         arrival = self.replica_arrival
         if self.answered_at is not None and self.refusal is None:
             sent_until = arrival if arrival is not None else now
-            why = self.pick.explain() if self.pick is not None else ""
-            found.append(Segment("send", self.answered_at, sent_until, f"to {why}" if why else ""))
+            found.append(Segment("send", self.answered_at, sent_until, self._sent()))
         if arrival is not None:
             found += self._answered(arrival, now)
         return found
@@ -198,6 +197,13 @@ class Record:
             return self.refusal.message if self.refusal is not None else ""
         alias = f"the alias '{self.name}' stands for {self.model}" if self.name != self.model else self.model
         return f"{alias}, revision {self.revision[:19]}"
+
+    def _sent(self) -> str:
+        if self.pick is None:
+            return ""
+        best = self.pick.choices[0]
+        scores = f"queue {best.queue_score:.2f}, running {best.running_score:.2f}, kv {best.kv_score:.2f}"
+        return f"through Envoy to the best of {self.pick.candidate_count}: {best.score:.3f} ({scores})"
 
     def _held(self, hold: HoldFacts, left_at: float, now: float) -> list[Segment]:
         covered = sorted((s for start in hold.starts for s in start.segments(now)), key=lambda s: s.begin)

@@ -115,6 +115,10 @@ class Zygote:
         try:
             self._child_main(spec, requested_ns)
             status = 0
+        except Exception:
+            # The last lines of a replica's log are what people are told of its end.
+            log.exception("replica failed")
+            raise
         finally:
             # Never back into the launcher's loop, and no exit handler of the launcher.
             os._exit(status)

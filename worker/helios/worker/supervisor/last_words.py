@@ -45,7 +45,7 @@ def _in_words(line: str) -> str:
 
 
 def _record_in_words(record: dict[str, object]) -> str:
-    parts = [str(record.get("level", "info")).upper() + ":", str(record.get("event", ""))]
+    parts = [str(record.get("level", "info")).upper() + ":", str(record.get("message", ""))]
     parts += [str(record[key]) for key in ("reason", "error") if record.get(key)]
     raised = str(record.get("exception", "")).strip()
     if raised:
