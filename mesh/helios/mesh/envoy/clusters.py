@@ -57,12 +57,15 @@ CONTROL_ADMIN: Final = "control-admin"
 REGISTRY: Final = "registry"
 OTLP: Final = "otlp"
 
-# Loopback and a rack answer in milliseconds; a SYN that is lost once is sent again after one second.
-_CONNECT_SECONDS: Final = 2.0
+# Loopback and a rack answer in milliseconds; a SYN that is lost once is sent again after one second. TLS counts, too,
+# and on a machine whose cores are all taken a handshake has taken more than two seconds.
+_CONNECT_SECONDS: Final = 5.0
 # Envoy's defaults are 1,024 each, which held requests reach; memory and connections are bounded by the overload
 # manager.
 _MANY: Final = 100_000
 _MAX_RETRIES: Final = 1_000
+# HTTP/2's default SETTINGS_MAX_FRAME_SIZE, and what Envoy makes of a large body.
+_FRAME_BYTES: Final = 16_384
 # A listener starts when its clusters are initialised; a proxy that publishes nothing yet must not delay /healthz.
 _FIRST_ENDPOINTS_SECONDS: Final = 0.5
 
@@ -174,7 +177,13 @@ def _cluster(
             max_connection_duration=pack.seconds(settings.limits.connection_age_seconds)
         ),
         explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(
-            http2_protocol_options=pack.http2(keepalive_seconds=5, timeout_seconds=3)
+            http2_protocol_options=pack.http2(
+                keepalive_seconds=5,
+                timeout_seconds=3,
+                # A body is queued whole. Envoy's limit is 160 MB of such frames: five bodies at once, and the sixth
+                # would have ended all calls of the connection (502). The heap is what bounds them.
+                max_outbound_frames=settings.limits.max_heap_bytes // _FRAME_BYTES,
+            )
         ),
     )
     cluster = Cluster(

@@ -52,10 +52,15 @@ def struct(fields: dict[str, str]) -> Struct:
     return Struct(fields={key: Value(string_value=value) for key, value in fields.items()})
 
 
-def http2(*, keepalive_seconds: float, timeout_seconds: float) -> Http2ProtocolOptions:
-    """Returns HTTP/2 options whose pings find a peer that is gone without a word."""
+def http2(
+    *, keepalive_seconds: float, timeout_seconds: float, max_outbound_frames: int | None = None
+) -> Http2ProtocolOptions:
+    """Returns HTTP/2 options whose pings find a peer that is gone without a word.
+
+    With more than ``max_outbound_frames`` in its queue Envoy breaks the connection; None is Envoy's 10,000.
+    """
     pings = KeepaliveSettings(interval=seconds(keepalive_seconds), timeout=seconds(timeout_seconds))
-    return Http2ProtocolOptions(connection_keepalive=pings)
+    return Http2ProtocolOptions(connection_keepalive=pings, max_outbound_frames=max_outbound_frames)
 
 
 def absolute(path: Path) -> str:
