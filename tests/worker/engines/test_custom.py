@@ -199,8 +199,8 @@ async def test_an_error_before_the_first_part_is_the_answer_and_one_after_it_end
         ("no_such_module:Class", "CUSTOM_CLASS_NOT_FOUND", "no module 'no_such_module'"),
         ("no-such-entry-point", "CUSTOM_CLASS_NOT_FOUND", "no entry point"),
         ("", "CUSTOM_CLASS_NOT_FOUND", "which class"),
-        (f"{EXAMPLES}:WithSpec", "UNSUPPORTED", "LitSpec"),
-        (f"{EXAMPLES}:words", "NOT_AN_ENGINE", "neither a litserve.LitAPI nor an engine"),
+        (f"{EXAMPLES}:WithSpec", "INVALID_ENGINE_SETTINGS", "LitSpec"),
+        (f"{EXAMPLES}:words", "INVALID_ENGINE_SETTINGS", "neither a litserve.LitAPI nor an engine"),
     ],
 )
 def test_a_start_that_fails_says_why(target: str, reason: str, words: str) -> None:
@@ -212,7 +212,7 @@ def test_a_start_that_fails_says_why(target: str, reason: str, words: str) -> No
 def test_options_go_to_the_constructor_and_unknown_ones_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="max_batch") as caught, engine(f"{EXAMPLES}:Upper", max_batch="2"):
         pass
-    assert caught.value.reason == "BAD_OPTIONS"
+    assert caught.value.reason == "INVALID_ENGINE_SETTINGS"
     with engine(f"{EXAMPLES}:Upper", max_batch_size="2", batch_timeout="0.1"):
         pass
 

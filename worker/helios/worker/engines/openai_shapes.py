@@ -66,8 +66,8 @@ class Shape:
     """The form of one call's answers. Pure, but for the offsets of log probabilities, which grow with the pieces."""
 
     def __init__(self, call: OpenAICall, *, request_id: str, model: str, top_count: int = 0) -> None:
-        """``top_count`` is how many of the likeliest tokens a conversation's answer tells; an engine tells the drawn one
-        too, where it is none of them.
+        """``top_count`` is how many of the likeliest tokens a conversation's answer tells; an engine tells the drawn
+        one too, where it is none of them.
         """
         self._top_count = top_count
         self.is_chat = call is OpenAICall.CHAT_COMPLETION

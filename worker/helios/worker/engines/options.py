@@ -18,12 +18,16 @@ O = TypeVar("O", bound=Options)  # noqa: E741
 
 
 def read_options(kind: type[O], options: Mapping[str, str]) -> O:
-    """Returns the options. Raises InvalidRequest (BAD_OPTIONS) that names every one that is unknown or wrong."""
+    """Returns the options.
+
+    Raises:
+        InvalidRequest: INVALID_ENGINE_SETTINGS; it names every one that is unknown or wrong.
+    """
     try:
         return kind.model_validate(dict(options))
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()]
         raise InvalidRequest(
             f"options of the engine: {'; '.join(problems)}; there are: {', '.join(kind.model_fields)}",
-            reason="BAD_OPTIONS",
+            reason="INVALID_ENGINE_SETTINGS",
         ) from error

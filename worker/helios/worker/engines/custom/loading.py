@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from pydantic import Field
 
-from helios.mesh.errors import InvalidRequest, Unsupported
+from helios.mesh.errors import InvalidRequest
 from helios.worker.engines.custom.user_code import user_code
 from helios.worker.engines.options import Options, read_options
 from helios.worker.replica.engine import EngineHooks
@@ -63,8 +63,7 @@ def make_lit_api(target: Any, spec: ReplicaSpec) -> tuple[Any, LitOptions] | Non
     """Returns an instance of a LitAPI and its options; None where the target is not of that kind.
 
     Raises:
-        InvalidRequest: Bad options.
-        Unsupported: It has a LitSpec or a loop of its own.
+        InvalidRequest: INVALID_ENGINE_SETTINGS; bad options, or it has a LitSpec or a loop of its own.
         Bug: CUSTOM_CODE_FAILED; its constructor, or LitServe's check of it, failed.
     """
     # Whoever subclasses it has imported it: litserve stays optional.
@@ -77,12 +76,12 @@ def make_lit_api(target: Any, spec: ReplicaSpec) -> tuple[Any, LitOptions] | Non
         arguments = options.model_dump(exclude={"device"}, exclude_none=True)
         api: Any = target(**arguments) if inspect.isclass(target) else target
     if api.spec is not None:
-        raise Unsupported(f"{kind.__name__} has a LitSpec; Helios makes OpenAI's answers itself: leave it out")
+        raise _refused(f"{kind.__name__} has a LitSpec; Helios makes OpenAI's answers itself: leave it out")
     with user_code(f"LitServe's check of {kind.__name__}"):
         api.pre_setup()
         api.loop.pre_setup(api)
     if not type(api.loop).__module__.startswith("litserve."):
-        raise Unsupported(f"{kind.__name__} has a loop of its own; leave it out")
+        raise _refused(f"{kind.__name__} has a loop of its own; leave it out")
     if not hasattr(api, "model_path"):
         api.model_path = spec.model_path
     return api, options
@@ -92,10 +91,9 @@ def make_engine(target: Any, spec: ReplicaSpec, hooks: EngineHooks) -> Any:
     """Returns an instance of a class that implements ``Engine`` itself. Raises InvalidRequest where it does not."""
     missing = [name for name in _PROTOCOL if not hasattr(target, name)]
     if missing or not inspect.isclass(target):
-        raise InvalidRequest(
+        raise _refused(
             f"{getattr(target, '__name__', target)!r} is neither a litserve.LitAPI nor an engine"
-            f"{': it has no ' + ', '.join(missing) if missing else ''}",
-            reason="NOT_AN_ENGINE",
+            f"{': it has no ' + ', '.join(missing) if missing else ''}"
         )
     make: Any = target
     with user_code(f"the constructor of {target.__name__}"):
@@ -113,3 +111,8 @@ def _import(name: str) -> Any:
 
 def _not_found(problem: str) -> InvalidRequest:
     return InvalidRequest(problem, reason="CUSTOM_CLASS_NOT_FOUND")
+
+
+def _refused(problem: str) -> InvalidRequest:
+    # A reason that no further start is tried for, until somebody changes something.
+    return InvalidRequest(problem, reason="INVALID_ENGINE_SETTINGS")
