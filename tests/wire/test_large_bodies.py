@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -53,7 +54,7 @@ async def _post(rest: httpx.AsyncClient) -> tuple[int, bytes]:
 async def _call(channel: grpc.aio.Channel) -> int:
     stub = openai_service_pb2_grpc.OpenAIServiceStub(channel)
     body = httpbody_pb2.HttpBody(content_type="application/json", data=BODY)
-    answer = await stub.CreateChatCompletion(body, timeout=60).read()
+    answer: Any = await stub.CreateChatCompletion(body, timeout=60).read()
     return int(json.loads(answer.data)["size"])
 
 
