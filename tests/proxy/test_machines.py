@@ -1,6 +1,7 @@
 """Hypothesis runs through the pure state machines; each invariant is a rule or an invariant with its name."""
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -10,7 +11,7 @@ from helios.proxy import actions
 from helios.proxy.activation import machine
 from helios.proxy.activation.machine import Activation, ActivationPolicy, ActivationState
 from helios.proxy.breaker import BreakerPolicy, Breakers, BreakerState
-from helios.proxy.fleet.commands import Command, DrainReplica, StartReplica, StopReplica
+from helios.proxy.fleet.commands import Command, DrainReplica, SleepReplica, StartReplica, StopReplica, WakeReplica
 from helios.proxy.fleet.state import FleetState, Load, Replica, ReplicaState
 from helios.proxy.holds import Hold, HoldLimits, Holds
 from helios.proxy.ledger import Ledger
@@ -447,12 +448,27 @@ class CoreMachine(RuleBasedStateMachine):
                     memory_bytes=order.memory_bytes,
                 )
                 self.tell(command.worker_id, held[order.replica_id])
+            case SleepReplica(replica_id) | WakeReplica(replica_id):
+                return self.carry_out_sleep(command, replica_id, refuses=refuses)
             case DrainReplica(replica_id) | StopReplica(replica_id):
                 gone = held.pop(replica_id, None)
                 if gone is not None:
                     self.tell(command.worker_id, replica(replica_id, model=gone.model, state=ReplicaState.STOPPED))
             case _:
                 pass
+        return ""
+
+    def carry_out_sleep(self, command: Command, replica_id: str, *, refuses: bool) -> str:
+        item = self.workers[command.worker_id].get(replica_id)
+        if item is None or refuses:
+            return "REPLICA_NOT_FOUND" if item is None else "NO_CAPACITY"
+        self.carried_out.add(command.command_id)
+        is_sleep = isinstance(command.order, SleepReplica)
+        if item.state is (ReplicaState.READY if is_sleep else ReplicaState.ASLEEP):
+            state = ReplicaState.ASLEEP if is_sleep else ReplicaState.WAKING
+            changed = replace(item, state=state)
+            self.workers[command.worker_id][replica_id] = changed
+            self.tell(command.worker_id, changed)
         return ""
 
     def tell(self, worker_id: str, item: Replica) -> None:
@@ -468,13 +484,14 @@ class CoreMachine(RuleBasedStateMachine):
             del self.workers[item.worker_id][item.replica_id]
             changed = replica(item.replica_id, model=item.model, state=ReplicaState.FAILED, worker_id=item.worker_id)
             self.tell(item.worker_id, changed)
-        else:
+        elif item.state is not ReplicaState.ASLEEP:
             self.become_ready(item)
 
     def become_ready(self, item: Replica) -> None:
         self.next_port += 1
         address = item.address or f"127.0.0.1:{self.next_port}"
         changed = replica(item.replica_id, model=item.model, worker_id=item.worker_id, address=address)
+        changed = replace(changed, can_sleep=item.model == "c")
         self.workers[item.worker_id][item.replica_id] = changed
         self.tell(item.worker_id, changed)
 
@@ -551,6 +568,13 @@ class CoreMachine(RuleBasedStateMachine):
     def test_nobody_waits_while_a_replica_could_take_the_request(self) -> None:
         for model in self.core.holds.models():
             assert self.core.traffic.table.snapshot(model, "sha256:1") == ()
+
+    @invariant()
+    def test_an_asleep_replica_is_never_picked(self) -> None:
+        for item in self.core.fleet.replicas():
+            if item.state in (ReplicaState.ASLEEP, ReplicaState.WAKING):
+                assert not self.core.traffic.is_candidate(item.replica_id)
+                assert item.address not in self.core.fleet.endpoints()
 
     @invariant()
     def test_a_model_has_at_most_one_start_under_way(self) -> None:

@@ -37,6 +37,8 @@ class ModelEntry:
     min_replicas: int = 0
     max_replicas: int = 0
     engine_settings: str = ""
+    layer_count: int = 0
+    vocabulary_size: int = 0
 
 
 def shown(name: str) -> str:

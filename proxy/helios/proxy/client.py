@@ -78,6 +78,26 @@ class AdminClient:
         request = admin_pb.EvictModelRequest(model=model)
         return (await _call(self._stub().EvictModel(request, **self._options))).draining_count
 
+    async def stage(self, model: str) -> admin_pb.StageModelResponse:
+        """Stages a model and drains its replicas. Raises ModelNotFound, PreconditionFailed, Unavailable."""
+        request = admin_pb.StageModelRequest(model=model)
+        return await _call(self._stub().StageModel(request, **self._options))
+
+    async def unstage(self, model: str) -> int:
+        """Gives a staged model's memory back; returns on how many nodes. Raises ModelNotFound."""
+        request = admin_pb.UnstageModelRequest(model=model)
+        return (await _call(self._stub().UnstageModel(request, **self._options))).worker_count
+
+    async def sleep(self, replica_id: str) -> types_pb2.Replica:
+        """Puts a replica to sleep. Raises NotFound, PreconditionFailed."""
+        request = admin_pb.SleepReplicaRequest(replica_id=replica_id)
+        return (await _call(self._stub().SleepReplica(request, **self._options))).replica
+
+    async def wake(self, replica_id: str) -> types_pb2.Replica:
+        """Wakes a replica. Raises NotFound, PreconditionFailed."""
+        request = admin_pb.WakeReplicaRequest(replica_id=replica_id)
+        return (await _call(self._stub().WakeReplica(request, **self._options))).replica
+
     async def list_workers(self) -> list[admin_pb.Worker]:
         """All connected workers, by id."""
         found: list[admin_pb.Worker] = []

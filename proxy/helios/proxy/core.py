@@ -19,12 +19,14 @@ from helios.proxy.activation import machine
 from helios.proxy.activation.machine import ActivationState
 from helios.proxy.breaker import BreakerPolicy
 from helios.proxy.catalogue import Catalogue, ModelEntry
-from helios.proxy.fleet.commands import CommandBook, StartReplica
-from helios.proxy.fleet.state import Change, Replica, ReplicaState, WorkerHello
+from helios.proxy.fleet.commands import CommandBook, Order, SleepReplica, StageRevision, StartReplica, WakeReplica
+from helios.proxy.fleet.state import Change, Device, Replica, ReplicaState, Staged, WorkerHello
 from helios.proxy.holds import Hold, HoldLimits, Holds
 from helios.proxy.lifecycle import Lifecycle, LifecyclePolicy, asked_replica, model_not_found
 from helios.proxy.routing.pick import Pick
 from helios.proxy.traffic import LoadDelta, Traffic
+
+_LOST_IN_SLEEP = frozenset({"CANARY_FAILED", "WAKE_FAILED", "WAKE_TIMEOUT"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,18 @@ class Core:
             self._follow([change], now, is_worker_lost=False)
         return self._take(now)
 
+    def staged_event(self, worker_id: str, sequence: int, staged: Staged, now: float) -> list[actions.Action]:
+        """A staged revision changed; an event that comes twice changes nothing."""
+        self.fleet.staged_event(worker_id, sequence, staged)
+        return self._take(now)
+
+    def devices_measured(self, worker_id: str, devices: Iterable[Device], now: float) -> list[actions.Action]:
+        """Devices were measured; what waits for room looks again where one came or went."""
+        changed = [device for device in devices if self.fleet.device_measured(worker_id, device)]
+        if changed:
+            self.lifecycle.capacity_changed(now)
+        return self._take(now)
+
     def load_report(self, deltas: Iterable[LoadDelta], now: float) -> list[actions.Action]:
         """Loads changed, requests started and finished."""
         for delta in deltas:
@@ -188,12 +202,32 @@ class Core:
     ) -> list[actions.Action]:
         """A worker accepted a command, or refused it."""
         command = self._commands.acknowledge(worker_id, command_id)
-        if command is not None and refused_reason and isinstance(command.order, StartReplica):
-            replica = self.fleet.replica(command.order.replica_id)
-            if replica is not None:
-                change = self.fleet.forget(_failed(replica, refused_reason, message))
-                self._follow([change], now, is_worker_lost=False)
+        if command is not None and refused_reason:
+            self._refused(worker_id, command.order, refused_reason, message, now)
         return self._take(now)
+
+    def _refused(self, worker_id: str, order: Order, reason: str, message: str, now: float) -> None:
+        warmth = self.lifecycle.warmth
+        match order:
+            case StageRevision(revision):
+                warmth.stage_refused(worker_id, revision)
+            case StartReplica(replica_id) | SleepReplica(replica_id) | WakeReplica(replica_id):
+                replica = self.fleet.replica(replica_id)
+                if replica is None:
+                    return
+                if isinstance(order, StartReplica):
+                    change = self.fleet.forget(_failed(replica, reason, message))
+                    self._follow([change], now, is_worker_lost=False)
+                elif isinstance(order, SleepReplica):
+                    warmth.sleep_refused(replica, reason)
+                    self.lifecycle.reconcile(replica.model, now)
+                else:
+                    warmth.wake_refused(replica)
+                    # Its activation goes on with the next rung.
+                    gone = machine.Gone(replica_id, reason, message, is_worker_lost=True)
+                    self.lifecycle.handle(replica.model, gone, now)
+            case _:
+                pass
 
     def endpoints_acknowledged(self, addresses: frozenset[str], now: float) -> list[actions.Action]:
         """Every Envoy knows these endpoints: requests may be sent there."""
@@ -254,6 +288,25 @@ class Core:
         count = self.lifecycle.evict(entry, now)
         return count, self._take(now)
 
+    def stage(self, entry: ModelEntry, now: float) -> tuple[Staged, int, list[actions.Action]]:
+        """Stages a model and drains it; returns how many replicas drain. Raises PreconditionFailed, Unavailable."""
+        staged, count = self.lifecycle.stage(entry, now)
+        return staged, count, self._take(now)
+
+    def unstage(self, entry: ModelEntry, now: float) -> tuple[int, list[actions.Action]]:
+        """Gives a model's host memory back; returns on how many nodes."""
+        return self.lifecycle.warmth.unstage(entry.revision), self._take(now)
+
+    def sleep(self, replica: Replica, now: float) -> list[actions.Action]:
+        """Puts a replica to sleep. Raises PreconditionFailed."""
+        self.lifecycle.put_to_sleep(replica, now)
+        return self._take(now)
+
+    def wake(self, replica: Replica, now: float) -> list[actions.Action]:
+        """Wakes a replica. Raises PreconditionFailed."""
+        self.lifecycle.wake_up(replica, now)
+        return self._take(now)
+
     # Time.
     def expire_holds(self, now: float) -> list[actions.Action]:
         """Ends holds whose deadline is reached; to be called about every tenth of a second."""
@@ -284,8 +337,10 @@ class Core:
                 continue
             replica = change.replica
             is_gone = change.after is None or change.after.state.is_gone
+            self.lifecycle.measure(replica)
             if is_gone:
                 has_room = True
+                self.lifecycle.warmth.forget(replica.replica_id)
                 gone = _gone(replica, is_worker_lost=is_worker_lost)
                 self.lifecycle.handle(replica.model, gone, now)
             elif replica.state is ReplicaState.READY:
@@ -356,4 +411,5 @@ def _gone(replica: Replica, *, is_worker_lost: bool) -> machine.Gone:
         return machine.Gone(replica.replica_id, "WORKER_LOST", "its worker went away", is_worker_lost=True)
     reason = replica.failure_reason or "STOPPED"
     message = f"{reason}: {replica.failure_message}" if replica.failure_message else reason
-    return machine.Gone(replica.replica_id, reason, message)
+    # A replica that can't wake is replaced at once, like one whose worker went away: the model itself starts well.
+    return machine.Gone(replica.replica_id, reason, message, is_worker_lost=reason in _LOST_IN_SLEEP)

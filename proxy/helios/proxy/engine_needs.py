@@ -28,6 +28,8 @@ class EngineNeeds:
         rank_count: devices that one replica takes: tensor times pipeline parallelism.
         max_context_tokens: longest prompt plus answer.
         kv_cache_bytes: KV cache of a replica.
+        max_running_requests: requests that are worked on at once.
+        max_batched_tokens: tokens of one step.
         draft_model: model that guesses tokens.
         adapters: models with adapters.
     """
@@ -38,6 +40,8 @@ class EngineNeeds:
     rank_count: int = 1
     max_context_tokens: int = 0
     kv_cache_bytes: int = 0
+    max_running_requests: int = 0
+    max_batched_tokens: int = 0
     draft_model: str = ""
     adapters: tuple[str, ...] = ()
 
@@ -74,6 +78,8 @@ def needs_of(settings: str) -> EngineNeeds:
         max_context_tokens=int(values.get("max_context_tokens", 0)),
         # JSON has no integers of 64 bits: the contract's form writes them as text.
         kv_cache_bytes=int(values.get("kv_cache_bytes", 0)),
+        max_running_requests=int(values.get("max_running_requests", 0)),
+        max_batched_tokens=int(values.get("max_batched_tokens", 0)),
         draft_model=values.get("speculative_decoding", {}).get("draft_model", ""),
         adapters=tuple(adapter.get("model", "") for adapter in adapters),
     )

@@ -7,7 +7,7 @@ about the model changed, and by the clock. It is level-triggered: a lost event c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from helios.mesh.errors import HeliosError, ModelNotFound, NoReadyReplica, PreconditionFailed
 from helios.proxy import actions
@@ -17,11 +17,12 @@ from helios.proxy.activation.machine import Activation, ActivationPolicy, Activa
 from helios.proxy.catalogue import Catalogue, ModelEntry, shown
 from helios.proxy.engine_needs import needs_of, with_revisions
 from helios.proxy.fleet.commands import CommandBook, DrainReplica, EvictRevision, Order, StartReplica, StopReplica
-from helios.proxy.fleet.state import Replica, ReplicaState, Worker
+from helios.proxy.fleet.state import Replica, ReplicaState, Staged, Worker
 from helios.proxy.holds import Holds
 from helios.proxy.scaling import Desired, Usage, desired_replicas
-from helios.proxy.sizing import ReplicaSize, SizingPolicy, replica_size
+from helios.proxy.sizing import MeasuredSizes, ReplicaSize, SizingPolicy, replica_size
 from helios.proxy.traffic import Traffic
+from helios.proxy.warmth import Warmth, WarmthPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class LifecyclePolicy:
         drain_seconds: requests that still run after this long at a draining replica are cut off.
         start_base_seconds: guess of a first start, without its weights.
         start_bytes_per_second: guess of how fast weights come.
+        warmth: what is kept of models that nobody uses.
     """
 
     activation: ActivationPolicy
@@ -45,6 +47,7 @@ class LifecyclePolicy:
     drain_seconds: float
     start_base_seconds: float
     start_bytes_per_second: float
+    warmth: WarmthPolicy = field(default_factory=WarmthPolicy)
 
 
 class Lifecycle:
@@ -77,6 +80,9 @@ class Lifecycle:
         self._new_id = new_id
         self._activations: dict[str, Activation] = {}
         self._evicting: set[str] = set()
+        self._waking: set[str] = set()
+        self.measured = MeasuredSizes()
+        self.warmth = Warmth(policy.warmth, traffic=traffic, catalogue=catalogue, send=self._send)
 
     def activation(self, model: str) -> Activation:
         """The model's activation."""
@@ -108,11 +114,12 @@ class Lifecycle:
                 self.drain(replica, now)
         current = [replica for replica in replicas if replica.revision == entry.revision]
         desired = self._desired(entry, current, now)
-        if len(current) < desired.start_below:
-            self._demand(entry, current, now)
-        elif len(current) > desired.drain_above:
-            self._drain_surplus(current, len(current) - desired.drain_above, now)
-        self._adopt(model, current, now)
+        awake = [replica for replica in current if replica.state is not ReplicaState.ASLEEP]
+        if len(awake) < desired.start_below:
+            self._demand(entry, awake, now)
+        elif len(awake) > desired.drain_above:
+            self._put_down(entry, awake, len(awake) - desired.drain_above, now)
+        self._adopt(model, awake, now)
 
     def demand(self, entry: ModelEntry, now: float) -> None:
         """Asks for a replica, whatever the model's use so far.
@@ -122,7 +129,8 @@ class Lifecycle:
         """
         self._traffic.use(entry.name, now)
         current = [r for r in self._traffic.fleet.replicas_of(entry.name) if not self._traffic.is_draining(r)]
-        if any(replica.revision == entry.revision for replica in current) or not self.is_open:
+        awake = [replica for replica in current if replica.state is not ReplicaState.ASLEEP]
+        if any(replica.revision == entry.revision for replica in awake) or not self.is_open:
             return
         error = self._handle(entry.name, machine.Demanded(by_operator=True), now, may_preempt=True)
         if error is not None:
@@ -140,9 +148,11 @@ class Lifecycle:
             self.handle(model, machine.Tick(), now)
             self.reconcile(model, now)
         self._evict_idle()
+        self.warmth.relieve()
 
     def capacity_changed(self, now: float) -> None:
         """A worker came, or a replica went: activations that wait for room look again."""
+        self.warmth.look_again()
         for model, activation in list(self._activations.items()):
             if activation.state is ActivationState.WAITING:
                 self.reconcile(model, now)
@@ -178,13 +188,9 @@ class Lifecycle:
         Raises:
             PreconditionFailed: the model's policy keeps replicas.
         """
-        if entry.min_replicas:
-            raise PreconditionFailed(
-                f"the model '{entry.name}' keeps {entry.min_replicas} replica(s); scale it to 0 first",
-                reason="MODEL_PINNED",
-                metadata={"model": entry.name, "min_replicas": str(entry.min_replicas)},
-            )
+        _check_unpinned(entry)
         count = self.drain_all(entry.name, now)
+        self.warmth.unstage(entry.revision)
         self._evicting.add(entry.revision)
         self._evict_idle()
         return count
@@ -238,7 +244,10 @@ class Lifecycle:
                         self._traffic.drain_asked(replica_id)
                         self._send(replica.worker_id, StopReplica(replica_id))
                 case machine.Measured(replica_id, seconds):
-                    self.estimates.record(model, seconds)
+                    # Waking says nothing of how long a start takes.
+                    if replica_id not in self._waking:
+                        self.estimates.record(model, seconds)
+                    self._waking.discard(replica_id)
                     replica = self._traffic.fleet.replica(replica_id)
                     phases = replica.phases if replica is not None else ()
                     self.outbox.append(actions.ActivationDone(model, replica_id, seconds, phases))
@@ -254,8 +263,12 @@ class Lifecycle:
         if missing := others.keys() - revisions.keys():
             message = f"its engine settings name the model '{min(missing)}', which does not exist"
             return machine.Refused("INVALID_ENGINE_SETTINGS", message, 1.0)
-        size = replica_size(entry, self.policy.sizing, others.get(needs.draft_model))
-        workers = [self._capacity(w, model, now) for w in self._traffic.fleet.workers() if w.is_reachable]
+        sleeper = self.warmth.sleeper(entry)
+        if sleeper is not None:
+            return machine.Placed(self._wake(sleeper))
+        size = self.size(entry, others.get(needs.draft_model))
+        count = needs.rank_count
+        workers = [self._capacity(w, entry, count, now) for w in self._traffic.fleet.workers() if w.is_reachable]
         # What stands behind a colon is the engine's own business.
         engine = (needs.engine or self.policy.engine).partition(":")[0]
         plan = placement.place(size.memory_bytes, engine, workers, may_preempt=may_preempt)
@@ -286,14 +299,77 @@ class Lifecycle:
         self.outbox.append(actions.ActivationDelayed(model, "NO_CAPACITY", detail))
         return machine.Delayed("NO_CAPACITY", message)
 
-    def _capacity(self, worker: Worker, model: str, now: float) -> placement.WorkerCapacity:
+    def size(self, entry: ModelEntry, draft: ModelEntry | None = None) -> ReplicaSize:
+        """What a replica of a model would book."""
+        is_gpu = any(worker.has_gpus for worker in self._traffic.fleet.workers())
+        return replica_size(entry, self.policy.sizing, draft, measured=self.measured, is_gpu=is_gpu)
+
+    def measure(self, replica: Replica) -> None:
+        """Takes in what a replica was measured to hold: the next one of its revision books that."""
+        entry = self._catalogue.find(replica.model)
+        kv_cache_bytes = dict(replica.memory_items).get("KV_CACHE", 0)
+        is_told = replica.measured_bytes and kv_cache_bytes and replica.state is ReplicaState.READY
+        if is_told and entry is not None and entry.revision == replica.revision:
+            self.measured.record(
+                entry.revision,
+                entry.engine_settings,
+                measured_bytes=replica.measured_bytes,
+                kv_cache_bytes=kv_cache_bytes,
+            )
+
+    def put_to_sleep(self, replica: Replica, now: float) -> None:
+        """Puts a replica to sleep for an operator. Raises PreconditionFailed."""
+        self.warmth.check_sleep(replica)
+        self._traffic.forget_use(replica.model)
+        self.warmth.sleep(replica)
+
+    def wake_up(self, replica: Replica, now: float) -> None:
+        """Wakes a replica for an operator. Raises PreconditionFailed."""
+        if replica.state in (ReplicaState.READY, ReplicaState.WAKING):
+            return
+        if replica.state is not ReplicaState.ASLEEP:
+            message = f"replica {replica.replica_id} is not asleep"
+            raise PreconditionFailed(message, reason="REPLICA_NOT_ASLEEP")
+        self._traffic.use(replica.model, now)
+        self._wake(replica)
+        self.activation(replica.model)
+        self.reconcile(replica.model, now)
+
+    def stage(self, entry: ModelEntry, now: float) -> tuple[Staged, int]:
+        """Stages a model and drains it; returns where it stands and how many replicas drain.
+
+        Raises:
+            PreconditionFailed: the model's policy keeps replicas.
+            Unavailable: there is no worker, or no room.
+        """
+        _check_unpinned(entry)
+        staged = self.warmth.stage(entry)
+        return staged, self.drain_all(entry.name, now)
+
+    def _wake(self, replica: Replica) -> str:
+        self._waking.add(replica.replica_id)
+        self.warmth.wake(replica)
+        held_count = self._holds.count(replica.model)
+        asking = self._holds.first(replica.model)
+        traceparent = asking.traceparent if asking is not None else ""
+        begun = actions.ActivationBegun(
+            replica.model, replica.replica_id, replica.worker_id, held_count, "wakes a sleeping replica", traceparent
+        )
+        self.outbox.append(begun)
+        return replica.replica_id
+
+    def _capacity(self, worker: Worker, entry: ModelEntry, rank_count: int, now: float) -> placement.WorkerCapacity:
+        # On a CPU, ranks share the one device that there is.
+        device_count = rank_count if worker.has_gpus else 1
+        model = entry.name
         replicas = list(worker.replicas.values())
         draining = [replica for replica in replicas if self._traffic.is_draining(replica)]
         return placement.WorkerCapacity(
             worker_id=worker.hello.worker_id,
             engines=worker.hello.engines,
-            memory_bytes=worker.memory_bytes,
-            free_bytes=worker.free_bytes,
+            memory_bytes=worker.memory_bytes_of(device_count),
+            free_bytes=worker.free_bytes_of(device_count),
+            is_staged=entry.revision in worker.staged,
             free_slot_count=worker.hello.slot_count - len(replicas),
             draining_bytes=sum(replica.memory_bytes for replica in draining),
             draining_count=len(draining),
@@ -306,6 +382,8 @@ class Lifecycle:
 
     def _is_victim(self, replica: Replica, now: float) -> bool:
         since = self._traffic.ready_since(replica.replica_id)
+        if replica.state is ReplicaState.ASLEEP:
+            return not self._traffic.is_draining(replica) and not self._holds.count(replica.model)
         if replica.state is not ReplicaState.READY or since is None or self._traffic.is_draining(replica):
             return False
         if not self._traffic.is_idle(replica) or now - since < self.policy.residency_seconds:
@@ -334,6 +412,8 @@ class Lifecycle:
             max_context_tokens=needs.max_context_tokens,
             engine_settings=with_revisions(entry.engine_settings, revisions),
             served_names=entry.aliases,
+            memory_items=size.items,
+            device_count=needs.rank_count if self._has_gpus(worker_id) else 1,
             requested_at=asking.requested_at if asking is not None else 0.0,
             traceparent=traceparent,
         )
@@ -343,18 +423,27 @@ class Lifecycle:
         self.outbox.append(actions.ActivationBegun(entry.name, replica_id, worker_id, held_count, placed, traceparent))
         return replica_id
 
+    def _has_gpus(self, worker_id: str) -> bool:
+        worker = self._traffic.fleet.worker(worker_id)
+        return worker is not None and worker.has_gpus
+
     def _adopt(self, model: str, current: list[Replica], now: float) -> None:
         starting = next((replica for replica in current if replica.state.is_starting), None)
         if starting is not None:
             self._handle(model, machine.Adopted(starting.replica_id), now, may_preempt=False)
 
-    def _drain_surplus(self, current: list[Replica], count: int, now: float) -> None:
+    def _put_down(self, entry: ModelEntry, current: list[Replica], count: int, now: float) -> None:
         # What is not ready yet goes first, then what has least to do.
         def order(replica: Replica) -> tuple[bool, int, str]:
             load = replica.load.running_count + replica.load.waiting_count
             return replica.state is ReplicaState.READY, load, replica.replica_id
 
         for replica in sorted(current, key=order)[:count]:
+            if self.warmth.may_sleep(replica):
+                self.warmth.sleep(replica)
+                continue
+            if count == len(current) and replica.state is ReplicaState.READY:
+                self.warmth.keep_staged(entry, replica.worker_id)
             self.drain(replica, now)
 
     def _remove(self, model: str, now: float) -> None:
@@ -383,6 +472,15 @@ class Lifecycle:
         self.outbox.append(actions.Send(self._commands.issue(worker_id, order)))
 
 
+def _check_unpinned(entry: ModelEntry) -> None:
+    if entry.min_replicas:
+        raise PreconditionFailed(
+            f"the model '{entry.name}' keeps {entry.min_replicas} replica(s); scale it to 0 first",
+            reason="MODEL_PINNED",
+            metadata={"model": entry.name, "min_replicas": str(entry.min_replicas)},
+        )
+
+
 def asked_replica(worker_id: str, order: StartReplica) -> Replica:
     """The replica that a start command asks for, as it is believed in until its worker speaks of it."""
     return Replica(
@@ -393,6 +491,7 @@ def asked_replica(worker_id: str, order: StartReplica) -> Replica:
         worker_id=worker_id,
         engine=order.engine,
         memory_bytes=order.memory_bytes,
+        memory_items=order.memory_items,
     )
 
 

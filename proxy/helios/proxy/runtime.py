@@ -19,6 +19,7 @@ from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
 from helios.proxy.explain.journal import Journal, JournalLimits
 from helios.proxy.fleet.commands import Command
+from helios.proxy.fleet.state import ReplicaState
 from helios.proxy.holds import Hold
 from helios.proxy.routing.pick import Pick
 
@@ -366,7 +367,8 @@ class Runtime:
         fleet = self.core.fleet
         metrics.WORKERS.set(sum(1 for worker in fleet.workers() if worker.is_reachable))
         metrics.RESERVATIONS.set(self.core.traffic.ledger.statistics().reserved_count)
-        counts: dict[str, int] = dict.fromkeys(("pending", "fetching", "loading", "warming", "ready", "draining"), 0)
+        states = (state.name.lower() for state in ReplicaState if not state.is_gone)
+        counts: dict[str, int] = dict.fromkeys(states, 0)
         for replica in fleet.replicas():
             counts[replica.state.name.lower()] += 1
         for state, count in counts.items():

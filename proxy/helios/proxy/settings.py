@@ -12,6 +12,7 @@ from helios.proxy.core import CorePolicy
 from helios.proxy.holds import HoldLimits
 from helios.proxy.lifecycle import LifecyclePolicy
 from helios.proxy.sizing import SizingPolicy
+from helios.proxy.warmth import WarmthPolicy
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -56,8 +57,19 @@ class ReplicaSettings(BaseModel):
 
     engine: str = ""
     """Engine to run models with; empty: each worker's default."""
-    overhead_bytes: PositiveInt = 1536 << 20
-    """Memory of a replica beside weights and KV cache. 1.5 GiB: three processes of vLLM on a CPU with activations."""
+    overhead_bytes: PositiveInt = 320 << 20
+    """Memory of a replica's processes on a CPU, for each rank, beside weights, KV cache and activations, which are
+    predicted from the model. 320 MiB: two processes of vLLM, measured. What replicas are then measured to hold
+    corrects it, revision by revision."""
+    gpu_overhead_bytes: PositiveInt = 1536 << 20
+    """The same on a GPU, of its memory. 1.5 GiB: a CUDA context, cuBLAS workspaces, graphs, NCCL's buffers."""
+    sleeps: bool = True
+    """Whether idle replicas sleep on their GPU (weights off the device, processes wait) before they are stopped."""
+    stages: bool = True
+    """Whether a model whose last replica is stopped for idleness stays staged: its weights in the node's memory, while
+    there is room. The ones used longest ago give way to others."""
+    pressure_ratio: PositiveFloat = Field(default=0.9, le=1)
+    """Staged weights are given back where more of a node's memory than this is used."""
     context_count: PositiveInt = 4
     """Full contexts that the KV cache should hold."""
     min_kv_cache_bytes: PositiveInt = 256 << 20
@@ -159,6 +171,7 @@ class ProxySettings(ProcessSettings):
             activation=ActivationPolicy(wait_seconds=replica.wait_seconds, start_seconds=replica.start_seconds),
             sizing=SizingPolicy(
                 overhead_bytes=replica.overhead_bytes,
+                gpu_overhead_bytes=replica.gpu_overhead_bytes,
                 context_count=replica.context_count,
                 min_kv_cache_bytes=replica.min_kv_cache_bytes,
                 max_kv_cache_bytes=replica.max_kv_cache_bytes,
@@ -169,4 +182,5 @@ class ProxySettings(ProcessSettings):
             drain_seconds=replica.drain_seconds,
             start_base_seconds=replica.start_base_seconds,
             start_bytes_per_second=float(replica.start_bytes_per_second),
+            warmth=WarmthPolicy(sleeps=replica.sleeps, stages=replica.stages, pressure_ratio=replica.pressure_ratio),
         )

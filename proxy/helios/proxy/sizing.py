@@ -1,13 +1,30 @@
-"""How much memory a replica books: weights, KV cache and what the process itself needs. Pure."""
+"""How much memory a replica books: weights, KV cache, activations and what its processes need. Pure.
+
+A prediction first, from the model's profile; then what its replicas were measured to hold, by revision and settings. A
+measure counts for everything but the KV cache, which is given and not predicted; and never below the predicted
+overhead, because a KV cache that nothing has touched yet takes no memory.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Final
 
 from helios.proxy.catalogue import ModelEntry
-from helios.proxy.engine_needs import needs_of
+from helios.proxy.engine_needs import EngineNeeds, needs_of
 
-_MIB = 1 << 20
+_MIB: Final = 1 << 20
+# What the engine works on in one step where nobody says otherwise: helios.worker.engines.vllm and ReplicaSpec.
+_BATCHED_TOKENS: Final = 1024
+_RUNNING_REQUESTS: Final = 64
+# Arrays of hidden size that are alive at once at the widest place of a layer: residual, normed, gate, up, their
+# product, the last three wider than the hidden size by the feed-forward's factor.
+_ACTIVATION_ARRAYS: Final = 20
+# Arrays of logits in 32 bits that sampling holds at once: as computed, penalised, sorted, and their probabilities.
+_LOGIT_ARRAYS: Final = 4
+# A measure says what was; the next replica may serve longer prompts.
+_HEADROOM: Final = 1.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,40 +32,106 @@ class SizingPolicy:
     """How replicas are sized.
 
     Attributes:
-        overhead_bytes: processes, engine and activations of one replica, beside weights and KV cache.
+        overhead_bytes: processes and engine of one rank, beside weights, KV cache and activations.
         context_count: full contexts that the KV cache should hold.
         min_kv_cache_bytes: lower bound of the KV cache.
         max_kv_cache_bytes: upper bound of the KV cache; one full context is granted above it.
+        gpu_overhead_bytes: `overhead_bytes` of a rank on a GPU, on the device.
     """
 
     overhead_bytes: int
     context_count: int
     min_kv_cache_bytes: int
     max_kv_cache_bytes: int
+    gpu_overhead_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSize:
-    """What one replica books, and the share of it that is KV cache."""
+    """What one replica books, and the share of it that is KV cache. `items` add up to it."""
 
     memory_bytes: int
     kv_cache_bytes: int
+    items: tuple[tuple[str, int], ...] = ()
 
 
-def replica_size(entry: ModelEntry, policy: SizingPolicy, draft: ModelEntry | None = None) -> ReplicaSize:
+class MeasuredSizes:
+    """What replicas were measured to hold beside their KV cache, by revision and settings: the largest of each."""
+
+    def __init__(self) -> None:
+        self._fixed_bytes: dict[tuple[str, str], int] = {}
+
+    def record(self, revision: str, settings: str, *, measured_bytes: int, kv_cache_bytes: int) -> None:
+        """Takes in what one replica holds, all of it, and the KV cache that it was given."""
+        key = (revision, settings)
+        fixed_bytes = max(0, measured_bytes - kv_cache_bytes)
+        self._fixed_bytes[key] = max(fixed_bytes, self._fixed_bytes.get(key, 0))
+
+    def fixed_bytes(self, revision: str, settings: str) -> int | None:
+        """What a replica holds beside its KV cache; None where none was measured."""
+        return self._fixed_bytes.get((revision, settings))
+
+    def keep_only(self, revisions: set[str]) -> None:
+        """Forgets revisions that no model has any more."""
+        self._fixed_bytes = {key: value for key, value in self._fixed_bytes.items() if key[0] in revisions}
+
+
+def replica_size(
+    entry: ModelEntry,
+    policy: SizingPolicy,
+    draft: ModelEntry | None = None,
+    *,
+    measured: MeasuredSizes | None = None,
+    is_gpu: bool = False,
+) -> ReplicaSize:
     """Sizes a replica of a model, with the one that guesses its tokens where it has one; whole MiB."""
     needs = needs_of(entry.engine_settings)
     weights_bytes = needs.weights_bytes(entry.weights_bytes, entry.dtype)
     token_bytes = needs.kv_bytes_per_token(entry.kv_bytes_per_token, entry.dtype)
+    activation_bytes = _activation_bytes(entry, needs)
     if draft is not None:
         weights_bytes += draft.weights_bytes
         token_bytes += draft.kv_bytes_per_token
+        activation_bytes += _activation_bytes(draft, needs)
     context_bytes = token_bytes * (needs.max_context_tokens or entry.max_context_tokens)
     wanted = min(context_bytes * policy.context_count, policy.max_kv_cache_bytes)
     kv_cache_bytes = _round_up(needs.kv_cache_bytes or max(wanted, context_bytes, policy.min_kv_cache_bytes))
     # Each rank has processes of its own.
-    fixed_bytes = _round_up(weights_bytes + policy.overhead_bytes * needs.rank_count)
-    return ReplicaSize(fixed_bytes + kv_cache_bytes, kv_cache_bytes)
+    overhead_bytes = (policy.gpu_overhead_bytes if is_gpu else policy.overhead_bytes) * needs.rank_count
+    fixed_bytes = _round_up(weights_bytes + activation_bytes + overhead_bytes)
+    held = measured.fixed_bytes(entry.revision, entry.engine_settings) if measured is not None else None
+    if held is not None:
+        fixed_bytes = _round_up(max(int(held * _HEADROOM), activation_bytes + overhead_bytes))
+    # Where the weights turn out to be the page cache's, a measured replica holds less than they take.
+    own_weights = min(weights_bytes, fixed_bytes)
+    own_activations = min(activation_bytes, fixed_bytes - own_weights)
+    items = (
+        ("WEIGHTS", own_weights),
+        ("KV_CACHE", kv_cache_bytes),
+        ("ACTIVATIONS", own_activations),
+        ("OVERHEAD", fixed_bytes - own_weights - own_activations),
+    )
+    return ReplicaSize(fixed_bytes + kv_cache_bytes, kv_cache_bytes, items)
+
+
+def _activation_bytes(entry: ModelEntry, needs: EngineNeeds) -> int:
+    """What a step of the largest kind takes: activations, logits, and the packed copy of the output layer."""
+    hidden = _hidden_size(entry)
+    batched = needs.max_batched_tokens or _BATCHED_TOKENS
+    running = needs.max_running_requests or _RUNNING_REQUESTS
+    activations = batched * hidden * _ACTIVATION_ARRAYS * 2
+    logits = running * entry.vocabulary_size * _LOGIT_ARRAYS * 4
+    # Kernels want the output layer in another order than embeddings, which have the same weights.
+    packed_head = entry.vocabulary_size * hidden * 2
+    return activations + logits + packed_head
+
+
+def _hidden_size(entry: ModelEntry) -> int:
+    """Guesses the width from the number of parameters: twelve squares of it a layer, and the embeddings."""
+    if not entry.layer_count or not entry.parameter_count:
+        return 0
+    square, linear = 12 * entry.layer_count, entry.vocabulary_size
+    return int((math.sqrt(linear * linear + 4 * square * entry.parameter_count) - linear) / (2 * square))
 
 
 def _round_up(count: int) -> int:

@@ -44,6 +44,7 @@ class Traffic:
         self._published: frozenset[str] = frozenset()
         self._draining: set[str] = set()
         self._last_used: dict[str, float] = {}
+        self._last_wanted: dict[str, float] = {}
         self._ready_since: dict[str, float] = {}
         self._opened: set[str] = set()
         # By model, as a tuple that is made anew where it changes: a pick takes it as it is.
@@ -75,7 +76,7 @@ class Traffic:
             return
         if replica.state is ReplicaState.READY:
             self._ready_since.setdefault(replica.replica_id, now)
-        if change.before is None:
+        if change.before is None and replica.state is not ReplicaState.ASLEEP:
             # A replica that was here before this proxy counts as used now: nobody knows better.
             self._last_used.setdefault(replica.model, now)
         self.refresh(replica.replica_id)
@@ -147,13 +148,17 @@ class Traffic:
         """When a request of the model was last picked or reported; None for never, or not since `forget_use`."""
         return self._last_used.get(model)
 
+    def last_wanted_at(self, model: str) -> float:
+        """When a request of the model was last picked or reported, whatever was forgotten since; 0 for never."""
+        return self._last_used.get(model, self._last_wanted.get(model, 0.0))
+
     def use(self, model: str, now: float) -> None:
         """Counts as a use of the model, so that it is not drained as idle."""
         self._last_used[model] = now
 
     def forget_use(self, model: str) -> None:
         """Lets a model go to zero at once."""
-        self._last_used.pop(model, None)
+        self._last_wanted[model] = self._last_used.pop(model, self._last_wanted.get(model, 0.0))
 
     def ready_since(self, replica_id: str) -> float | None:
         """When a replica was first seen ready."""

@@ -18,7 +18,10 @@ class Victim:
 
 @dataclass(frozen=True, slots=True)
 class WorkerCapacity:
-    """What a worker has left, what draining replicas will give back, and what could be freed."""
+    """What a worker has left, what draining replicas will give back, and what could be freed.
+
+    Memory is what a replica on as many devices as it wants could have. `is_staged`: its weights are in memory there.
+    """
 
     worker_id: str
     engines: tuple[str, ...]
@@ -28,6 +31,7 @@ class WorkerCapacity:
     draining_bytes: int = 0
     draining_count: int = 0
     victims: tuple[Victim, ...] = ()
+    is_staged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +84,10 @@ def place(memory_bytes: int, engine: str, workers: list[WorkerCapacity], *, may_
         return Wait("NO_WORKER", f"no worker {what}is connected")
     fitting = [worker for worker in able if worker.free_bytes >= memory_bytes and worker.free_slot_count > 0]
     if fitting:
-        chosen = max(fitting, key=lambda worker: (worker.free_bytes, worker.worker_id))
+        chosen = max(fitting, key=lambda worker: (worker.is_staged, worker.free_bytes, worker.worker_id))
         most = f"has the most memory free of {len(fitting)} that fit" if len(fitting) > 1 else "fits"
+        if chosen.is_staged:
+            most = "has its weights in memory"
         reason = (
             f"{chosen.worker_id} {most}: {_gib(chosen.free_bytes)} of {_gib(chosen.memory_bytes)} free, "
             f"{_gib(memory_bytes)} needed"

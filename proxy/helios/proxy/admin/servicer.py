@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 
 from helios.api.admin.v1 import admin_service_pb2 as pb
 from helios.api.admin.v1.admin_service_pb2_grpc import AdminServiceServicer
+from helios.api.fleet.v1 import fleet_service_pb2 as fleet_pb
 from helios.api.fleet.v1 import types_pb2
 from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, Unavailable
 from helios.proxy.catalog.servicer import find_model
@@ -15,7 +16,7 @@ from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.explain.wire import explanation_to_proto, failure_to_proto, state_from_proto, summary_to_proto
 from helios.proxy.fleet.state import Replica, ReplicaState
-from helios.proxy.fleet.wire import device_to_proto, replica_to_proto
+from helios.proxy.fleet.wire import device_to_proto, replica_to_proto, staged_to_proto
 from helios.proxy.runtime import Runtime
 
 ADMIN_SERVICE: Final = "helios.api.admin.v1.AdminService"
@@ -71,6 +72,34 @@ class AdminServicer(AdminServiceServicer):
         self._runtime.apply(todo)
         return pb.EvictModelResponse(draining_count=count)
 
+    async def StageModel(self, request: pb.StageModelRequest, context: Any) -> pb.StageModelResponse:
+        """Brings a model's weights to memory and drains its replicas."""
+        entry = await self._find(request.model)
+        staged, count, todo = self._core.stage(entry, time.monotonic())
+        self._runtime.apply(todo)
+        return pb.StageModelResponse(
+            worker_id=staged.worker_id, state=staged_to_proto(staged).state, draining_count=count
+        )
+
+    async def UnstageModel(self, request: pb.UnstageModelRequest, context: Any) -> pb.UnstageModelResponse:
+        """Gives a staged model's memory back."""
+        entry = await self._find(request.model)
+        count, todo = self._core.unstage(entry, time.monotonic())
+        self._runtime.apply(todo)
+        return pb.UnstageModelResponse(worker_count=count)
+
+    async def SleepReplica(self, request: pb.SleepReplicaRequest, context: Any) -> pb.SleepReplicaResponse:
+        """Puts a replica to sleep."""
+        replica = self._find_replica(request.replica_id)
+        self._runtime.apply(self._core.sleep(replica, time.monotonic()))
+        return pb.SleepReplicaResponse(replica=self._replica(self._find_replica(request.replica_id)))
+
+    async def WakeReplica(self, request: pb.WakeReplicaRequest, context: Any) -> pb.WakeReplicaResponse:
+        """Wakes a replica."""
+        replica = self._find_replica(request.replica_id)
+        self._runtime.apply(self._core.wake(replica, time.monotonic()))
+        return pb.WakeReplicaResponse(replica=self._replica(self._find_replica(request.replica_id)))
+
     async def ListWorkers(self, request: pb.ListWorkersRequest, context: Any) -> pb.ListWorkersResponse:
         """Lists workers by id."""
         workers = sorted(self._core.fleet.workers(), key=lambda worker: worker.hello.worker_id)
@@ -80,11 +109,16 @@ class AdminServicer(AdminServiceServicer):
             pb.Worker(
                 worker_id=worker.hello.worker_id,
                 node=worker.hello.node,
-                devices=[device_to_proto(device) for device in worker.hello.devices],
+                devices=[device_to_proto(device) for device in worker.devices.values()],
                 engines=worker.hello.engines,
                 slot_count=worker.hello.slot_count,
                 replica_count=len(worker.replicas),
                 version=worker.hello.version,
+                host_memory=fleet_pb.HostMemory(
+                    memory_bytes=worker.hello.host_memory_bytes,
+                    booked_bytes=worker.hello.host_memory_bytes - worker.free_host_bytes,
+                ),
+                staged=[staged_to_proto(staged) for staged in worker.staged.values()],
             )
             for worker in page
         ]
@@ -137,6 +171,13 @@ class AdminServicer(AdminServiceServicer):
         if not name:
             raise InvalidRequest("you must provide a model", metadata={"param": "model"})
         return await find_model(self._runtime, self._models, name)
+
+    def _find_replica(self, replica_id: str) -> Replica:
+        replica = self._core.fleet.replica(replica_id)
+        if replica is None:
+            metadata = {"replica_id": shown(replica_id)}
+            raise NotFound(f"there is no replica '{shown(replica_id)}'", reason="REPLICA_NOT_FOUND", metadata=metadata)
+        return replica
 
     async def _write_policy(self, name: str, *, min_replicas: int, max_replicas: int) -> ModelEntry:
         try:

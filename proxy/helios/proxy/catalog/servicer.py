@@ -13,7 +13,6 @@ from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.engine_needs import needs_of
 from helios.proxy.fleet.state import Replica, ReplicaState
 from helios.proxy.runtime import Runtime
-from helios.proxy.sizing import replica_size
 
 MODEL_SERVICE: Final = "helios.api.catalog.v1.ModelService"
 _MAX_PAGE_SIZE: Final = 10_000
@@ -46,7 +45,7 @@ class ModelServicer(ModelServiceServicer):
     def _describe(self, entry: ModelEntry, now: float) -> pb.Model:
         core = self._runtime.core
         lifecycle, traffic = core.lifecycle, core.traffic
-        size = replica_size(entry, lifecycle.policy.sizing)
+        size = lifecycle.size(entry)
         replicas = core.fleet.replicas_of(entry.name)
         draining = [replica for replica in replicas if traffic.is_draining(replica)]
         starting = [replica for replica in replicas if replica.state.is_starting and replica not in draining]
@@ -60,7 +59,13 @@ class ModelServicer(ModelServiceServicer):
             created=entry.created_at,
             owned_by="helios",
             state=_state(starting, ready, is_failed=is_failed),
-            replicas=pb.ReplicaCounts(starting=len(starting), ready=len(ready), draining=len(draining)),
+            replicas=pb.ReplicaCounts(
+                starting=len(starting),
+                ready=len(ready),
+                draining=len(draining),
+                asleep=sum(replica.state is ReplicaState.ASLEEP and replica not in draining for replica in replicas),
+                staged=len(core.fleet.staged_on(entry.revision)),
+            ),
             resources=pb.ModelResources(
                 weights_bytes=entry.weights_bytes,
                 memory_bytes=size.memory_bytes,

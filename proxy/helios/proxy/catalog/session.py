@@ -103,6 +103,8 @@ def entry_from_model(model: Model) -> ModelEntry:
         kv_bytes_per_token=profile.kv_bytes_per_token,
         max_context_tokens=profile.max_context_tokens,
         parameter_count=profile.parameter_count,
+        layer_count=profile.layer_count,
+        vocabulary_size=profile.vocabulary_size,
         dtype=profile.dtype,
         architecture=profile.architecture,
         source=model.revision.source,

@@ -13,6 +13,7 @@ class StartReplica:
     """Start a replica. `engine_settings` is the contract's JSON; `served_names` are the model's aliases.
 
     `requested_at` (seconds since the epoch) and `traceparent` are of the request that asked for it; 0 and empty: none.
+    `memory_items` is what `memory_bytes` is made of: the contract's kinds, and bytes.
     """
 
     replica_id: str
@@ -26,6 +27,8 @@ class StartReplica:
     served_names: tuple[str, ...] = ()
     requested_at: float = 0.0
     traceparent: str = ""
+    memory_items: tuple[tuple[str, int], ...] = ()
+    device_count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,46 @@ class EvictRevision:
     revision: str
 
 
-Order = StartReplica | DrainReplica | StopReplica | EvictRevision
+@dataclass(frozen=True, slots=True)
+class StageRevision:
+    """Bring a revision's weights to host memory."""
+
+    revision: str
+    model: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnstageRevision:
+    """Give a staged revision's memory back."""
+
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class SleepReplica:
+    """Take a replica's weights and KV cache off its device."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class WakeReplica:
+    """Bring a sleeping replica back."""
+
+    replica_id: str
+
+
+Order = (
+    StartReplica
+    | DrainReplica
+    | StopReplica
+    | EvictRevision
+    | StageRevision
+    | UnstageRevision
+    | SleepReplica
+    | WakeReplica
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 
 class ReplicaState(enum.Enum):
-    """The life of a replica: pending → fetching → loading → warming → ready → draining → stopped; failed from any."""
+    """pending → fetching → loading → warming → ready → draining → stopped; ready → asleep → waking → ready; failed."""
 
     PENDING = 1
     FETCHING = 2
@@ -27,16 +27,18 @@ class ReplicaState(enum.Enum):
     DRAINING = 6
     STOPPED = 7
     FAILED = 8
+    ASLEEP = 9
+    WAKING = 10
 
     @property
     def is_starting(self) -> bool:
         """Whether the replica is on its way to READY."""
-        return self.value < ReplicaState.READY.value
+        return self.value < ReplicaState.READY.value or self is ReplicaState.WAKING
 
     @property
     def is_gone(self) -> bool:
         """Whether the replica's process tree is gone."""
-        return self.value >= ReplicaState.STOPPED.value
+        return self in (ReplicaState.STOPPED, ReplicaState.FAILED)
 
 
 class DeviceKind(enum.Enum):
@@ -49,12 +51,42 @@ class DeviceKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device of a worker; `booked_bytes` is as of the worker's hello."""
+    """A device of a worker; `booked_bytes` is as of the worker's last word.
+
+    `facts` and `telemetry` are the contract's messages, for showing; nothing is decided by them but `used_ratio`.
+    """
 
     device_id: str
     kind: DeviceKind
     memory_bytes: int
     booked_bytes: int
+    is_healthy: bool = True
+    used_ratio: float = 0.0
+    facts: bytes = b""
+    telemetry: bytes = b""
+
+
+class StagedState(enum.Enum):
+    """Where a staged revision stands."""
+
+    STAGING = 1
+    STAGED = 2
+    GONE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A revision in a node's memory, without a process."""
+
+    revision: str
+    model: str
+    state: StagedState
+    worker_id: str
+    memory_bytes: int = 0
+    resident_bytes: int = 0
+    locked_bytes: int = 0
+    failure_reason: str = ""
+    failure_message: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +118,12 @@ class Replica:
     created_at: float = 0.0
     max_context_tokens: int = 0
     load: Load = Load()
+    device_ids: tuple[str, ...] = ()
+    memory_items: tuple[tuple[str, int], ...] = ()
+    """What memory_bytes is made of: the contract's kinds, and bytes."""
+    measured_bytes: int = 0
+    can_sleep: bool = False
+    wake_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +138,8 @@ class WorkerHello:
     slot_count: int
     replicas: tuple[Replica, ...]
     version: str = ""
+    host_memory_bytes: int = 0
+    staged: tuple[Staged, ...] = ()
 
 
 @dataclass(slots=True)
@@ -112,6 +152,8 @@ class Worker:
     last_sequence: int = 0
     lost_at: float | None = None
     replicas: dict[str, Replica] = field(default_factory=dict)
+    staged: dict[str, Staged] = field(default_factory=dict)
+    devices: dict[str, Device] = field(default_factory=dict)
 
     @property
     def is_reachable(self) -> bool:
@@ -119,15 +161,41 @@ class Worker:
         return self.lost_at is None
 
     @property
-    def memory_bytes(self) -> int:
-        """Memory of all its devices."""
-        return sum(device.memory_bytes for device in self.hello.devices)
+    def has_gpus(self) -> bool:
+        """Whether it has devices of its own memory."""
+        return any(device.kind is DeviceKind.CUDA for device in self.devices.values())
 
     @property
-    def free_bytes(self) -> int:
-        """Memory that nothing books: what was asked for counts as booked."""
-        booked = sum(replica.memory_bytes for replica in self.replicas.values())
-        return self.memory_bytes - self.foreign_bytes - booked
+    def free_host_bytes(self) -> int:
+        """Host memory that is free to stage: what was asked for counts as booked."""
+        return self.hello.host_memory_bytes - sum(staged.memory_bytes for staged in self.staged.values())
+
+    @property
+    def host_used_ratio(self) -> float:
+        """Share of the host's memory that is used, 0..1; 0 where that is not told."""
+        return max((d.used_ratio for d in self.devices.values() if d.kind is DeviceKind.CPU), default=0.0)
+
+    def memory_bytes_of(self, device_count: int) -> int:
+        """The most that a replica on so many devices could have, each with an equal share."""
+        sizes = sorted((device.memory_bytes for device in self.devices.values() if device.is_healthy), reverse=True)
+        return sizes[device_count - 1] * device_count if device_count <= len(sizes) else 0
+
+    def free_bytes_of(self, device_count: int) -> int:
+        """The same, of what nothing books: what was asked for counts as booked."""
+        free = {device.device_id: device.memory_bytes for device in self.devices.values() if device.is_healthy}
+        homeless = self.foreign_bytes
+        for replica in self.replicas.values():
+            if not replica.device_ids:
+                # Asked for, and not yet given a device.
+                homeless += replica.memory_bytes
+            for device_id in replica.device_ids:
+                if device_id in free:
+                    free[device_id] -= -(-replica.memory_bytes // len(replica.device_ids))
+        sizes = sorted(free.values(), reverse=True)
+        if not sizes or device_count > len(sizes):
+            return 0
+        # It might lie where there is most room, and nobody knows.
+        return (sizes[device_count - 1] * device_count) - homeless
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +272,8 @@ class FleetState:
         told = {r.replica_id: r for r in hello.replicas if not r.state.is_gone}
         own_bytes = sum(r.memory_bytes for r in told.values())
         worker = Worker(hello, now, max(0, sum(d.booked_bytes for d in hello.devices) - own_bytes))
+        worker.staged = {staged.revision: staged for staged in hello.staged}
+        worker.devices = {device.device_id: device for device in hello.devices}
         if old is not None and old.hello.incarnation == hello.incarnation:
             worker.last_sequence = old.last_sequence
         for replica in asked:
@@ -223,6 +293,45 @@ class FleetState:
         if replica.state.is_gone:
             return self.forget(replica)
         return self._believe(worker, replica)
+
+    def staged_event(self, worker_id: str, sequence: int, staged: Staged) -> bool:
+        """Takes in a staged revision that changed; False where the event is a duplicate or its worker unknown."""
+        worker = self._workers.get(worker_id)
+        if worker is None or sequence <= worker.last_sequence:
+            return False
+        worker.last_sequence = sequence
+        if staged.state is StagedState.GONE:
+            worker.staged.pop(staged.revision, None)
+        else:
+            worker.staged[staged.revision] = staged
+        return True
+
+    def device_measured(self, worker_id: str, measured: Device) -> bool:
+        """Takes in what was measured of a device; True where its health changed. `facts` and memory stay as told."""
+        worker = self._workers.get(worker_id)
+        known = worker.devices.get(measured.device_id) if worker is not None else None
+        if worker is None or known is None:
+            return False
+        worker.devices[known.device_id] = replace(
+            known,
+            booked_bytes=measured.booked_bytes,
+            is_healthy=measured.is_healthy,
+            used_ratio=measured.used_ratio,
+            telemetry=measured.telemetry,
+        )
+        return known.is_healthy is not measured.is_healthy
+
+    def staged_on(self, revision: str) -> list[Worker]:
+        """Workers that hold a revision in memory, all of it."""
+        return [
+            worker
+            for worker in self._workers.values()
+            if (held := worker.staged.get(revision)) is not None and held.state is StagedState.STAGED
+        ]
+
+    def believe(self, replica: Replica) -> Change:
+        """Believes in a replica as it will be once its worker has carried out an order."""
+        return self._believe(self._workers[replica.worker_id], replica)
 
     def asked(self, replica: Replica) -> Change:
         """Believes in a replica that was just asked for."""

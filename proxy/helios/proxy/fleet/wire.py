@@ -1,5 +1,6 @@
 """Between the fleet's wire types and the proxy's own: plain functions, both ways."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from google.protobuf import json_format
@@ -10,8 +11,27 @@ from helios.api.engine.v1 import engine_settings_pb2
 from helios.api.fleet.v1 import fleet_service_pb2 as pb
 from helios.api.fleet.v1 import types_pb2
 from helios.proxy.explain.record import Finished
-from helios.proxy.fleet.commands import Command, DrainReplica, EvictRevision, StartReplica, StopReplica
-from helios.proxy.fleet.state import Device, DeviceKind, Load, Replica, ReplicaState, WorkerHello
+from helios.proxy.fleet.commands import (
+    Command,
+    DrainReplica,
+    EvictRevision,
+    SleepReplica,
+    StageRevision,
+    StartReplica,
+    StopReplica,
+    UnstageRevision,
+    WakeReplica,
+)
+from helios.proxy.fleet.state import (
+    Device,
+    DeviceKind,
+    Load,
+    Replica,
+    ReplicaState,
+    Staged,
+    StagedState,
+    WorkerHello,
+)
 from helios.proxy.traffic import LoadDelta
 
 
@@ -26,6 +46,8 @@ def hello_from_proto(message: pb.Hello) -> WorkerHello:
         slot_count=message.slot_count,
         replicas=tuple(replica_from_proto(replica, message.worker_id) for replica in message.replicas),
         version=message.version,
+        host_memory_bytes=message.host_memory.memory_bytes,
+        staged=tuple(staged_from_proto(staged, message.worker_id) for staged in message.staged),
     )
 
 
@@ -33,17 +55,78 @@ def device_from_proto(message: pb.Device) -> Device:
     """A device; a kind that this software does not know is UNKNOWN."""
     kinds = {kind.value for kind in DeviceKind}
     kind = DeviceKind(int(message.kind)) if int(message.kind) in kinds else DeviceKind.UNKNOWN
-    return Device(message.device_id, kind, message.memory_bytes, message.booked_bytes)
+    measured = measure_from_proto(message.telemetry)
+    facts = pb.Device()
+    facts.CopyFrom(message)
+    facts.ClearField("telemetry")
+    return replace(
+        measured,
+        device_id=message.device_id,
+        kind=kind,
+        memory_bytes=message.memory_bytes,
+        booked_bytes=message.booked_bytes,
+        is_healthy=_is_healthy(message.health),
+        facts=facts.SerializeToString(),
+    )
+
+
+def measure_from_proto(message: pb.DeviceTelemetry) -> Device:
+    """What was measured of a device, whose kind and memory are said elsewhere."""
+    return Device(
+        device_id=message.device_id,
+        kind=DeviceKind.UNKNOWN,
+        memory_bytes=0,
+        booked_bytes=message.booked_bytes,
+        is_healthy=_is_healthy(message.health),
+        used_ratio=message.used_bytes / message.total_bytes if message.total_bytes else 0.0,
+        telemetry=message.SerializeToString(),
+    )
+
+
+def _is_healthy(health: pb.DeviceHealth.ValueType) -> bool:
+    return health in (pb.DEVICE_HEALTH_UNSPECIFIED, pb.DEVICE_HEALTH_HEALTHY)
+
+
+def staged_from_proto(message: pb.StagedRevision, worker_id: str) -> Staged:
+    """A staged revision; a state that this software does not know counts as on its way."""
+    states = {state.value for state in StagedState}
+    return Staged(
+        revision=message.revision,
+        model=message.model,
+        state=StagedState(int(message.state)) if int(message.state) in states else StagedState.STAGING,
+        worker_id=worker_id,
+        memory_bytes=message.memory_bytes,
+        resident_bytes=message.resident_bytes,
+        locked_bytes=message.locked_bytes,
+        failure_reason=message.failure.reason,
+        failure_message=message.failure.message,
+    )
+
+
+def staged_to_proto(staged: Staged) -> pb.StagedRevision:
+    """A staged revision."""
+    return pb.StagedRevision(
+        revision=staged.revision,
+        model=staged.model,
+        state=pb.StagedState.ValueType(staged.state.value),
+        memory_bytes=staged.memory_bytes,
+        resident_bytes=staged.resident_bytes,
+        locked_bytes=staged.locked_bytes,
+    )
 
 
 def device_to_proto(device: Device) -> pb.Device:
-    """A device."""
-    return pb.Device(
-        device_id=device.device_id,
-        kind=pb.DeviceKind.ValueType(device.kind.value),
-        memory_bytes=device.memory_bytes,
-        booked_bytes=device.booked_bytes,
-    )
+    """A device, with what was measured of it last."""
+    message = pb.Device.FromString(device.facts)
+    message.device_id = device.device_id
+    message.kind = pb.DeviceKind.ValueType(device.kind.value)
+    message.memory_bytes = device.memory_bytes
+    message.booked_bytes = device.booked_bytes
+    if device.telemetry:
+        message.telemetry.ParseFromString(device.telemetry)
+        message.health = message.telemetry.health
+        message.health_message = message.telemetry.health_message
+    return message
 
 
 def replica_from_proto(message: types_pb2.Replica, worker_id: str) -> Replica:
@@ -65,6 +148,11 @@ def replica_from_proto(message: types_pb2.Replica, worker_id: str) -> Replica:
         created_at=message.created_at.ToNanoseconds() / 1e9 if message.HasField("created_at") else 0.0,
         max_context_tokens=message.max_context_tokens,
         load=load_from_proto(message.load),
+        device_ids=tuple(message.device_ids),
+        memory_items=tuple((_kind_name(item.kind), item.size_bytes) for item in message.memory_items),
+        measured_bytes=message.measured_bytes,
+        can_sleep=message.can_sleep,
+        wake_count=message.wake_count,
     )
 
 
@@ -80,6 +168,11 @@ def replica_to_proto(replica: Replica) -> types_pb2.Replica:
         pid=replica.pid,
         memory_bytes=replica.memory_bytes,
         max_context_tokens=replica.max_context_tokens,
+        device_ids=replica.device_ids,
+        memory_items=_items_to_proto(replica.memory_items),
+        measured_bytes=replica.measured_bytes,
+        can_sleep=replica.can_sleep,
+        wake_count=replica.wake_count,
         phases=[types_pb2.PhaseTiming(phase=name, duration=duration(seconds)) for name, seconds in replica.phases],
         load=types_pb2.ReplicaLoad(
             running_requests=replica.load.running_count,
@@ -133,6 +226,8 @@ def command_to_proto(command: Command) -> pb.SessionResponse:
                     max_context_tokens=order.max_context_tokens,
                     engine_settings=_settings_to_proto(order.engine_settings),
                     served_names=order.served_names,
+                    memory_items=_items_to_proto(order.memory_items),
+                    device_count=order.device_count,
                 )
             )
         case DrainReplica(replica_id, timeout_seconds):
@@ -141,7 +236,33 @@ def command_to_proto(command: Command) -> pb.SessionResponse:
             message.stop.CopyFrom(pb.StopReplica(replica_id=replica_id))
         case EvictRevision(revision):
             message.evict.CopyFrom(pb.EvictRevision(revision=revision))
+        case _:
+            _warmth_to_proto(command.order, message)
     return pb.SessionResponse(command=message)
+
+
+def _warmth_to_proto(order: StageRevision | UnstageRevision | SleepReplica | WakeReplica, message: pb.Command) -> None:
+    match order:
+        case StageRevision(revision, model, memory_bytes):
+            message.stage.CopyFrom(pb.StageRevision(revision=revision, model=model, memory_bytes=memory_bytes))
+        case UnstageRevision(revision):
+            message.unstage.CopyFrom(pb.UnstageRevision(revision=revision))
+        case SleepReplica(replica_id):
+            message.sleep.CopyFrom(pb.SleepReplica(replica_id=replica_id))
+        case WakeReplica(replica_id):
+            message.wake.CopyFrom(pb.WakeReplica(replica_id=replica_id))
+
+
+def _kind_name(kind: types_pb2.MemoryKind.ValueType) -> str:
+    known = kind in types_pb2.MemoryKind.values()
+    return types_pb2.MemoryKind.Name(kind).removeprefix("MEMORY_KIND_") if known else "OVERHEAD"
+
+
+def _items_to_proto(items: tuple[tuple[str, int], ...]) -> list[types_pb2.MemoryItem]:
+    return [
+        types_pb2.MemoryItem(kind=types_pb2.MemoryKind.Value(f"MEMORY_KIND_{kind}"), size_bytes=size)
+        for kind, size in items
+    ]
 
 
 def _settings_to_proto(document: str) -> engine_settings_pb2.EngineSettings:

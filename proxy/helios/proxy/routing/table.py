@@ -43,10 +43,13 @@ RUNNING_WEIGHT = 0.3
 KV_WEIGHT = 0.2
 
 
+_UNREADY = {ReplicaState.DRAINING: "draining", ReplicaState.ASLEEP: "asleep", ReplicaState.WAKING: "waking"}
+
+
 def exclusion(replica: Replica, facts: Facts) -> str | None:
     """Why a replica can't be picked, None where it can: the filters, cheapest and most telling first."""
     if replica.state is not ReplicaState.READY:
-        return "draining" if replica.state is ReplicaState.DRAINING else "not_ready"
+        return _UNREADY.get(replica.state, "not_ready")
     if facts.is_drain_asked:
         return "draining"
     if not facts.is_worker_reachable:
