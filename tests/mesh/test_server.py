@@ -43,14 +43,20 @@ async def refuse() -> None:
     raise errors.Overloaded("a task of the handler says no")
 
 
+@pytest.fixture(params=["grpc", "http2"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """Everything here holds on both transports."""
+    return str(request.param)
+
+
 @pytest.fixture
-async def server(authority: CertificateAuthority, tmp_path: Path) -> AsyncIterator[MeshServer]:
+async def server(authority: CertificateAuthority, tmp_path: Path, transport: Any) -> AsyncIterator[MeshServer]:
     identity = authority.issue("proxy", tmp_path / "proxy")
     mesh_server = MeshServer(
         listen="127.0.0.1:0",
         identity=identity,
         policy={SERVICE: frozenset({"edge"})},
-        options=ServerOptions(drain_seconds=2.0),
+        options=ServerOptions(drain_seconds=2.0, transport=transport),
     )
     pb_grpc.add_ModelServiceServicer_to_server(Catalog(), mesh_server.grpc)
     mesh_server.serve(SERVICE)

@@ -6,7 +6,7 @@ opentelemetry-instrumentation-grpc, session streams apart (their spans would las
 interceptors out.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import grpc
@@ -54,13 +54,35 @@ def setup_telemetry(*, process: str, otlp_endpoint: str = "") -> Callable[[], No
 def server_interceptors() -> list[grpc.aio.ServerInterceptor]:
     """Returns the interceptors that make a span for each unary call."""
     make: Any = instrumentation.aio_server_interceptor
-    return [make(filter_=_is_request)]
+    return [_UnaryOnly(make(filter_=_is_request))]
 
 
 def client_interceptors() -> list[grpc.aio.ClientInterceptor]:
     """Returns the interceptors that carry the trace context to the server with each unary call."""
     make: Any = instrumentation.aio_client_interceptors
     return list(make(filter_=_is_request))
+
+
+class _UnaryOnly(grpc.aio.ServerInterceptor):
+    """Keeps streams from an interceptor: it expects handlers that are generators, and here they are coroutines."""
+
+    def __init__(self, interceptor: grpc.aio.ServerInterceptor) -> None:
+        self._interceptor = interceptor
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wraps the handlers of unary calls."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming or handler.response_streaming:
+            return handler
+
+        async def found(_: grpc.HandlerCallDetails) -> Any:
+            return handler
+
+        return await self._interceptor.intercept_service(found, handler_call_details)
 
 
 def _is_request(details: Any) -> bool:
