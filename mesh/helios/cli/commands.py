@@ -24,6 +24,7 @@ from helios.api.admin.v1 import admin_service_pb2 as admin_pb
 from helios.api.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 from helios.api.catalog.v1 import model_service_pb2 as catalog_pb
 from helios.api.catalog.v1.model_service_pb2_grpc import ModelServiceStub
+from helios.api.fleet.v1 import fleet_service_pb2
 from helios.api.fleet.v1 import types_pb2 as fleet_pb
 from helios.cli.boot import BootDisplay
 from helios.cli.chat import Conversation
@@ -262,6 +263,40 @@ async def evict(state: StateDirectory, console: Console, model: str) -> None:
     console.print(f"{model}: {response.draining_count} replica(s) draining; the registry keeps the model")
 
 
+async def stage(state: StateDirectory, console: Console, model: str) -> None:
+    """Keeps a model's weights in memory and stops its replicas."""
+    async with open_admin(state) as dialer:
+        request = admin_pb.StageModelRequest(model=model)
+        response = await dialer.stub(AdminServiceStub).StageModel(request, timeout=_CALL_SECONDS)
+    is_done = response.state == fleet_service_pb2.STAGED_STATE_STAGED
+    stands = "its weights are in memory" if is_done else "its weights are on their way to memory"
+    console.print(f"{model}: {stands} on {response.worker_id}; {response.draining_count} replica(s) draining")
+
+
+async def unstage(state: StateDirectory, console: Console, model: str) -> None:
+    """Gives a staged model's memory back."""
+    async with open_admin(state) as dialer:
+        request = admin_pb.UnstageModelRequest(model=model)
+        response = await dialer.stub(AdminServiceStub).UnstageModel(request, timeout=_CALL_SECONDS)
+    console.print(f"{model}: memory given back on {response.worker_count} node(s)")
+
+
+async def sleep_replica(state: StateDirectory, console: Console, replica: str) -> None:
+    """Puts a replica to sleep."""
+    async with open_admin(state) as dialer:
+        request = admin_pb.SleepReplicaRequest(replica_id=replica)
+        response = await dialer.stub(AdminServiceStub).SleepReplica(request, timeout=_CALL_SECONDS)
+    console.print(f"{replica} of {response.replica.model} goes to sleep; a request wakes it")
+
+
+async def wake_replica(state: StateDirectory, console: Console, replica: str) -> None:
+    """Wakes a replica."""
+    async with open_admin(state) as dialer:
+        request = admin_pb.WakeReplicaRequest(replica_id=replica)
+        response = await dialer.stub(AdminServiceStub).WakeReplica(request, timeout=_CALL_SECONDS)
+    console.print(f"{replica} of {response.replica.model} wakes")
+
+
 async def logs(state: StateDirectory, console: Console, process: str, *, is_following: bool, line_count: int) -> None:
     """Prints the ends of logs, and goes on with new lines where asked."""
     paths = sorted(state.logs.glob("*.log"))
@@ -328,21 +363,41 @@ def _process_table(record: MeshRecord) -> Table:
 
 
 def _worker_table(response: admin_pb.ListWorkersResponse) -> Table:
-    table = _table("worker", "node", "slots", "device", "booked", "memory")
+    table = _table("worker", "node", "slots", "device", "booked", "memory", "in use", "busy", "°C", "errors", "health")
     for worker in response.workers:
         for device in worker.devices:
             slots = f"{worker.replica_count}/{worker.slot_count}"
             booked, memory = _size(device.booked_bytes), _size(device.memory_bytes)
-            table.add_row(worker.worker_id, worker.node, slots, device.device_id, booked, memory)
+            name = f"{device.device_id} {device.mig_profile or device.name}".strip()
+            table.add_row(worker.worker_id, worker.node, slots, name, booked, memory, *_telemetry(device))
+        if worker.host_memory.memory_bytes:
+            host = worker.host_memory
+            count = f"staged: {len(worker.staged)}"
+            sizes = _size(host.booked_bytes), _size(host.memory_bytes)
+            table.add_row(worker.worker_id, worker.node, "", count, *sizes, "", "", "", "", "")
     return table
 
 
+def _telemetry(device: fleet_service_pb2.Device) -> tuple[str, ...]:
+    """What was measured of a device; empty where it can't say."""
+    measured = device.telemetry
+    health = fleet_service_pb2.DeviceHealth.Name(device.health).removeprefix("DEVICE_HEALTH_").lower()
+    return (
+        _size(measured.used_bytes) if measured.HasField("used_bytes") else "",
+        f"{measured.utilization_ratio:.0%}" if measured.HasField("utilization_ratio") else "",
+        str(measured.temperature_celsius) if measured.HasField("temperature_celsius") else "",
+        str(measured.uncorrected_error_count) if measured.HasField("uncorrected_error_count") else "",
+        "" if health == "unspecified" else f"{health} {device.health_message}".strip(),
+    )
+
+
 def _model_table(models: Any) -> Table:
-    table = _table("model", "state", "ready", "starting", "weights", "memory", "context", "aliases")
+    table = _table("model", "state", "ready", "starting", "asleep", "staged", "weights", "memory", "context", "aliases")
     for model in models:
         name = catalog_pb.ModelState.Name(model.state).removeprefix("MODEL_STATE_").lower()
         sizes = _size(model.resources.weights_bytes), _size(model.resources.memory_bytes)
-        counts = str(model.replicas.ready), str(model.replicas.starting)
+        replicas = model.replicas
+        counts = (str(n) for n in (replicas.ready, replicas.starting, replicas.asleep, replicas.staged))
         table.add_row(model.id, name, *counts, *sizes, str(model.max_context_tokens), ", ".join(model.aliases))
     return table
 
@@ -354,13 +409,13 @@ def _failure(failed: admin_pb.FailedReplica) -> Text:
 
 
 def _replica_table(response: admin_pb.ListReplicasResponse) -> Table:
-    table = _table("replica", "model", "state", "worker", "address", "running", "start")
+    table = _table("replica", "model", "state", "worker", "address", "running", "booked", "measured", "start")
     for entry in response.replicas:
         replica = entry.replica
         name = fleet_pb.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()
         seconds = sum(phase.duration.ToMilliseconds() for phase in replica.phases) / 1000
         running = str(replica.load.running_requests)
-        table.add_row(
-            replica.replica_id, replica.model, name, entry.worker_id, replica.address, running, f"{seconds:.1f} s"
-        )
+        sizes = _size(replica.memory_bytes), _size(replica.measured_bytes) if replica.measured_bytes else ""
+        where = entry.worker_id, replica.address
+        table.add_row(replica.replica_id, replica.model, name, *where, running, *sizes, f"{seconds:.1f} s")
     return table

@@ -183,6 +183,34 @@ def requests(
 
 
 @app.command()
+def stage(model: Annotated[str, typer.Argument(help="Name or alias.")], state_dir: StateOption) -> None:
+    """Keep a model's weights in memory without a process: its next start reads no disk."""
+    _run(commands.stage(_state(state_dir), console, model))
+
+
+@app.command()
+def unstage(model: Annotated[str, typer.Argument(help="Name or alias.")], state_dir: StateOption) -> None:
+    """Give the memory of a staged model back; the disk keeps its weights."""
+    _run(commands.unstage(_state(state_dir), console, model))
+
+
+@app.command("sleep")
+def sleep_replica(
+    replica: Annotated[str, typer.Argument(help="Id of a replica; `helios status` lists them.")], state_dir: StateOption
+) -> None:
+    """Take an idle replica off its GPU; the next request of its model wakes it."""
+    _run(commands.sleep_replica(_state(state_dir), console, replica))
+
+
+@app.command("wake")
+def wake_replica(
+    replica: Annotated[str, typer.Argument(help="Id of a replica; `helios status` lists them.")], state_dir: StateOption
+) -> None:
+    """Bring a sleeping replica back."""
+    _run(commands.wake_replica(_state(state_dir), console, replica))
+
+
+@app.command()
 def logs(
     state_dir: StateOption,
     process: Annotated[str, typer.Argument(help="registry, storage, worker, proxy, envoy or up; empty: all.")] = "",
