@@ -50,6 +50,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.params import TokenizeParams
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.utils import CoreEngineProcManager
@@ -175,6 +176,11 @@ def the_cpu_worker_has_the_steps_that_are_timed() -> None:
     assert "vllm_config" in parameters(CPUWorker.__init__)
     assert callable(CPUWorker.init_device)
     assert callable(CPUWorker.load_model)
+    assert callable(CPUWorker.determine_available_memory)
+    assert "kv_cache_config" in parameters(CPUWorker.initialize_from_config)
+    assert callable(CPUWorker.compile_or_warm_up_model)
+    names = inspect.unwrap(EngineCore._initialize_kv_caches).__code__.co_names
+    assert names.index("determine_available_memory") < names.index("initialize_from_config")
 
 
 @contract

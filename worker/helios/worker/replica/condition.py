@@ -4,6 +4,8 @@ import asyncio
 from dataclasses import dataclass, field
 from enum import Enum
 
+from helios.worker.replica.phases import UNEXPLAINED, Timeline
+
 
 class State(Enum):
     """loading → warming → ready → draining, and ready → asleep → waking → ready; failed from any.
@@ -23,8 +25,8 @@ class State(Enum):
 class Condition:
     """What the replica tells of itself. One event loop writes and reads it.
 
-    ``phases`` are (name, seconds) in order, without gaps: each begins where the one before ended, so they add up to
-    the time from the request for the start to the end of the last. ``left_bytes`` is what a sleeping replica left on
+    ``phases`` are (name, seconds) in order; with the last, `unexplained`, they add up to the time from the request for
+    the start to ready. ``left_bytes`` is what a sleeping replica left on
     its device, 0: not measured. ``ready_count`` grows when READY is to be told again.
     """
 
@@ -42,16 +44,20 @@ class Condition:
     left_bytes: int = 0
     ready_count: int = 0
     failure_told: asyncio.Event = field(default_factory=asyncio.Event)
-    _phase_began_at: float = 0.0
+    _timeline: Timeline = field(init=False)
 
     def __post_init__(self) -> None:
-        self._phase_began_at = self.requested_at
+        self._timeline = Timeline(self.requested_at)
 
-    def end_phase(self, name: str, ended_at: float) -> None:
-        """Ends a phase at a monotonic time; the next begins there."""
-        seconds = max(0.0, ended_at - self._phase_began_at)
-        self._phase_began_at = max(self._phase_began_at, ended_at)
-        self.phases.append((name, seconds))
+    def add_phase(self, name: str, began_at: float, ended_at: float) -> None:
+        """Takes a phase that was measured; what others covered already is left out of it."""
+        seconds = self._timeline.add(began_at, ended_at)
+        if seconds:
+            self.phases.append((name, seconds))
+
+    def end_phases(self, ended_at: float) -> None:
+        """Ends the start."""
+        self.phases.append((UNEXPLAINED, self._timeline.close(ended_at)))
 
     def fail(self, reason: str, message: str) -> None:
         """It can't go on."""

@@ -3,13 +3,13 @@
 The protocol lives here, with its caller; ``helios.worker.engines`` implements it.
 """
 
-import json
-import os
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
+
+from helios.worker.replica.phases import measured
 
 
 class OpenAICall(Enum):
@@ -221,15 +221,14 @@ class EngineHooks:
     Attributes:
         on_forked: Call it once, when the engine's own processes exist: the replica may start threads from then on.
         on_load: Call it in the replica's event loop when ``load()`` has changed.
-        phase_descriptor: Any process of the engine writes a JSON line here: ``[phase, ended_at]`` when a phase of the
-            start ended, in CLOCK_MONOTONIC, or ``{"reason": …, "message": …}`` before it dies of something.
+        phase_descriptor: Any process of the engine writes a JSON line here: ``[phase, began_at, ended_at]`` when a
+            phase of the start is over (CLOCK_MONOTONIC), or ``{"reason": …, "message": …}`` before it dies of it.
     """
 
     on_forked: Callable[[], None]
     on_load: Callable[[], None]
     phase_descriptor: int
 
-    def end_phase(self, phase: str) -> None:
-        """Notes that a phase of the start ended now."""
-        # CLOCK_MONOTONIC is one clock for all processes of a machine. A pipe write below 4 KiB is atomic.
-        os.write(self.phase_descriptor, json.dumps([phase, time.monotonic()]).encode() + b"\n")
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Measures the block as a phase of the start."""
+        return measured(self.phase_descriptor, name)

@@ -66,7 +66,7 @@ class _Replica:
         self._engine_moved_at = 0.0
         self._sleeping: Sleeping | None = None
         self._condition = Condition(os.getpid(), _own_start_ticks(), requested_at)
-        self._condition.end_phase("fork", forked_at)
+        self._condition.add_phase("fork", requested_at, forked_at)
         self._ledger = RequestLedger()
         self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._attachment = Attachment(
@@ -168,7 +168,6 @@ class _Replica:
             log.error("engine failed to start", exc_info=error)
             self._fail(*self._start.why(error))
             return None
-        self._condition.end_phase("warm_up", self._start.ended_at)
         return made.result()
 
     @contextlib.asynccontextmanager
@@ -185,7 +184,9 @@ class _Replica:
         condition.address, condition.max_context_tokens = address, engine.facts.max_context_tokens
         condition.can_sleep = engine.facts.can_sleep
         bind_threads(self._spec.placement.api_cores)
-        condition.end_phase("serve", time.monotonic())
+        now = time.monotonic()
+        condition.add_phase("serve", self._start.ended_at, now)
+        condition.end_phases(now)
         condition.state = State.READY
         self._attachment.wake()
         tracing.record_start(self._spec, condition)
@@ -200,8 +201,8 @@ class _Replica:
         )
 
     def _take_phases(self) -> None:
-        for name, ended_at in self._start.read_phases():
-            self._condition.end_phase(name, ended_at)
+        for name, began_at, ended_at in self._start.read_phases():
+            self._condition.add_phase(name, began_at, ended_at)
             if name == "load":
                 self._condition.state = State.WARMING
         self._attachment.wake()

@@ -16,6 +16,7 @@ import uvloop
 from helios.mesh.logs import setup_logs
 from helios.worker.replica.engines import engine_module
 from helios.worker.replica.lifeline import Lifeline
+from helios.worker.replica.phases import write_phase
 from helios.worker.replica.scratch import make_scratch, remove_scratch
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.replica.start import EngineStart
@@ -55,6 +56,7 @@ def run(spec: ReplicaSpec, requested_ns: int) -> None:
         # Before anything touches CUDA, which reads it once. By uuid: a MIG slice has no number.
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(spec.device_uuids)  # noqa: TID251
     start = EngineStart(spec)
+    write_phase(start.phase_writer, "prepare", forked_at, time.monotonic())
     start.run_until_forked()
     main = importlib.import_module("helios.worker.replica.main")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

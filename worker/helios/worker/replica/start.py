@@ -27,7 +27,8 @@ class EngineStart:
 
     Attributes:
         engine: Done when the engine takes requests, or with what stopped it. Its callbacks run in the starting thread.
-        phase_descriptor: Read end of a pipe with one JSON line ``[phase, ended_at]`` for each phase that ended.
+        phase_descriptor: Read end of a pipe with a JSON line ``[phase, began_at, ended_at]`` for each phase.
+        phase_writer: The other end of that pipe.
         ended_at: Monotonic time at which ``engine`` was done.
         failure: Reason and message of what a process of the engine died of; None where none said anything.
         on_load: Called in the event loop when the engine's load changed, once it is set.
@@ -35,14 +36,16 @@ class EngineStart:
 
     def __init__(self, spec: ReplicaSpec) -> None:
         self.engine: Future[Engine] = Future()
-        self.phase_descriptor, phase_writer = os.pipe()
+        self.phase_descriptor, self.phase_writer = os.pipe()
         os.set_blocking(self.phase_descriptor, False)
         self.ended_at = 0.0
         self.failure: tuple[str, str] | None = None
         self.on_load: Callable[[], None] | None = None
         self._spec = spec
         self._forked = threading.Event()
-        self._hooks = EngineHooks(on_forked=self._forked.set, on_load=self._report_load, phase_descriptor=phase_writer)
+        self._hooks = EngineHooks(
+            on_forked=self._forked.set, on_load=self._report_load, phase_descriptor=self.phase_writer
+        )
         self._buffer = b""
         self._thread = threading.Thread(target=self._make, name="engine start", daemon=True)
 
@@ -51,7 +54,7 @@ class EngineStart:
         self._thread.start()
         self._forked.wait(_FORK_SECONDS)
 
-    def read_phases(self) -> list[tuple[str, float]]:
+    def read_phases(self) -> list[tuple[str, float, float]]:
         """Returns the phases that ended since the last call, without waiting."""
         try:
             while data := os.read(self.phase_descriptor, _READ_BYTES):
@@ -60,10 +63,11 @@ class EngineStart:
             pass
         *lines, self._buffer = self._buffer.split(b"\n")
         entries = list(map(json.loads, lines))
+        phases = [entry for entry in entries if isinstance(entry, list)]
         failures = [(str(entry["reason"]), str(entry["message"])) for entry in entries if isinstance(entry, dict)]
         # The first process that fails takes the others with it.
         self.failure = self.failure or next(iter(failures), None)
-        return [(str(entry[0]), float(entry[1])) for entry in entries if isinstance(entry, list)]
+        return [(str(name), float(began), float(ended)) for name, began, ended in phases]
 
     def why(self, error: BaseException) -> tuple[str, str]:
         """Returns reason and message of a start that failed with ``error``; call ``read_phases`` before."""

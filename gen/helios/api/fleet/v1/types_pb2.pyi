@@ -278,8 +278,12 @@ class PhaseTiming(_message.Message):
     PHASE_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
-    """Which phase, in order: "schedule" (from the request that asked, by two clocks), "fetch", "fork", what the replica
-    measures of itself, "report" (from ready at the replica to the worker's knowing).
+    """Which phase, in order. The worker's: "schedule" (from the request that asked, by two clocks) and "fetch". The
+    replica's own, of which each engine has some: "fork", "prepare" (session, log, lifeline), "config" (the engine's
+    settings and the model's configuration), "spawn" (the engine's process), "engine" (its device), "load" (weights),
+    "compile", "kv_cache", "warm_up", "connect" (scheduler, and the front reaches it), "tokenizer" (built beside the
+    others: as far as it was waited for), "api" (what answers requests), "serve" (the server), "unexplained" (what none
+    of them covers). Then "report" (from ready at the replica to the worker's knowing).
     """
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:

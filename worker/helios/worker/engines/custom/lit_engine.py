@@ -49,10 +49,10 @@ class LitEngine:
         self._on_load = hooks.on_load
         self._open_count = 0
         self._facts = EngineFacts(spec.max_context_tokens or _CONTEXT_TOKENS, _VOCABULARY_SIZE, 0)
-        self._runner = LitRunner(api, options.device)
-        hooks.end_phase("engine")
-        self._runner.start()
-        hooks.end_phase("load")
+        with hooks.phase("engine"):
+            self._runner = LitRunner(api, options.device)
+        with hooks.phase("load"):
+            self._runner.start()
 
     @property
     def facts(self) -> EngineFacts:
@@ -62,7 +62,7 @@ class LitEngine:
     def load(self) -> EngineLoad:
         """Returns how many requests there are; a class does not say how much memory they take."""
         waiting = min(self._runner.waiting_count, self._open_count)
-        return EngineLoad(self._open_count - waiting, waiting)
+        return EngineLoad(self._open_count - waiting, waiting, is_dead=self._runner.is_dead)
 
     def close(self) -> None:
         """Ends the class's thread."""

@@ -136,9 +136,8 @@ class SimulatedEngine:
             raise Unavailable("simulated: this wake fails", reason="SIMULATED_WAKE_FAILURE")
 
     def _begin(self, spec: ReplicaSpec, hooks: EngineHooks) -> None:
-        for phase, seconds in (("engine", 0.0), ("load", self._options.start_seconds)):
-            time.sleep(seconds)
-            hooks.end_phase(phase)
+        with hooks.phase("load"):
+            time.sleep(self._options.start_seconds)
         if self._faults.has_failed_start(spec.replica_id):
             raise Unavailable(f"simulated: the start of {spec.replica_id} fails", reason="SIMULATED_START_FAILURE")
 

@@ -74,6 +74,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from helios.worker.engines.vllm import failures, quick_start
 from helios.worker.engines.vllm.held_tokenizers import HeldTokenizers
 from helios.worker.replica.engine import EngineLoad, Meter
+from helios.worker.replica.phases import measured, write_phase
 
 # The CPU worker patches torch when it is imported, so only the device's own worker may be.
 if current_platform.is_cpu():
@@ -134,6 +135,9 @@ _SETTINGS_KEY: Final = "helios"
 
 HELD_TOKENIZERS: Final = HeldTokenizers(capacity=4)
 """Those of the models that ran here last. 4: some 60 MiB of the launcher for each, shared by all that it forks."""
+# When this process began to be an EngineCore, last; its workers inherit it.
+_began_at: Final = [0.0]
+
 METER: Final[ContextVar[Meter | None]] = ContextVar("helios_meter", default=None)
 """The meter of the request that the current task serves; set by the engine around each call into vLLM."""
 
@@ -177,7 +181,7 @@ async def wake_up(llm: AsyncLLM, level: int) -> None:
 
 @contextmanager
 def _told_apart() -> Iterator[None]:
-    """Makes RuntimeErrors of what a call to all ranks raises: vLLM's client raises a bare Exception with their words."""
+    """Makes RuntimeErrors of what a call to all ranks raises: vLLM's client raises a bare Exception."""
     try:
         yield
     except Exception as error:
@@ -245,22 +249,45 @@ class PlacedWorker(DeviceWorker):
             os.sched_setaffinity(0, cores)
         torch.set_num_threads(max(1, len(cores)))
         super().__init__(vllm_config, *args, **kwargs)
+        self._sized_at = 0.0
 
     def init_device(self) -> None:
         """Prepares the device; what comes next is loading."""
         with _telling(self._phase_descriptor):
             super().init_device()
-        self._end_phase("engine")
+        if self.rank == 0:
+            write_phase(self._phase_descriptor, "engine", _began_at[-1], time.monotonic())
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Loads the weights; what comes next is the KV cache and the warm-up."""
-        with _telling(self._phase_descriptor):
+        with self._phase("load"):
             super().load_model(*args, **kwargs)
-        self._end_phase("load")
 
-    def _end_phase(self, phase: str) -> None:
-        # CLOCK_MONOTONIC is one clock for all processes of a machine. A pipe write below 4 KiB is atomic.
-        os.write(self._phase_descriptor, json.dumps([phase, time.monotonic()]).encode() + b"\n")
+    def determine_available_memory(self) -> int:
+        """Says how much the KV cache may take; where the model is compiled, or nobody says how much, by running it."""
+        with self._phase("compile"):
+            available_bytes = int(super().determine_available_memory())
+        self._sized_at = time.monotonic()
+        return available_bytes
+
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
+        """Allocates the KV cache, which was planned since the memory was known."""
+        with self._phase("kv_cache", self._sized_at):
+            return super().initialize_from_config(*args, **kwargs)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Captures graphs, and runs what a first request would otherwise wait for."""
+        with self._phase("warm_up"):
+            return super().compile_or_warm_up_model()
+
+    @contextmanager
+    def _phase(self, name: str, began_at: float | None = None) -> Iterator[None]:
+        """Measures the block as a phase of the start. One rank tells: the others do the same at the same time."""
+        began_at = began_at or time.monotonic()
+        with _telling(self._phase_descriptor):
+            yield
+        if self.rank == 0:
+            write_phase(self._phase_descriptor, name, began_at, time.monotonic())
 
 
 def make_llm(
@@ -277,16 +304,21 @@ def make_llm(
         on_forked: Called in another thread when EngineCore's process exists.
         while_loading: Called with the model's config and its renderer while the weights load.
     """
-    config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
-    executor_class = Executor.get_class(config)
+    descriptor = arguments.additional_config[_SETTINGS_KEY]["phase_descriptor"]
+    with measured(descriptor, "config"):
+        config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        executor_class = Executor.get_class(config)
+    configured_at = time.monotonic()
     forked: Future[None] = Future()
     started: Future[Any] = Future()
+    connected_at: list[float] = []
 
     def start() -> None:
         try:
             started.set_result(
                 EngineCoreClient.make_async_mp_client(vllm_config=config, executor_class=executor_class, log_stats=True)
             )
+            connected_at.append(time.monotonic())
         except Exception as error:  # noqa: BLE001  handed over to the thread that waits
             started.set_exception(error)
         finally:
@@ -304,10 +336,15 @@ def make_llm(
         def make_async_mp_client(*, renderer: Any, **_: Any) -> Any:
             renderer.start_mm_warmup_in_background()
             while_loading(config.model_config, renderer)
-            return started.result()
+            prepared_at = time.monotonic()
+            client = started.result()
+            # What happened at the same time is told last: it is a phase as far as the engine had to wait for it.
+            write_phase(descriptor, "connect", configured_at, connected_at[0])
+            write_phase(descriptor, "tokenizer", configured_at, prepared_at)
+            return client
 
-    descriptor = arguments.additional_config[_SETTINGS_KEY]["phase_descriptor"]
-    with _patched(async_llm_module, "EngineCoreClient", Started), _notifying(tell), _confessing(descriptor):
+    patches = _patched(async_llm_module, "EngineCoreClient", Started), _notifying(tell)
+    with patches[0], patches[1], _confessing(descriptor, configured_at):
         threading.Thread(target=start, name="engine core handshake", daemon=True).start()
         forked.result()
         llm = MeteredLLM(config, executor_class, log_stats=False, log_requests=False, stat_loggers=stat_loggers)
@@ -343,12 +380,14 @@ def _notifying(callback: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _confessing(phase_descriptor: int) -> Iterator[None]:
-    """Has an EngineCore that is forked meanwhile say what it died of; its parent learns no more than that it did."""
+def _confessing(phase_descriptor: int, asked_at: float) -> Iterator[None]:
+    """Has an EngineCore that is forked meanwhile say when it began and what it died of: its parent can't know."""
     core: Any = vllm.v1.engine.core.EngineCoreProc
     original = core.__init__
 
     def start_or_tell(*args: Any, **kwargs: Any) -> None:
+        _began_at.append(time.monotonic())
+        write_phase(phase_descriptor, "spawn", asked_at, _began_at[-1])
         with _telling(phase_descriptor):
             original(*args, **kwargs)
 

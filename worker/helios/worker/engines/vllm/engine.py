@@ -54,6 +54,10 @@ class VllmEngine:
             on_forked=hooks.on_forked,
             while_loading=self._prepare,
         )
+        with hooks.phase("api"):
+            self._make_api(spec)
+
+    def _make_api(self, spec: ReplicaSpec) -> None:
         config = self._llm.vllm_config
         self._facts = EngineFacts(
             max_context_tokens=config.model_config.max_model_len,
