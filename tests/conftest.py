@@ -36,6 +36,8 @@ SLOW_FILES = (
     "storage/test_agent_process.py",
     "wire/test_changes.py",
     "worker/engines/test_compat.py",
+    "worker/engines/test_engines.py",
+    "worker/launcher/test_launchers.py",
     "worker/supervisor/test_worker_process.py",
 )
 # A child that was sent SIGTERM may flush and fsync; sockets of gRPC are closed by its own threads.

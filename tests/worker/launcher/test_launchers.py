@@ -130,7 +130,9 @@ async def test_each_engine_has_a_launcher_of_its_own(launchers: Launchers, tmp_p
     parts = [orjson.loads(block[6:])["choices"][0]["delta"].get("content") for block in blocks[:-1]]
     assert [part for part in parts if part] == ["HELLO! ", "THERE! "]
     *deltas, last = await typed(
-        leaves, custom, pb.ChatRequest(model=MODEL, messages=[pb.ChatMessage(role=pb.ChatMessage.ROLE_USER, content="by wire")])
+        leaves,
+        custom,
+        pb.ChatRequest(model=MODEL, messages=[pb.ChatMessage(role=pb.ChatMessage.ROLE_USER, content="by wire")]),
     )
     assert "".join(response.delta.text for response in deltas) == "BY! WIRE! "
     assert last.finished.choices[0].reason == pb.FINISH_REASON_STOP

@@ -15,7 +15,7 @@ class Handover(Generic[T]):
     """Items of one request on their way from a thread to the loop in which this was made.
 
     Every method but ``read`` may be called in any thread. What is put after the end, or when the loop is closed because
-    the process is about to end, is dropped. The number of items is bounded by the length of an answer.
+    the process is about to end, is dropped. Whoever puts items bounds their number.
 
     Attributes:
         is_cancelled: Set when nobody waits for the items any more; the thread looks at it between two of them.
@@ -42,6 +42,11 @@ class Handover(Generic[T]):
         """Has a function called in the loop."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *arguments)
+
+    @property
+    def unread_count(self) -> int:
+        """Items that nobody has read yet."""
+        return self._items.qsize()
 
     async def read(self) -> tuple[T] | None:
         """Waits for an item, in a tuple of its own; None at the end. Raises what the items failed with."""

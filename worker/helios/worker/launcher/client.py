@@ -121,6 +121,11 @@ class LauncherClient:
             self._keeper.cancel()
         await self._group.__aexit__(None, None, None)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a launcher is ready to fork."""
+        return self._ready.is_set()
+
     async def wait_ready(self) -> None:
         """Waits until a launcher is ready to fork. Cancel-safe."""
         await self._ready.wait()

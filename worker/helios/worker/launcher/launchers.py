@@ -7,6 +7,7 @@ installed or removed it is replaced before the next fork, since a child would im
 
 import asyncio
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
@@ -23,13 +24,26 @@ _EXIT_QUEUE_SIZE = 1024
 Packages = frozenset[str]
 
 
+@dataclass(slots=True)
 class _Kept:
-    """A launcher that is kept alive, and the packages that were installed when it started."""
+    """A launcher that is kept alive.
 
-    def __init__(self, client: LauncherClient, packages: Packages, task: asyncio.Task[None]) -> None:
-        self.client = client
-        self.packages = packages
-        self.task = task
+    Attributes:
+        packages: What was installed when it was started.
+        fork_count: Forks that were asked of it and are not over.
+        is_retired: It is to end when they are.
+    """
+
+    client: LauncherClient
+    packages: Packages
+    task: asyncio.Task[None]
+    fork_count: int = 0
+    is_retired: bool = False
+
+    def end_if_unused(self) -> None:
+        """Ends a retired launcher that has nothing left to do."""
+        if self.is_retired and not self.fork_count:
+            self.task.cancel()
 
 
 class Launchers:
@@ -44,7 +58,7 @@ class Launchers:
         log_level: Literal["debug", "info", "warning", "error"] = "info",
         search_path: tuple[str, ...] = (),
     ) -> None:
-        """``search_path`` is where users' classes are; launchers have it ahead of what they inherit."""
+        """``search_path`` is where users' classes are, ahead of PYTHONPATH; only the engine "custom" looks there."""
         self._log_level: Literal["debug", "info", "warning", "error"] = log_level
         self._search_path = search_path
         self._group = asyncio.TaskGroup()
@@ -64,28 +78,40 @@ class Launchers:
 
     async def wait_ready(self, engine: str) -> None:
         """Starts the launcher of an engine where there is none, and waits until it is ready to fork. Cancel-safe."""
-        await self._launcher(engine).wait_ready()
+        await self._launcher(engine).client.wait_ready()
 
     async def fork(self, spec: ReplicaSpec, deadline: float) -> ForkedReplica:
         """Forks a replica of the spec's engine; promises and errors are those of ``LauncherClient.fork``."""
-        return await self._launcher(spec.engine).fork(spec, deadline)
+        kept = self._launcher(spec.engine)
+        kept.fork_count += 1
+        try:
+            return await kept.client.fork(spec, deadline)
+        finally:
+            kept.fork_count -= 1
+            kept.end_if_unused()
 
-    def _launcher(self, engine: str) -> LauncherClient:
+    def _launcher(self, engine: str) -> _Kept:
         packages = installed_packages()
         kept = self._kept.get(engine)
-        if kept is not None and kept.packages != packages:
-            changed = sorted(kept.packages ^ packages)
-            log.info("packages changed: launcher is replaced", engine=engine, changed=changed[:5])
-            # What it was about to fork fails as Unavailable, and is asked for again.
-            kept.task.cancel()
+        # One that still imports is left alone: somebody waits for it.
+        if kept is not None and kept.packages != packages and kept.client.is_ready:
+            log.info(
+                "packages changed: launcher is replaced", engine=engine, changed=sorted(kept.packages ^ packages)[:5]
+            )
+            kept.is_retired = True
+            kept.end_if_unused()
             kept = None
         if kept is None:
             client = LauncherClient(
-                engine=engine, log_level=self._log_level, exits=self.exits, search_path=self._search_path
+                engine=engine,
+                log_level=self._log_level,
+                exits=self.exits,
+                # A file there that is named like a package must not take that package's place in another engine.
+                search_path=self._search_path if engine == "custom" else (),
             )
             task = self._group.create_task(_keep(client), name=f"launcher {engine}")
             kept = self._kept[engine] = _Kept(client, packages, task)
-        return kept.client
+        return kept
 
 
 async def _keep(client: LauncherClient) -> None:

@@ -17,6 +17,8 @@ from helios.worker.engines.handover import Handover
 
 # Far above what a picker sends to one replica.
 _QUEUE_SIZE: Final = 4096
+# Parts of an answer that its reader may be behind; a generator need not have an end.
+_UNREAD_LIMIT: Final = 16_384
 
 
 class Exchange(Handover[Any]):
@@ -25,6 +27,12 @@ class Exchange(Handover[Any]):
     def __init__(self, request: Any) -> None:
         super().__init__()
         self.request = request
+
+    def give(self, output: Any) -> None:
+        """Hands an output over. Raises Overloaded where the reader is too far behind."""
+        if self.unread_count > _UNREAD_LIMIT:
+            raise Overloaded("the answer is not read as fast as it is made", reason="SLOW_READER")
+        self.put(output)
 
 
 class LitRunner:
@@ -48,6 +56,11 @@ class LitRunner:
     def waiting_count(self) -> int:
         """Requests that the thread has not taken."""
         return self._queue.qsize()
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the thread ended by itself: the class asked for it (``sys.exit``)."""
+        return not self._is_closed and not self._thread.is_alive()
 
     def start(self) -> None:
         """Runs ``setup`` and returns when it is over. Raises what it failed with."""
@@ -101,10 +114,11 @@ class LitRunner:
     def _serve_one(self, exchange: Exchange) -> None:
         outputs: Any = self._hooks.run_one(exchange.request)
         try:
-            for output in outputs:
-                if exchange.is_cancelled.is_set():
-                    break
-                exchange.put(output)
+            with user_code("a hook"):
+                for output in outputs:
+                    if exchange.is_cancelled.is_set():
+                        break
+                    exchange.give(output)
             exchange.end()
         except HeliosError as error:
             exchange.fail(error)
@@ -136,15 +150,11 @@ class LitRunner:
         rows: Any = self._hooks.run_batch([exchange.request for exchange in batch])
         over: set[Exchange] = set()
         try:
-            for row in rows:
-                for exchange, output in zip(batch, row, strict=True):
-                    if isinstance(output, HeliosError):
-                        exchange.fail(output)
-                        over.add(exchange)
-                    elif exchange not in over:
-                        exchange.put(output)
-                if all(exchange in over or exchange.is_cancelled.is_set() for exchange in batch):
-                    break
+            with user_code("a hook"):
+                for row in rows:
+                    self._give_row(batch, row, over)
+                    if all(exchange in over or exchange.is_cancelled.is_set() for exchange in batch):
+                        break
             for exchange in batch:
                 if exchange not in over:
                     exchange.end()
@@ -154,6 +164,19 @@ class LitRunner:
                     exchange.fail(error)
         finally:
             rows.close()
+
+    def _give_row(self, batch: list[Exchange], row: Any, over: set[Exchange]) -> None:
+        """Hands each request its output; one that failed, or is not read, is over."""
+        for exchange, output in zip(batch, row, strict=True):
+            if exchange in over or exchange.is_cancelled.is_set():
+                continue
+            try:
+                if isinstance(output, HeliosError):
+                    raise output
+                exchange.give(output)
+            except HeliosError as error:
+                exchange.fail(error)
+                over.add(exchange)
 
     async def _serve_async(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -168,10 +191,11 @@ class LitRunner:
     async def _serve_coroutine(self, exchange: Exchange) -> None:
         outputs: Any = self._hooks.run_async(exchange.request)
         try:
-            async for output in outputs:
-                if exchange.is_cancelled.is_set():
-                    break
-                exchange.put(output)
+            with user_code("a hook"):
+                async for output in outputs:
+                    if exchange.is_cancelled.is_set():
+                        break
+                    exchange.give(output)
             exchange.end()
         except HeliosError as error:
             exchange.fail(error)

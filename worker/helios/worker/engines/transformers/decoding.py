@@ -64,7 +64,7 @@ class Decoding:
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Returns the logits after the last of ``ids`` [1, new], as [1, vocabulary] float32."""
-        output: Any = self._model.model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        output: Any = self._model.model(ids, past_key_values=self._cache, use_cache=True, **self._model.forward_options)
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits
 

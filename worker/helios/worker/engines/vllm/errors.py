@@ -15,6 +15,7 @@ from helios.mesh.errors import (
     ReplicaLost,
     Unsupported,
 )
+from helios.worker.engines.openai_requests import field_name
 from helios.worker.engines.vllm import compat
 
 # What vLLM's serving code raises for a request it can't take: its HTTP server answers plain ones with 400 too.
@@ -34,8 +35,6 @@ _BY_STATUS: Final[Mapping[int, type[HeliosError]]] = {
     501: Unsupported,
     503: Overloaded,
 }
-# Wrappers that pydantic puts into the path of an error; a caller knows only the names of fields.
-_INTERNAL_MARKS: Final = frozenset("[](){}-")
 _REPORTED_ERRORS: Final = 3
 # vLLM names its own flag where a model has no parser, which is none of a caller's.
 _TOOL_PARSER_FLAG: Final = "--tool-call-parser"
@@ -94,7 +93,7 @@ def from_validation(error: ValidationError) -> HeliosError:
         if isinstance(cause, compat.VLLMValidationError):
             field, text = cause.parameter or "", str(cause.args[0])
         else:
-            field, text = _field(entry["loc"]), entry["msg"]
+            field, text = field_name(entry["loc"]), entry["msg"]
         first = first or field
         lines.append(f"{field}: {text}" if field else text)
     return _invalid("; ".join(dict.fromkeys(lines)), first)
@@ -107,8 +106,3 @@ def _invalid(message: str, param: str | None) -> InvalidRequest:
 
 def _param(param: str | None) -> dict[str, str]:
     return {"param": param} if param else {}
-
-
-def _field(location: tuple[int | str, ...]) -> str:
-    parts = [str(part) for part in location if isinstance(part, int) or not _INTERNAL_MARKS & set(part)]
-    return ".".join(part for part in parts if part not in {"str", "int", "float", "bool", "nullable"})
