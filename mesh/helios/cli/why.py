@@ -24,6 +24,7 @@ from helios.mesh.errors import InvalidRequest, NotFound
 _CALL_SECONDS: Final = 15.0
 # 80 columns have room for the reasons beside it.
 _BAR_WIDTH: Final = 12
+_WHOLE_WIDTH: Final = 72
 _BLOCKS: Final = " ▏▎▍▌▋▊▉█"
 _COLORS: Final = ("cyan", "green", "yellow", "magenta", "blue", "bright_cyan", "bright_green", "bright_magenta")
 _UNEXPLAINED: Final = "unexplained"
@@ -126,10 +127,11 @@ def _said_of_whole(summary: pb.RequestSummary) -> str:
 
 
 def _whole_bar(explanation: pb.RequestExplanation) -> Text:
-    bar, width = Text(), 72
+    bar, whole = Text(), 0.0
     for index, share in enumerate(shares(explanation)):
+        whole += share
         name = explanation.phases[index].phase
-        bar.append("█" * round(share * width), _color(index, name))
+        bar.append("█" * (round(whole * _WHOLE_WIDTH) - len(bar)), _color(index, name))
     return bar
 
 

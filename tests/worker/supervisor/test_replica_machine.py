@@ -1,5 +1,6 @@
 """The life of a replica: every order of events, and the cases that matter by name."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import hypothesis.strategies as st
@@ -389,3 +390,51 @@ class Lives(RuleBasedStateMachine):
 
 
 TestEveryOrderOfEvents = Lives.TestCase
+
+
+WATCHFUL = replace(LIMITS, silence_seconds=5.0)
+
+
+def watched_machine(now: float = 0.0) -> ReplicaMachine:
+    machine = ReplicaMachine(ORDER, WATCHFUL)
+    ready = on.BecameReady("127.0.0.1:1", 512)
+    drive(machine, on.Begin(), on.WeightsReady("/weights", "lease"), on.Forked(PROCESS), ready, now=now)
+    return machine
+
+
+def test_a_ready_replica_that_falls_silent_is_killed_and_says_so() -> None:
+    machine = watched_machine()
+    assert machine.deadline == 5.0
+    assert machine.handle(on.Heard(), 3.0) == []
+    assert machine.deadline == 8.0
+    assert machine.handle(on.Tick(), 7.9) == []
+    assert machine.handle(on.Tick(), 8.0) == [act.KillTree(PROCESS), act.Publish()]
+    assert machine.view.failure == Failure("REPLICA_HUNG", "the replica said nothing for 5 s")
+    machine.handle(on.TreeGone(("INFO: last", "Killed")), 8.1)
+    failure = machine.view.failure
+    assert failure is not None
+    assert failure.message.splitlines()[1:] == ["the last lines of its log:", "INFO: last", "Killed"]
+
+
+def test_a_supervisor_that_stood_still_blames_no_replica() -> None:
+    machine = watched_machine()
+    assert machine.handle(on.Tick(), 60.0) == []
+    assert machine.deadline == 65.0
+    assert machine.handle(on.Heard(), 60.1) == []
+    assert machine.view.state is ReplicaState.READY
+
+
+@pytest.mark.parametrize("event", [on.DrainRequested(9.0), on.SleepRequested(0)])
+def test_silence_is_borne_by_what_has_a_deadline_of_its_own(event: on.Event) -> None:
+    machine = watched_machine()
+    machine.handle(event, 1.0)
+    assert machine.deadline is not None
+    assert machine.deadline > 6.0
+
+
+def test_the_time_since_the_request_is_a_phase_where_the_clocks_agree() -> None:
+    for ahead, seconds in ((2.5, 2.5), (-2.5, 0.0)):
+        order = replace(ORDER, requested_at=ORDER.created_at.timestamp() - ahead)
+        machine = ReplicaMachine(order, LIMITS)
+        machine.handle(on.Begin(), 0.0)
+        assert [(phase.phase, phase.seconds) for phase in machine.view.phases] == [("schedule", seconds)]

@@ -231,6 +231,31 @@ async def test_replicas_outlive_their_worker_and_the_next_one_adopts_them(mesh: 
     assert sorted(mesh.storage.released) == ["lease-0", "lease-1"]
 
 
+async def test_a_replica_that_stops_answering_is_killed_and_reported_with_its_last_words(mesh: Mesh) -> None:
+    with mesh.worker("--replica.silence-seconds=1.5") as worker:
+        session = await mesh.proxy.wait_session()
+        session.commands.put_nowait(start_command("r1"))
+        front = front_of(await ready(session, "r1"))
+        # A replica without requests is not silent.
+        await asyncio.sleep(2.5)
+        told = [request.replica_event.replica for request in session.received if request.HasField("replica_event")]
+        assert told[-1].state == types.REPLICA_STATE_READY
+        os.kill(front.pid, signal.SIGSTOP)
+
+        def failed() -> types.Replica | None:
+            told = [request.replica_event.replica for request in session.received]
+            return next((replica for replica in told if replica.state == types.REPLICA_STATE_FAILED), None)
+
+        await session.wait_for(failed)
+        replica = failed()
+        assert replica is not None
+        assert replica.failure.reason == "REPLICA_HUNG"
+        assert replica.failure.message.startswith("the replica said nothing for 1.5 s\nthe last lines of its log:\n")
+        assert "replica ready" in replica.failure.message
+        assert not living(front), "a stopped process is killed, too"
+        assert await end(worker) == 0
+
+
 async def test_a_launcher_that_dies_kills_no_replica_and_comes_back(mesh: Mesh) -> None:
     with mesh.worker() as worker:
         session = await mesh.proxy.wait_session()
