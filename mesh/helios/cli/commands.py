@@ -26,12 +26,14 @@ from helios.api.catalog.v1 import model_service_pb2 as catalog_pb
 from helios.api.catalog.v1.model_service_pb2_grpc import ModelServiceStub
 from helios.api.fleet.v1 import fleet_service_pb2
 from helios.api.fleet.v1 import types_pb2 as fleet_pb
+from helios.cli import engine_settings
 from helios.cli.boot import BootDisplay
 from helios.cli.chat import Conversation
 from helios.cli.children import child_environment, kill_leftovers
 from helios.cli.edge import open_admin, open_edge
 from helios.cli.greeting import greeting
 from helios.cli.log_files import read_lines, tail
+from helios.cli.models_set import changed_settings, settings_of
 from helios.cli.state import MeshRecord, StateDirectory, find_running, read_mesh
 from helios.cli.up import Mesh, UpOptions, run_mesh
 from helios.mesh.errors import DeadlineExceeded, InvalidRequest, PreconditionFailed, Unavailable
@@ -165,9 +167,16 @@ async def models_list(state: StateDirectory, console: Console, *, is_json: bool)
 
 
 async def models_add(
-    state: StateDirectory, console: Console, name: str, path: str, *, aliases: tuple[str, ...], sha256: str
+    state: StateDirectory,
+    console: Console,
+    name: str,
+    path: str,
+    *,
+    aliases: tuple[str, ...],
+    sha256: str,
+    assignments: tuple[str, ...] = (),
 ) -> None:
-    """Adds a model from a directory or a file of this machine."""
+    """Adds a model from a directory or a file of this machine; ``assignments`` change its engine settings."""
     source = path if path.startswith("embedded:") else str(Path(path).expanduser().absolute())
     if not path.startswith("embedded:") and not Path(source).exists():
         raise InvalidRequest(f"{source} does not exist", reason="INVALID_SOURCE")
@@ -181,9 +190,13 @@ async def models_add(
         transient=True,
     )
     async with open_admin(state) as dialer:
+        registry = RegistryClient(dialer)
+        settings = await changed_settings(registry, name, assignments) if assignments else None
         with bar:
             task = bar.add_task("inspect", total=None)
-            async for event in RegistryClient(dialer).ingest(name, source, aliases=aliases, expected_sha256=sha256):
+            async for event in registry.ingest(
+                name, source, aliases=aliases, expected_sha256=sha256, engine_settings=settings
+            ):
                 if isinstance(event, IngestProgress):
                     bar.update(
                         task, description=event.phase, completed=event.done_bytes, total=event.total_bytes or None
@@ -205,7 +218,9 @@ async def models_show(state: StateDirectory, console: Console, name: str, *, is_
     async with open_edge(find_running(state)) as dialer:
         stub = dialer.stub(ModelServiceStub)
         response = await stub.GetModel(catalog_pb.GetModelRequest(model=name), timeout=_CALL_SECONDS)
-    fields = _plain(response)
+    async with open_admin(state) as dialer:
+        settings = engine_settings.flatten(settings_of(await RegistryClient(dialer).get_model(name)))
+    fields = _plain(response) | {"engine_settings": settings}
     if is_json:
         console.print_json(json.dumps(fields))
         return

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from helios.cli import commands
 from helios.cli import why as explanations
+from helios.cli.models_set import models_set as models_set_command
 from helios.cli.state import StateDirectory
 from helios.cli.topology import EMBEDDED_MODEL, default_state_directory
 from helios.cli.up import UpOptions
@@ -43,6 +44,10 @@ StateOption = Annotated[
         show_default="$XDG_STATE_HOME/helios",
         default_factory=default_state_directory,
     ),
+]
+SettingOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Engine setting, such as max_context_tokens=4096. May be repeated."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -103,9 +108,31 @@ def models_add(
     *,
     alias: Annotated[list[str] | None, typer.Option(help="Another name for it. May be repeated.")] = None,
     sha256: Annotated[str, typer.Option(help="Expected sha256 of a .gguf file.")] = "",
+    setting: SettingOption = None,
 ) -> None:
     """Add a model, or a new revision of one."""
-    _run(commands.models_add(_state(state_dir), console, name, path, aliases=tuple(alias or ()), sha256=sha256))
+    work = commands.models_add(
+        _state(state_dir),
+        console,
+        name,
+        path,
+        aliases=tuple(alias or ()),
+        sha256=sha256,
+        assignments=tuple(setting or ()),
+    )
+    _run(work)
+
+
+@models.command("set")
+def models_set(
+    name: Annotated[str, typer.Argument(help="Name or alias.")],
+    state_dir: StateOption,
+    *,
+    setting: SettingOption = None,
+    unset: Annotated[list[str] | None, typer.Option(help="Setting to take back. May be repeated.")] = None,
+) -> None:
+    """Change how a model's engine is set; without options, show the settings and what can be set."""
+    _run(models_set_command(_state(state_dir), console, name, tuple(setting or ()), tuple(unset or ())))
 
 
 @models.command("rm")
