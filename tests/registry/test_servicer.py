@@ -15,6 +15,7 @@ from helios.mesh.channel import Dialer
 from helios.mesh.errors import (
     AlreadyExists,
     DigestMismatch,
+    DiskFull,
     HeliosError,
     InvalidRequest,
     ModelNotFound,
@@ -34,6 +35,7 @@ from helios.registry.client import (
     WatchEvent,
 )
 from helios.registry.manifest import Manifest
+from helios.registry.records import IngestPhase
 from helios.registry.wire import manifest_from_proto
 from tests.registry import tiny
 from tests.registry.support import Mesh, Parts, serve
@@ -118,6 +120,39 @@ async def test_errors_arrive_as_they_were_raised(
 async def test_a_source_that_cant_be_taken_is_an_error_before_the_first_message(client: RegistryClient) -> None:
     with pytest.raises(InvalidRequest):
         await anext(client.ingest("n", "/nothing"))
+
+
+class FullDisk:
+    """An ingester whose disk fills up before or after the first bytes."""
+
+    def __init__(self, events: tuple[IngestProgress, ...]) -> None:
+        self._events = events
+
+    async def ingest(self, _: object) -> AsyncGenerator[IngestProgress, None]:
+        for event in self._events:
+            yield event
+        raise DiskFull("4 bytes are missing", metadata={"param": "source"})
+
+
+@pytest.mark.parametrize(
+    ("events", "count"),
+    [((IngestProgress(IngestPhase.INSPECT),), 0), ((IngestProgress(IngestPhase.STORE, 1, 5),), 2)],
+    ids=["before the first message", "after it"],
+)
+async def test_the_error_of_an_ingest_is_in_band_too_once_there_was_a_message(
+    parts: Parts, mesh: Mesh, events: tuple[IngestProgress, ...], count: int
+) -> None:
+    parts.ingester = FullDisk(events)  # type: ignore[assignment]
+    async with serve(parts, mesh) as address, mesh.dialer(address, "admin-edge") as dialer:
+        call = dialer.stub(RegistryServiceStub).IngestModel(pb.IngestModelRequest(), timeout=20)
+        messages = [await call.read() for _ in range(count)]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    if messages:
+        assert messages[-1].error == pb.IngestError(
+            message="4 bytes are missing", type=DiskFull.openai_type, param="source", code="disk_full"
+        )
 
 
 @pytest.mark.parametrize(

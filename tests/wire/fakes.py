@@ -209,6 +209,8 @@ class Recorder:
             self.calls.append(_call(method.name, request, context))
             for answer in self.answers.get(method.name, []):
                 yield answer
+            if method.name in self.failures:
+                await abort(context, self.failures[method.name])
 
         make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
         return make(

@@ -1,5 +1,7 @@
 """The admin listener: who gets in, and the REST paths of its services."""
 
+import json
+
 import grpc
 import grpc.aio
 import httpx
@@ -202,6 +204,22 @@ async def test_rest_of_the_registry(
     if called == "IngestModel":
         assert answer.headers["content-type"] == "text/event-stream"
         assert answer.text.count("data: ") == 2
+
+
+async def test_an_ingest_that_fails_in_mid_stream_ends_with_its_error(
+    gateway: Gateway, admin: httpx.AsyncClient
+) -> None:
+    gateway.registry.answers["IngestModel"] = [
+        registry_service_pb2.IngestModelResponse(progress=registry_service_pb2.IngestProgress(phase="store")),
+        registry_service_pb2.IngestModelResponse(
+            error=registry_service_pb2.IngestError(message="full", type="rate_limit_error", code="disk_full")
+        ),
+    ]
+    gateway.registry.failures["IngestModel"] = errors.DiskFull("full")
+    answer = await admin.post("/admin/v1/models:ingest", json={"name": "m", "source": "dir:/x"})
+    assert answer.status_code == 200
+    events = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line]
+    assert events[-1] == {"error": {"message": "full", "type": "rate_limit_error", "code": "disk_full"}}
 
 
 async def test_an_empty_post_needs_no_body(gateway: Gateway, admin: httpx.AsyncClient) -> None:

@@ -169,7 +169,9 @@ class RegistryClient:
         call = self._stub().IngestModel(wire.ingest_spec_to_proto(spec), timeout=timeout_seconds)
         async with aclosing(_stream(call)) as messages:
             async for message in messages:
-                yield wire.ingest_event_from_proto(message)
+                event = wire.ingest_event_from_proto(message)
+                if event is not None:
+                    yield event
 
     async def watch_models(self) -> AsyncGenerator[WatchEvent, None]:
         """Yields all models, then every change. Ends only by an error; call it again then.

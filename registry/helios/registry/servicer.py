@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from helios.api.registry.v1 import registry_service_pb2 as pb
 from helios.api.registry.v1.registry_service_pb2_grpc import RegistryServiceServicer
-from helios.mesh.errors import InvalidRequest
+from helios.mesh.errors import HeliosError, InvalidRequest
 from helios.registry import access, metrics, wire
 from helios.registry.catalog import Catalog
 from helios.registry.ingest import Ingester
@@ -30,13 +30,21 @@ class RegistryServicer(RegistryServiceServicer):
     async def IngestModel(self, request: pb.IngestModelRequest, context: Any) -> AsyncIterator[pb.IngestModelResponse]:
         """Streams an ingest; a caller that goes away cancels it unless another one follows it too."""
         access.check_may_write(context)
+        has_begun = False
         async with aclosing(self._ingester.ingest(wire.ingest_spec_from_proto(request))) as events:
-            async for event in events:
-                # Over REST the first message is a 200: nothing is sent before the source was looked at, so that one
-                # that can't be taken is an error of the request.
-                if event == IngestProgress(IngestPhase.INSPECT):
-                    continue
-                yield wire.ingest_event_to_proto(event)
+            try:
+                async for event in events:
+                    # Over REST the first message is a 200: nothing is sent before the source was looked at, so that
+                    # one that can't be taken is an error of the request.
+                    if event == IngestProgress(IngestPhase.INSPECT):
+                        continue
+                    has_begun = True
+                    yield wire.ingest_event_to_proto(event)
+            except HeliosError as error:
+                # After the 200 Envoy ends the answer as if nothing had happened: the error goes in band as well.
+                if has_begun:
+                    yield wire.ingest_error_to_proto(error)
+                raise
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         """Lists models by name."""

@@ -8,7 +8,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from helios.api.engine.v1 import engine_settings_pb2 as engine_pb
 from helios.api.registry.v1 import registry_service_pb2 as pb
-from helios.mesh.errors import InvalidRequest
+from helios.mesh.errors import HeliosError, InvalidRequest
+from helios.mesh.status import openai_body
 from helios.registry.engine_settings import EngineSettings
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
@@ -207,10 +208,18 @@ def ingest_event_to_proto(event: IngestEvent) -> pb.IngestModelResponse:
     return pb.IngestModelResponse(progress=progress)
 
 
-def ingest_event_from_proto(message: pb.IngestModelResponse) -> IngestEvent:
-    """Reads progress or result."""
+def ingest_error_to_proto(error: HeliosError) -> pb.IngestModelResponse:
+    """Returns what REST callers read of an ingest that failed in mid-stream: OpenAI's error, as everywhere else."""
+    body = json.loads(openai_body(error))["error"]
+    return pb.IngestModelResponse(error=pb.IngestError(**body))
+
+
+def ingest_event_from_proto(message: pb.IngestModelResponse) -> IngestEvent | None:
+    """Reads progress or result; None for what this client needs no event for: an error is the call's status, too."""
     if message.HasField("done"):
         return IngestDone(model_from_proto(message.done.model), message.done.new_bytes)
+    if not message.HasField("progress"):
+        return None
     progress = message.progress
     return IngestProgress(IngestPhase(progress.phase), progress.done_bytes, progress.total_bytes)
 

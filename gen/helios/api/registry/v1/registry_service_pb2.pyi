@@ -328,6 +328,7 @@ class IngestModelResponse(_message.Message):
 
     PROGRESS_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___IngestProgress:
         """Where the ingest stands."""
@@ -336,21 +337,64 @@ class IngestModelResponse(_message.Message):
     def done(self) -> Global___IngestDone:
         """The ingest is complete; no message follows."""
 
+    @_builtins.property
+    def error(self) -> Global___IngestError:
+        """The ingest failed after its first message; no message follows. The call ends with the same error as its status,
+        which is what a gRPC caller goes by: REST has no place for it once the answer is a 200.
+        """
+
     def __init__(
         self,
         *,
         progress: Global___IngestProgress | None = ...,
         done: Global___IngestDone | None = ...,
+        error: Global___IngestError | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "event", b"event", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "error", b"error", "event", b"event", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "event", b"event", "progress", b"progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "error", b"error", "event", b"event", "progress", b"progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "done"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "done", "error"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___IngestModelResponse: _TypeAlias = IngestModelResponse  # noqa: Y015
+
+@_typing.final
+class IngestError(_message.Message):
+    """IngestError is an error in the form that all errors have over REST."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    PARAM_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    message: _builtins.str
+    """For people."""
+    type: _builtins.str
+    """Kind of error, as in OpenAI's errors: "server_error", "invalid_request_error"."""
+    param: _builtins.str
+    """The field of the request that is wrong."""
+    code: _builtins.str
+    """Stable name of the error: "digest_mismatch"."""
+    def __init__(
+        self,
+        *,
+        message: _builtins.str = ...,
+        type: _builtins.str = ...,
+        param: _builtins.str | None = ...,
+        code: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_param", b"_param", "param", b"param"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_param", b"_param", "code", b"code", "message", b"message", "param", b"param", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__param: _TypeAlias = _typing.Literal["param"]  # noqa: Y015
+    _WhichOneofArgType__param: _TypeAlias = _typing.Literal["_param", b"_param"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__param) -> _WhichOneofReturnType__param | None: ...
+
+Global___IngestError: _TypeAlias = IngestError  # noqa: Y015
 
 @_typing.final
 class IngestProgress(_message.Message):

@@ -105,8 +105,9 @@ class RegistryServiceServicer:
     def IngestModel(self, request, context):
         """IngestModel reads a model from a source, stores its blobs and makes a revision the served one. Progress is streamed;
         the last message is `done`. Idempotent: the same bytes give the same revision, and blobs that are known are not
-        stored again. A failed ingest leaves nothing behind. Errors: INVALID_ARGUMENT (INVALID_MODEL_NAME, INVALID_SOURCE,
-        UNSUPPORTED_FORMAT), ALREADY_EXISTS (ALIAS_TAKEN), DATA_LOSS (DIGEST_MISMATCH), RESOURCE_EXHAUSTED (DISK_FULL).
+        stored again. A failed ingest leaves nothing behind; where it fails after the first message, the last message is
+        `error`. Errors: INVALID_ARGUMENT (INVALID_MODEL_NAME, INVALID_SOURCE, UNSUPPORTED_FORMAT), ALREADY_EXISTS
+        (ALIAS_TAKEN), DATA_LOSS (DIGEST_MISMATCH), RESOURCE_EXHAUSTED (DISK_FULL).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
