@@ -170,7 +170,7 @@ def test_a_start_that_failed_says_why_and_the_next_one_goes_on() -> None:
     assert record is not None
     assert record.hold is not None
     phases = record.phases(3.0)
-    assert (phases[0].phase, phases[0].reason) == ("failed", "BAD_CHECKPOINT: torn")
+    assert (phases[0].phase, phases[0].reason) == ("starting", "came to nothing: BAD_CHECKPOINT: torn")
     assert [start.failure for start in record.hold.starts] == ["BAD_CHECKPOINT: torn", ""]
     assert sum(phase.seconds for phase in phases) == pytest.approx(3.0)
     assert [failed.replica.replica_id for failed in subject.failures] == ["r1"]

@@ -160,7 +160,7 @@ def _bar(share: float) -> str:
 
 
 def _color(index: int, name: str) -> str:
-    return "red" if name in (_UNEXPLAINED, "failed") else _COLORS[index % len(_COLORS)]
+    return "red" if name == _UNEXPLAINED else _COLORS[index % len(_COLORS)]
 
 
 def _start_line(start: pb.StartExplanation) -> Text:

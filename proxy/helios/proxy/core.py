@@ -410,6 +410,8 @@ def _gone(replica: Replica, *, is_worker_lost: bool) -> machine.Gone:
     if is_worker_lost and not replica.failure_reason:
         return machine.Gone(replica.replica_id, "WORKER_LOST", "its worker went away", is_worker_lost=True)
     reason = replica.failure_reason or "STOPPED"
-    message = f"{reason}: {replica.failure_message}" if replica.failure_message else reason
+    # The first line is the cause. What follows, the end of a log, is for operators and not for clients.
+    cause = replica.failure_message.partition("\n")[0]
+    message = f"{reason}: {cause}" if cause else reason
     # A replica that can't wake is replaced at once, like one whose worker went away: the model itself starts well.
     return machine.Gone(replica.replica_id, reason, message, is_worker_lost=reason in _LOST_IN_SLEEP)

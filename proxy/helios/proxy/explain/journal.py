@@ -162,7 +162,7 @@ class Journal:
         if start.ready_at is None and start.ended_at is None:
             start.follow(replica, self.wall_offset)
             if replica.state.is_gone:
-                reason = f"{replica.failure_reason}: {replica.failure_message}" if replica.failure_reason else "stopped"
+                reason = ": ".join(filter(None, (replica.failure_reason, replica.failure_message))) or "stopped"
                 start.ended_at, start.failure = now, reason
             elif not replica.state.is_starting:
                 start.ready_at = now

@@ -115,7 +115,7 @@ class Start:
             reason = f"{way:.1f} ms for the news to come here, {ack:.1f} ms until every Envoy knew the endpoint"
             found.append(Segment("publish", at, acked_at, reason))
         elif self.ended_at is not None:
-            found.append(Segment("failed", at, max(at, self.ended_at), self.failure))
+            found.append(Segment("starting", at, max(at, self.ended_at), f"came to nothing: {self.failure}"))
         else:
             found.append(Segment("starting", at, max(at, now), f"goes on; the replica is {self.state}"))
         return found

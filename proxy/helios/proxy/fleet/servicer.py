@@ -83,6 +83,7 @@ class FleetServicer(FleetServiceServicer):
             case "load":
                 deltas = [wire.delta_from_proto(delta) for delta in message.load.deltas]
                 self._runtime.apply(core.load_report(deltas, now))
+                self._note(message.load, now)
                 if message.load.devices:
                     devices = [wire.measure_from_proto(device) for device in message.load.devices]
                     self._runtime.apply(core.devices_measured(worker_id, devices, now))
@@ -90,7 +91,6 @@ class FleetServicer(FleetServiceServicer):
                 staged = wire.staged_from_proto(message.staged_event.staged, worker_id)
                 log.info("staged revision changed", revision=staged.revision, state=staged.state.name, worker=worker_id)
                 self._runtime.apply(core.staged_event(worker_id, message.staged_event.sequence, staged, now))
-                self._note(message.load, now)
             case "replica_event":
                 event = message.replica_event
                 replica = wire.replica_from_proto(event.replica, worker_id)

@@ -207,8 +207,9 @@ class ExplainedPhase(_message.Message):
     DURATION_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
-    """Which: "edge", "resolve", "schedule", "wait_room", "order", those that the worker and the replica measured
-    ("fetch", "fork", …, "report"), "publish", "send", "first_token", "answer", "unexplained".
+    """Which: "edge", "resolve", "hold", "schedule", "wait_room", "order", those that the worker and the replica measured
+    ("fetch", "fork", …, "report"), "starting" (of a start that is not ready: what it has not told yet), "publish",
+    "send", "first_token", "answer", "unexplained".
     """
     reason: _builtins.str
     """Why, for people."""
