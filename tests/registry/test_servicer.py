@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -145,7 +146,7 @@ async def test_the_error_of_an_ingest_is_in_band_too_once_there_was_a_message(
     parts.ingester = FullDisk(events)  # type: ignore[assignment]
     async with serve(parts, mesh) as address, mesh.dialer(address, "admin-edge") as dialer:
         call = dialer.stub(RegistryServiceStub).IngestModel(pb.IngestModelRequest(), timeout=20)
-        messages = [await call.read() for _ in range(count)]
+        messages: list[Any] = [await call.read() for _ in range(count)]
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
