@@ -1,5 +1,8 @@
 """What the launcher and the replica's process call to have vLLM: ``preload`` before the fork, ``build`` after it."""
 
+import contextlib
+
+from helios.mesh.errors import HeliosError
 from helios.worker.engines.vllm import compat, failures
 from helios.worker.engines.vllm.arguments import engine_arguments
 from helios.worker.engines.vllm.engine import VllmEngine
@@ -14,7 +17,9 @@ def preload() -> None:
 
 def prepare(spec: ReplicaSpec) -> None:
     """Called in the launcher after a replica was forked, when there is nothing else to do: for the model's next one."""
-    compat.HELD_TOKENIZERS.hold(engine_arguments(spec, -1).create_model_config())
+    # A model that can't be run: its replica has said why.
+    with contextlib.suppress(HeliosError, *failures.START_ERRORS):
+        compat.HELD_TOKENIZERS.hold(engine_arguments(spec, -1).create_model_config())
 
 
 def build(spec: ReplicaSpec, hooks: EngineHooks) -> Engine:

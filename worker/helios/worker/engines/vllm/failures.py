@@ -39,7 +39,7 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     OUT_OF_MEMORY: (
         r"OutOfMemoryError|MemoryError|out of memory|([Cc]annot|can't) allocate memory",
-        r"No available memory for the cache blocks|Free memory on device",
+        r"No available memory for the cache blocks|Free memory on device|Available memory on node",
     ),
     BAD_CHECKPOINT: (
         r"SafetensorError|HeaderTooLarge|InvalidHeader|MetadataIncompleteBuffer|JSONDecodeError|not a valid JSON",
@@ -119,7 +119,6 @@ def _tell(reason: str, error: BaseException) -> str:
     # Pydantic's prefix of what a validator raised.
     text = text.removeprefix("Value error, ").removeprefix("Assertion failed, ")
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    if reason == INVALID_ENGINE_SETTINGS:
-        for pattern, name in _NAMES:
-            text = re.sub(pattern, name, text)
+    for pattern, name in _NAMES:
+        text = re.sub(pattern, name, text)
     return f"{_HINTS[reason]}: {kind}{text}"[:_TEXT_LENGTH]
