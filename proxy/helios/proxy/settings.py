@@ -57,9 +57,9 @@ class ReplicaSettings(BaseModel):
 
     engine: str = ""
     """Engine to run models with; empty: each worker's default."""
-    overhead_bytes: PositiveInt = 320 << 20
+    overhead_bytes: PositiveInt = 208 << 20
     """Memory of a replica's processes on a CPU, for each rank, beside weights, KV cache and activations, which are
-    predicted from the model. 320 MiB: two processes of vLLM, measured. What replicas are then measured to hold
+    predicted from the model. 208 MiB: two processes of vLLM, measured. What replicas are then measured to hold
     corrects it, revision by revision."""
     gpu_overhead_bytes: PositiveInt = 1536 << 20
     """The same on a GPU, of its memory. 1.5 GiB: a CUDA context, cuBLAS workspaces, graphs, NCCL's buffers."""
