@@ -26,6 +26,7 @@ from helios.worker.devices.inventory import Inventory, open_inventory
 from helios.worker.launcher.launchers import Launchers
 from helios.worker.replica.engines import installed_engines, split_engine
 from helios.worker.replica.spec import ReplicaSpec
+from helios.worker.replica_logs import keep_bounded, log_path
 from helios.worker.settings import WorkerSettings
 from helios.worker.supervisor.attach_servicer import AttachServicer
 from helios.worker.supervisor.core_placement import place
@@ -100,6 +101,8 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
         for address in settings.proxies:
             session = FleetSession(address, identity=identity, feed=supervisor.feed, executor=supervisor)
             group.create_task(session.run(), name=f"fleet session {address}")
+        log_directory = settings.replica_log_directory
+        group.create_task(keep_bounded(log_directory, supervisor.replica_ids), name="keep logs bounded")
         engine, _ = split_engine(settings.replica.engine)
         group.create_task(_say_ready(launchers, engine, lifetime, address=server.address), name="say ready")
         await lifetime.wait_stop()
@@ -244,7 +247,8 @@ class _SpecMaker:
             port=booking.port,
             supervisor_address=settings.socket_target,
             identity_directory=str(identity.directory.absolute()) if identity else "",
-            log_path=str(settings.replica_log_directory / f"replica-{_file_name(order.replica_id)}.log"),
+            log_path=str(log_path(settings.replica_log_directory, order.model, order.replica_id)),
+            compile_cache_directory=str((settings.state_directory / "compiled").absolute()),
             created_at=order.created_at,
             placement=place(booking.slot, cores, engine_core_count=settings.device.engine_core_count),
             drain_seconds=settings.replica.drain_seconds,
@@ -254,11 +258,6 @@ class _SpecMaker:
             otlp_endpoint=settings.otlp_endpoint,
             log_level=settings.log_level,
         )
-
-
-def _file_name(replica_id: str) -> str:
-    """Returns an id as part of a file name: what a proxy makes up must not lead out of the log directory."""
-    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in replica_id)[:100]
 
 
 def _version() -> str:

@@ -46,6 +46,7 @@ class ReplicaSpec:
         supervisor_address: gRPC target of the supervisor's socket, such as ``unix:/run/…``; empty for none (tests).
         identity_directory: Directory with the worker's leaf (tls.crt, tls.key, ca.crt); empty serves without TLS.
         log_path: File that standard output and error of the whole process tree are appended to; empty inherits.
+        compile_cache_directory: Where this node keeps compiled code; empty: the engine's own place.
         created_at: When its start was asked for, with a time zone.
         placement: Cores.
         max_running_requests: How many requests the engine works on at once, where the settings do not say; more wait
@@ -83,6 +84,7 @@ class ReplicaSpec:
     supervisor_address: str = ""
     identity_directory: str = ""
     log_path: str = ""
+    compile_cache_directory: str = ""
     created_at: datetime
     placement: Placement = Placement()
     max_running_requests: int = 64

@@ -5,6 +5,7 @@ setting that vLLM's own parser or configuration classes refuse is reported with 
 once: whoever corrects one does not want to wait for the next.
 """
 
+import json
 import tempfile
 from collections.abc import Mapping
 from typing import Any, Final
@@ -12,11 +13,14 @@ from typing import Any, Final
 from helios.mesh.errors import InvalidRequest
 from helios.worker.engines.vllm import checks, compat, compat_config
 from helios.worker.engines.vllm.failures import INVALID_ENGINE_SETTINGS
+from helios.worker.replica.compile_cache import CompileInputs
 from helios.worker.replica.settings import Compilation, EngineSettings, KvOffload, SpeculativeDecoding, Task
 from helios.worker.replica.spec import ReplicaSpec
 
 # One prefill step: enough to keep two cores busy, small enough that running answers are not held up for long.
 _BATCHED_TOKENS: Final = 1024
+# Arguments that no compiled code depends on: other names or another size of the cache are the same model.
+_NOT_COMPILED: Final = frozenset({"model", "served_model_name", "kv_cache_memory_bytes", "kv_transfer_config"})
 _RUNNERS: Final[Mapping[Task, Mapping[str, Any]]] = {
     Task.DEFAULT: {},
     Task.GENERATE: {"runner": "generate"},
@@ -82,6 +86,14 @@ def arguments_of(spec: ReplicaSpec) -> dict[str, Any]:
             "max_loras": settings.lora.max_active_count,
         }
     return arguments
+
+
+def compile_inputs(spec: ReplicaSpec) -> CompileInputs:
+    """Returns what the code that is compiled for a replica depends on; names and places are not among it."""
+    flags = {name: value for name, value in arguments_of(spec).items() if name not in _NOT_COMPILED}
+    # Configuration objects have no JSON of their own; what they show of themselves is all that they are made of.
+    plain = json.loads(json.dumps(flags, default=repr))
+    return CompileInputs(revision=spec.revision, flags=plain, **compat.compile_surroundings())
 
 
 def _batch_sizes(spec: ReplicaSpec) -> dict[str, int]:

@@ -12,6 +12,7 @@ unknown: ``check_version`` says so, and the engine then starts its processes in 
 import json
 import multiprocessing
 import os
+import platform
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -19,6 +20,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any, Final
 
 import structlog
@@ -73,6 +75,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from helios.worker.engines.vllm import failures, quick_start
 from helios.worker.engines.vllm.held_tokenizers import HeldTokenizers
+from helios.worker.replica.compile_cache import processor_architecture
 from helios.worker.replica.engine import EngineLoad, Meter
 from helios.worker.replica.phases import measured, write_phase
 
@@ -115,7 +118,9 @@ __all__ = [
     "can_sleep",
     "chat_template_of",
     "check_version",
+    "compile_surroundings",
     "fork_instead_of_spawn",
+    "keep_compiled",
     "make_llm",
     "parse_model_prompt",
     "prepare_before_fork",
@@ -145,6 +150,29 @@ METER: Final[ContextVar[Meter | None]] = ContextVar("helios_meter", default=None
 def runs_eagerly() -> bool:
     """Returns whether compiling costs more than it gains: on a CPU it takes a minute and a half for nothing."""
     return bool(current_platform.is_cpu())
+
+
+def compile_surroundings() -> dict[str, str]:
+    """Returns what compiled code depends on beside the model, as CompileInputs has it."""
+    versions = {"engine_version": vllm.__version__, "torch_version": torch.__version__}
+    if current_platform.is_cpu():
+        processors = Path("/proc/cpuinfo")
+        text = processors.read_text(encoding="utf-8", errors="replace") if processors.exists() else ""
+        return versions | {"driver": "", "architecture": processor_architecture(platform.machine(), text)}
+    capability = current_platform.get_device_capability()
+    name = f"{current_platform.get_device_name()}-{capability.as_version_str() if capability else ''}"
+    return versions | {"driver": f"{torch.version.cuda}-{_driver_version()}", "architecture": name}
+
+
+def keep_compiled(directory: Path) -> None:
+    """Has vLLM keep what it compiles in ``directory``. Call before an engine is made, in the process that makes it."""
+    os.environ["VLLM_CACHE_ROOT"] = str(directory)  # noqa: TID251  the only way to tell all of vLLM's processes
+
+
+def _driver_version() -> str:
+    # Not torch: asking it for a device would make a CUDA context, which no fork survives.
+    version = Path("/sys/module/nvidia/version")
+    return version.read_text(encoding="ascii").strip() if version.exists() else ""
 
 
 def can_sleep() -> bool:
@@ -399,7 +427,8 @@ def _confessing(phase_descriptor: int, asked_at: float) -> Iterator[None]:
 def _telling(phase_descriptor: int) -> Iterator[None]:
     try:
         yield
-    except failures.START_ERRORS as error:
+    except Exception as error:
+        # Whatever it is: safetensors' errors, for one, have no other base.
         reason, message = failures.classify(error)
         os.write(phase_descriptor, json.dumps({"reason": reason, "message": message}).encode() + b"\n")
         raise

@@ -12,9 +12,10 @@ import structlog
 
 from helios.mesh.errors import Bug, HeliosError, ReplicaLost
 from helios.worker.engines.vllm import compat, errors
-from helios.worker.engines.vllm.arguments import engine_arguments
+from helios.worker.engines.vllm.arguments import compile_inputs, engine_arguments
 from helios.worker.engines.vllm.pieces import PieceCutter
 from helios.worker.engines.vllm.prompts import PromptRenderer
+from helios.worker.replica.compile_cache import cache_directory
 from helios.worker.replica.engine import (
     EngineFacts,
     EngineHooks,
@@ -48,8 +49,11 @@ class VllmEngine:
         self._model = spec.model
         self._settings = spec.settings
         self._sink = compat.LoadSink(hooks.on_load)
+        arguments = engine_arguments(spec, hooks.phase_descriptor)
+        if spec.compile_cache_directory and not arguments.enforce_eager:
+            compat.keep_compiled(cache_directory(spec.compile_cache_directory, compile_inputs(spec)))
         self._llm = compat.make_llm(
-            engine_arguments(spec, hooks.phase_descriptor),
+            arguments,
             stat_loggers=[lambda *_: self._sink],
             on_forked=hooks.on_forked,
             while_loading=self._prepare,
