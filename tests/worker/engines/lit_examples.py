@@ -214,3 +214,35 @@ class WithSpec(ls.LitAPI):
 
 
 configured = Upper(max_batch_size=1)
+
+
+class Endless(ls.LitAPI):
+    """Makes parts faster than anybody reads."""
+
+    def __init__(self) -> None:
+        super().__init__(stream=True)
+
+    def predict(self, x: Any) -> Iterator[str]:
+        while True:
+            yield "on and "
+
+    def encode_response(self, output: Iterator[str]) -> Iterator[str]:
+        yield from output
+
+
+class Odd(ls.LitAPI):
+    """Gives what no hook should: too few outputs, no list at all, or the end of the process."""
+
+    def __init__(self) -> None:
+        super().__init__(max_batch_size=2)
+
+    def decode_request(self, request: dict[str, Any]) -> str:
+        return words(request)[0]
+
+    def predict(self, x: list[str]) -> Any:
+        if x[0] == "exit":
+            raise SystemExit(3)
+        return {"few": [], "none": None}.get(x[0], x)
+
+    def unbatch(self, output: Any) -> Any:
+        return output

@@ -13,8 +13,8 @@ import orjson
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from helios.mesh.errors import Bug, HeliosError, InvalidRequest, QuotaExceeded, Unsupported
-from helios.worker.engines.custom import factory
+from helios.mesh.errors import Bug, HeliosError, InvalidRequest, Overloaded, QuotaExceeded, Unsupported
+from helios.worker.engines.custom import factory, lit_runner
 from helios.worker.engines.custom.outputs import read_output
 from helios.worker.replica.engine import (
     Conversation,
@@ -189,6 +189,34 @@ async def test_an_error_before_the_first_part_is_the_answer_and_one_after_it_end
         # And it serves on.
         with pytest.raises(QuotaExceeded):
             await ask(made, "status")
+
+
+async def test_an_answer_that_nobody_reads_ends_and_the_next_one_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lit_runner, "_UNREAD_LIMIT", 100)
+    with engine(f"{EXAMPLES}:Endless") as made:
+        for _ in range(2):
+            answer = await made.answer(OpenAICall.CHAT_COMPLETION, body("x", stream=True), Meter("r", 0.0))
+            assert isinstance(answer, EventStream)
+            await asyncio.sleep(0.1)
+            with pytest.raises(Overloaded, match="not read as fast") as caught:
+                [event async for event in answer.events]
+            assert caught.value.reason == "SLOW_READER"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_outputs_that_can_not_be_are_errors_and_an_exit_is_a_death() -> None:
+    with engine(f"{EXAMPLES}:Odd") as made:
+        with pytest.raises(Bug, match="0 outputs for 1 requests"):
+            await ask(made, "few")
+        with pytest.raises(Bug, match="TypeError"):
+            await ask(made, "none")
+        assert await content(made, "fine") == "fine"
+        assert not made.load().is_dead
+        task = asyncio.ensure_future(ask(made, "exit"))  # noqa: TID251  nobody answers it
+        async with asyncio.timeout(10):
+            while not made.load().is_dead:
+                await asyncio.sleep(0.01)
+        task.cancel()
 
 
 @pytest.mark.parametrize(
