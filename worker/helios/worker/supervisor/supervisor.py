@@ -114,6 +114,10 @@ class Supervisor:
             return False
         return True
 
+    def replica_ids(self) -> frozenset[str]:
+        """Returns the replicas that are not at their end."""
+        return frozenset(self._runners)
+
     def view(self) -> WorkerView:
         """Returns the worker as it stands, for a hello."""
         return WorkerView(
