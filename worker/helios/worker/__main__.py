@@ -248,6 +248,7 @@ class _SpecMaker:
             supervisor_address=settings.socket_target,
             identity_directory=str(identity.directory.absolute()) if identity else "",
             log_path=str(log_path(settings.replica_log_directory, order.model, order.replica_id)),
+            compile_cache_directory=str((settings.state_directory / "compiled").absolute()),
             created_at=order.created_at,
             placement=place(booking.slot, cores, engine_core_count=settings.device.engine_core_count),
             drain_seconds=settings.replica.drain_seconds,
