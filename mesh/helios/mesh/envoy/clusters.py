@@ -66,6 +66,8 @@ _MANY: Final = 100_000
 _MAX_RETRIES: Final = 1_000
 # HTTP/2's default SETTINGS_MAX_FRAME_SIZE, and what Envoy makes of a large body.
 _FRAME_BYTES: Final = 16_384
+# Envoy's default for the frames in a connection's queue.
+_MIN_QUEUED_FRAMES: Final = 10_000
 # A listener starts when its clusters are initialised; a proxy that publishes nothing yet must not delay /healthz.
 _FIRST_ENDPOINTS_SECONDS: Final = 0.5
 
@@ -182,7 +184,7 @@ def _cluster(
                 timeout_seconds=3,
                 # A body is queued whole. Envoy's limit is 160 MB of such frames: five bodies at once, and the sixth
                 # would have ended all calls of the connection (502). The heap is what bounds them.
-                max_outbound_frames=settings.limits.max_heap_bytes // _FRAME_BYTES,
+                max_outbound_frames=max(_MIN_QUEUED_FRAMES, settings.limits.max_heap_bytes // _FRAME_BYTES),
             )
         ),
     )
