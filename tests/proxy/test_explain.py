@@ -197,6 +197,24 @@ def test_requests_that_end_without_a_replica_are_explained_too() -> None:
     assert [record.request_id for record in subject.recent(state=RequestState.LEFT)] == ["left"]
 
 
+def test_a_request_that_envoy_sent_to_a_second_replica_is_that_ones() -> None:
+    subject = journal()
+    subject.picked("q", picked(0.0, 0.0))
+    subject.arrived("q", "r1", WALL + 0.5, 0.5)
+    subject.finished("q", Finished("r1", 14, 0, 0, None, 0.5, 1.0))
+    subject.arrived("q", "r2", WALL + 2.0, 2.0)
+    assert [record.state for record in subject.recent()] == [RequestState.RUNNING]
+    subject.finished("q", Finished("r2", 0, 5, 7, 0.5, 1.0, 3.0))
+    # Reports come again after a reconnect.
+    subject.arrived("q", "r1", WALL + 0.5, 9.0)
+    subject.arrived("q", "r2", WALL + 2.0, 9.0)
+    record = subject.find("q")
+    assert record is not None
+    assert seconds(record.phases(9.0)) == {"send": 2.0, "first_token": 0.5}
+    assert record.finished is not None
+    assert record.finished.replica_id == "r2"
+
+
 def test_each_phase_of_a_start_is_measured_once() -> None:
     subject, measured = journal(), list[tuple[str, str, float]]()
     subject.on_phase = lambda model, phase, spent: measured.append((model, phase, spent))

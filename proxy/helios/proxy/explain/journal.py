@@ -117,7 +117,13 @@ class Journal:
     def arrived(self, request_id: str, replica_id: str, at_wall: float | None, now: float) -> None:
         """A replica says that a request reached it."""
         record = self._ring.get(request_id)
-        if record is not None and record.arrived is None:
+        if record is None:
+            return
+        last = record.finished
+        if last is not None and last.replica_id != replica_id and last.status_code:
+            # Envoy tried another one.
+            record.finished = last = None
+        if last is None:
             at = at_wall - self.wall_offset if at_wall is not None else None
             record.arrived = Arrived(replica_id, at, now)
 
