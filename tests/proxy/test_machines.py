@@ -461,13 +461,12 @@ class CoreMachine(RuleBasedStateMachine):
     def carry_out_sleep(self, command: Command, replica_id: str, *, refuses: bool) -> str:
         item = self.workers[command.worker_id].get(replica_id)
         if item is None or refuses:
-            return "REPLICA_NOT_FOUND" if item is None else "NO_CAPACITY"
+            return "NO_CAPACITY"
         self.carried_out.add(command.command_id)
         is_sleep = isinstance(command.order, SleepReplica)
         if item.state is (ReplicaState.READY if is_sleep else ReplicaState.ASLEEP):
-            state = ReplicaState.ASLEEP if is_sleep else ReplicaState.WAKING
-            changed = replace(item, state=state)
-            self.workers[command.worker_id][replica_id] = changed
+            changed = replace(item, state=ReplicaState.ASLEEP if is_sleep else ReplicaState.WAKING)
+            self.workers[item.worker_id][replica_id] = changed
             self.tell(command.worker_id, changed)
         return ""
 
@@ -490,8 +489,7 @@ class CoreMachine(RuleBasedStateMachine):
     def become_ready(self, item: Replica) -> None:
         self.next_port += 1
         address = item.address or f"127.0.0.1:{self.next_port}"
-        changed = replica(item.replica_id, model=item.model, worker_id=item.worker_id, address=address)
-        changed = replace(changed, can_sleep=item.model == "c")
+        changed = replace(item, state=ReplicaState.READY, address=address, can_sleep=item.model == "c")
         self.workers[item.worker_id][item.replica_id] = changed
         self.tell(item.worker_id, changed)
 

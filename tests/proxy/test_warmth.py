@@ -76,6 +76,24 @@ def test_an_idle_replica_that_can_sleep_is_put_to_sleep_and_not_drained() -> Non
     assert orders(pass_time(subject, 61.0)) == []
 
 
+def test_news_from_before_an_order_do_not_undo_it() -> None:
+    subject = world(sleeper())
+    todo = pass_time(subject, 60.0)
+    subject.replica_event("w", 1, sleeper(measured_bytes=5), 60.1)
+    assert subject.pick(entry(), "q", 60.2) is None
+    acknowledge(subject, todo, now=60.3)
+    subject.replica_event("w", 2, sleeper(state=S.ASLEEP), 60.4)
+    _, todo = subject.hold(entry(), "q2", size_bytes=0, deadline=99.0, now=61.0)
+    subject.replica_event("w", 3, sleeper(state=S.ASLEEP, measured_bytes=6), 61.1)
+    believed = subject.fleet.replica("r")
+    assert believed is not None
+    assert believed.state is S.WAKING
+    acknowledge(subject, todo, now=61.2)
+    subject.replica_event("w", 4, sleeper(wake_count=1), 61.3)
+    subject.endpoints_acknowledged(subject.fleet.endpoints(), 61.4)
+    assert subject.pick(entry(), "q3", 61.5) is not None
+
+
 def test_a_busy_replica_is_not_put_to_sleep() -> None:
     subject = world(sleeper())
     assert subject.pick(entry(), "q", 1.0) is not None

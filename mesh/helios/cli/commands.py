@@ -41,6 +41,8 @@ from helios.registry.client import IngestProgress, RegistryClient
 
 _CALL_SECONDS: Final = 15.0
 _DETACHED_START_SECONDS: Final = 600.0
+# For a mesh that does not say how long its stop may take.
+_STOP_SECONDS: Final = 120.0
 
 
 async def up(options: UpOptions, console: Console) -> None:
@@ -107,9 +109,11 @@ async def _wait_serving(
     raise DeadlineExceeded(f"the mesh did not start in {_DETACHED_START_SECONDS:.0f} s; see {log_path}")
 
 
-async def down(state: StateDirectory, console: Console, *, timeout_seconds: float) -> None:
-    """Stops the mesh of a state directory and waits until it is gone."""
+async def down(state: StateDirectory, console: Console, *, timeout_seconds: float | None) -> None:
+    """Stops the mesh of a state directory and waits until it is gone; None waits for as long as it may take."""
     left = read_mesh(state)
+    if timeout_seconds is None:
+        timeout_seconds = left.stop_seconds if left is not None and left.stop_seconds else _STOP_SECONDS
     if left is not None and not left.is_alive:
         ended = await asyncio.to_thread(kill_leftovers, left.processes, timeout_seconds=timeout_seconds)
         if ended:
@@ -378,7 +382,7 @@ def _process_table(record: MeshRecord) -> Table:
 
 
 def _worker_table(response: admin_pb.ListWorkersResponse) -> Table:
-    table = _table("worker", "node", "slots", "device", "booked", "memory", "in use", "busy", "°C", "errors", "health")
+    table = _table("worker", "node", "slots", "device", "booked", "memory", "in use", "state")
     for worker in response.workers:
         for device in worker.devices:
             slots = f"{worker.replica_count}/{worker.slot_count}"
@@ -387,23 +391,22 @@ def _worker_table(response: admin_pb.ListWorkersResponse) -> Table:
             table.add_row(worker.worker_id, worker.node, slots, name, booked, memory, *_telemetry(device))
         if worker.host_memory.memory_bytes:
             host = worker.host_memory
-            count = f"staged: {len(worker.staged)}"
             sizes = _size(host.booked_bytes), _size(host.memory_bytes)
-            table.add_row(worker.worker_id, worker.node, "", count, *sizes, "", "", "", "", "")
+            table.add_row(worker.worker_id, worker.node, "", f"staged: {len(worker.staged)}", *sizes, "", "")
     return table
 
 
-def _telemetry(device: fleet_service_pb2.Device) -> tuple[str, ...]:
+def _telemetry(device: fleet_service_pb2.Device) -> tuple[str, str]:
     """What was measured of a device; empty where it can't say."""
     measured = device.telemetry
     health = fleet_service_pb2.DeviceHealth.Name(device.health).removeprefix("DEVICE_HEALTH_").lower()
-    return (
-        _size(measured.used_bytes) if measured.HasField("used_bytes") else "",
+    state = (
         f"{measured.utilization_ratio:.0%}" if measured.HasField("utilization_ratio") else "",
-        str(measured.temperature_celsius) if measured.HasField("temperature_celsius") else "",
-        str(measured.uncorrected_error_count) if measured.HasField("uncorrected_error_count") else "",
-        "" if health == "unspecified" else f"{health} {device.health_message}".strip(),
+        f"{measured.temperature_celsius} °C" if measured.HasField("temperature_celsius") else "",
+        f"{measured.uncorrected_error_count} errors" if measured.uncorrected_error_count else "",
+        "" if health == "unspecified" else f"{health} {device.health_message}",
     )
+    return _size(measured.used_bytes) if measured.HasField("used_bytes") else "", " ".join(filter(None, state)).strip()
 
 
 def _model_table(models: Any) -> Table:

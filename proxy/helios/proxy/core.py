@@ -11,7 +11,7 @@ published: an Envoy that fails over between proxies never gets a poorer view.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from helios.mesh.errors import HeliosError, HoldExpired, Unavailable
 from helios.proxy import actions
@@ -174,10 +174,21 @@ class Core:
 
     def replica_event(self, worker_id: str, sequence: int, replica: Replica, now: float) -> list[actions.Action]:
         """A replica changed; an event that comes twice changes nothing."""
+        replica = self._as_ordered(worker_id, replica)
         change = self.fleet.replica_event(worker_id, sequence, replica, now)
         if change is not None:
             self._follow([change], now, is_worker_lost=False)
         return self._take(now)
+
+    def _as_ordered(self, worker_id: str, replica: Replica) -> Replica:
+        """What was said before an order arrived must not undo what is believed since the order."""
+        match self._commands.pending_state_order(worker_id, replica.replica_id), replica.state:
+            case SleepReplica(), ReplicaState.READY:
+                return replace(replica, state=ReplicaState.ASLEEP)
+            case WakeReplica(), ReplicaState.ASLEEP:
+                return replace(replica, state=ReplicaState.WAKING)
+            case _:
+                return replica
 
     def staged_event(self, worker_id: str, sequence: int, staged: Staged, now: float) -> list[actions.Action]:
         """A staged revision changed; an event that comes twice changes nothing."""

@@ -292,6 +292,9 @@ class Lifecycle:
             idle_seconds = now - (self._traffic.last_used_at(replica.model) or now)
             victims.append(f"{replica.model} (unused for {idle_seconds:.0f} s)")
             self._traffic.forget_use(replica.model)
+            entry = self._catalogue.find(replica.model)
+            if entry is not None and replica.state is ReplicaState.READY:
+                self.warmth.keep_staged(entry, worker_id)
             self.drain(replica, now)
         # Clients are told of the first; which models those are is for operators.
         message = "idle replicas of other models are draining to make room"

@@ -93,6 +93,10 @@ async def test_a_model_beyond_the_host_memory_is_refused_and_fits_after_another_
         # Evicting a revision takes it out of memory first.
         assert node.supervisor.execute("evict", Evict(revision(1))).is_accepted
         await wait_released(node)
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not weights.evicted:
+                await asyncio.sleep(0.01)
+        assert weights.released == weights.borrowed
         await node.supervisor.end_all(1)
 
 

@@ -130,6 +130,12 @@ class CommandBook:
         orders = (command.order for command in self._pending.get(worker_id, {}).values())
         return any(isinstance(order, DrainReplica) and order.replica_id == replica_id for order in orders)
 
+    def pending_state_order(self, worker_id: str, replica_id: str) -> SleepReplica | WakeReplica | None:
+        """The newest order to sleep or wake that a replica's worker has not answered; None where it answered all."""
+        orders = (command.order for command in self._pending.get(worker_id, {}).values())
+        own = [o for o in orders if isinstance(o, SleepReplica | WakeReplica) and o.replica_id == replica_id]
+        return own[-1] if own else None
+
     def forget_worker(self, worker_id: str) -> None:
         """Drops the commands of a worker that is no longer believed in."""
         self._pending.pop(worker_id, None)

@@ -44,15 +44,19 @@ class Listener(Protocol):
 async def keep_measuring(inventory: Inventory, listener: Listener, *, interval_seconds: float) -> None:
     """Measures until cancelled. What did not change is not told again."""
     told: dict[str, DeviceMeasure] = {}
+    seen: set[tuple[str, ReplicaState]] = set()
     number = 0
     while True:
         for measure in await asyncio.to_thread(inventory.measure):
             if told.get(measure.device_id) != measure:
                 told[measure.device_id] = measure
                 listener.note_measure(measure)
-        for replica in listener.view().replicas:
-            if replica.state in _MEASURED and (not replica.measured_bytes or number % _ROUNDS == 0):
+        measurable = [replica for replica in listener.view().replicas if replica.state in _MEASURED]
+        for replica in measurable:
+            # Soon after it became ready or fell asleep, and then now and again.
+            if (replica.replica_id, replica.state) not in seen or number % _ROUNDS == 0:
                 await _measure_replica(inventory, listener, replica)
+        seen = {(replica.replica_id, replica.state) for replica in measurable}
         number += 1
         await asyncio.sleep(interval_seconds)
 
@@ -63,5 +67,6 @@ async def _measure_replica(inventory: Inventory, listener: Listener, replica: Re
     tree = await asyncio.to_thread(find_tree, replica.process)
     pids = frozenset(entry.identity.pid for entry in tree)
     held = await asyncio.to_thread(inventory.process_bytes, pids)
-    if held and abs(held - replica.measured_bytes) > _WORTH_TELLING * held:
+    known = replica.memory_bytes if replica.state is ReplicaState.ASLEEP else replica.measured_bytes
+    if held and abs(held - known) > _WORTH_TELLING * held:
         listener.note_memory(replica.replica_id, held)

@@ -106,6 +106,12 @@ class Staging:
             staged.is_stopped = True
             staged.task.cancel()
 
+    async def wait_unstaged(self, revision: str) -> None:
+        """Waits until nothing of a revision is held; returns at once where nothing is."""
+        staged = self._staged.get(revision)
+        if staged is not None and staged.task is not None:
+            await asyncio.wait((staged.task,))
+
     async def close(self) -> None:
         """Gives everything back and waits until it is."""
         tasks = [staged.task for staged in self._staged.values() if staged.task is not None]

@@ -225,6 +225,8 @@ class Supervisor:
         self._group.create_task(self._evict_bytes(revision), name="evict revision")
 
     async def _evict_bytes(self, revision: str) -> None:
+        # Staged weights are leased, like a replica's.
+        await self._staging.wait_unstaged(revision)
         try:
             freed_bytes = await self._weights.evict(revision)
         except HeliosError as error:
