@@ -95,7 +95,7 @@ class RunningMesh:
             self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         self.wait(lambda: self._has_state("ready"), timeout_seconds, "the mesh is ready")
 
-    def stop(self, *, timeout_seconds: float = 90.0) -> int:
+    def stop(self, *, timeout_seconds: float = 120.0) -> int:
         """Sends SIGINT, as Ctrl-C does; returns the exit status. What is left after the timeout is killed."""
         assert self._process is not None
         tree = [self._process.pid, *(child.pid for child in psutil.Process(self._process.pid).children(recursive=True))]

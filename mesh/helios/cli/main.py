@@ -82,9 +82,19 @@ def up(
 def down(
     state_dir: StateOption,
     *,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for requests to end.", min=1)] = 60.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds to wait until it is gone; it goes on stopping after that. Default: as long as it may take.",
+            min=1,
+        ),
+    ] = None,
 ) -> None:
-    """Stop the mesh: requests end first."""
+    """Stop the mesh: requests end first.
+
+    They get 20 s, then each process has its own time to end before it is killed: 5 s Envoy, 15 s more than
+    worker.replica.drain_seconds (30) the worker, 15 s the others. All in all 105 s at most, and usually two.
+    """
     _run(commands.down(_state(state_dir), console, timeout_seconds=timeout))
 
 

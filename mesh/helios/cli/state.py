@@ -191,6 +191,8 @@ class MeshRecord:
     model: str = ""
     failure: str = ""
     processes: tuple[ProcessRecord, ...] = ()
+    stop_seconds: float = 0.0
+    """How long it takes at most until it is gone, once it was told to stop."""
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property

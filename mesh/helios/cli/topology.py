@@ -36,6 +36,9 @@ _ACTIVE_REQUESTS: Final = re.compile(
     r"^envoy_http_downstream_rq_active\{[^}]*prefix=\"(?:edge|admin)_listener\"[^}]*\} (\d+)", re.MULTILINE
 )
 _DRAIN_POLL_SECONDS: Final = 0.05
+# From SIGTERM to SIGKILL.
+_PROCESS_STOP_SECONDS: Final = 15.0
+_ENVOY_STOP_SECONDS: Final = 5.0
 
 Settings = dict[str, dict[str, Any]]
 
@@ -124,9 +127,15 @@ def _python_process(state: StateDirectory, name: str, settings: Mapping[str, Any
     ready = state.run / f"{name}.ready.json"
     flags = to_arguments(deepcopy(dict(settings)))
     arguments = [sys.executable, "-m", f"helios.{name}", f"--ready-file={ready}", *flags]
-    # A worker drains its replicas first, which takes as long as its own setting allows.
-    stop_seconds = 45.0 if name == "worker" else 15.0
-    return ChildSpec(name, arguments, state.logs / f"{name}.log", ready_path=ready, stop_seconds=stop_seconds)
+    # A worker drains its replicas first, which takes as long as its own setting allows (30: helios.worker.settings).
+    drain_seconds = _number(settings, "replica", "drain_seconds", 30.0) if name == "worker" else 0.0
+    return ChildSpec(
+        name,
+        arguments,
+        state.logs / f"{name}.log",
+        ready_path=ready,
+        stop_seconds=drain_seconds + _PROCESS_STOP_SECONDS,
+    )
 
 
 def _envoy(state: StateDirectory, settings: Settings, options: "UpOptions") -> ChildSpec:
@@ -144,7 +153,8 @@ def _envoy(state: StateDirectory, settings: Settings, options: "UpOptions") -> C
         admin_port=options.admin_port,
         access_log=state.logs / "access.log",
         otlp_endpoint=settings["envoy"].get("otlp_endpoint"),
-        limits=Limits(hold_limit_seconds=_hold_seconds(settings)),
+        # 300: the proxy's own default (helios.proxy.settings).
+        limits=Limits(hold_limit_seconds=_number(settings["proxy"], "hold", "limit_seconds", 300.0)),
     )
 
     async def is_serving() -> bool:
@@ -154,15 +164,22 @@ def _envoy(state: StateDirectory, settings: Settings, options: "UpOptions") -> C
     # Half a second of every command, for what only `up` needs.
     from helios.mesh.envoy.bootstrap import install  # noqa: PLC0415
 
-    return ChildSpec("envoy", command(install(edge)), state.logs / "envoy.log", probe=is_serving)
+    return ChildSpec(
+        "envoy",
+        command(install(edge)),
+        state.logs / "envoy.log",
+        probe=is_serving,
+        # It was drained before, and ends its connections at once.
+        stop_seconds=_ENVOY_STOP_SECONDS,
+    )
 
 
-def _hold_seconds(settings: Settings) -> float:
-    # 300: the proxy's own default (helios.proxy.settings).
+def _number(settings: Mapping[str, Any], group: str, field: str, default: float) -> float:
+    """Returns a number that was set for a process, or what the process itself would take."""
     try:
-        return float(settings["proxy"].get("hold", {}).get("limit_seconds", 300.0))
-    except (AttributeError, ValueError) as error:
-        raise InvalidRequest("--set proxy.hold.limit_seconds=SECONDS takes a number") from error
+        return float(settings.get(group, {}).get(field, default))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InvalidRequest(f"--set COMPONENT.{group}.{field}=SECONDS takes a number") from error
 
 
 def _envoy_admin(state: StateDirectory) -> str:

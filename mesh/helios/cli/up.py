@@ -29,7 +29,12 @@ log = structlog.get_logger()
 
 # The launcher alone imports vLLM for 10 s on a quiet machine; a busy one takes several times as long.
 START_TIMEOUT_SECONDS: Final = 180.0
+# What a stop gives to requests; what is left then is cut off.
 DRAIN_SECONDS: Final = 20.0
+# The order of the traffic: no new requests, then what serves them, then what they need.
+STOP_ORDER: Final = (("envoy",), ("worker",), ("proxy",), ("storage", "registry"))
+# For what is not waited for step by step: the kernel's own work after a SIGKILL, the last words.
+_STOP_GRACE_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,13 @@ class Mesh:
         self._started_at = process_started_at(os.getpid()) or 0.0
         specs = topology.children(options.state, topology.settings_of(options), options)
         self.children = [Child(spec, self._publish) for spec in specs]
+
+    @property
+    def stop_seconds(self) -> float:
+        """How long stopping takes at most: each step its own limit, after which what still runs is killed."""
+        limits = {child.spec.name: child.spec.stop_seconds for child in self.children}
+        steps = sum(max(limits[name] for name in names) for names in STOP_ORDER)
+        return DRAIN_SECONDS + steps + _STOP_GRACE_SECONDS
 
     @property
     def edge(self) -> str:
@@ -147,10 +159,9 @@ class Mesh:
         self._report(Progress("model", "done", f"{name} ingested"))
 
     async def _stop(self) -> None:
-        """Stops in the order of the traffic: no new requests, then what serves them, then what they need."""
         by_name = {child.spec.name: child for child in self.children}
         await topology.drain_envoy(self._options.state, timeout_seconds=DRAIN_SECONDS)
-        for names in (("envoy",), ("worker",), ("proxy",), ("storage", "registry")):
+        for names in STOP_ORDER:
             async with asyncio.TaskGroup() as group:
                 for name in names:
                     group.create_task(by_name[name].stop(), name=f"stop {name}")
@@ -172,6 +183,7 @@ class Mesh:
             model=self._options.model,
             failure=self._failure,
             processes=tuple(child.record for child in self.children),
+            stop_seconds=self.stop_seconds,
         )
         try:
             write_mesh(self._options.state, record)

@@ -9,13 +9,22 @@ import pytest
 from helios.cli import topology
 from helios.cli.certificates import issue_due
 from helios.cli.state import StateDirectory
-from helios.cli.up import UpOptions
+from helios.cli.up import Mesh, UpOptions
 from helios.mesh.errors import InvalidRequest
+from helios.worker.settings import ReplicaSettings
 
 
 @pytest.mark.parametrize(
     "override",
-    ["proxy", "proxy.x", "nobody.x=1", "proxy.listen.deeper=1", "proxy.hold=5", "proxy.hold.limit_seconds=soon"],
+    [
+        "proxy",
+        "proxy.x",
+        "nobody.x=1",
+        "proxy.listen.deeper=1",
+        "proxy.hold=5",
+        "proxy.hold.limit_seconds=soon",
+        "worker.replica.drain_seconds=soon",
+    ],
 )
 def test_overrides_that_make_no_sense_are_refused(tmp_path: Path, override: str) -> None:
     state = StateDirectory(tmp_path)
@@ -24,6 +33,17 @@ def test_overrides_that_make_no_sense_are_refused(tmp_path: Path, override: str)
     options = UpOptions(state, overrides=("proxy.listen=1", override))
     with pytest.raises(InvalidRequest, match="--set"):
         topology.children(state, topology.settings_of(options), options)
+
+
+@pytest.mark.parametrize(("overrides", "seconds"), [((), 105), (("worker.replica.drain_seconds=100",), 175)])
+def test_a_mesh_says_how_long_its_stop_may_take(tmp_path: Path, overrides: tuple[str, ...], seconds: int) -> None:
+    state = StateDirectory(tmp_path)
+    state.create()
+    issue_due(state)
+    mesh = Mesh(UpOptions(state, overrides=overrides), lambda _: None)
+    worker = next(child.spec for child in mesh.children if child.spec.name == "worker")
+    assert worker.stop_seconds > ReplicaSettings().drain_seconds
+    assert mesh.stop_seconds == seconds
 
 
 def test_commands_do_not_wait_for_envoys_types() -> None:
