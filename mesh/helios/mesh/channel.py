@@ -37,7 +37,8 @@ _OPTIONS: Final = (
     ("grpc.http2.max_pings_without_data", 0),
     # A component that comes back is met within a second.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # In spite of its name: how long one attempt may take. A busy peer needs more for its handshake than a back-off.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     # Loopback and unix sockets never go through an HTTP proxy of the environment.
     ("grpc.enable_http_proxy", 0),

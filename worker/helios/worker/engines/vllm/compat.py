@@ -71,9 +71,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
-from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerBase
 
 from helios.worker.engines.vllm import failures, quick_start
+from helios.worker.engines.vllm.compat_pooling import BertEmbeddingModel, PoolingRequestOutput
 from helios.worker.engines.vllm.held_tokenizers import HeldTokenizers
 from helios.worker.replica.compile_cache import processor_architecture
 from helios.worker.replica.engine import EngineLoad, Meter
@@ -132,7 +133,13 @@ __all__ = [
 log = structlog.get_logger()
 
 PINNED: Final = (0, 32)
-_PRELOADED_MODELS: Final = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+_PRELOADED_MODELS: Final = {
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": MistralForCausalLM,
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+    "BertModel": BertEmbeddingModel,
+}
 # Modules that imported get_mp_context by name: replacing it in one place would not reach the others.
 _USERS_OF_MP_CONTEXT: Final = (vllm.utils.system_utils, vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor)
 # Key of AsyncEngineArgs.additional_config, vLLM's own place for settings of extensions.
@@ -234,8 +241,8 @@ def prepare_before_fork() -> None:
     torch.set_num_threads(1)
     # Known by class, so that no child has to find them out: for a model whose class is known only by name, vLLM starts
     # a Python process that imports everything anew (twelve seconds, once for every machine and version).
-    for model in _PRELOADED_MODELS:
-        ModelRegistry.register_model(model.__name__, model)
+    for architecture, model in _PRELOADED_MODELS.items():
+        ModelRegistry.register_model(architecture, model)
     # Resolves the platform, which is otherwise found out at first use, and replaces Triton kernels by C++ ones: a
     # scan over every module that takes 0.4 s.
     current_platform.register_triton_kernel_overrides()
@@ -375,7 +382,9 @@ def make_llm(
     with patches[0], patches[1], _confessing(descriptor, configured_at):
         threading.Thread(target=start, name="engine core handshake", daemon=True).start()
         forked.result()
-        llm = MeteredLLM(config, executor_class, log_stats=False, log_requests=False, stat_loggers=stat_loggers)
+        llm = MeteredLLM(
+            config, executor_class, log_stats=False, log_requests=False, stat_loggers=[*stat_loggers, Unpublished]
+        )
     # The engine may have fitted the context to its KV cache: what was derived from the old length is derived anew.
     for name in ("default_cmpl_tok_params", "default_chat_tok_params"):
         llm.renderer.__dict__.pop(name, None)
@@ -434,6 +443,32 @@ def _telling(phase_descriptor: int) -> Iterator[None]:
         raise
 
 
+class Unpublished(PrometheusStatLogger):
+    """Stands where AsyncLLM puts its own Prometheus metrics unless it is given another logger of the kind.
+
+    Nobody reads its registry here: a replica publishes metrics of its own. Keeping some forty series up to date would
+    be a sixth of what the front spends on a token.
+    """
+
+    def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
+        """Registers nothing."""
+
+    def record(self, *_: Any, **__: Any) -> None:
+        """Does nothing."""
+
+    def record_sleep_state(self, *_: Any, **__: Any) -> None:
+        """Does nothing."""
+
+    def record_admission_rejection(self, *_: Any, **__: Any) -> None:
+        """Does nothing."""
+
+    def log_engine_initialized(self) -> None:
+        """Does nothing."""
+
+    def log(self) -> None:
+        """Does nothing."""
+
+
 class MeteredLLM(AsyncLLM):
     """AsyncLLM that counts each request's tokens into the METER of the task that asked for it."""
 
@@ -445,6 +480,20 @@ class MeteredLLM(AsyncLLM):
             async for output in outputs:
                 if meter is not None:
                     _count(meter, output)
+                yield output
+        finally:
+            await outputs.aclose()
+
+
+    async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[PoolingRequestOutput, None]:
+        """Makes vectors as AsyncLLM does; the inputs of one request come as calls of their own, all on its meter."""
+        meter = METER.get()
+        outputs = super().encode(*args, **kwargs)
+        try:
+            async for output in outputs:
+                if meter is not None and output.finished:
+                    meter.prompt_tokens += len(output.prompt_token_ids)
+                    meter.cached_prompt_tokens += output.num_cached_tokens
                 yield output
         finally:
             await outputs.aclose()
