@@ -40,18 +40,8 @@ pytestmark = pytest.mark.real_model
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 START_SECONDS = 60.0
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    launcher = Launcher("vllm")
-    yield launcher
-    launcher.close()
-
-
-@pytest.fixture(scope="module")
-def leaves(tmp_path_factory: pytest.TempPathFactory) -> Leaves:
-    return Leaves.issue(tmp_path_factory.mktemp("pki"))
+# On a machine whose cores are all taken, a process waits this long for its turn between two measured pieces.
+UNEXPLAINED_SECONDS = 0.1
 
 
 def fork_real(launcher: Launcher, leaves: Leaves, directory: Path, model: Path, **changes: Any) -> RunningReplica:
@@ -374,8 +364,11 @@ async def test_hello_says_all_that_a_supervisor_must_know(
     assert hello.start_ticks == replica.start_ticks
     assert (hello.lease_id, hello.replica.memory_bytes) == ("lease-1", 123)
     assert hello.replica.address == replica.address
-    assert [phase.phase for phase in hello.replica.phases] == ["fork", "engine", "load", "warm_up", "serve"]
-    assert all(phase.duration.ToNanoseconds() > 0 for phase in hello.replica.phases)
+    seconds = {phase.phase: phase.duration.ToNanoseconds() / 1e9 for phase in hello.replica.phases}
+    measured = ["fork", "prepare", "config", "spawn", "engine", "load", "compile", "kv_cache", "warm_up", "connect"]
+    assert [name for name in seconds if name in measured] == measured
+    assert set(seconds) - set(measured) <= {"tokenizer", "api", "serve", "unexplained"}
+    assert seconds["unexplained"] <= 0.02 * sum(seconds.values()) + UNEXPLAINED_SECONDS, seconds
 
 
 def test_killing_the_front_ends_the_whole_tree(
