@@ -60,6 +60,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.executor import Executor, UniProcExecutor
+from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -271,6 +272,19 @@ def scheduler_statistics_have_the_counts_that_are_reported() -> None:
 
 
 @contract
+def a_prometheus_logger_that_is_given_takes_the_place_of_vllms_own() -> None:
+    manager = StatLoggerManager(
+        cast("Any", None), custom_stat_loggers=[compat.Unpublished], enable_default_loggers=False
+    )
+    assert [type(logger) for logger in manager.stat_loggers] == [compat.Unpublished]
+    calls = {name for name in vars(StatLoggerManager) if not name.startswith("_")}
+    # What the manager passes on, the stand-in answers itself: its parent would look for series that it never made.
+    assert calls <= set(vars(compat.Unpublished)), calls
+    manager.record(None, None)
+    manager.log()
+
+
+@contract
 def sampling_parameters_are_made_from_the_fields_of_the_contract() -> None:
     assert {field.name for field in dataclasses.fields(Sampling)} <= parameters(compat.SamplingParams.from_optional)
     made = compat.SamplingParams.from_optional(max_tokens=None, output_kind=compat.RequestOutputKind.DELTA)
@@ -424,6 +438,7 @@ def a_held_tokenizer_is_used_until_its_files_change() -> None:
         compat.HELD_TOKENIZERS.hold(config)
         held: Any = ask(config)
         assert held is ask(config)
+        assert compat.HELD_TOKENIZERS.holds(path)
         assert held.get_vocab() == {"a": 0, "b": 1}
         copying: Any = vars(vllm.tokenizers.hf)["copy"]
         copies = [copying.deepcopy(copy.copy(held)) for _ in range(2)]
@@ -432,6 +447,7 @@ def a_held_tokenizer_is_used_until_its_files_change() -> None:
         Path(path, "tokenizer_config.json").write_text(
             '{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "a"}'
         )
+        assert not compat.HELD_TOKENIZERS.holds(path)
         assert ask(config) is not held
     assert len(list(Path("/proc/self/task").iterdir())) == 1
 
