@@ -23,7 +23,8 @@ def test_what_up_prints_works_when_pasted(mesh: RunningMesh) -> None:
     curl = re.search(r"^  (curl .*)$", text, re.MULTILINE)
     assert curl is not None
     assert "[DONE]" in shell(curl[1])
-    calls = re.findall(r"^  (\S*grpcurl .*)$", text, re.MULTILINE)
+    assert mesh.token not in text, "the token stands in no line, and in no command's arguments"
+    calls = re.findall(r"^  ((?:TOKEN=\$\(.*?\) )?\S*grpcurl .*)$", text, re.MULTILINE)
     assert len(calls) == 2
     assert '"finished"' in shell(calls[0])
     assert MODEL in shell(calls[1])

@@ -35,7 +35,7 @@ gRPC:
 {edge} helios.api.inference.v1.InferenceService/Chat
 
 gRPC, administration:
-  {grpcurl} -plaintext -H "authorization: Bearer $(cat {token_file})" \
+  TOKEN=$(cat {token_file}) {grpcurl} -plaintext -expand-headers -H 'authorization: Bearer ${{TOKEN}}' \
 {admin} helios.api.admin.v1.AdminService/ListReplicas
 
 Next: {helios} chat{where} · {helios} status{where} · {helios} models add NAME PATH{where} · {helios} down{where}
