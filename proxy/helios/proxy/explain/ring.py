@@ -33,8 +33,15 @@ class Ring:
         self._limit_count = limit_count
         self._limit_bytes = limit_bytes
         self._records: OrderedDict[str, Record | Picked] = OrderedDict()
-        self.size_bytes = 0
+        self._extra_bytes = 0
+        self._room_count = 0
         self.wall_offset = wall_offset
+        self._add_extra(0)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all records, by their own account."""
+        return len(self._records) * RECORD_BYTES + self._extra_bytes
 
     def note(self, request_id: str, picked: Picked) -> None:
         """Adds a request that was sent at once."""
@@ -42,22 +49,21 @@ class Ring:
         if request_id in records:
             self._drop(request_id)
         records[request_id] = picked
-        self.size_bytes += RECORD_BYTES
-        if self.size_bytes > self._limit_bytes or len(records) > self._limit_count:
+        if len(records) > self._room_count:
             self._evict()
 
     def put(self, record: Record) -> None:
         """Adds a record."""
         self._drop(record.request_id)
         self._records[record.request_id] = record
-        self.size_bytes += record.size_bytes
+        self._add_extra(record.size_bytes - RECORD_BYTES)
         self._evict()
 
     def grow(self, record: Record, more_bytes: int) -> None:
         """Accounts for what was added to a record; harmless where it is not kept any more."""
         if self._records.get(record.request_id) is record:
             record.size_bytes += more_bytes
-            self.size_bytes += more_bytes
+            self._add_extra(more_bytes)
             self._evict()
 
     def get(self, request_id: str) -> Record | None:
@@ -86,11 +92,14 @@ class Ring:
 
     def _drop(self, request_id: str) -> None:
         older = self._records.pop(request_id, None)
-        if older is not None:
-            self.size_bytes -= older.size_bytes if isinstance(older, Record) else RECORD_BYTES
+        if isinstance(older, Record):
+            self._add_extra(RECORD_BYTES - older.size_bytes)
+
+    def _add_extra(self, more_bytes: int) -> None:
+        """Accounts for what records hold beyond RECORD_BYTES, which leaves room for that many records."""
+        self._extra_bytes += more_bytes
+        self._room_count = max(1, min(self._limit_count, (self._limit_bytes - self._extra_bytes) // RECORD_BYTES))
 
     def _evict(self) -> None:
-        while len(self._records) > max(1, self._limit_count) or (
-            self.size_bytes > self._limit_bytes and len(self._records) > 1
-        ):
+        while len(self._records) > self._room_count:
             self._drop(next(iter(self._records)))
