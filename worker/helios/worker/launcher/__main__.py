@@ -60,6 +60,7 @@ def _prepare(spec: ReplicaSpec) -> None:
     except Exception as error:  # noqa: BLE001  the replica itself says what is wrong with its model
         log.warning("next start not prepared", model=spec.model, error=str(error))
     # What is kept is shared by the children, and no collection of theirs is to look at it.
+    gc.collect()
     gc.freeze()
 
 

@@ -19,7 +19,8 @@ def prepare(spec: ReplicaSpec) -> None:
     """Called in the launcher after a replica was forked, when there is nothing else to do: for the model's next one."""
     # A model that can't be run: its replica has said why.
     with contextlib.suppress(HeliosError, *failures.START_ERRORS):
-        compat.HELD_TOKENIZERS.hold(engine_arguments(spec, -1).create_model_config())
+        if not compat.HELD_TOKENIZERS.holds(spec.model_path):
+            compat.HELD_TOKENIZERS.hold(engine_arguments(spec, -1).create_model_config())
 
 
 def build(spec: ReplicaSpec, hooks: EngineHooks) -> Engine:

@@ -49,6 +49,11 @@ class HeldTokenizers:
         _remember_vocabularies()
         _copy_with(self._take_copy)
 
+    def holds(self, path: str) -> bool:
+        """Whether the tokenizer of a model's directory is held, and its files are as they were."""
+        held = [one for key, one in self._held.items() if key[0] == path]
+        return bool(held) and held[-1].signature == _signature(path) and bool(held[-1].copies)
+
     def hold(self, model_config: Any) -> None:
         """Builds and keeps the tokenizer of a model, with the copy that a renderer needs."""
         self._is_holding = True
