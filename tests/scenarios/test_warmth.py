@@ -110,6 +110,7 @@ def test_a_staged_model_has_no_process_and_its_weights_in_memory(sleepy: Running
     sleepy.wait(lambda: not replicas(sleepy), 60, "its replicas are gone")
     sleepy.wait(lambda: sleepy.request(f"/v1/models/{MODEL}").json["replicas"]["staged"] == 1, 60, "it is staged")
     (worker,) = sleepy.request("/admin/v1/workers", is_admin=True).json["workers"]
+    assert int(worker["devices"][0]["telemetry"]["total_bytes"]) > int(worker["devices"][0]["memory_bytes"])
     staged = next(entry for entry in worker["staged"] if entry["model"] == MODEL)
     assert int(staged["resident_bytes"]) == int(staged["memory_bytes"]) > 256 << 20
     assert int(worker["host_memory"]["booked_bytes"]) >= int(staged["memory_bytes"])
