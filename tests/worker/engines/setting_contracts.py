@@ -264,7 +264,9 @@ def kv_blocks_fall_to_host_memory_and_then_to_disk() -> None:
     inspect.signature(manager.__init__).bind(
         None, offloading_spec=None, primary_kv_view=None, tier_type="fs", backpressure_detector=None, **options
     )
-    assert str(configured(kv_offload=KvOffload(host_bytes=1 << 30)).kv_transfer_config).count("OffloadingConnector") == 1
+    assert (
+        str(configured(kv_offload=KvOffload(host_bytes=1 << 30)).kv_transfer_config).count("OffloadingConnector") == 1
+    )
     assert configured(kv_offload=KvOffload()).kv_transfer_config is None
 
 
