@@ -1,4 +1,4 @@
-"""What goes wrong, and when, out of a seed. Pure: the same seed, and the same order of requests, the same failures."""
+"""What goes wrong, and when, out of a seed: the same seed and the same order of requests give the same failures."""
 
 import enum
 import random
