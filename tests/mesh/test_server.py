@@ -99,6 +99,20 @@ async def test_the_server_knows_its_caller(edge: Dialer) -> None:
     assert response.object == "edge"
 
 
+@pytest.mark.parametrize(("trust_domain", "namespace"), [("other.example", "default"), ("helios.local", "other")])
+async def test_a_namesake_of_another_mesh_is_refused(
+    server: MeshServer, authority: CertificateAuthority, tmp_path: Path, trust_domain: str, namespace: str
+) -> None:
+    # The authority that signed is the same.
+    others = CertificateAuthority.open(tmp_path / "pki", trust_domain=trust_domain, namespace=namespace)
+    assert others.pem == authority.pem
+    identity = others.issue("edge", tmp_path / "stranger")
+    async with Dialer(server.address, identity=identity, peer="proxy") as dialer:
+        error = await failure(dialer.stub(pb_grpc.ModelServiceStub).ListModels(pb.ListModelsRequest(), timeout=5))
+    assert type(error) is errors.PermissionDenied
+    assert error.metadata["component"] == ""
+
+
 async def test_a_component_outside_the_policy_is_refused(
     server: MeshServer, authority: CertificateAuthority, tmp_path: Path
 ) -> None:

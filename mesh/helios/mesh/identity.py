@@ -27,6 +27,7 @@ from helios.mesh.errors import InvalidRequest
 from helios.mesh.files import write_private
 
 DEFAULT_TRUST_DOMAIN: Final = "helios.local"
+DEFAULT_NAMESPACE: Final = "default"
 # A day: long enough to outlive an outage of the supervisor over night, short enough to need no revocation.
 LEAF_LIFETIME: Final = timedelta(days=1)
 CA_LIFETIME: Final = timedelta(days=3650)
@@ -88,6 +89,19 @@ class IdentityFiles:
         """PEM bundle of the authorities to trust."""
         return self.directory / "ca.crt"
 
+    def spiffe_id(self) -> SpiffeId:
+        """Returns who the leaf says its process is. Raises InvalidRequest where it can't be read, or does not say."""
+        try:
+            leaf = x509.load_pem_x509_certificate(self.certificate.read_bytes())
+            names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        except (OSError, ValueError, x509.ExtensionNotFound) as error:
+            raise InvalidRequest(
+                f"{self.certificate}: no certificate with a SPIFFE id ({error})",
+                metadata={"path": str(self.certificate)},
+            ) from error
+        uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+        return SpiffeId.parse(next(iter(uris), ""))
+
     def read(self) -> "Identity":
         """Reads key, certificate and CA of one generation, even while they are being renewed."""
         for _ in range(10):
@@ -110,13 +124,18 @@ class Identity:
 class CertificateAuthority:
     """A private CA for one machine; its key never leaves the directory (mode 0600)."""
 
-    def __init__(self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, trust_domain: str) -> None:
+    def __init__(
+        self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, trust_domain: str, namespace: str
+    ) -> None:
         self._certificate = certificate
         self._key = key
         self._trust_domain = trust_domain
+        self._namespace = namespace
 
     @classmethod
-    def open(cls, directory: Path, *, trust_domain: str = DEFAULT_TRUST_DOMAIN) -> Self:
+    def open(
+        cls, directory: Path, *, trust_domain: str = DEFAULT_TRUST_DOMAIN, namespace: str = DEFAULT_NAMESPACE
+    ) -> Self:
         """Loads the CA of a directory; makes one on first use, and where the one that is there is not valid now."""
         certificate_path, key_path = directory / "ca.crt", directory / "ca.key"
         if not (key_path.exists() and _is_valid(certificate_path)):
@@ -127,7 +146,8 @@ class CertificateAuthority:
         loaded_key = serialization.load_pem_private_key(key_path.read_bytes(), password=None)
         if not isinstance(loaded_key, ec.EllipticCurvePrivateKey):
             raise InvalidRequest(f"{key_path} is not an EC key; remove {directory} to make a new CA")
-        return cls(x509.load_pem_x509_certificate(certificate_path.read_bytes()), loaded_key, trust_domain)
+        certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
+        return cls(certificate, loaded_key, trust_domain, namespace)
 
     @property
     def pem(self) -> bytes:
@@ -148,7 +168,7 @@ class CertificateAuthority:
 
     def _sign_leaf(self, component: str, key: ec.EllipticCurvePrivateKey, lifetime: timedelta) -> x509.Certificate:
         now = datetime.now(UTC)
-        spiffe_id = SpiffeId(self._trust_domain, "default", component)
+        spiffe_id = SpiffeId(self._trust_domain, self._namespace, component)
         names: list[x509.GeneralName] = [
             x509.UniformResourceIdentifier(str(spiffe_id)),
             x509.DNSName(server_name(component)),

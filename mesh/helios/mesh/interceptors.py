@@ -29,9 +29,12 @@ Policy = Mapping[str, frozenset[str]]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 
-def peer_component(context: Any) -> str | None:
+def peer_component(context: Any, own: SpiffeId | None = None) -> str | None:
     """Returns the component of the caller from its certificate, NO_TLS_COMPONENT without TLS, None where it has
     none.
+
+    With ``own`` also None for a caller of another trust domain or namespace: an authority that signs for several of
+    them makes nobody a member of this mesh. Without it, for handlers behind the policy, which has looked at that.
     """
     auth = context.auth_context()
     if not auth.get("transport_security_type"):
@@ -40,9 +43,11 @@ def peer_component(context: Any) -> str | None:
         uri = name.decode("utf-8", "replace")
         if uri.startswith("spiffe://"):
             try:
-                return SpiffeId.parse(uri).component
+                peer = SpiffeId.parse(uri)
             except InvalidRequest:
                 return None
+            is_stranger = own is not None and (peer.trust_domain, peer.namespace) != (own.trust_domain, own.namespace)
+            return None if is_stranger else peer.component
     return None
 
 
@@ -65,9 +70,10 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 class PolicyInterceptor(grpc.aio.ServerInterceptor):
     """Refuses callers whose component the policy does not name for the service."""
 
-    def __init__(self, policy: Policy, *, is_enforced: bool) -> None:
+    def __init__(self, policy: Policy, *, own: SpiffeId | None) -> None:
+        """``own`` is who the server is; None lets everybody in (no TLS)."""
         self._policy = dict(policy)
-        self._is_enforced = is_enforced
+        self._own = own
 
     async def intercept_service(
         self,
@@ -76,27 +82,27 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Wraps the handler with the check."""
         handler = await continuation(handler_call_details)
-        if handler is None or not self._is_enforced:
+        if handler is None or self._own is None:
             return handler
         service = handler_call_details.method.rpartition("/")[0].lstrip("/")
         allowed = self._policy.get(service, frozenset())
-        return _rebuild(handler, _checked(_behavior(handler), allowed, service))
+        return _rebuild(handler, _checked(_behavior(handler), allowed, service, self._own))
 
 
-def check_peer(context: Any, allowed: frozenset[str], service: str) -> None:
-    """Raises PermissionDenied unless the caller's component is one of ``allowed``."""
-    component = peer_component(context)
+def check_peer(context: Any, allowed: frozenset[str], service: str, own: SpiffeId | None = None) -> None:
+    """Raises PermissionDenied unless the caller's component is one of ``allowed``; ``own`` as in peer_component."""
+    component = peer_component(context, own)
     if component is not None and (component in allowed or ANY_COMPONENT in allowed):
         return
     raise PermissionDenied(
-        f"{component or 'a caller without a SPIFFE id'} may not call {service}",
+        f"{component or 'a caller without a SPIFFE id of this mesh'} may not call {service}",
         metadata={"component": component or "", "service": service},
     )
 
 
-def _checked(behavior: Any, allowed: frozenset[str], service: str) -> Any:
+def _checked(behavior: Any, allowed: frozenset[str], service: str, own: SpiffeId) -> Any:
     async def checked(request: Any, context: Any) -> Any:
-        check_peer(context, allowed, service)
+        check_peer(context, allowed, service, own)
         return await behavior(request, context)
 
     return checked

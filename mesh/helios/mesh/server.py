@@ -108,7 +108,7 @@ class MeshServer:
         if self._options.intercept:
             own = {HEALTH_SERVICE, REFLECTION_SERVICE}
             rules = dict(policy) | {name: self._options.health_components for name in own if name not in policy}
-            policy_check = PolicyInterceptor(rules, is_enforced=identity is not None)
+            policy_check = PolicyInterceptor(rules, own=identity.spiffe_id() if identity is not None else None)
             interceptors = [*server_interceptors(), StatusInterceptor(), policy_check]
         self.grpc: grpc.aio.Server
         self._transport: Transport

@@ -9,6 +9,7 @@ from helios.api.admin.v1.admin_service_pb2_grpc import add_AdminServiceServicer_
 from helios.api.catalog.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
 from helios.api.fleet.v1.fleet_service_pb2_grpc import add_FleetServiceServicer_to_server
 from helios.mesh.channel import Dialer
+from helios.mesh.identity import SpiffeId
 from helios.mesh.process import Lifetime, run
 from helios.mesh.server import HEALTH_SERVICE, MeshServer, ServerOptions
 from helios.mesh.tasks import keep_running
@@ -52,7 +53,7 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
     core.models_replaced(load_models(directory), time.monotonic(), is_synced=False)
     store = Store(directory, core.catalogue)
     xds = XdsServer()
-    ads = GuardedXds(xds, is_enforced=settings.mesh.identity is not None)
+    ads = GuardedXds(xds, own=_own_id(settings))
     limits = JournalLimits(settings.explain.request_count, settings.explain.total_bytes)
     runtime = Runtime(core, publisher=xds, memory=store, journal_limits=limits)
     async with AsyncExitStack() as stack:
@@ -85,12 +86,15 @@ def _picker(settings: ProxySettings, runtime: Runtime, models: ModelSource, ads:
     identity = settings.mesh.identity
     options = ServerOptions(intercept=False, drain_seconds=settings.drain_seconds)
     server = MeshServer(listen=settings.picker_listen, identity=identity, policy={}, options=options)
-    picker = PickerServicer(
-        runtime, models, hold_limit_seconds=settings.hold.limit_seconds, is_enforced=identity is not None
-    )
+    picker = PickerServicer(runtime, models, hold_limit_seconds=settings.hold.limit_seconds, own=_own_id(settings))
     picker.add_to(server.grpc)
     ads.add_to(server.grpc)
     return server
+
+
+def _own_id(settings: ProxySettings) -> SpiffeId | None:
+    identity = settings.mesh.identity
+    return identity.spiffe_id() if identity is not None else None
 
 
 def _control(settings: ProxySettings, runtime: Runtime, models: ModelSource) -> MeshServer:

@@ -9,6 +9,7 @@ from envoy.service.discovery.v3 import ads_pb2_grpc
 
 from helios.mesh import status
 from helios.mesh.errors import HeliosError
+from helios.mesh.identity import SpiffeId
 from helios.mesh.server import check_peer
 from helios.mesh.xds.server import ADS_SERVICE, XdsServer
 
@@ -18,9 +19,10 @@ _EDGE: Final = frozenset({"edge"})
 class GuardedXds(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
     """Lets only the edge's Envoys read endpoints."""
 
-    def __init__(self, xds: XdsServer, *, is_enforced: bool) -> None:
+    def __init__(self, xds: XdsServer, *, own: SpiffeId | None) -> None:
+        """``own`` is who the proxy is; None lets everybody in (no TLS)."""
         self._xds = xds
-        self._is_enforced = is_enforced
+        self._own = own
         self._streams: set[asyncio.Task[None]] = set()
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -35,8 +37,8 @@ class GuardedXds(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
     async def DeltaAggregatedResources(self, requests: AsyncIterator[Any], context: Any) -> None:
         """Serves one Envoy until it leaves, or until `close`."""
         try:
-            if self._is_enforced:
-                check_peer(context, _EDGE, ADS_SERVICE)
+            if self._own is not None:
+                check_peer(context, _EDGE, ADS_SERVICE, self._own)
         except HeliosError as error:
             await status.abort(context, error)
         # A task of its own: a handler that is cancelled itself would leave the call open.

@@ -25,6 +25,7 @@ from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
 
 from helios.mesh import names, status
 from helios.mesh.errors import Draining, HeliosError, InvalidRequest, PermissionDenied
+from helios.mesh.identity import SpiffeId
 from helios.mesh.server import check_peer
 from helios.proxy import metrics
 from helios.proxy.catalog.servicer import find_model
@@ -59,13 +60,16 @@ _RETRIES: Final = (b"0", b"1", b"2", b"3")
 class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
     """Answers Envoy. One stream is one request."""
 
-    def __init__(self, runtime: Runtime, models: ModelSource, *, hold_limit_seconds: float, is_enforced: bool) -> None:
+    def __init__(
+        self, runtime: Runtime, models: ModelSource, *, hold_limit_seconds: float, own: SpiffeId | None
+    ) -> None:
+        """``own`` is who the proxy is; None lets everybody in (no TLS)."""
         self._runtime = runtime
         self._core = runtime.core
         self._journal = runtime.journal
         self._models = models
         self._hold_limit_seconds = hold_limit_seconds
-        self._is_enforced = is_enforced
+        self._own = own
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the service."""
@@ -73,9 +77,9 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
 
     async def Process(self, _: Any, context: Any) -> None:
         """Serves one request."""
-        if self._is_enforced:
+        if self._own is not None:
             try:
-                check_peer(context, _EDGE, EXT_PROC_SERVICE)
+                check_peer(context, _EDGE, EXT_PROC_SERVICE, self._own)
             except PermissionDenied as error:
                 await status.abort(context, error)
         request = await context.read()
