@@ -73,7 +73,7 @@ class _RefusedError(Exception):
 
 @lru_cache(maxsize=1)
 def _parser() -> Any:
-    class Parser(vllm.FlexibleArgumentParser):  # type: ignore[misc]
+    class Parser(vllm.FlexibleArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise _RefusedError(message)
 
