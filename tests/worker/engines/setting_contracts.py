@@ -34,7 +34,6 @@ from helios.worker.replica.settings import (
     Task,
 )
 from helios.worker.replica.spec import ReplicaSpec
-from tests.worker.engines import contracts
 from tests.worker.engines.contracts import contract
 
 MODEL = os.environ.get("HELIOS_TEST_MODEL", "")  # noqa: TID251
@@ -322,7 +321,3 @@ def an_architecture_that_vllm_does_not_know_is_told_as_such() -> None:
 @contract
 def a_literals_validation_error_is_a_value_error() -> None:
     assert issubclass(ValidationError, ValueError), "failures.START_ERRORS leans on it"
-
-
-if __name__ == "__main__":
-    contracts.main()

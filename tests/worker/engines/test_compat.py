@@ -16,7 +16,7 @@ import pytest
 from helios.worker.launcher.client import launcher_environment
 from tests.worker.replica.support import ROOT, source_path
 
-SOURCES = [Path(__file__).with_name(name) for name in ("contracts.py", "setting_contracts.py")]
+SOURCES = [Path(__file__).with_name(name) for name in ("contracts.py", "setting_contracts.py", "output_contracts.py")]
 # On a busy machine, importing takes several times as long.
 SECONDS = 200
 
@@ -33,7 +33,7 @@ def outcome(smollm2_directory: Path) -> dict[str, str]:
     path = os.pathsep.join([source_path(), str(ROOT)])
     own = {"PYTHONPATH": path, "HELIOS_TEST_MODEL": str(smollm2_directory)}
     environment = launcher_environment(os.environ) | own  # noqa: TID251
-    command = [sys.executable, "-m", "tests.worker.engines.setting_contracts"]
+    command = [sys.executable, "-m", "tests.worker.engines.output_contracts"]
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False
     )

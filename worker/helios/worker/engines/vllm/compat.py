@@ -9,6 +9,7 @@ request is metered in one place.
 unknown: ``check_version`` says so, and the engine then starts its processes in vLLM's own way.
 """
 
+import asyncio
 import json
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ import torch
 import vllm
 import vllm.distributed.elastic_ep.elastic_execute
 import vllm.entrypoints.serve.utils.fingerprint
+import vllm.envs
 import vllm.model_executor.layers.quantization.online.base
 import vllm.renderers.hf
 import vllm.tokenizers.hf
@@ -74,6 +76,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerBase
 
 from helios.worker.engines.vllm import failures, quick_start
+from helios.worker.engines.vllm.compat_outputs import OutputPump, spare_checks_of_answers
 from helios.worker.engines.vllm.compat_pooling import BertEmbeddingModel, PoolingRequestOutput
 from helios.worker.engines.vllm.held_tokenizers import HeldTokenizers
 from helios.worker.replica.compile_cache import processor_architecture
@@ -105,6 +108,7 @@ __all__ = [
     "OpenAIServingChat",
     "OpenAIServingCompletion",
     "OpenAIServingModels",
+    "OutputPump",
     "PlacedWorker",
     "RequestOutput",
     "RequestOutputKind",
@@ -149,7 +153,6 @@ HELD_TOKENIZERS: Final = HeldTokenizers(capacity=4)
 """Those of the models that ran here last. 4: some 60 MiB of the launcher for each, shared by all that it forks."""
 # When this process began to be an EngineCore, last; its workers inherit it.
 _began_at: Final = [0.0]
-
 METER: Final[ContextVar[Meter | None]] = ContextVar("helios_meter", default=None)
 """The meter of the request that the current task serves; set by the engine around each call into vLLM."""
 
@@ -248,6 +251,7 @@ def prepare_before_fork() -> None:
     current_platform.register_triton_kernel_overrides()
     setattr(type(current_platform), "register_triton_kernel_overrides", classmethod(lambda _: None))  # noqa: B010
     if check_version():
+        spare_checks_of_answers()
         quick_start.apply(is_cpu=current_platform.is_cpu())
         HELD_TOKENIZERS.install()
 
@@ -388,6 +392,8 @@ def make_llm(
     # The engine may have fitted the context to its KV cache: what was derived from the old length is derived anew.
     for name in ("default_cmpl_tok_params", "default_chat_tok_params"):
         llm.renderer.__dict__.pop(name, None)
+    # vLLM's own server does the same after its start: each token asks for some, which is a look into the environment.
+    vllm.envs.enable_envs_cache()
     return llm
 
 
@@ -471,6 +477,24 @@ class Unpublished(PrometheusStatLogger):
 
 class MeteredLLM(AsyncLLM):
     """AsyncLLM that counts each request's tokens into the METER of the task that asked for it."""
+
+    def _run_output_handler(self) -> None:
+        if self.output_handler is not None:
+            return
+        if vllm.__version_tuple__[:2] != PINNED or not OutputPump.can_stand_for(self):
+            super()._run_output_handler()
+            return
+        assert self.logger_manager is not None
+        pump = OutputPump(self.engine_core, self.output_processor, self.logger_manager.record)
+        # The task is vLLM's: it asks it whether the engine lives, and cancels it.
+        task = asyncio.get_running_loop().create_task(pump.run(), name="engine outputs")
+        self.output_handler: asyncio.Task[None] | None = task
+        self.engine_core.resources.output_queue_task = task
+
+    async def get_supported_tasks(self) -> Any:
+        """Asks the engine. A request does this first, and vLLM's own reader of outputs would be started by it."""
+        self._run_output_handler()
+        return await super().get_supported_tasks()
 
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
         """Generates as AsyncLLM does. Closing the generator aborts the request at once, not when it is collected."""
