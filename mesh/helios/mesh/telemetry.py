@@ -27,6 +27,7 @@ UNTRACED_METHODS: Final = (
     "Complete",
     "CreateChatCompletion",
     "CreateCompletion",
+    "CreateEmbedding",
     "IngestModel",
     "Materialize",
     "ServerReflectionInfo",

@@ -67,3 +67,10 @@ def test_engine_and_api_share_no_core_and_use_only_given_ones(slot: int, cores: 
 
 def test_neighbours_compute_on_different_cores() -> None:
     assert [place(slot, (0, 1), engine_core_count=1).engine_cores for slot in range(3)] == [(1,), (0,), (1,)]
+
+
+@given(slot=st.integers(0, 7), core_count=st.integers(2, 9), ranks=st.integers(2, 8))
+def test_each_rank_has_a_core_while_there_are_enough(slot: int, core_count: int, ranks: int) -> None:
+    placement = place(slot, tuple(range(core_count)), engine_core_count=1, rank_count=ranks)
+    assert len(set(placement.engine_cores)) == min(ranks, core_count)
+    assert placement.api_cores

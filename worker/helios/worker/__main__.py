@@ -250,7 +250,12 @@ class _SpecMaker:
             log_path=str(log_path(settings.replica_log_directory, order.model, order.replica_id)),
             compile_cache_directory=str((settings.state_directory / "compiled").absolute()),
             created_at=order.created_at,
-            placement=place(booking.slot, cores, engine_core_count=settings.device.engine_core_count),
+            placement=place(
+                booking.slot,
+                cores,
+                engine_core_count=settings.device.engine_core_count,
+                rank_count=order.settings.rank_count,
+            ),
             drain_seconds=settings.replica.drain_seconds,
             orphan_seconds=settings.replica.orphan_seconds,
             stall_seconds=settings.replica.stall_seconds,

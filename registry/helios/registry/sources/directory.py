@@ -1,6 +1,7 @@
 """A directory as hubs lay it out: config.json, safetensors, a tokenizer.
 
-Only files that are known to belong to a model are taken, from the top level: everything else (notebooks, other formats,
+Only files that are known to belong to a model are taken, from the top level (and what Sentence Transformers keep one
+below, which says how a model's vectors are made of its tokens): everything else (notebooks, other formats,
 code) is left where it is and named in the log. Pickles run code when they are loaded, so they are never taken. A
 symbolic link may not lead out of the directory: what it points at is not what the user named.
 """
@@ -26,6 +27,8 @@ _CONFIGS: Final = (
     "sentencepiece.bpe.model", "tekken.json", "*.tiktoken", "chat_template.jinja", "chat_template.json",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "quantize_config.json",
     "hf_quant_config.json",
+    # Sentence Transformers' description of a model that makes vectors.
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
 _DOCUMENTS: Final = ("LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -74,7 +77,8 @@ def scan_directory(directory: Path, *, is_owned: bool) -> FileSet:
         if media_type is None:
             ignored.append((location.name, _why_ignored(location)))
         else:
-            candidates.append(_check_file(location, root, media_type))
+            candidates.append(_check_file(location, location.name, root, media_type))
+    candidates += _module_files(directory, root)
     if len(candidates) > MAX_ENTRIES:
         raise malformed(f"the directory holds more than {MAX_ENTRIES} files of a model")
     names = {file.path for file in candidates}
@@ -106,21 +110,31 @@ def _media_type(name: str) -> str | None:
     return None
 
 
-def _check_file(location: Path, root: Path, media_type: str) -> SourceFile:
-    check_path(location.name)
+def _module_files(directory: Path, root: Path) -> list[SourceFile]:
+    """Returns the configurations of a Sentence Transformer's modules, such as ``1_Pooling/config.json``."""
+    found = []
+    for location in sorted(directory.glob(f"[0-9]*_*/{CONFIG}")):
+        if any(location.parent.glob(f"*{WEIGHT_SUFFIX}")):
+            # Left out, the model would make other vectors.
+            raise malformed(f"{location.parent.name} has weights of its own, which is not supported")
+        found.append(_check_file(location, f"{location.parent.name}/{CONFIG}", root, MEDIA_CONFIG))
+    return found
+
+
+def _check_file(location: Path, path: str, root: Path, media_type: str) -> SourceFile:
+    check_path(path)
     try:
         target = location.resolve(strict=True)
     except (OSError, RuntimeError) as error:
-        raise _invalid(f"{location.name} is a link that leads nowhere") from error
+        raise _invalid(f"{path} is a link that leads nowhere") from error
     if not target.is_relative_to(root):
         raise _invalid(
-            f"{location.name} is a link that leads out of the directory;"
-            " copy the directory with 'cp -rL' and ingest the copy"
+            f"{path} is a link that leads out of the directory; copy the directory with 'cp -rL' and ingest the copy"
         )
     status = target.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise _invalid(f"{location.name} is not a regular file")
-    return SourceFile(location.name, target, status.st_size, media_type)
+        raise _invalid(f"{path} is not a regular file")
+    return SourceFile(path, target, status.st_size, media_type)
 
 
 def _why_ignored(location: Path) -> str:

@@ -96,6 +96,12 @@ class _CompletionBody(_Body):
 
 def read_request(call: OpenAICall, document: Mapping[str, Any], *, vocabulary_size: int) -> OpenAIRequest:
     """Reads a body. Raises InvalidRequest that names the first offending field (``param`` in the metadata)."""
+    if call is OpenAICall.EMBEDDING:
+        raise InvalidRequest(
+            "the engine of this model makes text, not vectors",
+            reason="WRONG_KIND_OF_MODEL",
+            metadata={"param": "model"},
+        )
     for name in _REFUSED:
         if document.get(name):
             raise InvalidRequest(f"{name}: the engine of this model does not have it", metadata={"param": name})

@@ -17,6 +17,7 @@ class OpenAICall(Enum):
 
     CHAT_COMPLETION = "chat.completion"
     COMPLETION = "completion"
+    EMBEDDING = "embedding"
 
 
 class FinishReason(Enum):

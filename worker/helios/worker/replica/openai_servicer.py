@@ -35,6 +35,10 @@ class OpenAIServicer(openai_service_pb2_grpc.OpenAIServiceServicer):
         """Continues a text."""
         await self._answer(OpenAICall.COMPLETION, request, context)
 
+    async def CreateEmbedding(self, request: HttpBody, context: Any) -> None:  # type: ignore[override]
+        """Turns texts into vectors."""
+        await self._answer(OpenAICall.EMBEDDING, request, context)
+
     async def _answer(self, operation: OpenAICall, request: HttpBody, context: Any) -> None:
         with self._gate.admit(context, operation.value) as call:
             document = dict(parse_body(request.content_type, request.data))

@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from helios.worker.replica.spec import Placement
 
 
-def place(slot: int, cores: Sequence[int], *, engine_core_count: int) -> Placement:
-    """Returns the cores of the replica in ``slot``.
+def place(slot: int, cores: Sequence[int], *, engine_core_count: int, rank_count: int = 1) -> Placement:
+    """Returns the cores of the replica in ``slot``, whose engine computes in ``rank_count`` processes.
 
     Engines are laid out from the last core down, round and round, because kernels and other processes crowd the first
-    ones; the rest of the cores serve. With a single core there is nothing to choose.
+    ones; the rest of the cores serve. With a single core there is nothing to choose. Ranks wait for each other in every
+    layer, so each gets a core of its own, and where none is left, serving shares theirs.
     """
     if len(cores) < 2 or engine_core_count < 1:
         return Placement()
-    count = min(engine_core_count, len(cores) - 1)
+    if 1 < rank_count >= len(cores):
+        return Placement(engine_cores=tuple(cores), api_cores=tuple(cores))
+    count = min(max(engine_core_count, rank_count), len(cores) - 1)
     engine = tuple(sorted(cores[(-1 - slot * count - offset) % len(cores)] for offset in range(count)))
     return Placement(engine_cores=engine, api_cores=tuple(core for core in cores if core not in engine))

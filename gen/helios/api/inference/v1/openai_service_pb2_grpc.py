@@ -33,10 +33,11 @@ class OpenAIServiceStub:
     method of the same replica, and streaming and unary answers share it: a unary answer is one message, a stream is one
     message for each group of events that were ready together.
 
-    Both calls: the model is read from the body; `x-helios-model` may name it too and must then agree. Neither call is
-    idempotent. Errors: INVALID_ARGUMENT (INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED, MODEL_MISMATCH), NOT_FOUND
-    (MODEL_NOT_FOUND), RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), UNAVAILABLE (HOLD_EXPIRED, OVERLOADED, NO_READY_REPLICA,
-    REPLICA_LOST, DRAINING; each with RetryInfo). After the first event of a stream an error is an `error` event.
+    All calls: the model is read from the body; `x-helios-model` may name it too and must then agree. None is
+    idempotent. Errors: INVALID_ARGUMENT (INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED, MODEL_MISMATCH, WRONG_KIND_OF_MODEL:
+    a model that makes text was asked for vectors, or the other way round), NOT_FOUND (MODEL_NOT_FOUND),
+    RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), UNAVAILABLE (HOLD_EXPIRED, OVERLOADED, NO_READY_REPLICA, REPLICA_LOST, DRAINING;
+    each with RetryInfo). After the first event of a stream an error is an `error` event.
     """
 
     def __init__(self, channel):
@@ -55,6 +56,11 @@ class OpenAIServiceStub:
                 request_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
+        self.CreateEmbedding = channel.unary_stream(
+                '/helios.api.inference.v1.OpenAIService/CreateEmbedding',
+                request_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+                _registered_method=True)
 
 
 class OpenAIServiceServicer:
@@ -65,10 +71,11 @@ class OpenAIServiceServicer:
     method of the same replica, and streaming and unary answers share it: a unary answer is one message, a stream is one
     message for each group of events that were ready together.
 
-    Both calls: the model is read from the body; `x-helios-model` may name it too and must then agree. Neither call is
-    idempotent. Errors: INVALID_ARGUMENT (INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED, MODEL_MISMATCH), NOT_FOUND
-    (MODEL_NOT_FOUND), RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), UNAVAILABLE (HOLD_EXPIRED, OVERLOADED, NO_READY_REPLICA,
-    REPLICA_LOST, DRAINING; each with RetryInfo). After the first event of a stream an error is an `error` event.
+    All calls: the model is read from the body; `x-helios-model` may name it too and must then agree. None is
+    idempotent. Errors: INVALID_ARGUMENT (INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED, MODEL_MISMATCH, WRONG_KIND_OF_MODEL:
+    a model that makes text was asked for vectors, or the other way round), NOT_FOUND (MODEL_NOT_FOUND),
+    RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), UNAVAILABLE (HOLD_EXPIRED, OVERLOADED, NO_READY_REPLICA, REPLICA_LOST, DRAINING;
+    each with RetryInfo). After the first event of a stream an error is an `error` event.
     """
 
     def CreateChatCompletion(self, request, context):
@@ -85,6 +92,14 @@ class OpenAIServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateEmbedding(self, request, context):
+        """CreateEmbedding turns texts into vectors: OpenAI's `POST /v1/embeddings`, for models that were made for it. The
+        answer is one message.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OpenAIServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +110,11 @@ def add_OpenAIServiceServicer_to_server(servicer, server):
             ),
             'CreateCompletion': grpc.unary_stream_rpc_method_handler(
                     servicer.CreateCompletion,
+                    request_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+            ),
+            'CreateEmbedding': grpc.unary_stream_rpc_method_handler(
+                    servicer.CreateEmbedding,
                     request_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
@@ -114,10 +134,11 @@ class OpenAIService:
     method of the same replica, and streaming and unary answers share it: a unary answer is one message, a stream is one
     message for each group of events that were ready together.
 
-    Both calls: the model is read from the body; `x-helios-model` may name it too and must then agree. Neither call is
-    idempotent. Errors: INVALID_ARGUMENT (INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED, MODEL_MISMATCH), NOT_FOUND
-    (MODEL_NOT_FOUND), RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), UNAVAILABLE (HOLD_EXPIRED, OVERLOADED, NO_READY_REPLICA,
-    REPLICA_LOST, DRAINING; each with RetryInfo). After the first event of a stream an error is an `error` event.
+    All calls: the model is read from the body; `x-helios-model` may name it too and must then agree. None is
+    idempotent. Errors: INVALID_ARGUMENT (INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED, MODEL_MISMATCH, WRONG_KIND_OF_MODEL:
+    a model that makes text was asked for vectors, or the other way round), NOT_FOUND (MODEL_NOT_FOUND),
+    RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), UNAVAILABLE (HOLD_EXPIRED, OVERLOADED, NO_READY_REPLICA, REPLICA_LOST, DRAINING;
+    each with RetryInfo). After the first event of a stream an error is an `error` event.
     """
 
     @staticmethod
@@ -162,6 +183,33 @@ class OpenAIService:
             request,
             target,
             '/helios.api.inference.v1.OpenAIService/CreateCompletion',
+            google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateEmbedding(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/helios.api.inference.v1.OpenAIService/CreateEmbedding',
             google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,

@@ -20,10 +20,11 @@ class OpenAIServiceStub:
     method of the same replica, and streaming and unary answers share it: a unary answer is one message, a stream is one
     message for each group of events that were ready together.
 
-    Both calls: the model is read from the body; `x-helios-model` may name it too and must then agree. Neither call is
-    idempotent. Errors: INVALID_ARGUMENT (INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED, MODEL_MISMATCH), NOT_FOUND
-    (MODEL_NOT_FOUND), RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), UNAVAILABLE (HOLD_EXPIRED, OVERLOADED, NO_READY_REPLICA,
-    REPLICA_LOST, DRAINING; each with RetryInfo). After the first event of a stream an error is an `error` event.
+    All calls: the model is read from the body; `x-helios-model` may name it too and must then agree. None is
+    idempotent. Errors: INVALID_ARGUMENT (INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED, MODEL_MISMATCH, WRONG_KIND_OF_MODEL:
+    a model that makes text was asked for vectors, or the other way round), NOT_FOUND (MODEL_NOT_FOUND),
+    RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), UNAVAILABLE (HOLD_EXPIRED, OVERLOADED, NO_READY_REPLICA, REPLICA_LOST, DRAINING;
+    each with RetryInfo). After the first event of a stream an error is an `error` event.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -31,6 +32,10 @@ class OpenAIServiceStub:
     """CreateChatCompletion answers a conversation: OpenAI's `POST /v1/chat/completions`."""
     CreateCompletion: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """CreateCompletion continues a text: OpenAI's `POST /v1/completions`."""
+    CreateEmbedding: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
+    """CreateEmbedding turns texts into vectors: OpenAI's `POST /v1/embeddings`, for models that were made for it. The
+    answer is one message.
+    """
 
 class OpenAIServiceServicer(metaclass=_abc_1.ABCMeta):
     """OpenAIService carries OpenAI's HTTP API through the mesh byte for byte.
@@ -40,10 +45,11 @@ class OpenAIServiceServicer(metaclass=_abc_1.ABCMeta):
     method of the same replica, and streaming and unary answers share it: a unary answer is one message, a stream is one
     message for each group of events that were ready together.
 
-    Both calls: the model is read from the body; `x-helios-model` may name it too and must then agree. Neither call is
-    idempotent. Errors: INVALID_ARGUMENT (INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED, MODEL_MISMATCH), NOT_FOUND
-    (MODEL_NOT_FOUND), RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), UNAVAILABLE (HOLD_EXPIRED, OVERLOADED, NO_READY_REPLICA,
-    REPLICA_LOST, DRAINING; each with RetryInfo). After the first event of a stream an error is an `error` event.
+    All calls: the model is read from the body; `x-helios-model` may name it too and must then agree. None is
+    idempotent. Errors: INVALID_ARGUMENT (INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED, MODEL_MISMATCH, WRONG_KIND_OF_MODEL:
+    a model that makes text was asked for vectors, or the other way round), NOT_FOUND (MODEL_NOT_FOUND),
+    RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), UNAVAILABLE (HOLD_EXPIRED, OVERLOADED, NO_READY_REPLICA, REPLICA_LOST, DRAINING;
+    each with RetryInfo). After the first event of a stream an error is an `error` event.
     """
 
     @_abc_1.abstractmethod
@@ -61,5 +67,15 @@ class OpenAIServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """CreateCompletion continues a text: OpenAI's `POST /v1/completions`."""
+
+    @_abc_1.abstractmethod
+    def CreateEmbedding(
+        self,
+        request: _httpbody_pb2.HttpBody,
+        context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """CreateEmbedding turns texts into vectors: OpenAI's `POST /v1/embeddings`, for models that were made for it. The
+        answer is one message.
+        """
 
 def add_OpenAIServiceServicer_to_server(servicer: OpenAIServiceServicer, server: _aio.Server) -> None: ...

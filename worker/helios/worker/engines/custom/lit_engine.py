@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import orjson
 
-from helios.mesh.errors import InvalidRequest, Unsupported
+from helios.mesh.errors import Bug, InvalidRequest, Unsupported
 from helios.worker.engines.custom.lit_runner import Exchange, LitRunner
 from helios.worker.engines.custom.loading import LitOptions
 from helios.worker.engines.custom.outputs import Output, as_chunk, read_output
@@ -73,6 +73,9 @@ class LitEngine:
         request = _read(call, document)
         outputs = self._outputs(dict(document), meter)
         first = await anext(outputs, None)
+        if call is OpenAICall.EMBEDDING:
+            await outputs.aclose()
+            return _vectors(first)
         if first is None or first.document is None or (self._is_streaming and not request.is_stream):
             pieces = _pieces(first, outputs, request.sampling)
             return await shape_answer(call, request, pieces, meter=meter, model=self._name)
@@ -163,6 +166,10 @@ async def _pieces(first: Output | None, outputs: Outputs, sampling: Sampling) ->
 
 def _read(call: OpenAICall, document: Mapping[str, Any]) -> OpenAIRequest:
     """Reads what Helios itself needs of a body; the rest is the class's business."""
+    if call is OpenAICall.EMBEDDING:
+        if not isinstance(document.get("input"), str | list):
+            raise InvalidRequest("input: required", metadata={"param": "input"})
+        return OpenAIRequest(Text(""), Sampling(), is_stream=False, has_usage=False)
     if call is OpenAICall.CHAT_COMPLETION:
         messages = document.get("messages")
         if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
@@ -179,6 +186,13 @@ def _read(call: OpenAICall, document: Mapping[str, Any]) -> OpenAIRequest:
     options = document.get("stream_options")
     has_usage = isinstance(options, dict) and options.get("include_usage") is True
     return OpenAIRequest(Text(""), Sampling(stop=texts), is_stream is True, has_usage)
+
+
+def _vectors(output: Output | None) -> JsonAnswer:
+    """Returns what the class made of a request for vectors: nobody but the class knows how to."""
+    if output is None or output.document is None or not isinstance(output.document.get("data"), list):
+        raise Bug("the class of this model answered without OpenAI's list `data` of vectors", reason="BAD_OUTPUT")
+    return JsonAnswer(orjson.dumps(output.document, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 def _document(model: str, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:

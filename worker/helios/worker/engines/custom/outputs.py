@@ -38,6 +38,10 @@ def read_output(value: Any) -> Output:
         if isinstance(value.get("choices"), list):
             _json(value)
             return Output(_text_of_choice(value["choices"]), value, usage)
+        if isinstance(value.get("data"), list):
+            # Vectors.
+            _json(value)
+            return Output("", value, usage)
         for name in ("content", "text"):
             if isinstance(value.get(name), str):
                 return Output(value[name], None, usage)

@@ -16,7 +16,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -39,6 +39,7 @@ import vllm.v1.engine.core
 import vllm.v1.engine.utils
 import vllm.v1.executor.multiproc_executor
 import vllm.v1.executor.uniproc_executor
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -130,6 +131,7 @@ __all__ = [
     "parse_model_prompt",
     "prepare_before_fork",
     "put_to_sleep",
+    "rank_cores",
     "runs_eagerly",
     "wake_up",
 ]
@@ -261,6 +263,8 @@ def fork_instead_of_spawn() -> None:
     context: BaseContext = multiprocessing.get_context("fork")
     for module in _USERS_OF_MP_CONTEXT:
         setattr(module, "get_mp_context", lambda: context)  # noqa: B010  a patch, and visibly one
+    # PlacedWorker binds. vLLM's executor of several ranks would refuse a machine with fewer NUMA nodes than ranks.
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # noqa: TID251  the only way to tell it
 
 
 def chat_template_of(model_config: Any, tokenizer: Any) -> str | None:
@@ -277,13 +281,27 @@ def worker_settings(cores: tuple[int, ...], phase_descriptor: int) -> dict[str, 
     return {_SETTINGS_KEY: {"cores": list(cores), "phase_descriptor": phase_descriptor}}
 
 
+def rank_cores(cores: Sequence[int], rank: int, rank_count: int) -> list[int]:
+    """Returns the cores of one rank: equal shares, and a core for several ranks where there are fewer cores.
+
+    vLLM's own binding wants a NUMA node for each rank, and sets environment variables that a fork reads too late.
+    """
+    if not cores:
+        return []
+    if len(cores) < rank_count:
+        return [cores[rank % len(cores)]]
+    share = len(cores) // rank_count
+    return list(cores[rank * share : (rank + 1) * share])
+
+
 class PlacedWorker(DeviceWorker):
     """The process that computes: bound to its cores before its first parallel region, and says when weights are in."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         settings = vllm_config.additional_config[_SETTINGS_KEY]
         self._phase_descriptor: int = settings["phase_descriptor"]
-        cores: list[int] = settings["cores"]
+        local_rank = kwargs["local_rank"] if "local_rank" in kwargs else args[0]
+        cores = rank_cores(settings["cores"], local_rank, vllm_config.parallel_config.local_world_size)
         if cores:
             os.sched_setaffinity(0, cores)
         torch.set_num_threads(max(1, len(cores)))
@@ -317,7 +335,16 @@ class PlacedWorker(DeviceWorker):
     def compile_or_warm_up_model(self) -> Any:
         """Captures graphs, and runs what a first request would otherwise wait for."""
         with self._phase("warm_up"):
+            self._make_room_for_what_comes_from_other_ranks()
             return super().compile_or_warm_up_model()
+
+    def _make_room_for_what_comes_from_other_ranks(self) -> None:
+        """Makes the buffer of a later group of layers, which vLLM makes in the warm-up that a CPU leaves out."""
+        runner: Any = self.model_runner
+        if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+            )
 
     @contextmanager
     def _phase(self, name: str, began_at: float | None = None) -> Iterator[None]:
@@ -507,7 +534,6 @@ class MeteredLLM(AsyncLLM):
                 yield output
         finally:
             await outputs.aclose()
-
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[PoolingRequestOutput, None]:
         """Makes vectors as AsyncLLM does; the inputs of one request come as calls of their own, all on its meter."""

@@ -1,18 +1,16 @@
 """The ``Engine`` protocol on vLLM's AsyncLLM and its OpenAI serving classes."""
 
-import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
-import orjson
 import structlog
 
-from helios.mesh.errors import Bug, HeliosError, ReplicaLost
+from helios.mesh.errors import ReplicaLost
 from helios.worker.engines.vllm import compat, errors
 from helios.worker.engines.vllm.arguments import compile_inputs, engine_arguments
+from helios.worker.engines.vllm.openai_api import OpenAIApi, TextApi, VectorApi
 from helios.worker.engines.vllm.pieces import PieceCutter
 from helios.worker.engines.vllm.prompts import PromptRenderer
 from helios.worker.replica.compile_cache import cache_directory
@@ -33,7 +31,6 @@ from helios.worker.replica.spec import ReplicaSpec
 
 log = structlog.get_logger()
 
-_ERROR_EVENT: Final = 'data: {"error"'
 # Nothing runs any more when an engine is closed. A graceful end of EngineCore may take seconds, in which the device is
 # not free; after this it is killed.
 _SHUTDOWN_SECONDS: Final = 0.2
@@ -46,7 +43,6 @@ class VllmEngine:
         """Loads the model; returns when the engine takes requests."""
         if compat.check_version():
             compat.fork_instead_of_spawn()
-        self._model = spec.model
         self._settings = spec.settings
         self._sink = compat.LoadSink(hooks.on_load)
         arguments = engine_arguments(spec, hooks.phase_descriptor)
@@ -63,38 +59,39 @@ class VllmEngine:
 
     def _make_api(self, spec: ReplicaSpec) -> None:
         config = self._llm.vllm_config
+        is_pooling = config.model_config.runner_type == "pooling"
         self._facts = EngineFacts(
             max_context_tokens=config.model_config.max_model_len,
             vocabulary_size=config.model_config.get_vocab_size(),
             kv_cache_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
-            can_sleep=config.model_config.enable_sleep_mode,
+            # The canary that proves a wake is text.
+            can_sleep=config.model_config.enable_sleep_mode and not is_pooling,
         )
         self._sleep_level = 0
         models = compat.OpenAIServingModels(
             self._llm, [compat.BaseModelPath(name=name, model_path=spec.model_path) for name in spec.names]
         )
-        self._chat = compat.OpenAIServingChat(
-            self._llm,
-            models,
-            "assistant",
-            online_renderer=self._renderer,
-            request_logger=None,
-            chat_template=self._chat_template,
-            chat_template_content_format="auto",
-            enable_prompt_tokens_details=True,
-            reasoning_parser=spec.settings.reasoning_parser,
-            enable_auto_tools=bool(spec.settings.tool_call_parser),
-            tool_parser=spec.settings.tool_call_parser or None,
-        )
-        self._completion = compat.OpenAIServingCompletion(
-            self._llm, models, online_renderer=self._renderer, request_logger=None, enable_prompt_tokens_details=True
-        )
+        self._api: OpenAIApi
+        if is_pooling:
+            self._api = VectorApi(self._llm, models, model=spec.model, chat_template=self._chat_template)
+        else:
+            self._api = TextApi(
+                self._llm,
+                models,
+                self._renderer,
+                model=spec.model,
+                chat_template=self._chat_template,
+                settings=spec.settings,
+            )
         self._prompts = PromptRenderer(config.model_config, self._llm.renderer, self._chat_template)
 
     def _prepare(self, model_config: Any, renderer: Any) -> None:
         """Does what needs no weights and what the first request would otherwise wait for."""
         settings = self._settings
         self._chat_template = settings.chat_template or compat.chat_template_of(model_config, renderer.tokenizer)
+        self._renderer = None
+        if model_config.runner_type == "pooling":
+            return
         self._renderer = compat.OnlineRenderer(
             model_config,
             renderer,
@@ -140,29 +137,15 @@ class VllmEngine:
     async def answer(self, call: OpenAICall, document: Mapping[str, Any], meter: Meter) -> JsonAnswer | EventStream:
         """Answers an OpenAI body with vLLM's own serving code."""
         compat.METER.set(meter)
-        # What vLLM's serving code reads of an HTTP request: the id that its answers and its engine carry.
-        http = SimpleNamespace(headers={"X-Request-Id": meter.request_id}, state=SimpleNamespace())
         try:
-            if call is OpenAICall.CHAT_COMPLETION:
-                chat = compat.ChatCompletionRequest.model_validate(document)
-                result = await self._chat.create_chat_completion(chat, http)
-            else:
-                completion = compat.CompletionRequest.model_validate(document)
-                result = await self._completion.create_completion(completion, http)
+            return await self._api.answer(call, document, meter.request_id)
         except errors.REQUEST_ERRORS as error:
             raise errors.from_exception(error) from error
-        if isinstance(result, compat.ErrorResponse):
-            if (task := asyncio.current_task()) is not None and task.cancelling():
-                # vLLM's serving code turns a cancel into an answer ("Client disconnected") and goes on.
-                raise asyncio.CancelledError
-            raise errors.from_response(result, self._model)
-        if isinstance(result, compat.ChatCompletionResponse | compat.CompletionResponse):
-            return JsonAnswer(result.model_dump_json().encode())
-        return await _open(result)
 
     async def generate(self, prompt: Prompt, sampling: Sampling, meter: Meter) -> AsyncIterator[Sequence[Piece]]:
         """Generates with AsyncLLM directly: token ids and log probabilities are the engine's."""
         compat.METER.set(meter)
+        self._api.check_makes_text()
         try:
             rendered, parameters = await self._prompts.render(prompt, sampling)
             cutter = PieceCutter()
@@ -179,28 +162,3 @@ class VllmEngine:
             return await self._prompts.tokenize(prompt)
         except errors.REQUEST_ERRORS as error:
             raise errors.from_exception(error) from error
-
-
-async def _open(events: AsyncGenerator[str, None]) -> EventStream:
-    """Waits for the first event; where that is an error, the call fails with it instead of streaming it."""
-    try:
-        first = await anext(events)
-    except StopAsyncIteration as error:
-        raise Bug("the engine ended a stream before its first event") from error
-    if first.startswith(_ERROR_EVENT):
-        await events.aclose()
-        raise _read_error(first)
-    return EventStream(_rest(first, events))
-
-
-async def _rest(first: str, events: AsyncGenerator[str, None]) -> AsyncIterator[str]:
-    async with contextlib.aclosing(events):
-        yield first
-        async for event in events:
-            if event.startswith(_ERROR_EVENT):
-                raise _read_error(event)
-            yield event
-
-
-def _read_error(event: str) -> HeliosError:
-    return errors.from_document(orjson.loads(event.removeprefix("data: "))["error"])
