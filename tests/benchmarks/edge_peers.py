@@ -52,6 +52,11 @@ class QuickReplica(openai_service_pb2_grpc.OpenAIServiceServicer):
         raise NotImplementedError
         yield
 
+    async def CreateEmbedding(self, request: HttpBody, context: Any) -> AsyncIterator[HttpBody]:
+        """Nobody asks."""
+        raise NotImplementedError
+        yield
+
 
 async def main(directory: Path) -> None:
     """Serves until standard input ends."""

@@ -366,6 +366,13 @@ class FakeRegistry(RegistryServiceServicer):
         self._tell(registry_pb.WatchModelsResponse(upserted=response.model))
         return registry_pb.UpdatePolicyResponse(model=response.model)
 
+    async def UpdateEngineSettings(self, request: Any, context: Any) -> Any:
+        response = await self.GetModel(request, context)
+        response.model.engine_settings.CopyFrom(request.settings)
+        self.models[response.model.name].CopyFrom(response.model)
+        self._tell(registry_pb.WatchModelsResponse(upserted=response.model))
+        return registry_pb.UpdateEngineSettingsResponse(model=response.model)
+
     async def WatchModels(self, request: Any, context: Any) -> Any:
         if self.is_watch_broken:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "broken")

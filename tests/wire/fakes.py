@@ -77,6 +77,11 @@ class FakeReplica(openai_service_pb2_grpc.OpenAIServiceServicer, inference_servi
         self.calls.append(_call("CreateCompletion", request, context))
         yield _http_body("application/json", self._echo(request, context))
 
+    async def CreateEmbedding(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """Turns texts into vectors."""
+        self.calls.append(_call("CreateEmbedding", request, context))
+        yield _http_body("application/json", self._echo(request, context))
+
     async def Chat(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Typed stream: one finish without tokens."""
         self.calls.append(_call("Chat", request, context))

@@ -273,7 +273,8 @@ async def closing_a_stream_frees_everything(subject: Subject) -> None:
 
 @contract
 async def wrong_requests_are_refused_by_field(subject: Subject) -> None:
-    for wrong in ({"messages": "hello"}, {"messages": []}):
+    wrongs: list[dict[str, Any]] = [{"messages": "hello"}, {"messages": []}]
+    for wrong in wrongs:
         with pytest.raises(InvalidRequest) as caught:
             await whole(subject, OpenAICall.CHAT_COMPLETION, chat(subject, **wrong))
         assert caught.value.metadata.get("param", "messages").startswith("messages"), wrong
