@@ -1,9 +1,12 @@
 """The long forms: many cold starts in a row, and faults at random under load (`make soak`)."""
 
+import contextlib
 import json
 import os
 import random
 import signal
+import sqlite3
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -18,7 +21,10 @@ from tests.scenarios.running_mesh import MODEL, QUESTION, RunningMesh
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 
-CYCLES = 40
+CYCLES = 200
+# Of a start that is killed on its way; the moments come from the seed, from the request on.
+KILLS = 10
+START_SECONDS = 1.5
 CHAOS_SECONDS = 420.0
 SEED = 20261121
 # Descriptors and threads of idle processes breathe by a few: pools, sockets that close a moment later.
@@ -75,6 +81,60 @@ def test_cold_starts_in_a_row_leave_nothing_behind(own_mesh: RunningMesh) -> Non
     assert after["threads"] <= before["threads"] + SLACK
     assert after["bytes"] <= before["bytes"] + CYCLES * KEPT_BYTES_PER_CYCLE
     assert all(child["restart_count"] == 0 for child in own_mesh.record()["processes"])
+
+
+def test_kills_in_the_middle_of_a_start_leave_nothing_behind(own_mesh: RunningMesh) -> None:
+    choose = random.Random(SEED)
+    assert own_mesh.chat().status == 200
+    own_mesh.go_cold()
+    # A worker tells of its device once in a while.
+    own_mesh.wait(lambda: traces(own_mesh)["booked"] == 0, 30, "the memory is free")
+    before = traces(own_mesh)
+    killed = 0
+    for _ in range(KILLS):
+        seen: list[int] = []
+        client = threading.Thread(target=lambda seen=seen: seen.append(own_mesh.chat().status))
+        client.start()
+        time.sleep(choose.uniform(0, START_SECONDS))
+        killed += kill_one_of_a_replica(own_mesh, choose)
+        client.join(120)
+        # The start that was killed is made again, for the request that still waits; or it was too late to hit it.
+        assert seen in ([200], [503]), seen
+        # A start that failed is not tried again for a while; one that succeeds ends that.
+        own_mesh.wait(lambda: own_mesh.chat().status == 200, 60, "the model serves after that")
+        own_mesh.go_cold()
+    assert killed >= KILLS // 2, "the kills came before there was anything to kill"
+    own_mesh.wait(lambda: traces(own_mesh) == before, 30, f"{traces(own_mesh)} is as it was: {before}")
+    assert own_mesh.chat().status == 200
+
+
+def kill_one_of_a_replica(mesh: RunningMesh, choose: random.Random) -> int:
+    """Kills the front of a replica, or a process below it; returns how many it found to kill."""
+    fronts = [int(replica["pid"]) for replica in mesh.replicas() if int(replica.get("pid", 0))]
+    try:
+        trees = [[pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))] for pid in fronts[:1]]
+        for tree in trees:
+            os.kill(choose.choice(tree), signal.SIGKILL)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return 0
+    return len(trees)
+
+
+def traces(mesh: RunningMesh) -> dict[str, object]:
+    """Returns what a replica has of the machine: processes, shared memory, sockets, files, leases, booked memory."""
+    workers = mesh.request("/admin/v1/workers", is_admin=True).json["workers"]
+    scratch = Path(tempfile.gettempdir()).glob("helios-replica-*")
+    uses = [use for worker in workers for use in worker.get("devices", ())]
+    with contextlib.closing(sqlite3.connect(f"file:{mesh.state}/storage/index.db?mode=ro", uri=True)) as index:
+        (lease_count,) = index.execute("SELECT count(*) FROM leases").fetchone()
+    return {
+        "processes": len(processes_of(mesh)),
+        "shared memory": sorted(entry.name for entry in Path("/dev/shm").glob("hr*-*")),
+        "sockets": sorted(entry.name for entry in (mesh.state / "run").iterdir() if entry.is_socket()),
+        "scratch": sorted(entry.name for entry in scratch if not Path("/proc", entry.name.rpartition("-")[2]).exists()),
+        "leases": lease_count,
+        "booked": sum(int(use.get("booked_bytes", 0)) for use in uses),
+    }
 
 
 class Load:
