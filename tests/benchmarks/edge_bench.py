@@ -139,7 +139,9 @@ def _install_plain(settings: EdgeSettings, replica_address: str) -> Path:
     manager["httpFilters"] = [entry for entry in manager["httpFilters"] if entry["name"] in _KEPT_FILTERS]
     for field in _OWN_MANAGER_FIELDS:
         manager.pop(field, None)
-    (route,) = (r for r in manager["routeConfig"]["virtualHosts"][0]["routes"] if "OpenAI" in r["match"]["prefix"])
+    # The last one of the service is for all of its methods.
+    routes = manager["routeConfig"]["virtualHosts"][0]["routes"]
+    route = next(r for r in reversed(routes) if "OpenAI" in r["match"].get("prefix", ""))
     del route["route"]["retryPolicy"]
     manager["routeConfig"]["virtualHosts"] = [{"name": "plain", "domains": ["*"], "routes": [route]}]
     cluster = next(entry for entry in static["clusters"] if entry["name"] == "replicas")

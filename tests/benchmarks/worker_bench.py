@@ -7,13 +7,17 @@ halves of a round alike.
 
 Outside the engine means: Envoy, the proxy, the worker's supervisor and the replica's front process here, the API server
 there; EngineCore and Worker, which are vLLM's on both sides, are left out.
+
+Both also answer the same prompts greedily, one at a time, and must draw the same tokens. At the end a server with
+vLLM's defaults, which compile, takes turns with the mesh: the price in steady state of a replica that starts eagerly.
 """
 
 import json
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,16 +25,21 @@ from typing import Any, Final
 import psutil
 
 from tests.benchmarks.children import Children
-from tests.benchmarks.stock import KV_CACHE_BYTES, is_listening, listener, start_stock
+from tests.benchmarks.stock import EAGER, KV_CACHE_BYTES, is_listening, listener, start_stock
 from tests.benchmarks.streams import stream_all
 from tests.scenarios.running_mesh import HELIOS, MODEL
 from tests.wire.gateway import free_port
 
 # Streams → rounds: short ones are noisier.
-ROUNDS: Final = {1: 6, 8: 6, 64: 4}
+ROUNDS: Final = {1: 6, 8: 6, 32: 4, 64: 4}
+COMPILED_ROUNDS: Final = {1: 2, 8: 2, 32: 2}
 TOKENS: Final = 64
-START_SECONDS: Final = 240.0
+PROMPTS: Final = 50
+# A server that compiles takes 100 to 130 s on two quiet cores.
+START_SECONDS: Final = 600.0
 STREAM_SECONDS: Final = 240.0
+# Name of the result → field of a sample.
+_MEASURED: Final = {"tokens_per_second": "tokens_per_second", "cpu_per_token": "cpu_seconds_per_token"}
 TOPICS: Final = ("rivers", "bread", "chess", "stars", "ships", "glass", "maps", "wool")
 
 
@@ -62,11 +71,18 @@ def run() -> list[dict[str, Any]]:
         stock = Side(stock_port, MODEL, [_stock_server(front, stock_port)])
         results: list[dict[str, Any]] = []
         for streams, rounds in ROUNDS.items():
-            results += _compare(helios, stock, streams, rounds)
+            pairs = _take_turns(helios, stock, streams, rounds)
+            results += [_ratio(name, field, pairs, streams) for name, field in _MEASURED.items()]
+        results.append(_identical(helios, stock))
+        compiled_port = _start_stock(children, Path(name), _weights(state), ())
+        compiled = Side(compiled_port, MODEL, [])
+        for streams, rounds in COMPILED_ROUNDS.items():
+            pairs = _take_turns(helios, compiled, streams, rounds)
+            results.append(_ratio("compiled_tokens_per_second", "tokens_per_second", pairs, streams))
     return results
 
 
-def _compare(helios: Side, stock: Side, streams: int, rounds: int) -> Iterator[dict[str, Any]]:
+def _take_turns(helios: Side, stock: Side, streams: int, rounds: int) -> list[tuple[Sample, Sample]]:
     for side in (helios, stock):
         _turn(side, streams)
     pairs: list[tuple[Sample, Sample]] = []
@@ -77,14 +93,40 @@ def _compare(helios: Side, stock: Side, streams: int, rounds: int) -> Iterator[d
             pairs.append((_turn(helios, streams), second))
         else:
             pairs.append((_turn(helios, streams), _turn(stock, streams)))
-    for name, field in (("tokens_per_second", "tokens_per_second"), ("cpu_per_token", "cpu_seconds_per_token")):
-        yield {
-            "name": f"worker.{name}_ratio_{streams}",
-            "value": round(statistics.median(getattr(h, field) / getattr(s, field) for h, s in pairs), 3),
-            "unit": "ratio",
-            "baseline": float(f"{statistics.median(getattr(s, field) for _, s in pairs):.4g}"),
-            "samples": rounds,
-        }
+    return pairs
+
+
+def _ratio(name: str, field: str, pairs: Sequence[tuple[Sample, Sample]], streams: int) -> dict[str, Any]:
+    return {
+        "name": f"worker.{name}_ratio_{streams}",
+        "value": round(statistics.median(getattr(h, field) / getattr(s, field) for h, s in pairs), 3),
+        "unit": "ratio",
+        "baseline": float(f"{statistics.median(getattr(s, field) for _, s in pairs):.4g}"),
+        "samples": len(pairs),
+    }
+
+
+def _identical(helios: Side, stock: Side) -> dict[str, Any]:
+    """The share of prompts that both sides answer with the same tokens."""
+    prompts = [
+        f"Write {1 + index % 5} sentences about {TOPICS[index % len(TOPICS)]}, number {index}."
+        for index in range(PROMPTS)
+    ]
+    same = sum(_greedy_tokens(helios, prompt) == _greedy_tokens(stock, prompt) for prompt in prompts)
+    value = same / PROMPTS
+    return {"name": "worker.greedy_identical", "value": value, "unit": "ratio", "baseline": None, "samples": PROMPTS}
+
+
+def _greedy_tokens(side: Side, prompt: str) -> list[int]:
+    body = {"model": side.model, "temperature": 0, "max_tokens": TOKENS, "return_token_ids": True}
+    body |= {"messages": [{"role": "user", "content": prompt}]}
+    url = f"http://127.0.0.1:{side.port}/v1/chat/completions"
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=STREAM_SECONDS) as response:
+        (choice,) = json.load(response)["choices"]
+    tokens: list[int] = choice["token_ids"]
+    assert tokens, "the server names token ids"
+    return tokens
 
 
 def _turn(side: Side, streams: int) -> Sample:
@@ -122,9 +164,9 @@ def _start_mesh(children: Children, state: Path) -> int:
     return port
 
 
-def _start_stock(children: Children, directory: Path, weights: Path) -> int:
+def _start_stock(children: Children, directory: Path, weights: Path, switches: Sequence[str] = EAGER) -> int:
     """Starts vLLM's own server with what a replica of Helios has and waits for it; returns its port."""
-    port = start_stock(children, directory, weights)
+    port = start_stock(children, directory, weights, switches)
     children.wait(lambda: is_listening(port), START_SECONDS, "vLLM's server is ready")
     return port
 
