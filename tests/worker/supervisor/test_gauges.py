@@ -69,17 +69,17 @@ async def test_only_what_changed_is_told() -> None:
     inventory, supervisor = FakeInventory(), FakeSupervisor()
     async with task_scope() as group:
         group.create_task(keep_measuring(inventory, supervisor, interval_seconds=0.001))
-        await rounds(inventory, 12)
+        await rounds(inventory, 62)
         assert supervisor.devices == [DeviceMeasure("cpu:0", used_bytes=1)]
         assert supervisor.memory == [500]
         # Below a hundredth is noise.
         inventory.held_bytes, inventory.used_bytes = 504, 2
-        await rounds(inventory, 12)
+        await rounds(inventory, 62)
         assert len(supervisor.devices) == 2
         assert supervisor.memory == [500]
         supervisor.replica = replace(supervisor.replica, state=ReplicaState.ASLEEP, sleeping_bytes=1000)
         inventory.held_bytes = 60
-        await rounds(inventory, 12)
+        await rounds(inventory, 62)
         assert supervisor.memory == [500, 60]
 
 

@@ -6,8 +6,9 @@ from typing import Final, Protocol
 from helios.worker.supervisor.process_tree import find_tree
 from helios.worker.supervisor.records import DeviceMeasure, ReplicaState, ReplicaView, WorkerView
 
-# Walking the pages of a process costs the kernel some 10 ms a GiB, so replicas are measured more rarely than devices.
-_ROUNDS: Final = 5
+# Walking the pages of a process costs the kernel some 20 ms a GiB (4 ms of each second, for one replica at every fifth
+# round), and what a replica holds hardly changes: it is measured once a minute, and soon after its state changed.
+_ROUNDS: Final = 30
 # A change below this share is noise, and every change is an event to every proxy.
 _WORTH_TELLING: Final = 0.01
 _MEASURED: Final = (ReplicaState.READY, ReplicaState.ASLEEP)
