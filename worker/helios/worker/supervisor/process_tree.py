@@ -106,7 +106,8 @@ async def kill_tree(front: ProcessIdentity) -> None:
     """Kills a replica's processes and returns when none is left; never returns before.
 
     It looks again after an empty look, because /proc is not read in one instant: a process that forks and dies
-    between two lines of the listing shows neither itself nor its child.
+    between two lines of the listing shows neither itself nor its child. The front's own group is therefore signalled
+    at each look, also an empty one: the kernel does that in one step, forks included.
     """
     loop = asyncio.get_running_loop()
     started, is_reported = loop.time(), False
@@ -169,9 +170,14 @@ def _kill_once(front: ProcessIdentity) -> list[ProcessIdentity]:
             continue
         living.append(entry)
     # A group is signalled in one step, so that a process which forks faster than it is looked for can't slip away. The
-    # group's number is its own while a member of it lives, which one just did.
-    for group_id in {entry.group_id for entry in living if entry.session_id == front.pid}:
-        with contextlib.suppress(ProcessLookupError):
+    # group's number is its own while a member of it lives: one just did, and the front's is nobody else's process.
+    groups = {entry.group_id for entry in living if entry.session_id == front.pid}
+    holder = read_process(front.pid)
+    # killpg means this process's own group by 0, and everybody by 1.
+    if front.pid > 1 and (holder is None or holder.identity == front):
+        groups.add(front.pid)
+    for group_id in groups:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(group_id, signal.SIGKILL)
     for entry in living:
         _kill(entry.identity)
