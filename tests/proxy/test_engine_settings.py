@@ -190,3 +190,35 @@ async def test_settings_outlive_a_restart(tmp_path: Path) -> None:
     catalogue.replace([entry(engine_settings=settings(dtype="float32"))])
     await Store(tmp_path, catalogue).write_models()
     assert load_models(tmp_path) == catalogue.models()
+
+
+def lora(*adapters: str) -> str:
+    return settings(lora={"adapters": [{"name": name, "model": f"{name}-lora"} for name in adapters]})
+
+
+def test_an_adapter_is_answered_by_the_model_that_names_it() -> None:
+    catalogue = Catalogue()
+    catalogue.replace(
+        [entry("base", engine_settings=lora("pirate", "poet")), replace(entry("pirate-lora"), base_model="x")]
+    )
+    found = catalogue.find("pirate")
+    assert found is not None
+    assert (found.name, found.adapters) == ("base", ("pirate", "poet"))
+    assert catalogue.is_adapter_name("pirate")
+    assert not catalogue.is_adapter_name("base")
+    assert not catalogue.is_adapter_name("pirate-lora")
+    catalogue.upsert(entry("base", engine_settings=lora("poet")))
+    assert catalogue.find("pirate") is None
+    catalogue.delete("base")
+    assert catalogue.find("poet") is None
+
+
+def test_an_adapter_s_own_name_means_the_model_that_names_it() -> None:
+    catalogue = Catalogue()
+    said = settings(lora={"adapters": [{"name": "pirate", "model": "pirate"}]})
+    adapter = replace(entry("pirate"), base_model="x")
+    catalogue.replace([adapter, entry("base", engine_settings=said)])
+    found = catalogue.find("pirate")
+    assert found is not None
+    assert found.name == "base"
+    assert catalogue.get("pirate") == adapter

@@ -7,8 +7,10 @@ import resource
 from contextlib import aclosing
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import save_file
 
 from helios.mesh.errors import (
     AlreadyExists,
@@ -24,6 +26,7 @@ from helios.mesh.errors import (
     Unavailable,
 )
 from helios.registry.records import IngestPhase, IngestProgress, IngestSpec
+from helios.registry.wire import profile_from_proto, profile_to_proto
 from tests.registry import tiny
 from tests.registry.support import Parts, done_of, open_parts
 
@@ -384,3 +387,38 @@ async def test_what_is_no_gguf_is_refused_at_once(parts: Parts, tmp_path: Path, 
     with pytest.raises(InvalidRequest, match="GGUF"):
         await parts.ingest("m", path)
     await assert_nothing_left(parts)
+
+
+def write_adapter(directory: Path, **changes: object) -> Path:
+    """Writes a LoRA adapter of the tiny model as PEFT does."""
+    directory.mkdir()
+    names = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight" for part in "AB"]
+    save_file({name: np.ones((2, 32), np.float32) for name in names}, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/tiny", "r": 2} | changes
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+async def test_an_adapter_is_a_model_of_its_own_kind(parts: Parts, tmp_path: Path) -> None:
+    done = await parts.ingest("pirate-lora", write_adapter(tmp_path / "adapter"))
+    profile = done.model.revision.profile
+    assert (profile.architecture, profile.base_model, profile.weights_bytes) == ("LoraAdapter", "org/tiny", 512)
+    assert profile_from_proto(profile_to_proto(profile)) == profile
+    located = await parts.catalog.locate(done.model.revision.digest)
+    assert [entry.path for entry in located.manifest.entries] == ["adapter_config.json", "adapter_model.safetensors"]
+    again = await parts.store.get_model("pirate-lora")
+    assert again.revision.profile == profile
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_type": "IA3"}, "not 'LORA'"),
+        ({"base_model_name_or_path": ""}, "for which model"),
+        ({"r": 0}, "'r'"),
+    ],
+)
+async def test_a_bad_adapter_is_refused(parts: Parts, tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        await parts.ingest("bad", write_adapter(tmp_path / "adapter", **changes))
+    assert parts.files() == set()

@@ -56,4 +56,6 @@ MODEL_HEADER: Final = "x-helios-model"
 ENDPOINT_HEADER: Final = "x-helios-endpoint"
 ROUTE_MODEL_HEADER: Final = "x-helios-route-model"
 ROUTE_REVISION_HEADER: Final = "x-helios-route-revision"
+# Set where the requested name is a LoRA adapter's: a replica that has no such adapter must not answer without it.
+ROUTE_ADAPTER_HEADER: Final = "x-helios-route-adapter"
 REQUEST_ID_HEADER: Final = "x-request-id"

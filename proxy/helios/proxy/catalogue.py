@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from helios.proxy.engine_needs import needs_of
+
 # The registry refuses longer names.
 _NAME_LENGTH = 200
 
@@ -39,6 +41,17 @@ class ModelEntry:
     engine_settings: str = ""
     layer_count: int = 0
     vocabulary_size: int = 0
+    base_model: str = ""
+
+    @property
+    def is_adapter(self) -> bool:
+        """It has no replicas: models that name it in their engine settings answer with it."""
+        return bool(self.base_model)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of adapters that requests for this model may use."""
+        return needs_of(self.engine_settings).adapter_names
 
 
 def shown(name: str) -> str:
@@ -50,8 +63,8 @@ def shown(name: str) -> str:
 class Catalogue:
     """Models by name and alias.
 
-    Invariants: `find(name)` finds every model under its name and each of its aliases; a model's own name wins over
-    another model's alias.
+    Invariants: `find(name)` finds every model under its name, each of its aliases and each of its adapters' names; a
+    model's own name wins over another model's alias, and an adapter's name over the adapter's own entry.
     """
 
     def __init__(self) -> None:
@@ -63,10 +76,19 @@ class Catalogue:
     def find(self, name: str) -> ModelEntry | None:
         """A model by its name or an alias."""
         entry = self._models.get(name)
-        if entry is None:
+        if entry is None or entry.is_adapter:
             owner = self._aliases.get(name)
-            entry = self._models.get(owner) if owner is not None else None
+            entry = self._models.get(owner, entry) if owner is not None else entry
         return entry
+
+    def is_adapter_name(self, name: str) -> bool:
+        """Whether requests that name this mean a LoRA adapter."""
+        owner = self._models.get(self._aliases.get(name, ""))
+        return owner is not None and name in owner.adapters
+
+    def get(self, name: str) -> ModelEntry | None:
+        """A model or an adapter by its own name in the registry."""
+        return self._models.get(name)
 
     def models(self) -> list[ModelEntry]:
         """All models, by name."""
@@ -110,14 +132,14 @@ class Catalogue:
     def _add(self, entry: ModelEntry) -> None:
         self._models[entry.name] = entry
         # An alias that moved is told with its new owner first or its old owner first; the later word counts.
-        for alias in entry.aliases:
+        for alias in (*entry.aliases, *entry.adapters):
             self._aliases[alias] = entry.name
         if entry.min_replicas:
             self._pinned.add(entry.name)
 
     def _drop(self, entry: ModelEntry) -> None:
         del self._models[entry.name]
-        for alias in entry.aliases:
+        for alias in (*entry.aliases, *entry.adapters):
             if self._aliases.get(alias) == entry.name:
                 del self._aliases[alias]
         self._pinned.discard(entry.name)

@@ -32,6 +32,7 @@ class EngineNeeds:
         max_batched_tokens: tokens of one step.
         draft_model: model that guesses tokens.
         adapters: models with adapters.
+        adapter_names: what requests call them.
     """
 
     engine: str = ""
@@ -44,6 +45,7 @@ class EngineNeeds:
     max_batched_tokens: int = 0
     draft_model: str = ""
     adapters: tuple[str, ...] = ()
+    adapter_names: tuple[str, ...] = ()
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -82,6 +84,7 @@ def needs_of(settings: str) -> EngineNeeds:
         max_batched_tokens=int(values.get("max_batched_tokens", 0)),
         draft_model=values.get("speculative_decoding", {}).get("draft_model", ""),
         adapters=tuple(adapter.get("model", "") for adapter in adapters),
+        adapter_names=tuple(adapter["name"] for adapter in adapters if adapter.get("name")),
     )
 
 

@@ -258,7 +258,13 @@ class Lifecycle:
         if entry is None:
             return machine.Refused("MODEL_NOT_FOUND", f"the model '{model}' was deleted", 1.0)
         needs = needs_of(entry.engine_settings)
-        others = {name: self._catalogue.find(name) for name in needs.models}
+        if entry.is_adapter:
+            message = (
+                f"'{model}' is a LoRA adapter, made for '{shown(entry.base_model)}': name it in a model's engine"
+                f" settings (helios models set MODEL --set lora.adapters={model}:{model})"
+            )
+            return machine.Refused("INVALID_ENGINE_SETTINGS", message, 1.0)
+        others = {name: self._catalogue.get(name) or self._catalogue.find(name) for name in needs.models}
         revisions = {name: other.revision for name, other in others.items() if other is not None}
         if missing := others.keys() - revisions.keys():
             message = f"its engine settings name the model '{min(missing)}', which does not exist"

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from helios.registry.profile import ModelProfile, build_profile, check_shards, read_weight_map
+from helios.registry.profile import ModelProfile, build_adapter_profile, build_profile, check_shards, read_weight_map
 from helios.registry.safetensors_header import LENGTH_BYTES, SafetensorsHeader, header_length, parse_header
 from helios.registry.strict_json import malformed, parse_object
 
 CONFIG: Final = "config.json"
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 WEIGHT_SUFFIX: Final = ".safetensors"
 # The largest configs (quantised, with a list of layers) have 1 MB.
 _MAX_CONFIG_BYTES: Final = 8 << 20
@@ -32,6 +34,9 @@ def inspect_model(files: Mapping[str, Path]) -> ModelProfile:
         InvalidRequest: UNSUPPORTED_FORMAT, when they are not a complete, consistent model.
         OSError: A file can't be read.
     """
+    if ADAPTER_CONFIG in files and CONFIG not in files:
+        adapter = parse_object(_read_bounded(files[ADAPTER_CONFIG], _MAX_CONFIG_BYTES, ADAPTER_CONFIG), ADAPTER_CONFIG)
+        return build_adapter_profile(adapter, read_header(files[ADAPTER_WEIGHTS], ADAPTER_WEIGHTS))
     if CONFIG not in files:
         raise malformed("config.json is missing")
     headers = {path: read_header(files[path], path) for path in sorted(files) if path.endswith(WEIGHT_SUFFIX)}

@@ -23,6 +23,10 @@ _DTYPE_NAMES: Final[dict[str, str]] = {
 # Types that an engine keeps its KV cache in; quantised weights have a cache in the type of the activations.
 _KV_BYTES: Final[dict[str, int]] = {"bfloat16": 2, "float16": 2, "float32": 4}
 _DEFAULT_KV_BYTES: Final = 2
+# What stands in `architecture` of a LoRA adapter.
+ADAPTER: Final = "LoraAdapter"
+# Longer than any hub's names and most paths.
+_MAX_BASE_NAME: Final = 500
 # Far above any model (the largest have 126 layers, 262,144 entries, 10 M tokens); below 2^32, the wire's type.
 _MAX_SETTING: Final = 1 << 31
 
@@ -36,6 +40,7 @@ class ModelProfile:
         dtype: Type of most bytes of the weights, in PyTorch's words.
         kv_bytes_per_token: KV cache of all layers for one token, at the weights' type.
         max_context_tokens: Longest context that the model was made for; 0 where config.json does not say.
+        base_model: Of a LoRA adapter: what it was made for, as its adapter_config.json names it. Empty: a whole model.
     """
 
     architecture: str
@@ -46,6 +51,39 @@ class ModelProfile:
     max_context_tokens: int
     layer_count: int
     vocabulary_size: int
+    base_model: str = ""
+
+
+def build_adapter_profile(config: Mapping[str, Any], header: SafetensorsHeader) -> ModelProfile:
+    """Computes the profile of a LoRA adapter: what it weighs, and for which model it was made.
+
+    Args:
+        config: The content of adapter_config.json.
+        header: Header of adapter_model.safetensors.
+
+    Raises:
+        InvalidRequest: UNSUPPORTED_FORMAT, when it is another kind of adapter, or does not say for which model.
+    """
+    if config.get("peft_type") != "LORA":
+        raise malformed(f"adapter_config.json is of the kind {str(config.get('peft_type'))[:50]!r}, not 'LORA'")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or len(base) > _MAX_BASE_NAME or not base.isprintable():
+        raise malformed("adapter_config.json does not say for which model it is ('base_model_name_or_path')")
+    _setting(config, "r")
+    by_dtype = Counter(header.bytes_by_dtype())
+    if not any(".lora_" in tensor.name for tensor in header.tensors):
+        raise malformed("adapter_model.safetensors holds no LoRA weights")
+    return ModelProfile(
+        architecture=ADAPTER,
+        parameter_count=sum(tensor.element_count for tensor in header.tensors),
+        weights_bytes=by_dtype.total(),
+        dtype=_DTYPE_NAMES[max(by_dtype, key=lambda name: (by_dtype[name], DTYPE_BITS[name], name))],
+        kv_bytes_per_token=0,
+        max_context_tokens=0,
+        layer_count=0,
+        vocabulary_size=0,
+        base_model=base,
+    )
 
 
 def build_profile(config: Mapping[str, Any], headers: Mapping[str, SafetensorsHeader]) -> ModelProfile:

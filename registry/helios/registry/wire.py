@@ -48,6 +48,7 @@ def profile_to_proto(profile: ModelProfile) -> pb.ModelProfile:
         max_context_tokens=profile.max_context_tokens,
         layer_count=profile.layer_count,
         vocabulary_size=profile.vocabulary_size,
+        base_model=profile.base_model,
     )
 
 
@@ -62,6 +63,7 @@ def profile_from_proto(message: pb.ModelProfile) -> ModelProfile:
         max_context_tokens=message.max_context_tokens,
         layer_count=message.layer_count,
         vocabulary_size=message.vocabulary_size,
+        base_model=message.base_model,
     )
 
 

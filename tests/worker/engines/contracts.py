@@ -265,6 +265,16 @@ def the_buffer_between_groups_of_layers_is_made_in_a_warm_up_that_can_be_left_ou
 
 
 @contract
+def adapters_are_loaded_by_the_list_of_models_and_found_by_their_names() -> None:
+    assert {"lora_name", "lora_path"} <= set(compat.LoadLoRAAdapterRequest.model_fields)
+    assert inspect.iscoroutinefunction(compat.OpenAIServingModels.load_lora_adapter)
+    source = inspect.getsource(compat.OpenAIServingModels.load_lora_adapter)
+    assert "self.engine_client.add_lora(" in source
+    assert "self.lora_requests[lora_name] =" in source
+    assert "lora_request" in parameters(AsyncLLM.generate)
+
+
+@contract
 def the_request_id_is_read_from_the_headers_of_the_http_request() -> None:
     http = cast(Any, SimpleNamespace(headers={"X-Request-Id": "mine"}, state=SimpleNamespace()))
     assert BaseServing._base_request_id(http, "default") == "mine"

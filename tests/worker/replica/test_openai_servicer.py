@@ -1,16 +1,20 @@
 """OpenAIService over a real server, with engines that fail on purpose."""
 
+import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import grpc.aio
 import orjson
+import pytest
 from google.api.httpbody_pb2 import HttpBody
 
 from helios.api.inference.v1 import openai_service_pb2_grpc
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import HeliosError, InvalidRequest, ReplicaLost
+from helios.mesh.names import ROUTE_ADAPTER_HEADER, ROUTE_MODEL_HEADER
 from helios.mesh.server import MeshServer
 from helios.mesh.status import error_from_rpc
 from helios.worker.replica.engine import (
@@ -99,3 +103,27 @@ async def test_an_error_after_the_first_event_travels_in_band_and_ends_the_strea
     # The HTTP status is 200 by now; gRPC callers and the account get the status that REST callers can't.
     assert isinstance(status, ReplicaLost)
     assert [finished.status_code for finished in ledger.take().finished] == [grpc.StatusCode.UNAVAILABLE.value[0]]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "model", "error"),
+    [
+        ({}, "pirate", None),
+        ({ROUTE_MODEL_HEADER: "pirate", ROUTE_ADAPTER_HEADER: "pirate"}, "pirate", None),
+        # Named in the settings after this replica was started: it must not answer as the model alone.
+        ({ROUTE_MODEL_HEADER: "poet", ROUTE_ADAPTER_HEADER: "poet"}, "poet", "ADAPTER_NOT_LOADED"),
+        ({}, "poet", "MODEL_NOT_FOUND"),
+    ],
+)
+def test_only_a_replica_that_has_an_adapter_answers_for_it(
+    metadata: dict[str, str], model: str, error: str | None
+) -> None:
+    gate = CallGate(
+        names=("m",), adapters=("pirate",), revision="sha256:0", ledger=RequestLedger(), on_change=lambda: None
+    )
+    context = SimpleNamespace(invocation_metadata=lambda: tuple(metadata.items()))
+    expected = contextlib.nullcontext() if error is None else pytest.raises(HeliosError)
+    with expected as caught, gate.admit(context, "chat") as call:
+        gate.check_model(model, call)
+        assert (gate.engine_name(model), gate.adapter_of(model), gate.adapter_of("m")) == ("pirate", "pirate", "")
+    assert (caught.value.reason if caught is not None else None) == error

@@ -29,20 +29,22 @@ class ModelServicer(ModelServiceServicer):
         """Lists models by name; the page token is the last name of the page before."""
         if request.page_size > _MAX_PAGE_SIZE:
             raise InvalidRequest(f"page_size is at most {_MAX_PAGE_SIZE}", metadata={"param": "page_size"})
-        entries = self._runtime.core.catalogue.models()
-        start = bisect.bisect_right(entries, request.page_token, key=lambda entry: entry.name)
+        entries = _named(self._runtime.core.catalogue.models())
+        start = bisect.bisect_right(entries, request.page_token, key=lambda named: named[0])
         page = entries[start : start + (request.page_size or len(entries))]
-        token = page[-1].name if page and start + len(page) < len(entries) else ""
+        token = page[-1][0] if page and start + len(page) < len(entries) else ""
         now = time.monotonic()
-        data = [self._describe(entry, now) for entry in page]
+        data = [self._describe(entry, now, name) for name, entry in page]
         return pb.ListModelsResponse(object="list", data=data, next_page_token=token)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.Model:
         """Describes a model."""
         entry = await find_model(self._runtime, self._models, request.model)
-        return self._describe(entry, time.monotonic())
+        return self._describe(entry, time.monotonic(), request.model)
 
-    def _describe(self, entry: ModelEntry, now: float) -> pb.Model:
+    def _describe(self, entry: ModelEntry, now: float, name: str) -> pb.Model:
+        """Describes a model, or one of its adapters where ``name`` is one's."""
+        is_adapter = name in entry.adapters
         core = self._runtime.core
         lifecycle, traffic = core.lifecycle, core.traffic
         size = lifecycle.size(entry)
@@ -54,7 +56,8 @@ class ModelServicer(ModelServiceServicer):
         is_failed = activation.state is ActivationState.BACKING_OFF and not ready
         is_open = any(traffic.is_candidate(replica.replica_id) for replica in ready)
         return pb.Model(
-            id=entry.name,
+            id=name if is_adapter else entry.name,
+            parent=entry.name if is_adapter else "",
             object="model",
             created=entry.created_at,
             owned_by="helios",
@@ -74,7 +77,7 @@ class ModelServicer(ModelServiceServicer):
                 dtype=entry.dtype,
                 architecture=entry.architecture,
             ),
-            aliases=entry.aliases,
+            aliases=() if is_adapter else entry.aliases,
             revision=entry.revision,
             max_context_tokens=max((replica.max_context_tokens for replica in ready), default=0)
             or needs_of(entry.engine_settings).max_context_tokens
@@ -82,6 +85,13 @@ class ModelServicer(ModelServiceServicer):
             estimated_ready_seconds=0.0 if is_open else round(lifecycle.remaining_seconds(entry, now), 1),
             failure=activation.failure if is_failed else "",
         )
+
+
+def _named(entries: list[ModelEntry]) -> list[tuple[str, ModelEntry]]:
+    """Returns what requests may name, sorted: models, and adapters with the model that answers with them."""
+    models = [(entry.name, entry) for entry in entries if not entry.is_adapter]
+    adapters = [(name, entry) for entry in entries for name in entry.adapters]
+    return sorted((*models, *adapters), key=lambda named: named[0])
 
 
 async def find_model(runtime: Runtime, models: ModelSource, name: str) -> ModelEntry:

@@ -105,6 +105,7 @@ def entry_from_model(model: Model) -> ModelEntry:
         parameter_count=profile.parameter_count,
         layer_count=profile.layer_count,
         vocabulary_size=profile.vocabulary_size,
+        base_model=profile.base_model,
         dtype=profile.dtype,
         architecture=profile.architecture,
         source=model.revision.source,

@@ -107,7 +107,8 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             self._note_refusal(model, heads, arrived_at, began, error)
             await context.write(_refusal(error))
             return
-        await context.write(_answer(pick, model, is_body=is_body))
+        is_adapter = self._core.catalogue.is_adapter_name(model)
+        await context.write(_answer(pick, model, is_body=is_body, is_adapter=is_adapter))
 
     async def _pick(self, model: str, heads: Heads, arrived_at: float, began: str, context: Any) -> Pick:
         now = time.perf_counter()
@@ -212,13 +213,15 @@ def _trace_of(context: Any) -> str:
     return next((str(value) for key, value in metadata if key == "traceparent"), "")
 
 
-def _answer(pick: Pick, model: str, *, is_body: bool) -> Any:
+def _answer(pick: Pick, model: str, *, is_body: bool, is_adapter: bool) -> Any:
     response = ext_proc.ProcessingResponse()
     part = response.request_body if is_body else response.request_headers
     headers = part.response.header_mutation.set_headers
     _set(headers, names.ENDPOINT_HEADER, pick.endpoints.encode())
     _set(headers, names.ROUTE_MODEL_HEADER, model.encode())
     _set(headers, names.ROUTE_REVISION_HEADER, pick.revision.encode())
+    if is_adapter:
+        _set(headers, names.ROUTE_ADAPTER_HEADER, model.encode())
     _set(headers, MAX_RETRIES_HEADER, _RETRIES[len(pick.choices) - 1])
     return response
 

@@ -14,7 +14,16 @@ from typing import Final
 
 from helios.mesh.errors import InvalidRequest
 from helios.registry import offload
-from helios.registry.inspection import CONFIG, INDEX, WEIGHT_SUFFIX, inspect_model, read_index, select_weights
+from helios.registry.inspection import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    INDEX,
+    WEIGHT_SUFFIX,
+    inspect_model,
+    read_index,
+    select_weights,
+)
 from helios.registry.manifest import MAX_ENTRIES, MEDIA_CONFIG, MEDIA_DOCUMENT, MEDIA_WEIGHT, check_path
 from helios.registry.progress import ProgressLog
 from helios.registry.records import IngestPhase
@@ -69,6 +78,8 @@ def scan_directory(directory: Path, *, is_owned: bool) -> FileSet:
     Raises:
         InvalidRequest: UNSUPPORTED_FORMAT, INVALID_SOURCE (a link that leads out).
     """
+    if (directory / ADAPTER_CONFIG).exists() and not (directory / CONFIG).exists():
+        return _scan_adapter(directory, is_owned=is_owned)
     candidates: list[SourceFile] = []
     ignored: list[tuple[str, str]] = []
     root = directory.resolve()
@@ -88,6 +99,18 @@ def scan_directory(directory: Path, *, is_owned: bool) -> FileSet:
     files = [file for file in candidates if not file.path.endswith(WEIGHT_SUFFIX) or file.path in weights]
     ignored += [(name, "not part of the model") for name in sorted(names - {file.path for file in files})]
     return FileSet(tuple(files), is_owned=is_owned, ignored=tuple(ignored))
+
+
+def _scan_adapter(directory: Path, *, is_owned: bool) -> FileSet:
+    """Lists and checks the files of a LoRA adapter as PEFT writes it: two, whatever else lies beside them."""
+    wanted = {ADAPTER_CONFIG: MEDIA_CONFIG, ADAPTER_WEIGHTS: MEDIA_WEIGHT}
+    if not (directory / ADAPTER_WEIGHTS).exists():
+        raise malformed(f"{ADAPTER_WEIGHTS} is missing: an adapter's directory has it and {ADAPTER_CONFIG}")
+    root = directory.resolve()
+    files = tuple(_check_file(directory / name, name, root, kind) for name, kind in wanted.items())
+    others = sorted(location for location in directory.iterdir() if location.name not in wanted)
+    ignored = tuple((location.name, _why_ignored(location)) for location in others)
+    return FileSet(files, is_owned=is_owned, ignored=ignored)
 
 
 def _inspect(directory: Path, stop: offload.Stop) -> FileSet:

@@ -81,6 +81,8 @@ class Sampling:
     ignore_eos: bool | None = None
     logprobs: int | None = None
     n: int = 1
+    adapter: str = ""
+    """Name of the LoRA adapter that draws them; empty: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +214,14 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Ends the engine's processes. Idempotent."""
+        ...
+
+
+class AdaptingEngine(Protocol):
+    """An engine that takes LoRA adapters while it runs."""
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Loads an adapter, which requests then name as their model. Raises HeliosErrors that say why it can't be."""
         ...
 
 

@@ -16,8 +16,22 @@ import grpc
 import structlog
 from opentelemetry.trace import Span
 
-from helios.mesh.errors import Draining, HeliosError, InvalidRequest, ModelMismatch, ModelNotFound, NoReadyReplica
-from helios.mesh.names import MODEL_HEADER, REQUEST_ID_HEADER, ROUTE_MODEL_HEADER, ROUTE_REVISION_HEADER
+from helios.mesh.errors import (
+    Draining,
+    HeliosError,
+    InvalidRequest,
+    ModelMismatch,
+    ModelNotFound,
+    NoReadyReplica,
+    PreconditionFailed,
+)
+from helios.mesh.names import (
+    MODEL_HEADER,
+    REQUEST_ID_HEADER,
+    ROUTE_ADAPTER_HEADER,
+    ROUTE_MODEL_HEADER,
+    ROUTE_REVISION_HEADER,
+)
 from helios.worker.replica import metrics, tracing
 from helios.worker.replica.engine import Meter
 from helios.worker.replica.ledger import RequestLedger
@@ -43,10 +57,19 @@ class CallGate:
     """Lets calls in and accounts for them."""
 
     def __init__(
-        self, *, names: tuple[str, ...], revision: str, ledger: RequestLedger, on_change: Callable[[], None]
+        self,
+        *,
+        names: tuple[str, ...],
+        adapters: tuple[str, ...] = (),
+        revision: str,
+        ledger: RequestLedger,
+        on_change: Callable[[], None],
     ) -> None:
-        """``names[0]`` is the model's own name; ``on_change`` is called when a request starts or finishes."""
-        self._names = frozenset(names)
+        """``names[0]`` is the model's own name, ``adapters`` those that may be named instead; ``on_change`` is called
+        when a request starts or finishes.
+        """
+        self._names = frozenset((*names, *adapters))
+        self._adapters = frozenset(adapters)
         self._model = names[0]
         self._revision = revision
         self._ledger = ledger
@@ -92,6 +115,7 @@ class CallGate:
         Raises:
             Draining: The replica takes nothing new.
             NoReadyReplica: The replica sleeps, or the pick was made for another revision.
+            PreconditionFailed: ADAPTER_NOT_LOADED, it was started before its settings named the adapter.
         """
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         if self._is_draining:
@@ -104,6 +128,15 @@ class CallGate:
                 "this replica serves another revision of the model",
                 metadata={"revision": self._revision, "wanted": revision},
                 retry_after_seconds=_DRAINING_RETRY_SECONDS,
+            )
+        adapter = metadata.get(ROUTE_ADAPTER_HEADER)
+        if adapter is not None and adapter not in self._adapters:
+            # Not Unavailable: every replica of this age says so, and none of them is at fault.
+            raise PreconditionFailed(
+                f"{self._model} runs without the adapter {adapter!r}; its next replica has it"
+                f" (helios scale {self._model} 0 ends this one)",
+                reason="ADAPTER_NOT_LOADED",
+                metadata={"param": "model", "model": adapter},
             )
         meter = self._ledger.start(_request_id(metadata), time.monotonic())
         span = tracing.start_request(metadata, operation, self._model, meter.request_id)
@@ -141,6 +174,10 @@ class CallGate:
     def engine_name(self, model: str) -> str:
         """Returns the name to give to the engine for a model that ``check_model`` let pass."""
         return model if model in self._names else self._model
+
+    def adapter_of(self, model: str) -> str:
+        """Returns the adapter that a request names; empty where it names the model itself."""
+        return model if model in self._adapters else ""
 
     def _close(self, meter: Meter, status: grpc.StatusCode, operation: str, span: Span) -> None:
         finished = self._ledger.finish(meter, status.value[0], time.monotonic())

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from google.protobuf import json_format
@@ -70,7 +71,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
             self._gate.check_model(request.model, call)
             arguments = json_format.MessageToDict(request.template_arguments)
             prompt = conversation_from_proto(request.messages, arguments)
-            sampling = self._sampling(request.sampling)
+            sampling = self._sampling(request.sampling, request.model)
             await self._generate(prompt, sampling, call.meter, context, _chat_response)
 
     async def Complete(self, request: pb.CompleteRequest, context: Any) -> None:  # type: ignore[override]
@@ -78,7 +79,9 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         with self._gate.admit(context, "text_completion") as call:
             self._gate.check_model(request.model, call)
             prompt = self._completion_prompt(request)
-            await self._generate(prompt, self._sampling(request.sampling), call.meter, context, _complete_response)
+            await self._generate(
+                prompt, self._sampling(request.sampling, request.model), call.meter, context, _complete_response
+            )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         """Tokenizes."""
@@ -124,8 +127,8 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         )
         await context.write(wrap(finished=finished))
 
-    def _sampling(self, parameters: pb.SamplingParameters) -> Sampling:
-        sampling = sampling_from_proto(parameters)
+    def _sampling(self, parameters: pb.SamplingParameters, model: str) -> Sampling:
+        sampling = replace(sampling_from_proto(parameters), adapter=self._gate.adapter_of(model))
         check_sampling(sampling, vocabulary_size=self._engine.facts.vocabulary_size)
         return sampling
 

@@ -16,11 +16,13 @@ from typing import Final
 import structlog
 
 from helios.api.inference.v1 import inference_service_pb2_grpc, openai_service_pb2_grpc
+from helios.mesh.errors import HeliosError
 from helios.mesh.identity import IdentityFiles
 from helios.mesh.ops import OpsServer
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.telemetry import setup_telemetry
 from helios.worker.replica import metrics, tracing
+from helios.worker.replica.adapters import load_adapters
 from helios.worker.replica.attachment import Attachment
 from helios.worker.replica.condition import Condition, State
 from helios.worker.replica.engine import Engine, EngineLoad
@@ -107,8 +109,17 @@ class _Replica:
             return self._ending.result()
         self._engine = engine
         gate = CallGate(
-            names=self._spec.names, revision=self._spec.revision, ledger=self._ledger, on_change=self._attachment.wake
+            names=self._spec.names,
+            adapters=self._spec.adapter_names,
+            revision=self._spec.revision,
+            ledger=self._ledger,
+            on_change=self._attachment.wake,
         )
+        try:
+            await load_adapters(engine, self._spec)
+        except HeliosError as error:
+            self._fail(error.reason, error.message)
+            return self._ending.result()
         self._note_engine_moved()
         self._start.on_load = self._note_engine_moved
         async with self._server(engine, gate) as server, self._ops() as ops_address:

@@ -140,6 +140,13 @@ class EngineSettings:
         """How many devices, and engine processes that compute, the replica has."""
         return (self.tensor_parallel_size or 1) * (self.pipeline_parallel_size or 1)
 
+    @property
+    def revisions(self) -> tuple[str, ...]:
+        """Revisions of other models that a replica needs on its node: adapters, and a draft model."""
+        adapters = self.lora.adapters if self.lora is not None else ()
+        draft = self.speculative_decoding.draft_revision if self.speculative_decoding is not None else ""
+        return tuple(dict.fromkeys(name for name in (draft, *(one.revision for one in adapters)) if name))
+
     def to_document(self) -> dict[str, Any]:
         """Returns the settings as JSON values."""
         return dataclasses.asdict(self)

@@ -102,6 +102,12 @@ class ReplicaSpec:
         """The model's own name first, then every alias once."""
         return tuple(dict.fromkeys((self.model, *self.served_names)))
 
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The adapters that requests may name instead of the model."""
+        lora = self.settings.lora
+        return tuple(adapter.name for adapter in lora.adapters) if lora is not None else ()
+
     def to_document(self) -> dict[str, Any]:
         """Returns the spec as JSON values."""
         document = dataclasses.asdict(self)

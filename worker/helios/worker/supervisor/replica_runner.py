@@ -6,6 +6,7 @@ ends in another ``post``.
 """
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -119,6 +120,7 @@ class ReplicaRunner:
         self._timer: asyncio.TimerHandle | None = None
         self._holding: asyncio.Task[None] | None = None
         self._is_released = False
+        self._revision_paths: dict[str, str] = {}
         self._link: Link | None = None
         self._load = Load()
         self._measured_bytes = 0
@@ -260,8 +262,12 @@ class ReplicaRunner:
                     keep=True,
                 ) as lent:
                     try:
-                        self.post(life_events.WeightsReady(lent.path, lent.lease_id))
-                        await lent.wait_lost()
+                        async with contextlib.AsyncExitStack() as others:
+                            for revision in order.settings.revisions:
+                                other = await others.enter_async_context(self._borrow(revision))
+                                self._revision_paths[revision] = other.path
+                            self.post(life_events.WeightsReady(lent.path, lent.lease_id))
+                            await lent.wait_lost()
                     finally:
                         lent.keep = not self._is_released
             except HeliosError as error:
@@ -275,9 +281,21 @@ class ReplicaRunner:
                 await asyncio.sleep(_LEASE_RETRY_SECONDS)
             lease_id = ""
 
+    def _borrow(self, revision: str) -> AbstractAsyncContextManager[Lent]:
+        """Borrows what the replica has beside its model: adapters, a draft model. The lease ends with this process; a
+        successor borrows anew.
+        """
+        return self._around.weights.materialize(
+            revision,
+            holder=f"{self._around.holder}/{self._life.view.replica_id}",
+            ttl_seconds=self._around.lease_ttl_seconds,
+            lease_id=None,
+            keep=False,
+        )
+
     async def _fork(self, action: life_actions.Fork) -> None:
         spec = self._around.spec(self._life.view, action.path, self._traceparent())
-        spec = replace(spec, asked_at=action.asked_at)
+        spec = replace(spec, asked_at=action.asked_at, revision_paths=dict(self._revision_paths))
         try:
             forked = await self._around.launcher.fork(spec, action.deadline)
         except (HeliosError, TimeoutError) as error:

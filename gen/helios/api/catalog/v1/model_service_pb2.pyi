@@ -149,6 +149,7 @@ class Model(_message.Message):
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     ESTIMATED_READY_SECONDS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Name, as requests use it."""
     object: _builtins.str
@@ -167,6 +168,8 @@ class Model(_message.Message):
     """Estimated seconds until a request that comes now could start. 0: now."""
     failure: _builtins.str
     """Why the last start failed, where it did and no replica is ready since."""
+    parent: _builtins.str
+    """Of a LoRA adapter: the model that answers with it, whose state and numbers these are. Empty: no adapter."""
     @_builtins.property
     def replicas(self) -> Global___ReplicaCounts:
         """How many replicas there are, by state."""
@@ -194,10 +197,11 @@ class Model(_message.Message):
         max_context_tokens: _builtins.int = ...,
         estimated_ready_seconds: _builtins.float = ...,
         failure: _builtins.str = ...,
+        parent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["replicas", b"replicas", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created", b"created", "estimated_ready_seconds", b"estimated_ready_seconds", "failure", b"failure", "id", b"id", "max_context_tokens", b"max_context_tokens", "object", b"object", "owned_by", b"owned_by", "replicas", b"replicas", "resources", b"resources", "revision", b"revision", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created", b"created", "estimated_ready_seconds", b"estimated_ready_seconds", "failure", b"failure", "id", b"id", "max_context_tokens", b"max_context_tokens", "object", b"object", "owned_by", b"owned_by", "parent", b"parent", "replicas", b"replicas", "resources", b"resources", "revision", b"revision", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

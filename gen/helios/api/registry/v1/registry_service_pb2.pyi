@@ -128,6 +128,7 @@ class ModelProfile(_message.Message):
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     LAYER_COUNT_FIELD_NUMBER: _builtins.int
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
     architecture: _builtins.str
     """Model class, such as "LlamaForCausalLM"."""
     parameter_count: _builtins.int
@@ -144,6 +145,10 @@ class ModelProfile(_message.Message):
     """Number of decoder layers."""
     vocabulary_size: _builtins.int
     """Size of the vocabulary."""
+    base_model: _builtins.str
+    """Of a LoRA adapter (architecture "LoraAdapter"): what it was made for, as its adapter_config.json names it. Empty: a
+    whole model.
+    """
     def __init__(
         self,
         *,
@@ -155,10 +160,11 @@ class ModelProfile(_message.Message):
         max_context_tokens: _builtins.int = ...,
         layer_count: _builtins.int = ...,
         vocabulary_size: _builtins.int = ...,
+        base_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "kv_bytes_per_token", b"kv_bytes_per_token", "layer_count", b"layer_count", "max_context_tokens", b"max_context_tokens", "parameter_count", b"parameter_count", "vocabulary_size", b"vocabulary_size", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "base_model", b"base_model", "dtype", b"dtype", "kv_bytes_per_token", b"kv_bytes_per_token", "layer_count", b"layer_count", "max_context_tokens", b"max_context_tokens", "parameter_count", b"parameter_count", "vocabulary_size", b"vocabulary_size", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

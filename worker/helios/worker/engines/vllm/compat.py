@@ -48,6 +48,7 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.exceptions import (
     GracefulHTTPError,
     RetryableRequestError,
@@ -103,6 +104,7 @@ __all__ = [
     "EngineDeadError",
     "ErrorResponse",
     "GracefulHTTPError",
+    "LoadLoRAAdapterRequest",
     "LoadSink",
     "MeteredLLM",
     "OnlineRenderer",

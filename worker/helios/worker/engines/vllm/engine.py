@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import structlog
 
-from helios.mesh.errors import ReplicaLost
+from helios.mesh.errors import PreconditionFailed, ReplicaLost
 from helios.worker.engines.vllm import compat, errors
 from helios.worker.engines.vllm.arguments import compile_inputs, engine_arguments
 from helios.worker.engines.vllm.openai_api import OpenAIApi, TextApi, VectorApi
@@ -68,7 +68,7 @@ class VllmEngine:
             can_sleep=config.model_config.enable_sleep_mode and not is_pooling,
         )
         self._sleep_level = 0
-        models = compat.OpenAIServingModels(
+        self._models = models = compat.OpenAIServingModels(
             self._llm, [compat.BaseModelPath(name=name, model_path=spec.model_path) for name in spec.names]
         )
         self._api: OpenAIApi
@@ -130,6 +130,14 @@ class VllmEngine:
         except RuntimeError as error:
             raise ReplicaLost(f"vLLM could not wake the model: {error}") from error
 
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Loads an adapter into all ranks; what vLLM has against it is told."""
+        result = await self._models.load_lora_adapter(compat.LoadLoRAAdapterRequest(lora_name=name, lora_path=path))
+        if isinstance(result, compat.ErrorResponse):
+            raise PreconditionFailed(
+                f"the adapter {name!r} can't be loaded: {result.error.message}", reason="BAD_ADAPTER"
+            )
+
     def close(self) -> None:
         """Ends EngineCore."""
         self._llm.shutdown(timeout=_SHUTDOWN_SECONDS)
@@ -149,7 +157,8 @@ class VllmEngine:
         try:
             rendered, parameters = await self._prompts.render(prompt, sampling)
             cutter = PieceCutter()
-            outputs = self._llm.generate(rendered, parameters, meter.request_id)
+            adapter = self._models.lora_requests.get(sampling.adapter)
+            outputs = self._llm.generate(rendered, parameters, meter.request_id, lora_request=adapter)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     yield cutter.cut(output)

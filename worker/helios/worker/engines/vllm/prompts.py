@@ -61,7 +61,7 @@ class PromptRenderer:
         values: dict[str, Any] = {
             field.name: value
             for field in dataclasses.fields(Sampling)
-            if (value := getattr(sampling, field.name)) is not None and value != ()
+            if field.name != "adapter" and (value := getattr(sampling, field.name)) is not None and value != ()
         }
         values |= {name: list(values[name]) for name in ("stop", "stop_token_ids") if name in values}
         # The model's own defaults, then the request. Without a bound the engine goes on to the end of the context.
