@@ -181,6 +181,13 @@ def test_a_replica_that_has_requests_after_all_stays_awake() -> None:
     assert (machine.view.state, machine.view.wake_count) == (ReplicaState.READY, 0)
 
 
+def test_a_second_order_that_is_carried_out_after_all_counts() -> None:
+    machine = ready_machine()
+    drive(machine, on.SleepRequested(100), on.BecameReady("127.0.0.1:1", 512, True))
+    assert machine.handle(on.FellAsleep(5), 1.0) == [act.Shrink(5), act.Publish()]
+    assert machine.view.state is ReplicaState.ASLEEP
+
+
 @pytest.mark.parametrize(
     ("events", "reason"), [([], "SLEEP_TIMEOUT"), ([on.FellAsleep(1), on.WakeRequested()], "WAKE_TIMEOUT")]
 )

@@ -68,6 +68,18 @@ async def test_a_sleeping_replica_books_what_it_left_and_everything_again_before
         await node.supervisor.end_all(1)
 
 
+async def test_what_is_measured_while_it_falls_asleep_is_no_news_of_sleep(folder: Path) -> None:
+    async with running_node(folder, launcher=FakeLauncher(r1="drowsy")) as node:
+        await start(node)
+        assert node.supervisor.execute("sleep", Sleep("r1")).is_accepted
+        node.supervisor.note_memory("r1", GIB // 2)
+        assert node.booked_bytes == GIB
+        await until_booked(node, LEFT_BYTES)
+        node.supervisor.note_memory("r1", 2 * LEFT_BYTES)
+        assert node.booked_bytes == 2 * LEFT_BYTES
+        await node.supervisor.end_all(1)
+
+
 async def test_a_wake_with_wrong_weights_fails_the_replica_with_its_tree(folder: Path) -> None:
     async with running_node(folder, launcher=FakeLauncher(r1="muddled")) as node:
         await start(node)

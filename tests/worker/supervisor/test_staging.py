@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -10,7 +11,7 @@ import pytest
 from helios.worker.supervisor.commands import Evict, Stage, Unstage
 from helios.worker.supervisor.records import StagedState
 from helios.worker.supervisor.resident_files import ResidentFiles
-from tests.worker.supervisor.fakes import WAIT_SECONDS, FakeLauncher, FakeWeights, Node, running_node
+from tests.worker.supervisor.fakes import WAIT_SECONDS, FakeLauncher, FakeWeights, Node, running_node, start_of
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -97,6 +98,55 @@ async def test_a_model_beyond_the_host_memory_is_refused_and_fits_after_another_
             while not weights.evicted:
                 await asyncio.sleep(0.01)
         assert weights.released == weights.borrowed
+        await node.supervisor.end_all(1)
+
+
+async def test_what_is_staged_right_after_another_was_given_up_waits_for_its_room(folder: Path) -> None:
+    make_models(folder / "weights", 2)
+    weights = FakeWeights(path=str(folder / "weights"))
+    async with running_node(folder, launcher=FakeLauncher(), weights=weights, host_memory_bytes=SIZE + MIB) as node:
+        assert node.supervisor.execute("one", Stage(revision(0), "a", SIZE)).is_accepted
+        await wait_staged(node, 1)
+        # As a proxy says it: one gives way to the other, and back, without a pause.
+        for number, (out, into) in enumerate(((0, 1), (1, 0), (0, 0))):
+            assert node.supervisor.execute(f"out {number}", Unstage(revision(out))).is_accepted
+            assert node.supervisor.execute(f"in {number}", Stage(revision(into), "m", SIZE)).is_accepted
+            assert node.supervisor.view().host.booked_bytes <= SIZE + MIB
+        full = node.supervisor.execute("full", Stage(revision(1), "b", SIZE))
+        assert full.refused_reason == "NO_CAPACITY"
+        await wait_staged(node, 1)
+        assert [view.revision for view in node.supervisor.view().staged] == [revision(0)]
+        assert node.supervisor.view().host.booked_bytes == SIZE + 2
+        await node.supervisor.end_all(1)
+        assert node.supervisor.view().host.booked_bytes == 0
+    assert sorted(weights.released) == sorted(weights.borrowed)
+
+
+async def test_what_is_given_up_before_it_began_leaves_nothing_booked(folder: Path) -> None:
+    make_models(folder / "weights", 1)
+    weights = FakeWeights(path=str(folder / "weights"))
+    async with running_node(folder, launcher=FakeLauncher(), weights=weights, host_memory_bytes=SIZE + MIB) as node:
+        for number in range(3):
+            assert node.supervisor.execute(f"in {number}", Stage(revision(0), "a", SIZE)).is_accepted
+            assert node.supervisor.execute(f"out {number}", Unstage(revision(0))).is_accepted
+        async with asyncio.timeout(WAIT_SECONDS):
+            while node.supervisor.view().host.booked_bytes:
+                await asyncio.sleep(0.01)
+        assert node.supervisor.execute("again", Stage(revision(0), "a", SIZE)).is_accepted
+        await wait_staged(node, 1)
+        await node.supervisor.end_all(1)
+
+
+async def test_a_refused_evict_leaves_what_is_staged(folder: Path) -> None:
+    make_models(folder / "weights", 1)
+    order = replace(start_of("r1"), revision=revision(0))
+    weights = FakeWeights(path=str(folder / "weights"))
+    async with running_node(folder, launcher=FakeLauncher(), weights=weights, host_memory_bytes=SIZE + MIB) as node:
+        assert node.supervisor.execute("start", order).is_accepted
+        assert node.supervisor.execute("stage", Stage(revision(0), "a", SIZE)).is_accepted
+        await wait_staged(node, 1)
+        assert node.supervisor.execute("evict", Evict(revision(0))).refused_reason == "REVISION_LEASED"
+        assert [view.revision for view in node.supervisor.view().staged] == [revision(0)]
         await node.supervisor.end_all(1)
 
 

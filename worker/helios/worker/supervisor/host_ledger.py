@@ -16,6 +16,11 @@ class HostLedger:
         self._memory_bytes = memory_bytes
         self._booked: dict[str, int] = {}
 
+    @property
+    def free_bytes(self) -> int:
+        """What nothing books."""
+        return self._memory_bytes - sum(self._booked.values())
+
     def use(self) -> HostUse:
         """Returns what there is and what is booked."""
         return HostUse(self._memory_bytes, sum(self._booked.values()))
@@ -26,15 +31,20 @@ class HostLedger:
         Raises:
             Overloaded: NO_CAPACITY; what it booked before stays.
         """
-        free_bytes = self._memory_bytes - sum(self._booked.values()) + self._booked.get(revision, 0)
-        if size_bytes > free_bytes:
-            raise Overloaded(
-                f"the weights need {size_bytes >> 20} MiB of host memory, and {free_bytes >> 20} MiB are free to stage",
-                reason=NO_CAPACITY,
-                metadata={"needed_bytes": str(size_bytes), "free_bytes": str(free_bytes)},
-            )
+        check_room(size_bytes, self.free_bytes + self._booked.get(revision, 0))
         self._booked[revision] = size_bytes
 
     def release(self, revision: str) -> None:
         """Gives back what a revision booked. Idempotent."""
         self._booked.pop(revision, None)
+
+
+def check_room(size_bytes: int, free_bytes: int) -> None:
+    """Raises Overloaded (NO_CAPACITY) where weights of this size are more than what is free."""
+    if size_bytes > free_bytes:
+        raise Overloaded(
+            f"the weights need {size_bytes >> 20} MiB of host memory, and {max(free_bytes, 0) >> 20} MiB are free"
+            " to stage",
+            reason=NO_CAPACITY,
+            metadata={"needed_bytes": str(size_bytes), "free_bytes": str(free_bytes)},
+        )

@@ -161,6 +161,7 @@ class ReplicaMachine:
     | WAKING | BecameReady, Attached ready | READY | |
     | FALLING_ASLEEP, ASLEEP, WAKING | DrainRequested | ENDING | KillTree |
     | LOADING, WARMING | DrainRequested | ENDING | KillTree, if there is a process |
+    | READY | FellAsleep (a second order, after it had said that it stays awake) | ASLEEP | Shrink |
     | READY | Heard | the same, and silence counts anew | |
     | READY | Tick, silent for too long | ENDING | KillTree |
     | LOADING … DRAINING | StopRequested, ReportedFailure, ProcessExited, the deadline | ENDING | KillTree, if … |
@@ -383,7 +384,8 @@ class ReplicaMachine:
             case SleepRequested(), Stage.FALLING_ASLEEP:
                 self._is_wake_wanted = False
                 return []
-            case FellAsleep(left_bytes), Stage.FALLING_ASLEEP:
+            case FellAsleep(left_bytes), Stage.FALLING_ASLEEP | Stage.READY:
+                # READY: an order that was repeated over a new stream was carried out after the first one had failed.
                 return self._fell_asleep(left_bytes, now)
             case FellAsleep(left_bytes), Stage.ASLEEP if left_bytes:
                 # Measured since, and by more than the replica itself can see.

@@ -96,6 +96,10 @@ class ResidentFiles:
             self._parts.clear()
             self._locked.clear()
 
+    def __del__(self) -> None:
+        # A task that is cancelled while a thread maps its files never gets to see them.
+        self.close()
+
     def _map(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

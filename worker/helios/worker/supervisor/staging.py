@@ -16,7 +16,7 @@ import structlog
 
 from helios.mesh.errors import HeliosError
 from helios.worker.supervisor import commands
-from helios.worker.supervisor.host_ledger import HostLedger
+from helios.worker.supervisor.host_ledger import HostLedger, check_room
 from helios.worker.supervisor.records import Failure, HostUse, StagedState, StagedView
 from helios.worker.supervisor.resident_files import ResidentFiles
 
@@ -45,17 +45,26 @@ class Weights(Protocol):
         ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Staged:
+    """Attributes:
+    is_booked: Its memory is booked; False while it waits for what others give back.
+    failure: Why it could not be held; None: it was given back as asked.
+    """
+
     view: StagedView
-    task: asyncio.Task[None] | None = None
-    is_stopped: bool = False
+    is_booked: bool
+    failure: Failure | None = None
 
 
 class Staging:
     """All staged revisions of a node; ``group`` runs one task for each and belongs to the caller.
 
-    Invariants: what is in ``views`` is booked; a revision is published as GONE once, when its memory is given back.
+    Giving back takes time (pages are unmapped, a lease is returned), so what is staged right after something else was
+    given up waits for its room instead of being refused.
+
+    Invariants: what is in ``views`` is booked, or waits for room that is being given back; a revision is published as
+    GONE when its memory is given back, and before it is published again.
     """
 
     def __init__(
@@ -75,6 +84,8 @@ class Staging:
         self._lease_ttl_seconds = lease_ttl_seconds
         self._publish = publish
         self._staged: dict[str, _Staged] = {}
+        self._ending: set[_Staged] = set()
+        self._tasks: dict[_Staged, asyncio.Task[None]] = {}
 
     @property
     def views(self) -> Mapping[str, StagedView]:
@@ -93,28 +104,36 @@ class Staging:
         """
         if command.revision in self._staged:
             return
-        self._ledger.book(command.revision, command.memory_bytes)
         view = StagedView(command.revision, command.model, StagedState.STAGING, command.memory_bytes)
-        staged = self._staged[command.revision] = _Staged(view)
-        self._publish(view)
-        staged.task = self._group.create_task(self._hold(staged), name=f"stage {command.revision}")
+        staged = _Staged(view, is_booked=not self._ending)
+        if staged.is_booked:
+            self._ledger.book(command.revision, command.memory_bytes)
+            self._publish(view)
+        else:
+            kept_bytes = sum(other.view.memory_bytes for other in self._staged.values())
+            check_room(command.memory_bytes, self._ledger.use().memory_bytes - kept_bytes)
+        self._staged[command.revision] = staged
+        task = self._group.create_task(self._hold(staged), name=f"stage {command.revision}")
+        self._tasks[staged] = task
+        # Not in the task itself: one that is cancelled before it ran does nothing at all.
+        task.add_done_callback(lambda _: self._ended(staged))
 
     def unstage(self, revision: str) -> None:
         """Gives a revision's memory back; nothing happens where it is not staged."""
-        staged = self._staged.get(revision)
-        if staged is not None and staged.task is not None and not staged.is_stopped:
-            staged.is_stopped = True
-            staged.task.cancel()
+        staged = self._staged.pop(revision, None)
+        if staged is not None:
+            self._ending.add(staged)
+            self._tasks[staged].cancel()
 
     async def wait_unstaged(self, revision: str) -> None:
-        """Waits until nothing of a revision is held; returns at once where nothing is."""
-        staged = self._staged.get(revision)
-        if staged is not None and staged.task is not None:
-            await asyncio.wait((staged.task,))
+        """Waits until what was given up of a revision is given back; returns at once where nothing was."""
+        tasks = [self._tasks[staged] for staged in self._ending if staged.view.revision == revision]
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def close(self) -> None:
         """Gives everything back and waits until it is."""
-        tasks = [staged.task for staged in self._staged.values() if staged.task is not None]
+        tasks = tuple(self._tasks.values())
         for revision in tuple(self._staged):
             self.unstage(revision)
         if tasks:
@@ -122,11 +141,10 @@ class Staging:
 
     async def _hold(self, staged: _Staged) -> None:
         """Holds one revision until it is cancelled or can't be held."""
-        revision = staged.view.revision
-        failure: Failure | None = None
         try:
+            await self._wait_room(staged)
             async with self._weights.materialize(
-                revision,
+                staged.view.revision,
                 holder=f"{self._holder}/staged",
                 ttl_seconds=self._lease_ttl_seconds,
                 lease_id=None,
@@ -134,22 +152,47 @@ class Staging:
             ) as lent:
                 await self._keep_resident(staged, lent)
         except HeliosError as error:
-            failure = Failure(error.reason, error.message)
+            staged.failure = Failure(error.reason, error.message)
         except OSError as error:
-            failure = Failure("STAGING_FAILED", str(error))
-        finally:
+            staged.failure = Failure("STAGING_FAILED", str(error))
+
+    async def _wait_room(self, staged: _Staged) -> None:
+        """Books what could not be booked yet. Raises Overloaded where all was given back and it is not enough."""
+        revision, size_bytes = staged.view.revision, staged.view.memory_bytes
+        while not staged.is_booked:
+            is_itself = any(other.view.revision == revision for other in self._ending)
+            if is_itself or (self._ending and size_bytes > self._ledger.free_bytes):
+                tasks = [self._tasks[other] for other in self._ending]
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                continue
+            self._ledger.book(revision, size_bytes)
+            staged.is_booked = True
+            self._publish(staged.view)
+
+    def _ended(self, staged: _Staged) -> None:
+        revision = staged.view.revision
+        del self._tasks[staged]
+        self._ending.discard(staged)
+        if self._staged.get(revision) is staged:
             del self._staged[revision]
+        if staged.is_booked:
             self._ledger.release(revision)
-            view = replace(
-                staged.view, state=StagedState.GONE, memory_bytes=0, resident_bytes=0, locked_bytes=0, failure=failure
-            )
-            self._publish(view)
-            log.info("revision unstaged", revision=revision, reason=failure.reason if failure else "ASKED")
+        view = replace(
+            staged.view,
+            state=StagedState.GONE,
+            memory_bytes=0,
+            resident_bytes=0,
+            locked_bytes=0,
+            failure=staged.failure,
+        )
+        self._publish(view)
+        log.info("revision unstaged", revision=revision, reason=staged.failure.reason if staged.failure else "ASKED")
 
     async def _keep_resident(self, staged: _Staged, lent: Lent) -> None:
         files = await asyncio.to_thread(ResidentFiles.of_directory, Path(lent.path))
         try:
             self._ledger.book(staged.view.revision, files.size_bytes)
+            staged.view = replace(staged.view, memory_bytes=files.size_bytes)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._watch(staged, files), name="keep resident")
                 await lent.wait_lost()
@@ -165,7 +208,6 @@ class Staging:
             view = replace(
                 staged.view,
                 state=StagedState.STAGED,
-                memory_bytes=files.size_bytes,
                 resident_bytes=resident_bytes,
                 locked_bytes=files.locked_bytes,
             )

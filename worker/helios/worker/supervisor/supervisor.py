@@ -218,10 +218,10 @@ class Supervisor:
         self._add(ReplicaMachine(order, self._rules.limits), booking).begin()
 
     def _evict(self, revision: str) -> None:
-        self._staging.unstage(revision)
         users = [name for name, runner in self._runners.items() if runner.view.order.revision == revision]
         if users:
             raise PreconditionFailed(f"replica {users[0]} uses revision {revision}", reason="REVISION_LEASED")
+        self._staging.unstage(revision)
         self._group.create_task(self._evict_bytes(revision), name="evict revision")
 
     async def _evict_bytes(self, revision: str) -> None:
@@ -311,13 +311,14 @@ class Supervisor:
                 self.feed.report_device(measure, use.booked_bytes)
 
     def note_memory(self, replica_id: str, measured_bytes: int) -> None:
-        """Takes what a replica's processes were measured to hold."""
+        """Takes what a replica's processes were measured to hold; nothing of one that just falls asleep or wakes."""
         runner = self._runners.get(replica_id)
         if runner is None:
             return
-        if runner.view.state is ReplicaState.ASLEEP:
+        view = runner.view
+        if view.sleeping_bytes is not None:
             runner.post(life_events.FellAsleep(measured_bytes))
-        else:
+        elif view.state is ReplicaState.READY:
             runner.take_measure(measured_bytes)
 
     # The end.
