@@ -419,3 +419,24 @@ def test_a_deleted_models_bytes_leave_the_nodes_unless_another_model_has_them() 
         todo = subject.replica_event("w", 1, replica(state=ReplicaState.STOPPED), 2.0)
         todo += subject.tick(2.0)
         assert [order for order in sent(todo) if isinstance(order, EvictRevision)] == orders
+
+
+def test_a_worker_that_runs_anew_may_do_what_it_could_not_do_for_good() -> None:
+    subject = core()
+    subject.models_replaced([entry()], 0.0, is_synced=True)
+    subject.worker_hello(hello(), 0.0)
+
+    def starts(now: float) -> list[actions.Action]:
+        _, todo = subject.hold(entry(), f"q{now}", size_bytes=0, deadline=999.0, now=now)
+        return [a for a in todo if isinstance(a, actions.Send) and isinstance(a.command.order, StartReplica)]
+
+    (asked,) = starts(1.0)
+    assert isinstance(asked, actions.Send)
+    subject.command_acknowledged(
+        "w", asked.command.command_id, refused_reason="UNKNOWN_ENGINE", message="not here", now=2.0
+    )
+    assert starts(3.0) == []
+    subject.worker_hello(hello(), 4.0)
+    assert starts(5.0) == []
+    subject.worker_hello(hello(incarnation="2"), 6.0)
+    assert len(starts(7.0)) == 1

@@ -94,6 +94,25 @@ def test_news_from_before_an_order_do_not_undo_it() -> None:
     assert subject.pick(entry(), "q3", 61.5) is not None
 
 
+def test_an_order_to_sleep_outlives_a_stream_that_broke_before_its_answer() -> None:
+    subject = world(sleeper())
+    assert orders(pass_time(subject, 60.0)) == [SleepReplica("r")]
+    subject.worker_lost("w", 60.1)
+    assert orders(subject.worker_hello(hello(replicas=(sleeper(),)), 60.2)) == [SleepReplica("r")]
+    subject.endpoints_acknowledged(frozenset({"127.0.0.1:1000"}), 60.3)
+    assert subject.pick(entry(), "q", 60.4) is None
+
+
+def test_a_sleeping_replica_is_not_what_a_policy_promised() -> None:
+    models = (replace(sized("m", "sha256:1"), min_replicas=1), sized("n", "sha256:2", 3))
+    awake = replica("awake", address="127.0.0.1:1001")
+    subject = world(sleeper(state=S.ASLEEP), awake, models=models)
+    worker = subject.fleet.worker("w")
+    assert worker is not None
+    victims = subject.lifecycle.room.capacity(worker, models[1], 1, 100.0).victims
+    assert [victim.replica_id for victim in victims] == ["r"]
+
+
 def test_a_busy_replica_is_not_put_to_sleep() -> None:
     subject = world(sleeper())
     assert subject.pick(entry(), "q", 1.0) is not None
@@ -273,15 +292,31 @@ def test_what_replicas_were_measured_to_hold_corrects_what_the_next_one_books() 
         entry(), weights_bytes=257 * MIB, layer_count=30, vocabulary_size=49_152, parameter_count=134_515_008
     )
     subject = world(models=(model,))
-    before = subject.lifecycle.size(model)
+    before = subject.lifecycle.room.size(model)
     assert sum(size for _, size in before.items) == before.memory_bytes
     kv_cache_bytes = before.kv_cache_bytes
     held = replace(replica(), memory_items=before.items, memory_bytes=before.memory_bytes)
     subject.replica_event("w", 1, replace(held, measured_bytes=before.memory_bytes + 200 * MIB), 1.0)
-    after = subject.lifecycle.size(model)
+    after = subject.lifecycle.room.size(model)
     assert after.kv_cache_bytes == kv_cache_bytes
     assert after.memory_bytes > before.memory_bytes + 200 * MIB
     assert sum(size for _, size in after.items) == after.memory_bytes
+
+
+def test_what_was_started_with_other_settings_says_nothing_of_these() -> None:
+    subject = world()
+    _, todo = subject.hold(entry(), "q", size_bytes=0, deadline=99.0, now=1.0)
+    (start,) = orders(todo)
+    assert isinstance(start, StartReplica)
+    changed = entry(engine_settings='{"dtype": "float32"}')
+    subject.model_upserted(changed, 2.0)
+    before = subject.lifecycle.room.size(changed)
+    held = replace(replica(start.replica_id), memory_items=start.memory_items, measured_bytes=4 * GIB)
+    subject.replica_event("w", 1, held, 3.0)
+    assert subject.lifecycle.room.size(changed) == before
+    # Taken over from another proxy: nobody knows better than what is served.
+    subject.replica_event("w", 2, replace(held, replica_id="other", address="127.0.0.1:1001"), 4.0)
+    assert subject.lifecycle.room.size(changed).memory_bytes > before.memory_bytes
 
 
 def test_an_untouched_cache_does_not_shrink_what_is_booked_below_the_overhead() -> None:

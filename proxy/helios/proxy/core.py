@@ -143,6 +143,8 @@ class Core:
     def worker_hello(self, hello: WorkerHello, now: float) -> list[actions.Action]:
         """A worker introduced itself: what it says replaces what was believed of it."""
         pending = self._commands.pending(hello.worker_id)
+        hello = replace(hello, replicas=tuple(self._as_ordered(hello.worker_id, one) for one in hello.replicas))
+        known = self.fleet.worker(hello.worker_id)
         starts = [command.order for command in pending if isinstance(command.order, StartReplica)]
         asked = [asked_replica(hello.worker_id, order) for order in starts]
         changes = self.fleet.hello(hello, asked, now)
@@ -153,6 +155,8 @@ class Core:
         self._awaited.discard(hello.worker_id)
         if not self._awaited:
             self._resynchronise(now, is_complete=True)
+        if known is None or known.hello.incarnation != hello.incarnation:
+            self.lifecycle.worker_started(now)
         self.lifecycle.capacity_changed(now)
         return self._take(now)
 
@@ -348,10 +352,10 @@ class Core:
                 continue
             replica = change.replica
             is_gone = change.after is None or change.after.state.is_gone
-            self.lifecycle.measure(replica)
+            self.lifecycle.room.measure(replica)
             if is_gone:
                 has_room = True
-                self.lifecycle.warmth.forget(replica.replica_id)
+                self.lifecycle.forget(replica.replica_id)
                 gone = _gone(replica, is_worker_lost=is_worker_lost)
                 self.lifecycle.handle(replica.model, gone, now)
             elif replica.state is ReplicaState.READY:

@@ -17,10 +17,11 @@ from helios.proxy.activation.machine import Activation, ActivationPolicy, Activa
 from helios.proxy.catalogue import Catalogue, ModelEntry, shown
 from helios.proxy.engine_needs import needs_of, with_revisions
 from helios.proxy.fleet.commands import CommandBook, DrainReplica, EvictRevision, Order, StartReplica, StopReplica
-from helios.proxy.fleet.state import Replica, ReplicaState, Staged, Worker
+from helios.proxy.fleet.state import Replica, ReplicaState, Staged
 from helios.proxy.holds import Holds
+from helios.proxy.room import Room
 from helios.proxy.scaling import Desired, Usage, desired_replicas
-from helios.proxy.sizing import MeasuredSizes, ReplicaSize, SizingPolicy, replica_size
+from helios.proxy.sizing import ReplicaSize, SizingPolicy
 from helios.proxy.traffic import Traffic
 from helios.proxy.warmth import Warmth, WarmthPolicy
 
@@ -81,7 +82,7 @@ class Lifecycle:
         self._activations: dict[str, Activation] = {}
         self._evicting: set[str] = set()
         self._waking: set[str] = set()
-        self.measured = MeasuredSizes()
+        self.room = Room(policy.sizing, policy.residency_seconds, traffic=traffic, catalogue=catalogue, holds=holds)
         self.warmth = Warmth(policy.warmth, traffic=traffic, catalogue=catalogue, send=self._send)
 
     def activation(self, model: str) -> Activation:
@@ -156,6 +157,18 @@ class Lifecycle:
         for model, activation in list(self._activations.items()):
             if activation.state is ActivationState.WAITING:
                 self.reconcile(model, now)
+
+    def worker_started(self, now: float) -> None:
+        """A worker came that runs anew: what its predecessor could not do for good, it may."""
+        for model, activation in list(self._activations.items()):
+            if activation.is_blocked:
+                self.handle(model, machine.Changed(), now)
+
+    def forget(self, replica_id: str) -> None:
+        """The replica is gone."""
+        self._waking.discard(replica_id)
+        self.warmth.forget(replica_id)
+        self.room.forget(replica_id)
 
     def drain(self, replica: Replica, now: float) -> None:
         """Takes a replica out: un-pick, then drain; its endpoint goes when it is gone. One not ready yet is stopped."""
@@ -272,9 +285,9 @@ class Lifecycle:
         sleeper = self.warmth.sleeper(entry)
         if sleeper is not None:
             return machine.Placed(self._wake(sleeper))
-        size = self.size(entry, others.get(needs.draft_model))
+        size = self.room.size(entry, others.get(needs.draft_model))
         count = needs.rank_count
-        workers = [self._capacity(w, entry, count, now) for w in self._traffic.fleet.workers() if w.is_reachable]
+        workers = [self.room.capacity(w, entry, count, now) for w in self._traffic.fleet.workers() if w.is_reachable]
         # What stands behind a colon is the engine's own business.
         engine = (needs.engine or self.policy.engine).partition(":")[0]
         plan = placement.place(size.memory_bytes, engine, workers, may_preempt=may_preempt)
@@ -297,34 +310,18 @@ class Lifecycle:
             assert replica is not None
             idle_seconds = now - (self._traffic.last_used_at(replica.model) or now)
             victims.append(f"{replica.model} (unused for {idle_seconds:.0f} s)")
-            self._traffic.forget_use(replica.model)
             entry = self._catalogue.find(replica.model)
-            if entry is not None and replica.state is ReplicaState.READY:
-                self.warmth.keep_staged(entry, worker_id)
+            if replica.state is ReplicaState.READY:
+                # One that sleeps says nothing of the model's other replicas, which may be in use.
+                self._traffic.forget_use(replica.model)
+                if entry is not None:
+                    self.warmth.keep_staged(entry, worker_id)
             self.drain(replica, now)
         # Clients are told of the first; which models those are is for operators.
         message = "idle replicas of other models are draining to make room"
         detail = f"{message} on {worker_id}: {', '.join(victims)}"
         self.outbox.append(actions.ActivationDelayed(model, "NO_CAPACITY", detail))
         return machine.Delayed("NO_CAPACITY", message)
-
-    def size(self, entry: ModelEntry, draft: ModelEntry | None = None) -> ReplicaSize:
-        """What a replica of a model would book."""
-        is_gpu = any(worker.has_gpus for worker in self._traffic.fleet.workers())
-        return replica_size(entry, self.policy.sizing, draft, measured=self.measured, is_gpu=is_gpu)
-
-    def measure(self, replica: Replica) -> None:
-        """Takes in what a replica was measured to hold: the next one of its revision books that."""
-        entry = self._catalogue.find(replica.model)
-        kv_cache_bytes = dict(replica.memory_items).get("KV_CACHE", 0)
-        is_told = replica.measured_bytes and kv_cache_bytes and replica.state is ReplicaState.READY
-        if is_told and entry is not None and entry.revision == replica.revision:
-            self.measured.record(
-                entry.revision,
-                entry.engine_settings,
-                measured_bytes=replica.measured_bytes,
-                kv_cache_bytes=kv_cache_bytes,
-            )
 
     def put_to_sleep(self, replica: Replica, now: float) -> None:
         """Puts a replica to sleep for an operator. Raises PreconditionFailed."""
@@ -367,42 +364,6 @@ class Lifecycle:
         self.outbox.append(begun)
         return replica.replica_id
 
-    def _capacity(self, worker: Worker, entry: ModelEntry, rank_count: int, now: float) -> placement.WorkerCapacity:
-        # On a CPU, ranks share the one device that there is.
-        device_count = rank_count if worker.has_gpus else 1
-        model = entry.name
-        replicas = list(worker.replicas.values())
-        draining = [replica for replica in replicas if self._traffic.is_draining(replica)]
-        return placement.WorkerCapacity(
-            worker_id=worker.hello.worker_id,
-            engines=worker.hello.engines,
-            memory_bytes=worker.memory_bytes_of(device_count),
-            free_bytes=worker.free_bytes_of(device_count),
-            is_staged=entry.revision in worker.staged,
-            free_slot_count=worker.hello.slot_count - len(replicas),
-            draining_bytes=sum(replica.memory_bytes for replica in draining),
-            draining_count=len(draining),
-            victims=tuple(self._victim(r) for r in replicas if r.model != model and self._is_victim(r, now)),
-        )
-
-    def _victim(self, replica: Replica) -> placement.Victim:
-        last_used_at = self._traffic.last_used_at(replica.model)
-        return placement.Victim(replica.replica_id, replica.memory_bytes, last_used_at or 0.0)
-
-    def _is_victim(self, replica: Replica, now: float) -> bool:
-        since = self._traffic.ready_since(replica.replica_id)
-        if replica.state is ReplicaState.ASLEEP:
-            return not self._traffic.is_draining(replica) and not self._holds.count(replica.model)
-        if replica.state is not ReplicaState.READY or since is None or self._traffic.is_draining(replica):
-            return False
-        if not self._traffic.is_idle(replica) or now - since < self.policy.residency_seconds:
-            return False
-        entry = self._catalogue.find(replica.model)
-        if entry is None or self._holds.count(replica.model):
-            return False
-        of_model = [r for r in self._traffic.fleet.replicas_of(replica.model) if not self._traffic.is_draining(r)]
-        return len(of_model) > entry.min_replicas
-
     def _start(
         self, entry: ModelEntry, worker_id: str, size: ReplicaSize, revisions: Mapping[str, str], placed: str
     ) -> str:
@@ -422,19 +383,16 @@ class Lifecycle:
             engine_settings=with_revisions(entry.engine_settings, revisions),
             served_names=entry.aliases,
             memory_items=size.items,
-            device_count=needs.rank_count if self._has_gpus(worker_id) else 1,
+            device_count=needs.rank_count if self.room.has_gpus(worker_id) else 1,
             requested_at=asking.requested_at if asking is not None else 0.0,
             traceparent=traceparent,
         )
         self._traffic.fleet.asked(asked_replica(worker_id, order))
+        self.room.started(replica_id, entry.engine_settings)
         self._send(worker_id, order)
         held_count = self._holds.count(entry.name)
         self.outbox.append(actions.ActivationBegun(entry.name, replica_id, worker_id, held_count, placed, traceparent))
         return replica_id
-
-    def _has_gpus(self, worker_id: str) -> bool:
-        worker = self._traffic.fleet.worker(worker_id)
-        return worker is not None and worker.has_gpus
 
     def _adopt(self, model: str, current: list[Replica], now: float) -> None:
         starting = next((replica for replica in current if replica.state.is_starting), None)

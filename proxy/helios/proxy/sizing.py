@@ -71,9 +71,9 @@ class MeasuredSizes:
         """What a replica holds beside its KV cache; None where none was measured."""
         return self._fixed_bytes.get((revision, settings))
 
-    def keep_only(self, revisions: set[str]) -> None:
-        """Forgets revisions that no model has any more."""
-        self._fixed_bytes = {key: value for key, value in self._fixed_bytes.items() if key[0] in revisions}
+    def keep_only(self, served: set[tuple[str, str]]) -> None:
+        """Forgets what no model has any more; `served` are revisions with their settings."""
+        self._fixed_bytes = {key: value for key, value in self._fixed_bytes.items() if key in served}
 
 
 def replica_size(

@@ -210,6 +210,11 @@ class Activation:
         """Whether the last start failed."""
         return self.failure_count > 0
 
+    @property
+    def is_blocked(self) -> bool:
+        """Whether the last start failed for good, as far as is known."""
+        return self.state is ActivationState.BACKING_OFF and is_permanent(self._reason)
+
     def elapsed_seconds(self, now: float) -> float:
         """How long the start has been going on; 0 outside STARTING."""
         return now - self.since if self.state is ActivationState.STARTING else 0.0
@@ -248,7 +253,7 @@ class Activation:
 
     def _demanded(self, now: float, *, by_operator: bool) -> list[Action]:
         if self.state is ActivationState.BACKING_OFF:
-            if now < self._until and not (by_operator and is_permanent(self._reason)):
+            if now < self._until and not (by_operator and self.is_blocked):
                 return [FailHolds(self._reason, self.failure, max(1.0, self._until - now))]
             return self._place()
         return self._place() if self.state in (ActivationState.IDLE, ActivationState.WAITING) else []

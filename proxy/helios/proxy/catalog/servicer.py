@@ -47,7 +47,7 @@ class ModelServicer(ModelServiceServicer):
         is_adapter = name in entry.adapters
         core = self._runtime.core
         lifecycle, traffic = core.lifecycle, core.traffic
-        size = lifecycle.size(entry)
+        size = lifecycle.room.size(entry)
         replicas = core.fleet.replicas_of(entry.name)
         draining = [replica for replica in replicas if traffic.is_draining(replica)]
         starting = [replica for replica in replicas if replica.state.is_starting and replica not in draining]

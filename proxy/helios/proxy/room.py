@@ -1,0 +1,103 @@
+"""What a replica takes, and what room each worker has for it. Pure."""
+
+from __future__ import annotations
+
+from helios.proxy.activation import placement
+from helios.proxy.catalogue import Catalogue, ModelEntry
+from helios.proxy.fleet.state import Replica, ReplicaState, Worker
+from helios.proxy.holds import Holds
+from helios.proxy.sizing import MeasuredSizes, ReplicaSize, SizingPolicy, replica_size
+from helios.proxy.traffic import Traffic
+
+
+class Room:
+    """Sizes of replicas, and the room for them."""
+
+    def __init__(
+        self,
+        policy: SizingPolicy,
+        residency_seconds: float,
+        *,
+        traffic: Traffic,
+        catalogue: Catalogue,
+        holds: Holds,
+    ) -> None:
+        """A replica that is younger than ``residency_seconds`` is nobody's room."""
+        self._policy = policy
+        self._residency_seconds = residency_seconds
+        self._traffic = traffic
+        self._catalogue = catalogue
+        self._holds = holds
+        self._measured = MeasuredSizes()
+        self._settings: dict[str, str] = {}
+
+    def size(self, entry: ModelEntry, draft: ModelEntry | None = None) -> ReplicaSize:
+        """What a replica of a model would book."""
+        is_gpu = any(worker.has_gpus for worker in self._traffic.fleet.workers())
+        return replica_size(entry, self._policy, draft, measured=self._measured, is_gpu=is_gpu)
+
+    def started(self, replica_id: str, engine_settings: str) -> None:
+        """A replica was ordered with these settings: what it will be measured to hold speaks of them."""
+        self._settings[replica_id] = engine_settings
+
+    def measure(self, replica: Replica) -> None:
+        """Takes in what a replica was measured to hold: the next one of its revision and settings books that."""
+        entry = self._catalogue.find(replica.model)
+        kv_cache_bytes = dict(replica.memory_items).get("KV_CACHE", 0)
+        is_told = replica.measured_bytes and kv_cache_bytes and replica.state is ReplicaState.READY
+        if not is_told or entry is None or entry.revision != replica.revision:
+            return
+        settings = self._settings.get(replica.replica_id, entry.engine_settings)
+        if settings != entry.engine_settings:
+            return
+        if self._measured.fixed_bytes(entry.revision, settings) is None:
+            self._measured.keep_only({(model.revision, model.engine_settings) for model in self._catalogue.models()})
+        self._measured.record(
+            entry.revision, settings, measured_bytes=replica.measured_bytes, kv_cache_bytes=kv_cache_bytes
+        )
+
+    def forget(self, replica_id: str) -> None:
+        """The replica is gone."""
+        self._settings.pop(replica_id, None)
+
+    def has_gpus(self, worker_id: str) -> bool:
+        """Whether a worker's models run on GPUs."""
+        worker = self._traffic.fleet.worker(worker_id)
+        return worker is not None and worker.has_gpus
+
+    def capacity(self, worker: Worker, entry: ModelEntry, rank_count: int, now: float) -> placement.WorkerCapacity:
+        """What a worker has left for a replica of a model on so many ranks, and what could be freed for it."""
+        # On a CPU, ranks share the one device that there is.
+        device_count = rank_count if worker.has_gpus else 1
+        model = entry.name
+        replicas = list(worker.replicas.values())
+        draining = [replica for replica in replicas if self._traffic.is_draining(replica)]
+        return placement.WorkerCapacity(
+            worker_id=worker.hello.worker_id,
+            engines=worker.hello.engines,
+            memory_bytes=worker.memory_bytes_of(device_count),
+            free_bytes=worker.free_bytes_of(device_count),
+            is_staged=entry.revision in worker.staged,
+            free_slot_count=worker.hello.slot_count - len(replicas),
+            draining_bytes=sum(replica.memory_bytes for replica in draining),
+            draining_count=len(draining),
+            victims=tuple(self._victim(r) for r in replicas if r.model != model and self._is_victim(r, now)),
+        )
+
+    def _victim(self, replica: Replica) -> placement.Victim:
+        last_used_at = self._traffic.last_used_at(replica.model)
+        return placement.Victim(replica.replica_id, replica.memory_bytes, last_used_at or 0.0)
+
+    def _is_victim(self, replica: Replica, now: float) -> bool:
+        since = self._traffic.ready_since(replica.replica_id)
+        if replica.state is ReplicaState.ASLEEP:
+            return not self._traffic.is_draining(replica) and not self._holds.count(replica.model)
+        if replica.state is not ReplicaState.READY or since is None or self._traffic.is_draining(replica):
+            return False
+        if not self._traffic.is_idle(replica) or now - since < self._residency_seconds:
+            return False
+        entry = self._catalogue.find(replica.model)
+        if entry is None or self._holds.count(replica.model):
+            return False
+        of_model = [r for r in self._traffic.fleet.replicas_of(replica.model) if not self._traffic.is_draining(r)]
+        return sum(other.state is not ReplicaState.ASLEEP for other in of_model) > entry.min_replicas
