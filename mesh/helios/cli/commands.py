@@ -230,7 +230,7 @@ async def models_show(state: StateDirectory, console: Console, name: str, *, is_
         return
     table = Table(show_header=False, box=None)
     for key, value in fields.items():
-        table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
+        table.add_row(key, Text(json.dumps(value) if isinstance(value, dict | list) else str(value)))
     console.print(table)
 
 

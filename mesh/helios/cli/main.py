@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, NoReturn, TypeVar
 import grpc.aio
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from helios.cli import commands
 from helios.cli import why as explanations
@@ -278,5 +279,7 @@ def _fail(error: HeliosError) -> NoReturn:
     if "--json" in sys.argv:
         sys.stdout.write(json.dumps({"error": {"reason": error.reason, "message": error.message}}) + "\n")
     else:
-        errors.print(f"[bold red]error[/] {error.message} [dim]({error.reason})[/]", highlight=False, soft_wrap=True)
+        # Messages name settings, packages and what engines said: "vllm[audio]" is no markup.
+        told = Text.assemble(("error", "bold red"), f" {error.message} ", (f"({error.reason})", "dim"))
+        errors.print(told, soft_wrap=True)
     raise typer.Exit(1)

@@ -76,6 +76,11 @@ async def requests(
         found = MessageToDict(response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
         console.print_json(json.dumps(found["requests"]))
         return
+    console.print(listed(response))
+
+
+def listed(response: admin_pb.ListRequestsResponse) -> Table:
+    """Draws a list of requests, a row each."""
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("request", "arrived", "model", "status", "TTFT", "tokens"):
         table.add_column(name, overflow="fold", no_wrap=name != "model")
@@ -83,8 +88,10 @@ async def requests(
         tokens = f"{entry.prompt_tokens} + {entry.completion_tokens}" if entry.prompt_tokens else ""
         first = _ms(entry.time_to_first_token) if entry.HasField("time_to_first_token") else ""
         arrived = _local(entry).strftime("%H:%M:%S")
-        table.add_row(entry.request_id, arrived, entry.requested_model, _state_name(entry), first, tokens)
-    console.print(table)
+        # As text: a name that a client sent may look like markup.
+        asked_for = Text(entry.requested_model)
+        table.add_row(Text(entry.request_id), arrived, asked_for, _state_name(entry), first, tokens)
+    return table
 
 
 def drawn(explanation: pb.RequestExplanation) -> Group:

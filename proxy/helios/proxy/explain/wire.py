@@ -6,6 +6,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from helios.api.admin.v1 import admin_service_pb2 as admin_pb
 from helios.api.admin.v1 import explanation_pb2 as pb
+from helios.proxy.catalogue import shown
 from helios.proxy.explain.journal import FailedReplica, Journal
 from helios.proxy.explain.record import Record, RequestState
 from helios.proxy.explain.start import Start
@@ -23,7 +24,7 @@ def summary_to_proto(record: Record) -> pb.RequestSummary:
     message = pb.RequestSummary(
         request_id=record.request_id,
         arrived_at=_timestamp(began + record.wall_offset),
-        requested_model=record.name,
+        requested_model=shown(record.name),
         model=record.model,
         revision=record.revision,
         state=pb.RequestState.ValueType(record.state.value),
