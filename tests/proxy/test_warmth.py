@@ -335,3 +335,15 @@ def test_a_replica_that_is_asked_for_is_told_what_its_memory_is_made_of() -> Non
     asked = subject.fleet.replica(start.replica_id)
     assert asked is not None
     assert ready(asked).memory_items == start.memory_items
+
+
+def test_the_weights_of_an_older_revision_are_given_back() -> None:
+    models = (sized("m", "sha256:1"), sized("n", "sha256:2"))
+    held = (staged("m", "sha256:1"), staged("n", "sha256:2"))
+    subject = world(models=models, host_gib=4, staged=held)
+    subject.models_replaced(models, 0.5, is_synced=False)
+    subject.model_upserted(sized("m", "sha256:3"), 1.0)
+    assert orders(pass_time(subject, 2.0)) == [], "the registry may know better"
+    subject.models_replaced((sized("m", "sha256:3"), models[1]), 3.0, is_synced=True)
+    assert orders(pass_time(subject, 4.0)) == [UnstageRevision("sha256:1")]
+    assert orders(pass_time(subject, 5.0)) == []

@@ -78,14 +78,12 @@ class Warmth:
         self._believe(replica, ReplicaState.WAKING)
         self._send(replica.worker_id, WakeReplica(replica.replica_id))
 
-    def sleep_refused(self, replica: Replica, reason: str) -> bool:
-        """The replica stays awake; returns whether it never sleeps, and is to be drained where it isn't needed."""
+    def sleep_refused(self, replica: Replica, reason: str) -> None:
+        """The replica stays awake; one that never sleeps is to be drained where it isn't needed."""
         if replica.state is ReplicaState.ASLEEP:
             self._believe(replica, ReplicaState.READY)
-        if reason not in _NEVER_SLEEPS:
-            return False
-        self._never_sleeps.add(replica.replica_id)
-        return True
+        if reason in _NEVER_SLEEPS:
+            self._never_sleeps.add(replica.replica_id)
 
     def wake_refused(self, replica: Replica) -> None:
         """The replica stays asleep, until room comes: see `look_again`."""
@@ -144,9 +142,13 @@ class Warmth:
             worker.staged.pop(revision, None)
 
     def relieve(self) -> None:
-        """Where a node's memory gets short, gives back what was used longest ago; one revision at a time."""
+        """Gives back what no model serves any more and, where memory gets short, what was used longest ago."""
         for worker in self._traffic.fleet.workers():
-            if worker.is_reachable and worker.host_used_ratio > self._policy.pressure_ratio:
+            if not worker.is_reachable or not worker.staged:
+                continue
+            for revision in self._unserved(worker):
+                self._unstage(worker, revision)
+            if worker.host_used_ratio > self._policy.pressure_ratio:
                 oldest = self._oldest(worker)
                 if oldest is not None:
                     self._unstage(worker, oldest.revision)
@@ -193,6 +195,13 @@ class Warmth:
             key=lambda staged: self._traffic.last_wanted_at(staged.model),
             default=None,
         )
+
+    def _unserved(self, worker: Worker) -> list[str]:
+        """Staged revisions that are older than their model, whose own use would keep them for ever."""
+        if not self._catalogue.is_synced:
+            return []
+        served = {entry.revision for entry in self._catalogue.models()}
+        return [revision for revision in worker.staged if revision not in served]
 
     def _is_idle(self, replica: Replica) -> bool:
         worker = self._traffic.fleet.worker(replica.worker_id)
