@@ -29,12 +29,12 @@ from helios.worker.supervisor.attach_servicer import AttachServicer
 from helios.worker.supervisor.commands import Start
 from helios.worker.supervisor.host import pick_free_port
 from helios.worker.supervisor.ledger import Booking, Ledger
+from helios.worker.supervisor.life_stages import Limits
 from helios.worker.supervisor.orders import Rules
 from helios.worker.supervisor.outbox import Outbox, ReplicaEvent
 from helios.worker.supervisor.process_tree import find_tree, read_process
 from helios.worker.supervisor.records import Device, DeviceKind, ProcessIdentity, ReplicaState, ReplicaView
 from helios.worker.supervisor.replica_list import ReplicaList
-from helios.worker.supervisor.replica_machine import Limits
 from helios.worker.supervisor.supervisor import Supervisor
 
 REVISION = "sha256:" + "ab" * 32

@@ -12,6 +12,7 @@ PURE = (
     "core_placement",
     "ledger",
     "life_actions",
+    "life_stages",
     "life_events",
     "orders",
     "outbox",

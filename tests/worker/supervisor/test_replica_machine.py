@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from helios.worker.supervisor import life_actions as act
 from helios.worker.supervisor import life_events as on
+from helios.worker.supervisor.life_stages import Limits, Stage
 from helios.worker.supervisor.records import (
     Failure,
     Order,
@@ -17,7 +18,7 @@ from helios.worker.supervisor.records import (
     ReplicaState,
     ReplicaView,
 )
-from helios.worker.supervisor.replica_machine import Limits, ReplicaMachine, Stage
+from helios.worker.supervisor.replica_machine import ReplicaMachine
 
 LIMITS = Limits(fetch_seconds=60, start_seconds=30, drain_seconds=20, drain_grace_seconds=2)
 ORDER = Order(

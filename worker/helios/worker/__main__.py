@@ -34,11 +34,11 @@ from helios.worker.supervisor.fleet_session import FleetSession
 from helios.worker.supervisor.gauges import keep_measuring
 from helios.worker.supervisor.host import pick_free_port, staging_memory_bytes
 from helios.worker.supervisor.ledger import Booking, Ledger
+from helios.worker.supervisor.life_stages import Limits
 from helios.worker.supervisor.orders import Rules
 from helios.worker.supervisor.process_tree import become_subreaper, boot_id
 from helios.worker.supervisor.records import ReplicaView
 from helios.worker.supervisor.replica_list import ReplicaList
-from helios.worker.supervisor.replica_machine import Limits
 from helios.worker.supervisor.supervisor import Supervisor
 
 log = structlog.get_logger()

@@ -9,8 +9,8 @@ from typing import Final
 from helios.mesh.errors import InvalidRequest, PreconditionFailed
 from helios.worker.replica.engines import split_engine
 from helios.worker.supervisor.commands import Start
+from helios.worker.supervisor.life_stages import Limits
 from helios.worker.supervisor.records import Device, DeviceKind, Order, ReplicaState, ReplicaView
-from helios.worker.supervisor.replica_machine import Limits
 
 _REVISION: Final = re.compile(r"sha256:[0-9a-f]{64}")
 

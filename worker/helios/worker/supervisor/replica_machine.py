@@ -6,10 +6,9 @@ DRAINING: the contract calls a replica stopped or failed only when its whole pro
 is its memory free.
 """
 
-import enum
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from helios.worker.supervisor.life_actions import (
@@ -48,6 +47,17 @@ from helios.worker.supervisor.life_events import (
     WeightsFailed,
     WeightsReady,
 )
+from helios.worker.supervisor.life_stages import (
+    FETCH_TIMEOUT,
+    REPLICA_DIED,
+    REPLICA_HUNG,
+    REPLICA_LOST,
+    SLEEP_TIMEOUT,
+    START_TIMEOUT,
+    WAKE_TIMEOUT,
+    Limits,
+    Stage,
+)
 from helios.worker.supervisor.records import (
     Failure,
     Order,
@@ -55,64 +65,6 @@ from helios.worker.supervisor.records import (
     ReplicaState,
     ReplicaView,
 )
-
-START_TIMEOUT: Final = "START_TIMEOUT"
-FETCH_TIMEOUT: Final = "FETCH_TIMEOUT"
-REPLICA_DIED: Final = "REPLICA_DIED"
-REPLICA_LOST: Final = "REPLICA_LOST"
-REPLICA_HUNG: Final = "REPLICA_HUNG"
-SLEEP_TIMEOUT: Final = "SLEEP_TIMEOUT"
-WAKE_TIMEOUT: Final = "WAKE_TIMEOUT"
-
-
-class Stage(enum.Enum):
-    """Where a replica is for the supervisor: the contract's states, FALLING_ASLEEP, and ENDING while it is killed."""
-
-    PENDING = enum.auto()
-    FETCHING = enum.auto()
-    LOADING = enum.auto()
-    WARMING = enum.auto()
-    READY = enum.auto()
-    DRAINING = enum.auto()
-    FALLING_ASLEEP = enum.auto()
-    ASLEEP = enum.auto()
-    WAKING = enum.auto()
-    ENDING = enum.auto()
-    STOPPED = enum.auto()
-    FAILED = enum.auto()
-
-    @property
-    def shown(self) -> ReplicaState:
-        """The state that others see."""
-        return _SHOWN_AS.get(self.name) or ReplicaState[self.name]
-
-
-_SHOWN_AS: Final = {"ENDING": ReplicaState.DRAINING, "FALLING_ASLEEP": ReplicaState.ASLEEP}
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How long a stage may last, in seconds.
-
-    Attributes:
-        fetch_seconds: Until the weights are on the node.
-        start_seconds: From the fork to ready.
-        drain_seconds: For a replica that drains on its own account.
-        drain_grace_seconds: Given to a replica on top of its drain timeout, to cut off what is left and to exit by
-            itself.
-        sleep_seconds: Until weights and KV cache are off the device.
-        wake_seconds: Until a sleeping replica is ready again.
-        silence_seconds: How long a ready replica may say nothing before it counts as hung; 0: for ever.
-    """
-
-    fetch_seconds: float
-    start_seconds: float
-    drain_seconds: float
-    drain_grace_seconds: float
-    sleep_seconds: float = 60.0
-    wake_seconds: float = 60.0
-    silence_seconds: float = 0.0
-
 
 # A deadline that is seen this late says that the supervisor itself stood still, and what the replica said meanwhile has
 # yet to be read.

@@ -21,9 +21,10 @@ from helios.mesh.errors import HeliosError
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.supervisor import life_actions, life_events
 from helios.worker.supervisor.last_words import last_lines
+from helios.worker.supervisor.life_stages import Stage
 from helios.worker.supervisor.process_tree import kill_tree, watch_exit
 from helios.worker.supervisor.records import Failure, Load, ProcessIdentity, ReplicaState, ReplicaView
-from helios.worker.supervisor.replica_machine import ReplicaMachine, Stage
+from helios.worker.supervisor.replica_machine import ReplicaMachine
 
 log = structlog.get_logger()
 tracer = trace.get_tracer("helios.worker")
