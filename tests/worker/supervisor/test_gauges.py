@@ -83,6 +83,26 @@ async def test_only_what_changed_is_told() -> None:
         assert supervisor.memory == [500, 60]
 
 
+async def test_what_was_measured_of_a_replica_that_fell_asleep_meanwhile_is_not_told() -> None:
+    supervisor = FakeSupervisor()
+
+    class Slow(FakeInventory):
+        def process_bytes(self, pids: frozenset[int]) -> int | None:
+            if supervisor.replica.state is ReplicaState.READY:
+                supervisor.replica = replace(supervisor.replica, state=ReplicaState.ASLEEP)
+                return 500
+            return 60
+
+    inventory = Slow()
+    async with task_scope() as group:
+        group.create_task(keep_measuring(inventory, supervisor, interval_seconds=0.001))
+        await rounds(inventory, 62)
+        assert supervisor.memory == [], "it still falls asleep"
+        supervisor.replica = replace(supervisor.replica, sleeping_bytes=1000)
+        await rounds(inventory, 62)
+        assert supervisor.memory == [60]
+
+
 def test_measures_of_devices_go_with_the_next_report_the_newest_of_each() -> None:
     woken: list[Outbox] = []
     outbox = Outbox(woken.append)

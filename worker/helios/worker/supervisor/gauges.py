@@ -11,7 +11,6 @@ from helios.worker.supervisor.records import DeviceMeasure, ReplicaState, Replic
 _ROUNDS: Final = 30
 # A change below this share is noise, and every change is an event to every proxy.
 _WORTH_TELLING: Final = 0.01
-_MEASURED: Final = (ReplicaState.READY, ReplicaState.ASLEEP)
 
 
 class Inventory(Protocol):
@@ -52,14 +51,23 @@ async def keep_measuring(inventory: Inventory, listener: Listener, *, interval_s
             if told.get(measure.device_id) != measure:
                 told[measure.device_id] = measure
                 listener.note_measure(measure)
-        measurable = [replica for replica in listener.view().replicas if replica.state in _MEASURED]
-        for replica in measurable:
+        measurable = _measurable(listener.view())
+        for replica in measurable.values():
             # Soon after it became ready or fell asleep, and then now and again.
             if (replica.replica_id, replica.state) not in seen or number % _ROUNDS == 0:
                 await _measure_replica(inventory, listener, replica)
-        seen = {(replica.replica_id, replica.state) for replica in measurable}
+        seen = {(replica.replica_id, replica.state) for replica in measurable.values()}
         number += 1
         await asyncio.sleep(interval_seconds)
+
+
+def _measurable(worker: WorkerView) -> dict[str, ReplicaView]:
+    """Returns the replicas that stand still: ready, or asleep; not those that still fall asleep."""
+    return {
+        replica.replica_id: replica
+        for replica in worker.replicas
+        if replica.state is ReplicaState.READY or replica.sleeping_bytes is not None
+    }
 
 
 async def _measure_replica(inventory: Inventory, listener: Listener, replica: ReplicaView) -> None:
@@ -68,6 +76,10 @@ async def _measure_replica(inventory: Inventory, listener: Listener, replica: Re
     tree = await asyncio.to_thread(find_tree, replica.process)
     pids = frozenset(entry.identity.pid for entry in tree)
     held = await asyncio.to_thread(inventory.process_bytes, pids)
+    now = _measurable(listener.view()).get(replica.replica_id)
+    if now is None or now.state is not replica.state:
+        # It fell asleep or woke meanwhile: what was measured says nothing of what it holds now.
+        return
     known = replica.memory_bytes if replica.state is ReplicaState.ASLEEP else replica.measured_bytes
     if held and abs(held - known) > _WORTH_TELLING * held:
         listener.note_memory(replica.replica_id, held)
