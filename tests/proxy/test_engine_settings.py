@@ -204,9 +204,6 @@ def test_an_adapter_is_answered_by_the_model_that_names_it() -> None:
     found = catalogue.find("pirate")
     assert found is not None
     assert (found.name, found.adapters) == ("base", ("pirate", "poet"))
-    assert catalogue.is_adapter_name("pirate")
-    assert not catalogue.is_adapter_name("base")
-    assert not catalogue.is_adapter_name("pirate-lora")
     catalogue.upsert(entry("base", engine_settings=lora("poet")))
     assert catalogue.find("pirate") is None
     catalogue.delete("base")
@@ -222,3 +219,22 @@ def test_an_adapter_s_own_name_means_the_model_that_names_it() -> None:
     assert found is not None
     assert found.name == "base"
     assert catalogue.get("pirate") == adapter
+
+
+def test_a_decode_model_s_requests_name_a_replica_that_computes_prompts() -> None:
+    subject = core()
+    decode = entry(engine_settings=settings(role="DISAGGREGATION_ROLE_DECODE"))
+    prefill = entry("p", engine_settings=settings(role="DISAGGREGATION_ROLE_PREFILL"))
+    stale = entry("q", revision="sha256:2", engine_settings=settings(role="DISAGGREGATION_ROLE_PREFILL"))
+    subject.models_replaced([decode, prefill, stale, entry("both")], 0.0, is_synced=True)
+    subject.worker_hello(hello(replicas=(ready(replica("d"), "1:1"),)), 0.0)
+    subject.endpoints_acknowledged(frozenset({"1:1", "1:2"}), 1.0)
+    chosen = subject.pick(decode, "r1", 2.0)
+    assert chosen is not None
+    assert subject.prefill_endpoint(decode, chosen, 2.0) == "", "none yet, and nobody waits"
+    (start,) = [order for order in sent(subject.tick(3.0)) if isinstance(order, StartReplica)]
+    assert start.model == "p", "a model that computes prompts is in use while the one that decodes is"
+    started = ready(replica(start.replica_id, model="p"), "1:2")
+    subject.replica_event("w", 1, started, 4.0)
+    assert subject.prefill_endpoint(decode, chosen, 5.0) == "1:2"
+    assert subject.prefill_endpoint(entry("both"), chosen, 5.0) == ""

@@ -58,4 +58,6 @@ ROUTE_MODEL_HEADER: Final = "x-helios-route-model"
 ROUTE_REVISION_HEADER: Final = "x-helios-route-revision"
 # Set where the requested name is a LoRA adapter's: a replica that has no such adapter must not answer without it.
 ROUTE_ADAPTER_HEADER: Final = "x-helios-route-adapter"
+# Address (`host:port`) of the replica that computes the request's prompt for the one that answers.
+PREFILL_ENDPOINT_HEADER: Final = "x-helios-prefill-endpoint"
 REQUEST_ID_HEADER: Final = "x-request-id"

@@ -53,6 +53,11 @@ class ModelEntry:
         """Names of adapters that requests for this model may use."""
         return needs_of(self.engine_settings).adapter_names
 
+    @property
+    def role(self) -> str:
+        """Which part of a request its replicas do: "prefill" or "decode"; else all of it."""
+        return needs_of(self.engine_settings).role if self.engine_settings else ""
+
 
 def shown(name: str) -> str:
     """A name that a client sent, fit for a message: no control characters, and no longer than a model's name may be."""
@@ -71,6 +76,7 @@ class Catalogue:
         self._models: dict[str, ModelEntry] = {}
         self._aliases: dict[str, str] = {}
         self._pinned: set[str] = set()
+        self._prefill: set[str] = set()
         self.is_synced = False
 
     def find(self, name: str) -> ModelEntry | None:
@@ -80,11 +86,6 @@ class Catalogue:
             owner = self._aliases.get(name)
             entry = self._models.get(owner, entry) if owner is not None else entry
         return entry
-
-    def is_adapter_name(self, name: str) -> bool:
-        """Whether requests that name this mean a LoRA adapter."""
-        owner = self._models.get(self._aliases.get(name, ""))
-        return owner is not None and name in owner.adapters
 
     def get(self, name: str) -> ModelEntry | None:
         """A model or an adapter by its own name in the registry."""
@@ -98,10 +99,15 @@ class Catalogue:
         """Names of models with min_replicas above 0."""
         return self._pinned
 
+    def prefill_models(self, revision: str) -> list[ModelEntry]:
+        """Models of this revision whose replicas compute prompts for those that decode."""
+        entries = [self._models[name] for name in sorted(self._prefill)]
+        return [entry for entry in entries if entry.revision == revision]
+
     def replace(self, entries: Iterable[ModelEntry]) -> set[str]:
         """Takes in all models at once; returns the names that are new, changed or gone."""
         old = self._models
-        self._models, self._aliases, self._pinned = {}, {}, set()
+        self._models, self._aliases, self._pinned, self._prefill = {}, {}, set(), set()
         for entry in entries:
             self._add(entry)
         names = old.keys() | self._models.keys()
@@ -136,6 +142,8 @@ class Catalogue:
             self._aliases[alias] = entry.name
         if entry.min_replicas:
             self._pinned.add(entry.name)
+        if entry.role == "prefill":
+            self._prefill.add(entry.name)
 
     def _drop(self, entry: ModelEntry) -> None:
         del self._models[entry.name]
@@ -143,3 +151,4 @@ class Catalogue:
             if self._aliases.get(alias) == entry.name:
                 del self._aliases[alias]
         self._pinned.discard(entry.name)
+        self._prefill.discard(entry.name)

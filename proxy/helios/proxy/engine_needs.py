@@ -33,6 +33,7 @@ class EngineNeeds:
         draft_model: model that guesses tokens.
         adapters: models with adapters.
         adapter_names: what requests call them.
+        role: "prefill" or "decode"; "both" and empty are the same.
     """
 
     engine: str = ""
@@ -46,6 +47,7 @@ class EngineNeeds:
     draft_model: str = ""
     adapters: tuple[str, ...] = ()
     adapter_names: tuple[str, ...] = ()
+    role: str = ""
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -84,6 +86,7 @@ def needs_of(settings: str) -> EngineNeeds:
         max_batched_tokens=int(values.get("max_batched_tokens", 0)),
         draft_model=values.get("speculative_decoding", {}).get("draft_model", ""),
         adapters=tuple(adapter.get("model", "") for adapter in adapters),
+        role=values.get("role", "").removeprefix("DISAGGREGATION_ROLE_").lower(),
         adapter_names=tuple(adapter["name"] for adapter in adapters if adapter.get("name")),
     )
 

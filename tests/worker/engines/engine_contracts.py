@@ -415,6 +415,14 @@ async def errors_are_helios_errors(subject: Subject) -> None:
 
 
 @contract
+@needs_tokens
+async def vectors_are_refused_by_a_model_that_makes_text(subject: Subject) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await subject.engine.answer(OpenAICall.EMBEDDING, {"model": subject.model, "input": "x"}, meter())
+    assert (caught.value.reason, caught.value.metadata["param"]) == ("WRONG_KIND_OF_MODEL", "model")
+
+
+@contract
 async def it_is_idle_in_the_end_and_closes_twice(subject: Subject) -> None:
     await becomes_idle(subject.engine)
     subject.engine.close()

@@ -90,6 +90,23 @@ class Document(ls.LitAPI):
         }
 
 
+class Vectors(ls.LitAPI):
+    """Makes vectors, and OpenAI's document of them: the length of each text."""
+
+    def setup(self, device: str) -> None:
+        del device
+
+    def decode_request(self, request: dict[str, Any]) -> list[str]:
+        return [request["input"]] if isinstance(request["input"], str) else list(request["input"])
+
+    def predict(self, texts: list[str]) -> list[float]:
+        return [float(len(text)) for text in texts]
+
+    def encode_response(self, lengths: list[float]) -> dict[str, Any]:
+        data = [{"object": "embedding", "index": i, "embedding": [x]} for i, x in enumerate(lengths)]
+        return {"object": "list", "model": "mine", "data": data, "usage": {"prompt_tokens": 3, "total_tokens": 3}}
+
+
 class Batched(ls.LitAPI):
     """Answers with the size of the batch that it was in."""
 

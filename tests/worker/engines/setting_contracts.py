@@ -17,19 +17,22 @@ import pytest
 from pydantic import ValidationError
 from vllm.config import AttentionConfig, CompilationConfig, KVTransferConfig, LoRAConfig, VllmConfig
 from vllm.config.lora import MaxLoRARanks
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 
 from helios.mesh.errors import InvalidRequest
-from helios.worker.engines.vllm import checks, compat_config, failures
-from helios.worker.engines.vllm.arguments import arguments_of, engine_arguments, offload_transfer
+from helios.worker.engines.vllm import checks, compat_config, failures, kv_files
+from helios.worker.engines.vllm.arguments import arguments_of, engine_arguments, offload_transfer, role_transfer
 from helios.worker.replica.settings import (
     Compilation,
     EngineSettings,
     KvOffload,
     LoraAdapter,
     LoraSettings,
+    Role,
     SpeculativeDecoding,
     Task,
 )
@@ -321,3 +324,32 @@ def an_architecture_that_vllm_does_not_know_is_told_as_such() -> None:
 @contract
 def a_literals_validation_error_is_a_value_error() -> None:
     assert issubclass(ValidationError, ValueError), "failures.START_ERRORS leans on it"
+
+
+@contract
+def roles_are_a_connector_through_files_on_a_cpu_and_nixl_between_devices() -> None:
+    for role, kind in ((Role.PREFILL, "kv_producer"), (Role.DECODE, "kv_consumer")):
+        for is_cpu in (True, False):
+            config = KVTransferConfig(**role_transfer(role, "/kv", is_cpu=is_cpu))
+            assert (config.kv_role, config.kv_load_failure_policy) == (kind, "recompute")
+            assert config.is_kv_producer == (role is Role.PREFILL)
+            connector = KVConnectorFactory.get_connector_class(config)
+            assert connector.__name__.startswith("FileConnector" if is_cpu else "Nixl")
+    assert role_transfer(Role.BOTH, "/kv", is_cpu=True) == {}
+    made = configured(role=Role.PREFILL)
+    assert not made.scheduler_config.enable_chunked_prefill, "a prompt in pieces would be written too early"
+    problems = checks.find_problems(EngineSettings(role=Role.DECODE, tensor_parallel_size=2, kv_offload=KvOffload(1)))
+    assert {problem.field for problem in problems} == {"role"}
+
+
+@contract
+def the_connector_through_files_leans_on_the_examples_names() -> None:
+    for name in ("start_load_kv", "save_kv_layer", "update_state_after_alloc", "_generate_filename_debug"):
+        assert callable(getattr(ExampleConnector, name))
+    example = inspect.getsource(ExampleConnector)
+    for leaned_on in ("self._requests_need_load", "self._storage_path", "self._block_size", "request.mm_hashes"):
+        assert leaned_on in example
+    named = [*inspect.signature(ExampleConnector._generate_foldername_debug).parameters]
+    assert named == [*inspect.signature(kv_files.FileConnector._generate_foldername_debug).parameters]
+    assert kv_files._transfer_of({"transfer": "../x"}) == kv_files._transfer_of(None) == ""
+    assert kv_files._transfer_of({"transfer": "0" * 32}) == "0" * 32

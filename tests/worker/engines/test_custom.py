@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 import pytest
+from openai.types import CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from helios.mesh.errors import Bug, HeliosError, InvalidRequest, Overloaded, QuotaExceeded, Unsupported
@@ -93,6 +94,20 @@ async def test_a_text_becomes_the_message_and_a_stream_of_one_part() -> None:
         answer = await made.answer(OpenAICall.COMPLETION, {"model": "mine", "prompt": "a b"}, Meter("r", 0.0))
         assert isinstance(answer, JsonAnswer)
         assert orjson.loads(answer.body)["choices"][0]["text"] == "A B"
+
+
+async def test_a_class_may_make_vectors() -> None:
+    meter = Meter("r", 0.0)
+    with engine(f"{EXAMPLES}:Vectors") as made:
+        answer = await made.answer(OpenAICall.EMBEDDING, {"model": "mine", "input": ["a", "abc"]}, meter)
+        assert isinstance(answer, JsonAnswer)
+        vectors = [entry.embedding for entry in CreateEmbeddingResponse.model_validate_json(answer.body).data]
+        with pytest.raises(InvalidRequest):
+            await made.answer(OpenAICall.EMBEDDING, {"model": "mine"}, Meter("r", 0.0))
+    assert vectors == [[1.0], [3.0]]
+    assert (meter.prompt_tokens, meter.completion_tokens) == (3, 0)
+    with engine(f"{EXAMPLES}:Square") as made, pytest.raises(HeliosError):
+        await made.answer(OpenAICall.EMBEDDING, {"model": "mine", "input": "4"}, Meter("r", 0.0))
 
 
 async def test_another_dict_becomes_its_json() -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -37,7 +38,8 @@ def make_llama(directory: Path, tokenizer: Path, *, heads: int = 8, layers: int 
     torch.manual_seed(7)
     # Its bars come with a thread that never ends.
     transformers.utils.logging.disable_progress_bar()
-    transformers.LlamaForCausalLM(config).to(torch.float32).save_pretrained(directory)
+    model: Any = transformers.LlamaForCausalLM(config)
+    model.to(torch.float32).save_pretrained(directory)
     for name in _TOKENIZER:
         if (tokenizer / name).exists():
             shutil.copy(tokenizer / name, directory / name)

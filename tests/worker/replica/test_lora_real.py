@@ -61,7 +61,8 @@ async def test_base_and_adapters_answer_each_in_their_own_way(replica: RunningRe
         native = dialer.stub(inference_service_pb2_grpc.InferenceServiceStub)
         sampling = pb.SamplingParameters(temperature=0, max_tokens=8)
         request = pb.CompleteRequest(model="pirate", text=PROMPT, sampling=sampling)
-        typed = "".join(message.delta.text for message in await read(native.Complete(request, **OPTIONS)))
+        messages: list[Any] = await read(native.Complete(request, **OPTIONS))
+        typed = "".join(message.delta.text for message in messages)
     assert typed == texts["pirate"]
 
 

@@ -249,6 +249,7 @@ class _SpecMaker:
             identity_directory=str(identity.directory.absolute()) if identity else "",
             log_path=str(log_path(settings.replica_log_directory, order.model, order.replica_id)),
             compile_cache_directory=str((settings.state_directory / "compiled").absolute()),
+            kv_directory=str((settings.state_directory / "kv").absolute()),
             created_at=order.created_at,
             placement=place(
                 booking.slot,

@@ -30,7 +30,7 @@ from helios.mesh.server import check_peer
 from helios.proxy import metrics
 from helios.proxy.catalog.servicer import find_model
 from helios.proxy.catalog.session import ModelSource
-from helios.proxy.catalogue import ModelEntry
+from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.explain.record import Refusal
 from helios.proxy.picker.request import (
     INFERENCE_PREFIX,
@@ -107,12 +107,27 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             self._note_refusal(model, heads, arrived_at, began, error)
             await context.write(_refusal(error))
             return
-        is_adapter = self._core.catalogue.is_adapter_name(model)
-        await context.write(_answer(pick, model, is_body=is_body, is_adapter=is_adapter))
+        await context.write(_answer(pick, model, is_body=is_body, more=self._more_headers(pick, model)))
+
+    def _more_headers(self, pick: Pick, model: str) -> dict[str, str]:
+        """What only requests of some models carry: the adapter that they name, the replica that computes the prompt."""
+        entry = self._core.catalogue.get(pick.model)
+        if entry is None or not entry.engine_settings:
+            return {}
+        found = {names.PREFILL_ENDPOINT_HEADER: self._core.prefill_endpoint(entry, pick, time.monotonic())}
+        if model in entry.adapters:
+            found[names.ROUTE_ADAPTER_HEADER] = model
+        return {name: value for name, value in found.items() if value}
 
     async def _pick(self, model: str, heads: Heads, arrived_at: float, began: str, context: Any) -> Pick:
         now = time.perf_counter()
         entry = self._core.resolve(model) or await find_model(self._runtime, self._models, model)
+        if entry.role == "prefill":
+            raise InvalidRequest(
+                f"'{shown(model)}' only computes prompts, for a model of the same revision whose role is decode",
+                reason="PREFILL_ONLY",
+                metadata={"param": "model"},
+            )
         pick = self._core.pick(entry, heads.request_id, time.monotonic())
         if pick is not None:
             excluded = self._core.traffic.exclusions(entry.name)
@@ -213,15 +228,15 @@ def _trace_of(context: Any) -> str:
     return next((str(value) for key, value in metadata if key == "traceparent"), "")
 
 
-def _answer(pick: Pick, model: str, *, is_body: bool, is_adapter: bool) -> Any:
+def _answer(pick: Pick, model: str, *, is_body: bool, more: dict[str, str]) -> Any:
     response = ext_proc.ProcessingResponse()
     part = response.request_body if is_body else response.request_headers
     headers = part.response.header_mutation.set_headers
     _set(headers, names.ENDPOINT_HEADER, pick.endpoints.encode())
     _set(headers, names.ROUTE_MODEL_HEADER, model.encode())
     _set(headers, names.ROUTE_REVISION_HEADER, pick.revision.encode())
-    if is_adapter:
-        _set(headers, names.ROUTE_ADAPTER_HEADER, model.encode())
+    for name, value in more.items():
+        _set(headers, name, value.encode())
     _set(headers, MAX_RETRIES_HEADER, _RETRIES[len(pick.choices) - 1])
     return response
 

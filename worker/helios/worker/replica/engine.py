@@ -3,11 +3,12 @@
 The protocol lives here, with its caller; ``helios.worker.engines`` implements it.
 """
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from helios.worker.replica.phases import measured
 
@@ -60,6 +61,15 @@ class Meter:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     completion_tokens: int = 0
+
+
+TransferParameters = Mapping[str, Any]
+"""What an engine needs to find a KV cache that another one computed; its own business."""
+
+PREFILL: Final[ContextVar[Callable[[Sequence[int]], Awaitable[TransferParameters | None]] | None]] = ContextVar(
+    "helios_prefill", default=None
+)
+"""How the prompt of the current request is computed by another replica, by its token ids; None: it is computed here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +224,17 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Ends the engine's processes. Idempotent."""
+        ...
+
+
+class PrefillingEngine(Protocol):
+    """An engine that computes prompts for the engines of other replicas."""
+
+    async def prefill(self, token_ids: Sequence[int], transfer: str) -> TransferParameters:
+        """Computes a prompt and leaves its KV cache under the name ``transfer``; returns what finds it there.
+
+        The prompt's tokens are counted where the request is answered, not here.
+        """
         ...
 
 

@@ -7,9 +7,10 @@ edge can set. A request that says something else in its body, or a pick that is 
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -27,14 +28,16 @@ from helios.mesh.errors import (
 )
 from helios.mesh.names import (
     MODEL_HEADER,
+    PREFILL_ENDPOINT_HEADER,
     REQUEST_ID_HEADER,
     ROUTE_ADAPTER_HEADER,
     ROUTE_MODEL_HEADER,
     ROUTE_REVISION_HEADER,
 )
 from helios.worker.replica import metrics, tracing
-from helios.worker.replica.engine import Meter
+from helios.worker.replica.engine import PREFILL, Meter, TransferParameters
 from helios.worker.replica.ledger import RequestLedger
+from helios.worker.replica.settings import Role
 
 log = structlog.get_logger()
 
@@ -61,13 +64,17 @@ class CallGate:
         *,
         names: tuple[str, ...],
         adapters: tuple[str, ...] = (),
+        role: Role = Role.BOTH,
+        prefill: Callable[[str, Sequence[int]], Awaitable[TransferParameters | None]] | None = None,
         revision: str,
         ledger: RequestLedger,
         on_change: Callable[[], None],
     ) -> None:
         """``names[0]`` is the model's own name, ``adapters`` those that may be named instead; ``on_change`` is called
-        when a request starts or finishes.
+        when a request starts or finishes; ``prefill`` has a prompt computed by the replica of an address.
         """
+        self._role = role
+        self._prefill = prefill
         self._names = frozenset((*names, *adapters))
         self._adapters = frozenset(adapters)
         self._model = names[0]
@@ -109,12 +116,12 @@ class CallGate:
         self._is_paused = False
 
     @contextmanager
-    def admit(self, context: Any, operation: str) -> Iterator[Call]:
+    def admit(self, context: Any, operation: str, *, is_prefill: bool = False) -> Iterator[Call]:
         """Lets a call in, or raises; its account is closed when the block is left, however it is left.
 
         Raises:
             Draining: The replica takes nothing new.
-            NoReadyReplica: The replica sleeps, or the pick was made for another revision.
+            NoReadyReplica: The replica sleeps, computes prompts only, or the pick was made for another revision.
             PreconditionFailed: ADAPTER_NOT_LOADED, it was started before its settings named the adapter.
         """
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
@@ -129,6 +136,12 @@ class CallGate:
                 metadata={"revision": self._revision, "wanted": revision},
                 retry_after_seconds=_DRAINING_RETRY_SECONDS,
             )
+        if self._role is Role.PREFILL and not is_prefill:
+            raise NoReadyReplica(
+                "this replica only computes prompts for others", retry_after_seconds=_DRAINING_RETRY_SECONDS
+            )
+        endpoint = metadata.get(PREFILL_ENDPOINT_HEADER)
+        PREFILL.set(partial(self._prefill, endpoint) if endpoint and self._prefill is not None else None)
         adapter = metadata.get(ROUTE_ADAPTER_HEADER)
         if adapter is not None and adapter not in self._adapters:
             # Not Unavailable: every replica of this age says so, and none of them is at fault.

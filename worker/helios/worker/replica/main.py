@@ -15,7 +15,7 @@ from typing import Final
 
 import structlog
 
-from helios.api.inference.v1 import inference_service_pb2_grpc, openai_service_pb2_grpc
+from helios.api.inference.v1 import inference_service_pb2_grpc, openai_service_pb2_grpc, prefill_service_pb2_grpc
 from helios.mesh.errors import HeliosError
 from helios.mesh.identity import IdentityFiles
 from helios.mesh.ops import OpsServer
@@ -30,6 +30,8 @@ from helios.worker.replica.gate import CallGate
 from helios.worker.replica.inference_servicer import InferenceServicer
 from helios.worker.replica.ledger import RequestLedger
 from helios.worker.replica.openai_servicer import OpenAIServicer
+from helios.worker.replica.prefill import PrefillClient, PrefillServicer
+from helios.worker.replica.settings import Role
 from helios.worker.replica.sleeping import Sleeping
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.replica.start import EngineStart
@@ -38,8 +40,10 @@ log = structlog.get_logger()
 
 OPENAI_SERVICE: Final = "helios.api.inference.v1.OpenAIService"
 INFERENCE_SERVICE: Final = "helios.api.inference.v1.InferenceService"
+PREFILL_SERVICE: Final = "helios.api.inference.v1.PrefillService"
 # The edge brings users' calls, the proxy probes.
 _CALLERS: Final = frozenset({"edge", "proxy"})
+_REPLICAS: Final = frozenset({"worker"})
 _HEALTH_CHECK_SECONDS: Final = 0.5
 # Time for the supervisor to hear why, before the process is gone.
 _LAST_WORDS_SECONDS: Final = 5.0
@@ -108,9 +112,16 @@ class _Replica:
         if engine is None:
             return self._ending.result()
         self._engine = engine
+        async with contextlib.AsyncExitStack() as stack:
+            prefills = PrefillClient(stack, identity=_identity(self._spec), revision=self._spec.revision)
+            return await self._serve(engine, prefills)
+
+    async def _serve(self, engine: Engine, prefills: PrefillClient) -> Ending:
         gate = CallGate(
             names=self._spec.names,
             adapters=self._spec.adapter_names,
+            role=self._spec.settings.role,
+            prefill=prefills.prefill if self._spec.settings.role is Role.DECODE else None,
             revision=self._spec.revision,
             ledger=self._ledger,
             on_change=self._attachment.wake,
@@ -153,8 +164,8 @@ class _Replica:
         spec = self._spec
         server = MeshServer(
             listen=f"{spec.host}:{spec.port}",
-            identity=IdentityFiles(Path(spec.identity_directory)) if spec.identity_directory else None,
-            policy={OPENAI_SERVICE: _CALLERS, INFERENCE_SERVICE: _CALLERS},
+            identity=_identity(spec),
+            policy={OPENAI_SERVICE: _CALLERS, INFERENCE_SERVICE: _CALLERS, PREFILL_SERVICE: _REPLICAS},
             # The gate has drained by then; what still runs is over its time.
             options=ServerOptions(drain_seconds=0.0, transport="http2"),
         )
@@ -162,7 +173,11 @@ class _Replica:
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceServicer(engine, gate, model=spec.model, revision=spec.revision), server.grpc
         )
-        server.serve(OPENAI_SERVICE, INFERENCE_SERVICE)
+        prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(
+            PrefillServicer(engine, gate, role=spec.settings.role, revision=spec.revision, directory=spec.kv_directory),
+            server.grpc,
+        )
+        server.serve(OPENAI_SERVICE, INFERENCE_SERVICE, PREFILL_SERVICE)
         return server
 
     async def _wait_engine(self) -> Engine | None:
@@ -268,6 +283,10 @@ def bind_threads(cores: tuple[int, ...]) -> None:
         for thread in Path("/proc/self/task").iterdir():
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(int(thread.name), cores)
+
+
+def _identity(spec: ReplicaSpec) -> IdentityFiles | None:
+    return IdentityFiles(Path(spec.identity_directory)) if spec.identity_directory else None
 
 
 def _own_start_ticks() -> int:

@@ -47,6 +47,7 @@ class ReplicaSpec:
         identity_directory: Directory with the worker's leaf (tls.crt, tls.key, ca.crt); empty serves without TLS.
         log_path: File that standard output and error of the whole process tree are appended to; empty inherits.
         compile_cache_directory: Where this node keeps compiled code; empty: the engine's own place.
+        kv_directory: Where KV caches lie that travel between this node's replicas through files; empty: they don't.
         created_at: When its start was asked for, with a time zone.
         placement: Cores.
         max_running_requests: How many requests the engine works on at once, where the settings do not say; more wait
@@ -85,6 +86,7 @@ class ReplicaSpec:
     identity_directory: str = ""
     log_path: str = ""
     compile_cache_directory: str = ""
+    kv_directory: str = ""
     created_at: datetime
     placement: Placement = Placement()
     max_running_requests: int = 64

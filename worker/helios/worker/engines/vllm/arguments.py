@@ -8,19 +8,22 @@ once: whoever corrects one does not want to wait for the next.
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from helios.mesh.errors import InvalidRequest
 from helios.worker.engines.vllm import checks, compat, compat_config
 from helios.worker.engines.vllm.failures import INVALID_ENGINE_SETTINGS
 from helios.worker.replica.compile_cache import CompileInputs
-from helios.worker.replica.settings import Compilation, EngineSettings, KvOffload, SpeculativeDecoding, Task
+from helios.worker.replica.settings import Compilation, EngineSettings, KvOffload, Role, SpeculativeDecoding, Task
 from helios.worker.replica.spec import ReplicaSpec
 
 # One prefill step: enough to keep two cores busy, small enough that running answers are not held up for long.
 _BATCHED_TOKENS: Final = 1024
 # Arguments that no compiled code depends on: other names or another size of the cache are the same model.
 _NOT_COMPILED: Final = frozenset({"model", "served_model_name", "kv_cache_memory_bytes", "kv_transfer_config"})
+# The connector of kv_files, by the name that vLLM loads it by.
+FILES: Final = "FileConnector"
 _RUNNERS: Final[Mapping[Task, Mapping[str, Any]]] = {
     Task.DEFAULT: {},
     Task.GENERATE: {"runner": "generate"},
@@ -46,6 +49,10 @@ def engine_arguments(spec: ReplicaSpec, phase_descriptor: int) -> Any:
 
 def arguments_of(spec: ReplicaSpec) -> dict[str, Any]:
     """Returns the keyword arguments of AsyncEngineArgs that say which model is run and how. Pure."""
+    transfer = role_transfer(spec.settings.role, spec.kv_directory, is_cpu=compat.runs_eagerly())
+    if transfer.get("kv_connector") == FILES and spec.settings.role is Role.PREFILL:
+        # A prompt in pieces would be written when the first of them is there.
+        spec = replace(spec, settings=replace(spec.settings, chunked_prefill=False))
     settings = spec.settings
     arguments: dict[str, Any] = {
         "model": spec.model_path,
@@ -79,6 +86,8 @@ def arguments_of(spec: ReplicaSpec) -> dict[str, Any]:
         arguments["speculative_config"] = speculative_config(settings.speculative_decoding, spec.revision_paths)
     if settings.kv_offload is not None:
         arguments |= _kv_offload(settings.kv_offload)
+    if transfer:
+        arguments["kv_transfer_config"] = compat_config.KVTransferConfig(**transfer)
     if settings.lora is not None:
         arguments |= {
             "enable_lora": True,
@@ -132,6 +141,28 @@ def offload_transfer(offload: KvOffload, directory: str) -> dict[str, Any]:
             "secondary_tiers": [{"type": "fs", "root_dir": directory, "n_read_threads": 2, "n_write_threads": 2}],
         }
     return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+def role_transfer(role: Role, directory: str, *, is_cpu: bool) -> dict[str, Any]:
+    """Returns the fields of vLLM's KVTransferConfig that a role asks for; empty for a replica that does both.
+
+    Args:
+        role: What the replica does.
+        directory: Where KV caches lie that travel through files.
+        is_cpu: Through files on a CPU, by NIXL between devices.
+    """
+    if role is Role.BOTH:
+        return {}
+    kind = "kv_producer" if role is Role.PREFILL else "kv_consumer"
+    # Blocks that did not arrive are computed; a request does not fail of it.
+    common = {"kv_role": kind, "kv_load_failure_policy": "recompute"}
+    if not is_cpu:
+        return common | {"kv_connector": "NixlConnector"}
+    return common | {
+        "kv_connector": FILES,
+        "kv_connector_module_path": "helios.worker.engines.vllm.kv_files",
+        "kv_connector_extra_config": {"shared_storage_path": directory},
+    }
 
 
 def _kv_offload(offload: KvOffload) -> dict[str, Any]:

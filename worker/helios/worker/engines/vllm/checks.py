@@ -14,7 +14,7 @@ import jinja2
 from pydantic import ValidationError
 
 from helios.worker.engines.vllm import compat_config as vllm
-from helios.worker.replica.settings import EngineSettings, KvOffload, LoraSettings, SpeculativeDecoding
+from helios.worker.replica.settings import EngineSettings, KvOffload, LoraSettings, Role, SpeculativeDecoding
 
 # Long enough to see the near misses, short enough for an error message; vLLM has 37 tool parsers.
 _SHOWN_NAMES: Final = 60
@@ -62,6 +62,7 @@ def find_problems(settings: EngineSettings) -> list[Problem]:
         problems += _in_speculation(settings.speculative_decoding)
     if settings.lora is not None:
         problems += _in_lora(settings.lora)
+    problems += _in_role(settings)
     if settings.kv_offload is not None:
         problems += _in_offload(settings.kv_offload)
     return problems
@@ -161,6 +162,17 @@ def _in_lora(lora: LoraSettings) -> Iterator[Problem]:
 def _in_offload(offload: KvOffload) -> Iterator[Problem]:
     if offload.disk_bytes and not offload.host_bytes:
         yield Problem("kv_offload.host_bytes", "blocks go to disk through host memory: set it too")
+
+
+def _in_role(settings: EngineSettings) -> Iterator[Problem]:
+    if settings.role is Role.BOTH:
+        return
+    if settings.kv_offload is not None:
+        yield Problem("role", "a replica that does one part of a request keeps no blocks beside it: unset kv_offload")
+    if vllm.is_cpu() and settings.rank_count > 1:
+        yield Problem("role", "on a CPU KV caches travel through files, which several ranks can't share")
+    if vllm.is_cpu() and settings.role is Role.PREFILL and settings.chunked_prefill:
+        yield Problem("chunked_prefill", "a prompt that travels through files is computed in one step")
 
 
 def _unknown(value: str, names: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -82,7 +82,7 @@ from helios.worker.engines.vllm.compat_outputs import OutputPump, spare_checks_o
 from helios.worker.engines.vllm.compat_pooling import BertEmbeddingModel, PoolingRequestOutput
 from helios.worker.engines.vllm.held_tokenizers import HeldTokenizers
 from helios.worker.replica.compile_cache import processor_architecture
-from helios.worker.replica.engine import EngineLoad, Meter
+from helios.worker.replica.engine import PREFILL, EngineLoad, Meter, TransferParameters
 from helios.worker.replica.phases import measured, write_phase
 
 # The CPU worker patches torch when it is imported, so only the device's own worker may be.
@@ -528,6 +528,8 @@ class MeteredLLM(AsyncLLM):
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
         """Generates as AsyncLLM does. Closing the generator aborts the request at once, not when it is collected."""
         meter = METER.get()
+        if (prefill := PREFILL.get()) is not None:
+            args = await self._have_computed(prefill, *args, **kwargs)
         outputs = super().generate(*args, **kwargs)
         try:
             async for output in outputs:
@@ -536,6 +538,24 @@ class MeteredLLM(AsyncLLM):
                 yield output
         finally:
             await outputs.aclose()
+
+    async def _have_computed(
+        self, prefill: Callable[[Sequence[int]], Awaitable[TransferParameters | None]], *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """Has the prompt computed elsewhere where that helps; returns the arguments, with where the KV cache is."""
+        prompt, parameters, *others = args
+        token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        # Less than a block does not travel; a prompt's own log probabilities and an adapter's KV cache are not
+        # elsewhere, and several answers can't take one transfer.
+        is_plain = parameters.n == 1 and parameters.prompt_logprobs is None and kwargs.get("lora_request") is None
+        if not token_ids or len(token_ids) <= self.vllm_config.cache_config.block_size or not is_plain:
+            return args
+        transfer = await prefill(token_ids)
+        if transfer is None:
+            return args
+        parameters = parameters.clone()
+        parameters.extra_args = {**(parameters.extra_args or {}), "kv_transfer_params": dict(transfer)}
+        return (prompt, parameters, *others)
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[PoolingRequestOutput, None]:
         """Makes vectors as AsyncLLM does; the inputs of one request come as calls of their own, all on its meter."""

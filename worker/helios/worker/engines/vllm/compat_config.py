@@ -11,6 +11,7 @@ from vllm.config.speculative import SpeculativeMethod
 from vllm.config.structured_outputs import StructuredOutputsBackend
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -25,12 +26,18 @@ __all__ = [
     "StructuredOutputsConfig",
     "attention_backends",
     "compile_chat_template",
+    "is_cpu",
     "quantization_methods",
     "reasoning_parsers",
     "speculative_methods",
     "structured_output_backends",
     "tool_parsers",
 ]
+
+
+def is_cpu() -> bool:
+    """Returns whether models run on a CPU here."""
+    return bool(current_platform.is_cpu())
 
 
 def quantization_methods() -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import structlog
 
 from helios.mesh.errors import PreconditionFailed, ReplicaLost
-from helios.worker.engines.vllm import compat, errors
+from helios.worker.engines.vllm import compat, errors, kv_files
 from helios.worker.engines.vllm.arguments import compile_inputs, engine_arguments
 from helios.worker.engines.vllm.openai_api import OpenAIApi, TextApi, VectorApi
 from helios.worker.engines.vllm.pieces import PieceCutter
@@ -26,6 +26,7 @@ from helios.worker.replica.engine import (
     Prompt,
     Sampling,
     Tokenized,
+    TransferParameters,
 )
 from helios.worker.replica.spec import ReplicaSpec
 
@@ -34,6 +35,15 @@ log = structlog.get_logger()
 # Nothing runs any more when an engine is closed. A graceful end of EngineCore may take seconds, in which the device is
 # not free; after this it is killed.
 _SHUTDOWN_SECONDS: Final = 0.2
+# What NIXL's connector wants to hear of a prompt whose KV cache another engine will take; others do not read it.
+_NIXL_REQUEST: Final[Mapping[str, Any]] = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
 
 
 class VllmEngine:
@@ -129,6 +139,26 @@ class VllmEngine:
             await compat.wake_up(self._llm, self._sleep_level)
         except RuntimeError as error:
             raise ReplicaLost(f"vLLM could not wake the model: {error}") from error
+
+    async def prefill(self, token_ids: Sequence[int], transfer: str) -> TransferParameters:
+        """Computes a prompt for another replica: one token is drawn, because vLLM draws one, and thrown away."""
+        parameters = compat.SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            output_kind=compat.RequestOutputKind.FINAL_ONLY,
+            extra_args={"kv_transfer_params": {**_NIXL_REQUEST, kv_files.TRANSFER: transfer}},
+        )
+        prompt = compat.TokensPrompt(prompt_token_ids=list(token_ids))
+        found: TransferParameters | None = None
+        try:
+            async with contextlib.aclosing(self._llm.generate(prompt, parameters, f"prefill-{transfer}")) as outputs:
+                async for output in outputs:
+                    found = output.kv_transfer_params
+        except errors.REQUEST_ERRORS as error:
+            raise errors.from_exception(error) from error
+        # What a connector between devices says of its blocks; files are found by the transfer's name.
+        return found or {kv_files.TRANSFER: transfer}
 
     async def load_adapter(self, name: str, path: str) -> None:
         """Loads an adapter into all ranks; what vLLM has against it is told."""

@@ -19,6 +19,7 @@ from helios.worker.replica.settings import EngineSettings
 WRONG_KIND_OF_MODEL: Final = "WRONG_KIND_OF_MODEL"
 # OpenAI's own bound. Each input is a request of its own in the engine.
 _INPUT_LIMIT: Final = 2048
+_TRANSFER_FIELD: Final = "kv_transfer_params"
 _ENCODINGS: Final = (None, "float", "base64")
 _ERROR_EVENT: Final = 'data: {"error"'
 
@@ -61,6 +62,7 @@ class TextApi:
 
     async def answer(self, call: OpenAICall, document: Mapping[str, Any], request_id: str) -> JsonAnswer | EventStream:
         """Answers with text."""
+        _refuse_transfers(document)
         http = _http(request_id)
         if call is OpenAICall.CHAT_COMPLETION:
             chat = compat.ChatCompletionRequest.model_validate(document)
@@ -113,6 +115,17 @@ class VectorApi:
     def check_makes_text(self) -> None:
         """It does not. Raises InvalidRequest."""
         raise _wrong_kind(f"{self._model} makes vectors, not text; POST /v1/embeddings asks for vectors")
+
+
+def _refuse_transfers(document: Mapping[str, Any]) -> None:
+    """Refuses what vLLM takes from a router that it trusts: where in the mesh a KV cache is to be fetched from.
+
+    Raises:
+        InvalidRequest: A client says so.
+    """
+    arguments = document.get("vllm_xargs")
+    if document.get(_TRANSFER_FIELD) is not None or (isinstance(arguments, dict) and _TRANSFER_FIELD in arguments):
+        raise InvalidRequest(f"{_TRANSFER_FIELD}: not for clients", metadata={"param": _TRANSFER_FIELD})
 
 
 def _http(request_id: str) -> Any:
