@@ -347,3 +347,15 @@ def test_the_weights_of_an_older_revision_are_given_back() -> None:
     subject.models_replaced((sized("m", "sha256:3"), models[1]), 3.0, is_synced=True)
     assert orders(pass_time(subject, 4.0)) == [UnstageRevision("sha256:1")]
     assert orders(pass_time(subject, 5.0)) == []
+
+
+def test_an_operator_s_sleep_may_be_repeated_and_what_is_on_its_way_out_is_not_woken() -> None:
+    subject = world(sleeper(state=S.ASLEEP))
+    held = subject.fleet.replica("r")
+    assert held is not None
+    assert orders(subject.sleep(held, 1.0)) == []
+    assert orders(subject.drain_model(entry(), 2.0)) == [StopReplica("r")]
+    with pytest.raises(PreconditionFailed):
+        subject.wake(held, 3.0)
+    with pytest.raises(PreconditionFailed):
+        subject.sleep(held, 3.0)

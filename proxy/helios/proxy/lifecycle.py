@@ -324,7 +324,9 @@ class Lifecycle:
         return machine.Delayed("NO_CAPACITY", message)
 
     def put_to_sleep(self, replica: Replica, now: float) -> None:
-        """Puts a replica to sleep for an operator. Raises PreconditionFailed."""
+        """Puts a replica to sleep for an operator; nothing happens to one that sleeps. Raises PreconditionFailed."""
+        if replica.state is ReplicaState.ASLEEP and not self._traffic.is_draining(replica):
+            return
         self.warmth.check_sleep(replica)
         self._traffic.forget_use(replica.model)
         self.warmth.sleep(replica)
@@ -333,8 +335,8 @@ class Lifecycle:
         """Wakes a replica for an operator. Raises PreconditionFailed."""
         if replica.state in (ReplicaState.READY, ReplicaState.WAKING):
             return
-        if replica.state is not ReplicaState.ASLEEP:
-            message = f"replica {replica.replica_id} is not asleep"
+        if replica.state is not ReplicaState.ASLEEP or self._traffic.is_draining(replica):
+            message = f"replica {replica.replica_id} is not asleep, or on its way out"
             raise PreconditionFailed(message, reason="REPLICA_NOT_ASLEEP")
         self._traffic.use(replica.model, now)
         self._wake(replica)
