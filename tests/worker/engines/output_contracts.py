@@ -4,18 +4,22 @@ import asyncio
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import AsyncGenerator, Callable
 from types import SimpleNamespace
 from typing import Any
 
 import vllm.envs
 import zmq
 import zmq.asyncio
-from vllm.entrypoints.generate.base.protocol import DeltaMessage
+from vllm.entrypoints.generate.base.protocol import DeltaMessage, RequestResponseMetadata
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionResponseStreamChoice,
     ChatCompletionStreamResponse,
 )
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.exceptions import GenerationError
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, UtilityOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCoreProc
@@ -162,6 +166,129 @@ def events_are_the_same_without_the_check_of_fields() -> None:
     for model in compat_outputs.STREAMED:
         assert compat_outputs.FIELD_CHECK not in model.__pydantic_decorators__.model_validators
     assert compat_outputs.FIELD_CHECK in compat.ChatCompletionRequest.__pydantic_decorators__.model_validators
+
+
+# What JSON escapes and what it may not, what is longer than a byte, nothing at all, and what looks like an event's end.
+TEXTS = [
+    "Once",
+    "",
+    ' "q" \\ ',
+    "\n\t\x00\x1f\x7f",
+    "é\u2028😀",
+    '},"logprobs":null,"finish_reason":null,"token_ids":null}]}',
+    " the",
+    ".",
+]
+
+
+async def outputs(
+    texts: list[str], failure: Exception | None = None, count: int = 1
+) -> AsyncGenerator[RequestOutput, None]:
+    """Yields outputs as AsyncLLM does, the last one finished, or an error after them."""
+    for at, text in enumerate(texts):
+        is_last = at == len(texts) - 1 and failure is None
+        choices = [
+            CompletionOutput(index, text, [at, at], None, None, finish_reason="length" if is_last else None)
+            for index in range(count)
+        ]
+        yield RequestOutput("id", None, [1, 2, 3], None, choices, finished=is_last, num_cached_tokens=2)
+    if failure is not None:
+        raise failure
+
+
+async def chat_events(serving_class: Any, results: AsyncGenerator[RequestOutput, None], **fields: Any) -> list[str]:
+    """Returns a stream's events, without the time."""
+    serving = serving_class.__new__(serving_class)
+    vars(serving).update(
+        parser_cls=None,
+        response_role="assistant",
+        request_logger=None,
+        enable_log_outputs=False,
+        enable_log_deltas=False,
+        enable_force_include_usage=False,
+        enable_prompt_tokens_details=True,
+        enable_per_request_metrics=False,
+        system_fingerprint="print",
+        _include_reasoning_tokens_details=False,
+    )
+    messages = [{"role": "user", "content": "Once"}]
+    request = compat.ChatCompletionRequest.model_validate({"messages": messages, "stream": True, **fields})
+    metadata = RequestResponseMetadata(request_id="chat-1")
+    events = serving.chat_completion_stream_generator(request, results, "chat-1", "m", messages, None, metadata)
+    return [re.sub(r'"created":\d+', "", event) async for event in events]
+
+
+@contract
+def events_from_a_template_are_those_that_vllm_makes() -> None:
+    variants: list[dict[str, Any]] = [
+        {},
+        {"stream_options": {"include_usage": True}},
+        {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+        {"return_token_ids": True},
+        {"return_prompt_text": True},
+        {"echo": True},
+        {"n": 2},
+    ]
+    for texts in (TEXTS, TEXTS[::-1], ["", "", "x", ""], ["all at once"], ["\n"] * 5):
+        for fields in variants:
+            for failure in (None, EngineDeadError(), GenerationError("broken")):
+                stock, ours = (
+                    asyncio.run(chat_events(kind, outputs(texts, failure, fields.get("n", 1)), **fields))
+                    for kind in (OpenAIServingChat, compat.OpenAIServingChat)
+                )
+                assert ours == stock, (texts, fields, failure)
+                assert stock[-1] == "data: [DONE]\n\n"
+
+
+@contract
+def a_template_spares_vllm_s_generator_the_texts_between() -> None:
+    taken: list[RequestOutput] = []
+    original: Any = OpenAIServingChat.chat_completion_stream_generator
+
+    async def watched(self: Any, request: Any, results: Any, *args: Any, **kwargs: Any) -> Any:
+        async def noted() -> Any:
+            async for output in results:
+                taken.append(output)
+                yield output
+
+        async for event in original(self, request, noted(), *args, **kwargs):
+            yield event
+
+    stock: Any = OpenAIServingChat
+    stock.chat_completion_stream_generator = watched
+    try:
+        asyncio.run(chat_events(compat.OpenAIServingChat, outputs(TEXTS)))
+    finally:
+        stock.chat_completion_stream_generator = original
+    given = [output.outputs[0].text for output in taken]
+    assert given == [TEXTS[0], TEXTS[-1]], given
+
+
+@contract
+def a_stream_that_is_closed_ends_the_generation() -> None:
+    closed: list[bool] = []
+
+    async def endless() -> AsyncGenerator[RequestOutput, None]:
+        try:
+            async for output in outputs(["x"] * 1000):
+                yield output
+        finally:
+            closed.append(True)
+
+    async def run(after: int) -> None:
+        serving: Any = compat.OpenAIServingChat.__new__(compat.OpenAIServingChat)
+        vars(serving).update(parser_cls=None, response_role="assistant", request_logger=None)
+        vars(serving).update(enable_log_outputs=False, enable_force_include_usage=False)
+        vars(serving).update(_include_reasoning_tokens_details=False, system_fingerprint=None)
+        request = compat.ChatCompletionRequest.model_validate({"messages": [], "stream": True})
+        events = serving.chat_completion_stream_generator(request, endless(), "i", "m", [], None, None)
+        for _ in range(after):
+            await anext(events)
+        await events.aclose()
+
+    for after in (1, 2, 3, 9):
+        asyncio.run(run(after))
+    assert len(closed) == 4
 
 
 @contract

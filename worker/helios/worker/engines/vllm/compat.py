@@ -42,7 +42,6 @@ import vllm.v1.executor.uniproc_executor
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
-from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
@@ -80,6 +79,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerBase
 from helios.worker.engines.vllm import failures, quick_start
 from helios.worker.engines.vllm.compat_outputs import OutputPump, spare_checks_of_answers
 from helios.worker.engines.vllm.compat_pooling import BertEmbeddingModel, PoolingRequestOutput
+from helios.worker.engines.vllm.compat_streams import TemplatedServingChat as OpenAIServingChat
 from helios.worker.engines.vllm.held_tokenizers import HeldTokenizers
 from helios.worker.replica.compile_cache import processor_architecture
 from helios.worker.replica.engine import PREFILL, EngineLoad, Meter, TransferParameters
