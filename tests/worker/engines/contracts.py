@@ -43,20 +43,17 @@ import vllm.v1.structured_output
 import vllm.v1.worker.utils
 from pydantic import ValidationError
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
-from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import GracefulHTTPError, QueueOverflowError, VLLMNotFoundError, VLLMValidationError
 from vllm.logprobs import Logprob
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.utils import initialize_model
-from vllm.model_executor.models import registry
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.params import TokenizeParams
-from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import EngineCoreClient
@@ -67,9 +64,8 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from helios.worker.engines.vllm import compat, compat_pooling, errors
+from helios.worker.engines.vllm import compat, errors
 from helios.worker.engines.vllm.pieces import PieceCutter
 from helios.worker.replica.engine import FinishReason, Meter, Sampling
 
@@ -223,55 +219,6 @@ def serving_classes_take_what_the_engine_gives() -> None:
         compat.OnlineRenderer.__init__
     )
     assert {"engine_client", "base_model_paths"} <= parameters(compat.OpenAIServingModels.__init__)
-
-
-@contract
-def vectors_come_from_a_class_that_is_called_with_a_request() -> None:
-    serving = compat_pooling.ServingEmbedding
-    taken = parameters(PoolingBaseServing.__init__)
-    assert {"engine_client", "models", "request_logger", "chat_template_config"} <= taken
-    assert [*inspect.signature(serving.__call__).parameters] == ["self", "request", "raw_request"]
-    assert [*inspect.signature(compat_pooling.ChatTemplateConfig).parameters][:1] == ["chat_template"]
-    # It encodes each input by itself; their tokens are counted where they come by.
-    assert "engine_client.encode(" in inspect.getsource(PoolingBaseServing)
-    output = {"finished", "prompt_token_ids", "num_cached_tokens"}
-    assert output <= parameters(compat_pooling.PoolingRequestOutput.__init__)
-    fields = compat_pooling.EmbeddingCompletionRequest.model_fields
-    assert {"input", "model", "encoding_format", "dimensions"} <= set(fields)
-
-
-@contract
-def the_class_of_berts_that_make_vectors_is_the_one_that_the_registry_names() -> None:
-    named: Any = registry._EMBEDDING_MODELS["BertModel"]
-    assert named == ("bert", compat_pooling.BertEmbeddingModel.__name__)
-
-
-@contract
-def each_rank_has_cores_of_its_own() -> None:
-    assert [compat.rank_cores((4, 5, 6, 7), rank, 2) for rank in (0, 1)] == [[4, 5], [6, 7]]
-    assert [compat.rank_cores((4,), rank, 2) for rank in (0, 1)] == [[4], [4]]
-    assert compat.rank_cores((), 1, 2) == []
-    assert "nobind" in inspect.getsource(OMPProcessManager)
-    arguments = [*inspect.signature(CPUWorker.__init__).parameters]
-    assert arguments[1:4] == ["vllm_config", "local_rank", "rank"]
-
-
-@contract
-def the_buffer_between_groups_of_layers_is_made_in_a_warm_up_that_can_be_left_out() -> None:
-    source = inspect.getsource(GPUModelRunner)
-    assert "self.intermediate_tensors: IntermediateTensors | None = None" in source
-    assert source.count("self.model.make_empty_intermediate_tensors(") == 1
-    assert "make_empty_intermediate_tensors" in inspect.getsource(GPUModelRunner._dummy_run)
-
-
-@contract
-def adapters_are_loaded_by_the_list_of_models_and_found_by_their_names() -> None:
-    assert {"lora_name", "lora_path"} <= set(compat.LoadLoRAAdapterRequest.model_fields)
-    assert inspect.iscoroutinefunction(compat.OpenAIServingModels.load_lora_adapter)
-    source = inspect.getsource(compat.OpenAIServingModels.load_lora_adapter)
-    assert "self.engine_client.add_lora(" in source
-    assert "self.lora_requests[lora_name] =" in source
-    assert "lora_request" in parameters(AsyncLLM.generate)
 
 
 @contract

@@ -37,6 +37,7 @@ from helios.worker.replica.settings import (
     Task,
 )
 from helios.worker.replica.spec import ReplicaSpec
+from tests.worker.engines import kind_contracts  # noqa: F401  its contracts are collected with these
 from tests.worker.engines.contracts import contract
 
 MODEL = os.environ.get("HELIOS_TEST_MODEL", "")  # noqa: TID251

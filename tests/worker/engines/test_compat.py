@@ -16,7 +16,9 @@ import pytest
 from helios.worker.launcher.client import launcher_environment
 from tests.worker.replica.support import ROOT, source_path
 
-SOURCES = [Path(__file__).with_name(name) for name in ("contracts.py", "setting_contracts.py", "output_contracts.py")]
+SOURCES = [
+    Path(__file__).with_name(f"{name}_contracts.py".removeprefix("_")) for name in ("", "kind", "setting", "output")
+]
 # On a busy machine, importing takes several times as long.
 SECONDS = 200
 

@@ -16,7 +16,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -81,8 +81,10 @@ from helios.worker.engines.vllm.compat_outputs import OutputPump, spare_checks_o
 from helios.worker.engines.vllm.compat_pooling import BertEmbeddingModel, PoolingRequestOutput
 from helios.worker.engines.vllm.compat_streams import TemplatedServingChat as OpenAIServingChat
 from helios.worker.engines.vllm.held_tokenizers import HeldTokenizers
+from helios.worker.engines.vllm.ranks import rank_cores
+from helios.worker.engines.vllm.transfers import with_transfer
 from helios.worker.replica.compile_cache import processor_architecture
-from helios.worker.replica.engine import PREFILL, EngineLoad, Meter, TransferParameters
+from helios.worker.replica.engine import PREFILL, EngineLoad, Meter
 from helios.worker.replica.phases import measured, write_phase
 
 # The CPU worker patches torch when it is imported, so only the device's own worker may be.
@@ -133,7 +135,6 @@ __all__ = [
     "parse_model_prompt",
     "prepare_before_fork",
     "put_to_sleep",
-    "rank_cores",
     "runs_eagerly",
     "wake_up",
 ]
@@ -281,19 +282,6 @@ def chat_template_of(model_config: Any, tokenizer: Any) -> str | None:
 def worker_settings(cores: tuple[int, ...], phase_descriptor: int) -> dict[str, Any]:
     """Returns the ``additional_config`` that a PlacedWorker reads."""
     return {_SETTINGS_KEY: {"cores": list(cores), "phase_descriptor": phase_descriptor}}
-
-
-def rank_cores(cores: Sequence[int], rank: int, rank_count: int) -> list[int]:
-    """Returns the cores of one rank: equal shares, and a core for several ranks where there are fewer cores.
-
-    vLLM's own binding wants a NUMA node for each rank, and sets environment variables that a fork reads too late.
-    """
-    if not cores:
-        return []
-    if len(cores) < rank_count:
-        return [cores[rank % len(cores)]]
-    share = len(cores) // rank_count
-    return list(cores[rank * share : (rank + 1) * share])
 
 
 class PlacedWorker(DeviceWorker):
@@ -529,7 +517,7 @@ class MeteredLLM(AsyncLLM):
         """Generates as AsyncLLM does. Closing the generator aborts the request at once, not when it is collected."""
         meter = METER.get()
         if (prefill := PREFILL.get()) is not None:
-            args = await self._have_computed(prefill, *args, **kwargs)
+            args = await with_transfer(prefill, self.vllm_config.cache_config.block_size, *args, **kwargs)
         outputs = super().generate(*args, **kwargs)
         try:
             async for output in outputs:
@@ -538,24 +526,6 @@ class MeteredLLM(AsyncLLM):
                 yield output
         finally:
             await outputs.aclose()
-
-    async def _have_computed(
-        self, prefill: Callable[[Sequence[int]], Awaitable[TransferParameters | None]], *args: Any, **kwargs: Any
-    ) -> tuple[Any, ...]:
-        """Has the prompt computed elsewhere where that helps; returns the arguments, with where the KV cache is."""
-        prompt, parameters, *others = args
-        token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-        # Less than a block does not travel; a prompt's own log probabilities and an adapter's KV cache are not
-        # elsewhere, and several answers can't take one transfer.
-        is_plain = parameters.n == 1 and parameters.prompt_logprobs is None and kwargs.get("lora_request") is None
-        if not token_ids or len(token_ids) <= self.vllm_config.cache_config.block_size or not is_plain:
-            return args
-        transfer = await prefill(token_ids)
-        if transfer is None:
-            return args
-        parameters = parameters.clone()
-        parameters.extra_args = {**(parameters.extra_args or {}), "kv_transfer_params": dict(transfer)}
-        return (prompt, parameters, *others)
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[PoolingRequestOutput, None]:
         """Makes vectors as AsyncLLM does; the inputs of one request come as calls of their own, all on its meter."""
