@@ -160,6 +160,7 @@ def test_paths_and_methods_come_from_the_contracts() -> None:
     assert rest.literal_paths(routes.EDGE_REST_SERVICES) == {
         "/v1/chat/completions": {"POST"},
         "/v1/completions": {"POST"},
+        "/v1/embeddings": {"POST"},
         "/v1/models": {"GET"},
     }
     assert rest.literal_paths(routes.ADMIN_REST_SERVICES)["/admin/v1/models:ingest"] == {"POST"}
