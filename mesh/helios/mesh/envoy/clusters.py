@@ -60,6 +60,10 @@ OTLP: Final = "otlp"
 # Loopback and a rack answer in milliseconds; a SYN that is lost once is sent again after one second. TLS counts, too,
 # and on a machine whose cores are all taken a handshake has taken more than two seconds.
 _CONNECT_SECONDS: Final = 5.0
+# How long an answer to a ping may take. A replica answers from its event loop, which twenty bodies of 20 MB at once,
+# on busy cores, stopped for more than three seconds; one that hangs is ended by its supervisor.
+_PING_SECONDS: Final = 3.0
+_REPLICA_PING_SECONDS: Final = 15.0
 # Envoy's defaults are 1,024 each, which held requests reach; memory and connections are bounded by the overload
 # manager.
 _MANY: Final = 100_000
@@ -181,7 +185,7 @@ def _cluster(
         explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(
             http2_protocol_options=pack.http2(
                 keepalive_seconds=5,
-                timeout_seconds=3,
+                timeout_seconds=_REPLICA_PING_SECONDS if name == REPLICAS else _PING_SECONDS,
                 # A body is queued whole. Envoy's limit is 160 MB of such frames: five bodies at once, and the sixth
                 # would have ended all calls of the connection (502). The heap is what bounds them.
                 max_outbound_frames=max(_MIN_QUEUED_FRAMES, settings.limits.max_heap_bytes // _FRAME_BYTES),
