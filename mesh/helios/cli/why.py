@@ -24,6 +24,8 @@ from helios.mesh.errors import InvalidRequest, NotFound
 _CALL_SECONDS: Final = 15.0
 # 80 columns have room for the reasons beside it.
 _BAR_WIDTH: Final = 12
+# Of a UUID, which Envoy makes of a request without an id.
+_ID_WIDTH: Final = 36
 _WHOLE_WIDTH: Final = 72
 _BLOCKS: Final = " ▏▎▍▌▋▊▉█"
 _COLORS: Final = ("cyan", "green", "yellow", "magenta", "blue", "bright_cyan", "bright_green", "bright_magenta")
@@ -82,7 +84,9 @@ async def requests(
 def listed(response: admin_pb.ListRequestsResponse) -> Table:
     """Draws a list of requests, a row each."""
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("request", "arrived", "model", "status", "TTFT", "tokens"):
+    # Whole however narrow the terminal is: it is what `helios why` is given.
+    table.add_column("request", no_wrap=True, min_width=_ID_WIDTH)
+    for name in ("arrived", "model", "status", "TTFT", "tokens"):
         table.add_column(name, overflow="fold", no_wrap=name != "model")
     for entry in response.requests:
         tokens = f"{entry.prompt_tokens} + {entry.completion_tokens}" if entry.prompt_tokens else ""

@@ -137,13 +137,13 @@ async def test_the_model_may_choose_not_to_call_a_tool(openai: Stub) -> None:
 
 
 async def test_only_so_many_requests_run_at_once(plain: RunningReplica, openai: Stub) -> None:
-    calls = [openai.CreateChatCompletion(body(max_tokens=64, ignore_eos=True)) for _ in range(4)]
     supervisor = plain.supervisor()
     supervisor.orphan_seconds = 3600.0
     async with supervisor:
-        await supervisor.wait_heard(
-            lambda said: said.hello.replica.load.waiting_requests or said.load.load.waiting_requests
-        )
+        # A replica that was alone for long dials seldom.
+        await supervisor.wait_heard(lambda said: said.HasField("hello"), 30)
+        calls = [openai.CreateChatCompletion(body(max_tokens=64, ignore_eos=True)) for _ in range(4)]
+        await supervisor.wait_heard(lambda said: said.load.load.waiting_requests)
         for call in calls:
             assert await read(call)
         loads = [said.load.load for said in supervisor.heard if said.HasField("load")]
