@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from tests.benchmarks.judgement import Bar, Judged, judge, missing
 
@@ -62,7 +62,7 @@ def run(module: str) -> list[Mapping[str, Any]]:
 
 def table(lines: Iterable[Judged]) -> Table:
     """Shows results, a line each."""
-    shown = Table("benchmark", "value", "unit", "bar", "baseline", "samples", "")
+    shown = Table(Column("benchmark", overflow="fold"), "value", "unit", "bar", "baseline", "samples", "")
     for line in lines:
         bar = "" if line.bar is None else f"{'≤' if line.direction == 'at_most' else '≥'} {line.bar:g}"
         mark = "[green]ok" if line.ok else "[red]missed"
