@@ -270,6 +270,15 @@ def test_an_operator_puts_to_sleep_and_wakes_or_hears_why_not() -> None:
         assert refused.value.reason == reason
 
 
+def test_an_operator_can_t_put_to_sleep_what_a_policy_promises() -> None:
+    model = replace(entry(), min_replicas=1)
+    subject = world(sleeper(), models=(model,))
+    with pytest.raises(PreconditionFailed) as refused:
+        subject.sleep(sleeper(), 1.0)
+    assert (refused.value.reason, refused.value.metadata["min_replicas"]) == ("MODEL_PINNED", "1")
+    assert subject.pick(model, "q", 1.0) is not None, "it is as awake as before"
+
+
 def test_a_lost_device_takes_its_memory_out_of_placement_until_it_is_back() -> None:
     gpus = tuple(Device(f"cuda:{n}", DeviceKind.CUDA, 8 * GIB, 0) for n in range(2))
     subject = core()

@@ -324,10 +324,17 @@ class Lifecycle:
         return machine.Delayed("NO_CAPACITY", message)
 
     def put_to_sleep(self, replica: Replica, now: float) -> None:
-        """Puts a replica to sleep for an operator; nothing happens to one that sleeps. Raises PreconditionFailed."""
+        """Puts a replica to sleep for an operator; nothing happens to one that sleeps.
+
+        Raises:
+            PreconditionFailed: it can't sleep now, or its model's policy keeps replicas, which would wake it at once.
+        """
         if replica.state is ReplicaState.ASLEEP and not self._traffic.is_draining(replica):
             return
         self.warmth.check_sleep(replica)
+        entry = self._catalogue.get(replica.model)
+        if entry is not None:
+            _check_unpinned(entry)
         self._traffic.forget_use(replica.model)
         self.warmth.sleep(replica)
 

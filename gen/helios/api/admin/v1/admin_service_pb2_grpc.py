@@ -141,7 +141,7 @@ class AdminServiceServicer:
     def SleepReplica(self, request, context):
         """SleepReplica takes an idle replica's weights and KV cache off its device; the next request of its model wakes it.
         Idempotent. Errors: NOT_FOUND (REPLICA_NOT_FOUND), FAILED_PRECONDITION (SLEEP_UNSUPPORTED, REPLICA_BUSY,
-        REPLICA_NOT_READY).
+        REPLICA_NOT_READY, MODEL_PINNED: min_replicas above 0).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

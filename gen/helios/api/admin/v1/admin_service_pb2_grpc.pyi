@@ -41,7 +41,7 @@ class AdminServiceStub:
     SleepReplica: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.SleepReplicaRequest, _admin_service_pb2.SleepReplicaResponse]
     """SleepReplica takes an idle replica's weights and KV cache off its device; the next request of its model wakes it.
     Idempotent. Errors: NOT_FOUND (REPLICA_NOT_FOUND), FAILED_PRECONDITION (SLEEP_UNSUPPORTED, REPLICA_BUSY,
-    REPLICA_NOT_READY).
+    REPLICA_NOT_READY, MODEL_PINNED: min_replicas above 0).
     """
     WakeReplica: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.WakeReplicaRequest, _admin_service_pb2.WakeReplicaResponse]
     """WakeReplica brings a sleeping replica back. Idempotent. Errors: NOT_FOUND (REPLICA_NOT_FOUND), FAILED_PRECONDITION
@@ -124,7 +124,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_admin_service_pb2.SleepReplicaResponse]:
         """SleepReplica takes an idle replica's weights and KV cache off its device; the next request of its model wakes it.
         Idempotent. Errors: NOT_FOUND (REPLICA_NOT_FOUND), FAILED_PRECONDITION (SLEEP_UNSUPPORTED, REPLICA_BUSY,
-        REPLICA_NOT_READY).
+        REPLICA_NOT_READY, MODEL_PINNED: min_replicas above 0).
         """
 
     @_abc_1.abstractmethod
