@@ -121,6 +121,8 @@ class FakeWeights:
     resumed: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
     evicted: list[str] = field(default_factory=list)
+    revisions: list[str] = field(default_factory=list)
+    """Of ``borrowed``, in its order."""
 
     @asynccontextmanager
     async def materialize(
@@ -135,6 +137,7 @@ class FakeWeights:
         lent = FakeLent(lease_id or f"lease-{len(self.borrowed)}", keep)
         lent.path = f"{self.path}/{revision}" if self.path != "/weights" else self.path
         self.borrowed.append(lent.lease_id)
+        self.revisions.append(revision)
         try:
             yield lent
         finally:

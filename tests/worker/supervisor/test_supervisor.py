@@ -15,6 +15,7 @@ from helios.api.worker.v1 import supervisor_service_pb2 as pb
 from helios.api.worker.v1.supervisor_service_pb2_grpc import SupervisorServiceStub
 from helios.mesh.errors import DiskFull, Unavailable
 from helios.mesh.status import error_from_rpc
+from helios.worker.replica.settings import EngineSettings, LoraAdapter, LoraSettings, SpeculativeDecoding, Task
 from helios.worker.supervisor.commands import Drain, Evict, Start, Stop
 from helios.worker.supervisor.outbox import LoadReport
 from helios.worker.supervisor.process_tree import read_process
@@ -227,6 +228,35 @@ async def test_a_restarted_supervisor_adopts_what_runs_and_the_replica_never_not
         await node.supervisor.end_all(2)
     assert living(process_of(before)) == []
     assert "lease-0" in weights.released
+
+
+async def test_an_adopted_replica_keeps_the_leases_of_its_adapters_and_its_draft_model(folder: Path) -> None:
+    draft, adapter = "sha256:" + "d" * 64, "sha256:" + "a" * 64
+    settings = EngineSettings(
+        speculative_decoding=SpeculativeDecoding("draft_model", "d", draft, 2),
+        lora=LoraSettings((LoraAdapter("x", "a", adapter),)),
+        task=Task.GENERATE,
+        cuda_graph_sizes=(1, 2),
+    )
+    weights = FakeWeights()
+    async with running_node(folder, launcher=FakeLauncher(), weights=weights) as node:
+        start = start_of("r1", settings=settings, served_names=("n",))
+        assert node.supervisor.execute("start", start).is_accepted
+        before = await node.wait_state("r1", S.READY)
+        node.supervisor.write_list()
+    assert weights.revisions == [REVISION, draft, adapter]
+    assert weights.released == []
+    async with running_node(folder, launcher=FakeLauncher(), weights=weights) as node:
+        assert await node.supervisor.wait_returned(5.0)
+        after = node.replica("r1")
+        assert after is not None
+        assert after.order == before.order
+        assert weights.revisions[3:] == [REVISION, draft, adapter]
+        for revision in (REVISION, draft, adapter):
+            assert node.supervisor.execute(f"evict {revision}", Evict(revision)).refused_reason == "REVISION_LEASED"
+        await node.supervisor.end_all(2)
+    # The first lease of each other revision ends by itself.
+    assert sorted(weights.released) == sorted(["lease-0", *weights.borrowed[4:]])
 
 
 async def test_a_replica_is_adopted_from_its_hello_alone_when_the_list_is_lost(folder: Path) -> None:

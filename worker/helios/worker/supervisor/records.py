@@ -128,8 +128,8 @@ class LoadDelta:
 class Order:
     """What was asked for: all that the life of a replica begins with.
 
-    ``max_context_tokens`` 0: the model's own. ``options`` are the engine's, by name; ``settings`` and ``served_names``
-    (the model's other names) are needed until the replica is forked, and not known of one that was taken over.
+    ``max_context_tokens`` 0: the model's own. ``options`` are the engine's, by name; ``served_names`` are the model's
+    other names. Of a replica that was adopted by its hello alone, settings and names are not known.
     ``requested_at`` (seconds since the epoch; 0: nobody did) and ``traceparent`` are of the request that asked for it.
     """
 
@@ -153,6 +153,11 @@ class Order:
     """How many devices it runs on, each with an equal share."""
     requested_at: float = 0.0
     traceparent: str = ""
+
+    @property
+    def revisions(self) -> tuple[str, ...]:
+        """All that it needs on the node: the model's revision first, then its adapters' and its draft model's."""
+        return (self.revision, *self.settings.revisions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import structlog
 
+from helios.worker.replica.settings import EngineSettings
 from helios.worker.supervisor.records import (
     MemoryItem,
     MemoryKind,
@@ -27,7 +28,7 @@ from helios.worker.supervisor.records import (
 
 log = structlog.get_logger()
 
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,6 @@ def _to_json(replica: ListedReplica) -> dict[str, Any]:
     view = replica.view
     assert view.process is not None
     order = {**asdict(view.order), "created_at": view.order.created_at.isoformat()}
-    # Of use only for a fork, and a replica with a process was forked.
-    del order["settings"], order["served_names"]
     order["memory_items"] = [(item.kind.value, item.size_bytes) for item in view.order.memory_items]
     return {
         "order": order,
@@ -108,6 +107,8 @@ def _from_json(entry: dict[str, Any]) -> ListedReplica:
     order["created_at"] = datetime.fromisoformat(order["created_at"])
     order["memory_items"] = tuple(MemoryItem(MemoryKind(kind), size) for kind, size in order["memory_items"])
     order["device_ids"] = tuple(order["device_ids"])
+    order["served_names"] = tuple(order["served_names"])
+    order["settings"] = EngineSettings.from_document(order["settings"])
     view = ReplicaView(
         order=Order(**order),
         state=ReplicaState(entry["state"]),

@@ -255,22 +255,19 @@ class ReplicaRunner:
         order = self._life.view.order
         while True:
             try:
-                async with self._around.weights.materialize(
-                    order.revision,
-                    holder=f"{self._around.holder}/{order.replica_id}",
-                    ttl_seconds=self._around.lease_ttl_seconds,
-                    lease_id=lease_id or None,
-                    keep=True,
-                ) as lent:
+                async with contextlib.AsyncExitStack() as stack:
+                    lent = await stack.enter_async_context(self._borrow(order.revision, lease_id))
+                    all_lent = [lent]
                     try:
-                        async with contextlib.AsyncExitStack() as others:
-                            for revision in order.settings.revisions:
-                                other = await others.enter_async_context(self._borrow(revision))
-                                self._revision_paths[revision] = other.path
-                            self.post(life_events.WeightsReady(lent.path, lent.lease_id))
-                            await lent.wait_lost()
+                        for revision in order.settings.revisions:
+                            other = await stack.enter_async_context(self._borrow(revision))
+                            all_lent.append(other)
+                            self._revision_paths[revision] = other.path
+                        self.post(life_events.WeightsReady(lent.path, lent.lease_id))
+                        await lent.wait_lost()
                     finally:
-                        lent.keep = not self._is_released
+                        for one in all_lent:
+                            one.keep = not self._is_released
             except HeliosError as error:
                 if self._life.stage is Stage.FETCHING:
                     self.post(life_events.WeightsFailed(Failure(error.reason, error.message)))
@@ -282,16 +279,16 @@ class ReplicaRunner:
                 await asyncio.sleep(_LEASE_RETRY_SECONDS)
             lease_id = ""
 
-    def _borrow(self, revision: str) -> AbstractAsyncContextManager[Lent]:
-        """Borrows what the replica has beside its model: adapters, a draft model. The lease ends with this process; a
-        successor borrows anew.
+    def _borrow(self, revision: str, lease_id: str = "") -> AbstractAsyncContextManager[Lent]:
+        """Borrows the model, by its lease where there is one, or what the replica has beside it: adapters, a draft
+        model. Those a successor borrows anew, before the lease that this process leaves them ends.
         """
         return self._around.weights.materialize(
             revision,
             holder=f"{self._around.holder}/{self._life.view.replica_id}",
             ttl_seconds=self._around.lease_ttl_seconds,
-            lease_id=None,
-            keep=False,
+            lease_id=lease_id or None,
+            keep=True,
         )
 
     async def _fork(self, action: life_actions.Fork) -> None:

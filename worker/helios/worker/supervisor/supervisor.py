@@ -218,7 +218,7 @@ class Supervisor:
         self._add(ReplicaMachine(order, self._rules.limits), booking).begin()
 
     def _evict(self, revision: str) -> None:
-        users = [name for name, runner in self._runners.items() if runner.view.order.revision == revision]
+        users = [name for name, runner in self._runners.items() if revision in runner.view.order.revisions]
         if users:
             raise PreconditionFailed(f"replica {users[0]} uses revision {revision}", reason="REVISION_LEASED")
         self._staging.unstage(revision)
