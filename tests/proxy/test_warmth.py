@@ -163,10 +163,11 @@ def test_a_replica_whose_sleep_is_used_up_is_drained_and_one_that_is_busy_stays(
     assert isinstance(drain, DrainReplica)
     subject = world(sleeper())
     todo = pass_time(subject, 60.0)
-    todo = acknowledge(subject, todo, "REPLICA_BUSY", now=61.0)
+    assert acknowledge(subject, todo, "REPLICA_BUSY", now=61.0) == [], "asked again at once, it would refuse again"
     believed = subject.fleet.replica("r")
     assert believed is not None
-    assert believed.state in (S.READY, S.ASLEEP)
+    assert believed.state is S.READY
+    assert orders(pass_time(subject, 62.0)) == [SleepReplica("r")]
 
 
 def test_a_sleeping_replica_makes_room_for_a_model_that_is_wanted() -> None:

@@ -260,8 +260,9 @@ class Core:
                     change = self.fleet.forget(_failed(replica, reason, message))
                     self._follow([change], now, is_worker_lost=False)
                 elif isinstance(order, SleepReplica):
-                    warmth.sleep_refused(replica, reason)
-                    self.lifecycle.reconcile(replica.model, now)
+                    # One that may sleep another time waits for the next tick: at once, it would be refused again.
+                    if warmth.sleep_refused(replica, reason):
+                        self.lifecycle.reconcile(replica.model, now)
                 else:
                     warmth.wake_refused(replica)
                     # Its activation goes on with the next rung.

@@ -78,12 +78,14 @@ class Warmth:
         self._believe(replica, ReplicaState.WAKING)
         self._send(replica.worker_id, WakeReplica(replica.replica_id))
 
-    def sleep_refused(self, replica: Replica, reason: str) -> None:
-        """The replica stays awake; one that never sleeps is to be drained where it isn't needed."""
+    def sleep_refused(self, replica: Replica, reason: str) -> bool:
+        """The replica stays awake; True where it never sleeps: it is to be drained where it isn't needed."""
         if replica.state is ReplicaState.ASLEEP:
             self._believe(replica, ReplicaState.READY)
-        if reason in _NEVER_SLEEPS:
-            self._never_sleeps.add(replica.replica_id)
+        if reason not in _NEVER_SLEEPS:
+            return False
+        self._never_sleeps.add(replica.replica_id)
+        return True
 
     def wake_refused(self, replica: Replica) -> None:
         """The replica stays asleep, until room comes: see `look_again`."""
