@@ -14,7 +14,15 @@ import h2.settings
 import pytest
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
-from hyperframe.frame import ContinuationFrame, Frame, HeadersFrame, PingFrame, RstStreamFrame
+from hyperframe.frame import (
+    ContinuationFrame,
+    DataFrame,
+    Frame,
+    HeadersFrame,
+    PingFrame,
+    RstStreamFrame,
+    WindowUpdateFrame,
+)
 
 from helios.mesh.channel import Dialer
 from helios.mesh.http2.limits import Limits
@@ -314,6 +322,64 @@ async def test_calls_go_on_when_the_peer_opens_no_more(peer: Peer) -> None:
     await peer.flush()
     assert await peer.status(stream_id) == "0"
     await peer.closed()
+
+
+async def test_what_comes_with_a_goaway_counts(peer: Peer) -> None:
+    # One read of the server: answers to what came before must leave, and what comes after must arrive.
+    stream_id = await peer.call("Both", is_whole=False)
+    peer.http2.ping(b"first...")
+    before = peer.http2.data_to_send()
+    peer.http2.send_data(stream_id, frame(b"last"), end_stream=True)
+    peer.writer.write(before + b"\x00\x00\x08\x07\x00\x00\x00\x00\x00" + bytes(8) + peer.http2.data_to_send())
+    assert await peer.status(stream_id) == "0"
+    assert any(isinstance(event, h2.events.PingAckReceived) for event in peer.events)
+    await peer.closed()
+
+
+async def test_a_goaway_that_names_an_error_ends_the_calls(peer: Peer, echo: Echo) -> None:
+    await peer.until(h2.events.DataReceived, await peer.call("Wait"))
+    peer.writer.write(b"\x00\x00\x08\x07\x00\x00\x00\x00\x00" + bytes(7) + b"\x02")
+    await peer.closed()
+    assert (len(echo.cancelled_at), echo.running_count) == (1, 0)
+
+
+async def test_a_silent_peer_that_answers_pings_is_kept(peer: Peer, echo: Echo) -> None:
+    stream_id = await peer.call("Wait")
+    for _ in range(3):
+        # h2 answers while the test reads.
+        await peer.until(h2.events.PingReceived)
+    assert (echo.cancelled_at, echo.running_count) == ([], 1)
+    peer.http2.reset_stream(stream_id, ErrorCodes.CANCEL)
+    assert await peer.status(await peer.call("Unary")) == "0"
+
+
+async def test_a_window_that_overflows_ends_its_own_stream(peer: Peer) -> None:
+    stream_id = await peer.call("Wait")
+    await peer.flush(WindowUpdateFrame(stream_id, (1 << 31) - 1))
+    reset = await peer.until(h2.events.StreamReset, stream_id)
+    assert isinstance(reset, h2.events.StreamReset)
+    assert reset.error_code == ErrorCodes.FLOW_CONTROL_ERROR
+
+
+async def test_a_window_of_the_connection_that_overflows_ends_it(peer: Peer) -> None:
+    await peer.flush(WindowUpdateFrame(0, (1 << 31) - 1))
+    assert await peer.closed() == ErrorCodes.FLOW_CONTROL_ERROR
+
+
+async def test_trailers_and_data_after_a_reset_harm_nobody(peer: Peer) -> None:
+    stream_id = await peer.call("Both", is_whole=False)
+    trailers = HeadersFrame(stream_id, data=peer.http2.encoder.encode([("x-late", "1")]))
+    trailers.flags |= {"END_HEADERS", "END_STREAM"}
+    await peer.flush(RstStreamFrame(stream_id, ErrorCodes.CANCEL), DataFrame(stream_id, b"late"), trailers)
+    assert await peer.status(await peer.call("Unary")) == "0"
+
+
+async def test_data_after_the_end_of_a_stream_harms_nobody_else(peer: Peer, echo: Echo) -> None:
+    stream_id = await peer.call("Wait")
+    await peer.flush(DataFrame(stream_id, b"late"))
+    await peer.until(h2.events.StreamReset, stream_id)
+    assert await peer.status(await peer.call("Unary")) == "0"
+    assert echo.running_count == 0
 
 
 async def test_a_peer_that_reads_nothing_is_bounded(address: str) -> None:

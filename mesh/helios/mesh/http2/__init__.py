@@ -12,6 +12,7 @@ peer cancels has its handler cancelled in the same turn of the loop.
 
 - `wire` — framing, metadata, timeouts (pure)
 - `limits` — bounds of a connection, and the count of what a peer does for nothing (pure)
+- `protocol` — h2's state of a connection, which a GOAWAY does not end
 - `tls` — the server's TLS context, which follows renewals
 - `sender` — what goes out: flow control and one write a turn
 - `connection` — what comes in: h2's events, keepalive, drain

@@ -5,37 +5,27 @@ on. An error of the protocol ends the connection with GOAWAY; an error of one ca
 """
 
 import asyncio
-import struct
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, Protocol, cast
 
 import structlog
 from h2 import events
-from h2.config import H2Configuration
-from h2.connection import ConnectionState, H2Connection
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
-from h2.settings import SettingCodes, Settings
+from h2.settings import SettingCodes
 
 from helios.mesh.errors import HeliosError, QuotaExceeded, Unavailable
 from helios.mesh.http2.call import Call
 from helios.mesh.http2.limits import IdleFrames, Limits
+from helios.mesh.http2.protocol import goaway, server_side
 from helios.mesh.http2.sender import Sender
 from helios.mesh.http2.tls import AuthContext, auth_context
 from helios.mesh.http2.wire import Header, NotGrpcError, RequestHead, read_head
 
 log = structlog.get_logger()
 
-# Bytes in, bytes out: what is sent is made here and needs no second look.
-_CONFIG: Final = H2Configuration(
-    client_side=False, header_encoding=None, validate_outbound_headers=False, normalize_outbound_headers=False
-)
-# h2 ends the connection of a peer that opens more streams than were settled. Until the peer has seen the settings it
-# can't know: then more streams are refused one by one.
-_UNSETTLED: Final = (1 << 31) - 1
 _PING: Final = b"helios\x00\x00"
-_GOAWAY: Final = struct.Struct(">HBBBIII")
 
 
 class Host(Protocol):
@@ -65,7 +55,7 @@ class Connection(asyncio.Protocol):
         self._host = host
         self._limits = limits
         self._loop = asyncio.get_running_loop()
-        self._h2 = _make_h2(limits)
+        self._h2 = server_side(limits)
         self.sender = Sender(self._h2, self._loop, max_unsent_bytes=limits.max_unsent_bytes)
         self._transport: asyncio.Transport | None = None
         self._calls: dict[int, Call] = {}
@@ -170,9 +160,8 @@ class Connection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Lets running calls end, takes no new ones, then closes."""
-        # h2 takes nothing more after a GOAWAY of its own making, so this one passes it by.
         if not self._is_ending:
-            self.sender.flush(_goaway(self._h2.highest_inbound_stream_id))
+            self.sender.flush(goaway(self._h2.highest_inbound_stream_id))
             self._close_if_done()
 
     def end(self) -> None:
@@ -253,10 +242,10 @@ class Connection(asyncio.Protocol):
         self._count_idle_frame()
 
     def _on_goaway(self, event: Any) -> None:
-        # The peer opens no more streams, but those that run go on; for h2 it would be the end of everything.
-        if event.error_code == ErrorCodes.NO_ERROR and self._calls:
-            self._h2.state_machine.state = ConnectionState.SERVER_OPEN
-            self._is_leaving = True
+        # The peer opens no more streams, but those that run go on.
+        self._is_leaving = True
+        if event.error_code == ErrorCodes.NO_ERROR:
+            self._close_if_done()
         else:
             self._close()
 
@@ -317,25 +306,6 @@ _HANDLERS: Final[dict[type[Any], Callable[[Connection, Any], None]]] = {
     events.UnknownFrameReceived: Connection._on_idle_frame,
     events.ConnectionTerminated: Connection._on_goaway,
 }
-
-
-def _make_h2(limits: Limits) -> H2Connection:
-    connection = H2Connection(_CONFIG)
-    connection.local_settings = Settings(
-        client=False,
-        initial_values={
-            SettingCodes.MAX_CONCURRENT_STREAMS: _UNSETTLED,
-            SettingCodes.MAX_HEADER_LIST_SIZE: limits.max_header_bytes,
-            SettingCodes.INITIAL_WINDOW_SIZE: limits.stream_window_bytes,
-        },
-    )
-    connection.decoder.max_header_list_size = limits.max_header_bytes
-    return connection
-
-
-def _goaway(last_stream_id: int) -> bytes:
-    # Source: RFC 9113, 6.8: length 8, type 7, no flags, stream 0.
-    return _GOAWAY.pack(0, 8, 7, 0, 0, last_stream_id, int(ErrorCodes.NO_ERROR))
 
 
 def _peer_name(address: Any) -> str:
