@@ -86,30 +86,15 @@ class CallGate:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    @property
-    def is_draining(self) -> bool:
-        """Whether new calls are refused."""
-        return self._is_draining
-
     async def drain(self, timeout_seconds: float) -> bool:
         """Refuses new calls from now on and waits for running ones; returns whether all of them ended in time."""
         self._is_draining = True
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await self._wait_idle(timeout_seconds)
 
     async def pause(self, timeout_seconds: float) -> bool:
         """Refuses new calls until ``resume`` and waits for running ones; returns whether all of them ended in time."""
         self._is_paused = True
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await self._wait_idle(timeout_seconds)
 
     def resume(self) -> None:
         """Lets calls in again after ``pause``."""
@@ -191,6 +176,14 @@ class CallGate:
     def adapter_of(self, model: str) -> str:
         """Returns the adapter that a request names; empty where it names the model itself."""
         return model if model in self._adapters else ""
+
+    async def _wait_idle(self, timeout_seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def _close(self, meter: Meter, status: grpc.StatusCode, operation: str, span: Span) -> None:
         finished = self._ledger.finish(meter, status.value[0], time.monotonic())
