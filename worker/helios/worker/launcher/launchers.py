@@ -78,11 +78,11 @@ class Launchers:
 
     async def wait_ready(self, engine: str) -> None:
         """Starts the launcher of an engine where there is none, and waits until it is ready to fork. Cancel-safe."""
-        await self._launcher(engine).client.wait_ready()
+        await (await self._launcher(engine)).client.wait_ready()
 
     async def fork(self, spec: ReplicaSpec, deadline: float) -> ForkedReplica:
         """Forks a replica of the spec's engine; promises and errors are those of ``LauncherClient.fork``."""
-        kept = self._launcher(spec.engine)
+        kept = await self._launcher(spec.engine)
         kept.fork_count += 1
         try:
             return await kept.client.fork(spec, deadline)
@@ -90,8 +90,9 @@ class Launchers:
             kept.fork_count -= 1
             kept.end_if_unused()
 
-    def _launcher(self, engine: str) -> _Kept:
-        packages = installed_packages()
+    async def _launcher(self, engine: str) -> _Kept:
+        # In a thread: a disk that is slow, or far away, must not hold up the sessions of all replicas.
+        packages = await asyncio.to_thread(installed_packages)
         kept = self._kept.get(engine)
         # One that still imports is left alone: somebody waits for it.
         if kept is not None and kept.packages != packages and kept.client.is_ready:
@@ -120,7 +121,7 @@ async def _keep(client: LauncherClient) -> None:
 
 
 def installed_packages() -> Packages:
-    """Returns the names, which hold the versions, of all distributions that a new Python process would find."""
+    """Returns the names, which hold the versions, of all distributions that a new Python process would find. Blocks."""
     found: set[str] = set()
     for folder in map(Path, sys.path):
         if folder.is_dir():
