@@ -1,6 +1,5 @@
 """A live replica's measured private memory is what was booked for it, within a tenth."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,18 +8,6 @@ from tests.worker.replica.memory import SIZES, measure_ratio
 from tests.worker.replica.support import Launcher, Leaves
 
 pytestmark = pytest.mark.real_model
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    launcher = Launcher("vllm")
-    yield launcher
-    launcher.close()
-
-
-@pytest.fixture(scope="module")
-def leaves(tmp_path_factory: pytest.TempPathFactory) -> Leaves:
-    return Leaves.issue(tmp_path_factory.mktemp("pki"))
 
 
 # The largest takes a minute to fill; the benchmark measures it.
