@@ -63,7 +63,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        guarded = _rebuild(handler, _guarded(_behavior(handler), handler_call_details.method))
+        guarded = _rebuild(handler, _guarded(as_coroutine(handler), handler_call_details.method))
         return guarded._replace(request_deserializer=_reader(handler))
 
 
@@ -86,7 +86,7 @@ class PolicyInterceptor(grpc.aio.ServerInterceptor):
             return handler
         service = handler_call_details.method.rpartition("/")[0].lstrip("/")
         allowed = self._policy.get(service, frozenset())
-        return _rebuild(handler, _checked(_behavior(handler), allowed, service, self._own))
+        return _rebuild(handler, _checked(as_coroutine(handler), allowed, service, self._own))
 
 
 def check_peer(context: Any, allowed: frozenset[str], service: str, own: SpiffeId | None = None) -> None:
@@ -178,7 +178,7 @@ def as_helios_error(error: Exception, method: str) -> HeliosError:
     return Bug(f"internal error ({type(error).__name__}); the server's log has the details")
 
 
-def _behavior(handler: Any) -> Any:
+def as_coroutine(handler: Any) -> Any:
     """Returns what a handler does as a coroutine function, whatever its kind.
 
     A handler of a stream is an async generator, or a coroutine that writes to the context. Here both become the latter,

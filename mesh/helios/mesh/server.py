@@ -27,7 +27,6 @@ from helios.mesh.interceptors import (
     Policy,
     PolicyInterceptor,
     StatusInterceptor,
-    as_helios_error,
     check_peer,
     peer_component,
 )
@@ -41,7 +40,6 @@ __all__ = [
     "MeshServer",
     "Policy",
     "ServerOptions",
-    "as_helios_error",
     "check_peer",
     "peer_component",
 ]

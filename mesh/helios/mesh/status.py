@@ -83,9 +83,14 @@ def trailing_metadata(error: HeliosError) -> Trailers:
     return tuple(trailers)
 
 
+def ending(error: HeliosError) -> tuple[grpc.StatusCode, str, Trailers]:
+    """Returns what a call that failed ends with: code, message, trailers."""
+    return grpc.StatusCode[error.grpc_code], _clip(error.message), trailing_metadata(error)
+
+
 async def abort(context: AbortContext, error: HeliosError) -> NoReturn:
     """Ends a call with an error, trailers only where nothing was sent yet."""
-    await context.abort(grpc.StatusCode[error.grpc_code], _clip(error.message), trailing_metadata(error))
+    await context.abort(*ending(error))
 
 
 def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> HeliosError:

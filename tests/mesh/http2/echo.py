@@ -29,6 +29,7 @@ class Echo:
         kinds: dict[str, tuple[Callable[..., Any], Any]] = {
             "Unary": (grpc.unary_unary_rpc_method_handler, self.unary),
             "Fail": (grpc.unary_unary_rpc_method_handler, self.fail),
+            "Size": (grpc.unary_unary_rpc_method_handler, self.size),
             "Code": (grpc.unary_unary_rpc_method_handler, self.code),
             "Remaining": (grpc.unary_unary_rpc_method_handler, self.remaining),
             "Wait": (grpc.unary_stream_rpc_method_handler, self.wait),
@@ -53,6 +54,11 @@ class Echo:
     async def fail(self, request: bytes, context: Any) -> bytes:
         """Raises."""
         raise errors.Draining(request.decode(), retry_after_seconds=3)
+
+    async def size(self, request: bytes, context: Any) -> Any:
+        """Answers with so many bytes; with a number, which is no message, for one below zero."""
+        size = int(request)
+        return bytes(size) if size >= 0 else size
 
     async def code(self, request: bytes, context: Any) -> bytes:
         """Sets a status instead of raising."""

@@ -17,7 +17,7 @@ from helios.mesh import errors
 from helios.mesh.channel import Dialer
 from helios.mesh.identity import CertificateAuthority
 from helios.mesh.server import HEALTH_SERVICE, MeshServer, ServerOptions
-from helios.mesh.status import error_from_rpc
+from helios.mesh.status import OPENAI_ERROR_TRAILER, error_from_rpc
 from tests.mesh.http2.echo import SERVICE, Echo
 
 MEBIBYTE = 1 << 20
@@ -135,6 +135,21 @@ async def test_a_message_above_the_limit_is_refused(
         error = await failure(method(bytes(34 * MEBIBYTE), timeout=30))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert await method(b"the connection is well", timeout=5) == b"the connection is well"
+
+
+async def test_an_answer_above_the_limit_ends_its_call_alone(edge: Dialer) -> None:
+    error = await failure(unary(edge, "Size")(b"%d" % (34 * MEBIBYTE), timeout=30))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert len(await unary(edge, "Size")(b"10", timeout=5)) == 10
+
+
+@pytest.mark.parametrize("transport", ["http2"])
+async def test_an_answer_that_is_no_message_is_a_bug_of_its_call(edge: Dialer) -> None:
+    error = await failure(unary(edge, "Size")(b"-1", timeout=5))
+    assert type(error_from_rpc(error)) is errors.Bug
+    # What HTTP callers get.
+    assert OPENAI_ERROR_TRAILER in [key for key, _ in error.trailing_metadata() or ()]
+    assert len(await unary(edge, "Size")(b"10", timeout=5)) == 10
 
 
 async def test_both_styles_of_streaming_handlers(edge: Dialer) -> None:

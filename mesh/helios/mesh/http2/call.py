@@ -127,7 +127,7 @@ class Call:
 
     def refuse(self, error: HeliosError) -> None:
         """Ends the call with an error and cancels its handler."""
-        self.finish(grpc.StatusCode[error.grpc_code], error.message, status.trailing_metadata(error))
+        self.finish(*status.ending(error))
         if self.task is not None:
             self.task.cancel()
 

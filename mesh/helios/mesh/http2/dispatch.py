@@ -6,20 +6,17 @@ it is kept.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import grpc
 import grpc.aio
-import structlog
 
 from helios.mesh import status
-from helios.mesh.errors import HeliosError, InvalidRequest
+from helios.mesh.errors import InvalidRequest
 from helios.mesh.http2.call import Call
-
-log = structlog.get_logger()
+from helios.mesh.interceptors import as_coroutine, as_helios_error
 
 Lookup = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
@@ -30,12 +27,19 @@ class _Details(grpc.HandlerCallDetails):
     invocation_metadata: Any
 
 
+@dataclass(frozen=True, slots=True)
+class _Method:
+    handler: Any
+    behave: Callable[[Any, Call], Awaitable[Any]]
+    """What the handler does, as a coroutine function whatever its kind."""
+
+
 class Dispatcher:
     """Holds the handlers of a server and runs calls with them."""
 
     def __init__(self, interceptors: Iterable[grpc.aio.ServerInterceptor]) -> None:
         self._generic: list[grpc.GenericRpcHandler] = []
-        self._resolved: dict[str, Any] = {}
+        self._resolved: dict[str, _Method] = {}
         self._lookup: Lookup = self._find
         for interceptor in reversed(tuple(interceptors)):
             self._lookup = partial(interceptor.intercept_service, self._lookup)
@@ -51,31 +55,30 @@ class Dispatcher:
         """Runs a call to its end. Raises nothing but a cancellation."""
         path = call.head.path
         try:
-            handler = self._resolved.get(path) or await self._resolve(call)
-            if handler is None:
+            method = self._resolved.get(path) or await self._resolve(call)
+            if method is None:
                 call.finish(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
                 return
-            call.bind(handler.request_deserializer, handler.response_serializer)
-            await _invoke(handler, call)
+            call.bind(method.handler.request_deserializer, method.handler.response_serializer)
+            await _invoke(method, call)
             call.finish(call.code(), call.details())
         except asyncio.CancelledError:
             call.finish(grpc.StatusCode.CANCELLED, "the handler of the call was cancelled")
             raise
         except grpc.aio.AbortError:
             pass
-        except HeliosError as error:
-            call.finish(grpc.StatusCode[error.grpc_code], error.message, status.trailing_metadata(error))
-        except Exception as error:
-            # A bug in one call must not end the server.
-            log.exception("call failed", method=path)
-            call.finish(grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__}); see the server's log")
+        except Exception as error:  # noqa: BLE001 - it would end the server
+            # Interceptors see what handlers raise; this is of what lies around them: no request, an answer above the
+            # limit or one that can't be serialized.
+            call.finish(*status.ending(as_helios_error(error, path)))
 
-    async def _resolve(self, call: Call) -> Any:
+    async def _resolve(self, call: Call) -> _Method | None:
         path = call.head.path
         handler = await self._lookup(_Details(path, call.head.metadata))
-        if handler is not None:
-            self._resolved[path] = handler
-        return handler
+        if handler is None:
+            return None
+        method = self._resolved[path] = _Method(handler, as_coroutine(handler))
+        return method
 
     async def _find(self, details: grpc.HandlerCallDetails) -> Any:
         for generic in self._generic:
@@ -85,22 +88,12 @@ class Dispatcher:
         return None
 
 
-async def _invoke(handler: Any, call: Call) -> None:
+async def _invoke(method: _Method, call: Call) -> None:
     request: Any = call
-    if not handler.request_streaming:
+    if not method.handler.request_streaming:
         request = await call.read()
         if request is grpc.aio.EOF:
             raise InvalidRequest("the request has no message")
-    if not handler.response_streaming:
-        behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
-        response = await behavior(request, call)
-        if call.code() is grpc.StatusCode.OK and not call.is_over:
-            await call.write(response)
-        return
-    result = (handler.stream_stream if handler.request_streaming else handler.unary_stream)(request, call)
-    if not hasattr(result, "__aiter__"):
-        await result
-        return
-    async with aclosing(result):
-        async for response in result:
-            await call.write(response)
+    response = await method.behave(request, call)
+    if not method.handler.response_streaming and call.code() is grpc.StatusCode.OK and not call.is_over:
+        await call.write(response)
