@@ -180,15 +180,10 @@ def _header_map(headers: Any) -> dict[str, str]:
 
 
 def _lifted_model(request: Any) -> str:
-    filters = request.metadata_context.filter_metadata
-    if _METADATA_NAMESPACE not in filters:
-        return ""
-    fields = filters[_METADATA_NAMESPACE].fields
-    if "model" not in fields:
-        return ""
-    value = fields["model"]
+    # A map of messages answers for a key that it has not with an empty message: half the time of asking first.
+    value = request.metadata_context.filter_metadata[_METADATA_NAMESPACE].fields["model"]
     kind = value.WhichOneof("kind")
-    if kind not in ("string_value", "null_value"):
+    if kind not in ("string_value", "null_value", None):
         raise InvalidRequest("the model parameter must be a string", metadata={"param": "model"})
     return str(value.string_value)
 
@@ -211,8 +206,7 @@ async def _read_body_model(context: Any, heads: Heads) -> str:
 
 def _began(request: Any) -> str:
     """When Envoy began with the request; empty where it does not say (`request_attributes: [request.time]`)."""
-    fields = request.attributes[_EXT_PROC_FILTER].fields if _EXT_PROC_FILTER in request.attributes else {}
-    return str(fields["request.time"].string_value) if "request.time" in fields else ""
+    return str(request.attributes[_EXT_PROC_FILTER].fields["request.time"].string_value)
 
 
 def _began_at(text: str) -> datetime | None:
