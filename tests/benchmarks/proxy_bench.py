@@ -67,7 +67,13 @@ def fleet(replicas_of_model: int) -> tuple[Core, str]:
 def measure(core: Core, model: str) -> list[float]:
     """Times picks, each after a change; in microseconds."""
     replicas = core.fleet.replicas_of(model)
-    journal = Journal(JournalLimits())
+    limits = JournalLimits()
+    journal = Journal(limits)
+    for number in range(limits.request_count):
+        # A journal that is full, as it is from the first minutes on: each pick drops the oldest.
+        _pick(core, journal, model, f"old {number}")
+        core.load_report([LoadDelta(replicas[0].replica_id, Load(), started=(f"old {number}",))], 1.0)
+        core.load_report([LoadDelta(replicas[0].replica_id, Load(), finished=((f"old {number}", 0),))], 1.0)
     spent: list[float] = []
     for number in range(SAMPLES):
         replica = replicas[number % len(replicas)]
