@@ -56,10 +56,9 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(name, contract, marks=engine.marks)
 
 
-@cache
-def outcome(engine: str, model: Path) -> dict[str, Any]:
-    """Runs all contracts against an engine, once."""
-    spec = ReplicaSpec(
+def a_spec(engine: str, model: Path) -> ReplicaSpec:
+    """Returns what a replica with an engine is told."""
+    return ReplicaSpec(
         replica_id=f"contracts-{engine}",
         model=MODEL,
         revision=REVISION,
@@ -71,12 +70,22 @@ def outcome(engine: str, model: Path) -> dict[str, Any]:
         max_context_tokens=2048,
         created_at=datetime.now(UTC),
     )
+
+
+def run(module: str, spec: ReplicaSpec) -> subprocess.CompletedProcess[str]:
+    """Runs a module beside this one with a spec, in a launcher's environment."""
     path = os.pathsep.join([source_path(), str(ROOT)])
     environment = launcher_environment(os.environ) | {"PYTHONPATH": path}  # noqa: TID251
-    command = [sys.executable, "-m", "tests.worker.engines.run_engine", json.dumps(spec.to_document())]
-    done = subprocess.run(
+    command = [sys.executable, "-m", f"tests.worker.engines.{module}", json.dumps(spec.to_document())]
+    return subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False
     )
+
+
+@cache
+def outcome(engine: str, model: Path) -> dict[str, Any]:
+    """Runs all contracts against an engine, once."""
+    done = run("run_engine", a_spec(engine, model))
     if done.returncode != 0:
         # Remembered too: every contract says it, and the engine is not started again for each.
         return {"errors": {name: done.stderr[-3000:] for name, _ in contracts()}, "notes": {}}
@@ -89,6 +98,20 @@ def test_an_engine_keeps_its_promise(engine: str, contract: str, smollm2_directo
     problem = outcome(engine, smollm2_directory)["errors"][contract]
     if problem:
         pytest.fail(problem, pytrace=False)
+
+
+@pytest.mark.real_model
+def test_an_unknown_version_of_vllm_is_used_as_it_is(smollm2_directory: Path) -> None:
+    done = run("unknown_version", a_spec("vllm", smollm2_directory))
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["replaced"] == []
+    assert seen["templates"] == []
+    assert seen["reader"] == seen["stock_reader"]
+    assert seen["failure"] is None
+    assert any(warning.startswith("unknown vLLM version") for warning in seen["warnings"])
+    assert seen["tokens"] == 4
+    assert seen["events"][-1] == "data: [DONE]\n\n"
 
 
 @pytest.mark.real_model

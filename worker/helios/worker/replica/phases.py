@@ -37,8 +37,12 @@ class Timeline:
 
 
 def write_phase(descriptor: int, name: str, began_at: float, ended_at: float) -> None:
-    """Writes a phase that is over to the replica's pipe. A pipe write below 4 KiB is atomic."""
-    os.write(descriptor, json.dumps([name, began_at, ended_at]).encode() + b"\n")
+    """Writes a phase that is over to the replica's pipe. A pipe write below 4 KiB is atomic.
+
+    A negative descriptor is none: a process that was spawned inherits no pipe.
+    """
+    if descriptor >= 0:
+        os.write(descriptor, json.dumps([name, began_at, ended_at]).encode() + b"\n")
 
 
 @contextmanager

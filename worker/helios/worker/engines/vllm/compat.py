@@ -6,7 +6,7 @@ bound to its cores after the fork (vLLM binds by environment variables that libg
 request is metered in one place.
 
 ``tests/worker/engines/test_compat.py`` holds one test for each symbol. With another version than PINNED the contract is
-unknown: ``check_version`` says so, and the engine then starts its processes in vLLM's own way.
+unknown: ``check_version`` says so, and vLLM then does everything in its own way.
 """
 
 import asyncio
@@ -24,7 +24,6 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Final
 
-import structlog
 import torch
 import vllm
 import vllm.distributed.elastic_ep.elastic_execute
@@ -80,6 +79,7 @@ from helios.worker.engines.vllm import failures, quick_start
 from helios.worker.engines.vllm.compat_outputs import OutputPump, spare_checks_of_answers
 from helios.worker.engines.vllm.compat_pooling import BertEmbeddingModel, PoolingRequestOutput
 from helios.worker.engines.vllm.compat_streams import TemplatedServingChat as OpenAIServingChat
+from helios.worker.engines.vllm.compat_version import check_version, is_pinned
 from helios.worker.engines.vllm.held_tokenizers import HeldTokenizers
 from helios.worker.engines.vllm.ranks import rank_cores
 from helios.worker.engines.vllm.transfers import with_transfer
@@ -139,9 +139,6 @@ __all__ = [
     "wake_up",
 ]
 
-log = structlog.get_logger()
-
-PINNED: Final = (0, 32)
 _PRELOADED_MODELS: Final = {
     "LlamaForCausalLM": LlamaForCausalLM,
     "MistralForCausalLM": MistralForCausalLM,
@@ -231,18 +228,6 @@ def _told_apart() -> Iterator[None]:
         raise RuntimeError(str(error)) from error
 
 
-def check_version() -> bool:
-    """Returns whether the installed vLLM is the pinned one; says so in the log where it is not."""
-    if vllm.__version_tuple__[:2] == PINNED:
-        return True
-    log.warning(
-        "unknown vLLM version: engine processes are spawned, not forked",
-        version=vllm.__version__,
-        pinned=".".join(map(str, PINNED)),
-    )
-    return False
-
-
 def prepare_before_fork() -> None:
     """Does what needs no model and would otherwise be done in every child. Starts no thread, touches no device."""
     # One OpenMP thread: a pool that a parallel region starts here would be missing in the child, which then hangs.
@@ -251,14 +236,15 @@ def prepare_before_fork() -> None:
     # a Python process that imports everything anew (twelve seconds, once for every machine and version).
     for architecture, model in _PRELOADED_MODELS.items():
         ModelRegistry.register_model(architecture, model)
+    if not check_version():
+        return
     # Resolves the platform, which is otherwise found out at first use, and replaces Triton kernels by C++ ones: a
     # scan over every module that takes 0.4 s.
     current_platform.register_triton_kernel_overrides()
     setattr(type(current_platform), "register_triton_kernel_overrides", classmethod(lambda _: None))  # noqa: B010
-    if check_version():
-        spare_checks_of_answers()
-        quick_start.apply(is_cpu=current_platform.is_cpu())
-        HELD_TOKENIZERS.install()
+    spare_checks_of_answers()
+    quick_start.apply(is_cpu=current_platform.is_cpu())
+    HELD_TOKENIZERS.install()
 
 
 def fork_instead_of_spawn() -> None:
@@ -280,8 +266,10 @@ def chat_template_of(model_config: Any, tokenizer: Any) -> str | None:
 
 
 def worker_settings(cores: tuple[int, ...], phase_descriptor: int) -> dict[str, Any]:
-    """Returns the ``additional_config`` that a PlacedWorker reads."""
-    return {_SETTINGS_KEY: {"cores": list(cores), "phase_descriptor": phase_descriptor}}
+    """Returns the ``additional_config`` that a PlacedWorker reads. A negative descriptor is none."""
+    # Only a fork inherits it, and an unknown version spawns.
+    descriptor = phase_descriptor if is_pinned() else -1
+    return {_SETTINGS_KEY: {"cores": list(cores), "phase_descriptor": descriptor}}
 
 
 class PlacedWorker(DeviceWorker):
@@ -359,11 +347,18 @@ def make_llm(
         stat_loggers: As AsyncLLM takes them.
         on_forked: Called in another thread when EngineCore's process exists.
         while_loading: Called with the model's config and its renderer while the weights load.
+
+    With an unknown version of vLLM everything happens in AsyncLLM's own order, in this thread.
     """
     descriptor = arguments.additional_config[_SETTINGS_KEY]["phase_descriptor"]
     with measured(descriptor, "config"):
         config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
         executor_class = Executor.get_class(config)
+    if not is_pinned():
+        llm = MeteredLLM(config, executor_class, log_stats=False, log_requests=False, stat_loggers=stat_loggers)
+        on_forked()
+        while_loading(config.model_config, llm.renderer)
+        return llm
     configured_at = time.monotonic()
     forked: Future[None] = Future()
     started: Future[Any] = Future()
@@ -462,7 +457,8 @@ def _telling(phase_descriptor: int) -> Iterator[None]:
     except Exception as error:
         # Whatever it is: safetensors' errors, for one, have no other base.
         reason, message = failures.classify(error)
-        os.write(phase_descriptor, json.dumps({"reason": reason, "message": message}).encode() + b"\n")
+        if phase_descriptor >= 0:
+            os.write(phase_descriptor, json.dumps({"reason": reason, "message": message}).encode() + b"\n")
         raise
 
 
@@ -498,7 +494,7 @@ class MeteredLLM(AsyncLLM):
     def _run_output_handler(self) -> None:
         if self.output_handler is not None:
             return
-        if vllm.__version_tuple__[:2] != PINNED or not OutputPump.can_stand_for(self):
+        if not is_pinned() or not OutputPump.can_stand_for(self):
             super()._run_output_handler()
             return
         assert self.logger_manager is not None

@@ -14,6 +14,8 @@ import pydantic_core
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.outputs import RequestOutput
 
+from helios.worker.engines.vllm.compat_version import is_pinned
+
 _BEFORE_TEXT: Final = '"delta":{"content":'
 _AFTER_TEXT: Final = '},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
 
@@ -25,11 +27,12 @@ class TemplatedServingChat(OpenAIServingChat):
         self, request: Any, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
         """Returns what vLLM's own generator does, event for event."""
-        relay = _Relay(result_generator)
         is_plain = self.parser_cls is None and (request.n or 1) == 1 and not (request.logprobs or request.echo)
-        results = relay if is_plain else result_generator
-        events = super().chat_completion_stream_generator(request, results, *args, **kwargs)
-        return _templated(events, relay) if is_plain else events
+        is_ours = is_plain and is_pinned()
+        relay = _Relay(result_generator)
+        results = relay if is_ours else result_generator
+        events: AsyncGenerator[str, None] = super().chat_completion_stream_generator(request, results, *args, **kwargs)
+        return _templated(events, relay) if is_ours else events
 
 
 class _Relay:

@@ -13,7 +13,7 @@ from helios.worker.engines.vllm.arguments import compile_inputs, engine_argument
 from helios.worker.engines.vllm.openai_api import OpenAIApi, TextApi, VectorApi
 from helios.worker.engines.vllm.pieces import PieceCutter
 from helios.worker.engines.vllm.prompts import PromptRenderer
-from helios.worker.replica.compile_cache import cache_directory
+from helios.worker.replica.compile_cache import use_directory
 from helios.worker.replica.engine import (
     EngineFacts,
     EngineHooks,
@@ -57,7 +57,8 @@ class VllmEngine:
         self._sink = compat.LoadSink(hooks.on_load)
         arguments = engine_arguments(spec, hooks.phase_descriptor)
         if spec.compile_cache_directory and not arguments.enforce_eager:
-            compat.keep_compiled(cache_directory(spec.compile_cache_directory, compile_inputs(spec)))
+            # Never released: it is in use for as long as the replica lives.
+            compat.keep_compiled(use_directory(spec.compile_cache_directory, compile_inputs(spec)).path)
         self._llm = compat.make_llm(
             arguments,
             stat_loggers=[lambda *_: self._sink],

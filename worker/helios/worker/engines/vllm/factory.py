@@ -17,6 +17,8 @@ def preload() -> None:
 
 def prepare(spec: ReplicaSpec) -> None:
     """Called in the launcher after a replica was forked, when there is nothing else to do: for the model's next one."""
+    if not compat.HELD_TOKENIZERS.is_installed:
+        return
     # A model that can't be run: its replica has said why.
     with contextlib.suppress(HeliosError, *failures.START_ERRORS):
         if not compat.HELD_TOKENIZERS.holds(spec.model_path):

@@ -43,11 +43,16 @@ class HeldTokenizers:
 
     def install(self) -> None:
         """Has vLLM ask here. Idempotent; called in the launcher."""
-        if vllm.tokenizers.registry.cached_get_tokenizer is self:
+        if self.is_installed:
             return
         setattr(vllm.tokenizers.registry, "cached_get_tokenizer", self)  # noqa: B010  a patch, and visibly one
         _remember_vocabularies()
         _copy_with(self._take_copy)
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether vLLM asks here: what nobody asks for need not be held."""
+        return getattr(vllm.tokenizers.registry, "cached_get_tokenizer", None) is self
 
     def holds(self, path: str) -> bool:
         """Whether the tokenizer of a model's directory is held, and its files are as they were."""
