@@ -4,6 +4,7 @@ Start: subreaper → launcher and storage client → take over what a predecesso
 those that are known → sessions with the proxies. Stop: cordon → drain the replicas (or leave them) → close.
 """
 
+import asyncio
 import fcntl
 import uuid
 from collections.abc import Iterator
@@ -24,9 +25,10 @@ from helios.mesh.tasks import task_scope
 from helios.storage.client import StorageClient
 from helios.worker.devices.inventory import Inventory, open_inventory
 from helios.worker.launcher.launchers import Launchers
+from helios.worker.replica.compile_cache import drop_unused
 from helios.worker.replica.engines import installed_engines, split_engine
 from helios.worker.replica.spec import ReplicaSpec
-from helios.worker.replica_logs import keep_bounded, log_path
+from helios.worker.replica_logs import drop_surplus, log_path
 from helios.worker.settings import WorkerSettings
 from helios.worker.supervisor.attach_servicer import AttachServicer
 from helios.worker.supervisor.core_placement import place
@@ -46,6 +48,9 @@ log = structlog.get_logger()
 _SERVICE: Final = supervisor_service_pb2.DESCRIPTOR.services_by_name["SupervisorService"].full_name
 # Attach streams never end by themselves; whoever holds one dials again.
 _CLOSE_SECONDS: Final = 0.2
+# Old logs and compiled code may pile up for this long: ten minutes of failing starts are some hundred small files.
+# Looking at a full cache of compiled code takes up to a second.
+_TIDY_SECONDS: Final = 600.0
 # sockaddr_un.sun_path, less its final zero. Source: unix(7).
 _SOCKET_PATH_LIMIT: Final = 107
 
@@ -101,8 +106,7 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
         for address in settings.proxies:
             session = FleetSession(address, identity=identity, feed=supervisor.feed, executor=supervisor)
             group.create_task(session.run(), name=f"fleet session {address}")
-        log_directory = settings.replica_log_directory
-        group.create_task(keep_bounded(log_directory, supervisor.replica_ids), name="keep logs bounded")
+        group.create_task(_keep_files_bounded(settings, supervisor), name="keep files bounded")
         engine, _ = split_engine(settings.replica.engine)
         group.create_task(_say_ready(launchers, engine, lifetime, address=server.address), name="say ready")
         await lifetime.wait_stop()
@@ -125,6 +129,16 @@ async def _stop(supervisor: Supervisor, settings: WorkerSettings) -> None:
     else:
         await supervisor.end_all(settings.replica.drain_seconds)
     supervisor.write_list()
+
+
+async def _keep_files_bounded(settings: WorkerSettings, supervisor: Supervisor) -> None:
+    while True:
+        try:
+            await asyncio.to_thread(drop_surplus, settings.replica_log_directory, supervisor.replica_ids())
+            await asyncio.to_thread(drop_unused, settings.compile_cache_directory)
+        except OSError as error:
+            log.warning("old files can't be removed", error=str(error))
+        await asyncio.sleep(_TIDY_SECONDS)
 
 
 async def _take_exits(launchers: Launchers, supervisor: Supervisor) -> None:
@@ -248,7 +262,7 @@ class _SpecMaker:
             supervisor_address=settings.socket_target,
             identity_directory=str(identity.directory.absolute()) if identity else "",
             log_path=str(log_path(settings.replica_log_directory, order.model, order.replica_id)),
-            compile_cache_directory=str((settings.state_directory / "compiled").absolute()),
+            compile_cache_directory=str(settings.compile_cache_directory),
             kv_directory=str((settings.state_directory / "kv").absolute()),
             created_at=order.created_at,
             placement=place(

@@ -5,21 +5,15 @@ each start, or one that is started for each request, would fill a disk with smal
 never taken.
 """
 
-import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Final
-
-import structlog
-
-log = structlog.get_logger()
 
 # The last failures of a model and what worked before them.
 KEPT_PER_MODEL: Final = 10
 # A node may serve thousands of models, each for a moment.
 KEPT: Final = 200
-_INTERVAL_SECONDS: Final = 60.0
 _PREFIX: Final = "replica-"
 _SUFFIX: Final = ".log"
 _PART_LENGTH: Final = 100
@@ -60,16 +54,6 @@ def drop_surplus(directory: Path, living: Collection[str]) -> int:
         # What `helios up` moved there.
         (directory / f"{name}.1").unlink(missing_ok=True)
     return len(names)
-
-
-async def keep_bounded(directory: Path, living: Callable[[], Collection[str]]) -> None:
-    """Keeps the number of logs bounded, until cancelled."""
-    while True:
-        try:
-            await asyncio.to_thread(drop_surplus, directory, living())
-        except OSError as error:
-            log.warning("old logs of replicas can't be removed", directory=str(directory), error=str(error))
-        await asyncio.sleep(_INTERVAL_SECONDS)
 
 
 def _part(text: str) -> str:

@@ -139,6 +139,11 @@ class WorkerSettings(ProcessSettings):
         return (self.log_directory or self.state_directory / "logs").absolute()
 
     @property
+    def compile_cache_directory(self) -> Path:
+        """Where compiled code is kept."""
+        return (self.state_directory / "compiled").absolute()
+
+    @property
     def usable_cores(self) -> tuple[int, ...]:
         """The cores to place replicas on."""
         return self.device.cores or tuple(sorted(os.sched_getaffinity(0)))

@@ -2,18 +2,31 @@
 
 Code that a compiler made for one model, set of flags, library version and machine is wrong for another, sometimes
 silently (an instruction that the processor lacks). So the name is a digest of all of it, and a directory is used by any
-number of replicas and never changed to mean something else. Pure, apart from making the directory.
+number of replicas and never changed to mean something else.
+
+A node that serves thousands of models would fill its disk with these directories, so the ones used longest ago go. One
+that is in use is locked by whoever uses it: the kernel drops the lock with the last process of a replica, however it
+ends, and nobody keeps a list.
 """
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 # Grows when the meaning of the key changes.
 _VERSION: Final = 1
+# What one node compiles for is some models, each with a few settings.
+KEPT: Final = 100
+# SmolLM2-135M on a CPU takes 7 MiB; graphs and kernels of many sizes on a GPU take more.
+KEPT_BYTES: Final = 4 << 30
+_GONE: Final = "gone-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +57,103 @@ def cache_key(inputs: CompileInputs) -> str:
     return hashlib.sha256(encoded.encode()).hexdigest()
 
 
-def cache_directory(root: str, inputs: CompileInputs) -> Path:
-    """Returns the directory for these inputs below ``root``, made where it is not there."""
+@dataclass(frozen=True, slots=True)
+class CacheDirectory:
+    """A directory that is in use: it stays until ``release``, or until this process and all that it forked ended."""
+
+    path: Path
+    descriptor: int
+
+    def release(self) -> None:
+        """Lets it go. Once."""
+        os.close(self.descriptor)
+
+
+def use_directory(root: str, inputs: CompileInputs) -> CacheDirectory:
+    """Takes the directory for these inputs below ``root``, made where it is not there, into use."""
     path = Path(root) / cache_key(inputs)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        # Not exist_ok, which looks twice: it may go in between.
+        with suppress(FileExistsError):
+            path.mkdir()
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if _is_at(path, descriptor):
+            # The time of its last use, which decides what goes first.
+            os.utime(descriptor)
+            return CacheDirectory(path, descriptor)
+        os.close(descriptor)
+
+
+def drop_unused(root: Path, *, kept: int = KEPT, kept_bytes: int = KEPT_BYTES) -> int:
+    """Removes what was used longest ago beyond so many directories or bytes, and nothing in use; returns how many.
+
+    Blocks. Raises OSError where the disk refuses.
+    """
+    if not root.is_dir():
+        return 0
+    # Left by one that was killed in the middle.
+    for path in root.glob(f"{_GONE}*"):
+        shutil.rmtree(path)
+    count = size_bytes = dropped = 0
+    for path in sorted((path for path in root.iterdir() if path.is_dir()), key=_used_at, reverse=True):
+        own_bytes = _size_bytes(path)
+        if (count + 1 > kept or size_bytes + own_bytes > kept_bytes) and _drop(path):
+            dropped += 1
+        else:
+            count += 1
+            size_bytes += own_bytes
+    return dropped
+
+
+def _drop(path: Path) -> bool:
+    with _locked_alone(path) as is_alone:
+        if not is_alone:
+            return False
+        # Nobody finds half of it, also not after a crash.
+        gone = path.rename(path.with_name(f"{_GONE}{path.name}"))
+    shutil.rmtree(gone)
+    return True
+
+
+@contextmanager
+def _locked_alone(path: Path) -> Iterator[bool]:
+    """Keeps everybody from taking a directory into use; gives False where somebody has."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _used_at(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _size_bytes(directory: Path) -> int:
+    sizes = 0
+    for path in directory.rglob("*"):
+        try:
+            sizes += path.lstat().st_size
+        except FileNotFoundError:
+            # A compiler's temporary file.
+            continue
+    return sizes
 
 
 def processor_architecture(machine: str, processors: str) -> str:
