@@ -1,5 +1,6 @@
 """The pure policies, one by one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helios.proxy.activation.estimate import StartEstimates
-from helios.proxy.activation.placement import Impossible, Placed, Preempt, Victim, Wait, WorkerCapacity, place
+from helios.proxy.activation.placement import Impossible, Placed, Plan, Preempt, Victim, Wait, WorkerCapacity
+from helios.proxy.activation.placement import place as place_among
 from helios.proxy.catalogue import Catalogue
 from helios.proxy.fleet.state import Load
 from helios.proxy.routing.pick import MAX_CHOICES, pick
@@ -62,14 +64,32 @@ def test_a_candidate_belongs_to_one_revision() -> None:
     assert table.snapshot("m", "v1") == ()
 
 
+def place(memory_bytes: int, engine: str, workers: list[WorkerCapacity], *, may_preempt: bool) -> Plan:
+    """Places a replica that books the same everywhere."""
+    able = [replace(worker, needed_bytes=memory_bytes) for worker in workers]
+    return place_among(engine, able, may_preempt=may_preempt)
+
+
 def worker(worker_id: str = "w", **fields: object) -> WorkerCapacity:
-    values = {"engines": ("vllm",), "memory_bytes": 10, "free_bytes": 10, "free_slot_count": 8} | fields
+    values = {
+        "engines": ("vllm",),
+        "needed_bytes": 0,
+        "memory_bytes": 10,
+        "free_bytes": 10,
+        "free_slot_count": 8,
+    } | fields
     return WorkerCapacity(worker_id, **values)  # type: ignore[arg-type]
 
 
 def test_the_worker_with_the_most_free_memory_is_chosen() -> None:
     workers = [worker("a", free_bytes=5), worker("b", free_bytes=7), worker("c", free_bytes=9, engines=("other",))]
     assert place(5, "vllm", workers, may_preempt=False) == Placed("b")
+
+
+def test_what_a_replica_books_differs_by_worker() -> None:
+    gpu, cpu = worker("gpu", needed_bytes=9, free_bytes=8), worker("cpu", needed_bytes=3, free_bytes=4)
+    assert place_among("vllm", [gpu, cpu], may_preempt=False) == Placed("cpu")
+    assert isinstance(place_among("vllm", [gpu], may_preempt=False), Impossible)
 
 
 def test_no_worker_is_waited_for() -> None:

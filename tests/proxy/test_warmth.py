@@ -109,7 +109,7 @@ def test_a_sleeping_replica_is_not_what_a_policy_promised() -> None:
     subject = world(sleeper(state=S.ASLEEP), awake, models=models)
     worker = subject.fleet.worker("w")
     assert worker is not None
-    victims = subject.lifecycle.room.capacity(worker, models[1], 1, 100.0).victims
+    victims = subject.lifecycle.room.capacity(worker, models[1], 100.0).victims
     assert [victim.replica_id for victim in victims] == ["r"]
 
 
@@ -327,6 +327,30 @@ def test_what_was_started_with_other_settings_says_nothing_of_these() -> None:
     # Taken over from another proxy: nobody knows better than what is served.
     subject.replica_event("w", 2, replace(held, replica_id="other", address="127.0.0.1:1001"), 4.0)
     assert subject.lifecycle.room.size(changed).memory_bytes > before.memory_bytes
+
+
+def test_a_gpu_in_the_fleet_does_not_change_what_replicas_on_cpus_book() -> None:
+    settings = policy()
+    sizing = replace(settings.lifecycle.sizing, gpu_overhead_bytes=settings.lifecycle.sizing.overhead_bytes + 2 * GIB)
+    subject = core(replace(settings, lifecycle=replace(settings.lifecycle, sizing=sizing)))
+    subject.models_replaced([entry()], 0.0, is_synced=True)
+    small = hello("cpu", memory_bytes=2 * GIB)
+    subject.worker_hello(small, 0.0)
+    alone = subject.lifecycle.room.size(entry())
+    gpu = Device("cuda:0", DeviceKind.CUDA, 2 * GIB, 0)
+    subject.worker_hello(WorkerHello("gpu", "1", "node", (gpu,), ("vllm",), 8, ()), 0.0)
+    assert subject.lifecycle.room.size(entry()).memory_bytes == alone.memory_bytes + 2 * GIB
+    _, todo = subject.hold(entry(), "q", size_bytes=0, deadline=99.0, now=1.0)
+    (sent,) = [action.command for action in todo if isinstance(action, actions.Send)]
+    assert isinstance(sent.order, StartReplica)
+    assert (sent.worker_id, sent.order.memory_bytes) == ("cpu", alone.memory_bytes)
+    # What is measured on one kind says nothing of the other.
+    held = replace(replica(sent.order.replica_id), worker_id="cpu", memory_items=sent.order.memory_items)
+    subject.replica_event("cpu", 1, replace(held, measured_bytes=alone.memory_bytes + 300 * MIB), 2.0)
+    workers = {worker.hello.worker_id: worker for worker in subject.fleet.workers()}
+    sizes = {name: subject.lifecycle.room.size_on(worker, entry()) for name, worker in workers.items()}
+    assert sizes["cpu"].memory_bytes > alone.memory_bytes + 300 * MIB
+    assert sizes["gpu"].memory_bytes == alone.memory_bytes + 2 * GIB
 
 
 def test_an_untouched_cache_does_not_shrink_what_is_booked_below_the_overhead() -> None:

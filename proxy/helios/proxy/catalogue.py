@@ -91,6 +91,10 @@ class Catalogue:
         """A model or an adapter by its own name in the registry."""
         return self._models.get(name)
 
+    def named(self, name: str) -> ModelEntry | None:
+        """What engine settings mean by a name: the model or adapter of that name, else the model with that alias."""
+        return self.get(name) or self.find(name)
+
     def models(self) -> list[ModelEntry]:
         """All models, by name."""
         return [self._models[name] for name in sorted(self._models)]

@@ -21,7 +21,7 @@ from helios.proxy.fleet.state import Replica, ReplicaState, Staged
 from helios.proxy.holds import Holds
 from helios.proxy.room import Room
 from helios.proxy.scaling import Desired, Usage, desired_replicas
-from helios.proxy.sizing import ReplicaSize, SizingPolicy
+from helios.proxy.sizing import SizingPolicy
 from helios.proxy.traffic import Traffic
 from helios.proxy.warmth import Warmth, WarmthPolicy
 
@@ -277,7 +277,7 @@ class Lifecycle:
                 f" settings (helios models set MODEL --set lora.adapters={model}:{model})"
             )
             return machine.Refused("INVALID_ENGINE_SETTINGS", message, 1.0)
-        others = {name: self._catalogue.get(name) or self._catalogue.find(name) for name in needs.models}
+        others = {name: self._catalogue.named(name) for name in needs.models}
         revisions = {name: other.revision for name, other in others.items() if other is not None}
         if missing := others.keys() - revisions.keys():
             message = f"its engine settings name the model '{min(missing)}', which does not exist"
@@ -285,15 +285,13 @@ class Lifecycle:
         sleeper = self.warmth.sleeper(entry)
         if sleeper is not None:
             return machine.Placed(self._wake(sleeper))
-        size = self.room.size(entry, others.get(needs.draft_model))
-        count = needs.rank_count
-        workers = [self.room.capacity(w, entry, count, now) for w in self._traffic.fleet.workers() if w.is_reachable]
+        workers = [self.room.capacity(w, entry, now) for w in self._traffic.fleet.workers() if w.is_reachable]
         # What stands behind a colon is the engine's own business.
         engine = (needs.engine or self.policy.engine).partition(":")[0]
-        plan = placement.place(size.memory_bytes, engine, workers, may_preempt=may_preempt)
+        plan = placement.place(engine, workers, may_preempt=may_preempt)
         match plan:
             case placement.Placed(worker_id, reason):
-                return machine.Placed(self._start(entry, worker_id, size, revisions, reason))
+                return machine.Placed(self._start(entry, worker_id, revisions, reason))
             case placement.Preempt(worker_id, replica_ids):
                 return self._preempt(model, worker_id, replica_ids, now)
             case placement.Wait(reason, message):
@@ -373,10 +371,10 @@ class Lifecycle:
         self.outbox.append(begun)
         return replica.replica_id
 
-    def _start(
-        self, entry: ModelEntry, worker_id: str, size: ReplicaSize, revisions: Mapping[str, str], placed: str
-    ) -> str:
-        needs = needs_of(entry.engine_settings)
+    def _start(self, entry: ModelEntry, worker_id: str, revisions: Mapping[str, str], placed: str) -> str:
+        worker = self._traffic.fleet.worker(worker_id)
+        assert worker is not None
+        needs, size = needs_of(entry.engine_settings), self.room.size_on(worker, entry)
         asking = self._holds.first(entry.name)
         traceparent = asking.traceparent if asking is not None else ""
         replica_id = self._new_id()
@@ -392,7 +390,7 @@ class Lifecycle:
             engine_settings=with_revisions(entry.engine_settings, revisions),
             served_names=entry.aliases,
             memory_items=size.items,
-            device_count=needs.rank_count if self.room.has_gpus(worker_id) else 1,
+            device_count=self.room.device_count(worker, entry),
             requested_at=asking.requested_at if asking is not None else 0.0,
             traceparent=traceparent,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from helios.proxy.activation import placement
 from helios.proxy.catalogue import Catalogue, ModelEntry
+from helios.proxy.engine_needs import needs_of
 from helios.proxy.fleet.state import Replica, ReplicaState, Worker
 from helios.proxy.holds import Holds
 from helios.proxy.sizing import MeasuredSizes, ReplicaSize, SizingPolicy, replica_size
@@ -31,10 +32,19 @@ class Room:
         self._measured = MeasuredSizes()
         self._settings: dict[str, str] = {}
 
-    def size(self, entry: ModelEntry, draft: ModelEntry | None = None) -> ReplicaSize:
-        """What a replica of a model would book."""
-        is_gpu = any(worker.has_gpus for worker in self._traffic.fleet.workers())
-        return replica_size(entry, self._policy, draft, measured=self._measured, is_gpu=is_gpu)
+    def size(self, entry: ModelEntry) -> ReplicaSize:
+        """What a replica of a model would book where it takes the most."""
+        kinds = {worker.has_gpus for worker in self._traffic.fleet.workers()} or {False}
+        return max((self._size(entry, is_gpu=is_gpu) for is_gpu in kinds), key=lambda size: size.memory_bytes)
+
+    def size_on(self, worker: Worker, entry: ModelEntry) -> ReplicaSize:
+        """What a replica of a model would book on this worker."""
+        return self._size(entry, is_gpu=worker.has_gpus)
+
+    @staticmethod
+    def device_count(worker: Worker, entry: ModelEntry) -> int:
+        """How many of this worker's devices a replica of a model takes; on a CPU, ranks share the one that there is."""
+        return needs_of(entry.engine_settings).rank_count if worker.has_gpus else 1
 
     def started(self, replica_id: str, engine_settings: str) -> None:
         """A replica was ordered with these settings: what it will be measured to hold speaks of them."""
@@ -50,31 +60,32 @@ class Room:
         settings = self._settings.get(replica.replica_id, entry.engine_settings)
         if settings != entry.engine_settings:
             return
-        if self._measured.fixed_bytes(entry.revision, settings) is None:
+        worker = self._traffic.fleet.worker(replica.worker_id)
+        is_gpu = worker is not None and worker.has_gpus
+        if self._measured.fixed_bytes(entry.revision, settings, is_gpu=is_gpu) is None:
             self._measured.keep_only({(model.revision, model.engine_settings) for model in self._catalogue.models()})
         self._measured.record(
-            entry.revision, settings, measured_bytes=replica.measured_bytes, kv_cache_bytes=kv_cache_bytes
+            entry.revision,
+            settings,
+            measured_bytes=replica.measured_bytes,
+            kv_cache_bytes=kv_cache_bytes,
+            is_gpu=is_gpu,
         )
 
     def forget(self, replica_id: str) -> None:
         """The replica is gone."""
         self._settings.pop(replica_id, None)
 
-    def has_gpus(self, worker_id: str) -> bool:
-        """Whether a worker's models run on GPUs."""
-        worker = self._traffic.fleet.worker(worker_id)
-        return worker is not None and worker.has_gpus
-
-    def capacity(self, worker: Worker, entry: ModelEntry, rank_count: int, now: float) -> placement.WorkerCapacity:
-        """What a worker has left for a replica of a model on so many ranks, and what could be freed for it."""
-        # On a CPU, ranks share the one device that there is.
-        device_count = rank_count if worker.has_gpus else 1
+    def capacity(self, worker: Worker, entry: ModelEntry, now: float) -> placement.WorkerCapacity:
+        """What a worker has left for a replica of a model, and what could be freed for it."""
+        device_count = self.device_count(worker, entry)
         model = entry.name
         replicas = list(worker.replicas.values())
         draining = [replica for replica in replicas if self._traffic.is_draining(replica)]
         return placement.WorkerCapacity(
             worker_id=worker.hello.worker_id,
             engines=worker.hello.engines,
+            needed_bytes=self.size_on(worker, entry).memory_bytes,
             memory_bytes=worker.memory_bytes_of(device_count),
             free_bytes=worker.free_bytes_of(device_count),
             is_staged=entry.revision in worker.staged,
@@ -83,6 +94,10 @@ class Room:
             draining_count=len(draining),
             victims=tuple(self._victim(r) for r in replicas if r.model != model and self._is_victim(r, now)),
         )
+
+    def _size(self, entry: ModelEntry, *, is_gpu: bool) -> ReplicaSize:
+        draft = self._catalogue.named(needs_of(entry.engine_settings).draft_model)
+        return replica_size(entry, self._policy, draft, measured=self._measured, is_gpu=is_gpu)
 
     def _victim(self, replica: Replica) -> placement.Victim:
         last_used_at = self._traffic.last_used_at(replica.model)

@@ -56,24 +56,26 @@ class ReplicaSize:
 
 
 class MeasuredSizes:
-    """What replicas were measured to hold beside their KV cache, by revision and settings: the largest of each."""
+    """What replicas were measured to hold beside their KV cache: the largest by revision, settings, and GPU or not."""
 
     def __init__(self) -> None:
-        self._fixed_bytes: dict[tuple[str, str], int] = {}
+        self._fixed_bytes: dict[tuple[str, str, bool], int] = {}
 
-    def record(self, revision: str, settings: str, *, measured_bytes: int, kv_cache_bytes: int) -> None:
+    def record(
+        self, revision: str, settings: str, *, measured_bytes: int, kv_cache_bytes: int, is_gpu: bool = False
+    ) -> None:
         """Takes in what one replica holds, all of it, and the KV cache that it was given."""
-        key = (revision, settings)
+        key = (revision, settings, is_gpu)
         fixed_bytes = max(0, measured_bytes - kv_cache_bytes)
         self._fixed_bytes[key] = max(fixed_bytes, self._fixed_bytes.get(key, 0))
 
-    def fixed_bytes(self, revision: str, settings: str) -> int | None:
+    def fixed_bytes(self, revision: str, settings: str, *, is_gpu: bool = False) -> int | None:
         """What a replica holds beside its KV cache; None where none was measured."""
-        return self._fixed_bytes.get((revision, settings))
+        return self._fixed_bytes.get((revision, settings, is_gpu))
 
     def keep_only(self, served: set[tuple[str, str]]) -> None:
         """Forgets what no model has any more; `served` are revisions with their settings."""
-        self._fixed_bytes = {key: value for key, value in self._fixed_bytes.items() if key in served}
+        self._fixed_bytes = {key: value for key, value in self._fixed_bytes.items() if key[:2] in served}
 
 
 def replica_size(
@@ -99,7 +101,7 @@ def replica_size(
     # Each rank has processes of its own.
     overhead_bytes = (policy.gpu_overhead_bytes if is_gpu else policy.overhead_bytes) * needs.rank_count
     fixed_bytes = _round_up(weights_bytes + activation_bytes + overhead_bytes)
-    held = measured.fixed_bytes(entry.revision, entry.engine_settings) if measured is not None else None
+    held = measured.fixed_bytes(entry.revision, entry.engine_settings, is_gpu=is_gpu) if measured is not None else None
     if held is not None:
         fixed_bytes = _round_up(max(int(held * _HEADROOM), activation_bytes + overhead_bytes))
     # Where the weights turn out to be the page cache's, a measured replica holds less than they take.

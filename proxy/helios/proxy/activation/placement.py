@@ -20,11 +20,13 @@ class Victim:
 class WorkerCapacity:
     """What a worker has left, what draining replicas will give back, and what could be freed.
 
-    Memory is what a replica on as many devices as it wants could have. `is_staged`: its weights are in memory there.
+    Memory is what a replica on as many devices as it wants could have, `needed_bytes` what it books there (processes on
+    a GPU take more than on a CPU). `is_staged`: its weights are in memory there.
     """
 
     worker_id: str
     engines: tuple[str, ...]
+    needed_bytes: int
     memory_bytes: int
     free_bytes: int
     free_slot_count: int
@@ -69,11 +71,10 @@ class Impossible:
 Plan = Placed | Preempt | Wait | Impossible
 
 
-def place(memory_bytes: int, engine: str, workers: list[WorkerCapacity], *, may_preempt: bool) -> Plan:
+def place(engine: str, workers: list[WorkerCapacity], *, may_preempt: bool) -> Plan:
     """Finds room for a replica.
 
     Args:
-        memory_bytes: what it books.
         engine: what runs it; empty is the worker's default.
         workers: workers that can be reached.
         may_preempt: whether idle replicas of other models may be drained for it.
@@ -82,7 +83,7 @@ def place(memory_bytes: int, engine: str, workers: list[WorkerCapacity], *, may_
     if not able:
         what = f"with the engine '{engine}' " if engine and workers else ""
         return Wait("NO_WORKER", f"no worker {what}is connected")
-    fitting = [worker for worker in able if worker.free_bytes >= memory_bytes and worker.free_slot_count > 0]
+    fitting = [worker for worker in able if worker.free_bytes >= worker.needed_bytes and worker.free_slot_count > 0]
     if fitting:
         chosen = max(fitting, key=lambda worker: (worker.is_staged, worker.free_bytes, worker.worker_id))
         most = f"has the most memory free of {len(fitting)} that fit" if len(fitting) > 1 else "fits"
@@ -90,29 +91,31 @@ def place(memory_bytes: int, engine: str, workers: list[WorkerCapacity], *, may_
             most = "has its weights in memory"
         reason = (
             f"{chosen.worker_id} {most}: {_gib(chosen.free_bytes)} of {_gib(chosen.memory_bytes)} free, "
-            f"{_gib(memory_bytes)} needed"
+            f"{_gib(chosen.needed_bytes)} needed"
         )
         return Placed(chosen.worker_id, reason)
-    large_enough = [worker for worker in able if worker.memory_bytes >= memory_bytes]
+    large_enough = [worker for worker in able if worker.memory_bytes >= worker.needed_bytes]
     if not large_enough:
-        largest = max(worker.memory_bytes for worker in able)
+        largest = max(able, key=lambda worker: worker.memory_bytes)
         return Impossible(
             "NO_CAPACITY",
-            f"a replica needs {_gib(memory_bytes)} of memory, the largest worker has {_gib(largest)}",
+            f"a replica needs {_gib(largest.needed_bytes)} of memory, "
+            f"the largest worker has {_gib(largest.memory_bytes)}",
         )
     for worker in large_enough:
         slot_count = worker.free_slot_count + worker.draining_count
-        if worker.free_bytes + worker.draining_bytes >= memory_bytes and slot_count > 0:
+        if worker.free_bytes + worker.draining_bytes >= worker.needed_bytes and slot_count > 0:
             return Wait("NO_CAPACITY", "replicas of other models are draining to make room")
-    plans = [plan for worker in large_enough if may_preempt and (plan := _preempt(memory_bytes, worker)) is not None]
+    plans = [plan for worker in large_enough if may_preempt and (plan := _preempt(worker)) is not None]
     if plans:
         return min(plans, key=lambda plan: len(plan.replica_ids))
+    needed_bytes = min(worker.needed_bytes for worker in large_enough)
     return Impossible(
-        "NO_CAPACITY", f"no worker has {_gib(memory_bytes)} of memory free; replicas of other models are in use"
+        "NO_CAPACITY", f"no worker has {_gib(needed_bytes)} of memory free; replicas of other models are in use"
     )
 
 
-def _preempt(memory_bytes: int, worker: WorkerCapacity) -> Preempt | None:
+def _preempt(worker: WorkerCapacity) -> Preempt | None:
     free_bytes = worker.free_bytes + worker.draining_bytes
     slot_count = worker.free_slot_count + worker.draining_count
     chosen: list[str] = []
@@ -120,7 +123,7 @@ def _preempt(memory_bytes: int, worker: WorkerCapacity) -> Preempt | None:
         chosen.append(victim.replica_id)
         free_bytes += victim.memory_bytes
         slot_count += 1
-        if free_bytes >= memory_bytes and slot_count > 0:
+        if free_bytes >= worker.needed_bytes and slot_count > 0:
             return Preempt(worker.worker_id, tuple(chosen))
     return None
 
