@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 
 from helios.worker.supervisor.core_placement import place
-from helios.worker.supervisor.host import cpu_device, pick_free_port, usable_memory_bytes
+from helios.worker.supervisor.host import cpu_device, pick_free_port, usable_memory_bytes, used_memory_bytes
 
 GIB = 1 << 30
 
@@ -16,7 +16,7 @@ GIB = 1 << 30
 def machine(folder: Path, *, cgroup: str, limits: dict[str, str]) -> tuple[Path, Path]:
     proc, cgroups = folder / "proc", folder / "cgroup"
     (proc / "self").mkdir(parents=True)
-    (proc / "meminfo").write_text(f"MemTotal:       {16 * GIB // 1024} kB\nMemFree: 1 kB\n")
+    (proc / "meminfo").write_text(f"MemTotal:       {16 * GIB // 1024} kB\nMemAvailable: {12 * GIB // 1024} kB\n")
     (proc / "self/cgroup").write_text(cgroup)
     for path, text in limits.items():
         file = cgroups / path
@@ -41,6 +41,52 @@ def test_the_lowest_limit_above_the_process_counts(
 ) -> None:
     proc, cgroups = machine(tmp_path, cgroup=cgroup, limits=limits)
     assert usable_memory_bytes(proc, cgroups) == expected_gib * GIB
+
+
+V2 = f"anon {GIB}\nactive_file {GIB}\ninactive_file {GIB}\nunevictable {GIB}\n"
+V1 = f"active_file 7\ntotal_active_file {GIB // 2}\ntotal_inactive_file {GIB // 2}\n"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "expected_gib"),
+    [
+        # The machine's: 16, of which 12 are available.
+        ("", {}, 4),
+        ("0::/a\n", {"a/memory.max": "max\n", "a/memory.current": f"{9 * GIB}\n", "a/memory.stat": V2}, 4),
+        # Its own limit of 4, with 3 in use, of which 2 are files that can be dropped.
+        ("0::/a\n", {"a/memory.max": f"{4 * GIB}\n", "a/memory.current": f"{3 * GIB}\n", "a/memory.stat": V2}, 1),
+        # Full without anything to drop, and the machine has plenty.
+        ("0::/a\n", {"a/memory.max": f"{4 * GIB}\n", "a/memory.current": f"{4 * GIB}\n"}, 4),
+        # The limit above is wider, but its neighbours fill it.
+        (
+            "0::/a/b\n",
+            {
+                "a/memory.max": f"{8 * GIB}\n",
+                "a/memory.current": f"{8 * GIB}\n",
+                "a/b/memory.max": f"{4 * GIB}\n",
+                "a/b/memory.current": f"{GIB}\n",
+            },
+            4,
+        ),
+        # A limit beyond what the machine has left.
+        ("0::/a\n", {"a/memory.max": f"{14 * GIB}\n", "a/memory.current": f"{GIB}\n"}, 2),
+        (
+            "4:memory:/pod\n0::/\n",
+            {
+                "memory/pod/memory.limit_in_bytes": f"{2 * GIB}\n",
+                "memory/pod/memory.usage_in_bytes": f"{2 * GIB}\n",
+                "memory/pod/memory.stat": V1,
+            },
+            1,
+        ),
+        ("0::/a\n", {"a/memory.max": f"{4 * GIB}\n"}, 0),
+    ],
+)
+def test_what_is_used_is_what_the_fullest_limit_leaves_no_room_for(
+    tmp_path: Path, cgroup: str, files: dict[str, str], expected_gib: int
+) -> None:
+    proc, cgroups = machine(tmp_path, cgroup=cgroup, limits=files)
+    assert used_memory_bytes(proc, cgroups) == expected_gib * GIB
 
 
 def test_the_device_has_what_is_set_or_a_share_of_the_machine() -> None:

@@ -1,12 +1,13 @@
-"""What the node has: devices, and ports that nobody uses.
+"""What the host has: itself as a CPU device, and ports that nobody uses.
 
-One CPU device today. Its memory is a share of what this process may use: the cgroup's limit counts where it is lower
+The device's memory is a share of what this process may use: the cgroup's limit counts where it is lower
 than the machine's memory, because the kernel kills by the cgroup.
 """
 
 import random
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,21 @@ _LOWEST_PORT: Final = 20_000
 _TRIES: Final = 64
 
 
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Names of a cgroup's files, and of the caches in its ``memory.stat``."""
+
+    limit: str
+    used: str
+    caches: tuple[str, ...]
+
+
+_VERSION_1: Final = _Files(
+    "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")
+)
+_VERSION_2: Final = _Files("memory.max", "memory.current", ("active_file", "inactive_file"))
+
+
 def cpu_device(
     memory_bytes: int | None, *, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
 ) -> Device:
@@ -35,7 +51,7 @@ def cpu_device(
 def usable_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Returns the machine's memory, or the lowest limit of the cgroups above this process where that is less."""
     total = _meminfo_bytes(proc / "meminfo", "MemTotal:")
-    return min([total, *_cgroup_limits(proc / "self/cgroup", cgroups)])
+    return min([total, *(limit for _, _, limit in _limited_cgroups(proc, cgroups))])
 
 
 def staging_memory_bytes(memory_bytes: int | None) -> int:
@@ -44,10 +60,17 @@ def staging_memory_bytes(memory_bytes: int | None) -> int:
 
 
 def used_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Returns what is used of ``usable_memory_bytes`` and can't be had by dropping caches."""
-    limit = usable_memory_bytes(proc, cgroups)
-    free = _meminfo_bytes(proc / "meminfo", "MemAvailable:")
-    return max(0, limit - min(free, limit))
+    """Returns what is used of ``usable_memory_bytes`` and can't be had by dropping caches.
+
+    A container is full when its cgroup is, however much the machine has left.
+    """
+    free = [_meminfo_bytes(proc / "meminfo", "MemAvailable:")]
+    for level, files, limit in _limited_cgroups(proc, cgroups):
+        used = _read_number(level / files.used)
+        if used is not None:
+            free.append(limit - used + _cache_bytes(level / "memory.stat", files.caches))
+    usable = usable_memory_bytes(proc, cgroups)
+    return usable - max(0, min(usable, *free))
 
 
 def pick_free_port(host: str, taken: frozenset[int], seed: int | None = None) -> int:
@@ -91,32 +114,41 @@ def _meminfo_bytes(meminfo: Path, name: str) -> int:
     raise Unavailable(f"{meminfo} does not say how much memory there is", reason="NO_MEMTOTAL")
 
 
-def _cgroup_limits(membership: Path, cgroups: Path) -> Iterator[int]:
-    """Gives the limits of the process's cgroup and of those above it, of version 1 and 2. Source: cgroups(7)."""
+def _limited_cgroups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, _Files, int]]:
+    """Gives the process's cgroup and those above it, of version 1 and 2, that have a limit. Source: cgroups(7)."""
     try:
-        lines = membership.read_text().splitlines()
+        lines = (proc / "self/cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, name = cgroups, "memory.max"
+            root, files = cgroups, _VERSION_2
         elif "memory" in controllers.split(","):
-            root, name = cgroups / "memory", "memory.limit_in_bytes"
+            root, files = cgroups / "memory", _VERSION_1
         else:
             continue
         folder = root / path.lstrip("/")
         for level in (folder, *folder.parents):
-            limit = _read_limit(level / name)
+            limit = _read_number(level / files.limit)
             if limit is not None:
-                yield limit
+                yield level, files, limit
             if level == root:
                 break
 
 
-def _read_limit(file: Path) -> int | None:
+def _read_number(file: Path) -> int | None:
     try:
         text = file.read_text().strip()
     except OSError:
         return None
     return int(text) if text.isdecimal() else None
+
+
+def _cache_bytes(statistics: Path, names: tuple[str, ...]) -> int:
+    """Returns what a cgroup holds of files and can drop: what is locked, and shared memory, is on other lists."""
+    try:
+        lines = [line.split() for line in statistics.read_text().splitlines()]
+    except OSError:
+        return 0
+    return sum(int(count) for name, count in lines if name in names)
