@@ -361,15 +361,14 @@ def make_llm(
         return llm
     configured_at = time.monotonic()
     forked: Future[None] = Future()
-    started: Future[Any] = Future()
-    connected_at: list[float] = []
+    started: Future[tuple[Any, float]] = Future()
 
     def start() -> None:
         try:
-            started.set_result(
-                EngineCoreClient.make_async_mp_client(vllm_config=config, executor_class=executor_class, log_stats=True)
+            client = EngineCoreClient.make_async_mp_client(
+                vllm_config=config, executor_class=executor_class, log_stats=True
             )
-            connected_at.append(time.monotonic())
+            started.set_result((client, time.monotonic()))
         except Exception as error:  # noqa: BLE001  handed over to the thread that waits
             started.set_exception(error)
         finally:
@@ -388,9 +387,9 @@ def make_llm(
             renderer.start_mm_warmup_in_background()
             while_loading(config.model_config, renderer)
             prepared_at = time.monotonic()
-            client = started.result()
+            client, connected_at = started.result()
             # What happened at the same time is told last: it is a phase as far as the engine had to wait for it.
-            write_phase(descriptor, "connect", configured_at, connected_at[0])
+            write_phase(descriptor, "connect", configured_at, connected_at)
             write_phase(descriptor, "tokenizer", configured_at, prepared_at)
             return client
 
