@@ -92,6 +92,13 @@ class Lifecycle:
             activation = self._activations[model] = Activation(self.policy.activation)
         return activation
 
+    def failure(self, model: str) -> str:
+        """Why the model's last start failed, as long as no other one is tried; else empty."""
+        activation = self._activations.get(model)
+        if activation is None or activation.state is not ActivationState.BACKING_OFF:
+            return ""
+        return activation.failure
+
     def remaining_seconds(self, entry: ModelEntry, now: float) -> float:
         """Estimated time until a replica of the model could take a request that comes now."""
         activation = self._activations.get(entry.name)

@@ -7,7 +7,6 @@ from typing import Any, Final
 from helios.api.catalog.v1 import model_service_pb2 as pb
 from helios.api.catalog.v1.model_service_pb2_grpc import ModelServiceServicer
 from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, Unavailable
-from helios.proxy.activation.machine import ActivationState
 from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.engine_needs import needs_of
@@ -52,8 +51,7 @@ class ModelServicer(ModelServiceServicer):
         draining = [replica for replica in replicas if traffic.is_draining(replica)]
         starting = [replica for replica in replicas if replica.state.is_starting and replica not in draining]
         ready = [replica for replica in replicas if replica.state is ReplicaState.READY and replica not in draining]
-        activation = lifecycle.activation(entry.name)
-        is_failed = activation.state is ActivationState.BACKING_OFF and not ready
+        failure = "" if ready else lifecycle.failure(entry.name)
         is_open = any(traffic.is_candidate(replica.replica_id) for replica in ready)
         return pb.Model(
             id=name if is_adapter else entry.name,
@@ -61,7 +59,7 @@ class ModelServicer(ModelServiceServicer):
             object="model",
             created=entry.created_at,
             owned_by="helios",
-            state=_state(starting, ready, is_failed=is_failed),
+            state=_state(starting, ready, is_failed=bool(failure)),
             replicas=pb.ReplicaCounts(
                 starting=len(starting),
                 ready=len(ready),
@@ -83,7 +81,7 @@ class ModelServicer(ModelServiceServicer):
             or needs_of(entry.engine_settings).max_context_tokens
             or entry.max_context_tokens,
             estimated_ready_seconds=0.0 if is_open else round(lifecycle.remaining_seconds(entry, now), 1),
-            failure=activation.failure if is_failed else "",
+            failure=failure,
         )
 
 
