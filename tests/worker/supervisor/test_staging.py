@@ -11,6 +11,7 @@ import pytest
 from helios.worker.supervisor.commands import Evict, Stage, Unstage
 from helios.worker.supervisor.records import StagedState
 from helios.worker.supervisor.resident_files import ResidentFiles
+from helios.worker.supervisor.staging import next_look_seconds
 from tests.worker.supervisor.fakes import WAIT_SECONDS, FakeLauncher, FakeWeights, Node, running_node, start_of
 
 MIB = 1 << 20
@@ -166,6 +167,14 @@ async def test_a_revision_without_files_is_gone_with_a_reason(folder: Path) -> N
         assert node.supervisor.execute("one", Stage(revision(0), "a", MIB)).is_accepted
         await wait_released(node)
         assert node.supervisor.view().host.booked_bytes == 0
+
+
+def test_dropped_pages_are_read_again_less_and_less_often_until_they_stay() -> None:
+    waits = [10.0]
+    for _ in range(8):
+        waits.append(next_look_seconds(waits[-1], is_dropped=True))
+    assert waits == [10, 20, 40, 80, 160, 320, 640, 640, 640]
+    assert next_look_seconds(waits[-1], is_dropped=False) == 10
 
 
 def test_closing_while_another_thread_reads_ends_it(tmp_path: Path) -> None:

@@ -22,8 +22,11 @@ from helios.worker.supervisor.resident_files import ResidentFiles
 
 log = structlog.get_logger()
 
-# How often it is looked whether the kernel dropped what is not locked.
+# How often it is looked whether the kernel dropped what is not locked; counting pages takes 0.3 ms a GiB.
 _LOOK_SECONDS: Final = 10.0
+# A kernel that drops pages again and again needs the memory: reading them back each time would only wear the disk, and
+# drop somebody else's.
+_LONGEST_LOOK_SECONDS: Final = 640.0
 
 
 class Lent(Protocol):
@@ -202,18 +205,27 @@ class Staging:
             await asyncio.to_thread(files.close)
 
     async def _watch(self, staged: _Staged, files: ResidentFiles) -> None:
+        await self._bring_in(staged, files)
+        log.info("revision staged", revision=staged.view.revision, model=staged.view.model, bytes=files.size_bytes)
+        seconds = _LOOK_SECONDS
         while True:
-            await asyncio.to_thread(files.bring_in)
-            resident_bytes = await asyncio.to_thread(files.resident_bytes)
-            view = replace(
-                staged.view,
-                state=StagedState.STAGED,
-                resident_bytes=resident_bytes,
-                locked_bytes=files.locked_bytes,
-            )
-            if view != staged.view:
-                if view.state is not staged.view.state:
-                    log.info("revision staged", revision=view.revision, model=view.model, bytes=view.memory_bytes)
-                staged.view = view
-                self._publish(view)
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(seconds)
+            is_dropped = await asyncio.to_thread(files.resident_bytes) < files.size_bytes
+            seconds = next_look_seconds(seconds, is_dropped=is_dropped)
+            if is_dropped:
+                await self._bring_in(staged, files)
+
+    async def _bring_in(self, staged: _Staged, files: ResidentFiles) -> None:
+        await asyncio.to_thread(files.bring_in)
+        resident_bytes = await asyncio.to_thread(files.resident_bytes)
+        view = replace(
+            staged.view, state=StagedState.STAGED, resident_bytes=resident_bytes, locked_bytes=files.locked_bytes
+        )
+        if view != staged.view:
+            staged.view = view
+            self._publish(view)
+
+
+def next_look_seconds(last_seconds: float, *, is_dropped: bool) -> float:
+    """Returns how long to wait before it is looked again: longer each time that something was dropped."""
+    return min(2 * last_seconds, _LONGEST_LOOK_SECONDS) if is_dropped else _LOOK_SECONDS
