@@ -38,6 +38,7 @@ async def hold(spec: ReplicaSpec, start: EngineStart) -> dict[str, Any]:
             errors[name] = ""
         except (Exception, pytest.fail.Exception):  # noqa: BLE001  told to the test
             errors[name] = traceback.format_exc(limit=-4)
+    subject.notes["tasks"] = [task.get_name() for task in asyncio.all_tasks()]
     engine.close()
     return {"errors": errors, "notes": subject.notes}
 

@@ -100,6 +100,18 @@ def test_an_engine_keeps_its_promise(engine: str, contract: str, smollm2_directo
         pytest.fail(problem, pytrace=False)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_contract_of_an_engine_was_run(engine: str, smollm2_directory: Path) -> None:
+    listed = {case.values[1] for case in cases() if case.values[0] == engine}
+    assert len(listed) > 10
+    assert outcome(engine, smollm2_directory)["errors"].keys() == listed
+
+
+@pytest.mark.real_model
+def test_vllm_s_own_reader_of_outputs_is_replaced(smollm2_directory: Path) -> None:
+    assert "engine outputs" in outcome("vllm", smollm2_directory)["notes"]["tasks"]
+
+
 @pytest.mark.real_model
 def test_an_unknown_version_of_vllm_is_used_as_it_is(smollm2_directory: Path) -> None:
     done = run("unknown_version", a_spec("vllm", smollm2_directory))
