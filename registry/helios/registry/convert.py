@@ -104,8 +104,7 @@ def convert(source: Path, target: Path, reports: TextIO) -> None:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
     except (MemoryError, OSError):
         raise
-    except Exception as error:
-        # tokenizers raises Exception itself; no list of types would be complete.
+    except Exception as error:  # tokenizers raises Exception itself; no list of types would be complete
         raise _Refused(f"{source.name} can't be converted: {error}") from error
     # The weights are plain now; what is left of the quantisation would make saving refuse.
     for name in ("hf_quantizer", "is_quantized"):

@@ -115,8 +115,7 @@ class Zygote:
         try:
             self._child_main(spec, requested_ns)
             status = 0
-        except Exception:
-            # The last lines of a replica's log are what people are told of its end.
+        except Exception:  # raised again; the last lines of a replica's log are what people are told of its end
             log.exception("replica failed")
             raise
         finally:

@@ -44,7 +44,7 @@ def user_code(what: str) -> Iterator[None]:
         yield
     except HeliosError:
         raise
-    except Exception as error:  # whatever users' code may raise
+    except Exception as error:  # users' code raises what it likes, and the caller is told
         raise error_of(what, error) from error
 
 

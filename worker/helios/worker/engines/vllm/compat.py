@@ -221,10 +221,10 @@ async def wake_up(llm: AsyncLLM, level: int) -> None:
 
 @contextmanager
 def _told_apart() -> Iterator[None]:
-    """Makes RuntimeErrors of what a call to all ranks raises: vLLM's client raises a bare Exception."""
+    """Makes RuntimeErrors of what a call to all ranks raises."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # vLLM's client raises Exception itself for whatever a rank could not do
         raise RuntimeError(str(error)) from error
 
 
@@ -369,7 +369,7 @@ def make_llm(
                 vllm_config=config, executor_class=executor_class, log_stats=True
             )
             started.set_result((client, time.monotonic()))
-        except Exception as error:  # noqa: BLE001  handed over to the thread that waits
+        except Exception as error:  # noqa: BLE001  raised in the thread that waits
             started.set_exception(error)
         finally:
             if not forked.done():
@@ -453,8 +453,7 @@ def _confessing(phase_descriptor: int, asked_at: float) -> Iterator[None]:
 def _telling(phase_descriptor: int) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
-        # Whatever it is: safetensors' errors, for one, have no other base.
+    except Exception as error:  # raised again, and said on the way; safetensors' errors, for one, have no other base
         reason, message = failures.classify(error)
         if phase_descriptor >= 0:
             os.write(phase_descriptor, json.dumps({"reason": reason, "message": message}).encode() + b"\n")

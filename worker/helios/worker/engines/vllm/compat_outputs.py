@@ -97,7 +97,7 @@ class OutputPump:
             return
         try:
             self._handle(frames)
-        except Exception as error:  # noqa: BLE001  handed to the task, which tells every request
+        except Exception as error:  # noqa: BLE001  of a callback only the loop would hear; the task tells every request
             self._failure = error
             self._is_needed.set()
 

@@ -71,7 +71,7 @@ class _Relay:
                     return
                 token_ids += choice.token_ids
                 yield choice.text
-        except Exception as error:  # noqa: BLE001  raised where vLLM makes an event of it
+        except Exception as error:  # noqa: BLE001  raised in vLLM's generator, which makes an event of any
             self._next = error
 
     async def aclose(self) -> None:
