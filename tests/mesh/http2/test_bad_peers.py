@@ -34,6 +34,7 @@ from tests.mesh.http2.test_contract import unary
 
 LIMITS = Limits(
     max_streams=8,
+    max_held_bytes=1 << 20,
     max_unsent_bytes=1 << 20,
     keepalive_seconds=0.4,
     keepalive_timeout_seconds=0.3,
@@ -77,6 +78,15 @@ class Peer:
             self.http2.send_data(stream_id, frame(message), end_stream=True)
         await self.flush()
         return stream_id
+
+    async def send(self, stream_id: int, data: bytes) -> None:
+        """Sends bytes of a request as the stream's window allows."""
+        async with asyncio.timeout(5):
+            for start in range(0, len(data), 16_000):
+                while self.http2.local_flow_control_window(stream_id) < 16_000:
+                    await self.read()
+                self.http2.send_data(stream_id, data[start : start + 16_000])
+                await self.flush()
 
     async def until(
         self, kind: type[h2.events.Event], stream_id: int | None = None, seconds: float = 5
@@ -289,6 +299,29 @@ async def test_a_length_above_the_limit_is_refused_by_its_prefix(peer: Peer) -> 
     reset = await peer.until(h2.events.StreamReset, stream_id)
     assert isinstance(reset, h2.events.StreamReset)
     assert reset.error_code == ErrorCodes.NO_ERROR
+
+
+@pytest.mark.parametrize("promised_bytes", [300_000, 3_000_000])
+async def test_what_waits_for_handlers_is_bounded_whole_or_not(peer: Peer, echo: Echo, promised_bytes: int) -> None:
+    begun = frame(bytes(promised_bytes))[:300_005]
+    streams = [await peer.call("Read", is_whole=False) for _ in range(4)]
+    for stream_id in streams:
+        await peer.send(stream_id, begun)
+    assert await peer.status(streams[3]) == "8"
+    # The others go on or are given up, and what they held is free again.
+    echo.may_read.set()
+    for stream_id in streams[:3]:
+        if promised_bytes == 300_000:
+            peer.http2.end_stream(stream_id)
+            await peer.flush()
+            assert await peer.status(stream_id) == "0"
+        else:
+            peer.http2.reset_stream(stream_id)
+    last = await peer.call("Read", is_whole=False)
+    await peer.send(last, frame(bytes(900_000)))
+    peer.http2.end_stream(last)
+    await peer.flush()
+    assert await peer.status(last) == "0"
 
 
 async def test_a_request_that_is_no_grpc_gets_an_http_status(peer: Peer) -> None:

@@ -51,7 +51,11 @@ class Link(Protocol):
         ...
 
     def consumed(self, stream_id: int, size_bytes: int, *, is_open: bool) -> None:
-        """Gives bytes back to the stream's window (``is_open``) and to what the connection may hold."""
+        """Gives bytes back to the stream's window (``is_open``)."""
+        ...
+
+    def released(self, size_bytes: int) -> None:
+        """Frees room for what the connection may hold."""
         ...
 
     def call_over(self, call: "Call", reset: ErrorCodes | None) -> None:
@@ -74,6 +78,7 @@ class Call:
         self._max_message_bytes = max_message_bytes
         self._reader = MessageReader(max_message_bytes)
         self._messages: deque[bytes] = deque()
+        self._owed_bytes = 0
         self._held_bytes = 0
         self._waiting_reader: asyncio.Future[None] | None = None
         self._waiting_writer: asyncio.Future[None] | None = None
@@ -100,6 +105,7 @@ class Call:
 
     def receive(self, data: bytes) -> None:
         """Takes in bytes of the request."""
+        self._owed_bytes += len(data)
         self._held_bytes += len(data)
         try:
             self._messages.extend(self._reader.feed(data))
@@ -164,6 +170,7 @@ class Call:
         message = self._messages.popleft()
         if not self._messages:
             self._consume()
+            self._release(self._reader.pending_bytes)
         return message if self._deserialize is None else self._deserialize(message)
 
     def __aiter__(self) -> Self:
@@ -278,8 +285,12 @@ class Call:
             await asyncio.shield(self._waiting_writer)
 
     def _consume(self) -> None:
-        size, self._held_bytes = self._held_bytes, 0
+        size, self._owed_bytes = self._owed_bytes, 0
         self._link.consumed(self.stream_id, size, is_open=not (self.is_half_closed or self.is_over))
+
+    def _release(self, kept_bytes: int) -> None:
+        size, self._held_bytes = self._held_bytes - kept_bytes, kept_bytes
+        self._link.released(size)
 
     def _expire(self) -> None:
         self._is_cancelled = not self.is_over
@@ -293,6 +304,7 @@ class Call:
             self._timer.cancel()
         self._messages.clear()
         self._consume()
+        self._release(0)
         self._link.sender.forget(self)
         self._link.call_over(self, reset)
         _wake(self._waiting_reader)

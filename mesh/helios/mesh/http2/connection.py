@@ -136,7 +136,6 @@ class Connection(asyncio.Protocol):
 
     def consumed(self, stream_id: int, size_bytes: int, *, is_open: bool) -> None:
         """Gives bytes back to the stream's window, in halves of it."""
-        self._held_bytes -= size_bytes
         if not is_open:
             self._owed_by_stream.pop(stream_id, None)
             return
@@ -147,6 +146,10 @@ class Connection(asyncio.Protocol):
             self.sender.flush_soon()
             owed = 0
         self._owed_by_stream[stream_id] = owed
+
+    def released(self, size_bytes: int) -> None:
+        """Frees room for what the connection may hold."""
+        self._held_bytes -= size_bytes
 
     def call_over(self, call: Call, reset: ErrorCodes | None) -> None:
         """Forgets an ended call, and resets its stream where it is not closed on both sides."""
@@ -213,7 +216,6 @@ class Connection(asyncio.Protocol):
         if call is None:
             return
         if size > len(data):
-            self._held_bytes += size - len(data)
             self.consumed(event.stream_id, size - len(data), is_open=event.stream_ended is None)
         self._held_bytes += len(data)
         call.receive(data)

@@ -25,8 +25,9 @@ class Limits:
     """How much of a stream may arrive before its handler reads."""
     connection_window_bytes: int = 16 * _MEBIBYTE
     """How much may be under way on all streams together; it is given back as bytes arrive."""
-    max_held_bytes: int = 256 * _MEBIBYTE
-    """How much of all streams may wait for handlers; beyond it the stream that sends more is refused."""
+    max_held_bytes: int = 1024 * _MEBIBYTE
+    """How much of all streams may wait for handlers or for the rest of its message: thirty bodies of the largest size.
+    Beyond it the stream that sends more is refused."""
     max_unsent_bytes: int = 16 * _MEBIBYTE
     """How much may wait for a peer that does not read. Messages stop long before; only answers to its own frames
     (pings, resets) grow further, so that the connection is cut."""

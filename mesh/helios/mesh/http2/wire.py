@@ -119,9 +119,9 @@ class MessageReader:
         self._buffer = bytearray()
 
     @property
-    def is_between_messages(self) -> bool:
-        """Whether nothing of a message is waiting for its rest."""
-        return not self._buffer
+    def pending_bytes(self) -> int:
+        """How much of a message is waiting for its rest."""
+        return len(self._buffer)
 
     def feed(self, data: bytes) -> Sequence[bytes]:
         """Takes in bytes; returns the messages that are complete now.
