@@ -33,7 +33,8 @@ def test_a_ready_and_acknowledged_replica_is_picked() -> None:
     pick = subject.pick(entry(), "q1", 1.0)
     assert pick is not None
     assert pick.endpoints == "127.0.0.1:1000"
-    assert "r of 1" in pick.explain()
+    assert [choice.replica_id for choice in pick.choices] == ["r"]
+    assert pick.explain() == "the best of 1: 1.000 (queue 1.00, running 1.00, kv 1.00)"
 
 
 def test_no_replica_is_picked_before_envoy_acknowledged_its_endpoint() -> None:

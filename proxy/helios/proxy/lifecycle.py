@@ -401,7 +401,7 @@ class Lifecycle:
             requested_at=asking.requested_at if asking is not None else 0.0,
             traceparent=traceparent,
         )
-        self._traffic.fleet.asked(asked_replica(worker_id, order))
+        self._traffic.fleet.believe(asked_replica(worker_id, order))
         self.room.started(replica_id, entry.engine_settings)
         self._send(worker_id, order)
         held_count = self._holds.count(entry.name)

@@ -268,12 +268,11 @@ class Runtime:
         future = self._waiting.get(hold.hold_id)
         if future is None or future.done():
             return
-        if not isinstance(result, HeliosError):
-            excluded = self.core.traffic.exclusions(hold.model)
-            self.journal.released(hold.request_id, result, excluded, time.monotonic())
         if isinstance(result, HeliosError):
             future.set_exception(result)
         else:
+            excluded = self.core.traffic.exclusions(hold.model)
+            self.journal.released(hold.request_id, result, excluded, time.monotonic())
             future.set_result(result)
 
     def _report(self, action: actions.Action) -> None:

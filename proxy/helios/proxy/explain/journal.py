@@ -1,8 +1,8 @@
 """Notes what happens to requests and starts, as it happens, and answers what became of a request.
 
-Noting costs a pick a microsecond, most of it for the oldest note that gives way: a tuple of what the pick was made
-from, all of it immutable.
-Reasons are put into words, and intervals laid out, only when somebody asks. Pure: time is passed in.
+A note of a pick is a tuple of what it was made from, all of it immutable. It costs a microsecond, most of it for the
+oldest note that gives way. Reasons are put into words, and intervals laid out, only when somebody asks. Pure: time is
+passed in.
 
 Memory is bounded: `Ring` for requests, and for starts the requests that refer to them, those under way, and no more.
 """

@@ -199,11 +199,7 @@ class Record:
         return f"{alias}, revision {self.revision[:19]}"
 
     def _sent(self) -> str:
-        if self.pick is None:
-            return ""
-        best = self.pick.choices[0]
-        scores = f"queue {best.queue_score:.2f}, running {best.running_score:.2f}, kv {best.kv_score:.2f}"
-        return f"through Envoy to the best of {self.pick.candidate_count}: {best.score:.3f} ({scores})"
+        return f"through Envoy to {self.pick.explain()}" if self.pick is not None else ""
 
     def _held(self, hold: HoldFacts, left_at: float, now: float) -> list[Segment]:
         covered = sorted((s for start in hold.starts for s in start.segments(now)), key=lambda s: s.begin)

@@ -1,9 +1,5 @@
 """Explanations as messages of the admin contract."""
 
-from datetime import UTC, datetime
-
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from helios.api.admin.v1 import admin_service_pb2 as admin_pb
 from helios.api.admin.v1 import explanation_pb2 as pb
 from helios.proxy.catalogue import shown
@@ -11,7 +7,7 @@ from helios.proxy.explain.journal import FailedReplica, Journal
 from helios.proxy.explain.record import Record, RequestState
 from helios.proxy.explain.start import Start
 from helios.proxy.explain.timeline import Phase
-from helios.proxy.fleet.wire import duration, replica_to_proto
+from helios.proxy.fleet.wire import duration, known, replica_to_proto, timestamp
 from helios.proxy.routing.pick import Pick
 
 _EXCLUDED_COUNT = 16
@@ -23,7 +19,7 @@ def summary_to_proto(record: Record) -> pb.RequestSummary:
     finished = record.finished
     message = pb.RequestSummary(
         request_id=record.request_id,
-        arrived_at=_timestamp(began + record.wall_offset),
+        arrived_at=timestamp(began + record.wall_offset),
         requested_model=shown(record.name),
         model=record.model,
         revision=record.revision,
@@ -63,7 +59,7 @@ def explanation_to_proto(record: Record, now: float) -> pb.RequestExplanation:
 
 def state_from_proto(state: pb.RequestState.ValueType) -> RequestState | None:
     """A state to filter by; None for all, and for one that this software does not know."""
-    return RequestState(int(state)) if int(state) in {known.value for known in RequestState} else None
+    return known(int(state), RequestState, None)
 
 
 def failure_to_proto(failed: FailedReplica, wall_offset: float) -> admin_pb.FailedReplica:
@@ -71,7 +67,7 @@ def failure_to_proto(failed: FailedReplica, wall_offset: float) -> admin_pb.Fail
     return admin_pb.FailedReplica(
         replica=replica_to_proto(failed.replica),
         worker_id=failed.replica.worker_id,
-        failed_at=_timestamp(failed.at + wall_offset),
+        failed_at=timestamp(failed.at + wall_offset),
     )
 
 
@@ -111,9 +107,3 @@ def _start_to_proto(start: Start, now: float) -> pb.StartExplanation:
         phases=[_phase_to_proto(phase) for phase in Journal.start_phases(start, now)],
         failure=start.failure,
     )
-
-
-def _timestamp(seconds: float) -> Timestamp:
-    message = Timestamp()
-    message.FromDatetime(datetime.fromtimestamp(seconds, UTC))
-    return message

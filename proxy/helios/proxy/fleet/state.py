@@ -330,11 +330,7 @@ class FleetState:
         ]
 
     def believe(self, replica: Replica) -> Change:
-        """Believes in a replica as it will be once its worker has carried out an order."""
-        return self._believe(self._workers[replica.worker_id], replica)
-
-    def asked(self, replica: Replica) -> Change:
-        """Believes in a replica that was just asked for."""
+        """Believes in a replica as it will be once its worker has carried out an order, a start included."""
         return self._believe(self._workers[replica.worker_id], replica)
 
     def forget(self, replica: Replica) -> Change:

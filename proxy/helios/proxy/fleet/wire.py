@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from enum import Enum
+from typing import TypeVar
 
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
@@ -34,6 +36,9 @@ from helios.proxy.fleet.state import (
 )
 from helios.proxy.traffic import LoadDelta
 
+E = TypeVar("E", bound=Enum)
+D = TypeVar("D")
+
 
 def hello_from_proto(message: pb.Hello) -> WorkerHello:
     """A worker's introduction."""
@@ -53,8 +58,6 @@ def hello_from_proto(message: pb.Hello) -> WorkerHello:
 
 def device_from_proto(message: pb.Device) -> Device:
     """A device; a kind that this software does not know is UNKNOWN."""
-    kinds = {kind.value for kind in DeviceKind}
-    kind = DeviceKind(int(message.kind)) if int(message.kind) in kinds else DeviceKind.UNKNOWN
     measured = measure_from_proto(message.telemetry)
     facts = pb.Device()
     facts.CopyFrom(message)
@@ -62,7 +65,7 @@ def device_from_proto(message: pb.Device) -> Device:
     return replace(
         measured,
         device_id=message.device_id,
-        kind=kind,
+        kind=known(int(message.kind), DeviceKind, DeviceKind.UNKNOWN),
         memory_bytes=message.memory_bytes,
         booked_bytes=message.booked_bytes,
         is_healthy=_is_healthy(message.health),
@@ -89,11 +92,10 @@ def _is_healthy(health: pb.DeviceHealth.ValueType) -> bool:
 
 def staged_from_proto(message: pb.StagedRevision, worker_id: str) -> Staged:
     """A staged revision; a state that this software does not know counts as on its way."""
-    states = {state.value for state in StagedState}
     return Staged(
         revision=message.revision,
         model=message.model,
-        state=StagedState(int(message.state)) if int(message.state) in states else StagedState.STAGING,
+        state=known(int(message.state), StagedState, StagedState.STAGING),
         worker_id=worker_id,
         memory_bytes=message.memory_bytes,
         resident_bytes=message.resident_bytes,
@@ -131,12 +133,11 @@ def device_to_proto(device: Device) -> pb.Device:
 
 def replica_from_proto(message: types_pb2.Replica, worker_id: str) -> Replica:
     """A replica; a state that this software does not know counts as PENDING, so that nothing is sent to it."""
-    states = {state.value for state in ReplicaState}
     return Replica(
         replica_id=message.replica_id,
         model=message.model,
         revision=message.revision,
-        state=ReplicaState(int(message.state)) if int(message.state) in states else ReplicaState.PENDING,
+        state=known(int(message.state), ReplicaState, ReplicaState.PENDING),
         worker_id=worker_id,
         address=message.address,
         engine=message.engine,
@@ -184,7 +185,7 @@ def replica_to_proto(replica: Replica) -> types_pb2.Replica:
     if replica.failure_reason:
         message.failure.reason, message.failure.message = replica.failure_reason, replica.failure_message
     if replica.created_at:
-        message.created_at.CopyFrom(_timestamp(replica.created_at))
+        message.created_at.CopyFrom(timestamp(replica.created_at))
     return message
 
 
@@ -216,7 +217,7 @@ def command_to_proto(command: Command) -> pb.SessionResponse:
             message.start.CopyFrom(
                 pb.StartReplica(
                     traceparent=order.traceparent,
-                    requested_at=_timestamp(order.requested_at) if order.requested_at else None,
+                    requested_at=timestamp(order.requested_at) if order.requested_at else None,
                     replica_id=order.replica_id,
                     model=order.model,
                     revision=order.revision,
@@ -298,7 +299,16 @@ def ends_from_proto(message: types_pb2.LoadDelta, now: float) -> list[tuple[str,
     ]
 
 
-def _timestamp(seconds: float) -> Timestamp:
+def known(value: int, kinds: type[E], default: D) -> E | D:
+    """The member of this value; `default` where this software, older than its peer, has none."""
+    try:
+        return kinds(value)
+    except ValueError:
+        return default
+
+
+def timestamp(seconds: float) -> Timestamp:
+    """A point in time, from seconds since the epoch."""
     message = Timestamp()
     message.FromDatetime(datetime.fromtimestamp(seconds, UTC))
     return message

@@ -40,7 +40,7 @@ class Pick(NamedTuple):
         """Says, for people, why the first choice won."""
         best = self.choices[0]
         return (
-            f"{best.replica_id} of {self.candidate_count}: score {best.score:.3f} "
+            f"the best of {self.candidate_count}: {best.score:.3f} "
             f"(queue {best.queue_score:.2f}, running {best.running_score:.2f}, kv {best.kv_score:.2f})"
         )
 
