@@ -31,6 +31,10 @@ class _CompilationModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Compi
     """Never."""
     COMPILATION_MODE_COMPILED: _CompilationMode.ValueType  # 2
     """Before the first request."""
+    COMPILATION_MODE_EAGER_THEN_COMPILED: _CompilationMode.ValueType  # 3
+    """Both: a replica starts eager, so that the first request is answered soon, and gives its place to a compiled one as
+    soon as that is ready. Replicas are never told this: each is ordered eager or compiled.
+    """
 
 class CompilationMode(_CompilationMode, metaclass=_CompilationModeEnumTypeWrapper):
     """Whether a model is compiled."""
@@ -41,6 +45,10 @@ COMPILATION_MODE_EAGER: CompilationMode.ValueType  # 1
 """Never."""
 COMPILATION_MODE_COMPILED: CompilationMode.ValueType  # 2
 """Before the first request."""
+COMPILATION_MODE_EAGER_THEN_COMPILED: CompilationMode.ValueType  # 3
+"""Both: a replica starts eager, so that the first request is answered soon, and gives its place to a compiled one as
+soon as that is ready. Replicas are never told this: each is ordered eager or compiled.
+"""
 Global___CompilationMode: _TypeAlias = CompilationMode  # noqa: Y015
 
 class _Task:

@@ -712,6 +712,7 @@ class Command(_message.Message):
     UNSTAGE_FIELD_NUMBER: _builtins.int
     SLEEP_FIELD_NUMBER: _builtins.int
     WAKE_FIELD_NUMBER: _builtins.int
+    SET_ADAPTERS_FIELD_NUMBER: _builtins.int
     command_id: _builtins.str
     """Unique; repeated when the command is."""
     @_builtins.property
@@ -746,6 +747,10 @@ class Command(_message.Message):
     def wake(self) -> Global___WakeReplica:
         """Bring a sleeping replica back."""
 
+    @_builtins.property
+    def set_adapters(self) -> Global___SetAdapters:
+        """Say which LoRA adapters a replica is to have."""
+
     def __init__(
         self,
         *,
@@ -758,12 +763,13 @@ class Command(_message.Message):
         unstage: Global___UnstageRevision | None = ...,
         sleep: Global___SleepReplica | None = ...,
         wake: Global___WakeReplica | None = ...,
+        set_adapters: Global___SetAdapters | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drain", b"drain", "evict", b"evict", "sleep", b"sleep", "stage", b"stage", "start", b"start", "stop", b"stop", "unstage", b"unstage", "wake", b"wake"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drain", b"drain", "evict", b"evict", "set_adapters", b"set_adapters", "sleep", b"sleep", "stage", b"stage", "start", b"start", "stop", b"stop", "unstage", b"unstage", "wake", b"wake"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "command_id", b"command_id", "drain", b"drain", "evict", b"evict", "sleep", b"sleep", "stage", b"stage", "start", b"start", "stop", b"stop", "unstage", b"unstage", "wake", b"wake"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "command_id", b"command_id", "drain", b"drain", "evict", b"evict", "set_adapters", b"set_adapters", "sleep", b"sleep", "stage", b"stage", "start", b"start", "stop", b"stop", "unstage", b"unstage", "wake", b"wake"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "drain", "stop", "evict", "stage", "unstage", "sleep", "wake"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "drain", "stop", "evict", "stage", "unstage", "sleep", "wake", "set_adapters"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -789,6 +795,8 @@ class StartReplica(_message.Message):
     DEVICE_IDS_FIELD_NUMBER: _builtins.int
     DEVICE_COUNT_FIELD_NUMBER: _builtins.int
     MEMORY_ITEMS_FIELD_NUMBER: _builtins.int
+    IN_BACKGROUND_FIELD_NUMBER: _builtins.int
+    HOST_MEMORY_ITEMS_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """The id that it will have."""
     model: _builtins.str
@@ -807,6 +815,10 @@ class StartReplica(_message.Message):
     """W3C trace context of the request that asked for the start; empty: none did."""
     device_count: _builtins.int
     """How many devices, each with an equal share of the memory; 0 is 1. Ignored where device_ids names them."""
+    in_background: _builtins.bool
+    """Whether it is to take the place of a replica that serves: until it is ready it gets the processors' time that
+    nothing else wants, and has more time to get ready.
+    """
     @_builtins.property
     def engine_settings(self) -> _engine_settings_pb2.EngineSettings:
         """How the engine is set; what it says of memory and context is in the fields above already."""
@@ -827,6 +839,12 @@ class StartReplica(_message.Message):
     def memory_items(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.MemoryItem]:
         """What memory_bytes is made of; empty: not known."""
 
+    @_builtins.property
+    def host_memory_items(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.MemoryItem]:
+        """Host memory to book beside memory_bytes; empty where the device is the host. Refused with NO_CAPACITY where it is
+        not there.
+        """
+
     def __init__(
         self,
         *,
@@ -844,10 +862,12 @@ class StartReplica(_message.Message):
         device_ids: _abc.Iterable[_builtins.str] | None = ...,
         device_count: _builtins.int = ...,
         memory_items: _abc.Iterable[_types_pb2.MemoryItem] | None = ...,
+        in_background: _builtins.bool = ...,
+        host_memory_items: _abc.Iterable[_types_pb2.MemoryItem] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine_settings", b"engine_settings", "requested_at", b"requested_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_count", b"device_count", "device_ids", b"device_ids", "engine", b"engine", "engine_settings", b"engine_settings", "kv_cache_bytes", b"kv_cache_bytes", "max_context_tokens", b"max_context_tokens", "memory_bytes", b"memory_bytes", "memory_items", b"memory_items", "model", b"model", "replica_id", b"replica_id", "requested_at", b"requested_at", "revision", b"revision", "served_names", b"served_names", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_count", b"device_count", "device_ids", b"device_ids", "engine", b"engine", "engine_settings", b"engine_settings", "host_memory_items", b"host_memory_items", "in_background", b"in_background", "kv_cache_bytes", b"kv_cache_bytes", "max_context_tokens", b"max_context_tokens", "memory_bytes", b"memory_bytes", "memory_items", b"memory_items", "model", b"model", "replica_id", b"replica_id", "requested_at", b"requested_at", "revision", b"revision", "served_names", b"served_names", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1022,6 +1042,37 @@ class WakeReplica(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WakeReplica: _TypeAlias = WakeReplica  # noqa: Y015
+
+@_typing.final
+class SetAdapters(_message.Message):
+    """SetAdapters says which LoRA adapters a replica is to have: these and no others, each with its revision. It is a state
+    and no step: the newest one counts, and what it leads to is seen in Replica.adapters. Nothing is restarted; requests
+    that use an adapter that is no longer wanted end first. Refused: REPLICA_NOT_FOUND.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    """Which replica."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_engine_settings_pb2.LoraAdapter]:
+        """All adapters that it is to have."""
+
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        adapters: _abc.Iterable[_engine_settings_pb2.LoraAdapter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "replica_id", b"replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAdapters: _TypeAlias = SetAdapters  # noqa: Y015
 
 @_typing.final
 class CommandAck(_message.Message):

@@ -24,33 +24,38 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from helios.api.engine.v1 import engine_settings_pb2 as helios_dot_api_dot_engine_dot_v1_dot_engine__settings__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fhelios/api/fleet/v1/types.proto\x12\x13helios.api.fleet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd8\x05\n\x07Replica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12\x37\n\x05state\x18\x04 \x01(\x0e\x32!.helios.api.fleet.v1.ReplicaStateR\x05state\x12\x18\n\x07\x61\x64\x64ress\x18\x05 \x01(\tR\x07\x61\x64\x64ress\x12\x16\n\x06\x65ngine\x18\x06 \x01(\tR\x06\x65ngine\x12\x10\n\x03pid\x18\x07 \x01(\x03R\x03pid\x12=\n\x07\x66\x61ilure\x18\x08 \x01(\x0b\x32#.helios.api.fleet.v1.ReplicaFailureR\x07\x66\x61ilure\x12\x38\n\x06phases\x18\t \x03(\x0b\x32 .helios.api.fleet.v1.PhaseTimingR\x06phases\x12!\n\x0cmemory_bytes\x18\n \x01(\x04R\x0bmemoryBytes\x12\x39\n\ncreated_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcreatedAt\x12,\n\x12max_context_tokens\x18\x0c \x01(\rR\x10maxContextTokens\x12\x34\n\x04load\x18\r \x01(\x0b\x32 .helios.api.fleet.v1.ReplicaLoadR\x04load\x12\x1d\n\ndevice_ids\x18\x0e \x03(\tR\tdeviceIds\x12\x42\n\x0cmemory_items\x18\x0f \x03(\x0b\x32\x1f.helios.api.fleet.v1.MemoryItemR\x0bmemoryItems\x12%\n\x0emeasured_bytes\x18\x10 \x01(\x04R\rmeasuredBytes\x12\x1b\n\tcan_sleep\x18\x11 \x01(\x08R\x08\x63\x61nSleep\x12\x1d\n\nwake_count\x18\x12 \x01(\rR\twakeCount\"`\n\nMemoryItem\x12\x33\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.helios.api.fleet.v1.MemoryKindR\x04kind\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x04R\tsizeBytes\"B\n\x0eReplicaFailure\x12\x16\n\x06reason\x18\x01 \x01(\tR\x06reason\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\"Z\n\x0bPhaseTiming\x12\x14\n\x05phase\x18\x01 \x01(\tR\x05phase\x12\x35\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08\x64uration\"\xb4\x01\n\x0bReplicaLoad\x12)\n\x10running_requests\x18\x01 \x01(\rR\x0frunningRequests\x12)\n\x10waiting_requests\x18\x02 \x01(\rR\x0fwaitingRequests\x12$\n\x0ekv_usage_ratio\x18\x03 \x01(\x02R\x0ckvUsageRatio\x12)\n\x10generated_tokens\x18\x04 \x01(\x04R\x0fgeneratedTokens\"j\n\x0eRequestStarted\x12\x1d\n\nrequest_id\x18\x01 \x01(\tR\trequestId\x12\x39\n\narrived_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tarrivedAt\"\xa4\x02\n\x0fRequestFinished\x12\x1d\n\nrequest_id\x18\x01 \x01(\tR\trequestId\x12\x1f\n\x0bstatus_code\x18\x02 \x01(\rR\nstatusCode\x12#\n\rprompt_tokens\x18\x03 \x01(\rR\x0cpromptTokens\x12+\n\x11\x63ompletion_tokens\x18\x04 \x01(\rR\x10\x63ompletionTokens\x12H\n\x13time_to_first_token\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationR\x10timeToFirstToken\x12\x35\n\x08\x64uration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08\x64uration\"\xe1\x01\n\tLoadDelta\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\x12\x34\n\x04load\x18\x02 \x01(\x0b\x32 .helios.api.fleet.v1.ReplicaLoadR\x04load\x12=\n\x07started\x18\x03 \x03(\x0b\x32#.helios.api.fleet.v1.RequestStartedR\x07started\x12@\n\x08\x66inished\x18\x04 \x03(\x0b\x32$.helios.api.fleet.v1.RequestFinishedR\x08\x66inished*\xad\x01\n\nMemoryKind\x12\x1b\n\x17MEMORY_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13MEMORY_KIND_WEIGHTS\x10\x01\x12\x18\n\x14MEMORY_KIND_KV_CACHE\x10\x02\x12\x1b\n\x17MEMORY_KIND_ACTIVATIONS\x10\x03\x12\x18\n\x14MEMORY_KIND_OVERHEAD\x10\x04\x12\x18\n\x14MEMORY_KIND_SLEEPING\x10\x05*\xb8\x02\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_PENDING\x10\x01\x12\x1a\n\x16REPLICA_STATE_FETCHING\x10\x02\x12\x19\n\x15REPLICA_STATE_LOADING\x10\x03\x12\x19\n\x15REPLICA_STATE_WARMING\x10\x04\x12\x17\n\x13REPLICA_STATE_READY\x10\x05\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x06\x12\x19\n\x15REPLICA_STATE_STOPPED\x10\x07\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x08\x12\x18\n\x14REPLICA_STATE_ASLEEP\x10\t\x12\x18\n\x14REPLICA_STATE_WAKING\x10\nb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fhelios/api/fleet/v1/types.proto\x12\x13helios.api.fleet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a*helios/api/engine/v1/engine_settings.proto\"\xd4\x07\n\x07Replica\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12\x37\n\x05state\x18\x04 \x01(\x0e\x32!.helios.api.fleet.v1.ReplicaStateR\x05state\x12\x18\n\x07\x61\x64\x64ress\x18\x05 \x01(\tR\x07\x61\x64\x64ress\x12\x16\n\x06\x65ngine\x18\x06 \x01(\tR\x06\x65ngine\x12\x10\n\x03pid\x18\x07 \x01(\x03R\x03pid\x12=\n\x07\x66\x61ilure\x18\x08 \x01(\x0b\x32#.helios.api.fleet.v1.ReplicaFailureR\x07\x66\x61ilure\x12\x38\n\x06phases\x18\t \x03(\x0b\x32 .helios.api.fleet.v1.PhaseTimingR\x06phases\x12!\n\x0cmemory_bytes\x18\n \x01(\x04R\x0bmemoryBytes\x12\x39\n\ncreated_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcreatedAt\x12,\n\x12max_context_tokens\x18\x0c \x01(\rR\x10maxContextTokens\x12\x34\n\x04load\x18\r \x01(\x0b\x32 .helios.api.fleet.v1.ReplicaLoadR\x04load\x12\x1d\n\ndevice_ids\x18\x0e \x03(\tR\tdeviceIds\x12\x42\n\x0cmemory_items\x18\x0f \x03(\x0b\x32\x1f.helios.api.fleet.v1.MemoryItemR\x0bmemoryItems\x12%\n\x0emeasured_bytes\x18\x10 \x01(\x04R\rmeasuredBytes\x12\x1b\n\tcan_sleep\x18\x11 \x01(\x08R\x08\x63\x61nSleep\x12\x1d\n\nwake_count\x18\x12 \x01(\rR\twakeCount\x12G\n\x0b\x63ompilation\x18\x13 \x01(\x0e\x32%.helios.api.engine.v1.CompilationModeR\x0b\x63ompilation\x12#\n\rin_background\x18\x14 \x01(\x08R\x0cinBackground\x12?\n\x08\x61\x64\x61pters\x18\x15 \x03(\x0b\x32#.helios.api.fleet.v1.ReplicaAdapterR\x08\x61\x64\x61pters\x12K\n\x11host_memory_items\x18\x16 \x03(\x0b\x32\x1f.helios.api.fleet.v1.MemoryItemR\x0fhostMemoryItems\"\xc5\x01\n\x0eReplicaAdapter\x12;\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32!.helios.api.engine.v1.LoraAdapterR\x07\x61\x64\x61pter\x12\x37\n\x05state\x18\x02 \x01(\x0e\x32!.helios.api.fleet.v1.AdapterStateR\x05state\x12=\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32#.helios.api.fleet.v1.ReplicaFailureR\x07\x66\x61ilure\"`\n\nMemoryItem\x12\x33\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.helios.api.fleet.v1.MemoryKindR\x04kind\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x04R\tsizeBytes\"B\n\x0eReplicaFailure\x12\x16\n\x06reason\x18\x01 \x01(\tR\x06reason\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\"Z\n\x0bPhaseTiming\x12\x14\n\x05phase\x18\x01 \x01(\tR\x05phase\x12\x35\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08\x64uration\"\xb4\x01\n\x0bReplicaLoad\x12)\n\x10running_requests\x18\x01 \x01(\rR\x0frunningRequests\x12)\n\x10waiting_requests\x18\x02 \x01(\rR\x0fwaitingRequests\x12$\n\x0ekv_usage_ratio\x18\x03 \x01(\x02R\x0ckvUsageRatio\x12)\n\x10generated_tokens\x18\x04 \x01(\x04R\x0fgeneratedTokens\"j\n\x0eRequestStarted\x12\x1d\n\nrequest_id\x18\x01 \x01(\tR\trequestId\x12\x39\n\narrived_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tarrivedAt\"\xa4\x02\n\x0fRequestFinished\x12\x1d\n\nrequest_id\x18\x01 \x01(\tR\trequestId\x12\x1f\n\x0bstatus_code\x18\x02 \x01(\rR\nstatusCode\x12#\n\rprompt_tokens\x18\x03 \x01(\rR\x0cpromptTokens\x12+\n\x11\x63ompletion_tokens\x18\x04 \x01(\rR\x10\x63ompletionTokens\x12H\n\x13time_to_first_token\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationR\x10timeToFirstToken\x12\x35\n\x08\x64uration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08\x64uration\"\xe1\x01\n\tLoadDelta\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\x12\x34\n\x04load\x18\x02 \x01(\x0b\x32 .helios.api.fleet.v1.ReplicaLoadR\x04load\x12=\n\x07started\x18\x03 \x03(\x0b\x32#.helios.api.fleet.v1.RequestStartedR\x07started\x12@\n\x08\x66inished\x18\x04 \x03(\x0b\x32$.helios.api.fleet.v1.RequestFinishedR\x08\x66inished*\x99\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x18\n\x14\x41\x44\x41PTER_STATE_LOADED\x10\x02\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x03\x12\x1b\n\x17\x41\x44\x41PTER_STATE_UNLOADING\x10\x04*\x82\x02\n\nMemoryKind\x12\x1b\n\x17MEMORY_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13MEMORY_KIND_WEIGHTS\x10\x01\x12\x18\n\x14MEMORY_KIND_KV_CACHE\x10\x02\x12\x1b\n\x17MEMORY_KIND_ACTIVATIONS\x10\x03\x12\x18\n\x14MEMORY_KIND_OVERHEAD\x10\x04\x12\x18\n\x14MEMORY_KIND_SLEEPING\x10\x05\x12\x18\n\x14MEMORY_KIND_ADAPTERS\x10\x06\x12\x1d\n\x19MEMORY_KIND_HOST_ADAPTERS\x10\x07\x12\x1a\n\x16MEMORY_KIND_KV_OFFLOAD\x10\x08*\xb8\x02\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_PENDING\x10\x01\x12\x1a\n\x16REPLICA_STATE_FETCHING\x10\x02\x12\x19\n\x15REPLICA_STATE_LOADING\x10\x03\x12\x19\n\x15REPLICA_STATE_WARMING\x10\x04\x12\x17\n\x13REPLICA_STATE_READY\x10\x05\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x06\x12\x19\n\x15REPLICA_STATE_STOPPED\x10\x07\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x08\x12\x18\n\x14REPLICA_STATE_ASLEEP\x10\t\x12\x18\n\x14REPLICA_STATE_WAKING\x10\nb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'helios.api.fleet.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MEMORYKIND']._serialized_start=1925
-  _globals['_MEMORYKIND']._serialized_end=2098
-  _globals['_REPLICASTATE']._serialized_start=2101
-  _globals['_REPLICASTATE']._serialized_end=2413
-  _globals['_REPLICA']._serialized_start=122
-  _globals['_REPLICA']._serialized_end=850
-  _globals['_MEMORYITEM']._serialized_start=852
-  _globals['_MEMORYITEM']._serialized_end=948
-  _globals['_REPLICAFAILURE']._serialized_start=950
-  _globals['_REPLICAFAILURE']._serialized_end=1016
-  _globals['_PHASETIMING']._serialized_start=1018
-  _globals['_PHASETIMING']._serialized_end=1108
-  _globals['_REPLICALOAD']._serialized_start=1111
-  _globals['_REPLICALOAD']._serialized_end=1291
-  _globals['_REQUESTSTARTED']._serialized_start=1293
-  _globals['_REQUESTSTARTED']._serialized_end=1399
-  _globals['_REQUESTFINISHED']._serialized_start=1402
-  _globals['_REQUESTFINISHED']._serialized_end=1694
-  _globals['_LOADDELTA']._serialized_start=1697
-  _globals['_LOADDELTA']._serialized_end=1922
+  _globals['_ADAPTERSTATE']._serialized_start=2421
+  _globals['_ADAPTERSTATE']._serialized_end=2574
+  _globals['_MEMORYKIND']._serialized_start=2577
+  _globals['_MEMORYKIND']._serialized_end=2835
+  _globals['_REPLICASTATE']._serialized_start=2838
+  _globals['_REPLICASTATE']._serialized_end=3150
+  _globals['_REPLICA']._serialized_start=166
+  _globals['_REPLICA']._serialized_end=1146
+  _globals['_REPLICAADAPTER']._serialized_start=1149
+  _globals['_REPLICAADAPTER']._serialized_end=1346
+  _globals['_MEMORYITEM']._serialized_start=1348
+  _globals['_MEMORYITEM']._serialized_end=1444
+  _globals['_REPLICAFAILURE']._serialized_start=1446
+  _globals['_REPLICAFAILURE']._serialized_end=1512
+  _globals['_PHASETIMING']._serialized_start=1514
+  _globals['_PHASETIMING']._serialized_end=1604
+  _globals['_REPLICALOAD']._serialized_start=1607
+  _globals['_REPLICALOAD']._serialized_end=1787
+  _globals['_REQUESTSTARTED']._serialized_start=1789
+  _globals['_REQUESTSTARTED']._serialized_end=1895
+  _globals['_REQUESTFINISHED']._serialized_start=1898
+  _globals['_REQUESTFINISHED']._serialized_end=2190
+  _globals['_LOADDELTA']._serialized_start=2193
+  _globals['_LOADDELTA']._serialized_end=2418
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from helios.api.engine.v1 import engine_settings_pb2 as _engine_settings_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -20,6 +21,38 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _AdapterState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADAPTER_STATE_UNSPECIFIED: _AdapterState.ValueType  # 0
+    """Not set: counts as LOADING."""
+    ADAPTER_STATE_LOADING: _AdapterState.ValueType  # 1
+    """Its files are on their way to the node, or it is on its way into the engine."""
+    ADAPTER_STATE_LOADED: _AdapterState.ValueType  # 2
+    """The engine has it."""
+    ADAPTER_STATE_FAILED: _AdapterState.ValueType  # 3
+    """It can't be used; the rest of the replica is not affected."""
+    ADAPTER_STATE_UNLOADING: _AdapterState.ValueType  # 4
+    """It is not wanted any more; requests that use it end first."""
+
+class AdapterState(_AdapterState, metaclass=_AdapterStateEnumTypeWrapper):
+    """Where an adapter of a replica stands."""
+
+ADAPTER_STATE_UNSPECIFIED: AdapterState.ValueType  # 0
+"""Not set: counts as LOADING."""
+ADAPTER_STATE_LOADING: AdapterState.ValueType  # 1
+"""Its files are on their way to the node, or it is on its way into the engine."""
+ADAPTER_STATE_LOADED: AdapterState.ValueType  # 2
+"""The engine has it."""
+ADAPTER_STATE_FAILED: AdapterState.ValueType  # 3
+"""It can't be used; the rest of the replica is not affected."""
+ADAPTER_STATE_UNLOADING: AdapterState.ValueType  # 4
+"""It is not wanted any more; requests that use it end first."""
+Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015
 
 class _MemoryKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -39,6 +72,12 @@ class _MemoryKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MemoryKind
     """Processes, libraries, a CUDA context."""
     MEMORY_KIND_SLEEPING: _MemoryKind.ValueType  # 5
     """What a sleeping replica leaves on its device."""
+    MEMORY_KIND_ADAPTERS: _MemoryKind.ValueType  # 6
+    """Buffers that an engine keeps for LoRA adapters, filled or not."""
+    MEMORY_KIND_HOST_ADAPTERS: _MemoryKind.ValueType  # 7
+    """LoRA adapters that an engine keeps in host memory."""
+    MEMORY_KIND_KV_OFFLOAD: _MemoryKind.ValueType  # 8
+    """KV blocks in host memory that the device has no room for."""
 
 class MemoryKind(_MemoryKind, metaclass=_MemoryKindEnumTypeWrapper):
     """What a replica's memory is for."""
@@ -55,6 +94,12 @@ MEMORY_KIND_OVERHEAD: MemoryKind.ValueType  # 4
 """Processes, libraries, a CUDA context."""
 MEMORY_KIND_SLEEPING: MemoryKind.ValueType  # 5
 """What a sleeping replica leaves on its device."""
+MEMORY_KIND_ADAPTERS: MemoryKind.ValueType  # 6
+"""Buffers that an engine keeps for LoRA adapters, filled or not."""
+MEMORY_KIND_HOST_ADAPTERS: MemoryKind.ValueType  # 7
+"""LoRA adapters that an engine keeps in host memory."""
+MEMORY_KIND_KV_OFFLOAD: MemoryKind.ValueType  # 8
+"""KV blocks in host memory that the device has no room for."""
 Global___MemoryKind: _TypeAlias = MemoryKind  # noqa: Y015
 
 class _ReplicaState:
@@ -139,6 +184,10 @@ class Replica(_message.Message):
     MEASURED_BYTES_FIELD_NUMBER: _builtins.int
     CAN_SLEEP_FIELD_NUMBER: _builtins.int
     WAKE_COUNT_FIELD_NUMBER: _builtins.int
+    COMPILATION_FIELD_NUMBER: _builtins.int
+    IN_BACKGROUND_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    HOST_MEMORY_ITEMS_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """Unique over the life of the cluster; made by whoever asked for the replica."""
     model: _builtins.str
@@ -163,6 +212,10 @@ class Replica(_message.Message):
     """Whether its engine can sleep."""
     wake_count: _builtins.int
     """How often it woke."""
+    compilation: _engine_settings_pb2.CompilationMode.ValueType
+    """In which form it was ordered, eager or compiled; unset: its engine's default, or not known."""
+    in_background: _builtins.bool
+    """Whether it was ordered to take the place of another one, and until it is ready computes with what others leave."""
     @_builtins.property
     def failure(self) -> Global___ReplicaFailure:
         """Why it failed or stopped."""
@@ -187,6 +240,14 @@ class Replica(_message.Message):
     def memory_items(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryItem]:
         """What memory_bytes is made of, over all its devices."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaAdapter]:
+        """LoRA adapters that it has, or is to have."""
+
+    @_builtins.property
+    def host_memory_items(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryItem]:
+        """What it books in host memory beside memory_bytes; empty where its device is the host."""
+
     def __init__(
         self,
         *,
@@ -208,14 +269,52 @@ class Replica(_message.Message):
         measured_bytes: _builtins.int = ...,
         can_sleep: _builtins.bool = ...,
         wake_count: _builtins.int = ...,
+        compilation: _engine_settings_pb2.CompilationMode.ValueType = ...,
+        in_background: _builtins.bool = ...,
+        adapters: _abc.Iterable[Global___ReplicaAdapter] | None = ...,
+        host_memory_items: _abc.Iterable[Global___MemoryItem] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "failure", b"failure", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "can_sleep", b"can_sleep", "created_at", b"created_at", "device_ids", b"device_ids", "engine", b"engine", "failure", b"failure", "load", b"load", "max_context_tokens", b"max_context_tokens", "measured_bytes", b"measured_bytes", "memory_bytes", b"memory_bytes", "memory_items", b"memory_items", "model", b"model", "phases", b"phases", "pid", b"pid", "replica_id", b"replica_id", "revision", b"revision", "state", b"state", "wake_count", b"wake_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "can_sleep", b"can_sleep", "compilation", b"compilation", "created_at", b"created_at", "device_ids", b"device_ids", "engine", b"engine", "failure", b"failure", "host_memory_items", b"host_memory_items", "in_background", b"in_background", "load", b"load", "max_context_tokens", b"max_context_tokens", "measured_bytes", b"measured_bytes", "memory_bytes", b"memory_bytes", "memory_items", b"memory_items", "model", b"model", "phases", b"phases", "pid", b"pid", "replica_id", b"replica_id", "revision", b"revision", "state", b"state", "wake_count", b"wake_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Replica: _TypeAlias = Replica  # noqa: Y015
+
+@_typing.final
+class ReplicaAdapter(_message.Message):
+    """ReplicaAdapter is a LoRA adapter of a replica. Requests for it may be sent to the replica while it is LOADED."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    state: Global___AdapterState.ValueType
+    """Where it stands."""
+    @_builtins.property
+    def adapter(self) -> _engine_settings_pb2.LoraAdapter:
+        """Which adapter, with its revision."""
+
+    @_builtins.property
+    def failure(self) -> Global___ReplicaFailure:
+        """Why it can't be used, where it is FAILED."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _engine_settings_pb2.LoraAdapter | None = ...,
+        state: Global___AdapterState.ValueType = ...,
+        failure: Global___ReplicaFailure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "failure", b"failure", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaAdapter: _TypeAlias = ReplicaAdapter  # noqa: Y015
 
 @_typing.final
 class MemoryItem(_message.Message):

@@ -701,7 +701,7 @@ class GetManifestResponse(_message.Message):
 
     @_builtins.property
     def revision(self) -> Global___Revision:
-        """The revision."""
+        """The revision; unset for an artifact."""
 
     def __init__(
         self,

@@ -143,7 +143,8 @@ class RegistryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetManifest(self, request, context):
-        """GetManifest returns a revision's manifest and where its blobs are. Idempotent: a revision never changes.
+        """GetManifest returns a revision's manifest and where its blobs are, or an artifact's by its digest; then `revision`
+        is unset. Idempotent: a revision never changes.
         Errors: NOT_FOUND (REVISION_NOT_FOUND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -38,7 +38,8 @@ class RegistryServiceStub:
     ListRevisions: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.ListRevisionsRequest, _registry_service_pb2.ListRevisionsResponse]
     """ListRevisions lists a model's revisions, newest first. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND)."""
     GetManifest: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.GetManifestRequest, _registry_service_pb2.GetManifestResponse]
-    """GetManifest returns a revision's manifest and where its blobs are. Idempotent: a revision never changes.
+    """GetManifest returns a revision's manifest and where its blobs are, or an artifact's by its digest; then `revision`
+    is unset. Idempotent: a revision never changes.
     Errors: NOT_FOUND (REVISION_NOT_FOUND).
     """
     PutAlias: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.PutAliasRequest, _registry_service_pb2.PutAliasResponse]
@@ -121,7 +122,8 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_service_pb2.GetManifestRequest,
         context: _aio.ServicerContext[_registry_service_pb2.GetManifestRequest, _abc.Awaitable[_registry_service_pb2.GetManifestResponse]],
     ) -> _abc.Awaitable[_registry_service_pb2.GetManifestResponse]:
-        """GetManifest returns a revision's manifest and where its blobs are. Idempotent: a revision never changes.
+        """GetManifest returns a revision's manifest and where its blobs are, or an artifact's by its digest; then `revision`
+        is unset. Idempotent: a revision never changes.
         Errors: NOT_FOUND (REVISION_NOT_FOUND).
         """
 

@@ -23,38 +23,45 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from helios.api.engine.v1 import engine_settings_pb2 as helios_dot_api_dot_engine_dot_v1_dot_engine__settings__pb2
 from helios.api.fleet.v1 import types_pb2 as helios_dot_api_dot_fleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-helios/api/worker/v1/supervisor_service.proto\x12\x14helios.api.worker.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fhelios/api/fleet/v1/types.proto\"\x8b\x03\n\rAttachRequest\x12:\n\x05hello\x18\x01 \x01(\x0b\x32\".helios.api.worker.v1.ReplicaHelloH\x00R\x05hello\x12\x43\n\x08progress\x18\x02 \x01(\x0b\x32%.helios.api.worker.v1.ReplicaProgressH\x00R\x08progress\x12:\n\x05ready\x18\x03 \x01(\x0b\x32\".helios.api.worker.v1.ReplicaReadyH\x00R\x05ready\x12=\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32#.helios.api.fleet.v1.ReplicaFailureH\x00R\x06\x66\x61iled\x12\x34\n\x04load\x18\x05 \x01(\x0b\x32\x1e.helios.api.fleet.v1.LoadDeltaH\x00R\x04load\x12=\n\x06\x61sleep\x18\x06 \x01(\x0b\x32#.helios.api.worker.v1.ReplicaAsleepH\x00R\x06\x61sleepB\t\n\x07message\"\xc7\x02\n\x0e\x41ttachResponse\x12@\n\x07welcome\x18\x01 \x01(\x0b\x32$.helios.api.worker.v1.ReplicaWelcomeH\x00R\x07welcome\x12:\n\x05\x64rain\x18\x02 \x01(\x0b\x32\".helios.api.worker.v1.ReplicaDrainH\x00R\x05\x64rain\x12\x37\n\x04stop\x18\x03 \x01(\x0b\x32!.helios.api.worker.v1.ReplicaStopH\x00R\x04stop\x12:\n\x05sleep\x18\x04 \x01(\x0b\x32\".helios.api.worker.v1.ReplicaSleepH\x00R\x05sleep\x12\x37\n\x04wake\x18\x05 \x01(\x0b\x32!.helios.api.worker.v1.ReplicaWakeH\x00R\x04wakeB\t\n\x07message\"\x82\x01\n\x0cReplicaHello\x12\x36\n\x07replica\x18\x01 \x01(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x07replica\x12\x1f\n\x0bstart_ticks\x18\x02 \x01(\x04R\nstartTicks\x12\x19\n\x08lease_id\x18\x03 \x01(\tR\x07leaseId\"\x82\x01\n\x0fReplicaProgress\x12\x37\n\x05state\x18\x01 \x01(\x0e\x32!.helios.api.fleet.v1.ReplicaStateR\x05state\x12\x36\n\x05phase\x18\x02 \x01(\x0b\x32 .helios.api.fleet.v1.PhaseTimingR\x05phase\"s\n\x0cReplicaReady\x12\x18\n\x07\x61\x64\x64ress\x18\x01 \x01(\tR\x07\x61\x64\x64ress\x12,\n\x12max_context_tokens\x18\x02 \x01(\rR\x10maxContextTokens\x12\x1b\n\tcan_sleep\x18\x03 \x01(\x08R\x08\x63\x61nSleep\".\n\rReplicaAsleep\x12\x1d\n\nleft_bytes\x18\x01 \x01(\x04R\tleftBytes\"\x96\x01\n\x0eReplicaWelcome\x12\x42\n\x0freport_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0ereportInterval\x12@\n\x0eorphan_timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\rorphanTimeout\"C\n\x0cReplicaDrain\x12\x33\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07timeout\"$\n\x0cReplicaSleep\x12\x14\n\x05level\x18\x01 \x01(\rR\x05level\"\r\n\x0bReplicaWake\"\r\n\x0bReplicaStop2l\n\x11SupervisorService\x12W\n\x06\x41ttach\x12#.helios.api.worker.v1.AttachRequest\x1a$.helios.api.worker.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-helios/api/worker/v1/supervisor_service.proto\x12\x14helios.api.worker.v1\x1a\x1egoogle/protobuf/duration.proto\x1a*helios/api/engine/v1/engine_settings.proto\x1a\x1fhelios/api/fleet/v1/types.proto\"\xd0\x03\n\rAttachRequest\x12:\n\x05hello\x18\x01 \x01(\x0b\x32\".helios.api.worker.v1.ReplicaHelloH\x00R\x05hello\x12\x43\n\x08progress\x18\x02 \x01(\x0b\x32%.helios.api.worker.v1.ReplicaProgressH\x00R\x08progress\x12:\n\x05ready\x18\x03 \x01(\x0b\x32\".helios.api.worker.v1.ReplicaReadyH\x00R\x05ready\x12=\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32#.helios.api.fleet.v1.ReplicaFailureH\x00R\x06\x66\x61iled\x12\x34\n\x04load\x18\x05 \x01(\x0b\x32\x1e.helios.api.fleet.v1.LoadDeltaH\x00R\x04load\x12=\n\x06\x61sleep\x18\x06 \x01(\x0b\x32#.helios.api.worker.v1.ReplicaAsleepH\x00R\x06\x61sleep\x12\x43\n\x08\x61\x64\x61pters\x18\x07 \x01(\x0b\x32%.helios.api.worker.v1.ReplicaAdaptersH\x00R\x08\x61\x64\x61ptersB\t\n\x07message\"\x8e\x03\n\x0e\x41ttachResponse\x12@\n\x07welcome\x18\x01 \x01(\x0b\x32$.helios.api.worker.v1.ReplicaWelcomeH\x00R\x07welcome\x12:\n\x05\x64rain\x18\x02 \x01(\x0b\x32\".helios.api.worker.v1.ReplicaDrainH\x00R\x05\x64rain\x12\x37\n\x04stop\x18\x03 \x01(\x0b\x32!.helios.api.worker.v1.ReplicaStopH\x00R\x04stop\x12:\n\x05sleep\x18\x04 \x01(\x0b\x32\".helios.api.worker.v1.ReplicaSleepH\x00R\x05sleep\x12\x37\n\x04wake\x18\x05 \x01(\x0b\x32!.helios.api.worker.v1.ReplicaWakeH\x00R\x04wake\x12\x45\n\x08\x61\x64\x61pters\x18\x06 \x01(\x0b\x32\'.helios.api.worker.v1.ReplicaAdapterSetH\x00R\x08\x61\x64\x61ptersB\t\n\x07message\"\x82\x01\n\x0cReplicaHello\x12\x36\n\x07replica\x18\x01 \x01(\x0b\x32\x1c.helios.api.fleet.v1.ReplicaR\x07replica\x12\x1f\n\x0bstart_ticks\x18\x02 \x01(\x04R\nstartTicks\x12\x19\n\x08lease_id\x18\x03 \x01(\tR\x07leaseId\"\x82\x01\n\x0fReplicaProgress\x12\x37\n\x05state\x18\x01 \x01(\x0e\x32!.helios.api.fleet.v1.ReplicaStateR\x05state\x12\x36\n\x05phase\x18\x02 \x01(\x0b\x32 .helios.api.fleet.v1.PhaseTimingR\x05phase\"s\n\x0cReplicaReady\x12\x18\n\x07\x61\x64\x64ress\x18\x01 \x01(\tR\x07\x61\x64\x64ress\x12,\n\x12max_context_tokens\x18\x02 \x01(\rR\x10maxContextTokens\x12\x1b\n\tcan_sleep\x18\x03 \x01(\x08R\x08\x63\x61nSleep\".\n\rReplicaAsleep\x12\x1d\n\nleft_bytes\x18\x01 \x01(\x04R\tleftBytes\"\x96\x01\n\x0eReplicaWelcome\x12\x42\n\x0freport_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0ereportInterval\x12@\n\x0eorphan_timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\rorphanTimeout\"C\n\x0cReplicaDrain\x12\x33\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07timeout\"$\n\x0cReplicaSleep\x12\x14\n\x05level\x18\x01 \x01(\rR\x05level\"\r\n\x0bReplicaWake\"\r\n\x0bReplicaStop\"R\n\x0fReplicaAdapters\x12?\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32#.helios.api.fleet.v1.ReplicaAdapterR\x08\x61\x64\x61pters\"S\n\x11ReplicaAdapterSet\x12>\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\".helios.api.worker.v1.AdapterFilesR\x08\x61\x64\x61pters\"_\n\x0c\x41\x64\x61pterFiles\x12;\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32!.helios.api.engine.v1.LoraAdapterR\x07\x61\x64\x61pter\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path2l\n\x11SupervisorService\x12W\n\x06\x41ttach\x12#.helios.api.worker.v1.AttachRequest\x1a$.helios.api.worker.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'helios.api.worker.v1.supervisor_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ATTACHREQUEST']._serialized_start=137
-  _globals['_ATTACHREQUEST']._serialized_end=532
-  _globals['_ATTACHRESPONSE']._serialized_start=535
-  _globals['_ATTACHRESPONSE']._serialized_end=862
-  _globals['_REPLICAHELLO']._serialized_start=865
-  _globals['_REPLICAHELLO']._serialized_end=995
-  _globals['_REPLICAPROGRESS']._serialized_start=998
-  _globals['_REPLICAPROGRESS']._serialized_end=1128
-  _globals['_REPLICAREADY']._serialized_start=1130
-  _globals['_REPLICAREADY']._serialized_end=1245
-  _globals['_REPLICAASLEEP']._serialized_start=1247
-  _globals['_REPLICAASLEEP']._serialized_end=1293
-  _globals['_REPLICAWELCOME']._serialized_start=1296
-  _globals['_REPLICAWELCOME']._serialized_end=1446
-  _globals['_REPLICADRAIN']._serialized_start=1448
-  _globals['_REPLICADRAIN']._serialized_end=1515
-  _globals['_REPLICASLEEP']._serialized_start=1517
-  _globals['_REPLICASLEEP']._serialized_end=1553
-  _globals['_REPLICAWAKE']._serialized_start=1555
-  _globals['_REPLICAWAKE']._serialized_end=1568
-  _globals['_REPLICASTOP']._serialized_start=1570
-  _globals['_REPLICASTOP']._serialized_end=1583
-  _globals['_SUPERVISORSERVICE']._serialized_start=1585
-  _globals['_SUPERVISORSERVICE']._serialized_end=1693
+  _globals['_ATTACHREQUEST']._serialized_start=181
+  _globals['_ATTACHREQUEST']._serialized_end=645
+  _globals['_ATTACHRESPONSE']._serialized_start=648
+  _globals['_ATTACHRESPONSE']._serialized_end=1046
+  _globals['_REPLICAHELLO']._serialized_start=1049
+  _globals['_REPLICAHELLO']._serialized_end=1179
+  _globals['_REPLICAPROGRESS']._serialized_start=1182
+  _globals['_REPLICAPROGRESS']._serialized_end=1312
+  _globals['_REPLICAREADY']._serialized_start=1314
+  _globals['_REPLICAREADY']._serialized_end=1429
+  _globals['_REPLICAASLEEP']._serialized_start=1431
+  _globals['_REPLICAASLEEP']._serialized_end=1477
+  _globals['_REPLICAWELCOME']._serialized_start=1480
+  _globals['_REPLICAWELCOME']._serialized_end=1630
+  _globals['_REPLICADRAIN']._serialized_start=1632
+  _globals['_REPLICADRAIN']._serialized_end=1699
+  _globals['_REPLICASLEEP']._serialized_start=1701
+  _globals['_REPLICASLEEP']._serialized_end=1737
+  _globals['_REPLICAWAKE']._serialized_start=1739
+  _globals['_REPLICAWAKE']._serialized_end=1752
+  _globals['_REPLICASTOP']._serialized_start=1754
+  _globals['_REPLICASTOP']._serialized_end=1767
+  _globals['_REPLICAADAPTERS']._serialized_start=1769
+  _globals['_REPLICAADAPTERS']._serialized_end=1851
+  _globals['_REPLICAADAPTERSET']._serialized_start=1853
+  _globals['_REPLICAADAPTERSET']._serialized_end=1936
+  _globals['_ADAPTERFILES']._serialized_start=1938
+  _globals['_ADAPTERFILES']._serialized_end=2033
+  _globals['_SUPERVISORSERVICE']._serialized_start=2035
+  _globals['_SUPERVISORSERVICE']._serialized_end=2143
 # @@protoc_insertion_point(module_scope)

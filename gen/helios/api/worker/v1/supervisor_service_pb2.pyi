@@ -3,9 +3,12 @@
 isort:skip_file
 Worker: what the processes of one worker say to each other."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
+from helios.api.engine.v1 import engine_settings_pb2 as _engine_settings_pb2
 from helios.api.fleet.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -30,6 +33,7 @@ class AttachRequest(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     ASLEEP_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___ReplicaHello:
         """Who the replica is."""
@@ -54,6 +58,10 @@ class AttachRequest(_message.Message):
     def asleep(self) -> Global___ReplicaAsleep:
         """Its weights and KV cache are off the device."""
 
+    @_builtins.property
+    def adapters(self) -> Global___ReplicaAdapters:
+        """Its LoRA adapters changed."""
+
     def __init__(
         self,
         *,
@@ -63,12 +71,13 @@ class AttachRequest(_message.Message):
         failed: _types_pb2.ReplicaFailure | None = ...,
         load: _types_pb2.LoadDelta | None = ...,
         asleep: Global___ReplicaAsleep | None = ...,
+        adapters: Global___ReplicaAdapters | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["asleep", b"asleep", "failed", b"failed", "hello", b"hello", "load", b"load", "message", b"message", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "asleep", b"asleep", "failed", b"failed", "hello", b"hello", "load", b"load", "message", b"message", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asleep", b"asleep", "failed", b"failed", "hello", b"hello", "load", b"load", "message", b"message", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "asleep", b"asleep", "failed", b"failed", "hello", b"hello", "load", b"load", "message", b"message", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "progress", "ready", "failed", "load", "asleep"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "progress", "ready", "failed", "load", "asleep", "adapters"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -85,6 +94,7 @@ class AttachResponse(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     SLEEP_FIELD_NUMBER: _builtins.int
     WAKE_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___ReplicaWelcome:
         """The hello was taken."""
@@ -105,6 +115,10 @@ class AttachResponse(_message.Message):
     def wake(self) -> Global___ReplicaWake:
         """Come back."""
 
+    @_builtins.property
+    def adapters(self) -> Global___ReplicaAdapterSet:
+        """Have these LoRA adapters, and no others."""
+
     def __init__(
         self,
         *,
@@ -113,12 +127,13 @@ class AttachResponse(_message.Message):
         stop: Global___ReplicaStop | None = ...,
         sleep: Global___ReplicaSleep | None = ...,
         wake: Global___ReplicaWake | None = ...,
+        adapters: Global___ReplicaAdapterSet | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "message", b"message", "sleep", b"sleep", "stop", b"stop", "wake", b"wake", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "drain", b"drain", "message", b"message", "sleep", b"sleep", "stop", b"stop", "wake", b"wake", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "message", b"message", "sleep", b"sleep", "stop", b"stop", "wake", b"wake", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "drain", b"drain", "message", b"message", "sleep", b"sleep", "stop", b"stop", "wake", b"wake", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "drain", "stop", "sleep", "wake"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "drain", "stop", "sleep", "wake", "adapters"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -345,3 +360,79 @@ class ReplicaStop(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReplicaStop: _TypeAlias = ReplicaStop  # noqa: Y015
+
+@_typing.final
+class ReplicaAdapters(_message.Message):
+    """ReplicaAdapters are all LoRA adapters of a replica, those that are being unloaded included."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.ReplicaAdapter]:
+        """Each with its state."""
+
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[_types_pb2.ReplicaAdapter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaAdapters: _TypeAlias = ReplicaAdapters  # noqa: Y015
+
+@_typing.final
+class ReplicaAdapterSet(_message.Message):
+    """ReplicaAdapterSet are the LoRA adapters that a replica is to have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterFiles]:
+        """Each with its directory."""
+
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___AdapterFiles] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaAdapterSet: _TypeAlias = ReplicaAdapterSet  # noqa: Y015
+
+@_typing.final
+class AdapterFiles(_message.Message):
+    """AdapterFiles is a LoRA adapter and where its files are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Directory with adapter_config.json; empty: it is not on the node yet. An older revision that is loaded stays so long."""
+    @_builtins.property
+    def adapter(self) -> _engine_settings_pb2.LoraAdapter:
+        """Which adapter, with its revision."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _engine_settings_pb2.LoraAdapter | None = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterFiles: _TypeAlias = AdapterFiles  # noqa: Y015

@@ -37,6 +37,9 @@ class SupervisorServiceStub:
     5. supervisor → sleep; replica → asleep, once its weights and KV cache are off the device. supervisor → wake; the
     replica loads its weights again, asks itself a known prompt (the canary), and says → ready, or → failed where the
     tokens are not the ones of its first start. No other door leads to sleep: a replica's own services have no such call.
+    6. supervisor → adapters, after each hello and whenever they change: all LoRA adapters that the replica is to have, with
+    the directories of those that are on the node. replica → adapters, at once and whenever one changes its state; a
+    directory may be taken away only when no adapter of that revision is named any more.
     A replica that can't reach its supervisor for `orphan_timeout` drains and exits by itself.
     """
 
@@ -65,6 +68,9 @@ class SupervisorServiceServicer:
     5. supervisor → sleep; replica → asleep, once its weights and KV cache are off the device. supervisor → wake; the
     replica loads its weights again, asks itself a known prompt (the canary), and says → ready, or → failed where the
     tokens are not the ones of its first start. No other door leads to sleep: a replica's own services have no such call.
+    6. supervisor → adapters, after each hello and whenever they change: all LoRA adapters that the replica is to have, with
+    the directories of those that are on the node. replica → adapters, at once and whenever one changes its state; a
+    directory may be taken away only when no adapter of that revision is named any more.
     A replica that can't reach its supervisor for `orphan_timeout` drains and exits by itself.
     """
 
@@ -103,6 +109,9 @@ class SupervisorService:
     5. supervisor → sleep; replica → asleep, once its weights and KV cache are off the device. supervisor → wake; the
     replica loads its weights again, asks itself a known prompt (the canary), and says → ready, or → failed where the
     tokens are not the ones of its first start. No other door leads to sleep: a replica's own services have no such call.
+    6. supervisor → adapters, after each hello and whenever they change: all LoRA adapters that the replica is to have, with
+    the directories of those that are on the node. replica → adapters, at once and whenever one changes its state; a
+    directory may be taken away only when no adapter of that revision is named any more.
     A replica that can't reach its supervisor for `orphan_timeout` drains and exits by itself.
     """
 
