@@ -11,6 +11,7 @@ import pytest
 
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet
 from helios.mesh.tasks import task_scope
+from helios.worker.replica.settings import Compilation, EngineSettings
 from helios.worker.supervisor.commands import Ack, Command, CommandLog, Drain, Start
 from helios.worker.supervisor.fleet import FleetFeed
 from helios.worker.supervisor.fleet_session import FleetSession, SessionOptions
@@ -213,6 +214,12 @@ async def test_a_proxy_that_is_away_is_dialled_until_it_comes() -> None:
 @pytest.mark.parametrize("state", list(ReplicaState))
 def test_a_replica_survives_the_wire_in_every_state(state: ReplicaState) -> None:
     view = replace(VIEW, state=state)
+    assert replica_from_proto(replica_to_proto(view), start_ticks=88, lease_id="lease") == view
+
+
+def test_the_form_of_a_replica_and_that_it_came_in_the_background_survive_the_wire() -> None:
+    order = replace(VIEW.order, settings=EngineSettings(compilation=Compilation.COMPILED), is_background=True)
+    view = replace(VIEW, order=order)
     assert replica_from_proto(replica_to_proto(view), start_ticks=88, lease_id="lease") == view
 
 

@@ -86,6 +86,17 @@ def test_a_hung_start_is_killed_at_its_deadline_and_says_so() -> None:
     assert machine.view.failure.reason == "START_TIMEOUT"
 
 
+def test_a_start_in_the_background_has_more_time_also_under_another_supervisor() -> None:
+    limits = replace(LIMITS, background_start_seconds=300)
+    order = replace(ORDER, is_background=True)
+    machine = ReplicaMachine(order, limits)
+    drive(machine, on.Begin(), on.WeightsReady("/w", "l"), on.Forked(PROCESS))
+    assert machine.deadline == 300
+    taken_over = ReplicaMachine.returning(replace(machine.view), limits, return_by=15.0)
+    drive(taken_over, on.Attached(PROCESS, ReplicaState.WARMING), now=100.0)
+    assert taken_over.deadline == 400
+
+
 def test_a_stop_during_the_fork_waits_for_the_process_and_kills_it() -> None:
     machine = ReplicaMachine(ORDER, LIMITS)
     drive(machine, on.Begin(), on.WeightsReady("/w", "l"))

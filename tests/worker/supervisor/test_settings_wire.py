@@ -18,7 +18,11 @@ from helios.worker.replica.settings import (
 )
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.supervisor.commands import Start
-from helios.worker.supervisor.settings_wire import settings_from_proto
+from helios.worker.supervisor.settings_wire import (
+    compilation_from_proto,
+    compilation_to_proto,
+    settings_from_proto,
+)
 from helios.worker.supervisor.wire import command_from_proto
 
 MESSAGE = pb.EngineSettings(
@@ -117,3 +121,10 @@ def test_a_spec_outlives_the_control_socket() -> None:
 
 def test_ranks_are_counted() -> None:
     assert (SETTINGS.rank_count, EngineSettings().rank_count) == (6, 1)
+
+
+def test_a_replica_that_is_told_both_forms_starts_eager_and_tells_its_form() -> None:
+    both = pb.EngineSettings(compilation=pb.COMPILATION_MODE_EAGER_THEN_COMPILED)
+    assert settings_from_proto(both).compilation is Compilation.EAGER
+    for form in Compilation:
+        assert compilation_from_proto(compilation_to_proto(form)) is form

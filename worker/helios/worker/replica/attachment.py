@@ -17,6 +17,7 @@ from typing import Final
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
+from helios.api.engine.v1 import engine_settings_pb2
 from helios.api.fleet.v1 import types_pb2 as fleet
 from helios.api.worker.v1 import supervisor_service_pb2 as pb
 from helios.api.worker.v1 import supervisor_service_pb2_grpc
@@ -27,10 +28,16 @@ from helios.mesh.tasks import keep_running
 from helios.worker.replica.condition import Condition, State
 from helios.worker.replica.engine import EngineLoad
 from helios.worker.replica.ledger import Changes, RequestLedger
+from helios.worker.replica.settings import Compilation
 from helios.worker.replica.spec import ReplicaSpec
 
 log = structlog.get_logger()
 
+_FORMS: Final = {
+    Compilation.DEFAULT: engine_settings_pb2.COMPILATION_MODE_UNSPECIFIED,
+    Compilation.EAGER: engine_settings_pb2.COMPILATION_MODE_EAGER,
+    Compilation.COMPILED: engine_settings_pb2.COMPILATION_MODE_COMPILED,
+}
 _STATES: Final = {
     State.LOADING: fleet.REPLICA_STATE_LOADING,
     State.WARMING: fleet.REPLICA_STATE_WARMING,
@@ -214,6 +221,8 @@ class Attachment:
             memory_items=self._memory_items(),
             can_sleep=condition.can_sleep,
             wake_count=condition.wake_count,
+            compilation=_FORMS[spec.settings.compilation],
+            in_background=spec.is_background,
         )
         replica.created_at.FromDatetime(spec.created_at.astimezone(UTC))
         if condition.state is State.FAILED:

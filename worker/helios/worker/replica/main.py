@@ -31,6 +31,7 @@ from helios.worker.replica.inference_servicer import InferenceServicer
 from helios.worker.replica.ledger import RequestLedger
 from helios.worker.replica.openai_servicer import OpenAIServicer
 from helios.worker.replica.prefill import PrefillClient, PrefillServicer
+from helios.worker.replica.priority import step_forward
 from helios.worker.replica.settings import Role
 from helios.worker.replica.sleeping import Sleeping
 from helios.worker.replica.spec import ReplicaSpec
@@ -210,6 +211,8 @@ class _Replica:
         condition.address, condition.max_context_tokens = address, engine.facts.max_context_tokens
         condition.can_sleep = engine.facts.can_sleep
         bind_threads(self._spec.placement.api_cores)
+        if self._spec.is_background:
+            step_forward()
         now = time.monotonic()
         condition.add_phase("serve", self._start.ended_at, now)
         condition.end_phases(now)

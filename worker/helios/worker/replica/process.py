@@ -17,6 +17,7 @@ from helios.mesh.logs import setup_logs
 from helios.worker.replica.engines import engine_module
 from helios.worker.replica.lifeline import Lifeline
 from helios.worker.replica.phases import write_phase
+from helios.worker.replica.priority import step_back
 from helios.worker.replica.scratch import make_scratch, remove_scratch
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.replica.start import EngineStart
@@ -42,6 +43,8 @@ def run(spec: ReplicaSpec, requested_ns: int) -> None:
     """
     forked_at = time.monotonic()
     os.setsid()
+    if spec.is_background:
+        step_back()
     # The launcher ignores none, but whoever started it may have.
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_DFL)

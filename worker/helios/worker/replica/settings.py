@@ -15,7 +15,7 @@ _Part = TypeVar("_Part")
 
 
 class Compilation(enum.StrEnum):
-    """Whether a model is compiled. DEFAULT: on a GPU; on a CPU it takes a minute and a half and gains little."""
+    """Whether a replica's model is compiled. DEFAULT: on a GPU; on a CPU that takes a minute and a half."""
 
     DEFAULT = "default"
     EAGER = "eager"

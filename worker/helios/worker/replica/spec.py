@@ -50,6 +50,7 @@ class ReplicaSpec:
         kv_directory: Where KV caches lie that travel between this node's replicas through files; empty: they don't.
         created_at: When its start was asked for, with a time zone.
         placement: Cores.
+        is_background: Whether it computes with what others leave until it is ready: nobody waits for it.
         max_running_requests: How many requests the engine works on at once, where the settings do not say; more wait
             inside it.
         drain_seconds: How long running requests may go on when nobody says otherwise (SIGTERM, orphaned).
@@ -89,6 +90,7 @@ class ReplicaSpec:
     kv_directory: str = ""
     created_at: datetime
     placement: Placement = Placement()
+    is_background: bool = False
     max_running_requests: int = 64
     drain_seconds: float = 30.0
     orphan_seconds: float = 60.0

@@ -22,7 +22,7 @@ class Start:
     """Start a replica. ``engine`` empty and the numbers 0: the worker's defaults. ``options`` are the engine's.
 
     ``served_names`` are the model's other names. ``requested_at`` (seconds since the epoch) and ``traceparent`` are of
-    the request that asked; 0 and empty: none did.
+    the request that asked; 0 and empty: none did. ``is_background``: nobody waits for it.
     """
 
     replica_id: str
@@ -40,6 +40,7 @@ class Start:
     device_count: int = 1
     requested_at: float = 0.0
     traceparent: str = ""
+    is_background: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class Limits:
     Attributes:
         fetch_seconds: Until the weights are on the node.
         start_seconds: From the fork to ready.
+        background_start_seconds: The same, of a replica that computes with what others leave.
         drain_seconds: For a replica that drains on its own account.
         drain_grace_seconds: Given to a replica on top of its drain timeout, to cut off what is left and to exit by
             itself.
@@ -62,3 +63,4 @@ class Limits:
     sleep_seconds: float = 60.0
     wake_seconds: float = 60.0
     silence_seconds: float = 0.0
+    background_start_seconds: float = 1800.0

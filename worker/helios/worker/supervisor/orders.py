@@ -80,6 +80,7 @@ def order_of(start: Start, rules: Rules, now: datetime) -> Order:
         device_count=len(start.device_ids) or max(1, start.device_count),
         requested_at=start.requested_at,
         traceparent=start.traceparent,
+        is_background=start.is_background,
     )
 
 

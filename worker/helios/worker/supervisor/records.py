@@ -129,7 +129,7 @@ class Order:
     """What was asked for: all that the life of a replica begins with.
 
     ``max_context_tokens`` 0: the model's own. ``options`` are the engine's, by name; ``served_names`` are the model's
-    other names. Of a replica that was adopted by its hello alone, settings and names are not known.
+    other names. Of a replica that was adopted by its hello alone, only the form is known of its settings.
     ``requested_at`` (seconds since the epoch; 0: nobody did) and ``traceparent`` are of the request that asked for it.
     """
 
@@ -153,6 +153,8 @@ class Order:
     """How many devices it runs on, each with an equal share."""
     requested_at: float = 0.0
     traceparent: str = ""
+    is_background: bool = False
+    """It is to take the place of one that serves; until it is ready it computes with what others leave."""
 
     @property
     def revisions(self) -> tuple[str, ...]:

@@ -210,6 +210,11 @@ class ReplicaMachine:
                 return self._on_tick(now)
 
     @property
+    def _start_seconds(self) -> float:
+        limits, is_background = self._limits, self._view.order.is_background
+        return limits.background_start_seconds if is_background else limits.start_seconds
+
+    @property
     def _silent_at(self) -> float | None:
         is_watched = self._stage is Stage.READY and self._limits.silence_seconds > 0 and not self.is_awaited
         return self._heard_at + self._limits.silence_seconds if is_watched and self._heard_at is not None else None
@@ -253,7 +258,7 @@ class ReplicaMachine:
             return []
         if isinstance(event, WeightsFailed):
             return self._end(event.failure)
-        deadline = now + self._limits.start_seconds
+        deadline = now + self._start_seconds
         self._set_start_deadline(now)
         self._view = replace(self._view, lease_id=event.lease_id)
         self._add_phases([PhaseTiming("fetch", now - self._fetching_since)])
@@ -470,7 +475,7 @@ class ReplicaMachine:
         self._overdue = overdue
 
     def _set_start_deadline(self, now: float) -> None:
-        seconds = self._limits.start_seconds
+        seconds = self._start_seconds
         self._set_deadline(now + seconds, Failure(START_TIMEOUT, f"the replica was not ready after {seconds:g} s"))
 
     def _set_wake_deadline(self, now: float) -> None:

@@ -12,7 +12,13 @@ from helios.worker.replica.settings import (
     Task,
 )
 
-_COMPILATIONS = {pb.COMPILATION_MODE_EAGER: Compilation.EAGER, pb.COMPILATION_MODE_COMPILED: Compilation.COMPILED}
+_COMPILATIONS = {
+    pb.COMPILATION_MODE_EAGER: Compilation.EAGER,
+    pb.COMPILATION_MODE_COMPILED: Compilation.COMPILED,
+    # A proxy that knows it orders one form or the other; from one that does not, the form that answers soon.
+    pb.COMPILATION_MODE_EAGER_THEN_COMPILED: Compilation.EAGER,
+}
+_MODES = {Compilation.EAGER: pb.COMPILATION_MODE_EAGER, Compilation.COMPILED: pb.COMPILATION_MODE_COMPILED}
 _TASKS = {pb.TASK_GENERATE: Task.GENERATE, pb.TASK_EMBED: Task.EMBED}
 _ROLES = {pb.DISAGGREGATION_ROLE_PREFILL: Role.PREFILL, pb.DISAGGREGATION_ROLE_DECODE: Role.DECODE}
 
@@ -43,12 +49,22 @@ def settings_from_proto(message: pb.EngineSettings) -> EngineSettings:
         reasoning_parser=message.reasoning_parser,
         structured_output_backend=message.structured_output_backend,
         attention_backend=message.attention_backend,
-        compilation=_COMPILATIONS.get(message.compilation, Compilation.DEFAULT),
+        compilation=compilation_from_proto(message.compilation),
         cuda_graph_sizes=tuple(message.cuda_graph_sizes),
         task=_TASKS.get(message.task, Task.DEFAULT),
         role=_ROLES.get(message.role, Role.BOTH),
         chat_template=message.chat_template,
     )
+
+
+def compilation_from_proto(mode: pb.CompilationMode.ValueType) -> Compilation:
+    """Returns in which form a replica runs its model."""
+    return _COMPILATIONS.get(mode, Compilation.DEFAULT)
+
+
+def compilation_to_proto(form: Compilation) -> pb.CompilationMode.ValueType:
+    """Returns the contract's number of a form."""
+    return _MODES.get(form, pb.COMPILATION_MODE_UNSPECIFIED)
 
 
 def _speculation(message: pb.EngineSettings) -> SpeculativeDecoding:

@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet
 from helios.api.fleet.v1 import types_pb2 as types
 from helios.mesh.errors import InvalidRequest
+from helios.worker.replica.settings import EngineSettings
 from helios.worker.supervisor.commands import Ack, Command, Drain, Evict, Sleep, Stage, Start, Stop, Unstage, Wake
 from helios.worker.supervisor.device_wire import (
     device_to_proto,
@@ -30,7 +31,11 @@ from helios.worker.supervisor.records import (
     ReplicaView,
     WorkerView,
 )
-from helios.worker.supervisor.settings_wire import settings_from_proto
+from helios.worker.supervisor.settings_wire import (
+    compilation_from_proto,
+    compilation_to_proto,
+    settings_from_proto,
+)
 
 
 def seconds_to_proto(seconds: float) -> Duration:
@@ -134,6 +139,8 @@ def replica_to_proto(view: ReplicaView) -> types.Replica:
         created_at=created_at,
         max_context_tokens=view.max_context_tokens,
         load=load_to_proto(view.load),
+        compilation=compilation_to_proto(order.settings.compilation),
+        in_background=order.is_background,
     )
     if view.failure is not None:
         message.failure.CopyFrom(types.ReplicaFailure(reason=view.failure.reason, message=view.failure.message))
@@ -156,6 +163,8 @@ def replica_from_proto(replica: types.Replica, *, start_ticks: int, lease_id: st
         memory_items=items_from_proto(item for item in replica.memory_items if item.kind != types.MEMORY_KIND_SLEEPING),
         device_ids=tuple(replica.device_ids),
         device_count=max(1, len(replica.device_ids)),
+        settings=EngineSettings(compilation=compilation_from_proto(replica.compilation)),
+        is_background=replica.in_background,
     )
     return ReplicaView(
         order=order,
@@ -216,6 +225,7 @@ def command_from_proto(command: fleet.Command) -> Command:
                 device_count=start.device_count or 1,
                 requested_at=start.requested_at.ToNanoseconds() / 1e9 if start.HasField("requested_at") else 0.0,
                 traceparent=start.traceparent,
+                is_background=start.in_background,
             )
         case "drain":
             drain = command.drain

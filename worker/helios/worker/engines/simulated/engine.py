@@ -32,6 +32,7 @@ from helios.worker.replica.engine import (
     TokenIds,
     Tokenized,
 )
+from helios.worker.replica.settings import Compilation
 from helios.worker.replica.spec import ReplicaSpec
 
 
@@ -140,6 +141,12 @@ class SimulatedEngine:
             time.sleep(self._options.start_seconds)
         if self._faults.has_failed_start(spec.replica_id):
             raise Unavailable(f"simulated: the start of {spec.replica_id} fails", reason="SIMULATED_START_FAILURE")
+        if spec.settings.compilation is Compilation.COMPILED:
+            with hooks.phase("compile"):
+                time.sleep(self._options.compile_seconds)
+            if self._faults.has_failed_compile(spec.replica_id):
+                message = f"simulated: {spec.replica_id} can't be compiled"
+                raise Unavailable(message, reason="SIMULATED_COMPILE_FAILURE")
 
     def _submit(self, words: Sequence[str], sampling: Sampling) -> Request:
         if self._is_dead:

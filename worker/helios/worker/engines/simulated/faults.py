@@ -29,6 +29,10 @@ class Faults:
         """Returns whether the start of a replica fails."""
         return self._chance("start", replica_id).random() < self._options.start_failure_ratio
 
+    def has_failed_compile(self, replica_id: str) -> bool:
+        """Returns whether compiling fails in the start of a replica."""
+        return self._chance("compile", replica_id).random() < self._options.compile_failure_ratio
+
     def fate(self, number: int, token_count: int) -> Fate:
         """Returns the fate of the request with this number, counted from 1, whose answer has so many tokens."""
         options, chance = self._options, self._chance("request", number)

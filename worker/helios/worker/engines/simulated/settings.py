@@ -12,6 +12,8 @@ class SimulatedOptions(Options):
     """All chance comes from it: the same seed and the same order of requests give the same failures."""
     start_seconds: float = Field(default=0.0, ge=0)
     """How long a start loads."""
+    compile_seconds: float = Field(default=0.0, ge=0)
+    """How much longer a start takes where the model's ``compilation`` asks for a compiled replica."""
     prefill_seconds_per_token: float = Field(default=0.0001, ge=0)
     """What a step takes for each token of a prompt in it. 0.1 ms: a small model on two cores."""
     decode_seconds_per_token: float = Field(default=0.005, ge=0)
@@ -34,6 +36,8 @@ class SimulatedOptions(Options):
     """Length of an answer whose request names none: the simulated model then says that it is done."""
     start_failure_ratio: float = Field(default=0.0, ge=0, le=1)
     """Share of starts that fail. Drawn from the seed and the replica's id; 1: every start."""
+    compile_failure_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Share of starts of compiled replicas that fail when they compile."""
     death_after_requests: int = Field(default=0, ge=0)
     """The engine dies in the middle of this request, counted from 1. 0: never."""
     stall_ratio: float = Field(default=0.0, ge=0, le=1)
