@@ -18,6 +18,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from helios.registry.artifact_store import ArtifactStore
 from helios.registry.blobs import BlobStore
 from helios.registry.catalog import Catalog
 from helios.registry.database import Database
@@ -84,7 +85,8 @@ async def registry(directory: Path) -> AsyncIterator[Ingester]:
         hub = WatchHub(16)
         stack.callback(hub.close)
         converter = Converter(timeout_seconds=60, require_space=blobs.require_space)
-        yield await stack.enter_async_context(Ingester(Catalog(Store(database), blobs, hub), state, converter))
+        catalog = Catalog(Store(database), blobs, hub, ArtifactStore(database))
+        yield await stack.enter_async_context(Ingester(catalog, state, converter))
 
 
 def write_model(directory: Path) -> Path:

@@ -16,6 +16,7 @@ NATIVE_ONLY = {
     "helios.api.storage.v1.StorageService": "between processes of a node; operators evict through AdminService",
     "helios.api.inference.v1.InferenceService": "the typed twin of the OpenAI calls, for gRPC clients",
     "helios.api.inference.v1.PrefillService": "between replicas",
+    "helios.api.registry.v1.ArtifactService.PutArtifact": "from workers, which alone may",
     "helios.api.registry.v1.RegistryService.WatchModels": "a stream without end, for proxies",
 }
 PUBLIC = {"helios.api.catalog.v1.ModelService", "helios.api.inference.v1.OpenAIService"}

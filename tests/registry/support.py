@@ -5,21 +5,26 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from helios.api.registry.v1.artifact_service_pb2_grpc import add_ArtifactServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
 from helios.mesh.channel import Dialer
 from helios.mesh.identity import CertificateAuthority, IdentityFiles
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.registry import access
+from helios.registry.artifact_servicer import ArtifactServicer
+from helios.registry.artifact_store import ArtifactStore
 from helios.registry.blobs import BlobStore
 from helios.registry.catalog import Catalog
-from helios.registry.client import RegistryClient
+from helios.registry.client import ArtifactClient, RegistryClient
 from helios.registry.database import Database
 from helios.registry.ingest import Ingester
 from helios.registry.records import IngestDone, IngestEvent, IngestSpec
 from helios.registry.servicer import RegistryServicer
+from helios.registry.settings import ArtifactSettings
 from helios.registry.sources.conversion import Converter
 from helios.registry.state import StateDirectory
 from helios.registry.store import Store
+from helios.registry.uploads import Uploads
 from helios.registry.watch import WatchHub
 
 COMPONENTS = ("registry", "admin-edge", "proxy", "storage", "worker", "edge")
@@ -35,6 +40,7 @@ class Parts:
     hub: WatchHub
     catalog: Catalog
     ingester: Ingester
+    uploads: Uploads
 
     async def ingest(self, name: str, source: Path | str, **more: object) -> IngestDone:
         """Ingests to the end."""
@@ -67,24 +73,26 @@ async def open_parts(
     max_concurrent: int = 2,
     convert_module: str = "helios.registry.convert",
     convert_timeout_seconds: float = 120.0,
+    artifacts: ArtifactSettings | None = None,
 ) -> AsyncIterator[Parts]:
     """Opens a registry without its server."""
     async with AsyncExitStack() as stack:
         state = stack.enter_context(StateDirectory(root).owned())
         database = await Database.open(state.database)
         stack.push_async_callback(database.close)
-        store = Store(database)
+        store, artifact_store = Store(database), ArtifactStore(database)
         blobs = BlobStore(state.blobs, reserve_bytes=reserve_bytes)
         blobs.prepare(await store.referenced_blobs())
         hub = WatchHub(queue_size)
-        catalog = Catalog(store, blobs, hub)
+        catalog = Catalog(store, blobs, hub, artifact_store)
         converter = Converter(
             timeout_seconds=convert_timeout_seconds, require_space=blobs.require_space, module=convert_module
         )
         ingester = Ingester(catalog, state, converter, max_concurrent=max_concurrent)
         await stack.enter_async_context(ingester)
         stack.callback(hub.close)
-        yield Parts(state, store, blobs, hub, catalog, ingester)
+        uploads = Uploads(catalog, artifact_store, state, artifacts or ArtifactSettings())
+        yield Parts(state, store, blobs, hub, catalog, ingester, uploads)
 
 
 class Mesh:
@@ -110,6 +118,12 @@ class Mesh:
         async with self.dialer(address, component) as dialer:
             yield RegistryClient(dialer)
 
+    @asynccontextmanager
+    async def artifacts(self, address: str, component: str = "worker") -> AsyncIterator[ArtifactClient]:
+        """Yields a client of the registry's artifacts as this component."""
+        async with self.dialer(address, component) as dialer:
+            yield ArtifactClient(dialer)
+
 
 @asynccontextmanager
 async def serve(parts: Parts, mesh: Mesh) -> AsyncIterator[str]:
@@ -121,7 +135,8 @@ async def serve(parts: Parts, mesh: Mesh) -> AsyncIterator[str]:
         options=ServerOptions(drain_seconds=1.0),
     )
     add_RegistryServiceServicer_to_server(RegistryServicer(parts.catalog, parts.ingester), server.grpc)
-    server.serve(access.SERVICE)
+    add_ArtifactServiceServicer_to_server(ArtifactServicer(parts.uploads), server.grpc)
+    server.serve(access.SERVICE, access.ARTIFACT_SERVICE)
     async with server:
         try:
             yield server.address

@@ -254,10 +254,10 @@ async def test_refuses_page_tokens_of_others(raw: Dialer, token: str) -> None:
 async def test_refuses_page_tokens_of_no_revision(
     client: RegistryClient, raw: Dialer, model_directory: Path, position: str
 ) -> None:
-    from helios.registry.servicer import _make_token  # noqa: PLC0415
+    from helios.registry.pages import make_token  # noqa: PLC0415
 
     await ingest(client, "m", model_directory)
-    request = pb.ListRevisionsRequest(name="m", page_token=_make_token("revisions", position))
+    request = pb.ListRevisionsRequest(name="m", page_token=make_token("revisions", position))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await raw.stub(RegistryServiceStub).ListRevisions(request, timeout=5)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -13,7 +13,7 @@ from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
 
 from helios.api.admin.v1 import admin_service_pb2
 from helios.api.catalog.v1 import model_service_pb2
-from helios.api.registry.v1 import registry_service_pb2
+from helios.api.registry.v1 import artifact_service_pb2, registry_service_pb2
 from helios.mesh.envoy.admin import EnvoyAdmin
 from helios.mesh.envoy.bootstrap import install
 from helios.mesh.envoy.process import command
@@ -177,10 +177,14 @@ async def _registry(gateway: Gateway) -> AsyncIterator[MeshServer]:
     server = MeshServer(
         listen="127.0.0.1:0",
         identity=gateway.authority.issue("registry", gateway.directory / "pki" / "registry"),
-        policy={"helios.api.registry.v1.RegistryService": frozenset({"admin-edge"})},
+        policy={
+            f"helios.api.registry.v1.{name}": frozenset({"admin-edge"})
+            for name in ("RegistryService", "ArtifactService")
+        },
         options=QUICK,
     )
     gateway.registry.add(registry_service_pb2, "RegistryService", server.grpc)
-    server.serve("helios.api.registry.v1.RegistryService")
+    gateway.registry.add(artifact_service_pb2, "ArtifactService", server.grpc)
+    server.serve("helios.api.registry.v1.RegistryService", "helios.api.registry.v1.ArtifactService")
     async with server:
         yield server

@@ -9,7 +9,12 @@ import pytest
 
 from helios.api.admin.v1 import admin_service_pb2, admin_service_pb2_grpc
 from helios.api.engine.v1 import engine_settings_pb2
-from helios.api.registry.v1 import registry_service_pb2, registry_service_pb2_grpc
+from helios.api.registry.v1 import (
+    artifact_service_pb2,
+    artifact_service_pb2_grpc,
+    registry_service_pb2,
+    registry_service_pb2_grpc,
+)
 from helios.mesh import errors
 from tests.wire.gateway import TOKEN, Gateway
 from tests.wire.test_rest import openai_error
@@ -61,8 +66,21 @@ async def test_grpc_with_the_token_reaches_both_servers(gateway: Gateway) -> Non
         await admin.ListWorkers(admin_service_pb2.ListWorkersRequest(), metadata=metadata, timeout=10)
         registry = registry_service_pb2_grpc.RegistryServiceStub(channel)
         await registry.ListModels(registry_service_pb2.ListModelsRequest(), metadata=metadata, timeout=10)
-    assert [call.method for call in (*gateway.control.calls, *gateway.registry.calls)] == ["ListWorkers", "ListModels"]
+        artifacts = artifact_service_pb2_grpc.ArtifactServiceStub(channel)
+        await artifacts.ListArtifacts(artifact_service_pb2.ListArtifactsRequest(), metadata=metadata, timeout=10)
+    assert [call.method for call in gateway.control.calls] == ["ListWorkers"]
+    assert [call.method for call in gateway.registry.calls] == ["ListModels", "ListArtifacts"]
     assert "authorization" not in gateway.control.calls[0].metadata, "the token goes no further"
+
+
+async def test_artifacts_are_found_and_removed_over_rest(gateway: Gateway) -> None:
+    path = f"/admin/v1/artifacts/compile-cache/{'a' * 64}"
+    headers = {"authorization": BEARER}
+    assert (await _get(gateway, f"/admin/v1/artifacts?revision=sha256:{'b' * 64}", headers)).status_code == 200
+    assert (await _get(gateway, path, headers)).status_code == 200
+    listed, got = gateway.registry.calls
+    assert (listed.method, listed.request.revision) == ("ListArtifacts", f"sha256:{'b' * 64}")
+    assert (got.method, got.request.kind, got.request.key) == ("GetArtifact", "compile-cache", "a" * 64)
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])

@@ -37,7 +37,7 @@ from helios.cli.models_set import changed_settings, settings_of
 from helios.cli.state import MeshRecord, StateDirectory, find_running, read_mesh
 from helios.cli.up import Mesh, UpOptions, run_mesh
 from helios.mesh.errors import DeadlineExceeded, InvalidRequest, PreconditionFailed, Unavailable
-from helios.registry.client import IngestProgress, RegistryClient
+from helios.registry.client import Artifact, ArtifactClient, IngestProgress, RegistryClient
 
 _CALL_SECONDS: Final = 15.0
 _DETACHED_START_SECONDS: Final = 600.0
@@ -223,8 +223,10 @@ async def models_show(state: StateDirectory, console: Console, name: str, *, is_
         stub = dialer.stub(ModelServiceStub)
         response = await stub.GetModel(catalog_pb.GetModelRequest(model=name), timeout=_CALL_SECONDS)
     async with open_admin(state) as dialer:
-        settings = engine_settings.flatten(settings_of(await RegistryClient(dialer).get_model(name)))
-    fields = _plain(response) | {"engine_settings": settings}
+        found = await RegistryClient(dialer).get_model(name)
+        artifacts = await ArtifactClient(dialer).list_artifacts(revision=found.revision.digest)
+    settings = engine_settings.flatten(settings_of(found))
+    fields = _plain(response) | {"engine_settings": settings, "artifacts": list(map(_artifact, artifacts))}
     if is_json:
         console.print_json(json.dumps(fields))
         return
@@ -232,6 +234,19 @@ async def models_show(state: StateDirectory, console: Console, name: str, *, is_
     for key, value in fields.items():
         table.add_row(key, Text(json.dumps(value) if isinstance(value, dict | list) else str(value)))
     console.print(table)
+
+
+def _artifact(artifact: Artifact) -> dict[str, object]:
+    """What people want to know of an artifact: what it is for, from whom, how large, and whether it is used."""
+    return {
+        "kind": artifact.kind,
+        "key": artifact.key,
+        "size_bytes": artifact.size_bytes,
+        "producer": artifact.producer,
+        "created_at": artifact.created_at.isoformat(timespec="seconds"),
+        "used_at": artifact.used_at.isoformat(timespec="seconds"),
+        "inputs": json.loads(artifact.inputs),
+    }
 
 
 @dataclass(frozen=True, slots=True)

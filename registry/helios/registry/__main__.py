@@ -4,10 +4,13 @@ from contextlib import AsyncExitStack
 
 import structlog
 
+from helios.api.registry.v1.artifact_service_pb2_grpc import add_ArtifactServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
 from helios.mesh.process import Lifetime, run
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.registry import access, metrics, offload
+from helios.registry.artifact_servicer import ArtifactServicer
+from helios.registry.artifact_store import ArtifactStore
 from helios.registry.blobs import BlobStore
 from helios.registry.catalog import Catalog
 from helios.registry.database import Database
@@ -17,6 +20,7 @@ from helios.registry.settings import RegistrySettings
 from helios.registry.sources.conversion import Converter
 from helios.registry.state import StateDirectory
 from helios.registry.store import Store
+from helios.registry.uploads import Uploads
 from helios.registry.watch import WatchHub
 
 log = structlog.get_logger()
@@ -32,11 +36,11 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         state = stack.enter_context(StateDirectory(settings.state_directory).owned())
         database = await Database.open(state.database)
         stack.push_async_callback(database.close)
-        store = Store(database)
+        store, artifacts = Store(database), ArtifactStore(database)
         blobs = BlobStore(state.blobs, reserve_bytes=settings.ingest.reserve_bytes)
         await _repair(store, blobs)
         hub = WatchHub(settings.watch_queue_size)
-        catalog = Catalog(store, blobs, hub)
+        catalog = Catalog(store, blobs, hub, artifacts)
         converter = Converter(
             timeout_seconds=settings.ingest.convert_timeout_seconds, require_space=blobs.require_space
         )
@@ -48,11 +52,14 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         )
         ingester = Ingester(catalog, state, converter, max_concurrent=settings.ingest.max_concurrent)
         add_RegistryServiceServicer_to_server(RegistryServicer(catalog, ingester), server.grpc)
-        server.serve(access.SERVICE)
+        uploads = Uploads(catalog, artifacts, state, settings.artifacts)
+        add_ArtifactServiceServicer_to_server(ArtifactServicer(uploads), server.grpc)
+        server.serve(access.SERVICE, access.ARTIFACT_SERVICE)
         await stack.enter_async_context(server)
         await stack.enter_async_context(ingester)
         stack.callback(hub.close)
         metrics.MODELS.set(await store.count_models())
+        await uploads.measure()
         lifetime.mark_ready(address=server.address)
         await lifetime.wait_stop()
         await server.set_serving(is_serving=False)

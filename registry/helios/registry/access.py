@@ -2,7 +2,8 @@
 
 The server's policy keeps strangers out of the service; this table says what each of the rest may do. Reading is for
 whoever takes part in serving models; changing models is for people, who come through the admin edge, and for the
-proxy, through which replica counts are set (``ScaleModel`` writes to the registry).
+proxy, through which replica counts are set (``ScaleModel`` writes to the registry). Artifacts are made by workers,
+which run them: compiled code from anybody else would be a way into every worker.
 """
 
 from typing import Any, Final
@@ -11,11 +12,16 @@ from helios.mesh.errors import PermissionDenied
 from helios.mesh.server import NO_TLS_COMPONENT, peer_component
 
 SERVICE: Final = "helios.api.registry.v1.RegistryService"
+ARTIFACT_SERVICE: Final = "helios.api.registry.v1.ArtifactService"
 # A storage agent and a proxy read; the admin edge acts for people.
-POLICY: Final = {SERVICE: frozenset({"storage", "proxy", "admin-edge"})}
+POLICY: Final = {
+    SERVICE: frozenset({"storage", "proxy", "admin-edge"}),
+    ARTIFACT_SERVICE: frozenset({"worker", "admin-edge"}),
+}
 
 _WRITERS: Final = frozenset({"admin-edge"})
 _POLICY_WRITERS: Final = frozenset({"admin-edge", "proxy"})
+_PUBLISHERS: Final = frozenset({"worker"})
 
 
 def check_may_write(context: Any) -> None:
@@ -26,6 +32,21 @@ def check_may_write(context: Any) -> None:
 def check_may_set_policy(context: Any) -> None:
     """Raises PermissionDenied unless the caller may change replica counts."""
     _check(context, _POLICY_WRITERS, "change policies")
+
+
+def check_may_publish(context: Any) -> None:
+    """Raises PermissionDenied unless the caller may store artifacts."""
+    _check(context, _PUBLISHERS, "store artifacts")
+
+
+def is_worker(context: Any) -> bool:
+    """Returns whether the caller is surely a worker."""
+    return peer_component(context) in _PUBLISHERS
+
+
+def is_person(context: Any) -> bool:
+    """Returns whether the call is surely a person's, whose looking at an artifact is not use of it."""
+    return peer_component(context) in _WRITERS
 
 
 def _check(context: Any, allowed: frozenset[str], what: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from helios.mesh.errors import Corrupted
 from helios.registry import metrics, offload
+from helios.registry.artifact_store import ArtifactStore
 from helios.registry.blobs import BlobStore
 from helios.registry.engine_settings import EngineSettings
 from helios.registry.records import (
@@ -22,6 +23,7 @@ from helios.registry.records import (
     ModelPolicy,
     ModelSnapshot,
     ModelUpserted,
+    Revision,
     WatchEvent,
 )
 from helios.registry.store import NewRevision, Store
@@ -33,8 +35,9 @@ T = TypeVar("T")
 class Catalog:
     """Models with their blobs and watchers. ``store`` is for reading; every write goes through a method here."""
 
-    def __init__(self, store: Store, blobs: BlobStore, hub: WatchHub) -> None:
+    def __init__(self, store: Store, blobs: BlobStore, hub: WatchHub, artifacts: ArtifactStore) -> None:
         self.store = store
+        self._artifacts = artifacts
         self.blobs = blobs
         self._hub = hub
         self._writing = asyncio.Lock()
@@ -48,7 +51,7 @@ class Catalog:
             metrics.MODELS.set(await self.store.count_models())
             return model
 
-        return await self._write(write)
+        return await self.write(write)
 
     async def delete_model(self, name: str) -> int:
         """Removes a model and what only it used; returns the bytes of blobs that were freed. Raises ModelNotFound."""
@@ -58,13 +61,13 @@ class Catalog:
             await self.store.delete_model(name)
             self._hub.publish(ModelDeleted(name))
             metrics.MODELS.set(await self.store.count_models())
-            return await self._collect(before)
+            return await self.collect(before)
 
-        return await self._write(write)
+        return await self.write(write)
 
     async def discard(self, hashes: Collection[str]) -> int:
-        """Deletes those of the blobs that no revision refers to; what a failed ingest calls."""
-        return await self._write(lambda: self._collect(hashes))
+        """Deletes those of the blobs that nothing refers to; what a failed ingest or upload calls."""
+        return await self.write(lambda: self.collect(hashes))
 
     async def put_alias(self, alias: str, name: str) -> Model:
         """Points an alias at a model. Raises as ``Store.put_alias``."""
@@ -77,7 +80,7 @@ class Catalog:
                 self._hub.publish(ModelUpserted(model))
             return model
 
-        return await self._write(write)
+        return await self.write(write)
 
     async def delete_alias(self, alias: str) -> None:
         """Removes an alias. Raises NotFound."""
@@ -85,7 +88,7 @@ class Catalog:
         async def write() -> None:
             self._hub.publish(ModelUpserted(await self.store.delete_alias(alias)))
 
-        await self._write(write)
+        await self.write(write)
 
     async def update_policy(self, name: str, policy: ModelPolicy) -> Model:
         """Sets a model's policy. Raises ModelNotFound, InvalidRequest."""
@@ -96,7 +99,7 @@ class Catalog:
             self._hub.publish(ModelUpserted(model))
             return model
 
-        return await self._write(write)
+        return await self.write(write)
 
     async def update_engine_settings(self, name: str, settings: EngineSettings) -> Model:
         """Sets how a model's engine is set. Raises ModelNotFound, InvalidRequest (INVALID_ENGINE_SETTINGS)."""
@@ -107,20 +110,25 @@ class Catalog:
             self._hub.publish(ModelUpserted(model))
             return model
 
-        return await self._write(write)
+        return await self.write(write)
 
     async def locate(self, digest: str) -> LocatedManifest:
-        """Returns a revision's manifest and where its blobs are.
+        """Returns a revision's manifest, or an artifact's by its digest, and where its blobs are.
 
         Raises:
-            RevisionNotFound: No such revision.
+            RevisionNotFound: No such revision or artifact.
             Corrupted: BLOB_MISSING, a blob is gone from the disk or has another size.
         """
-        manifest, revision = await self.store.get_manifest(digest)
+        revision: Revision | None = None
+        artifact = await self._artifacts.find_manifest(digest)
+        if artifact is None:
+            manifest, revision = await self.store.get_manifest(digest)
+        else:
+            manifest = artifact
         missing = self.blobs.missing([entry.digest for entry in manifest.entries])
         if missing:
             raise Corrupted(
-                f"blob {missing[0]} of revision {digest} is not in the blob store any more; ingest the model again",
+                f"blob {missing[0]} of {digest} is not in the blob store any more; ingest the model again",
                 reason="BLOB_MISSING",
                 metadata={"blob": str(missing[0]), "revision": digest},
             )
@@ -137,12 +145,13 @@ class Catalog:
                 async for change in changes:
                     yield change
 
-    async def _write(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def write(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Runs a write alone and to its end: one that was committed is published even if its caller went away."""
         async with self._writing:
             return await offload.uninterrupted(work())
 
-    async def _collect(self, candidates: Collection[str]) -> int:
+    async def collect(self, candidates: Collection[str]) -> int:
+        """Deletes those of the blobs that no row refers to; only within ``write``. Returns the bytes."""
         async with self.blobs.collecting() as delete:
             referenced = await self.store.referenced_blobs()
             return await delete([value for value in candidates if value not in referenced])

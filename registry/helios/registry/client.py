@@ -16,6 +16,8 @@ from helios.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from helios.mesh.channel import StubSource
 from helios.mesh.status import error_from_rpc
 from helios.registry import wire
+from helios.registry.artifact_client import ArtifactClient
+from helios.registry.artifacts import Artifact
 from helios.registry.engine_settings import EngineSettings
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
@@ -37,6 +39,8 @@ from helios.registry.records import (
 )
 
 __all__ = [
+    "Artifact",
+    "ArtifactClient",
     "Digest",
     "EngineSettings",
     "Entry",

@@ -23,7 +23,9 @@ from helios.mesh.errors import InvalidRequest
 MEDIA_WEIGHT: Final = "application/vnd.cncf.model.weight.v1.raw"
 MEDIA_CONFIG: Final = "application/vnd.cncf.model.weight.config.v1.raw"
 MEDIA_DOCUMENT: Final = "application/vnd.cncf.model.doc.v1.raw"
-MEDIA_TYPES: Final = frozenset({MEDIA_WEIGHT, MEDIA_CONFIG, MEDIA_DOCUMENT})
+# A file of a start-up artifact; no source makes one, so the manifest of a revision is never an artifact's.
+MEDIA_ARTIFACT: Final = "application/vnd.helios.artifact.v1.raw"
+MEDIA_TYPES: Final = frozenset({MEDIA_WEIGHT, MEDIA_CONFIG, MEDIA_DOCUMENT, MEDIA_ARTIFACT})
 
 # The largest open models have some 200 shards; a manifest must fit a 4 MiB gRPC message.
 MAX_ENTRIES: Final = 10_000

@@ -55,11 +55,14 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class LocatedManifest:
-    """A revision's manifest; the blob with hash h is at ``<blob_store_url>/sha256/<first two of h>/<h>``."""
+    """A manifest; the blob with hash h is at ``<blob_store_url>/sha256/<first two of h>/<h>``.
+
+    ``revision`` is None for an artifact's.
+    """
 
     manifest: Manifest
     blob_store_url: str
-    revision: Revision
+    revision: Revision | None
 
 
 @dataclass(frozen=True, slots=True)

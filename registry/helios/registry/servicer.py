@@ -1,10 +1,8 @@
 """RegistryService over the catalog and the ingester: validation, permissions, pages, and nothing else."""
 
-import base64
-import binascii
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Any
 
 from helios.api.registry.v1 import registry_service_pb2 as pb
 from helios.api.registry.v1.registry_service_pb2_grpc import RegistryServiceServicer
@@ -14,10 +12,8 @@ from helios.registry.catalog import Catalog
 from helios.registry.ingest import Ingester
 from helios.registry.manifest import parse_revision
 from helios.registry.names import check_name
+from helios.registry.pages import bad_token, make_token, page_size, read_token
 from helios.registry.records import IngestPhase, IngestProgress
-
-DEFAULT_PAGE_SIZE: Final = 100
-MAX_PAGE_SIZE: Final = 1_000
 
 
 class RegistryServicer(RegistryServiceServicer):
@@ -49,12 +45,12 @@ class RegistryServicer(RegistryServiceServicer):
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         """Lists models by name."""
         del context
-        size = _page_size(request.page_size)
-        after = _read_token(request.page_token, "models")
+        size = page_size(request.page_size)
+        after = read_token(request.page_token, "models")
         # One more than asked for says whether another page follows.
         found = await self._catalog.store.list_models(after=after, limit=size + 1)
         page = found[:size]
-        token = _make_token("models", page[-1].name) if len(found) > size else ""
+        token = make_token("models", page[-1].name) if len(found) > size else ""
         return pb.ListModelsResponse(models=map(wire.model_to_proto, page), next_page_token=token)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
@@ -72,15 +68,15 @@ class RegistryServicer(RegistryServiceServicer):
     async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Any) -> pb.ListRevisionsResponse:
         """Lists a model's revisions, newest first."""
         del context
-        size = _page_size(request.page_size)
-        token = _read_token(request.page_token, "revisions")
+        size = page_size(request.page_size)
+        token = read_token(request.page_token, "revisions")
         # 18 digits: an integer of SQL holds them.
         if token and not (token.isascii() and token.isdecimal() and len(token) <= 18):
-            raise _bad_token()
+            raise bad_token()
         name = _required(request.name, "name")
         found = await self._catalog.store.list_revisions(name, before=int(token) if token else None, limit=size + 1)
         page = found[:size]
-        next_token = _make_token("revisions", str(page[-1][0])) if len(found) > size else ""
+        next_token = make_token("revisions", str(page[-1][0])) if len(found) > size else ""
         return pb.ListRevisionsResponse(
             revisions=[wire.revision_to_proto(revision) for _, revision in page], next_page_token=next_token
         )
@@ -136,31 +132,3 @@ def _required(value: str, param: str) -> str:
     if not value:
         raise InvalidRequest(f"{param} is missing", metadata={"param": param})
     return value
-
-
-def _page_size(asked: int) -> int:
-    # A page may always be smaller than asked for. Source: https://google.aip.dev/158
-    return min(asked, MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
-
-
-def _make_token(kind: str, position: str) -> str:
-    """Returns an opaque token: callers that take it apart would tie us to its content."""
-    return base64.urlsafe_b64encode(f"{kind}:{position}".encode()).decode()
-
-
-def _read_token(token: str, kind: str) -> str:
-    if not token:
-        return ""
-    try:
-        found, _, position = base64.b64decode(token, altchars=b"-_", validate=True).decode().partition(":")
-    except (binascii.Error, ValueError) as error:
-        raise _bad_token() from error
-    if found != kind or not position:
-        raise _bad_token()
-    return position
-
-
-def _bad_token() -> InvalidRequest:
-    return InvalidRequest(
-        "page_token is not one that this call gave out", reason="INVALID_PAGE_TOKEN", metadata={"param": "page_token"}
-    )

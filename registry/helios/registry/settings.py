@@ -21,6 +21,22 @@ class IngestSettings(BaseModel):
     """An ingest must leave this much of the disk free: 1 GiB, for the database, logs and neighbours. 0: none."""
 
 
+class ArtifactSettings(BaseModel):
+    """Bounds of start-up artifacts (compiled code, for one), which are kept as long as there is room."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    quota_bytes: int = Field(default=16 << 30, ge=0)
+    """What all of them may take together, in bytes; the ones used longest ago go first. 16 GiB: compiled code of
+    thousands of models. 0: none are kept."""
+    max_bytes: int = Field(default=2 << 30, ge=0)
+    """The largest one that is taken, in bytes. 2 GiB: graphs and kernels of a large model for many batch sizes."""
+    max_concurrent: int = Field(default=2, ge=1, le=64)
+    """Uploads at once; more are refused (UNAVAILABLE), and their makers try again. 2: one disk."""
+    upload_seconds: float = Field(default=600.0, gt=0)
+    """An upload that takes longer is given up. 600: the largest one at 4 MB/s."""
+
+
 class RegistrySettings(ProcessSettings):
     """Everything that can be set for ``python -m helios.registry``."""
 
@@ -36,3 +52,5 @@ class RegistrySettings(ProcessSettings):
     """How long running calls may go on when the process stops; ingests are cancelled at once, and start over later."""
     ingest: IngestSettings = Field(default_factory=IngestSettings)
     """Bounds of ingests."""
+    artifacts: ArtifactSettings = Field(default_factory=ArtifactSettings)
+    """Bounds of start-up artifacts."""

@@ -20,7 +20,16 @@ from helios.registry.engine_settings import EngineSettings, refuse
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
 from helios.registry.records import Model, ModelPolicy, Revision
-from helios.registry.tables import aliases, blobs, conversions, entries, model_revisions, models, revisions
+from helios.registry.tables import (
+    aliases,
+    artifact_entries,
+    blobs,
+    conversions,
+    entries,
+    model_revisions,
+    models,
+    revisions,
+)
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 # SQLite takes 32,766 variables in a statement; several columns share one statement.
@@ -84,7 +93,7 @@ class Store:
             if revision.engine_settings is not None:
                 await _check_engine_settings(connection, name, revision.engine_settings)
                 changes["engine_settings"] = revision.engine_settings.document
-            row = {"name": name, "min_replicas": 0, "max_replicas": 0, "created_at_us": _to_us(now)} | changes
+            row = {"name": name, "min_replicas": 0, "max_replicas": 0, "created_at_us": to_us(now)} | changes
             await connection.execute(
                 upsert(models).values(row).on_conflict_do_update(index_elements=["name"], set_=changes)
             )
@@ -103,7 +112,7 @@ class Store:
                 raise _no_model(name)
             used = select(model_revisions.c.revision)
             await connection.execute(delete(revisions).where(revisions.c.digest.not_in(used)))
-            await connection.execute(delete(blobs).where(blobs.c.hash.not_in(select(entries.c.blob))))
+            await delete_unused_blobs(connection)
 
     async def list_revisions(self, name: str, *, before: int | None, limit: int) -> list[tuple[int, Revision]]:
         """Returns a model's revisions, newest first, with the ordinal to continue from. Raises ModelNotFound."""
@@ -202,10 +211,16 @@ class Store:
             return await _require_model(connection, model)
 
     async def referenced_blobs(self) -> dict[str, int]:
-        """Returns hash and size of every blob that a revision uses."""
+        """Returns hash and size of every blob that a revision or an artifact uses."""
         async with self._database.transaction() as connection:
             rows = await connection.execute(select(blobs.c.hash, blobs.c.size_bytes))
             return {row.hash: row.size_bytes for row in rows}
+
+
+async def delete_unused_blobs(connection: AsyncConnection) -> None:
+    """Removes the rows of blobs that neither a revision nor an artifact uses."""
+    is_used = blobs.c.hash.in_(select(entries.c.blob)) | blobs.c.hash.in_(select(artifact_entries.c.blob))
+    await connection.execute(delete(blobs).where(~is_used))
 
 
 async def _select_models(connection: AsyncConnection, condition: Any, limit: int | None = None) -> list[Model]:
@@ -233,7 +248,7 @@ async def _select_models(connection: AsyncConnection, condition: Any, limit: int
             aliases=tuple(by_model[row.name]),
             revision=_revision(row),
             policy=ModelPolicy(row.min_replicas, row.max_replicas),
-            created_at=_from_us(row.made_us),
+            created_at=from_us(row.made_us),
             engine_settings=EngineSettings(row.engine_settings),
         )
         for row in rows
@@ -292,7 +307,7 @@ async def _insert_revision(connection: AsyncConnection, digest: str, revision: N
     """Writes blobs, revision and entries; what is there already stays as it is, for a revision never changes."""
     unique = {entry.digest.hash: entry.digest.size_bytes for entry in revision.manifest.entries}
     rows = [{"hash": value, "size_bytes": size} for value, size in unique.items()]
-    for batch in _batches(rows):
+    for batch in batches(rows):
         await connection.execute(upsert(blobs).values(batch).on_conflict_do_nothing(index_elements=["hash"]))
     is_known = select(literal(1)).where(revisions.c.digest == digest)
     if (await connection.execute(is_known)).scalar_one_or_none() is None:
@@ -300,7 +315,7 @@ async def _insert_revision(connection: AsyncConnection, digest: str, revision: N
             "digest": digest,
             "source": revision.source,
             "size_bytes": revision.manifest.size_bytes,
-            "created_at_us": _to_us(now),
+            "created_at_us": to_us(now),
             "profile": json.dumps(dataclasses.asdict(revision.profile), sort_keys=True),
         }
         await connection.execute(insert(revisions).values(row))
@@ -308,7 +323,7 @@ async def _insert_revision(connection: AsyncConnection, digest: str, revision: N
             {"revision": digest, "path": entry.path, "blob": entry.digest.hash, "media_type": entry.media_type}
             for entry in revision.manifest.entries
         ]
-        for batch in _batches(files):
+        for batch in batches(files):
             await connection.execute(insert(entries).values(batch))
     if revision.converted_from is not None:
         sha256, converter = revision.converted_from
@@ -344,19 +359,22 @@ def _revision(row: Any) -> Revision:
         profile=ModelProfile(**json.loads(row.profile)),
         source=row.source,
         size_bytes=row.size_bytes,
-        created_at=_from_us(row.created_at_us),
+        created_at=from_us(row.created_at_us),
     )
 
 
-def _batches(rows: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
+def batches(rows: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
+    """Returns rows in portions that one statement takes."""
     return (rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH))
 
 
-def _to_us(moment: datetime) -> int:
+def to_us(moment: datetime) -> int:
+    """Returns a moment in microseconds since 1970."""
     return (moment - _EPOCH) // timedelta(microseconds=1)
 
 
-def _from_us(value: int) -> datetime:
+def from_us(value: int) -> datetime:
+    """Returns the moment of ``to_us``."""
     return _EPOCH + timedelta(microseconds=value)
 
 

@@ -5,14 +5,27 @@ Core rather than the ORM: every query is visible, rows become frozen records at 
 
 from typing import Final
 
-from sqlalchemy import BigInteger, CheckConstraint, Column, ForeignKey, Index, Integer, MetaData, String, Table
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+)
 
 # Raised with every change of a table; an older database is migrated, a newer one refused.
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 # What brings a database of the version before to each version. Columns only: tables that are missing are made anyway.
 MIGRATIONS: Final[dict[int, tuple[str, ...]]] = {
     2: ("ALTER TABLE models ADD COLUMN engine_settings VARCHAR NOT NULL DEFAULT '{}'",),
+    # Tables of artifacts, whose blobs an older registry would take for unused.
+    3: (),
 }
 
 metadata = MetaData()
@@ -88,4 +101,33 @@ aliases = Table(
     Column("alias", String, primary_key=True),
     Column("model", ForeignKey("models.name", ondelete="CASCADE"), nullable=False),
     Index("aliases_by_model", "model"),
+)
+
+# What was made of a revision and saves time at a start; ends with it.
+artifacts = Table(
+    "artifacts",
+    metadata,
+    Column("kind", String(63), primary_key=True),
+    Column("key", String(64), primary_key=True),
+    Column("inputs", String, nullable=False),
+    Column("revision", ForeignKey("revisions.digest", ondelete="CASCADE"), nullable=False),
+    Column("digest", String(71), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("producer", String, nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("used_at_us", BigInteger, nullable=False),
+    Index("artifacts_by_revision", "revision"),
+    Index("artifacts_by_digest", "digest"),
+)
+
+artifact_entries = Table(
+    "artifact_entries",
+    metadata,
+    Column("kind", String(63), primary_key=True),
+    Column("key", String(64), primary_key=True),
+    Column("path", String, primary_key=True),
+    Column("blob", ForeignKey("blobs.hash"), nullable=False),
+    Column("media_type", String, nullable=False),
+    ForeignKeyConstraint(["kind", "key"], ["artifacts.kind", "artifacts.key"], ondelete="CASCADE"),
+    Index("artifact_entries_by_blob", "blob"),
 )

@@ -170,15 +170,14 @@ def located_manifest_to_proto(located: LocatedManifest) -> pb.GetManifestRespons
     return pb.GetManifestResponse(
         manifest=manifest_to_proto(located.manifest),
         blob_store_url=located.blob_store_url,
-        revision=revision_to_proto(located.revision),
+        revision=revision_to_proto(located.revision) if located.revision is not None else None,
     )
 
 
 def located_manifest_from_proto(message: pb.GetManifestResponse) -> LocatedManifest:
     """Reads a manifest and where its blobs are. Raises InvalidRequest (INVALID_MANIFEST)."""
-    return LocatedManifest(
-        manifest_from_proto(message.manifest), message.blob_store_url, revision_from_proto(message.revision)
-    )
+    revision = revision_from_proto(message.revision) if message.HasField("revision") else None
+    return LocatedManifest(manifest_from_proto(message.manifest), message.blob_store_url, revision)
 
 
 def ingest_spec_to_proto(spec: IngestSpec) -> pb.IngestModelRequest:

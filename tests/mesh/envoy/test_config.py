@@ -80,6 +80,7 @@ def test_the_edge_knows_no_admin_service(tmp_path: Path) -> None:
     for name in (
         "AdminService",
         "RegistryService",
+        "ArtifactService",
         "SupervisorService",
         "FleetService",
         "StorageService",

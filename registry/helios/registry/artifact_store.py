@@ -1,0 +1,177 @@
+"""Artifacts in SQL, beside the models. Each method is one transaction. Time is passed in."""
+
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import delete, func, insert, select, tuple_, update
+from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from helios.mesh.errors import NotFound, RevisionNotFound
+from helios.registry.artifacts import Artifact, NewArtifact, Use, plan_eviction
+from helios.registry.database import Database
+from helios.registry.manifest import Digest, Entry, Manifest
+from helios.registry.store import batches, delete_unused_blobs, from_us, to_us
+from helios.registry.tables import artifact_entries, artifacts, blobs, revisions
+
+# What goes first is decided among hours and days; a write for each start of a fleet would be an fsync for nothing.
+_USE_STEP: Final = timedelta(minutes=1)
+
+
+class ArtifactStore:
+    """The tables of artifacts as operations."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def find(self, kind: str, key: str) -> Artifact | None:
+        """Returns an artifact, None where there is none."""
+        async with self._database.transaction() as connection:
+            return await _find(connection, kind, key)
+
+    async def get(self, kind: str, key: str, *, used_at: datetime | None = None) -> Artifact:
+        """Returns an artifact, and notes that it was used where ``used_at`` is given.
+
+        Raises:
+            NotFound: ARTIFACT_NOT_FOUND.
+        """
+        async with self._database.transaction() as connection:
+            found = await _find(connection, kind, key)
+            if found is None:
+                raise NotFound(f"there is no {kind} {key}", reason="ARTIFACT_NOT_FOUND", metadata={"key": key})
+            if used_at is not None and used_at - found.used_at >= _USE_STEP:
+                await connection.execute(
+                    update(artifacts).where(_is_named(kind, key)).values(used_at_us=to_us(used_at))
+                )
+            return found
+
+    async def list_page(self, *, revision: str, after: tuple[str, str], limit: int) -> list[Artifact]:
+        """Returns artifacts by kind and key, from the first after ``after``; empty ``revision``: of all revisions."""
+        query = (
+            select(artifacts)
+            .where(tuple_(artifacts.c.kind, artifacts.c.key) > after)
+            .order_by(artifacts.c.kind, artifacts.c.key)
+            .limit(limit)
+        )
+        if revision:
+            query = query.where(artifacts.c.revision == revision)
+        async with self._database.transaction() as connection:
+            return [_artifact(row) for row in await connection.execute(query)]
+
+    async def put(self, new: NewArtifact, now: datetime, *, quota_bytes: int) -> tuple[Artifact, bool]:
+        """Stores an artifact whose blobs are on disk; the first of a name stays. Others go where the quota is full.
+
+        Returns:
+            The one that has the name now, and whether it is this one.
+
+        Raises:
+            RevisionNotFound: The revision that it was made of is not there, or not any more.
+        """
+        async with self._database.transaction() as connection:
+            found = await _find(connection, new.kind, new.key)
+            if found is not None:
+                return found, False
+            is_known = select(func.count()).select_from(revisions).where(revisions.c.digest == new.revision)
+            if not (await connection.execute(is_known)).scalar_one():
+                raise RevisionNotFound(f"there is no revision {new.revision}", metadata={"revision": new.revision})
+            await _make_room(connection, new.manifest.size_bytes, quota_bytes)
+            await _insert(connection, new, now)
+            stored = await _find(connection, new.kind, new.key)
+            assert stored is not None
+            return stored, True
+
+    async def delete(self, kind: str, key: str, *, digest: str = "") -> None:
+        """Removes an artifact, where it has this digest if one is given. Idempotent."""
+        condition = _is_named(kind, key)
+        if digest:
+            condition &= artifacts.c.digest == digest
+        async with self._database.transaction() as connection:
+            await connection.execute(delete(artifacts).where(condition))
+            await delete_unused_blobs(connection)
+
+    async def find_manifest(self, digest: str) -> Manifest | None:
+        """Returns the manifest of an artifact with this digest, None where there is none."""
+        async with self._database.transaction() as connection:
+            named = select(artifacts.c.kind, artifacts.c.key).where(artifacts.c.digest == digest).limit(1)
+            row = (await connection.execute(named)).one_or_none()
+            if row is None:
+                return None
+            query = (
+                select(artifact_entries.c.path, artifact_entries.c.media_type, blobs.c.hash, blobs.c.size_bytes)
+                .join(blobs, blobs.c.hash == artifact_entries.c.blob)
+                .where(artifact_entries.c.kind == row.kind, artifact_entries.c.key == row.key)
+            )
+            return Manifest.of(
+                Entry(entry.path, Digest(entry.hash, entry.size_bytes), entry.media_type)
+                for entry in await connection.execute(query)
+            )
+
+    async def used_bytes(self) -> int:
+        """Returns what all artifacts take."""
+        async with self._database.transaction() as connection:
+            query = select(func.coalesce(func.sum(artifacts.c.size_bytes), 0))
+            return int((await connection.execute(query)).scalar_one())
+
+
+async def _find(connection: AsyncConnection, kind: str, key: str) -> Artifact | None:
+    row = (await connection.execute(select(artifacts).where(_is_named(kind, key)))).one_or_none()
+    return None if row is None else _artifact(row)
+
+
+async def _make_room(connection: AsyncConnection, needed_bytes: int, quota_bytes: int) -> None:
+    rows = await connection.execute(
+        select(artifacts.c.kind, artifacts.c.key, artifacts.c.size_bytes, artifacts.c.used_at_us)
+    )
+    uses = [Use(row.kind, row.key, row.size_bytes, from_us(row.used_at_us)) for row in rows]
+    for kind, key in plan_eviction(uses, needed_bytes=needed_bytes, quota_bytes=quota_bytes):
+        await connection.execute(delete(artifacts).where(_is_named(kind, key)))
+
+
+async def _insert(connection: AsyncConnection, new: NewArtifact, now: datetime) -> None:
+    unique = {entry.digest.hash: entry.digest.size_bytes for entry in new.manifest.entries}
+    for batch in batches([{"hash": value, "size_bytes": size} for value, size in unique.items()]):
+        await connection.execute(upsert(blobs).values(batch).on_conflict_do_nothing(index_elements=["hash"]))
+    row = {
+        "kind": new.kind,
+        "key": new.key,
+        "inputs": new.inputs,
+        "revision": new.revision,
+        "digest": new.manifest.digest(),
+        "size_bytes": new.manifest.size_bytes,
+        "producer": new.producer,
+        "created_at_us": to_us(now),
+        "used_at_us": to_us(now),
+    }
+    await connection.execute(insert(artifacts).values(row))
+    files = [
+        {
+            "kind": new.kind,
+            "key": new.key,
+            "path": entry.path,
+            "blob": entry.digest.hash,
+            "media_type": entry.media_type,
+        }
+        for entry in new.manifest.entries
+    ]
+    for batch in batches(files):
+        await connection.execute(insert(artifact_entries).values(batch))
+    # After the new rows, which may share blobs with those that went.
+    await delete_unused_blobs(connection)
+
+
+def _is_named(kind: str, key: str) -> Any:
+    return (artifacts.c.kind == kind) & (artifacts.c.key == key)
+
+
+def _artifact(row: Any) -> Artifact:
+    return Artifact(
+        kind=row.kind,
+        key=row.key,
+        inputs=row.inputs,
+        revision=row.revision,
+        digest=row.digest,
+        size_bytes=row.size_bytes,
+        producer=row.producer,
+        created_at=from_us(row.created_at_us),
+        used_at=from_us(row.used_at_us),
+    )
