@@ -1,5 +1,7 @@
 -- The error filter: REST callers get OpenAI's error body for every error, whoever made it. Native gRPC always has
--- :status 200 and is never touched. METHODS (path -> methods) and MAX_BODY_BYTES are put in front of this file by rest.py.
+-- :status 200 and is never touched. METHODS (path -> methods), MAX_BODY_BYTES and NOT_FOR_REST (names of headers) are put
+-- in front of this file by rest.py. Two filters run it, one for requests and one for responses, so that each is left out
+-- where it has nothing to do (filters.py).
 --
 -- Where the message comes from, in this order: the header x-openai-error (a complete body in ASCII, made by a server of the
 -- mesh), the transcoder's {"code":5,"message":...,"details":[...]}, the plain text of Envoy's own replies.
@@ -147,8 +149,6 @@ local function is_for_head(handle, headers, size)
   if state and state["is_head"] then return true end
   return size == 0 and (tonumber(headers:get("content-length") or "0") or 0) > 0
 end
-
-local NOT_FOR_REST = {"grpc-status", "grpc-message", "grpc-status-details-bin", "grpc-accept-encoding", "x-openai-error"}
 
 function envoy_on_response(handle)
   local headers = handle:headers()

@@ -51,21 +51,54 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
 from envoy_data_plane.envoy.type.v3 import HttpStatus, Percent, StatusCode
 
-from helios.mesh.envoy import clusters, pack, rest
+from helios.mesh.envoy import clusters, matching, pack, rest
 from helios.mesh.envoy.headers import NODE_HEADER
 from helios.mesh.envoy.routes import CORS_FILTER, METADATA_NAMESPACE, MODEL_KEY, PICKER_FILTER
 from helios.mesh.envoy.settings import EdgeSettings, Limits
 
 # The picker's own deadline ends a hold (503 with an estimate); Envoy's, a 504, is for a picker that hangs.
 _PICKER_GRACE_SECONDS = 30.0
+_LUA = "envoy.filters.http.lua"
+_GRPC = r"application/grpc.*"
+
+
+def refusals(services: Iterable[str], limits: Limits) -> HttpFilter:
+    """Refuses REST requests with a wrong method, a wrong content type, or a body that is too large.
+
+    Lua is the dearest filter of a warm request, so an ordinary one does not meet it: JSON of a stated, middling size,
+    posted to a path that takes it. Native gRPC has nothing to do with it.
+    """
+    ordinary = matching.all_of(
+        (
+            matching.request_header(":method", "POST"),
+            matching.request_header(":path", "|".join(re.escape(path) for path in rest.posted_paths(services))),
+            matching.request_header("content-type", r"(?i)application/json( *;.*)?"),
+            matching.request_header("content-length", f"[0-9]{{1,{len(str(limits.max_body_bytes)) - 1}}}"),
+            matching.is_not(matching.request_header("content-encoding", ".*")),
+        )
+    )
+    native = matching.request_header("content-type", _GRPC)
+    return matching.skipped_where(_LUA, _script(services, limits, "envoy_on_response"), (ordinary, native))
 
 
 def error_shaping(services: Iterable[str], limits: Limits) -> HttpFilter:
-    """Gives errors of REST callers OpenAI's form; refuses a wrong method, a wrong content type, a body that is too
-    large.
+    """Gives errors of REST callers OpenAI's form, and takes gRPC's headers off their answers.
+
+    An answer that is no error and has none of these headers does not meet it, nor does native gRPC.
     """
-    source = rest.error_filter_source(services, limits.max_body_bytes)
-    return pack.http_filter("envoy.filters.http.lua", Lua(default_source_code=DataSource(inline_string=source)))
+    good = matching.all_of(
+        (
+            matching.response_header(":status", "[123].."),
+            *(matching.is_not(matching.response_header(name, ".*")) for name in rest.NOT_FOR_REST),
+        )
+    )
+    native = matching.response_header("content-type", _GRPC)
+    return matching.skipped_where(_LUA, _script(services, limits, "envoy_on_request"), (good, native))
+
+
+def _script(services: Iterable[str], limits: Limits, without: str) -> Lua:
+    source = f"{rest.error_filter_source(services, limits.max_body_bytes)}\n{without} = nil\n"
+    return Lua(default_source_code=DataSource(inline_string=source))
 
 
 def healthz() -> HttpFilter:

@@ -62,6 +62,7 @@ def edge_listener(settings: EdgeSettings) -> Listener:
     """Returns the public listener: REST and gRPC, HTTP/1.1 and h2c on one port."""
     services = routes.EDGE_REST_SERVICES
     chain = [
+        filters.refusals(services, settings.limits),
         filters.error_shaping(services, settings.limits),
         filters.healthz(),
         filters.cors(),
@@ -80,6 +81,7 @@ def admin_listener(settings: EdgeSettings) -> Listener:
     chain = [
         filters.only_local_pages(settings.admin_host, settings.admin_port),
         filters.bearer_token(settings.admin_token),
+        filters.refusals(services, settings.limits),
         filters.error_shaping(services, settings.limits),
         filters.transcoder(services, settings.limits),
         filters.router(),

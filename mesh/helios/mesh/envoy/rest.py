@@ -3,11 +3,21 @@
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
+from typing import Final
 
 from google.api import annotations_pb2
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
 from helios.mesh.errors import InvalidRequest
+
+# What gRPC answers carry beside the answer.
+NOT_FOR_REST: Final = (
+    "grpc-status",
+    "grpc-message",
+    "grpc-status-details-bin",
+    "grpc-accept-encoding",
+    "x-openai-error",
+)
 
 
 def descriptor_path() -> Path:
@@ -45,10 +55,17 @@ def literal_paths(services: Iterable[str]) -> dict[str, frozenset[str]]:
     return methods
 
 
+def posted_paths(services: Iterable[str]) -> list[str]:
+    """Returns the paths that take POST."""
+    return sorted(path for path, verbs in literal_paths(services).items() if "POST" in verbs)
+
+
 def error_filter_source(services: Iterable[str], max_body_bytes: int) -> str:
     """Returns errors.lua with what it has to know in front."""
     lua = resources.files("helios.mesh.envoy").joinpath("errors.lua").read_text(encoding="utf-8")
-    return f"local MAX_BODY_BYTES = {max_body_bytes}\n{_method_table(services)}{lua}"
+    names = ", ".join(f'"{name}"' for name in NOT_FOR_REST)
+    known = f"local MAX_BODY_BYTES = {max_body_bytes}\nlocal NOT_FOR_REST = {{{names}}}\n"
+    return f"{known}{_method_table(services)}{lua}"
 
 
 def _method_table(services: Iterable[str]) -> str:
