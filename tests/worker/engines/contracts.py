@@ -65,7 +65,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from helios.worker.engines.vllm import compat, errors
+from helios.worker.engines.vllm import compat, compat_adapters, errors
 from helios.worker.engines.vllm.pieces import PieceCutter
 from helios.worker.replica.engine import FinishReason, Meter, Sampling
 
@@ -221,7 +221,7 @@ def serving_classes_take_what_the_engine_gives() -> None:
     assert {"request_logger", "chat_template", "chat_template_content_format"} <= parameters(
         compat.OnlineRenderer.__init__
     )
-    assert {"engine_client", "base_model_paths"} <= parameters(compat.OpenAIServingModels.__init__)
+    assert {"engine_client", "base_model_paths"} <= parameters(compat_adapters.OpenAIServingModels.__init__)
 
 
 @contract
@@ -498,6 +498,10 @@ def putting_to_sleep_drops_the_prefix_cache_and_waking_loads_weights_before_the_
     calls: list[str] = []
 
     class Ranks:
+        @property
+        def adapters(self) -> Any:
+            return SimpleNamespace(reload=self.reload_adapters)
+
         def __getattr__(self, name: str) -> Any:
             async def call(*arguments: Any, **named: Any) -> None:
                 calls.append(" ".join(map(str, (name, *arguments, *named.values()))))
@@ -516,6 +520,7 @@ def putting_to_sleep_drops_the_prefix_cache_and_waking_loads_weights_before_the_
         "wake_up ['weights']",
         "collective_rpc reload_weights",
         "wake_up ['kv_cache']",
+        "reload_adapters",
     ]
 
 

@@ -3,14 +3,20 @@
 import inspect
 from typing import Any
 
+import torch
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.models import registry
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from helios.worker.engines.vllm import compat, compat_pooling
+from helios.worker.engines.vllm import compat_adapters, compat_config, compat_pooling
 from helios.worker.engines.vllm.ranks import rank_cores
 from tests.worker.engines.contracts import contract, parameters
 
@@ -55,10 +61,45 @@ def the_buffer_between_groups_of_layers_is_made_in_a_warm_up_that_can_be_left_ou
 
 
 @contract
-def adapters_are_loaded_by_the_list_of_models_and_found_by_their_names() -> None:
-    assert {"lora_name", "lora_path"} <= set(compat.LoadLoRAAdapterRequest.model_fields)
-    assert inspect.iscoroutinefunction(compat.OpenAIServingModels.load_lora_adapter)
-    source = inspect.getsource(compat.OpenAIServingModels.load_lora_adapter)
-    assert "self.engine_client.add_lora(" in source
-    assert "self.lora_requests[lora_name] =" in source
-    assert "lora_request" in parameters(AsyncLLM.generate)
+def adapters_are_told_apart_by_name_and_found_in_the_list_of_models() -> None:
+    assert [*LoRARequest.__struct_fields__][:3] == ["lora_name", "lora_int_id", "lora_path"]
+    assert LoRARequest("a#1", 1, "p") == LoRARequest("a#1", 2, "p"), "two of one name would be one in a batch"
+    for name in ("add_lora", "remove_lora"):
+        assert inspect.iscoroutinefunction(getattr(AsyncLLM, name))
+    for method in (AsyncLLM.generate, AsyncLLM.encode):
+        assert "lora_request" in parameters(method)
+    assert "self.models.lora_requests[request.model]" in inspect.getsource(BaseServing)
+    for serving in (OpenAIServingChat, OpenAIServingCompletion, PoolingBaseServing):
+        source = inspect.getsource(serving)
+        assert "self.models.model_name(lora_request)" in source
+        assert "lora_request=" in source, "by keyword: requests are counted by it"
+    assert "self.lora_requests" in inspect.getsource(compat_adapters.OpenAIServingModels.__init__)
+    shown = compat_adapters.public_name(LoRARequest("pirate#12", 12, "p"))
+    assert shown == "pirate"
+
+
+@contract
+def products_of_adapters_are_those_of_vllm_where_every_token_has_one_and_nothing_where_it_has_none() -> None:
+    random = torch.Generator().manual_seed(5)
+    inputs, weights = torch.randn(7, 12, generator=random), torch.randn(3, 1, 4, 12, generator=random)
+    back, lengths = torch.randn(3, 1, 9, 4, generator=random), torch.tensor([2, 4, 1])
+    for name, kernel in compat_adapters.KERNELS.items():
+        original: Any = getattr(lora_ops, name)
+        for indices in (torch.tensor([2, 0, 1]), torch.tensor([2, -1, 1])):
+            tokens = torch.repeat_interleave(indices, lengths)
+            is_sequences, is_shrink = name.startswith("sgmv"), "shrink" in name
+            which = (torch.zeros(3), lengths, indices, 3, 4, 7) if is_sequences else (tokens,)
+            more = (0.5,) if is_shrink else (*((2, 9) if "slice" in name else ()), True)
+            arguments = (inputs, weights) if is_shrink else (inputs[:, :4], back)
+            before = torch.zeros(7, 4) if is_shrink else torch.ones(7, 12)
+            expected, found = before.clone(), before.clone()
+            original(*arguments, expected, *which, *more)
+            kernel(*arguments, found, *which, *more)
+            has_one = tokens >= 0
+            assert torch.allclose(found[has_one], expected[has_one], atol=1e-5), name
+            assert torch.equal(found[~has_one], before[~has_one]), name
+
+
+@contract
+def an_adapter_beyond_the_rank_is_told_which_rank_to_set() -> None:
+    assert [compat_config.lora_rank_for(rank) for rank in (1, 9, 16, 17, 4096)] == [1, 16, 16, 32, 512]

@@ -110,7 +110,7 @@ async def test_an_error_after_the_first_event_travels_in_band_and_ends_the_strea
     [
         ({}, "pirate", None),
         ({ROUTE_MODEL_HEADER: "pirate", ROUTE_ADAPTER_HEADER: "pirate"}, "pirate", None),
-        # Named in the settings after this replica was started: it must not answer as the model alone.
+        # On its way here, or gone meanwhile: it must not answer as the model alone.
         ({ROUTE_MODEL_HEADER: "poet", ROUTE_ADAPTER_HEADER: "poet"}, "poet", "ADAPTER_NOT_LOADED"),
         ({}, "poet", "MODEL_NOT_FOUND"),
     ],
@@ -118,9 +118,8 @@ async def test_an_error_after_the_first_event_travels_in_band_and_ends_the_strea
 def test_only_a_replica_that_has_an_adapter_answers_for_it(
     metadata: dict[str, str], model: str, error: str | None
 ) -> None:
-    gate = CallGate(
-        names=("m",), adapters=("pirate",), revision="sha256:0", ledger=RequestLedger(), on_change=lambda: None
-    )
+    gate = CallGate(names=("m",), revision="sha256:0", ledger=RequestLedger(), on_change=lambda: None)
+    gate.set_adapters(["pirate"])
     context = SimpleNamespace(invocation_metadata=lambda: tuple(metadata.items()))
     expected = contextlib.nullcontext() if error is None else pytest.raises(HeliosError)
     with expected as caught, gate.admit(context, "chat") as call:

@@ -74,6 +74,9 @@ def _converse(document: dict[str, object], behaviour: str) -> None:
                     if kind == "sleep":
                         replica.state = types.REPLICA_STATE_ASLEEP
                         outgoing.put(pb.AttachRequest(asleep=pb.ReplicaAsleep(left_bytes=64 << 20)))
+                    if kind == "adapters":
+                        _take_adapters(types, replica, response.adapters.adapters)
+                        outgoing.put(pb.AttachRequest(adapters=pb.ReplicaAdapters(adapters=replica.adapters)))
                     if kind == "wake":
                         replica.state = types.REPLICA_STATE_READY
                         outgoing.put(_woken(pb, types, address, behaviour))
@@ -88,6 +91,20 @@ def _converse(document: dict[str, object], behaviour: str) -> None:
                     time.sleep(600)
             outgoing.put(None)
         time.sleep(0.05)
+
+
+def _take_adapters(types: Any, replica: Any, wanted: Any) -> None:
+    """Loads what has a directory, but for the one called bad; one called busy has a request that does not end."""
+    busy = [one for one in replica.adapters if one.adapter.name == "busy"]
+    del replica.adapters[:]
+    for files in wanted:
+        state = types.ADAPTER_STATE_LOADED if files.path else types.ADAPTER_STATE_LOADING
+        failure = None
+        if files.adapter.name == "bad":
+            state, failure = types.ADAPTER_STATE_FAILED, types.ReplicaFailure(reason="BAD_ADAPTER", message="no LoRA")
+        replica.adapters.add(adapter=files.adapter, state=state, failure=failure)
+    if busy and all(files.adapter.name != "busy" for files in wanted):
+        replica.adapters.add(adapter=busy[0].adapter, state=types.ADAPTER_STATE_UNLOADING)
 
 
 def _start(pb: Any, types: Any, address: str, behaviour: str) -> Iterator[Any]:

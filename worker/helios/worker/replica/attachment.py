@@ -25,6 +25,8 @@ from helios.mesh.channel import Dialer
 from helios.mesh.errors import Unavailable
 from helios.mesh.identity import IdentityFiles
 from helios.mesh.tasks import keep_running
+from helios.worker.replica.adapter_wire import files_from_proto, status_to_proto
+from helios.worker.replica.adapters import Adapters
 from helios.worker.replica.condition import Condition, State
 from helios.worker.replica.engine import EngineLoad
 from helios.worker.replica.ledger import Changes, RequestLedger
@@ -77,6 +79,7 @@ class Attachment:
         on_drain: Callable[[float], None],
         on_stop: Callable[[], None],
         on_sleep: Callable[[int | None], None],
+        adapters: Adapters,
     ) -> None:
         self._spec = spec
         self._condition = condition
@@ -85,6 +88,7 @@ class Attachment:
         self._on_drain = on_drain
         self._on_stop = on_stop
         self._on_sleep = on_sleep
+        self._adapters = adapters
         self._changed = asyncio.Event()
         self._session_number = 0
         self._report_seconds = _SHORTEST_REPORT_SECONDS
@@ -147,17 +151,24 @@ class Attachment:
                 self._on_sleep(response.sleep.level)
             case "wake":
                 self._on_sleep(None)
+            case "adapters":
+                self._adapters.want([files_from_proto(files) for files in response.adapters.adapters])
 
     async def _speak(self, welcomed: asyncio.Event, number: int) -> AsyncIterator[pb.AttachRequest]:
         """Yields hello, and after the welcome what changed, at most once in a report interval while ready."""
         condition = self._condition
         phase_count, state, ready_count = len(condition.phases), condition.state, condition.ready_count
+        statuses = self._adapters.statuses
         yield pb.AttachRequest(hello=self._hello())
         await welcomed.wait()
         while number == self._session_number:
             for phase in condition.phases[phase_count:]:
                 yield pb.AttachRequest(progress=self._progress(phase))
             phase_count = len(condition.phases)
+            if statuses != self._adapters.statuses:
+                # Before READY, which is then told with the adapters that it has.
+                statuses = self._adapters.statuses
+                yield pb.AttachRequest(adapters=pb.ReplicaAdapters(adapters=map(status_to_proto, statuses)))
             if condition.state is not state or condition.ready_count != ready_count:
                 state, ready_count = condition.state, condition.ready_count
                 yield self._announce(state)
@@ -221,6 +232,7 @@ class Attachment:
             memory_items=self._memory_items(),
             can_sleep=condition.can_sleep,
             wake_count=condition.wake_count,
+            adapters=map(status_to_proto, self._adapters.statuses),
             compilation=_FORMS[spec.settings.compilation],
             in_background=spec.is_background,
         )

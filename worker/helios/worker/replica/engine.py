@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from helios.worker.replica.phases import measured
 
@@ -238,11 +238,23 @@ class PrefillingEngine(Protocol):
         ...
 
 
+@runtime_checkable
 class AdaptingEngine(Protocol):
     """An engine that takes LoRA adapters while it runs."""
 
-    async def load_adapter(self, name: str, path: str) -> None:
-        """Loads an adapter, which requests then name as their model. Raises HeliosErrors that say why it can't be."""
+    async def load_adapter(self, name: str, path: str) -> Any:
+        """Loads an adapter, which requests then name as their model; returns what ``unload_adapter`` knows it by.
+
+        An adapter that has the name already serves the requests that it has, and no new ones. Raises HeliosErrors that
+        say why it can't be loaded and what to do.
+        """
+        ...
+
+    async def unload_adapter(self, name: str, loaded: Any) -> None:
+        """Waits until no request uses an adapter, which no new one does from now on, and drops it.
+
+        The engine does not read its files after that. Raises HeliosErrors.
+        """
         ...
 
 

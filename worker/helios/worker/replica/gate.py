@@ -7,7 +7,7 @@ edge can set. A request that says something else in its body, or a pick that is 
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,6 @@ from helios.mesh.errors import (
     ModelMismatch,
     ModelNotFound,
     NoReadyReplica,
-    PreconditionFailed,
 )
 from helios.mesh.names import (
     MODEL_HEADER,
@@ -63,20 +62,20 @@ class CallGate:
         self,
         *,
         names: tuple[str, ...],
-        adapters: tuple[str, ...] = (),
         role: Role = Role.BOTH,
         prefill: Callable[[str, Sequence[int]], Awaitable[TransferParameters | None]] | None = None,
         revision: str,
         ledger: RequestLedger,
         on_change: Callable[[], None],
     ) -> None:
-        """``names[0]`` is the model's own name, ``adapters`` those that may be named instead; ``on_change`` is called
-        when a request starts or finishes; ``prefill`` has a prompt computed by the replica of an address.
+        """``names[0]`` is the model's own name; ``on_change`` is called when a request starts or finishes; ``prefill``
+        has a prompt computed by the replica of an address.
         """
         self._role = role
         self._prefill = prefill
-        self._names = frozenset((*names, *adapters))
-        self._adapters = frozenset(adapters)
+        self._own_names = names
+        self._names = frozenset(names)
+        self._adapters: frozenset[str] = frozenset()
         self._model = names[0]
         self._revision = revision
         self._ledger = ledger
@@ -85,6 +84,11 @@ class CallGate:
         self._is_paused = False
         self._idle = asyncio.Event()
         self._idle.set()
+
+    def set_adapters(self, names: Iterable[str]) -> None:
+        """Says which adapters requests may name instead of the model."""
+        self._adapters = frozenset(names)
+        self._names = self._adapters.union(self._own_names)
 
     async def drain(self, timeout_seconds: float) -> bool:
         """Refuses new calls from now on and waits for running ones; returns whether all of them ended in time."""
@@ -106,8 +110,8 @@ class CallGate:
 
         Raises:
             Draining: The replica takes nothing new.
-            NoReadyReplica: The replica sleeps, computes prompts only, or the pick was made for another revision.
-            PreconditionFailed: ADAPTER_NOT_LOADED, it was started before its settings named the adapter.
+            NoReadyReplica: The replica sleeps, computes prompts only, has not the adapter (ADAPTER_NOT_LOADED), or the
+                pick was made for another revision.
         """
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         if self._is_draining:
@@ -129,12 +133,13 @@ class CallGate:
         PREFILL.set(partial(self._prefill, endpoint) if endpoint and self._prefill is not None else None)
         adapter = metadata.get(ROUTE_ADAPTER_HEADER)
         if adapter is not None and adapter not in self._adapters:
-            # Not Unavailable: every replica of this age says so, and none of them is at fault.
-            raise PreconditionFailed(
-                f"{self._model} runs without the adapter {adapter!r}; its next replica has it"
-                f" (helios scale {self._model} 0 ends this one)",
+            # The picker sends to replicas that have it: this one just lost it, and another one, or this one a moment
+            # later, has it.
+            raise NoReadyReplica(
+                f"this replica of {self._model} does not have the adapter {adapter!r} now",
                 reason="ADAPTER_NOT_LOADED",
                 metadata={"param": "model", "model": adapter},
+                retry_after_seconds=_DRAINING_RETRY_SECONDS,
             )
         meter = self._ledger.start(_request_id(metadata), time.monotonic())
         span = tracing.start_request(metadata, operation, self._model, meter.request_id)

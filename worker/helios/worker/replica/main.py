@@ -16,13 +16,12 @@ from typing import Final
 import structlog
 
 from helios.api.inference.v1 import inference_service_pb2_grpc, openai_service_pb2_grpc, prefill_service_pb2_grpc
-from helios.mesh.errors import HeliosError
 from helios.mesh.identity import IdentityFiles
 from helios.mesh.ops import OpsServer
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.telemetry import setup_telemetry
 from helios.worker.replica import metrics, tracing
-from helios.worker.replica.adapters import load_adapters
+from helios.worker.replica.adapters import Adapters
 from helios.worker.replica.attachment import Attachment
 from helios.worker.replica.condition import Condition, State
 from helios.worker.replica.engine import Engine, EngineLoad
@@ -75,6 +74,7 @@ class _Replica:
         self._condition = Condition(os.getpid(), _own_start_ticks(), requested_at)
         self._condition.add_phase("fork", requested_at, forked_at)
         self._ledger = RequestLedger()
+        self._adapters = Adapters(spec, on_change=self._note_adapters)
         self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._attachment = Attachment(
             spec,
@@ -84,6 +84,7 @@ class _Replica:
             on_drain=lambda seconds: self._end(Ending("told to drain", seconds)),
             on_stop=lambda: self._end(Ending("told to stop", None)),
             on_sleep=self._order_sleep,
+            adapters=self._adapters,
         )
 
     async def run(self) -> bool:
@@ -120,18 +121,13 @@ class _Replica:
     async def _serve(self, engine: Engine, prefills: PrefillClient) -> Ending:
         gate = CallGate(
             names=self._spec.names,
-            adapters=self._spec.adapter_names,
             role=self._spec.settings.role,
             prefill=prefills.prefill if self._spec.settings.role is Role.DECODE else None,
             revision=self._spec.revision,
             ledger=self._ledger,
             on_change=self._attachment.wake,
         )
-        try:
-            await load_adapters(engine, self._spec)
-        except HeliosError as error:
-            self._fail(error.reason, error.message)
-            return self._ending.result()
+        await self._adapters.open(engine, gate)
         self._note_engine_moved()
         self._start.on_load = self._note_engine_moved
         async with self._server(engine, gate) as server, self._ops() as ops_address:
@@ -148,10 +144,17 @@ class _Replica:
 
     async def _run_until_end(self, sleeping: Sleeping) -> Ending:
         async with asyncio.TaskGroup() as group:
-            orders = group.create_task(sleeping.run(), name="sleep and wake")
+            orders = (
+                group.create_task(sleeping.run(), name="sleep and wake"),
+                group.create_task(self._adapters.run(), name="adapters"),
+            )
             ending = await self._ending
-            orders.cancel()
+            for task in orders:
+                task.cancel()
         return ending
+
+    def _note_adapters(self) -> None:
+        self._attachment.wake()
 
     def _order_sleep(self, level: int | None) -> None:
         if self._sleeping is None:

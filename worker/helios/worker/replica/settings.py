@@ -141,11 +141,15 @@ class EngineSettings:
         return (self.tensor_parallel_size or 1) * (self.pipeline_parallel_size or 1)
 
     @property
+    def draft_revision(self) -> str:
+        """Revision of the model that guesses tokens; empty: there is none."""
+        return self.speculative_decoding.draft_revision if self.speculative_decoding is not None else ""
+
+    @property
     def revisions(self) -> tuple[str, ...]:
         """Revisions of other models that a replica needs on its node: adapters, and a draft model."""
         adapters = self.lora.adapters if self.lora is not None else ()
-        draft = self.speculative_decoding.draft_revision if self.speculative_decoding is not None else ""
-        return tuple(dict.fromkeys(name for name in (draft, *(one.revision for one in adapters)) if name))
+        return tuple(dict.fromkeys(name for name in (self.draft_revision, *(one.revision for one in adapters)) if name))
 
     def to_document(self) -> dict[str, Any]:
         """Returns the settings as JSON values."""

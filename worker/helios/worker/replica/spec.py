@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, Self
 
 from helios.mesh.errors import InvalidRequest
-from helios.worker.replica.settings import EngineSettings
+from helios.worker.replica.settings import EngineSettings, LoraAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class ReplicaSpec:
         identity_directory: Directory with the worker's leaf (tls.crt, tls.key, ca.crt); empty serves without TLS.
         log_path: File that standard output and error of the whole process tree are appended to; empty inherits.
         compile_cache_directory: Where this node keeps compiled code; empty: the engine's own place.
+        packed_weights_directory: Where this node keeps weights that are mapped; empty: they are loaded.
         kv_directory: Where KV caches lie that travel between this node's replicas through files; empty: they don't.
         created_at: When its start was asked for, with a time zone.
         placement: Cores.
@@ -87,6 +88,7 @@ class ReplicaSpec:
     identity_directory: str = ""
     log_path: str = ""
     compile_cache_directory: str = ""
+    packed_weights_directory: str = ""
     kv_directory: str = ""
     created_at: datetime
     placement: Placement = Placement()
@@ -107,10 +109,9 @@ class ReplicaSpec:
         return tuple(dict.fromkeys((self.model, *self.served_names)))
 
     @property
-    def adapter_names(self) -> tuple[str, ...]:
+    def adapters(self) -> tuple[LoraAdapter, ...]:
         """The adapters that requests may name instead of the model."""
-        lora = self.settings.lora
-        return tuple(adapter.name for adapter in lora.adapters) if lora is not None else ()
+        return self.settings.lora.adapters if self.settings.lora is not None else ()
 
     def to_document(self) -> dict[str, Any]:
         """Returns the spec as JSON values."""

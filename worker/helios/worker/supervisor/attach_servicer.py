@@ -7,7 +7,7 @@ of its own session, because the supervisor later kills by exactly these facts.
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final, Protocol
 
 import grpc.aio
@@ -16,6 +16,8 @@ import structlog
 from helios.api.worker.v1 import supervisor_service_pb2 as pb
 from helios.api.worker.v1.supervisor_service_pb2_grpc import SupervisorServiceServicer
 from helios.mesh.errors import HeliosError, InvalidRequest, PermissionDenied
+from helios.worker.replica.adapter_state import AdapterFiles, AdapterStatus
+from helios.worker.replica.adapter_wire import files_to_proto, status_from_proto
 from helios.worker.supervisor import life_events
 from helios.worker.supervisor.process_tree import read_process
 from helios.worker.supervisor.records import LoadDelta, ProcessIdentity, ReplicaView
@@ -52,6 +54,10 @@ class Attachments(Protocol):
         """Takes a load."""
         ...
 
+    def take_adapters(self, replica_id: str, link: Link, statuses: Sequence[AdapterStatus]) -> None:
+        """Takes what a replica says of its adapters, all of them."""
+        ...
+
     def detach(self, replica_id: str, link: Link) -> None:
         """Notes that the stream ended. Called once for each ``attach`` that returned True."""
         ...
@@ -82,6 +88,10 @@ class ReplicaLink:
     def wake(self) -> None:
         """Asks the replica to come back."""
         self._put(pb.AttachResponse(wake=pb.ReplicaWake()))
+
+    def adapters(self, files: Sequence[AdapterFiles]) -> None:
+        """Says which adapters the replica is to have."""
+        self._put(pb.AttachResponse(adapters=pb.ReplicaAdapterSet(adapters=map(files_to_proto, files))))
 
     def close(self, error: HeliosError | None = None) -> None:
         """Ends the stream after what was said before, with ``error`` where there is one. Idempotent."""
@@ -166,6 +176,9 @@ class AttachServicer(SupervisorServiceServicer):
                 said = request.ready
                 ready = life_events.BecameReady(said.address, said.max_context_tokens, said.can_sleep)
                 self._replicas.report(replica_id, link, ready)
+            case "adapters":
+                statuses = [status_from_proto(adapter) for adapter in request.adapters.adapters]
+                self._replicas.take_adapters(replica_id, link, statuses)
             case "asleep":
                 self._replicas.report(replica_id, link, life_events.FellAsleep(request.asleep.left_bytes))
             case "failed":

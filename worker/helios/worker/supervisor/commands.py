@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from helios.mesh.errors import HeliosError, InvalidRequest
-from helios.worker.replica.settings import EngineSettings
+from helios.worker.replica.settings import EngineSettings, LoraAdapter
 from helios.worker.supervisor.records import MemoryItem
 
 # A proxy repeats within seconds; at a thousand commands a second this still remembers four.
@@ -95,7 +95,15 @@ class Wake:
     replica_id: str
 
 
-Command = Start | Drain | Stop | Evict | Stage | Unstage | Sleep | Wake
+@dataclass(frozen=True, slots=True)
+class SetAdapters:
+    """Have these LoRA adapters, each with its revision, and no others."""
+
+    replica_id: str
+    adapters: tuple[LoraAdapter, ...]
+
+
+Command = Start | Drain | Stop | Evict | Stage | Unstage | Sleep | Wake | SetAdapters
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from helios.worker.replica.adapter_state import AdapterStatus
 from helios.worker.replica.settings import EngineSettings
 
 
@@ -182,6 +183,7 @@ class ReplicaView:
     """Booked while it sleeps; None: it is awake, and books all that was ordered."""
     measured_bytes: int = 0
     """Memory of its own as measured last; 0: never."""
+    adapters: tuple[AdapterStatus, ...] = ()
 
     @property
     def replica_id(self) -> str:

@@ -15,7 +15,8 @@ from typing import Any, Final
 
 import structlog
 
-from helios.worker.replica.settings import EngineSettings
+from helios.worker.replica.adapter_state import AdapterState, AdapterStatus
+from helios.worker.replica.settings import EngineSettings, LoraAdapter
 from helios.worker.supervisor.records import (
     MemoryItem,
     MemoryKind,
@@ -98,6 +99,7 @@ def _to_json(replica: ListedReplica) -> dict[str, Any]:
         "can_sleep": view.can_sleep,
         "wake_count": view.wake_count,
         "sleeping_bytes": view.sleeping_bytes,
+        "adapters": [{**asdict(status), "state": status.state.value} for status in view.adapters],
         "port": replica.port,
     }
 
@@ -121,5 +123,11 @@ def _from_json(entry: dict[str, Any]) -> ListedReplica:
         can_sleep=bool(entry["can_sleep"]),
         wake_count=int(entry["wake_count"]),
         sleeping_bytes=entry["sleeping_bytes"],
+        adapters=tuple(map(_adapter_from_json, entry.get("adapters", ()))),
     )
     return ListedReplica(view, int(entry["port"]))
+
+
+def _adapter_from_json(entry: dict[str, Any]) -> AdapterStatus:
+    adapter, state = LoraAdapter(**entry["adapter"]), AdapterState(entry["state"])
+    return AdapterStatus(adapter, state, str(entry["reason"]), str(entry["message"]))

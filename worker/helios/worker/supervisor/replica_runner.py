@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
@@ -18,12 +18,16 @@ import structlog
 from opentelemetry import propagate, trace
 
 from helios.mesh.errors import HeliosError
+from helios.worker.replica.adapter_state import AdapterFiles, AdapterStatus
+from helios.worker.replica.settings import LoraAdapter, LoraSettings
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.supervisor import life_actions, life_events
+from helios.worker.supervisor.adapter_book import AdapterBook
+from helios.worker.supervisor.adapter_leases import AdapterLeases
 from helios.worker.supervisor.last_words import last_lines
 from helios.worker.supervisor.life_stages import Stage
 from helios.worker.supervisor.process_tree import kill_tree, watch_exit
-from helios.worker.supervisor.records import Failure, Load, ProcessIdentity, ReplicaState, ReplicaView
+from helios.worker.supervisor.records import Failure, Load, Order, ProcessIdentity, ReplicaState, ReplicaView
 from helios.worker.supervisor.replica_machine import ReplicaMachine
 
 log = structlog.get_logger()
@@ -82,6 +86,7 @@ class Link(Protocol):
     def drain(self, timeout_seconds: float) -> None: ...
     def sleep(self) -> None: ...
     def wake(self) -> None: ...
+    def adapters(self, files: Sequence[AdapterFiles]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,16 @@ class ReplicaRunner:
         self._holding: asyncio.Task[None] | None = None
         self._is_released = False
         self._revision_paths: dict[str, str] = {}
+        lora = life.view.order.settings.lora
+        self._adapters = AdapterBook(lora.adapters if lora is not None else (), life.view.adapters)
+        self._shown_adapters = self._adapters.statuses
+        self._adapter_leases = AdapterLeases(
+            surroundings.group,
+            self._borrow,
+            on_lent=self._adapter_lent,
+            on_refused=self._adapter_refused,
+            on_returned=self._adapters.returned,
+        )
         self._link: Link | None = None
         self._load = Load()
         self._measured_bytes = 0
@@ -130,10 +145,20 @@ class ReplicaRunner:
 
     @property
     def view(self) -> ReplicaView:
-        """The replica as others see it, with its load, its devices and what was measured of it."""
+        """The replica as others see it, with its load, its devices, its adapters and what was measured of it."""
         return replace(
-            self._life.view, load=self._load, device_ids=self._around.device_ids, measured_bytes=self._measured_bytes
+            self._life.view,
+            order=_with_adapters(self._life.view.order, self._adapters.wanted),
+            load=self._load,
+            device_ids=self._around.device_ids,
+            measured_bytes=self._measured_bytes,
+            adapters=self._adapters.statuses,
         )
+
+    @property
+    def revisions(self) -> frozenset[str]:
+        """All that it needs on the node, what its engine still has of adapters that are unloaded included."""
+        return self._adapters.revisions.union(self._life.view.order.revisions)
 
     @property
     def is_attached(self) -> bool:
@@ -150,6 +175,7 @@ class ReplicaRunner:
         await self._ended.wait()
         if self._holding is not None:
             await asyncio.wait((self._holding,), timeout=_RELEASE_SECONDS)
+        await self._adapter_leases.wait_returned(_RELEASE_SECONDS)
 
     def begin(self) -> None:
         """Starts the replica that was ordered."""
@@ -167,11 +193,16 @@ class ReplicaRunner:
         for action in self._life.resume():
             self._execute(action)
 
-    def attach(self, link: Link, event: life_events.Attached, load: Load) -> None:
+    def attach(
+        self, link: Link, event: life_events.Attached, load: Load, adapters: Sequence[AdapterStatus] = ()
+    ) -> None:
         """Takes the replica's stream; an older one is not used any more."""
         self._link = link
         self._load = load
+        self._adapters.tell(adapters)
         self.post(event)
+        # The orders of an earlier stream may be lost.
+        self._follow_adapters(is_told=bool(adapters or self._adapters.wanted))
 
     def detach(self, link: Link) -> None:
         """Forgets a stream that ended, unless a newer one took its place. The replica's state does not change."""
@@ -185,6 +216,17 @@ class ReplicaRunner:
     def take_load(self, load: Load) -> None:
         """Notes the load that the replica reported last; reporting it shows that the replica is alive."""
         self._load = load
+        self.post(life_events.Heard())
+
+    def set_adapters(self, adapters: Sequence[LoraAdapter]) -> None:
+        """Takes which adapters the replica is to have."""
+        if self._adapters.want(adapters):
+            self._follow_adapters(is_told=True)
+
+    def take_adapters(self, statuses: Sequence[AdapterStatus]) -> None:
+        """Takes what the replica says of its adapters; revisions that it does not name any more are given back."""
+        if self._adapters.tell(statuses):
+            self._follow_adapters(is_told=False)
         self.post(life_events.Heard())
 
     def take_measure(self, measured_bytes: int) -> None:
@@ -214,6 +256,7 @@ class ReplicaRunner:
         match action:
             case life_actions.Fetch(lease_id):
                 self._holding = self._spawn("weights", self._hold_weights(lease_id))
+                self._adapter_leases.follow(self._adapters.revisions)
             case life_actions.Fork():
                 self._spawn("fork", self._fork(action))
             case life_actions.Watch(process):
@@ -229,12 +272,32 @@ class ReplicaRunner:
                 self._is_released = True
                 if self._holding is not None:
                     self._holding.cancel()
+                self._adapter_leases.follow(frozenset())
             case life_actions.Free():
                 self._around.on_freed(self.view)
                 self._ended.set()
             case life_actions.Publish():
                 self._trace()
                 self._around.on_change(self.view)
+
+    def _follow_adapters(self, *, is_told: bool) -> None:
+        """Follows a change of what is wanted, there, or had of adapters; ``is_told``: the replica is to hear of it."""
+        if self._is_released:
+            return
+        self._adapter_leases.follow(self._adapters.revisions)
+        if self._link is not None and is_told:
+            self._link.adapters(self._adapters.files)
+        if self._adapters.statuses != self._shown_adapters:
+            self._shown_adapters = self._adapters.statuses
+            self._around.on_change(self.view)
+
+    def _adapter_lent(self, revision: str, path: str) -> None:
+        self._adapters.lent(revision, path)
+        self._follow_adapters(is_told=True)
+
+    def _adapter_refused(self, revision: str, failure: Failure) -> None:
+        self._adapters.refused(revision, failure)
+        self._follow_adapters(is_told=False)
 
     def _book(self, action: life_actions.Shrink | life_actions.Regrow) -> None:
         replica_id = self._life.view.replica_id
@@ -259,10 +322,10 @@ class ReplicaRunner:
                     lent = await stack.enter_async_context(self._borrow(order.revision, lease_id))
                     all_lent = [lent]
                     try:
-                        for revision in order.settings.revisions:
-                            other = await stack.enter_async_context(self._borrow(revision))
+                        if draft := order.settings.draft_revision:
+                            other = await stack.enter_async_context(self._borrow(draft))
                             all_lent.append(other)
-                            self._revision_paths[revision] = other.path
+                            self._revision_paths[draft] = other.path
                         self.post(life_events.WeightsReady(lent.path, lent.lease_id))
                         await lent.wait_lost()
                     finally:
@@ -292,8 +355,9 @@ class ReplicaRunner:
         )
 
     async def _fork(self, action: life_actions.Fork) -> None:
-        spec = self._around.spec(self._life.view, action.path, self._traceparent())
-        spec = replace(spec, asked_at=action.asked_at, revision_paths=dict(self._revision_paths))
+        spec = self._around.spec(self.view, action.path, self._traceparent())
+        paths = self._revision_paths | self._adapters.paths
+        spec = replace(spec, asked_at=action.asked_at, revision_paths=paths)
         try:
             forked = await self._around.launcher.fork(spec, action.deadline)
         except (HeliosError, TimeoutError) as error:
@@ -338,6 +402,15 @@ class ReplicaRunner:
             self._span.set_attribute(f"helios.phase.{phase.phase}_seconds", phase.seconds)
         self._span.end()
         self._span = None
+
+
+def _with_adapters(order: Order, adapters: tuple[LoraAdapter, ...]) -> Order:
+    """Returns the order as if it had named these adapters, so that a successor finds what is wanted now."""
+    lora = order.settings.lora
+    if adapters == (lora.adapters if lora is not None else ()):
+        return order
+    lora = replace(lora or LoraSettings(), adapters=adapters)
+    return replace(order, settings=replace(order.settings, lora=lora))
 
 
 def _say(link: Link, action: life_actions.SendDrain | life_actions.SendSleep | life_actions.SendWake) -> None:

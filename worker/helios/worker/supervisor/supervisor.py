@@ -6,12 +6,14 @@ awaits, so there are no locks. It knows neither gRPC nor an engine.
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
 import structlog
 
 from helios.mesh.errors import AlreadyExists, Draining, HeliosError, NotFound, PreconditionFailed
+from helios.worker.replica.adapter_state import AdapterStatus
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.supervisor import commands, life_events, metrics
 from helios.worker.supervisor.commands import Ack, Command, CommandLog
@@ -166,6 +168,8 @@ class Supervisor:
                 self._sleep(self._runner(replica_id))
             case commands.Wake(replica_id):
                 self._wake(self._runner(replica_id))
+            case commands.SetAdapters(replica_id, adapters):
+                self._runner(replica_id).set_adapters(adapters)
             case commands.Stage():
                 self._check_open()
                 self._staging.stage(command)
@@ -218,7 +222,7 @@ class Supervisor:
         self._add(ReplicaMachine(order, self._rules.limits), booking).begin()
 
     def _evict(self, revision: str) -> None:
-        users = [name for name, runner in self._runners.items() if revision in runner.view.order.revisions]
+        users = [name for name, runner in self._runners.items() if revision in runner.revisions]
         if users:
             raise PreconditionFailed(f"replica {users[0]} uses revision {revision}", reason="REVISION_LEASED")
         self._staging.unstage(revision)
@@ -265,7 +269,7 @@ class Supervisor:
             can_sleep=said.can_sleep,
             left_bytes=said.sleeping_bytes or 0,
         )
-        runner.attach(link, attached, said.load)
+        runner.attach(link, attached, said.load, said.adapters)
         log.info("replica attached", replica=said.replica_id, state=said.state.value, pid=said.process.pid)
         self._note_returned()
         return True
@@ -285,6 +289,12 @@ class Supervisor:
             # A replica that has nothing to say says so, for this supervisor alone: it is alive.
             if is_news:
                 self.feed.report(delta)
+
+    def take_adapters(self, replica_id: str, link: Link, statuses: Sequence[AdapterStatus]) -> None:
+        """Takes what a replica says of its adapters."""
+        runner = self._runners.get(replica_id)
+        if runner is not None and runner.is_link(link):
+            runner.take_adapters(statuses)
 
     def detach(self, replica_id: str, link: Link) -> None:
         """Notes that a stream ended, which by itself changes nothing."""

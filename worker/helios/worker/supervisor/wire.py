@@ -10,8 +10,21 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet
 from helios.api.fleet.v1 import types_pb2 as types
 from helios.mesh.errors import InvalidRequest
+from helios.worker.replica.adapter_wire import adapter_from_proto, status_from_proto, status_to_proto
 from helios.worker.replica.settings import EngineSettings
-from helios.worker.supervisor.commands import Ack, Command, Drain, Evict, Sleep, Stage, Start, Stop, Unstage, Wake
+from helios.worker.supervisor.commands import (
+    Ack,
+    Command,
+    Drain,
+    Evict,
+    SetAdapters,
+    Sleep,
+    Stage,
+    Start,
+    Stop,
+    Unstage,
+    Wake,
+)
 from helios.worker.supervisor.device_wire import (
     device_to_proto,
     host_to_proto,
@@ -141,6 +154,7 @@ def replica_to_proto(view: ReplicaView) -> types.Replica:
         load=load_to_proto(view.load),
         compilation=compilation_to_proto(order.settings.compilation),
         in_background=order.is_background,
+        adapters=map(status_to_proto, view.adapters),
     )
     if view.failure is not None:
         message.failure.CopyFrom(types.ReplicaFailure(reason=view.failure.reason, message=view.failure.message))
@@ -180,6 +194,7 @@ def replica_from_proto(replica: types.Replica, *, start_ticks: int, lease_id: st
         can_sleep=replica.can_sleep,
         wake_count=replica.wake_count,
         sleeping_bytes=_sleeping_bytes(replica),
+        adapters=tuple(map(status_from_proto, replica.adapters)),
     )
 
 
@@ -243,6 +258,9 @@ def command_from_proto(command: fleet.Command) -> Command:
             return Sleep(command.sleep.replica_id)
         case "wake":
             return Wake(command.wake.replica_id)
+        case "set_adapters":
+            said = command.set_adapters
+            return SetAdapters(said.replica_id, tuple(map(adapter_from_proto, said.adapters)))
         case _:
             raise InvalidRequest("the command is empty or of a newer version", reason="UNKNOWN_COMMAND")
 

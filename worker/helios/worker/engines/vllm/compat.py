@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import cached_property
 from contextvars import ContextVar
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -44,9 +45,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.exceptions import (
     GracefulHTTPError,
     RetryableRequestError,
@@ -76,6 +75,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerBase
 
 from helios.worker.engines.vllm import failures, quick_start
+from helios.worker.engines.vllm.compat_adapters import AdapterTable, correct_kernels
 from helios.worker.engines.vllm.compat_outputs import OutputPump, spare_checks_of_answers
 from helios.worker.engines.vllm.compat_pooling import BertEmbeddingModel, PoolingRequestOutput
 from helios.worker.engines.vllm.compat_streams import TemplatedServingChat as OpenAIServingChat
@@ -106,13 +106,11 @@ __all__ = [
     "EngineDeadError",
     "ErrorResponse",
     "GracefulHTTPError",
-    "LoadLoRAAdapterRequest",
     "LoadSink",
     "MeteredLLM",
     "OnlineRenderer",
     "OpenAIServingChat",
     "OpenAIServingCompletion",
-    "OpenAIServingModels",
     "OutputPump",
     "PlacedWorker",
     "RequestOutput",
@@ -136,6 +134,7 @@ __all__ = [
     "prepare_before_fork",
     "put_to_sleep",
     "runs_eagerly",
+    "told_apart",
     "wake_up",
 ]
 
@@ -198,13 +197,15 @@ async def put_to_sleep(llm: AsyncLLM, level: int) -> None:
     Raises:
         RuntimeError: A rank could not.
     """
-    with _told_apart():
+    with told_apart():
         # What the prefix cache names would be other blocks after waking.
         await llm.reset_prefix_cache()
         await llm.sleep(level=level)
+        # Buffers of adapters lie with the weights, and are not read from the model's directory.
+        await llm.adapters.reload()
 
 
-async def wake_up(llm: AsyncLLM, level: int) -> None:
+async def wake_up(llm: "MeteredLLM", level: int) -> None:
     """Brings all ranks back, after level 2 with weights read anew from the model's directory.
 
     Weights first and the KV cache last, so that loading has the room that the cache will take.
@@ -212,7 +213,7 @@ async def wake_up(llm: AsyncLLM, level: int) -> None:
     Raises:
         RuntimeError: A rank could not.
     """
-    with _told_apart():
+    with told_apart():
         await llm.wake_up(tags=["weights"])
         if level == 2:
             await llm.collective_rpc("reload_weights")
@@ -220,7 +221,7 @@ async def wake_up(llm: AsyncLLM, level: int) -> None:
 
 
 @contextmanager
-def _told_apart() -> Iterator[None]:
+def told_apart() -> Iterator[None]:
     """Makes RuntimeErrors of what a call to all ranks raises."""
     try:
         yield
@@ -244,6 +245,8 @@ def prepare_before_fork() -> None:
     setattr(type(current_platform), "register_triton_kernel_overrides", classmethod(lambda _: None))  # noqa: B010
     spare_checks_of_answers()
     quick_start.apply(is_cpu=current_platform.is_cpu())
+    if current_platform.is_cpu():
+        correct_kernels()
     HELD_TOKENIZERS.install()
 
 
@@ -487,7 +490,12 @@ class Unpublished(PrometheusStatLogger):
 
 
 class MeteredLLM(AsyncLLM):
-    """AsyncLLM that counts each request's tokens into the METER of the task that asked for it."""
+    """AsyncLLM that counts each request's tokens into the METER of its task, and the requests of each adapter."""
+
+    @cached_property
+    def adapters(self) -> AdapterTable:
+        """The adapters that are loaded."""
+        return AdapterTable(self)
 
     def _run_output_handler(self) -> None:
         if self.output_handler is not None:
@@ -512,27 +520,29 @@ class MeteredLLM(AsyncLLM):
         meter = METER.get()
         if (prefill := PREFILL.get()) is not None:
             args = await with_transfer(prefill, self.vllm_config.cache_config.block_size, *args, **kwargs)
-        outputs = super().generate(*args, **kwargs)
-        try:
-            async for output in outputs:
-                if meter is not None:
-                    _count(meter, output)
-                yield output
-        finally:
-            await outputs.aclose()
+        with self.adapters.use(kwargs):
+            outputs = super().generate(*args, **kwargs)
+            try:
+                async for output in outputs:
+                    if meter is not None:
+                        _count(meter, output)
+                    yield output
+            finally:
+                await outputs.aclose()
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[PoolingRequestOutput, None]:
         """Makes vectors as AsyncLLM does; the inputs of one request come as calls of their own, all on its meter."""
         meter = METER.get()
-        outputs = super().encode(*args, **kwargs)
-        try:
-            async for output in outputs:
-                if meter is not None and output.finished:
-                    meter.prompt_tokens += len(output.prompt_token_ids)
-                    meter.cached_prompt_tokens += output.num_cached_tokens
-                yield output
-        finally:
-            await outputs.aclose()
+        with self.adapters.use(kwargs):
+            outputs = super().encode(*args, **kwargs)
+            try:
+                async for output in outputs:
+                    if meter is not None and output.finished:
+                        meter.prompt_tokens += len(output.prompt_token_ids)
+                        meter.cached_prompt_tokens += output.num_cached_tokens
+                    yield output
+            finally:
+                await outputs.aclose()
 
 
 def _count(meter: Meter, output: RequestOutput) -> None:

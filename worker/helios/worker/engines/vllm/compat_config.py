@@ -7,6 +7,7 @@ from typing import get_args
 
 from transformers.utils.chat_template_utils import _compile_jinja_template
 from vllm.config import KVTransferConfig, LoRAConfig, SpeculativeConfig, StructuredOutputsConfig
+from vllm.config.lora import MaxLoRARanks
 from vllm.config.speculative import SpeculativeMethod
 from vllm.config.structured_outputs import StructuredOutputsBackend
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -27,6 +28,7 @@ __all__ = [
     "attention_backends",
     "compile_chat_template",
     "is_cpu",
+    "lora_rank_for",
     "quantization_methods",
     "reasoning_parsers",
     "speculative_methods",
@@ -63,6 +65,12 @@ def attention_backends() -> list[str]:
 def structured_output_backends() -> list[str]:
     """Returns vLLM's names of backends of structured output."""
     return list(get_args(StructuredOutputsBackend))
+
+
+def lora_rank_for(rank: int) -> int:
+    """Returns the smallest bound of ranks that vLLM takes and that an adapter fits; the largest where none fits."""
+    bounds: tuple[int, ...] = get_args(MaxLoRARanks)
+    return next((bound for bound in sorted(bounds) if bound >= rank), max(bounds))
 
 
 def speculative_methods() -> list[str]:

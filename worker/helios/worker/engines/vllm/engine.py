@@ -1,5 +1,6 @@
 """The ``Engine`` protocol on vLLM's AsyncLLM and its OpenAI serving classes."""
 
+import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -8,8 +9,9 @@ from typing import Any, Final
 import structlog
 
 from helios.mesh.errors import PreconditionFailed, ReplicaLost
-from helios.worker.engines.vllm import compat, errors, kv_files
+from helios.worker.engines.vllm import compat, compat_config, errors, kv_files
 from helios.worker.engines.vllm.arguments import compile_inputs, engine_arguments
+from helios.worker.engines.vllm.compat_adapters import AdaptedModels, adapter_rank
 from helios.worker.engines.vllm.openai_api import OpenAIApi, TextApi, VectorApi
 from helios.worker.engines.vllm.pieces import PieceCutter
 from helios.worker.engines.vllm.prompts import PromptRenderer
@@ -31,6 +33,9 @@ from helios.worker.replica.engine import (
 from helios.worker.replica.spec import ReplicaSpec
 
 log = structlog.get_logger()
+
+# What only a start can change.
+_REPLACE: Final = "helios scale {model} 0 ends the replica, and the next one is started with the settings of then"
 
 # Nothing runs any more when an engine is closed. A graceful end of EngineCore may take seconds, in which the device is
 # not free; after this it is killed.
@@ -54,6 +59,7 @@ class VllmEngine:
         if compat.check_version():
             compat.fork_instead_of_spawn()
         self._settings = spec.settings
+        self._model = spec.model
         self._sink = compat.LoadSink(hooks.on_load)
         arguments = engine_arguments(spec, hooks.phase_descriptor)
         if spec.compile_cache_directory and not arguments.enforce_eager:
@@ -79,7 +85,7 @@ class VllmEngine:
             can_sleep=config.model_config.enable_sleep_mode and not is_pooling,
         )
         self._sleep_level = 0
-        self._models = models = compat.OpenAIServingModels(
+        models = AdaptedModels(
             self._llm, [compat.BaseModelPath(name=name, model_path=spec.model_path) for name in spec.names]
         )
         self._api: OpenAIApi
@@ -161,13 +167,36 @@ class VllmEngine:
         # What a connector between devices says of its blocks; files are found by the transfer's name.
         return found or {kv_files.TRANSFER: transfer}
 
-    async def load_adapter(self, name: str, path: str) -> None:
-        """Loads an adapter into all ranks; what vLLM has against it is told."""
-        result = await self._models.load_lora_adapter(compat.LoadLoRAAdapterRequest(lora_name=name, lora_path=path))
-        if isinstance(result, compat.ErrorResponse):
+    async def load_adapter(self, name: str, path: str) -> Any:
+        """Loads an adapter into all ranks. Raises PreconditionFailed: what this replica, or vLLM, has against it."""
+        lora = self._llm.vllm_config.lora_config
+        if lora is None:
             raise PreconditionFailed(
-                f"the adapter {name!r} can't be loaded: {result.error.message}", reason="BAD_ADAPTER"
+                f"the adapter {name!r} can't be loaded: this replica was started when its model's settings said nothing"
+                f" of LoRA, so it has no room for adapters. {_REPLACE.format(model=self._model)}",
+                reason="ADAPTERS_NOT_ENABLED",
             )
+        rank = await asyncio.to_thread(adapter_rank, path)
+        if rank > lora.max_lora_rank:
+            raise PreconditionFailed(
+                f"the adapter {name!r} has rank {rank}, and this replica was started for ranks up to"
+                f" {lora.max_lora_rank}. Set lora.max_rank to {compat_config.lora_rank_for(rank)} or more, then:"
+                f" {_REPLACE.format(model=self._model)}",
+                reason="ADAPTER_RANK_TOO_LARGE",
+            )
+        try:
+            with compat.told_apart():
+                return await self._llm.adapters.load(name, path)
+        except RuntimeError as error:
+            raise PreconditionFailed(f"the adapter {name!r} can't be loaded: {error}", reason="BAD_ADAPTER") from error
+
+    async def unload_adapter(self, name: str, loaded: Any) -> None:
+        """Drops an adapter from all ranks once no request uses it."""
+        try:
+            with compat.told_apart():
+                await self._llm.adapters.unload(name, loaded)
+        except RuntimeError as error:
+            raise ReplicaLost(f"vLLM could not drop the adapter {name!r}: {error}") from error
 
     def close(self) -> None:
         """Ends EngineCore."""
@@ -188,7 +217,7 @@ class VllmEngine:
         try:
             rendered, parameters = await self._prompts.render(prompt, sampling)
             cutter = PieceCutter()
-            adapter = self._models.lora_requests.get(sampling.adapter)
+            adapter = self._llm.adapters.current.get(sampling.adapter)
             outputs = self._llm.generate(rendered, parameters, meter.request_id, lora_request=adapter)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
