@@ -19,7 +19,15 @@ from helios.proxy.activation import machine
 from helios.proxy.activation.machine import ActivationState
 from helios.proxy.breaker import BreakerPolicy
 from helios.proxy.catalogue import Catalogue, ModelEntry
-from helios.proxy.fleet.commands import CommandBook, Order, SleepReplica, StageRevision, StartReplica, WakeReplica
+from helios.proxy.fleet.commands import (
+    CommandBook,
+    Order,
+    SetAdapters,
+    SleepReplica,
+    StageRevision,
+    StartReplica,
+    WakeReplica,
+)
 from helios.proxy.fleet.state import Change, Device, Replica, ReplicaState, Staged, WorkerHello
 from helios.proxy.holds import Hold, HoldLimits, Holds
 from helios.proxy.lifecycle import Lifecycle, LifecyclePolicy, asked_replica, model_not_found
@@ -99,11 +107,20 @@ class Core:
             raise model_not_found(name)
         return entry
 
-    def pick(self, entry: ModelEntry, request_id: str, now: float) -> Pick | None:
-        """Picks replicas for a request; None where it must be held. Those who wait already go first."""
-        if self.holds.count(entry.name):
+    def pick(self, entry: ModelEntry, request_id: str, now: float, adapter: str = "") -> Pick | None:
+        """Picks replicas for a request; None where it must be held. Those who wait already go first.
+
+        `adapter` is the one that the request names, where it names one; only replicas that have it are picked.
+        """
+        if self.holds.first_of_lane(entry.name, adapter) is not None:
             return None
-        return self.traffic.pick(entry, request_id, now)
+        return self._pick(entry, request_id, now, adapter)
+
+    def _pick(self, entry: ModelEntry, request_id: str, now: float, name: str) -> Pick | None:
+        if not name:
+            return self.traffic.pick(entry, request_id, now)
+        adapter = self.lifecycle.adapters.find(entry, name)
+        return self.traffic.pick(entry, request_id, now, adapter) if adapter is not None else None
 
     def prefill_endpoint(self, entry: ModelEntry, chosen: Pick, now: float) -> str:
         """The address of a replica that computes the prompt for the chosen one; empty where there is none.
@@ -141,15 +158,22 @@ class Core:
         now: float,
         requested_at: float = 0.0,
         traceparent: str = "",
+        adapter: str = "",
     ) -> tuple[Hold, list[actions.Action]]:
         """Holds a request and starts what it waits for; `Hold` says what `requested_at` and `traceparent` are.
 
         Raises:
             Overloaded: too much is held already.
             HoldExpired: the deadline has passed.
+            HeliosError: no replica of the model can have the adapter.
         """
         self._next_hold_id += 1
-        hold = Hold(self._next_hold_id, request_id, entry.name, size_bytes, now, deadline, requested_at, traceparent)
+        hold = Hold(
+            self._next_hold_id, request_id, entry.name, size_bytes, now, deadline, requested_at, traceparent, adapter
+        )
+        problem = self.lifecycle.adapters.problem(entry, adapter) if adapter else None
+        if problem is not None:
+            raise problem
         if deadline <= now:
             raise self._expired(hold, now)
         try:
@@ -252,6 +276,10 @@ class Core:
         match order:
             case StageRevision(revision):
                 warmth.stage_refused(worker_id, revision)
+            case SetAdapters(replica_id):
+                self.lifecycle.adapters.refused(replica_id, reason, message)
+                if (holder := self.fleet.replica(replica_id)) is not None:
+                    self.lifecycle.reconcile(holder.model, now)
             case StartReplica(replica_id) | SleepReplica(replica_id) | WakeReplica(replica_id):
                 replica = self.fleet.replica(replica_id)
                 if replica is None:
@@ -294,6 +322,9 @@ class Core:
             self.lifecycle.handle(entry.name, machine.Changed(), now)
             self.lifecycle.reconcile(entry.name, now)
             self._release(entry.name, now)
+            for model in list(self.fleet.models()) if entry.is_adapter else ():
+                # Replicas that have it are to have its new revision.
+                self.lifecycle.reconcile(model, now)
         return self._take(now)
 
     def model_deleted(self, name: str, now: float) -> list[actions.Action]:
@@ -400,12 +431,14 @@ class Core:
 
     def _release(self, model: str, now: float) -> None:
         entry = self.catalogue.find(model)
-        while entry is not None and (hold := self.holds.first(model)) is not None:
-            chosen = self.traffic.pick(entry, hold.request_id, now)
-            if chosen is None:
-                return
-            self.holds.remove(hold.hold_id)
-            self._out([actions.Release(hold, chosen)])
+        for adapter in self.holds.lanes(model) if entry is not None else ():
+            assert entry is not None
+            while (hold := self.holds.first_of_lane(model, adapter)) is not None:
+                chosen = self._pick(entry, hold.request_id, now, adapter)
+                if chosen is None:
+                    break
+                self.holds.remove(hold.hold_id)
+                self._out([actions.Release(hold, chosen)])
 
     def _resynchronise(self, now: float, *, is_complete: bool) -> None:
         if self.lifecycle.is_open:
@@ -420,6 +453,8 @@ class Core:
         retry_after = self.lifecycle.remaining_seconds(entry, now) if entry is not None else 1.0
         state = self.lifecycle.activation(hold.model).state
         progress = "is still starting" if state is ActivationState.STARTING else "has no replica that takes requests"
+        if hold.adapter:
+            progress += f" for the adapter '{hold.adapter}'"
         return HoldExpired(
             f"the model '{hold.model}' {progress} after {now - hold.since:.0f} s; try again in {retry_after:.0f} s",
             metadata={"model": hold.model, "waited_seconds": f"{now - hold.since:.1f}", "activation": state.name},

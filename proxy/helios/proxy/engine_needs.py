@@ -50,6 +50,11 @@ class EngineNeeds:
     role: str = ""
 
     @property
+    def named_adapters(self) -> tuple[tuple[str, str], ...]:
+        """What requests call each adapter, and its model."""
+        return tuple(zip(self.adapter_names, self.adapters, strict=True))
+
+    @property
     def models(self) -> tuple[str, ...]:
         """Other models whose bytes a replica needs."""
         return tuple(name for name in (self.draft_model, *self.adapters) if name)
@@ -73,7 +78,7 @@ class EngineNeeds:
 def needs_of(settings: str) -> EngineNeeds:
     """Reads a settings document; an empty one says nothing."""
     values: Mapping[str, Any] = json.loads(settings) if settings else {}
-    adapters = values.get("lora", {}).get("adapters", ())
+    adapters = [adapter for adapter in values.get("lora", {}).get("adapters", ()) if adapter.get("name")]
     return EngineNeeds(
         engine=values.get("engine", ""),
         dtype=values.get("dtype", ""),
@@ -87,7 +92,7 @@ def needs_of(settings: str) -> EngineNeeds:
         draft_model=values.get("speculative_decoding", {}).get("draft_model", ""),
         adapters=tuple(adapter.get("model", "") for adapter in adapters),
         role=values.get("role", "").removeprefix("DISAGGREGATION_ROLE_").lower(),
-        adapter_names=tuple(adapter["name"] for adapter in adapters if adapter.get("name")),
+        adapter_names=tuple(adapter["name"] for adapter in adapters),
     )
 
 

@@ -35,7 +35,9 @@ class HoldLimits:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """A request that waits. Times are monotonic seconds; `model` is the model's own name.
+    """A request that waits. Times are monotonic seconds; `model` is the model's own name, `adapter` the one it names.
+
+    Requests of one model for different adapters wait in lanes of their own; "" is the lane of the model itself.
 
     What a start is told of the request that asked for it: `requested_at`, its arrival in seconds since the epoch (0:
     not known), and `traceparent`, its W3C trace context.
@@ -49,6 +51,7 @@ class Hold:
     deadline: float
     requested_at: float = 0.0
     traceparent: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ class Holds:
         self._limits = limits
         self._holds: dict[int, Hold] = {}
         self._by_model: dict[str, OrderedDict[int, Hold]] = {}
+        self._lanes: dict[str, dict[str, OrderedDict[int, Hold]]] = {}
         # Entries of holds that left are skipped when met: a heap has no cheap removal.
         self._deadlines: list[tuple[float, int]] = []
         self._size_bytes = 0
@@ -92,6 +96,8 @@ class Holds:
             raise Overloaded(message, metadata={"model": hold.model, "bound": bound})
         self._holds[hold.hold_id] = hold
         self._by_model.setdefault(hold.model, OrderedDict())[hold.hold_id] = hold
+        lanes = self._lanes.setdefault(hold.model, {})
+        lanes.setdefault(hold.adapter, OrderedDict())[hold.hold_id] = hold
         heappush(self._deadlines, (hold.deadline, hold.hold_id))
         self._size_bytes += hold.size_bytes
 
@@ -99,6 +105,22 @@ class Holds:
         """The hold of a model that came first."""
         queue = self._by_model.get(model)
         return next(iter(queue.values())) if queue else None
+
+    def lanes(self, model: str) -> list[str]:
+        """Adapters of a model that requests wait for; "" is the model itself."""
+        return list(self._lanes.get(model, ()))
+
+    def first_of_lane(self, model: str, adapter: str) -> Hold | None:
+        """The hold for an adapter of a model that came first."""
+        lane = self._lanes.get(model, {}).get(adapter)
+        return next(iter(lane.values())) if lane else None
+
+    def take_lane(self, model: str, adapter: str) -> list[Hold]:
+        """Ends all holds for an adapter of a model, first come first."""
+        holds = list(self._lanes.get(model, {}).get(adapter, {}).values())
+        for hold in holds:
+            self.remove(hold.hold_id)
+        return holds
 
     def remove(self, hold_id: int) -> Hold | None:
         """Ends a hold: released, or its client left. None where it has ended already."""
@@ -109,6 +131,12 @@ class Holds:
         del queue[hold_id]
         if not queue:
             del self._by_model[hold.model]
+        lanes = self._lanes[hold.model]
+        del lanes[hold.adapter][hold_id]
+        if not lanes[hold.adapter]:
+            del lanes[hold.adapter]
+        if not lanes:
+            del self._lanes[hold.model]
         self._size_bytes -= hold.size_bytes
         if len(self._deadlines) > 64 + 2 * len(self._holds):
             self._deadlines = [(held.deadline, key) for key, held in self._holds.items()]

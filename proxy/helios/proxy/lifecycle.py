@@ -14,6 +14,7 @@ from helios.proxy import actions
 from helios.proxy.activation import machine, placement
 from helios.proxy.activation.estimate import StartEstimates
 from helios.proxy.activation.machine import Activation, ActivationPolicy, ActivationState
+from helios.proxy.adapters import Adapters
 from helios.proxy.catalogue import Catalogue, ModelEntry, shown
 from helios.proxy.engine_needs import needs_of, with_revisions
 from helios.proxy.fleet.commands import CommandBook, DrainReplica, EvictRevision, Order, StartReplica, StopReplica
@@ -84,6 +85,9 @@ class Lifecycle:
         self._waking: set[str] = set()
         self.room = Room(policy.sizing, policy.residency_seconds, traffic=traffic, catalogue=catalogue, holds=holds)
         self.warmth = Warmth(policy.warmth, traffic=traffic, catalogue=catalogue, send=self._send)
+        self.adapters = Adapters(
+            traffic=traffic, catalogue=catalogue, holds=holds, send=self._send, report=self._report
+        )
 
     def activation(self, model: str) -> Activation:
         """The model's activation."""
@@ -128,6 +132,7 @@ class Lifecycle:
         elif len(awake) > desired.drain_above:
             self._put_down(entry, awake, len(awake) - desired.drain_above, now)
         self._adopt(model, awake, now)
+        self.adapters.follow(entry, now)
 
     def demand(self, entry: ModelEntry, now: float) -> None:
         """Asks for a replica, whatever the model's use so far.
@@ -176,6 +181,7 @@ class Lifecycle:
         self._waking.discard(replica_id)
         self.warmth.forget(replica_id)
         self.room.forget(replica_id)
+        self.adapters.forget(replica_id)
 
     def drain(self, replica: Replica, now: float) -> None:
         """Takes a replica out: un-pick, then drain; its endpoint goes when it is gone. One not ready yet is stopped."""
@@ -443,7 +449,7 @@ class Lifecycle:
 
     def _evict_idle(self) -> None:
         for revision in list(self._evicting):
-            if any(replica.revision == revision for replica in self._traffic.fleet.replicas()):
+            if any(_uses(replica, revision) for replica in self._traffic.fleet.replicas()):
                 continue
             self._evicting.discard(revision)
             for worker in self._traffic.fleet.workers():
@@ -451,6 +457,13 @@ class Lifecycle:
 
     def _send(self, worker_id: str, order: Order) -> None:
         self.outbox.append(actions.Send(self._commands.issue(worker_id, order)))
+
+    def _report(self, action: actions.Action) -> None:
+        self.outbox.append(action)
+
+
+def _uses(replica: Replica, revision: str) -> bool:
+    return replica.revision == revision or any(held.adapter.revision == revision for held in replica.adapters)
 
 
 def _check_unpinned(entry: ModelEntry) -> None:

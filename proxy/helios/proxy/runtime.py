@@ -168,7 +168,8 @@ class Runtime:
         self, entry: ModelEntry, arrival: Arrival, span: trace.Span, *, size_bytes: int, deadline: float
     ) -> Pick:
         since = time.monotonic()
-        request_id, why = arrival.request_id, self._why_held(entry.name)
+        adapter = arrival.name if arrival.name in entry.adapters else ""
+        request_id, why = arrival.request_id, self._why_held(entry.name, adapter)
         hold, todo = self.core.hold(
             entry,
             request_id,
@@ -177,6 +178,7 @@ class Runtime:
             now=since,
             requested_at=arrival.began_wall,
             traceparent=_traceparent(span),
+            adapter=adapter,
         )
         self.journal.held(
             request_id,
@@ -252,7 +254,7 @@ class Runtime:
                     self._report(action)
         self._publish()
 
-    def _why_held(self, model: str) -> str:
+    def _why_held(self, model: str, adapter: str) -> str:
         """Says, for people, why no replica of a model takes a request now."""
         ahead_count = self.core.holds.count(model)
         excluded = self.core.traffic.exclusions(model)
@@ -260,6 +262,8 @@ class Runtime:
             why = "this proxy has just started and waits for its workers"
         elif excluded:
             why = "no replica can be picked: " + ", ".join(f"{key} is {reason}" for key, reason in excluded[:4])
+        elif adapter and self.core.traffic.has_candidates(model):
+            why = f"no replica has the adapter {adapter!r} yet"
         else:
             why = "there is no replica"
         return f"{why}; {ahead_count} request(s) waited already" if ahead_count else why

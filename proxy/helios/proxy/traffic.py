@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from helios.proxy.breaker import BreakerPolicy, Breakers
 from helios.proxy.catalogue import ModelEntry
-from helios.proxy.fleet.state import Change, FleetState, Load, Replica, ReplicaState
+from helios.proxy.fleet.state import Adapter, AdapterState, Change, FleetState, Load, Replica, ReplicaState
 from helios.proxy.ledger import Ledger
 from helios.proxy.routing.pick import Pick, pick
 from helios.proxy.routing.table import Facts, RoutingTable, exclusion, score
@@ -49,10 +49,19 @@ class Traffic:
         self._opened: set[str] = set()
         # By model, as a tuple that is made anew where it changes: a pick takes it as it is.
         self._excluded: dict[str, tuple[tuple[str, str], ...]] = {}
+        # Replicas that have an adapter loaded; few picks name one, so candidates are looked up here and not grouped.
+        self._holders: dict[Adapter, set[str]] = {}
 
-    def pick(self, entry: ModelEntry, request_id: str, now: float) -> Pick | None:
-        """Picks replicas for a request and reserves a place at the first; None where there is no candidate."""
-        chosen = pick(entry.name, entry.revision, self.table.snapshot(entry.name, entry.revision))
+    def pick(self, entry: ModelEntry, request_id: str, now: float, adapter: Adapter | None = None) -> Pick | None:
+        """Picks replicas for a request and reserves a place at the first; None where there is no candidate.
+
+        With an adapter, only replicas that have it are candidates.
+        """
+        snapshot = self.table.snapshot(entry.name, entry.revision)
+        if adapter is not None:
+            holders = self._holders.get(adapter, ())
+            snapshot = tuple(candidate for candidate in snapshot if candidate.replica_id in holders)
+        chosen = pick(entry.name, entry.revision, snapshot)
         if chosen is None:
             return None
         best = chosen.choices[0].replica_id
@@ -71,6 +80,7 @@ class Traffic:
         if change.before is None and change.after is None:
             return
         replica = change.replica
+        self._note_adapters(change)
         if change.after is None or change.after.state.is_gone:
             self._forget(replica)
             return
@@ -143,6 +153,10 @@ class Traffic:
     def is_candidate(self, replica_id: str) -> bool:
         """Whether a replica may be picked now."""
         return replica_id in self.table
+
+    def has_candidates(self, model: str) -> bool:
+        """Whether any replica of a model may be picked now."""
+        return any(replica.replica_id in self.table for replica in self.fleet.replicas_of(model))
 
     def last_used_at(self, model: str) -> float | None:
         """When a request of the model was last picked or reported; None for never, or not since `forget_use`."""
@@ -222,6 +236,19 @@ class Traffic:
         else:
             self._excluded.pop(replica.model, None)
 
+    def _note_adapters(self, change: Change) -> None:
+        before, after = _loaded(change.before), _loaded(change.after)
+        replica = change.replica
+        for adapter in before - after:
+            holders = self._holders.get(adapter, set())
+            holders.discard(replica.replica_id)
+            if not holders:
+                self._holders.pop(adapter, None)
+        for adapter in after - before:
+            self._holders.setdefault(adapter, set()).add(replica.replica_id)
+            # What waits for it can go on, if the replica is a candidate already.
+            self._opened.add(replica.model)
+
     def _forget(self, replica: Replica) -> None:
         replica_id = replica.replica_id
         self._note_exclusion(replica, None)
@@ -230,3 +257,9 @@ class Traffic:
         self.breakers.forget(replica_id)
         self._draining.discard(replica_id)
         self._ready_since.pop(replica_id, None)
+
+
+def _loaded(replica: Replica | None) -> set[Adapter]:
+    if replica is None or replica.state.is_gone:
+        return set()
+    return {held.adapter for held in replica.adapters if held.state is AdapterState.LOADED}

@@ -7,6 +7,8 @@ hello; workers carry a command out once however often it comes. Pure.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from helios.proxy.fleet.state import Adapter
+
 
 @dataclass(frozen=True, slots=True)
 class StartReplica:
@@ -83,6 +85,14 @@ class WakeReplica:
     replica_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class SetAdapters:
+    """Have these LoRA adapters, and no others."""
+
+    replica_id: str
+    adapters: tuple[Adapter, ...]
+
+
 Order = (
     StartReplica
     | DrainReplica
@@ -92,6 +102,7 @@ Order = (
     | UnstageRevision
     | SleepReplica
     | WakeReplica
+    | SetAdapters
 )
 
 

@@ -99,6 +99,34 @@ class Load:
     generated_tokens: int = 0
 
 
+class AdapterState(enum.Enum):
+    """Where an adapter of a replica stands."""
+
+    LOADING = 1
+    LOADED = 2
+    FAILED = 3
+    UNLOADING = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter: what requests call it, its name in the registry, its revision."""
+
+    name: str
+    model: str
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class HeldAdapter:
+    """An adapter that a replica has, or is to have."""
+
+    adapter: Adapter
+    state: AdapterState
+    failure_reason: str = ""
+    failure_message: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Replica:
     """One engine process group serving one model; `created_at` is in seconds since the epoch."""
@@ -124,6 +152,7 @@ class Replica:
     measured_bytes: int = 0
     can_sleep: bool = False
     wake_count: int = 0
+    adapters: tuple[HeldAdapter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

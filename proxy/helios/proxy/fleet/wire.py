@@ -17,6 +17,7 @@ from helios.proxy.fleet.commands import (
     Command,
     DrainReplica,
     EvictRevision,
+    SetAdapters,
     SleepReplica,
     StageRevision,
     StartReplica,
@@ -25,8 +26,11 @@ from helios.proxy.fleet.commands import (
     WakeReplica,
 )
 from helios.proxy.fleet.state import (
+    Adapter,
+    AdapterState,
     Device,
     DeviceKind,
+    HeldAdapter,
     Load,
     Replica,
     ReplicaState,
@@ -154,6 +158,7 @@ def replica_from_proto(message: types_pb2.Replica, worker_id: str) -> Replica:
         measured_bytes=message.measured_bytes,
         can_sleep=message.can_sleep,
         wake_count=message.wake_count,
+        adapters=tuple(map(_adapter_from_proto, message.adapters)),
     )
 
 
@@ -174,6 +179,7 @@ def replica_to_proto(replica: Replica) -> types_pb2.Replica:
         measured_bytes=replica.measured_bytes,
         can_sleep=replica.can_sleep,
         wake_count=replica.wake_count,
+        adapters=map(_adapter_to_proto, replica.adapters),
         phases=[types_pb2.PhaseTiming(phase=name, duration=duration(seconds)) for name, seconds in replica.phases],
         load=types_pb2.ReplicaLoad(
             running_requests=replica.load.running_count,
@@ -237,6 +243,9 @@ def command_to_proto(command: Command) -> pb.SessionResponse:
             message.stop.CopyFrom(pb.StopReplica(replica_id=replica_id))
         case EvictRevision(revision):
             message.evict.CopyFrom(pb.EvictRevision(revision=revision))
+        case SetAdapters(replica_id, adapters):
+            names = map(_named_to_proto, adapters)
+            message.set_adapters.CopyFrom(pb.SetAdapters(replica_id=replica_id, adapters=names))
         case _:
             _warmth_to_proto(command.order, message)
     return pb.SessionResponse(command=message)
@@ -252,6 +261,27 @@ def _warmth_to_proto(order: StageRevision | UnstageRevision | SleepReplica | Wak
             message.sleep.CopyFrom(pb.SleepReplica(replica_id=replica_id))
         case WakeReplica(replica_id):
             message.wake.CopyFrom(pb.WakeReplica(replica_id=replica_id))
+
+
+def _adapter_from_proto(message: types_pb2.ReplicaAdapter) -> HeldAdapter:
+    return HeldAdapter(
+        Adapter(message.adapter.name, message.adapter.model, message.adapter.revision),
+        known(int(message.state), AdapterState, AdapterState.LOADING),
+        message.failure.reason,
+        message.failure.message,
+    )
+
+
+def _adapter_to_proto(held: HeldAdapter) -> types_pb2.ReplicaAdapter:
+    state = types_pb2.AdapterState.ValueType(held.state.value)
+    message = types_pb2.ReplicaAdapter(adapter=_named_to_proto(held.adapter), state=state)
+    if held.failure_reason:
+        message.failure.reason, message.failure.message = held.failure_reason, held.failure_message
+    return message
+
+
+def _named_to_proto(adapter: Adapter) -> engine_settings_pb2.LoraAdapter:
+    return engine_settings_pb2.LoraAdapter(name=adapter.name, model=adapter.model, revision=adapter.revision)
 
 
 def _kind_name(kind: types_pb2.MemoryKind.ValueType) -> str:

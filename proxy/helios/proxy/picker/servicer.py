@@ -128,7 +128,8 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 reason="PREFILL_ONLY",
                 metadata={"param": "model"},
             )
-        pick = self._core.pick(entry, heads.request_id, time.monotonic())
+        adapter = model if model in entry.adapters else ""
+        pick = self._core.pick(entry, heads.request_id, time.monotonic(), adapter)
         if pick is not None:
             excluded = self._core.traffic.exclusions(entry.name)
             self._journal.picked(heads.request_id, (model, pick, excluded, began, arrived_at, time.monotonic()))
