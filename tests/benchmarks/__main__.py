@@ -1,7 +1,8 @@
 """Runs every benchmark and compares it with its bar (`make bench`).
 
-A benchmark is a module `tests/benchmarks/<name>_bench.py` with `run() -> list[dict]` (or an async one) that returns
-`name`, `value`, `unit`, `baseline` and `samples` of each result. build/bench.json gets these with `bar` and `ok` added.
+A benchmark is a module `tests/benchmarks/<name>_bench.py` whose `run()` gives dicts with `name`, `value`, `unit`,
+`baseline` and `samples`, one by one or as a list, or is a coroutine that returns a list. build/bench.json gets each at
+once, with `bar` and `ok` added: what was measured is not lost when a later one fails.
 `make bench ARGS="registry proxy"` runs only those modules. The exit status is 1 if a bar is missed.
 """
 
@@ -41,10 +42,10 @@ def main() -> int:
     for name, module in modules.items():
         if not only or name in only:
             console.print(f"running {name} …")
-            results += run(module)
-            # After each module: what was measured is not lost when a later one fails.
-            judged = judge(results, bars)
-            REPORT.write_text(json.dumps([line.as_json() for line in judged], indent=2) + "\n")
+            for result in run(module):
+                results.append(result)
+                judged = judge(results, bars)
+                REPORT.write_text(json.dumps([line.as_json() for line in judged], indent=2) + "\n")
     console.print(table(judged))
     absent = [] if only else missing(results, bars)
     for bar in absent:
@@ -52,12 +53,10 @@ def main() -> int:
     return 0 if all(line.ok for line in judged) and not absent else 1
 
 
-def run(module: str) -> list[Mapping[str, Any]]:
-    """Imports a benchmark and runs it."""
+def run(module: str) -> Iterable[Mapping[str, Any]]:
+    """Imports a benchmark and runs it; where its results come one by one, it runs while they are taken."""
     results = importlib.import_module(f"tests.benchmarks.{module}").run()
-    if inspect.iscoroutine(results):
-        results = asyncio.run(results)
-    return list(results)
+    return asyncio.run(results) if inspect.iscoroutine(results) else results
 
 
 def table(lines: Iterable[Judged]) -> Table:

@@ -17,9 +17,9 @@ import json
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,14 +44,14 @@ STREAM_TOKENS: Final = 1500
 Start = Mapping[str, float]
 
 
-def run(*, is_quick: bool = False) -> list[dict[str, Any]]:
+def run(*, is_quick: bool = False) -> Iterator[dict[str, Any]]:
     """Measures; `baseline` of the ratios is the other server's time in seconds."""
     with tempfile.TemporaryDirectory(prefix="hc") as name:
         sizes = [f"proxy.replica.{bound}_kv_cache_bytes={KV_CACHE_BYTES}" for bound in ("min", "max")]
         mesh = RunningMesh(Path(name, "state"), sizes)
         mesh.start()
         try:
-            return list(_measure(mesh, Path(name), is_quick=is_quick))
+            yield from _measure(mesh, Path(name), is_quick=is_quick)
         finally:
             mesh.stop()
 
@@ -114,14 +114,15 @@ def _second_start(mesh: RunningMesh, weights: Path) -> float:
     mesh.wait(lambda: not _replicas_of(mesh, SECOND_MODEL), ANSWER_SECONDS, "the second model is at zero")
     first_token_seconds(mesh.port, _body(MODEL), timeout_seconds=ANSWER_SECONDS)
     bodies = [_body(MODEL, max_tokens=STREAM_TOKENS, ignore_eos=True)]
-    streaming = threading.Thread(
-        target=stream_all, args=(mesh.port, bodies), kwargs={"timeout_seconds": ANSWER_SECONDS}, daemon=True
+    with ThreadPoolExecutor(1) as pool:
+        streaming = pool.submit(stream_all, mesh.port, bodies, timeout_seconds=ANSWER_SECONDS)
+        time.sleep(REST_SECONDS)
+        seconds = first_token_seconds(mesh.port, _body(SECOND_MODEL), timeout_seconds=ANSWER_SECONDS)
+        was_streaming = not streaming.done()
+        streamed_seconds, tokens = streaming.result()
+    assert was_streaming, (
+        f"the start took {seconds:.2f} s, the stream beside it {streamed_seconds:.2f} s ({tokens} tokens)"
     )
-    streaming.start()
-    time.sleep(REST_SECONDS)
-    seconds = first_token_seconds(mesh.port, _body(SECOND_MODEL), timeout_seconds=ANSWER_SECONDS)
-    assert streaming.is_alive(), "the first model streamed all the while"
-    streaming.join()
     return seconds
 
 

@@ -38,6 +38,8 @@ def stream_all(port: int, bodies: Sequence[bytes], *, timeout_seconds: float) ->
             for connection in readable:
                 data = connection.recv(65536)
                 received[connection] += data
+                if len(received[connection]) >= len(_OK) and not received[connection].startswith(_OK):
+                    raise RuntimeError(f"a stream was refused: {bytes(received[connection][:500])!r}")
                 if received[connection].endswith(_END):
                     busy.discard(connection)
                 elif not data:

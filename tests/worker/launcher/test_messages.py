@@ -19,7 +19,7 @@ SPEC = ReplicaSpec(
     revision="sha256:0",
     model_path="/models/m",
     created_at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
-    placement=Placement((1,), (0, 2)),
+    placement=Placement((1, 3)),
 )
 MESSAGES: list[Message] = [
     Fork(1, json.loads(json.dumps(SPEC.to_document())), 5),

@@ -67,7 +67,7 @@ async def test_two_ranks_give_the_tokens_of_one(
     changes: dict[str, Any] = {"kv_cache_bytes": 64 << 20, "max_context_tokens": 256}
     with running(launcher, leaves, tmp_path / "one", model, EngineSettings(dtype="float32"), **changes) as replica:
         expected = await complete(replica)
-    changes["placement"] = Placement(engine_cores=CORES[:2], api_cores=CORES[:2])
+    changes["placement"] = Placement(engine_cores=CORES[:2])
     replica = fork_real(launcher, leaves, tmp_path / "two", model, settings=split, **changes)
     processes = replica.tree()
     try:

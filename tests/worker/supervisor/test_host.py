@@ -104,11 +104,10 @@ def test_a_port_that_somebody_listens_on_is_not_picked() -> None:
 
 
 @given(slot=st.integers(0, 7), cores=st.lists(st.integers(0, 63), unique=True, max_size=9), count=st.integers(0, 4))
-def test_engine_and_api_share_no_core_and_use_only_given_ones(slot: int, cores: list[int], count: int) -> None:
+def test_an_engine_gets_only_given_cores_and_leaves_one_to_serve(slot: int, cores: list[int], count: int) -> None:
     placement = place(slot, cores, engine_core_count=count)
-    assert set(placement.engine_cores) | set(placement.api_cores) <= set(cores)
-    assert not set(placement.engine_cores) & set(placement.api_cores)
-    assert bool(placement.engine_cores) == bool(placement.api_cores) == (len(cores) >= 2 and count >= 1)
+    assert set(placement.engine_cores) < set(cores) or placement.engine_cores == ()
+    assert len(placement.engine_cores) == (min(count, len(cores) - 1) if len(cores) >= 2 else 0)
 
 
 def test_neighbours_compute_on_different_cores() -> None:
@@ -119,4 +118,3 @@ def test_neighbours_compute_on_different_cores() -> None:
 def test_each_rank_has_a_core_while_there_are_enough(slot: int, core_count: int, ranks: int) -> None:
     placement = place(slot, tuple(range(core_count)), engine_core_count=1, rank_count=ranks)
     assert len(set(placement.engine_cores)) == min(ranks, core_count)
-    assert placement.api_cores

@@ -27,12 +27,13 @@ from helios.worker.devices.inventory import Inventory, open_inventory
 from helios.worker.launcher.launchers import Launchers
 from helios.worker.replica.compile_cache import drop_unused
 from helios.worker.replica.engines import installed_engines, split_engine
-from helios.worker.replica.spec import ReplicaSpec
+from helios.worker.replica.spec import Placement, ReplicaSpec
 from helios.worker.replica_logs import drop_surplus, log_path
 from helios.worker.settings import WorkerSettings
 from helios.worker.supervisor.attach_servicer import AttachServicer
 from helios.worker.supervisor.core_placement import place
 from helios.worker.supervisor.fleet_session import FleetSession
+from helios.worker.supervisor.front_placement import FrontPlacement, bind_process
 from helios.worker.supervisor.gauges import keep_measuring
 from helios.worker.supervisor.host import pick_free_port, staging_memory_bytes
 from helios.worker.supervisor.ledger import Booking, Ledger
@@ -70,16 +71,18 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
         inventory = open_inventory(memory_bytes=device.memory_bytes, gpu_memory_ratio=device.gpu_memory_ratio)
         stack.callback(inventory.close)
         group = await stack.enter_async_context(task_scope())
+        ledger = _ledger(settings, inventory)
         supervisor = Supervisor(
             _rules(settings),
             group=group,
-            ledger=_ledger(settings, inventory),
+            ledger=ledger,
             launcher=launchers,
             weights=StorageClient(storage),
             replica_list=ReplicaList(settings.state_directory / "replicas.json", boot_id()),
             make_spec=_SpecMaker(settings, inventory),
             host_memory_bytes=staging_memory_bytes(settings.device.staging_bytes),
         )
+        _place_fronts(settings, supervisor, ledger)
         awaited_count = supervisor.recover()
         measuring = keep_measuring(inventory, supervisor, interval_seconds=settings.device.telemetry_seconds)
         group.create_task(measuring, name="measure devices")
@@ -111,6 +114,28 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
         group.create_task(_say_ready(launchers, engine, lifetime, address=server.address), name="say ready")
         await lifetime.wait_stop()
         await _stop(supervisor, settings)
+
+
+def _place_fronts(settings: WorkerSettings, supervisor: Supervisor, ledger: Ledger) -> None:
+    """Has every change of a replica tell all fronts where they may run."""
+    fronts = FrontPlacement(settings.usable_cores, bind_process)
+
+    def update() -> None:
+        replicas = supervisor.view().replicas
+        slots = {booking.replica_id: booking.slot for booking in ledger.bookings}
+        engines = {view.replica_id: _place(settings, slots[view.replica_id], view).engine_cores for view in replicas}
+        fronts.update(replicas, engines)
+
+    supervisor.on_changed = update
+
+
+def _place(settings: WorkerSettings, slot: int, view: ReplicaView) -> Placement:
+    return place(
+        slot,
+        settings.usable_cores,
+        engine_core_count=settings.device.engine_core_count,
+        rank_count=view.order.settings.rank_count,
+    )
 
 
 async def _say_ready(launchers: Launchers, engine: str, lifetime: Lifetime, *, address: str) -> None:
@@ -241,7 +266,6 @@ class _SpecMaker:
     def __call__(self, view: ReplicaView, booking: Booking, *, model_path: str, traceparent: str) -> ReplicaSpec:
         settings, order = self._settings, view.order
         identity = settings.mesh.identity
-        cores = settings.usable_cores
         return ReplicaSpec(
             replica_id=order.replica_id,
             model=order.model,
@@ -266,12 +290,7 @@ class _SpecMaker:
             compile_cache_directory=str(settings.compile_cache_directory),
             kv_directory=str((settings.state_directory / "kv").absolute()),
             created_at=order.created_at,
-            placement=place(
-                booking.slot,
-                cores,
-                engine_core_count=settings.device.engine_core_count,
-                rank_count=order.settings.rank_count,
-            ),
+            placement=_place(settings, booking.slot, view),
             is_background=order.is_background,
             drain_seconds=settings.replica.drain_seconds,
             orphan_seconds=settings.replica.orphan_seconds,

@@ -213,7 +213,6 @@ class _Replica:
         condition = self._condition
         condition.address, condition.max_context_tokens = address, engine.facts.max_context_tokens
         condition.can_sleep = engine.facts.can_sleep
-        bind_threads(self._spec.placement.api_cores)
         if self._spec.is_background:
             step_forward()
         now = time.monotonic()
@@ -278,17 +277,6 @@ class _Replica:
                 await asyncio.sleep(_FLUSH_SECONDS)
         except TimeoutError:
             log.warning("supervisor did not hear of the failure")
-
-
-def bind_threads(cores: tuple[int, ...]) -> None:
-    """Binds every thread of this process to ``cores``; empty does nothing.
-
-    Done when the start is over: until then the engine's cores have nothing else to do, and the start is waited for.
-    """
-    if cores:
-        for thread in Path("/proc/self/task").iterdir():
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(int(thread.name), cores)
 
 
 def _identity(spec: ReplicaSpec) -> IdentityFiles | None:

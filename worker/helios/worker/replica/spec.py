@@ -12,12 +12,10 @@ from helios.worker.replica.settings import EngineSettings, LoraAdapter
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Which processor cores a replica's processes run on. Empty tuples leave that to the kernel."""
+    """Which processor cores a replica's engine computes on. Its other processes are placed from outside."""
 
     engine_cores: tuple[int, ...] = ()
     """Cores of the process that computes; it uses one thread for each. Empty: one thread, any core."""
-    api_cores: tuple[int, ...] = ()
-    """Cores of the processes that schedule, serve and encode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +126,7 @@ class ReplicaSpec:
             for name in ("served_names", "device_ids", "device_uuids"):
                 values[name] = tuple(values[name])
             values["settings"] = EngineSettings.from_document(values["settings"])
-            cores = values["placement"]
-            values["placement"] = Placement(tuple(cores["engine_cores"]), tuple(cores["api_cores"]))
+            values["placement"] = Placement(tuple(values["placement"]["engine_cores"]))
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidRequest(f"not a replica spec: {error}") from error

@@ -1,7 +1,9 @@
-"""Which cores a replica runs on, so that two engines do not compute on the same core while another one idles.
+"""Which cores an engine computes on, so that two do not compute on the same core while another one idles.
 
 Measured with two cores and 32 streams: an engine left to the kernel reaches 306 tokens/s, one that has a core of its
-own, with the API process on the other core, 337.
+own 337.
+
+Where the other processes of a replica run is for ``front_placement``.
 """
 
 from collections.abc import Sequence
@@ -13,13 +15,12 @@ def place(slot: int, cores: Sequence[int], *, engine_core_count: int, rank_count
     """Returns the cores of the replica in ``slot``, whose engine computes in ``rank_count`` processes.
 
     Engines are laid out from the last core down, round and round, because kernels and other processes crowd the first
-    ones; the rest of the cores serve. With a single core there is nothing to choose. Ranks wait for each other in every
-    layer, so each gets a core of its own, and where none is left, serving shares theirs.
+    ones; at least one core is left to what serves. With a single core there is nothing to choose. Ranks wait for each
+    other in every layer, so each gets a core of its own, and where none is left, serving shares theirs.
     """
     if len(cores) < 2 or engine_core_count < 1:
         return Placement()
     if 1 < rank_count >= len(cores):
-        return Placement(engine_cores=tuple(cores), api_cores=tuple(cores))
+        return Placement(engine_cores=tuple(cores))
     count = min(max(engine_core_count, rank_count), len(cores) - 1)
-    engine = tuple(sorted(cores[(-1 - slot * count - offset) % len(cores)] for offset in range(count)))
-    return Placement(engine_cores=engine, api_cores=tuple(core for core in cores if core not in engine))
+    return Placement(tuple(sorted(cores[(-1 - slot * count - offset) % len(cores)] for offset in range(count))))

@@ -73,6 +73,7 @@ class Supervisor:
         host_memory_bytes: int = 0,
     ) -> None:
         self._rules = rules
+        self.on_changed: Callable[[], None] = lambda: None
         self._group = group
         self._ledger = ledger
         self._launcher = launcher
@@ -444,6 +445,7 @@ class Supervisor:
         if view.state.is_ended:
             self._states.pop(view.replica_id, None)
         self._measure_replicas()
+        self.on_changed()
         self._list_changed.set()
         self._note_returned()
         self.feed.publish(view)
