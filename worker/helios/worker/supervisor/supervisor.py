@@ -6,7 +6,7 @@ awaits, so there are no locks. It knows neither gRPC nor an engine.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
