@@ -24,6 +24,7 @@ from helios.api.admin.v1 import admin_service_pb2 as admin_pb
 from helios.api.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 from helios.api.catalog.v1 import model_service_pb2 as catalog_pb
 from helios.api.catalog.v1.model_service_pb2_grpc import ModelServiceStub
+from helios.api.engine.v1 import engine_settings_pb2 as engine_pb
 from helios.api.fleet.v1 import fleet_service_pb2
 from helios.api.fleet.v1 import types_pb2 as fleet_pb
 from helios.cli import engine_settings
@@ -446,6 +447,9 @@ def _replica_table(response: admin_pb.ListReplicasResponse) -> Table:
     for entry in response.replicas:
         replica = entry.replica
         name = fleet_pb.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()
+        if replica.compilation:
+            form = engine_pb.CompilationMode.Name(replica.compilation).removeprefix("COMPILATION_MODE_").lower()
+            name = f"{name}, {form}"
         seconds = sum(phase.duration.ToMilliseconds() for phase in replica.phases) / 1000
         running = str(replica.load.running_requests)
         sizes = _size(replica.memory_bytes), _size(replica.measured_bytes) if replica.measured_bytes else ""

@@ -15,6 +15,7 @@ TOKEN_USAGE: Final = "gen_ai_client_token_usage"  # noqa: S105
 
 # Proxy.
 ACTIVATIONS_TOTAL: Final = "helios_activations_total"
+SWAPS_TOTAL: Final = "helios_swaps_total"
 ACTIVATION_SECONDS: Final = "helios_activation_seconds"
 # helios.cold_start.phase.duration in OpenTelemetry's form; attributes phase and model.
 COLD_START_PHASE_DURATION_SECONDS: Final = "helios_cold_start_phase_duration_seconds"

@@ -93,6 +93,53 @@ class ActivationFailed:
     held_count: int
 
 
+@dataclass(frozen=True, slots=True)
+class SwapBegun:
+    """A compiled replica was ordered in the background; `placement` says, for people, why there."""
+
+    model: str
+    replica_id: str
+    worker_id: str
+    placement: str
+
+
+@dataclass(frozen=True, slots=True)
+class SwapReady:
+    """A compiled replica is ready, `seconds` after it was ordered, and waits to be known to every Envoy."""
+
+    model: str
+    replica_id: str
+    seconds: float
+    phases: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SwapDone:
+    """An eager replica drains in favour of a compiled one."""
+
+    model: str
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SwapStopped:
+    """A compiled replica on its way is stopped; it was no failure of its own."""
+
+    model: str
+    replica_id: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class SwapFailed:
+    """A compiled replica failed, and the model stays eager: for `pause_seconds`, or until it changes (0)."""
+
+    model: str
+    reason: str
+    message: str
+    pause_seconds: float
+
+
 Action = (
     Send
     | Release
@@ -104,4 +151,9 @@ Action = (
     | ActivationDelayed
     | ActivationDone
     | ActivationFailed
+    | SwapBegun
+    | SwapReady
+    | SwapDone
+    | SwapStopped
+    | SwapFailed
 )

@@ -413,11 +413,9 @@ class Core:
             self.lifecycle.room.measure(replica)
             if is_gone:
                 has_room = True
-                self.lifecycle.forget(replica.replica_id)
-                gone = _gone(replica, is_worker_lost=is_worker_lost)
-                self.lifecycle.handle(replica.model, gone, now)
+                self.lifecycle.gone(replica, _gone(replica, is_worker_lost=is_worker_lost), now)
             elif replica.state is ReplicaState.READY:
-                self.lifecycle.handle(replica.model, machine.Ready(replica.replica_id), now)
+                self.lifecycle.ready(replica, now)
             self.lifecycle.reconcile(replica.model, now)
         if has_room:
             self.lifecycle.capacity_changed(now)
@@ -472,15 +470,7 @@ class Core:
 
 
 def _failed(replica: Replica, reason: str, message: str) -> Replica:
-    return Replica(
-        replica_id=replica.replica_id,
-        model=replica.model,
-        revision=replica.revision,
-        state=ReplicaState.FAILED,
-        worker_id=replica.worker_id,
-        failure_reason=reason,
-        failure_message=message,
-    )
+    return replace(replica, state=ReplicaState.FAILED, failure_reason=reason, failure_message=message)
 
 
 def _gone(replica: Replica, *, is_worker_lost: bool) -> machine.Gone:

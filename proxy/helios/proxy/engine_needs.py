@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
+from helios.proxy.fleet.state import Form
+
 # Bytes of one value, by type. Integers of four bits are kept in bytes by some engines: rather too much than too little.
 _ELEMENT_BYTES: Final[Mapping[str, int]] = {"float32": 4, "float16": 2, "bfloat16": 2}
+_FORMS: Final = {f"COMPILATION_MODE_{form.name}": form for form in (Form.EAGER, Form.COMPILED)}
+_BOTH_FORMS: Final = "COMPILATION_MODE_EAGER_THEN_COMPILED"
 _SMALL_ELEMENTS: Final = ("fp8", "int8", "int4", "nvfp4", "turboquant", "ultraquant")
 
 
@@ -34,6 +38,8 @@ class EngineNeeds:
         adapters: models with adapters.
         adapter_names: what requests call them.
         role: "prefill" or "decode"; "both" and empty are the same.
+        form: how replicas run it, where they are told.
+        has_both_forms: replicas start eager, and give their place to compiled ones.
     """
 
     engine: str = ""
@@ -48,6 +54,8 @@ class EngineNeeds:
     adapters: tuple[str, ...] = ()
     adapter_names: tuple[str, ...] = ()
     role: str = ""
+    form: Form = Form.UNKNOWN
+    has_both_forms: bool = False
 
     @property
     def named_adapters(self) -> tuple[tuple[str, str], ...]:
@@ -91,9 +99,19 @@ def needs_of(settings: str) -> EngineNeeds:
         max_batched_tokens=int(values.get("max_batched_tokens", 0)),
         draft_model=values.get("speculative_decoding", {}).get("draft_model", ""),
         adapters=tuple(adapter.get("model", "") for adapter in adapters),
+        form=_FORMS.get(values.get("compilation", ""), Form.UNKNOWN),
+        has_both_forms=values.get("compilation") == _BOTH_FORMS,
         role=values.get("role", "").removeprefix("DISAGGREGATION_ROLE_").lower(),
         adapter_names=tuple(adapter["name"] for adapter in adapters),
     )
+
+
+@lru_cache(maxsize=4096)
+def with_form(settings: str, form: Form) -> str:
+    """The settings with which one form is ordered, of a model that is to have both; of another one, its settings."""
+    if not settings or not needs_of(settings).has_both_forms:
+        return settings
+    return json.dumps(json.loads(settings) | {"compilation": f"COMPILATION_MODE_{form.name}"}, sort_keys=True)
 
 
 def with_revisions(settings: str, revisions: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ about the model changed, and by the clock. It is level-triggered: a lost event c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from helios.mesh.errors import HeliosError, ModelNotFound, NoReadyReplica, PreconditionFailed
 from helios.proxy import actions
@@ -16,13 +16,14 @@ from helios.proxy.activation.estimate import StartEstimates
 from helios.proxy.activation.machine import Activation, ActivationPolicy, ActivationState
 from helios.proxy.adapters import Adapters
 from helios.proxy.catalogue import Catalogue, ModelEntry, shown
-from helios.proxy.engine_needs import needs_of, with_revisions
+from helios.proxy.engine_needs import EngineNeeds, needs_of, with_revisions
 from helios.proxy.fleet.commands import CommandBook, DrainReplica, EvictRevision, Order, StartReplica, StopReplica
-from helios.proxy.fleet.state import Replica, ReplicaState, Staged
+from helios.proxy.fleet.state import Form, Replica, ReplicaState, Staged
 from helios.proxy.holds import Holds
-from helios.proxy.room import Room
+from helios.proxy.room import Room, in_form
 from helios.proxy.scaling import Desired, Usage, desired_replicas
 from helios.proxy.sizing import SizingPolicy
+from helios.proxy.swap import SwapPolicy, Swaps
 from helios.proxy.traffic import Traffic
 from helios.proxy.warmth import Warmth, WarmthPolicy
 
@@ -39,6 +40,7 @@ class LifecyclePolicy:
         start_base_seconds: guess of a first start, without its weights.
         start_bytes_per_second: guess of how fast weights come.
         warmth: what is kept of models that nobody uses.
+        swap: when eager replicas give their place to compiled ones.
     """
 
     activation: ActivationPolicy
@@ -50,13 +52,15 @@ class LifecyclePolicy:
     start_base_seconds: float
     start_bytes_per_second: float
     warmth: WarmthPolicy = field(default_factory=WarmthPolicy)
+    swap: SwapPolicy = field(default_factory=SwapPolicy)
 
 
 class Lifecycle:
     """Activation, scaling and preemption.
 
-    Invariants: a model has at most one start under way that this proxy asked for; a start is asked for only where fewer
-    replicas of the served revision exist than are wanted, those that are starting counted.
+    Invariants: a model has at most one start under way that this proxy asked for, and one spare beside (see `swap`); a
+    start is asked for only where fewer replicas of the served revision exist than are wanted, those that are starting
+    counted and spares not.
     """
 
     def __init__(
@@ -83,10 +87,18 @@ class Lifecycle:
         self._activations: dict[str, Activation] = {}
         self._evicting: set[str] = set()
         self._waking: set[str] = set()
+        self._drain_seconds: dict[str, float] = {}
         self.room = Room(policy.sizing, policy.residency_seconds, traffic=traffic, catalogue=catalogue, holds=holds)
         self.warmth = Warmth(policy.warmth, traffic=traffic, catalogue=catalogue, send=self._send)
         self.adapters = Adapters(
             traffic=traffic, catalogue=catalogue, holds=holds, send=self._send, report=self._report
+        )
+        self.swaps = Swaps(
+            policy.swap,
+            traffic=traffic,
+            order=self._start_spare,
+            stop=self.drain,
+            report=self._report,
         )
 
     def activation(self, model: str) -> Activation:
@@ -126,12 +138,13 @@ class Lifecycle:
                 self.drain(replica, now)
         current = [replica for replica in replicas if replica.revision == entry.revision]
         desired = self._desired(entry, current, now)
-        awake = [replica for replica in current if replica.state is not ReplicaState.ASLEEP]
-        if len(awake) < desired.start_below:
-            self._demand(entry, awake, now)
-        elif len(awake) > desired.drain_above:
-            self._put_down(entry, awake, len(awake) - desired.drain_above, now)
-        self._adopt(model, awake, now)
+        standing, spares = self.swaps.split(current, now)
+        if len(standing) < desired.start_below:
+            self._demand(entry, standing, now)
+        elif len(standing) > desired.drain_above:
+            self._put_down(entry, standing, len(standing) - desired.drain_above, now)
+        self._adopt(model, standing, now)
+        self.swaps.follow(entry, standing, spares, now, is_wanted=desired.drain_above > 0)
         self.adapters.follow(entry, now)
 
     def demand(self, entry: ModelEntry, now: float) -> None:
@@ -142,8 +155,8 @@ class Lifecycle:
         """
         self._traffic.use(entry.name, now)
         current = [r for r in self._traffic.fleet.replicas_of(entry.name) if not self._traffic.is_draining(r)]
-        awake = [replica for replica in current if replica.state is not ReplicaState.ASLEEP]
-        if any(replica.revision == entry.revision for replica in awake) or not self.is_open:
+        standing, _ = self.swaps.split(current, now)
+        if any(replica.revision == entry.revision for replica in standing) or not self.is_open:
             return
         error = self._handle(entry.name, machine.Demanded(by_operator=True), now, may_preempt=True)
         if error is not None:
@@ -176,27 +189,36 @@ class Lifecycle:
             if activation.is_blocked:
                 self.handle(model, machine.Changed(), now)
 
-    def forget(self, replica_id: str) -> None:
-        """The replica is gone."""
-        self._waking.discard(replica_id)
-        self.warmth.forget(replica_id)
-        self.room.forget(replica_id)
-        self.adapters.forget(replica_id)
+    def ready(self, replica: Replica, now: float) -> None:
+        """The replica is ready."""
+        self.swaps.ready(replica, now)
+        self.handle(replica.model, machine.Ready(replica.replica_id), now)
 
-    def drain(self, replica: Replica, now: float) -> None:
-        """Takes a replica out: un-pick, then drain; its endpoint goes when it is gone. One not ready yet is stopped."""
+    def gone(self, replica: Replica, event: machine.Gone, now: float) -> None:
+        """The replica is gone."""
+        self._waking.discard(replica.replica_id)
+        self._drain_seconds.pop(replica.replica_id, None)
+        self.warmth.forget(replica.replica_id)
+        self.room.forget(replica.replica_id)
+        self.adapters.forget(replica.replica_id)
+        self.swaps.gone(replica, event, now)
+        self.handle(replica.model, event, now)
+
+    def drain(self, replica: Replica, now: float, *, seconds: float | None = None) -> None:
+        """Takes a replica out: un-pick, then drain; its endpoint goes when it is gone. One not ready yet is stopped.
+
+        Requests that run may go on for `seconds`, also where the order is repeated; None is the policy's time.
+        """
         if self._traffic.is_draining(replica) and self._commands.has_pending_drain(
             replica.worker_id, replica.replica_id
         ):
             return
         self._traffic.drain_asked(replica.replica_id)
         self.handle(replica.model, machine.Withdrawn(replica.replica_id), now)
+        seconds = self.policy.drain_seconds if seconds is None else seconds
+        seconds = self._drain_seconds.setdefault(replica.replica_id, seconds)
         is_routable = replica.state in (ReplicaState.READY, ReplicaState.DRAINING)
-        order: Order = (
-            DrainReplica(replica.replica_id, self.policy.drain_seconds)
-            if is_routable
-            else StopReplica(replica.replica_id)
-        )
+        order: Order = DrainReplica(replica.replica_id, seconds) if is_routable else StopReplica(replica.replica_id)
         self._send(replica.worker_id, order)
 
     def drain_all(self, model: str, now: float) -> int:
@@ -290,21 +312,18 @@ class Lifecycle:
                 f" settings (helios models set MODEL --set lora.adapters={model}:{model})"
             )
             return machine.Refused("INVALID_ENGINE_SETTINGS", message, 1.0)
-        others = {name: self._catalogue.named(name) for name in needs.models}
-        revisions = {name: other.revision for name, other in others.items() if other is not None}
-        if missing := others.keys() - revisions.keys():
+        revisions = self._revisions(needs)
+        if missing := set(needs.models) - revisions.keys():
             message = f"its engine settings name the model '{min(missing)}', which does not exist"
             return machine.Refused("INVALID_ENGINE_SETTINGS", message, 1.0)
         sleeper = self.warmth.sleeper(entry)
         if sleeper is not None:
             return machine.Placed(self._wake(sleeper))
         workers = [self.room.capacity(w, entry, now) for w in self._traffic.fleet.workers() if w.is_reachable]
-        # What stands behind a colon is the engine's own business.
-        engine = (needs.engine or self.policy.engine).partition(":")[0]
-        plan = placement.place(engine, workers, may_preempt=may_preempt)
+        plan = placement.place(self._engine(needs), workers, may_preempt=may_preempt)
         match plan:
             case placement.Placed(worker_id, reason):
-                return machine.Placed(self._start(entry, worker_id, revisions, reason))
+                return machine.Placed(self._start(in_form(entry, Form.EAGER), worker_id, revisions, reason))
             case placement.Preempt(worker_id, replica_ids):
                 return self._preempt(model, worker_id, replica_ids, now)
             case placement.Wait(reason, message):
@@ -320,7 +339,8 @@ class Lifecycle:
             replica = self._traffic.fleet.replica(replica_id)
             assert replica is not None
             idle_seconds = now - (self._traffic.last_used_at(replica.model) or now)
-            victims.append(f"{replica.model} (unused for {idle_seconds:.0f} s)")
+            unused = "a compiled replica on its way" if replica.is_spare else f"unused for {idle_seconds:.0f} s"
+            victims.append(f"{replica.model} ({unused})")
             entry = self._catalogue.find(replica.model)
             if replica.state is ReplicaState.READY:
                 # One that sleeps says nothing of the model's other replicas, which may be in use.
@@ -384,12 +404,43 @@ class Lifecycle:
         self.outbox.append(begun)
         return replica.replica_id
 
+    def _start_spare(self, entry: ModelEntry, now: float) -> Replica | None:
+        """Orders a compiled replica in the background, where there is room that nothing else wants."""
+        entry = in_form(entry, Form.COMPILED)
+        needs = needs_of(entry.engine_settings)
+        revisions = self._revisions(needs)
+        is_room_wanted = any(one.state is ActivationState.WAITING for one in self._activations.values())
+        if is_room_wanted or set(needs.models) - revisions.keys():
+            return None
+        # Two compiles on one node would only be ready later.
+        workers = [
+            replace(self.room.capacity(worker, entry, now), victims=())
+            for worker in self._traffic.fleet.workers()
+            if worker.is_reachable and not any(replica.is_spare for replica in worker.replicas.values())
+        ]
+        plan = placement.place(self._engine(needs), workers, may_preempt=False)
+        if not isinstance(plan, placement.Placed):
+            return None
+        order = self._order(entry, plan.worker_id, revisions, is_background=True)
+        self.outbox.append(actions.SwapBegun(entry.name, order.replica_id, plan.worker_id, plan.reason))
+        return self._traffic.fleet.replica(order.replica_id)
+
     def _start(self, entry: ModelEntry, worker_id: str, revisions: Mapping[str, str], placed: str) -> str:
+        order = self._order(entry, worker_id, revisions)
+        held_count = self._holds.count(entry.name)
+        self.outbox.append(
+            actions.ActivationBegun(entry.name, order.replica_id, worker_id, held_count, placed, order.traceparent)
+        )
+        return order.replica_id
+
+    def _order(
+        self, entry: ModelEntry, worker_id: str, revisions: Mapping[str, str], *, is_background: bool = False
+    ) -> StartReplica:
+        """Sends a start command and believes in its replica; a request that waits is told of by one that answers it."""
         worker = self._traffic.fleet.worker(worker_id)
         assert worker is not None
         needs, size = needs_of(entry.engine_settings), self.room.size_on(worker, entry)
-        asking = self._holds.first(entry.name)
-        traceparent = asking.traceparent if asking is not None else ""
+        asking = None if is_background else self._holds.first(entry.name)
         replica_id = self._new_id()
         self._evicting.discard(entry.revision)
         order = StartReplica(
@@ -405,27 +456,45 @@ class Lifecycle:
             memory_items=size.items,
             device_count=self.room.device_count(worker, entry),
             requested_at=asking.requested_at if asking is not None else 0.0,
-            traceparent=traceparent,
+            traceparent=asking.traceparent if asking is not None else "",
+            is_background=is_background,
         )
         self._traffic.fleet.believe(asked_replica(worker_id, order))
         self.room.started(replica_id, entry.engine_settings)
         self._send(worker_id, order)
-        held_count = self._holds.count(entry.name)
-        self.outbox.append(actions.ActivationBegun(entry.name, replica_id, worker_id, held_count, placed, traceparent))
-        return replica_id
+        return order
+
+    def _revisions(self, needs: EngineNeeds) -> dict[str, str]:
+        """The revisions of the other models that a replica needs, as far as there are such models."""
+        others = ((name, self._catalogue.named(name)) for name in needs.models)
+        return {name: other.revision for name, other in others if other is not None}
+
+    def _engine(self, needs: EngineNeeds) -> str:
+        # What stands behind a colon is the engine's own business.
+        return (needs.engine or self.policy.engine).partition(":")[0]
 
     def _adopt(self, model: str, current: list[Replica], now: float) -> None:
-        starting = next((replica for replica in current if replica.state.is_starting), None)
+        # One that was stopped a moment ago is none: its end would be taken for a failure.
+        awaited = (r for r in current if r.state.is_starting and not self._traffic.is_draining(r))
+        starting = next(awaited, None)
         if starting is not None:
             self._handle(model, machine.Adopted(starting.replica_id), now, may_preempt=False)
 
     def _put_down(self, entry: ModelEntry, current: list[Replica], count: int, now: float) -> None:
-        # What is not ready yet goes first, then what has least to do.
-        def order(replica: Replica) -> tuple[bool, int, str]:
+        replaced = self.swaps.replaced(entry, current)
+
+        # What is not ready yet goes first, then what a compiled replica replaces, then what has least to do.
+        def order(replica: Replica) -> tuple[bool, bool, int, str]:
             load = replica.load.running_count + replica.load.waiting_count
-            return replica.state is ReplicaState.READY, load, replica.replica_id
+            is_replaced = replica.replica_id in replaced
+            return replica.state is ReplicaState.READY, not is_replaced, load, replica.replica_id
 
         for replica in sorted(current, key=order)[:count]:
+            if replica.replica_id in replaced and count < len(current):
+                # Nobody waits for its room, so that its requests may take their time.
+                self.drain(replica, now, seconds=self.policy.swap.drain_seconds)
+                self.outbox.append(actions.SwapDone(entry.name, replica.replica_id))
+                continue
             if self.warmth.may_sleep(replica):
                 self.warmth.sleep(replica)
                 continue
@@ -440,6 +509,7 @@ class Lifecycle:
         for hold in self._holds.take_all(model):
             self.outbox.append(actions.Fail(hold, model_not_found(model)))
         self._activations.pop(model, None)
+        self.swaps.forget(model)
         self._traffic.forget_use(model)
 
     def _fail_holds(self, model: str, error: HeliosError) -> int:
@@ -486,6 +556,8 @@ def asked_replica(worker_id: str, order: StartReplica) -> Replica:
         engine=order.engine,
         memory_bytes=order.memory_bytes,
         memory_items=order.memory_items,
+        form=needs_of(order.engine_settings).form,
+        is_background=order.is_background,
     )
 
 

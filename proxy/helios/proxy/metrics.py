@@ -20,6 +20,7 @@ ACTIVATIONS: Final = Counter(names.ACTIVATIONS_TOTAL, "Starts of replicas, by ou
 ACTIVATION_SECONDS: Final = Histogram(
     names.ACTIVATION_SECONDS, "From the decision to start a replica until it was ready", buckets=_WAIT_BUCKETS
 )
+SWAPS: Final = Counter(names.SWAPS_TOTAL, "Compiled replicas that were to replace eager ones, by outcome", ["outcome"])
 COLD_START_PHASE: Final = Histogram(
     names.COLD_START_PHASE_DURATION_SECONDS,
     "How long each phase of a cold start took, by model",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from helios.proxy.activation import placement
 from helios.proxy.catalogue import Catalogue, ModelEntry
-from helios.proxy.engine_needs import needs_of
-from helios.proxy.fleet.state import Replica, ReplicaState, Worker
+from helios.proxy.engine_needs import needs_of, with_form
+from helios.proxy.fleet.state import Form, Replica, ReplicaState, Worker
 from helios.proxy.holds import Holds
 from helios.proxy.sizing import MeasuredSizes, ReplicaSize, SizingPolicy, replica_size
 from helios.proxy.traffic import Traffic
@@ -57,13 +59,13 @@ class Room:
         is_told = replica.measured_bytes and kv_cache_bytes and replica.state is ReplicaState.READY
         if not is_told or entry is None or entry.revision != replica.revision:
             return
-        settings = self._settings.get(replica.replica_id, entry.engine_settings)
-        if settings != entry.engine_settings:
+        settings = self._settings.get(replica.replica_id, with_form(entry.engine_settings, replica.form))
+        if settings not in _forms(entry):
             return
         worker = self._traffic.fleet.worker(replica.worker_id)
         is_gpu = worker is not None and worker.has_gpus
         if self._measured.fixed_bytes(entry.revision, settings, is_gpu=is_gpu) is None:
-            self._measured.keep_only({(model.revision, model.engine_settings) for model in self._catalogue.models()})
+            self._measured.keep_only({(m.revision, form) for m in self._catalogue.models() for form in _forms(m)})
         self._measured.record(
             entry.revision,
             settings,
@@ -92,16 +94,24 @@ class Room:
             free_slot_count=worker.hello.slot_count - len(replicas),
             draining_bytes=sum(replica.memory_bytes for replica in draining),
             draining_count=len(draining),
-            victims=tuple(self._victim(r) for r in replicas if r.model != model and self._is_victim(r, now)),
+            victims=tuple(self._victim(r) for r in replicas if self._gives_way(r, model, now)),
         )
 
     def _size(self, entry: ModelEntry, *, is_gpu: bool) -> ReplicaSize:
+        # Of a model that has both forms, the one that it starts in.
+        entry = in_form(entry, Form.EAGER)
         draft = self._catalogue.named(needs_of(entry.engine_settings).draft_model)
         return replica_size(entry, self._policy, draft, measured=self._measured, is_gpu=is_gpu)
 
     def _victim(self, replica: Replica) -> placement.Victim:
         last_used_at = self._traffic.last_used_at(replica.model)
-        return placement.Victim(replica.replica_id, replica.memory_bytes, last_used_at or 0.0)
+        return placement.Victim(replica.replica_id, replica.memory_bytes, last_used_at or 0.0, replica.is_spare)
+
+    def _gives_way(self, replica: Replica, model: str, now: float) -> bool:
+        """Whether a replica may be drained for a start of a model: a spare for any, its own model's included."""
+        if replica.is_spare:
+            return not self._traffic.is_draining(replica)
+        return replica.model != model and self._is_victim(replica, now)
 
     def _is_victim(self, replica: Replica, now: float) -> bool:
         since = self._traffic.ready_since(replica.replica_id)
@@ -115,4 +125,16 @@ class Room:
         if entry is None or self._holds.count(replica.model):
             return False
         of_model = [r for r in self._traffic.fleet.replicas_of(replica.model) if not self._traffic.is_draining(r)]
-        return sum(other.state is not ReplicaState.ASLEEP for other in of_model) > entry.min_replicas
+        awake_count = sum(other.state is not ReplicaState.ASLEEP and not other.is_spare for other in of_model)
+        return awake_count > entry.min_replicas
+
+
+def in_form(entry: ModelEntry, form: Form) -> ModelEntry:
+    """The model as one form of it is ordered; itself where it does not have both."""
+    settings = with_form(entry.engine_settings, form)
+    return entry if settings == entry.engine_settings else replace(entry, engine_settings=settings)
+
+
+def _forms(entry: ModelEntry) -> tuple[str, str]:
+    """The settings that its replicas may have been ordered with."""
+    return with_form(entry.engine_settings, Form.EAGER), with_form(entry.engine_settings, Form.COMPILED)

@@ -300,7 +300,7 @@ class Runtime:
                 metrics.ACTIVATIONS.labels(reason.lower()).inc()
                 self._end_span(model, {}, error=f"{reason}: {message}")
             case _:
-                pass
+                _report_swap(action)
 
     def _end_span(self, model: str, phases: dict[str, float], *, error: str = "") -> None:
         span = self._spans.pop(model, None)
@@ -391,6 +391,30 @@ def _traceparent(span: trace.Span) -> str:
 
 def _measure_phase(model: str, phase: str, seconds: float) -> None:
     metrics.COLD_START_PHASE.labels(model, phase).observe(seconds)
+
+
+def _report_swap(action: actions.Action) -> None:
+    match action:
+        case actions.SwapBegun(model, replica_id, worker_id, placed):
+            log.info("swap begun", model=model, replica=replica_id, worker=worker_id, placement=placed)
+        case actions.SwapReady(model, replica_id, seconds, phases):
+            log.info(
+                "compiled replica ready", model=model, replica=replica_id, seconds=round(seconds, 3), **dict(phases)
+            )
+        case actions.SwapDone(model, replica_id):
+            log.info("swap done", model=model, replaced=replica_id)
+            metrics.SWAPS.labels("done").inc()
+        case actions.SwapStopped(model, replica_id, why):
+            log.info("swap stopped", model=model, replica=replica_id, why=why)
+            metrics.SWAPS.labels("stopped").inc()
+        case actions.SwapFailed(model, reason, message, pause_seconds):
+            goes_on = (
+                f"tries again in {pause_seconds:.0f} s" if pause_seconds else "stays eager until the model changes"
+            )
+            log.warning("swap failed", model=model, reason=reason, error=message, then=goes_on)
+            metrics.SWAPS.labels(reason.lower()).inc()
+        case _:
+            pass
 
 
 def _stopping() -> Draining:

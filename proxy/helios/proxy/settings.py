@@ -12,6 +12,7 @@ from helios.proxy.core import CorePolicy
 from helios.proxy.holds import HoldLimits
 from helios.proxy.lifecycle import LifecyclePolicy
 from helios.proxy.sizing import SizingPolicy
+from helios.proxy.swap import SwapPolicy
 from helios.proxy.warmth import WarmthPolicy
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -90,6 +91,35 @@ class ReplicaSettings(BaseModel):
     """Guess of how fast weights come, in bytes per second; measured starts replace it."""
 
 
+class SwapSettings(BaseModel):
+    """Models that start eager and then get compiled replicas (`compilation=eager_then_compiled`)."""
+
+    model_config = _FROZEN
+
+    after_seconds: NonNegativeFloat = 30.0
+    """How long a model must have been used since its eager replica got ready, in seconds. 30: a few questions in a row
+    are no reason to compile for two minutes. A model with min_replicas need not be used."""
+    recent_seconds: PositiveFloat = 60.0
+    """How long ago its last use may be then, in seconds. 60: people read between two questions."""
+    attempt_count: PositiveInt = 3
+    """Compiled replicas of a revision and its settings that may fail; then it stays eager until the model changes."""
+    back_off_seconds: PositiveFloat = 60.0
+    """Pause after the first failure, in seconds; four times as long after each further one."""
+    start_seconds: PositiveFloat = 2400.0
+    """How long a compiled start may take before it is given up, in seconds. Above the worker's own
+    replica.background_start_seconds, which knows why."""
+    overlap_seconds: NonNegativeFloat = 2.0
+    """How long both replicas are picked before the eager one drains, in seconds: a request that it then refuses names
+    the other one, too, and Envoy goes on there."""
+    drain_seconds: PositiveFloat = 600.0
+    """How long requests at the eager replica may go on when a compiled one has taken over, in seconds. 600: above the
+    longest answers; an idle one is gone at once, and nobody waits for its room."""
+    nearly_done_ratio: PositiveFloat = Field(default=0.8, le=1)
+    """Where nobody uses the model any more, a compile is stopped, unless this share of its usual time is over."""
+    proven_seconds: PositiveFloat = 600.0
+    """A compiled replica that fails later than this after it got ready does not speak against compiling, in seconds."""
+
+
 class BreakerSettings(BaseModel):
     """When a replica is left alone."""
 
@@ -146,6 +176,9 @@ class ProxySettings(ProcessSettings):
     """Workers."""
     replica: ReplicaSettings = Field(default_factory=ReplicaSettings)
     """Replicas."""
+    swap: SwapSettings = Field(default_factory=SwapSettings)
+    """Models that start eager and then get compiled replicas."""
+
     breaker: BreakerSettings = Field(default_factory=BreakerSettings)
     """Circuit breaker."""
 
@@ -183,4 +216,5 @@ class ProxySettings(ProcessSettings):
             start_base_seconds=replica.start_base_seconds,
             start_bytes_per_second=float(replica.start_bytes_per_second),
             warmth=WarmthPolicy(sleeps=replica.sleeps, stages=replica.stages, pressure_ratio=replica.pressure_ratio),
+            swap=SwapPolicy(**self.swap.model_dump()),
         )

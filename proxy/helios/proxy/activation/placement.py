@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Victim:
-    """An idle replica that may be drained for another model."""
+    """A replica that may be drained for another one: idle, or a spare (on its way to take another one's place)."""
 
     replica_id: str
     memory_bytes: int
     last_used_at: float
+    is_spare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def place(engine: str, workers: list[WorkerCapacity], *, may_preempt: bool) -> P
     Args:
         engine: what runs it; empty is the worker's default.
         workers: workers that can be reached.
-        may_preempt: whether idle replicas of other models may be drained for it.
+        may_preempt: whether idle replicas of other models may be drained for it; spares give way to any start.
     """
     able = [worker for worker in workers if not engine or engine in worker.engines]
     if not able:
@@ -106,20 +107,23 @@ def place(engine: str, workers: list[WorkerCapacity], *, may_preempt: bool) -> P
         slot_count = worker.free_slot_count + worker.draining_count
         if worker.free_bytes + worker.draining_bytes >= worker.needed_bytes and slot_count > 0:
             return Wait("NO_CAPACITY", "replicas of other models are draining to make room")
-    plans = [plan for worker in large_enough if may_preempt and (plan := _preempt(worker)) is not None]
-    if plans:
-        return min(plans, key=lambda plan: len(plan.replica_ids))
+    for may_take_idle in (False, True) if may_preempt else (False,):
+        plans = [plan for worker in large_enough if (plan := _preempt(worker, may_take_idle)) is not None]
+        if plans:
+            return min(plans, key=lambda plan: len(plan.replica_ids))
     needed_bytes = min(worker.needed_bytes for worker in large_enough)
     return Impossible(
         "NO_CAPACITY", f"no worker has {_gib(needed_bytes)} of memory free; replicas of other models are in use"
     )
 
 
-def _preempt(worker: WorkerCapacity) -> Preempt | None:
+def _preempt(worker: WorkerCapacity, may_take_idle: bool) -> Preempt | None:
     free_bytes = worker.free_bytes + worker.draining_bytes
     slot_count = worker.free_slot_count + worker.draining_count
     chosen: list[str] = []
-    for victim in sorted(worker.victims, key=lambda victim: victim.last_used_at):
+    victims = [victim for victim in worker.victims if victim.is_spare or may_take_idle]
+    # Nothing is lost with a spare but the work on it.
+    for victim in sorted(victims, key=lambda victim: (not victim.is_spare, victim.last_used_at)):
         chosen.append(victim.replica_id)
         free_bytes += victim.memory_bytes
         slot_count += 1

@@ -59,7 +59,7 @@ class ModelServicer(ModelServiceServicer):
             object="model",
             created=entry.created_at,
             owned_by="helios",
-            state=_state(starting, ready, is_failed=bool(failure)),
+            state=_state([r for r in starting if not r.is_spare], ready, is_failed=bool(failure)),
             replicas=pb.ReplicaCounts(
                 starting=len(starting),
                 ready=len(ready),

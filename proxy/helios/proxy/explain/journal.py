@@ -163,7 +163,8 @@ class Journal:
             self._failures.appendleft(FailedReplica(replica, now))
         start = self._starts.get(replica.replica_id)
         if start is None:
-            if replica.state.is_starting:
+            # No request waits for one in the background.
+            if replica.state.is_starting and not replica.is_background:
                 self._adopt(replica, now)
             return
         if start.ready_at is None and start.ended_at is None:

@@ -15,7 +15,8 @@ class StartReplica:
     """Start a replica. `engine_settings` is the contract's JSON; `served_names` are the model's aliases.
 
     `requested_at` (seconds since the epoch) and `traceparent` are of the request that asked for it; 0 and empty: none.
-    `memory_items` is what `memory_bytes` is made of: the contract's kinds, and bytes.
+    `memory_items` is what `memory_bytes` is made of: the contract's kinds, and bytes. `is_background`: it is to take
+    another one's place, and nobody waits for it.
     """
 
     replica_id: str
@@ -31,6 +32,7 @@ class StartReplica:
     traceparent: str = ""
     memory_items: tuple[tuple[str, int], ...] = ()
     device_count: int = 1
+    is_background: bool = False
 
 
 @dataclass(frozen=True, slots=True)

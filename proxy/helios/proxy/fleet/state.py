@@ -41,6 +41,14 @@ class ReplicaState(enum.Enum):
         return self in (ReplicaState.STOPPED, ReplicaState.FAILED)
 
 
+class Form(enum.Enum):
+    """How a replica runs its model; the values are the contract's. UNKNOWN: as its engine does by default."""
+
+    UNKNOWN = 0
+    EAGER = 1
+    COMPILED = 2
+
+
 class DeviceKind(enum.Enum):
     """What kind of device."""
 
@@ -152,7 +160,15 @@ class Replica:
     measured_bytes: int = 0
     can_sleep: bool = False
     wake_count: int = 0
+    form: Form = Form.UNKNOWN
+    is_background: bool = False
+    """It was ordered to take another one's place."""
     adapters: tuple[HeldAdapter, ...] = ()
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether it is still on its way to take another one's place: nobody waits for it, and it gives way."""
+        return self.is_background and self.state.value < ReplicaState.READY.value
 
 
 @dataclass(frozen=True, slots=True)

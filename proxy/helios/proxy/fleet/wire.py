@@ -30,6 +30,7 @@ from helios.proxy.fleet.state import (
     AdapterState,
     Device,
     DeviceKind,
+    Form,
     HeldAdapter,
     Load,
     Replica,
@@ -158,6 +159,8 @@ def replica_from_proto(message: types_pb2.Replica, worker_id: str) -> Replica:
         measured_bytes=message.measured_bytes,
         can_sleep=message.can_sleep,
         wake_count=message.wake_count,
+        form=known(int(message.compilation), Form, Form.UNKNOWN),
+        is_background=message.in_background,
         adapters=tuple(map(_adapter_from_proto, message.adapters)),
     )
 
@@ -179,6 +182,8 @@ def replica_to_proto(replica: Replica) -> types_pb2.Replica:
         measured_bytes=replica.measured_bytes,
         can_sleep=replica.can_sleep,
         wake_count=replica.wake_count,
+        compilation=engine_settings_pb2.CompilationMode.ValueType(replica.form.value),
+        in_background=replica.is_background,
         adapters=map(_adapter_to_proto, replica.adapters),
         phases=[types_pb2.PhaseTiming(phase=name, duration=duration(seconds)) for name, seconds in replica.phases],
         load=types_pb2.ReplicaLoad(
@@ -235,6 +240,7 @@ def command_to_proto(command: Command) -> pb.SessionResponse:
                     served_names=order.served_names,
                     memory_items=_items_to_proto(order.memory_items),
                     device_count=order.device_count,
+                    in_background=order.is_background,
                 )
             )
         case DrainReplica(replica_id, timeout_seconds):

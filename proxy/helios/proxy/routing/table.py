@@ -48,6 +48,8 @@ _UNREADY = {ReplicaState.DRAINING: "draining", ReplicaState.ASLEEP: "asleep", Re
 
 def exclusion(replica: Replica, facts: Facts) -> str | None:
     """Why a replica can't be picked, None where it can: the filters, cheapest and most telling first."""
+    if replica.is_spare:
+        return "compiling"
     if replica.state is not ReplicaState.READY:
         return _UNREADY.get(replica.state, "not_ready")
     if facts.is_drain_asked:
