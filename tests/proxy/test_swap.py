@@ -81,6 +81,7 @@ class World:
                     self.check_swap(self.replicas[replica_id])
                 self.tell(replace(self.replicas[replica_id], state=S.DRAINING))
             case StopReplica(replica_id) if replica_id in self.replicas:
+                self.tell(replace(self.replicas[replica_id], state=S.DRAINING))
                 self.tell(replace(self.replicas[replica_id], state=S.STOPPED))
         self.apply(self.core.command_acknowledged("w", command.command_id, refused_reason="", message="", now=self.now))
 
@@ -108,7 +109,13 @@ class World:
         self.apply(self.core.endpoints_acknowledged(self.core.fleet.endpoints(), self.now))
 
     def fail(self, item: Replica, reason: str = "ENGINE_START_FAILED") -> None:
-        self.tell(replace(item, state=S.FAILED, failure_reason=reason, failure_message="no compiler"))
+        self.end(replace(item, state=S.FAILED, failure_reason=reason, failure_message="no compiler"))
+
+    def end(self, ended: Replica) -> None:
+        """A replica ends as a worker tells of it: draining until its last process is gone."""
+        self.tell(replace(ended, state=S.DRAINING))
+        self.pass_time(0.1)
+        self.tell(ended)
 
     def ask(self, model: str = "m") -> str:
         """One request: the replica that it is sent to and that ends it at once, or empty where it is held."""
@@ -181,6 +188,19 @@ def test_a_few_requests_at_the_start_are_no_reason_to_compile() -> None:
     world.pass_time(SWAP.after_seconds - 5, is_used=True)
     world.pass_time(600)
     assert len(world.starts()) == 1
+
+
+def test_where_a_compiled_start_is_known_to_be_short_it_is_ordered_after_as_short_a_use() -> None:
+    world = World()
+    compiled = world.become_ready(world.serve())
+    world.core.lifecycle.drain_all("m", world.now)
+    world.apply(world.core.tick(world.now))
+    for item in list(world.replicas.values()):
+        world.tell(replace(item, state=S.STOPPED))
+    world.ask()
+    world.become_ready(world.eager())
+    world.pass_time(3, is_used=True)
+    assert world.spare().replica_id != compiled.replica_id
 
 
 def test_a_model_that_is_kept_is_compiled_without_being_used() -> None:

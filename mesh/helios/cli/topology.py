@@ -96,6 +96,7 @@ def _defaults(state: StateDirectory) -> Settings:
             "state_directory": state.component("worker"),
             "supervisor_listen": f"unix:{sockets / 'supervisor.sock'}",
             "storage_target": storage,
+            "registry_target": registry,
             "proxies": [control],
             "log_directory": state.logs,
         },

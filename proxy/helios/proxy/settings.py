@@ -98,7 +98,8 @@ class SwapSettings(BaseModel):
 
     after_seconds: NonNegativeFloat = 30.0
     """How long a model must have been used since its eager replica got ready, in seconds. 30: a few questions in a row
-    are no reason to compile for two minutes. A model with min_replicas need not be used."""
+    are no reason to compile for two minutes. Less where the last compiled start took less, because its code was on the
+    node. A model with min_replicas need not be used."""
     recent_seconds: PositiveFloat = 60.0
     """How long ago its last use may be then, in seconds. 60: people read between two questions."""
     attempt_count: PositiveInt = 3

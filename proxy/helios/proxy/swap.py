@@ -40,7 +40,8 @@ class SwapPolicy:
     """When eager replicas give their place to compiled ones.
 
     Attributes:
-        after_seconds: how long a model must be used since its eager replica got ready.
+        after_seconds: how long a model must be used since its eager replica got ready; less where a compiled start is
+            known to take less.
         recent_seconds: how long ago its last use may be then.
         attempt_count: failed compiled replicas of a revision and its settings, after which it stays eager.
         back_off_seconds: pause after the first failure; four times as long after each further one.
@@ -242,21 +243,27 @@ class Swaps:
         """Whether a compiled replica is to be ordered, if there is room."""
         if attempts.failure_count >= self._policy.attempt_count or now < attempts.pause_until:
             return False
+        fleet, is_draining = self._traffic.fleet, self._traffic.is_draining
+        if any(r.is_background and is_draining(r) for r in fleet.replicas_of(entry.name)):
+            # Whether it failed is told when it is gone.
+            return False
         last_used_at = self._traffic.last_used_at(entry.name)
         if any(not self._traffic.is_idle(replica) for replica in standing):
             last_used_at = now
+        # Where compiled code is on the node, a compiled start takes seconds, and pays for itself after a short use.
+        after_seconds = min(self._policy.after_seconds, attempts.start_seconds or self._policy.after_seconds)
         for replica in standing:
             since = self._traffic.ready_since(replica.replica_id)
             is_eager = replica.form is Form.EAGER and replica.engine in _COMPILING_ENGINES
             if not is_eager or since is None or not self._traffic.is_candidate(replica.replica_id):
                 continue
-            if entry.min_replicas and now - since >= self._policy.after_seconds:
+            if entry.min_replicas and now - since >= after_seconds:
                 # It is to be kept whether it is used or not, and compiling disturbs least while it is not.
                 return True
             if last_used_at is None or now - last_used_at > self._policy.recent_seconds:
                 continue
             # Not: ready for so long. A single request would then be followed by a compile.
-            if last_used_at - since >= self._policy.after_seconds:
+            if last_used_at - since >= after_seconds:
                 return True
         return False
 

@@ -26,8 +26,10 @@ import psutil
 import pytest
 import tokenizers
 import torch
+import torch._dynamo.aot_compile
 import vllm
 import vllm.compilation.backends
+import vllm.compilation.decorators
 import vllm.envs
 import vllm.model_executor.layers.utils
 import vllm.plugins
@@ -65,7 +67,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from helios.worker.engines.vllm import compat, compat_adapters, errors
+from helios.worker.engines.vllm import compat, compat_adapters, compat_compiled, errors, quick_start
 from helios.worker.engines.vllm.pieces import PieceCutter
 from helios.worker.replica.engine import FinishReason, Meter, Sampling
 
@@ -349,6 +351,12 @@ def a_metered_engine_closes_the_engine_s_generator_when_it_is_closed() -> None:
 @contract
 def plugins_are_looked_for_by_group_through_importlib_metadata() -> None:
     compat.prepare_before_fork()
+    distributions = importlib.metadata.distributions
+    setattr(importlib.metadata, "distributions", None)  # noqa: B010  what looks through them now fails
+    try:
+        assert [importlib.metadata.entry_points(group=group) for group in quick_start.PLUGIN_GROUPS]
+    finally:
+        setattr(importlib.metadata, "distributions", distributions)  # noqa: B010
     found = importlib.metadata.entry_points(group=vllm.plugins.DEFAULT_PLUGINS_GROUP)
     assert found is importlib.metadata.entry_points(group=vllm.plugins.DEFAULT_PLUGINS_GROUP)
     assert importlib.metadata.entry_points(group="console_scripts", name="pytest")
@@ -422,7 +430,47 @@ def compiled_code_goes_where_it_is_told_to() -> None:
         if kept is not None:
             os.environ["VLLM_CACHE_ROOT"] = kept  # noqa: TID251
     surroundings = compat.compile_surroundings()
-    assert set(surroundings) == {"engine_version", "torch_version", "driver", "architecture"}
+    assert set(surroundings) == {"engine_version", "engine_path", "torch_version", "driver", "architecture"}
+
+
+@contract
+def compiled_code_has_one_name_wherever_the_model_and_the_cores_are() -> None:
+    def name(path: str, cores: list[int], revision: str, **more: Any) -> str:
+        compat.share_compiled({path: revision})
+        model: Any = object.__new__(vllm.config.ModelConfig)
+        for entry in dataclasses.fields(vllm.config.ModelConfig):
+            setattr(model, entry.name, None)
+        model.model = path
+        config = vllm.config.VllmConfig()
+        config.additional_config = {"helios": {"cores": cores, "phase_descriptor": len(cores) + 7}} | more
+        named = (model.compute_hash(), config.compute_hash())
+        assert model.model == path
+        assert config.additional_config["helios"]["cores"] == cores
+        return "/".join(named)
+
+    first = name("/a/views/1", [0], "sha256:1")
+    assert name("/b/other/1", [3], "sha256:1") == first
+    assert name("/a/views/1", [0], "sha256:2") != first
+    assert name("/a/views/1", [0, 1], "sha256:1") != first
+    assert name("/a/views/1", [0], "sha256:1", other=1) != first
+
+
+@contract
+def compiled_code_of_a_cpu_is_loaded_and_not_taken_for_damage() -> None:
+    assert "finalize_loading" in inspect.getsource(vllm.compilation.decorators._try_load_aot_compiled_fn)
+    assert "torch.compiler.load_compiled_function" in inspect.getsource(vllm.compilation.decorators)
+    fields = {entry.name for entry in dataclasses.fields(torch._dynamo.aot_compile.CompileArtifacts)}
+    assert "compiled_fn" in fields
+    assert "_artifacts" in {entry.name for entry in dataclasses.fields(torch._dynamo.aot_compile.AOTCompiledFunction)}
+    compat.share_compiled({})
+    assert torch.compiler.load_compiled_function.__name__ == "load_compiled_function"
+    plain: Any = lambda: "computed"  # noqa: E731
+    whole = SimpleNamespace(_artifacts=SimpleNamespace(compiled_fn=plain))
+    own = SimpleNamespace(_artifacts=SimpleNamespace(compiled_fn=SimpleNamespace(finalize_loading=lambda _: "vLLM's")))
+    for loaded, expected in ((whole, None), (own, "vLLM's")):
+        assert compat_compiled._load_compiled(lambda found: found, loaded) is loaded
+        assert loaded._artifacts.compiled_fn.finalize_loading({}) == expected
+    assert plain() == "computed"
 
 
 @contract

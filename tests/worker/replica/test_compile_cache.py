@@ -1,5 +1,7 @@
 """The key of compiled code: equal for equal inputs, another for each thing that differs."""
 
+import hashlib
+import json
 import os
 import signal
 import threading
@@ -13,7 +15,10 @@ from helios.worker.replica.compile_cache import (
     CacheDirectory,
     CompileInputs,
     cache_key,
+    drop_unproven,
     drop_unused,
+    inputs_document,
+    mark_proven,
     processor_architecture,
     use_directory,
 )
@@ -22,9 +27,11 @@ INPUTS = CompileInputs(
     revision="sha256:" + "5" * 64,
     flags={"dtype": "bfloat16", "max_num_seqs": 64},
     engine_version="0.32.0",
+    engine_path="/usr/lib/python3/vllm",
     torch_version="2.13.0+cpu",
     driver="",
     architecture="x86_64-0123456789abcdef",
+    thread_count=4,
 )
 
 
@@ -41,6 +48,8 @@ def test_the_order_of_flags_is_nothing() -> None:
         {"flags": {"dtype": "float16", "max_num_seqs": 64}},
         {"flags": {"dtype": "bfloat16"}},
         {"engine_version": "0.32.1"},
+        {"engine_path": "/opt/vllm"},
+        {"thread_count": 8},
         {"torch_version": "2.13.1+cpu"},
         {"driver": "570.1"},
         {"architecture": "x86_64-fedcba9876543210"},
@@ -51,6 +60,30 @@ def test_the_order_of_flags_is_nothing() -> None:
 )
 def test_each_thing_that_differs_is_another_key(change: dict[str, object]) -> None:
     assert cache_key(replace(INPUTS, **change)) != cache_key(INPUTS)  # type: ignore[arg-type]
+
+
+def test_the_key_is_the_digest_of_what_people_read() -> None:
+    text = inputs_document(INPUTS)
+    assert hashlib.sha256(text.encode()).hexdigest() == cache_key(INPUTS)
+    assert json.loads(text)["flags"] == INPUTS.flags
+
+
+def test_what_no_start_proved_goes_unless_one_is_under_way(tmp_path: Path) -> None:
+    path = tmp_path / cache_key(INPUTS)
+    drop_unproven(path)
+    taken = use_directory(str(tmp_path), INPUTS)
+    (path / "kernel").write_bytes(b"half a ker")
+    drop_unproven(path)
+    assert (path / "kernel").exists()
+    taken.release()
+    drop_unproven(path)
+    assert list(tmp_path.iterdir()) == []
+    taken = use_directory(str(tmp_path), INPUTS)
+    (path / "kernel").write_bytes(b"kernel")
+    mark_proven(path)
+    taken.release()
+    drop_unproven(path)
+    assert (path / "kernel").read_bytes() == b"kernel"
 
 
 def used(root: Path, number: int) -> CacheDirectory:

@@ -6,6 +6,7 @@ those that are known → sessions with the proxies. Stop: cordon → drain the r
 
 import asyncio
 import fcntl
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -22,14 +23,19 @@ from helios.mesh.errors import InvalidRequest, PreconditionFailed
 from helios.mesh.process import Lifetime, run
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.tasks import task_scope
+from helios.registry.client import ArtifactClient
 from helios.storage.client import StorageClient
+from helios.worker.artifacts.door import ArtifactDoor
+from helios.worker.artifacts.keeper import ArtifactKeeper
+from helios.worker.artifacts.requests import COMPILE_CACHE
+from helios.worker.artifacts.shelf import CompileShelf
 from helios.worker.devices.inventory import Inventory, open_inventory
 from helios.worker.launcher.launchers import Launchers
 from helios.worker.replica.compile_cache import drop_unused
 from helios.worker.replica.engines import installed_engines, split_engine
 from helios.worker.replica.spec import Placement, ReplicaSpec
 from helios.worker.replica_logs import drop_surplus, log_path
-from helios.worker.settings import WorkerSettings
+from helios.worker.settings import SOCKET_PATH_LIMIT, WorkerSettings
 from helios.worker.supervisor.attach_servicer import AttachServicer
 from helios.worker.supervisor.core_placement import place
 from helios.worker.supervisor.fleet_session import FleetSession
@@ -52,8 +58,6 @@ _CLOSE_SECONDS: Final = 0.2
 # Old logs and compiled code may pile up for this long: ten minutes of failing starts are some hundred small files.
 # Looking at a full cache of compiled code takes up to a second.
 _TIDY_SECONDS: Final = 600.0
-# sockaddr_un.sun_path, less its final zero. Source: unix(7).
-_SOCKET_PATH_LIMIT: Final = 107
 
 
 async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
@@ -83,6 +87,7 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
             host_memory_bytes=staging_memory_bytes(settings.device.staging_bytes),
         )
         _place_fronts(settings, supervisor, ledger)
+        await _share_artifacts(settings, supervisor, group, stack, storage)
         awaited_count = supervisor.recover()
         measuring = keep_measuring(inventory, supervisor, interval_seconds=settings.device.telemetry_seconds)
         group.create_task(measuring, name="measure devices")
@@ -136,6 +141,33 @@ def _place(settings: WorkerSettings, slot: int, view: ReplicaView) -> Placement:
         engine_core_count=settings.device.engine_core_count,
         rank_count=view.order.settings.rank_count,
     )
+
+
+async def _share_artifacts(
+    settings: WorkerSettings, supervisor: Supervisor, group: asyncio.TaskGroup, stack: AsyncExitStack, storage: Dialer
+) -> None:
+    """Opens the door where replicas ask for artifacts, where there is a registry that keeps them."""
+    door = settings.artifact_door
+    if door is None:
+        if settings.registry_target:
+            log.warning("artifacts are not shared: the path of their socket would be too long")
+        return
+    shelf = CompileShelf(settings.compile_cache_directory)
+    await asyncio.to_thread(shelf.sweep)
+    await asyncio.to_thread(shutil.rmtree, settings.artifact_scratch, ignore_errors=True)
+    settings.artifact_scratch.mkdir()
+    registry = Dialer(settings.registry_target, identity=settings.mesh.identity, peer="registry")
+    keeper = ArtifactKeeper(
+        settings.artifacts,
+        group=group,
+        registry=ArtifactClient(await stack.enter_async_context(registry)),
+        lender=StorageClient(storage),
+        shelves={COMPILE_CACHE: shelf},
+        producer=settings.worker_id,
+        scratch=settings.artifact_scratch,
+    )
+    supervisor.on_ended = lambda view: keeper.note_end(view.replica_id, is_failure=view.failure is not None)
+    await stack.enter_async_context(ArtifactDoor(door, keeper))
 
 
 async def _say_ready(launchers: Launchers, engine: str, lifetime: Lifetime, *, address: str) -> None:
@@ -194,9 +226,9 @@ def _prepare(settings: WorkerSettings) -> None:
     settings.state_directory.mkdir(parents=True, exist_ok=True)
     settings.replica_log_directory.mkdir(parents=True, exist_ok=True)
     scheme, _, path = settings.socket_target.partition(":")
-    if scheme != "unix" or len(path.encode()) > _SOCKET_PATH_LIMIT:
+    if scheme != "unix" or len(path.encode()) > SOCKET_PATH_LIMIT:
         raise InvalidRequest(
-            f"supervisor_listen must be unix:/path with a path of at most {_SOCKET_PATH_LIMIT} bytes",
+            f"supervisor_listen must be unix:/path with a path of at most {SOCKET_PATH_LIMIT} bytes",
             metadata={"supervisor_listen": settings.socket_target},
         )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -288,6 +320,8 @@ class _SpecMaker:
             identity_directory=str(identity.directory.absolute()) if identity else "",
             log_path=str(log_path(settings.replica_log_directory, order.model, order.replica_id)),
             compile_cache_directory=str(settings.compile_cache_directory),
+            artifact_door=str(settings.artifact_door or ""),
+            artifact_seconds=settings.artifacts.take_seconds,
             kv_directory=str((settings.state_directory / "kv").absolute()),
             created_at=order.created_at,
             placement=_place(settings, booking.slot, view),

@@ -3,12 +3,15 @@
 import os
 import socket
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from helios.mesh.settings import ProcessSettings
 from helios.worker.supervisor.ledger import MAX_SLOTS
+
+SOCKET_PATH_LIMIT: Final = 107
+"""sockaddr_un.sun_path, less its final zero. Source: unix(7)."""
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -84,6 +87,23 @@ class ReplicaSettings(BaseModel):
     """Life of the lease of a replica's weights from each renewal; what a supervisor has to come back in."""
 
 
+class ArtifactSettings(BaseModel):
+    """What workers make for one another: compiled code, so that a model is compiled on one node of many."""
+
+    model_config = _FROZEN
+
+    take: bool = True
+    """Whether artifacts of other workers are used. They are code that runs with this worker's rights, so False trusts
+    no other worker; what this one made itself is used all the same."""
+    publish: bool = True
+    """Whether others may have what this worker made."""
+    take_seconds: float = Field(default=15.0, gt=0)
+    """How long a start that would have to compile may wait for an artifact; then it compiles. 15: some MiB over any
+    network, against a minute or more of compiling."""
+    publish_seconds: float = Field(default=300.0, gt=0)
+    """How long an upload may take before it is given up; nobody waits for it."""
+
+
 class WorkerSettings(ProcessSettings):
     """Everything that can be set for ``python -m helios.worker``."""
 
@@ -97,6 +117,8 @@ class WorkerSettings(ProcessSettings):
     """``host:port`` or ``unix:/path`` of the fleet service of every proxy. Empty: nobody sends work."""
     storage_target: str = "127.0.0.1:9200"
     """``host:port`` or ``unix:/path`` of the node's storage agent."""
+    registry_target: str = ""
+    """``host:port`` or ``unix:/path`` of the registry, which keeps artifacts. Empty: they are not shared."""
     state_directory: Path = Path("worker")
     """Holds ``replicas.json``, the list that a restarted supervisor finds its replicas by; made when it is not there.
     """
@@ -125,6 +147,8 @@ class WorkerSettings(ProcessSettings):
     """Devices."""
     replica: ReplicaSettings = Field(default_factory=ReplicaSettings)
     """Replicas."""
+    artifacts: ArtifactSettings = Field(default_factory=ArtifactSettings)
+    """What is shared with other workers."""
 
     @property
     def class_path(self) -> Path:
@@ -145,6 +169,17 @@ class WorkerSettings(ProcessSettings):
     def compile_cache_directory(self) -> Path:
         """Where compiled code is kept."""
         return (self.state_directory / "compiled").absolute()
+
+    @property
+    def artifact_door(self) -> Path | None:
+        """The socket where replicas ask for artifacts; None where there is nobody to ask, or no room for its name."""
+        path = Path(f"{self.socket_target.removeprefix('unix:')}.a")
+        return path if self.registry_target and len(str(path).encode()) <= SOCKET_PATH_LIMIT else None
+
+    @property
+    def artifact_scratch(self) -> Path:
+        """Where artifacts are packed."""
+        return (self.state_directory / "artifacts").absolute()
 
     @property
     def usable_cores(self) -> tuple[int, ...]:

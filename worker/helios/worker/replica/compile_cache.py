@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import Any, Final
 
 # Grows when the meaning of the key changes.
-_VERSION: Final = 1
+_VERSION: Final = 2
+PROVEN: Final = "helios-proven"
+"""File that says that a replica with this directory became ready and answered a request."""
+
 # What one node compiles for is some models, each with a few settings.
 KEPT: Final = 100
 # SmolLM2-135M on a CPU takes 7 MiB; graphs and kernels of many sizes on a GPU take more.
@@ -37,24 +40,32 @@ class CompileInputs:
         revision: Digest of the model's revision.
         flags: The engine's arguments that shape the graph; JSON values.
         engine_version: Of vLLM.
+        engine_path: Where it is installed: what was traced is known by the absolute paths of its sources.
         torch_version: Of torch, with its build (`2.13.0+cpu`).
         driver: Version of the device's driver and of its runtime; empty on a CPU.
         architecture: What the code runs on: a GPU's name and capability, or a processor's instruction sets.
+        thread_count: How many threads each rank computes with: loops are cut for so many.
     """
 
     revision: str
     flags: Mapping[str, Any]
     engine_version: str
+    engine_path: str
     torch_version: str
     driver: str
     architecture: str
+    thread_count: int
+
+
+def inputs_document(inputs: CompileInputs) -> str:
+    """Returns all inputs as JSON, the same text for the same inputs: what people read, and what the key is made of."""
+    document = {"version": _VERSION, **asdict(inputs)}
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def cache_key(inputs: CompileInputs) -> str:
     """Returns the name of what was compiled for these inputs: 64 hexadecimal digits. The order of flags is nothing."""
-    document = {"version": _VERSION, **asdict(inputs)}
-    encoded = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(encoded.encode()).hexdigest()
+    return hashlib.sha256(inputs_document(inputs).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +88,39 @@ def use_directory(root: str, inputs: CompileInputs) -> CacheDirectory:
         # Not exist_ok, which looks twice: it may go in between.
         with suppress(FileExistsError):
             path.mkdir()
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if _is_at(path, descriptor):
-            # The time of its last use, which decides what goes first.
-            os.utime(descriptor)
-            return CacheDirectory(path, descriptor)
-        os.close(descriptor)
+        if (taken := use_existing(path)) is not None:
+            return taken
+
+
+def use_existing(path: Path) -> CacheDirectory | None:
+    """Takes a directory into use; None where there is none, or where it is going."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if _is_at(path, descriptor):
+        # The time of its last use, which decides what goes first.
+        os.utime(descriptor)
+        return CacheDirectory(path, descriptor)
+    os.close(descriptor)
+    return None
+
+
+def mark_proven(path: Path) -> None:
+    """Notes that a start with this directory ended well. Idempotent. Raises OSError."""
+    (path / PROVEN).touch()
+
+
+def drop_unproven(path: Path) -> None:
+    """Removes a directory whose starts all ended badly so far, unless one is under way.
+
+    What a compiler was killed over may be half a file, and what came from elsewhere may be why a start failed. Raises
+    OSError where the disk refuses.
+    """
+    if path.is_dir() and not (path / PROVEN).exists():
+        with suppress(FileNotFoundError):
+            _drop(path)
 
 
 def drop_unused(root: Path, *, kept: int = KEPT, kept_bytes: int = KEPT_BYTES) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Protocol, runtime_checkable
 
+from helios.worker.artifacts.requests import ArtifactRequest
 from helios.worker.replica.phases import measured
 
 
@@ -267,11 +268,13 @@ class EngineHooks:
         on_load: Call it in the replica's event loop when ``load()`` has changed.
         phase_descriptor: Any process of the engine writes a JSON line here: ``[phase, began_at, ended_at]`` when a
             phase of the start is over (CLOCK_MONOTONIC), or ``{"reason": …, "message": …}`` before it dies of it.
+        artifacts: The engine adds what it uses or makes that other starts can use, before it is made.
     """
 
     on_forked: Callable[[], None]
     on_load: Callable[[], None]
     phase_descriptor: int
+    artifacts: list[ArtifactRequest] = field(default_factory=list)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Measures the block as a phase of the start."""

@@ -51,6 +51,12 @@ class RequestLedger:
         self._finished: deque[Finished] = deque(maxlen=_PENDING_LIMIT)
         self._running_count = 0
         self._generated_tokens = 0
+        self._has_answered = False
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether a request has ended well."""
+        return self._has_answered
 
     @property
     def running_count(self) -> int:
@@ -72,6 +78,7 @@ class RequestLedger:
         """Closes the account of a request."""
         self._running_count -= 1
         self._generated_tokens += meter.completion_tokens
+        self._has_answered = self._has_answered or status_code == 0
         first = None if meter.first_token_at is None else max(0.0, meter.first_token_at - meter.arrived_at)
         finished = Finished(
             meter.request_id, status_code, meter.prompt_tokens, meter.completion_tokens, first, now - meter.arrived_at

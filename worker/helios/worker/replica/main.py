@@ -20,9 +20,12 @@ from helios.mesh.identity import IdentityFiles
 from helios.mesh.ops import OpsServer
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.telemetry import setup_telemetry
+from helios.worker.artifacts.asking import tell_proven
+from helios.worker.artifacts.requests import COMPILE_CACHE
 from helios.worker.replica import metrics, tracing
 from helios.worker.replica.adapters import Adapters
 from helios.worker.replica.attachment import Attachment
+from helios.worker.replica.compile_cache import mark_proven
 from helios.worker.replica.condition import Condition, State
 from helios.worker.replica.engine import Engine, EngineLoad
 from helios.worker.replica.gate import CallGate
@@ -147,11 +150,26 @@ class _Replica:
             orders = (
                 group.create_task(sleeping.run(), name="sleep and wake"),
                 group.create_task(self._adapters.run(), name="adapters"),
+                group.create_task(self._prove_artifacts(), name="prove artifacts"),
             )
             ending = await self._ending
             for task in orders:
                 task.cancel()
         return ending
+
+    async def _prove_artifacts(self) -> None:
+        """Tells what the start used or made that others can use, once a request was answered with it."""
+        if self._start.artifacts:
+            await tell_proven(
+                self._spec.artifact_door,
+                self._start.artifacts,
+                has_answered=lambda: self._ledger.has_answered,
+                prove=self._mark_proven,
+            )
+
+    def _mark_proven(self, kind: str, key: str) -> None:
+        if kind == COMPILE_CACHE:
+            mark_proven(Path(self._spec.compile_cache_directory, key))
 
     def _note_adapters(self) -> None:
         self._attachment.wake()

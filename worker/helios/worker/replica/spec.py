@@ -46,6 +46,8 @@ class ReplicaSpec:
         log_path: File that standard output and error of the whole process tree are appended to; empty inherits.
         compile_cache_directory: Where this node keeps compiled code; empty: the engine's own place.
         packed_weights_directory: Where this node keeps weights that are mapped; empty: they are loaded.
+        artifact_door: Socket of the supervisor where artifacts are asked for; empty: there are none.
+        artifact_seconds: How long the start may wait for one.
         kv_directory: Where KV caches lie that travel between this node's replicas through files; empty: they don't.
         created_at: When its start was asked for, with a time zone.
         placement: Cores.
@@ -87,6 +89,8 @@ class ReplicaSpec:
     log_path: str = ""
     compile_cache_directory: str = ""
     packed_weights_directory: str = ""
+    artifact_door: str = ""
+    artifact_seconds: float = 15.0
     kv_directory: str = ""
     created_at: datetime
     placement: Placement = Placement()

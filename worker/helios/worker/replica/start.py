@@ -8,11 +8,12 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Final
 
 from helios.mesh.errors import HeliosError
+from helios.worker.artifacts.requests import ArtifactRequest
 from helios.worker.replica.engine import Engine, EngineHooks
 from helios.worker.replica.engines import engine_module
 from helios.worker.replica.spec import ReplicaSpec
@@ -53,6 +54,11 @@ class EngineStart:
         """Starts, and returns when the engine has forked or failed. Blocks: call it before there is a loop."""
         self._thread.start()
         self._forked.wait(_FORK_SECONDS)
+
+    @property
+    def artifacts(self) -> Sequence[ArtifactRequest]:
+        """What the engine uses or made that other starts can use; complete when ``engine`` is done."""
+        return self._hooks.artifacts
 
     def read_phases(self) -> list[tuple[str, float, float]]:
         """Returns the phases that ended since the last call, without waiting."""

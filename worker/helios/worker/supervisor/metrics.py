@@ -9,6 +9,9 @@ from helios.mesh import names
 # From the 0.1 s of a cached phase to the minutes of a large fetch.
 _PHASE_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 300.0)
 
+ARTIFACTS: Final = Counter(
+    "helios_worker_artifacts_total", "Artifacts by what became of them: taken, not_taken, published", ("outcome",)
+)
 COLD_START_PHASE: Final = Histogram(
     names.COLD_START_PHASE_SECONDS, "How long a phase of a start took", ("phase",), buckets=_PHASE_BUCKETS
 )

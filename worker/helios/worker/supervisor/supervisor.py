@@ -56,6 +56,8 @@ class Supervisor:
     ``group`` runs its tasks and belongs to the caller: cancelling it leaves replicas and leases to a successor, which
     is why ``end_all`` comes first where replicas are to end. Call ``recover`` once before anything else.
 
+    ``on_ended`` is called with the view of each replica that ended, once.
+
     Invariants: a replica in ``view`` is booked in the ledger and the other way round; an id that ended never comes
     back.
     """
@@ -73,6 +75,7 @@ class Supervisor:
         host_memory_bytes: int = 0,
     ) -> None:
         self._rules = rules
+        self.on_ended: Callable[[ReplicaView], None] = lambda _: None
         self.on_changed: Callable[[], None] = lambda: None
         self._group = group
         self._ledger = ledger
@@ -444,6 +447,7 @@ class Supervisor:
             self._report_state(view, previous)
         if view.state.is_ended:
             self._states.pop(view.replica_id, None)
+            self.on_ended(view)
         self._measure_replicas()
         self.on_changed()
         self._list_changed.set()

@@ -14,6 +14,7 @@ from typing import Any, Final
 from helios.mesh.errors import InvalidRequest
 from helios.worker.engines.vllm import checks, compat, compat_config
 from helios.worker.engines.vllm.failures import INVALID_ENGINE_SETTINGS
+from helios.worker.engines.vllm.ranks import rank_cores
 from helios.worker.replica.compile_cache import CompileInputs
 from helios.worker.replica.settings import Compilation, EngineSettings, KvOffload, Role, SpeculativeDecoding, Task
 from helios.worker.replica.spec import ReplicaSpec
@@ -102,7 +103,12 @@ def compile_inputs(spec: ReplicaSpec) -> CompileInputs:
     flags = {name: value for name, value in arguments_of(spec).items() if name not in _NOT_COMPILED}
     # Configuration objects have no JSON of their own; what they show of themselves is all that they are made of.
     plain = json.loads(json.dumps(flags, default=repr))
-    return CompileInputs(revision=spec.revision, flags=plain, **compat.compile_surroundings())
+    speculative = spec.settings.speculative_decoding
+    if speculative is not None and speculative.draft_model:
+        plain["speculative_config"]["model"] = speculative.draft_revision
+    cores = rank_cores(spec.placement.engine_cores, 0, spec.settings.rank_count)
+    surroundings = compat.compile_surroundings()
+    return CompileInputs(revision=spec.revision, flags=plain, thread_count=max(1, len(cores)), **surroundings)
 
 
 def _batch_sizes(spec: ReplicaSpec) -> dict[str, int]:

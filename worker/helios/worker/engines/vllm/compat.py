@@ -13,7 +13,6 @@ import asyncio
 import json
 import multiprocessing
 import os
-import platform
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -76,6 +75,12 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerBase
 
 from helios.worker.engines.vllm import failures, quick_start
 from helios.worker.engines.vllm.compat_adapters import AdapterTable, correct_kernels
+from helios.worker.engines.vllm.compat_compiled import (
+    SETTINGS_KEY,
+    compile_surroundings,
+    keep_compiled,
+    share_compiled,
+)
 from helios.worker.engines.vllm.compat_outputs import OutputPump, spare_checks_of_answers
 from helios.worker.engines.vllm.compat_pooling import BertEmbeddingModel, PoolingRequestOutput
 from helios.worker.engines.vllm.compat_streams import TemplatedServingChat as OpenAIServingChat
@@ -83,7 +88,6 @@ from helios.worker.engines.vllm.compat_version import check_version, is_pinned
 from helios.worker.engines.vllm.held_tokenizers import HeldTokenizers
 from helios.worker.engines.vllm.ranks import rank_cores
 from helios.worker.engines.vllm.transfers import with_transfer
-from helios.worker.replica.compile_cache import processor_architecture
 from helios.worker.replica.engine import PREFILL, EngineLoad, Meter
 from helios.worker.replica.phases import measured, write_phase
 
@@ -134,6 +138,7 @@ __all__ = [
     "prepare_before_fork",
     "put_to_sleep",
     "runs_eagerly",
+    "share_compiled",
     "told_apart",
     "wake_up",
 ]
@@ -147,8 +152,6 @@ _PRELOADED_MODELS: Final = {
 }
 # Modules that imported get_mp_context by name: replacing it in one place would not reach the others.
 _USERS_OF_MP_CONTEXT: Final = (vllm.utils.system_utils, vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor)
-# Key of AsyncEngineArgs.additional_config, vLLM's own place for settings of extensions.
-_SETTINGS_KEY: Final = "helios"
 
 HELD_TOKENIZERS: Final = HeldTokenizers(capacity=4)
 """Those of the models that ran here last. 4: some 60 MiB of the launcher for each, shared by all that it forks."""
@@ -161,29 +164,6 @@ METER: Final[ContextVar[Meter | None]] = ContextVar("helios_meter", default=None
 def runs_eagerly() -> bool:
     """Returns whether compiling costs more than it gains: on a CPU it takes a minute and a half for nothing."""
     return bool(current_platform.is_cpu())
-
-
-def compile_surroundings() -> dict[str, str]:
-    """Returns what compiled code depends on beside the model, as CompileInputs has it."""
-    versions = {"engine_version": vllm.__version__, "torch_version": torch.__version__}
-    if current_platform.is_cpu():
-        processors = Path("/proc/cpuinfo")
-        text = processors.read_text(encoding="utf-8", errors="replace") if processors.exists() else ""
-        return versions | {"driver": "", "architecture": processor_architecture(platform.machine(), text)}
-    capability = current_platform.get_device_capability()
-    name = f"{current_platform.get_device_name()}-{capability.as_version_str() if capability else ''}"
-    return versions | {"driver": f"{torch.version.cuda}-{_driver_version()}", "architecture": name}
-
-
-def keep_compiled(directory: Path) -> None:
-    """Has vLLM keep what it compiles in ``directory``. Call before an engine is made, in the process that makes it."""
-    os.environ["VLLM_CACHE_ROOT"] = str(directory)  # noqa: TID251  the only way to tell all of vLLM's processes
-
-
-def _driver_version() -> str:
-    # Not torch: asking it for a device would make a CUDA context, which no fork survives.
-    version = Path("/sys/module/nvidia/version")
-    return version.read_text(encoding="ascii").strip() if version.exists() else ""
 
 
 def can_sleep() -> bool:
@@ -272,14 +252,14 @@ def worker_settings(cores: tuple[int, ...], phase_descriptor: int) -> dict[str, 
     """Returns the ``additional_config`` that a PlacedWorker reads. A negative descriptor is none."""
     # Only a fork inherits it, and an unknown version spawns.
     descriptor = phase_descriptor if is_pinned() else -1
-    return {_SETTINGS_KEY: {"cores": list(cores), "phase_descriptor": descriptor}}
+    return {SETTINGS_KEY: {"cores": list(cores), "phase_descriptor": descriptor}}
 
 
 class PlacedWorker(DeviceWorker):
     """The process that computes: bound to its cores before its first parallel region, and says when weights are in."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        settings = vllm_config.additional_config[_SETTINGS_KEY]
+        settings = vllm_config.additional_config[SETTINGS_KEY]
         self._phase_descriptor: int = settings["phase_descriptor"]
         local_rank = kwargs["local_rank"] if "local_rank" in kwargs else args[0]
         cores = rank_cores(settings["cores"], local_rank, vllm_config.parallel_config.local_world_size)
@@ -353,7 +333,7 @@ def make_llm(
 
     With an unknown version of vLLM everything happens in AsyncLLM's own order, in this thread.
     """
-    descriptor = arguments.additional_config[_SETTINGS_KEY]["phase_descriptor"]
+    descriptor = arguments.additional_config[SETTINGS_KEY]["phase_descriptor"]
     with measured(descriptor, "config"):
         config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
         executor_class = Executor.get_class(config)

@@ -4,18 +4,21 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import structlog
 
 from helios.mesh.errors import PreconditionFailed, ReplicaLost
+from helios.worker.artifacts.asking import take
+from helios.worker.artifacts.requests import COMPILE_CACHE, ArtifactRequest
 from helios.worker.engines.vllm import compat, compat_config, errors, kv_files
 from helios.worker.engines.vllm.arguments import compile_inputs, engine_arguments
 from helios.worker.engines.vllm.compat_adapters import AdaptedModels, adapter_rank
 from helios.worker.engines.vllm.openai_api import OpenAIApi, TextApi, VectorApi
 from helios.worker.engines.vllm.pieces import PieceCutter
 from helios.worker.engines.vllm.prompts import PromptRenderer
-from helios.worker.replica.compile_cache import use_directory
+from helios.worker.replica.compile_cache import drop_unproven, inputs_document, use_directory
 from helios.worker.replica.engine import (
     EngineFacts,
     EngineHooks,
@@ -51,6 +54,22 @@ _NIXL_REQUEST: Final[Mapping[str, Any]] = {
 }
 
 
+def _use_compiled(spec: ReplicaSpec, hooks: EngineHooks) -> None:
+    """Has vLLM use what was compiled for such a replica before, here or on another node, and keep what it compiles."""
+    inputs = compile_inputs(spec)
+    request = ArtifactRequest(COMPILE_CACHE, inputs_document(inputs), spec.revision, spec.replica_id)
+    path = Path(spec.compile_cache_directory, request.key)
+    drop_unproven(path)
+    if spec.artifact_door and not path.is_dir():
+        with hooks.phase("fetch_artifact"):
+            take(spec.artifact_door, request, timeout_seconds=spec.artifact_seconds)
+    # Never released: it is in use for as long as the replica lives.
+    compat.keep_compiled(use_directory(spec.compile_cache_directory, inputs).path)
+    drafts = {directory: revision for revision, directory in spec.revision_paths.items()}
+    compat.share_compiled(drafts | {spec.model_path: spec.revision})
+    hooks.artifacts.append(request)
+
+
 class VllmEngine:
     """One model in vLLM. Made before the process has other threads, because it forks; used in one event loop."""
 
@@ -63,8 +82,7 @@ class VllmEngine:
         self._sink = compat.LoadSink(hooks.on_load)
         arguments = engine_arguments(spec, hooks.phase_descriptor)
         if spec.compile_cache_directory and not arguments.enforce_eager:
-            # Never released: it is in use for as long as the replica lives.
-            compat.keep_compiled(use_directory(spec.compile_cache_directory, compile_inputs(spec)).path)
+            _use_compiled(spec, hooks)
         self._llm = compat.make_llm(
             arguments,
             stat_loggers=[lambda *_: self._sink],

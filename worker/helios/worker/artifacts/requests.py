@@ -1,0 +1,76 @@
+"""What a replica says at the supervisor's door for artifacts: one JSON line there, one back.
+
+Not gRPC: a replica asks before its engine has forked, when its process must have no threads of gRPC.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+from helios.mesh.errors import InvalidRequest
+
+COMPILE_CACHE: Final = "compile-cache"
+"""Kind of what vLLM and torch keep of a compilation."""
+
+MAX_LINE_BYTES: Final = 128 << 10
+"""Inputs have at most 64 KiB; twice that, for their quotes in JSON."""
+
+
+class Ask(StrEnum):
+    """What a replica wants."""
+
+    TAKE = "take"
+    """Have it brought to the node; the answer says whether it is there."""
+    PROVEN = "proven"
+    """It was used by a replica that is ready and has answered a request: others may have it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactRequest:
+    """An artifact, by all that it depends on (a JSON object), the revision it is of, and the replica that uses it."""
+
+    kind: str
+    inputs: str
+    revision: str
+    replica_id: str
+
+    @property
+    def key(self) -> str:
+        """The artifact's key: 64 hexadecimal digits."""
+        return hashlib.sha256(self.inputs.encode()).hexdigest()
+
+
+def encode_line(document: dict[str, Any]) -> bytes:
+    """Returns a line."""
+    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+
+
+def encode_request(ask: Ask, request: ArtifactRequest) -> bytes:
+    """Returns the line that a replica sends."""
+    return encode_line({"ask": ask, **asdict(request)})
+
+
+def decode_request(line: bytes) -> tuple[Ask, ArtifactRequest]:
+    """Reads what ``encode_request`` wrote. Raises InvalidRequest."""
+    document = decode_line(line)
+    try:
+        ask = Ask(document.pop("ask", ""))
+        request = ArtifactRequest(**document)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"not a request for an artifact: {error}") from error
+    if not all(isinstance(value, str) for value in asdict(request).values()):
+        raise InvalidRequest("the fields of a request for an artifact are text")
+    return ask, request
+
+
+def decode_line(line: bytes) -> dict[str, Any]:
+    """Reads a JSON object. Raises InvalidRequest."""
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise InvalidRequest("not a JSON object")
+    return document
