@@ -66,6 +66,8 @@ class ServerOptions:
     transport: Literal["grpc", "http2"] = "grpc"
     """What carries the calls: grpc.aio, or `helios.mesh.http2`, which costs a fraction for each message of a stream but
     more for each byte of a large one."""
+    header_table_bytes: int = 4096
+    """Of `http2`; see `helios.mesh.http2.limits.Limits`."""
 
 
 class Transport(Protocol):
@@ -111,7 +113,11 @@ class MeshServer:
         self.grpc: grpc.aio.Server
         self._transport: Transport
         if self._options.transport == "http2":
-            limits = Limits(max_message_bytes=self._options.max_message_bytes, max_header_bytes=_MAX_METADATA_BYTES)
+            limits = Limits(
+                max_message_bytes=self._options.max_message_bytes,
+                max_header_bytes=_MAX_METADATA_BYTES,
+                header_table_bytes=self._options.header_table_bytes,
+            )
             http2 = Http2Server(interceptors=interceptors, limits=limits)
             # It has the two methods that registering needs, and is not asked for others.
             self._transport, self.grpc = http2, cast("grpc.aio.Server", http2)

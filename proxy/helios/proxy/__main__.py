@@ -84,7 +84,10 @@ async def _registry(
 
 def _picker(settings: ProxySettings, runtime: Runtime, models: ModelSource, ads: GuardedXds) -> MeshServer:
     identity = settings.mesh.identity
-    options = ServerOptions(intercept=False, drain_seconds=settings.drain_seconds)
+    # Envoy's calls of the picker have the same headers, request for request.
+    options = ServerOptions(
+        intercept=False, drain_seconds=settings.drain_seconds, transport="http2", header_table_bytes=0
+    )
     server = MeshServer(listen=settings.picker_listen, identity=identity, policy={}, options=options)
     picker = PickerServicer(runtime, models, hold_limit_seconds=settings.hold.limit_seconds, own=_own_id(settings))
     picker.add_to(server.grpc)

@@ -11,10 +11,10 @@ from typing import Any, Final, NoReturn, Protocol, Self
 
 import grpc
 import grpc.aio
-from h2.errors import ErrorCodes
 
 from helios.mesh import status
 from helios.mesh.errors import HeliosError, Unavailable
+from helios.mesh.http2.protocol import ErrorCode
 from helios.mesh.http2.sender import Sender
 from helios.mesh.http2.wire import (
     CONTENT_TYPE,
@@ -58,7 +58,7 @@ class Link(Protocol):
         """Frees room for what the connection may hold."""
         ...
 
-    def call_over(self, call: "Call", reset: ErrorCodes | None) -> None:
+    def call_over(self, call: "Call", reset: ErrorCode | None) -> None:
         """Forgets an ended call, and resets its stream where it is not closed on both sides."""
         ...
 
@@ -149,14 +149,14 @@ class Call:
         trailing = self._trailing if trailing_metadata is None else trailing_metadata
         if self.rest:
             # A part of a message is out; no status can follow it.
-            self._end(ErrorCodes.CANCEL)
+            self._end(ErrorCode.CANCEL)
             return
         headers = [] if self._is_begun else list(_RESPONSE_HEADERS)
         headers += status_headers(code.value[0], details)
         headers += metadata_headers(trailing)
         self._link.send_headers(self.stream_id, headers, is_end=True)
         # The answer is whole, and the peer may stop sending.
-        self._end(None if self.is_half_closed else ErrorCodes.NO_ERROR)
+        self._end(None if self.is_half_closed else ErrorCode.NO_ERROR)
 
     # What handlers call.
 
@@ -298,7 +298,7 @@ class Call:
         if self.task is not None:
             self.task.cancel()
 
-    def _end(self, reset: ErrorCodes | None) -> None:
+    def _end(self, reset: ErrorCode | None) -> None:
         self.is_over = True
         if self._timer is not None:
             self._timer.cancel()

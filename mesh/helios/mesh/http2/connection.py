@@ -1,27 +1,21 @@
-"""One HTTP/2 connection: h2's events become calls, and the connection lives only as long as its peer is well.
+"""One HTTP/2 connection: streams become calls, and the connection lives only as long as its peer is well.
 
-h2 knows the protocol; this class gives it bytes, tells calls what happened, and keeps the bounds that h2 has no opinion
-on. An error of the protocol ends the connection with GOAWAY; an error of one call ends that call.
+`ServerProtocol` knows HTTP/2; this class gives it bytes, tells calls what happened, and keeps the bounds that HTTP/2
+has no opinion on. An error of the protocol ends the connection with GOAWAY; an error of one call ends that call.
 """
 
 import asyncio
-from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Final, Protocol, cast
 
 import structlog
-from h2 import events
-from h2.errors import ErrorCodes
-from h2.exceptions import ProtocolError
-from h2.settings import SettingCodes
 
 from helios.mesh.errors import HeliosError, QuotaExceeded, Unavailable
 from helios.mesh.http2.call import Call
 from helios.mesh.http2.limits import IdleFrames, Limits
-from helios.mesh.http2.protocol import goaway, server_side
+from helios.mesh.http2.protocol import BrokenError, ErrorCode, RequestOutcome, ServerProtocol
 from helios.mesh.http2.sender import Sender
 from helios.mesh.http2.tls import AuthContext, auth_context
-from helios.mesh.http2.wire import Header, NotGrpcError, RequestHead, read_head
+from helios.mesh.http2.wire import Header, NotGrpcError, RequestHead
 
 log = structlog.get_logger()
 
@@ -55,8 +49,8 @@ class Connection(asyncio.Protocol):
         self._host = host
         self._limits = limits
         self._loop = asyncio.get_running_loop()
-        self._h2 = server_side(limits)
-        self.sender = Sender(self._h2, self._loop, max_unsent_bytes=limits.max_unsent_bytes)
+        self._protocol = ServerProtocol(self, limits)
+        self.sender = Sender(self._protocol, self._loop, max_unsent_bytes=limits.max_unsent_bytes)
         self._transport: asyncio.Transport | None = None
         self._calls: dict[int, Call] = {}
         self._running_count = 0
@@ -78,11 +72,7 @@ class Connection(asyncio.Protocol):
         self.peer = _peer_name(transport.get_extra_info("peername"))
         self._heard_at = self._loop.time()
         self._timer = self._loop.call_later(self._limits.keepalive_seconds, self._look_after)
-        self._h2.initiate_connection()
-        self._h2.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: self._limits.max_streams})
-        self._h2.increment_flow_control_window(
-            self._limits.connection_window_bytes - self._h2.inbound_flow_control_window
-        )
+        self._protocol.open()
         self.sender.open(self._transport)
         self._host.opened(self)
         if self._host.is_draining:
@@ -103,16 +93,14 @@ class Connection(asyncio.Protocol):
         """Bytes have arrived."""
         self._heard_at = self._loop.time()
         try:
-            for event in self._h2.receive_data(data):
-                handle = _HANDLERS.get(event.__class__)
-                if handle is not None:
-                    handle(self, event)
-        except ProtocolError as error:
-            # h2 has put GOAWAY into its buffer.
-            log.info("http2 connection ended: the peer broke the protocol", peer=self.peer, error=str(error))
+            self._protocol.receive(data)
+        except BrokenError as error:
+            log.warning("http2 connection ended: the peer broke the protocol", peer=self.peer, error=str(error))
+            self._protocol.goaway(error.code)
             self._close()
             return
-        self.sender.flush_soon()
+        if self._protocol.outgoing:
+            self.sender.flush_soon()
 
     def eof_received(self) -> None:
         """The peer sends nothing more; a connection that goes one way is of no use and is closed."""
@@ -129,9 +117,7 @@ class Connection(asyncio.Protocol):
 
     def send_headers(self, stream_id: int, headers: list[Header], *, is_end: bool) -> None:
         """Sends headers or trailers."""
-        # The peer may have reset the stream in the bytes that are being read.
-        with suppress(ProtocolError):
-            self._h2.send_headers(stream_id, headers, end_stream=is_end)
+        self._protocol.send_headers(stream_id, headers, is_end=is_end)
         self.sender.flush_soon()
 
     def consumed(self, stream_id: int, size_bytes: int, *, is_open: bool) -> None:
@@ -141,8 +127,7 @@ class Connection(asyncio.Protocol):
             return
         owed = self._owed_by_stream.get(stream_id, 0) + size_bytes
         if owed >= self._limits.stream_window_bytes // 2:
-            with suppress(ProtocolError):
-                self._h2.increment_flow_control_window(owed, stream_id)
+            self._protocol.widen(stream_id, owed)
             self.sender.flush_soon()
             owed = 0
         self._owed_by_stream[stream_id] = owed
@@ -151,7 +136,7 @@ class Connection(asyncio.Protocol):
         """Frees room for what the connection may hold."""
         self._held_bytes -= size_bytes
 
-    def call_over(self, call: Call, reset: ErrorCodes | None) -> None:
+    def call_over(self, call: Call, reset: ErrorCode | None) -> None:
         """Forgets an ended call, and resets its stream where it is not closed on both sides."""
         if self._calls.pop(call.stream_id, None) is None or self._is_ending:
             return
@@ -164,7 +149,8 @@ class Connection(asyncio.Protocol):
     def drain(self) -> None:
         """Lets running calls end, takes no new ones, then closes."""
         if not self._is_ending:
-            self.sender.flush(goaway(self._h2.highest_inbound_stream_id))
+            self._protocol.goaway(ErrorCode.NO_ERROR)
+            self.sender.flush()
             self._close_if_done()
 
     def end(self) -> None:
@@ -178,75 +164,72 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    # Events of h2.
+    # What the protocol says (User).
 
-    def _on_request(self, event: Any) -> None:
-        stream_id = event.stream_id
+    def on_request(self, stream_id: int, outcome: RequestOutcome, *, is_whole: bool) -> None:
+        """A stream begins."""
         if self._host.is_draining or self._is_ending or self._running_count >= self._limits.max_streams:
-            self._reset(stream_id, ErrorCodes.REFUSED_STREAM)
+            self._reset(stream_id, ErrorCode.REFUSED_STREAM)
             return
-        try:
-            head, problem = read_head(event.headers), None
-        except NotGrpcError as error:
-            self.send_headers(stream_id, [(b":status", b"%d" % error.http_status)], is_end=True)
-            if event.stream_ended is None:
-                self._reset(stream_id, ErrorCodes.NO_ERROR)
+        if isinstance(outcome, NotGrpcError):
+            self.send_headers(stream_id, [(b":status", b"%d" % outcome.http_status)], is_end=True)
+            if not is_whole:
+                self._reset(stream_id, ErrorCode.NO_ERROR)
             return
-        except HeliosError as error:
-            head, problem = RequestHead("", (), None), error
+        head = RequestHead("", (), None) if isinstance(outcome, HeliosError) else outcome
         call = self._calls[stream_id] = Call(self, stream_id, head, self._limits.max_message_bytes)
-        if problem is not None:
-            call.is_half_closed = event.stream_ended is not None
-            call.refuse(problem)
+        if isinstance(outcome, HeliosError):
+            call.is_half_closed = is_whole
+            call.refuse(outcome)
             return
         self._running_count += 1
         call.task = self._host.start_call(call)
         call.task.add_done_callback(self._task_done)
 
-    def _on_data(self, event: Any) -> None:
-        size, data = event.flow_controlled_length, event.data
-        # The connection's window comes back at once: a handler that does not read stalls its own stream only.
+    def on_received(self, size: int) -> None:
+        """The connection's window comes back at once: a handler that does not read stalls its own stream only."""
         self._owed_bytes += size
         if self._owed_bytes >= self._limits.connection_window_bytes // 2:
-            self._h2.increment_flow_control_window(self._owed_bytes)
+            self._protocol.widen(0, self._owed_bytes)
             self._owed_bytes = 0
-        call = self._calls.get(event.stream_id)
-        if not data:
-            self._count_idle_frame()
+
+    def on_data(self, stream_id: int, data: bytes, size: int, *, is_last: bool) -> None:
+        """A part of a request is here."""
+        call = self._calls.get(stream_id)
         if call is None:
             return
         if size > len(data):
-            self.consumed(event.stream_id, size - len(data), is_open=event.stream_ended is None)
+            self.consumed(stream_id, size - len(data), is_open=not is_last)
         self._held_bytes += len(data)
         call.receive(data)
         if self._held_bytes > self._limits.max_held_bytes and not call.is_over:
             call.refuse(QuotaExceeded("too much is waiting on this connection; try again", retry_after_seconds=1.0))
 
-    def _on_half_close(self, event: Any) -> None:
-        call = self._calls.get(event.stream_id)
+    def on_end(self, stream_id: int) -> None:
+        """A request is whole."""
+        call = self._calls.get(stream_id)
         if call is not None:
             call.half_close()
 
-    def _on_reset(self, event: Any) -> None:
-        call = self._calls.get(event.stream_id)
+    def on_reset(self, stream_id: int) -> None:
+        """A stream is gone."""
+        call = self._calls.get(stream_id)
         if call is not None:
             call.cut()
-        self._count_idle_frame()
 
-    def _on_window(self, event: Any) -> None:
-        self.sender.resume(event.stream_id or 0)
+    def on_window(self, stream_id: int) -> None:
+        """The peer takes more."""
+        self.sender.resume(stream_id)
 
-    def _on_settings(self, _: Any) -> None:
-        self.sender.resume()
-        self._count_idle_frame()
+    def on_idle_frame(self) -> None:
+        """The peer sent something for nothing. Raises BrokenError when it was once too often."""
+        if not self._idle_frames.add(self._loop.time()):
+            raise BrokenError(ErrorCode.ENHANCE_YOUR_CALM, "too many frames for nothing")
 
-    def _on_idle_frame(self, _: Any) -> None:
-        self._count_idle_frame()
-
-    def _on_goaway(self, event: Any) -> None:
-        # The peer opens no more streams, but those that run go on.
+    def on_goaway(self, code: int) -> None:
+        """The peer opens no more streams, but those that run go on, unless it names an error."""
         self._is_leaving = True
-        if event.error_code == ErrorCodes.NO_ERROR:
+        if code == ErrorCode.NO_ERROR:
             self._close_if_done()
         else:
             self._close()
@@ -256,15 +239,8 @@ class Connection(asyncio.Protocol):
     def _task_done(self, _: asyncio.Task[None]) -> None:
         self._running_count -= 1
 
-    def _count_idle_frame(self) -> None:
-        if not self._idle_frames.add(self._loop.time()) and not self._is_ending:
-            log.warning("http2 connection ended: too many frames for nothing", peer=self.peer)
-            self._h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
-            self._close()
-
-    def _reset(self, stream_id: int, code: ErrorCodes) -> None:
-        with suppress(ProtocolError):
-            self._h2.reset_stream(stream_id, code)
+    def _reset(self, stream_id: int, code: ErrorCode) -> None:
+        self._protocol.reset(stream_id, code)
         self.sender.flush_soon()
 
     def _close_if_done(self) -> None:
@@ -291,23 +267,9 @@ class Connection(asyncio.Protocol):
         if delay <= 0:
             delay += limits.keepalive_timeout_seconds
             if not self._is_ending:
-                self._h2.ping(_PING)
+                self._protocol.ping(_PING)
                 self.sender.flush_soon()
         self._timer = self._loop.call_later(delay, self._look_after)
-
-
-_HANDLERS: Final[dict[type[Any], Callable[[Connection, Any], None]]] = {
-    events.RequestReceived: Connection._on_request,
-    events.DataReceived: Connection._on_data,
-    events.StreamEnded: Connection._on_half_close,
-    events.StreamReset: Connection._on_reset,
-    events.WindowUpdated: Connection._on_window,
-    events.RemoteSettingsChanged: Connection._on_settings,
-    events.PingReceived: Connection._on_idle_frame,
-    events.PriorityUpdated: Connection._on_idle_frame,
-    events.UnknownFrameReceived: Connection._on_idle_frame,
-    events.ConnectionTerminated: Connection._on_goaway,
-}
 
 
 def _peer_name(address: Any) -> str:

@@ -18,6 +18,9 @@ class Limits:
     """Largest message in either direction; a larger one ends its call with RESOURCE_EXHAUSTED."""
     max_header_bytes: int = 128 << 10
     """Largest header list; a larger one ends the connection, for its state is lost with it."""
+    header_table_bytes: int = 4096
+    """How much the peer's compression may refer to. With 0 the same request always has the same bytes, and is read
+    once: right where headers hardly differ, wrong where each request brings long ones of its own."""
     max_streams: int = 1024
     """Calls that run at once, those whose cancelled handlers have not ended yet included; more are refused unprocessed,
     which clients retry."""

@@ -23,6 +23,9 @@ _UNIT_SECONDS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, 
 _TIMEOUT: Final = re.compile(r"([0-9]{1,8})([HMSmun])")
 # Everything that is printable and not the escape itself stays readable. Source: the grammar of Status-Message.
 _SAFE: Final = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+_PSEUDO: Final = frozenset({b":method", b":scheme", b":authority", b":path"})
+# Source: RFC 9113, 8.2.2.
+_ONE_HOP: Final = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
 # Headers of the call, not metadata of the application.
 _RESERVED: Final = frozenset({b"te", b"content-type", b"host", b"content-length"})
 
@@ -32,6 +35,10 @@ class Metadatum(NamedTuple):
 
     key: str
     value: str | bytes
+
+
+class MalformedError(Exception):
+    """The headers are no request."""
 
 
 class NotGrpcError(Exception):
@@ -55,28 +62,42 @@ def read_head(headers: Iterable[Header]) -> RequestHead:
     """Reads a request's headers.
 
     Raises:
+        MalformedError: No request of HTTP/2 has them: a pseudo-header that is missing, unknown, there twice or late, a
+            name in capitals, a header of one hop.
         NotGrpcError: Another method than POST, or another content type.
         InvalidRequest: A timeout or a binary value that can't be read.
     """
-    method = path = content_type = b""
-    timeout: float | None = None
-    metadata: list[Metadatum] = []
+    pseudo: dict[bytes, bytes] = {}
+    content_type = b""
+    timeout = ""
+    metadata: list[Header] = []
+    is_late = False
     for name, value in headers:
-        if name == b":path":
-            path = value
-        elif name == b":method":
-            method = value
-        elif name == b"content-type":
+        if name[:1] == b":":
+            if is_late or name in pseudo or name not in _PSEUDO:
+                raise MalformedError
+            pseudo[name] = value
+            continue
+        is_late = True
+        if name == b"content-type":
             content_type = value
         elif name == b"grpc-timeout":
-            timeout = parse_timeout(value.decode("latin-1"))
-        elif name[:1] != b":" and name not in _RESERVED and name[:5] != b"grpc-":
-            metadata += _read_metadatum(name, value)
-    if method != b"POST":
+            timeout = value.decode("latin-1")
+        elif name in _ONE_HOP or name != name.lower() or (name == b"te" and value != b"trailers"):
+            raise MalformedError
+        elif name not in _RESERVED and name[:5] != b"grpc-":
+            metadata.append((name, value))
+    if not pseudo.get(b":path") or b":scheme" not in pseudo or b":method" not in pseudo:
+        raise MalformedError
+    if pseudo[b":method"] != b"POST":
         raise NotGrpcError(405)
     if content_type[:16] != CONTENT_TYPE:
         raise NotGrpcError(415)
-    return RequestHead(path.decode("latin-1"), tuple(metadata), timeout)
+    return RequestHead(
+        pseudo[b":path"].decode("latin-1"),
+        tuple(entry for name, value in metadata for entry in _read_metadatum(name, value)),
+        parse_timeout(timeout) if timeout else None,
+    )
 
 
 def parse_timeout(text: str) -> float:

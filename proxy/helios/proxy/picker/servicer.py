@@ -77,14 +77,15 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
 
     async def Process(self, _: Any, context: Any) -> None:
         """Serves one request."""
+        request = await context.read()
+        if request is grpc.aio.EOF:
+            return
         if self._own is not None:
+            # After the first message: grpc.aio's client hides an answer that comes while it still sends.
             try:
                 check_peer(context, _EDGE, EXT_PROC_SERVICE, self._own)
             except PermissionDenied as error:
                 await status.abort(context, error)
-        request = await context.read()
-        if request is grpc.aio.EOF:
-            return
         if not request.HasField("request_headers"):
             await status.abort(context, InvalidRequest("the first message must be the request's headers"))
         arrived_at = time.monotonic()
