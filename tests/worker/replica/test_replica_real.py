@@ -40,8 +40,8 @@ pytestmark = pytest.mark.real_model
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 START_SECONDS = 60.0
-# On a machine whose cores are all taken, a process waits this long for its turn between two measured pieces.
-UNEXPLAINED_SECONDS = 0.1
+# A process may wait for its turn between two measured pieces.
+UNEXPLAINED_SECONDS = 0.01
 
 
 def fork_real(launcher: Launcher, leaves: Leaves, directory: Path, model: Path, **changes: Any) -> RunningReplica:
@@ -368,7 +368,11 @@ async def test_hello_says_all_that_a_supervisor_must_know(
     measured = ["fork", "prepare", "config", "spawn", "engine", "load", "compile", "kv_cache", "warm_up", "connect"]
     assert [name for name in seconds if name in measured] == measured
     assert set(seconds) - set(measured) <= {"tokenizer", "api", "serve", "unexplained"}
-    assert seconds["unexplained"] <= 0.02 * sum(seconds.values()) + UNEXPLAINED_SECONDS, seconds
+    check_explained(seconds)
+
+
+def check_explained(phases: dict[str, float]) -> None:
+    assert phases["unexplained"] <= max(0.02 * sum(phases.values()), UNEXPLAINED_SECONDS), phases
 
 
 def test_killing_the_front_ends_the_whole_tree(
@@ -379,6 +383,8 @@ def test_killing_the_front_ends_the_whole_tree(
     while "replica ready" not in running.log_or_empty():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    (ready,) = [line for line in running.log_or_empty().splitlines() if "replica ready" in line]
+    check_explained(orjson.loads(ready)["phases"])
     processes = running.tree()
     assert len(processes) >= 2, processes
     assert any(scratch_of(running.pid).iterdir())

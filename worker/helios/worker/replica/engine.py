@@ -3,6 +3,7 @@
 The protocol lives here, with its caller; ``helios.worker.engines`` implements it.
 """
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -268,12 +269,14 @@ class EngineHooks:
         on_load: Call it in the replica's event loop when ``load()`` has changed.
         phase_descriptor: Any process of the engine writes a JSON line here: ``[phase, began_at, ended_at]`` when a
             phase of the start is over (CLOCK_MONOTONIC), or ``{"reason": …, "message": …}`` before it dies of it.
+        began_at: When the engine's part of the start begins, on that clock.
         artifacts: The engine adds what it uses or makes that other starts can use, before it is made.
     """
 
     on_forked: Callable[[], None]
     on_load: Callable[[], None]
     phase_descriptor: int
+    began_at: float = field(default_factory=time.monotonic, kw_only=True)
     artifacts: list[ArtifactRequest] = field(default_factory=list)
 
     def phase(self, name: str) -> AbstractContextManager[None]:

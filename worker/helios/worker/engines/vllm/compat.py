@@ -89,7 +89,7 @@ from helios.worker.engines.vllm.held_tokenizers import HeldTokenizers
 from helios.worker.engines.vllm.ranks import rank_cores
 from helios.worker.engines.vllm.transfers import with_transfer
 from helios.worker.replica.engine import PREFILL, EngineLoad, Meter
-from helios.worker.replica.phases import measured, write_phase
+from helios.worker.replica.phases import write_phase
 
 # The CPU worker patches torch when it is imported, so only the device's own worker may be.
 if current_platform.is_cpu():
@@ -267,14 +267,13 @@ class PlacedWorker(DeviceWorker):
             os.sched_setaffinity(0, cores)
         torch.set_num_threads(max(1, len(cores)))
         super().__init__(vllm_config, *args, **kwargs)
-        self._sized_at = 0.0
+        self._told_at = 0.0
 
     def init_device(self) -> None:
         """Prepares the device; what comes next is loading."""
-        with _telling(self._phase_descriptor):
+        self._told_at = _began_at[-1]
+        with self._phase("engine"):
             super().init_device()
-        if self.rank == 0:
-            write_phase(self._phase_descriptor, "engine", _began_at[-1], time.monotonic())
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Loads the weights; what comes next is the KV cache and the warm-up."""
@@ -284,13 +283,11 @@ class PlacedWorker(DeviceWorker):
     def determine_available_memory(self) -> int:
         """Says how much the KV cache may take; where the model is compiled, or nobody says how much, by running it."""
         with self._phase("compile"):
-            available_bytes = int(super().determine_available_memory())
-        self._sized_at = time.monotonic()
-        return available_bytes
+            return int(super().determine_available_memory())
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
         """Allocates the KV cache, which was planned since the memory was known."""
-        with self._phase("kv_cache", self._sized_at):
+        with self._phase("kv_cache"):
             return super().initialize_from_config(*args, **kwargs)
 
     def compile_or_warm_up_model(self) -> Any:
@@ -308,17 +305,25 @@ class PlacedWorker(DeviceWorker):
             )
 
     @contextmanager
-    def _phase(self, name: str, began_at: float | None = None) -> Iterator[None]:
-        """Measures the block as a phase of the start. One rank tells: the others do the same at the same time."""
-        began_at = began_at or time.monotonic()
+    def _phase(self, name: str) -> Iterator[None]:
+        """Measures the block, and what EngineCore does for it after the block before, as a phase of the start.
+
+        One rank tells: the others do the same at the same time.
+        """
         with _telling(self._phase_descriptor):
             yield
+        began_at, self._told_at = self._told_at, time.monotonic()
         if self.rank == 0:
-            write_phase(self._phase_descriptor, name, began_at, time.monotonic())
+            write_phase(self._phase_descriptor, name, began_at, self._told_at)
 
 
 def make_llm(
-    arguments: Any, *, stat_loggers: list[Any], on_forked: Callable[[], None], while_loading: Callable[[Any, Any], None]
+    arguments: Any,
+    *,
+    stat_loggers: list[Any],
+    on_forked: Callable[[], None],
+    while_loading: Callable[[Any, Any], None],
+    began_at: float,
 ) -> "MeteredLLM":
     """Makes an engine whose processes load the weights while this one builds tokenizer and renderer.
 
@@ -330,19 +335,22 @@ def make_llm(
         stat_loggers: As AsyncLLM takes them.
         on_forked: Called in another thread when EngineCore's process exists.
         while_loading: Called with the model's config and its renderer while the weights load.
+        began_at: When the first phase of the engine's start begins.
 
     With an unknown version of vLLM everything happens in AsyncLLM's own order, in this thread.
     """
     descriptor = arguments.additional_config[SETTINGS_KEY]["phase_descriptor"]
-    with measured(descriptor, "config"):
-        config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        executor_class = Executor.get_class(config)
+    config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    executor_class = Executor.get_class(config)
+    configured_at = time.monotonic()
+    write_phase(descriptor, "config", began_at, configured_at)
     if not is_pinned():
         llm = MeteredLLM(config, executor_class, log_stats=False, log_requests=False, stat_loggers=stat_loggers)
         on_forked()
+        llm.joined_at = time.monotonic()
         while_loading(config.model_config, llm.renderer)
         return llm
-    configured_at = time.monotonic()
+    joined_at: list[float] = []
     forked: Future[None] = Future()
     started: Future[tuple[Any, float]] = Future()
 
@@ -374,6 +382,7 @@ def make_llm(
             # What happened at the same time is told last: it is a phase as far as the engine had to wait for it.
             write_phase(descriptor, "connect", configured_at, connected_at)
             write_phase(descriptor, "tokenizer", configured_at, prepared_at)
+            joined_at.append(max(connected_at, prepared_at))
             return client
 
     patches = _patched(async_llm_module, "EngineCoreClient", Started), _notifying(tell)
@@ -383,6 +392,7 @@ def make_llm(
         llm = MeteredLLM(
             config, executor_class, log_stats=False, log_requests=False, stat_loggers=[*stat_loggers, Unpublished]
         )
+    llm.joined_at = joined_at[0]
     # The engine may have fitted the context to its KV cache: what was derived from the old length is derived anew.
     for name in ("default_cmpl_tok_params", "default_chat_tok_params"):
         llm.renderer.__dict__.pop(name, None)
@@ -471,6 +481,9 @@ class Unpublished(PrometheusStatLogger):
 
 class MeteredLLM(AsyncLLM):
     """AsyncLLM that counts each request's tokens into the METER of its task, and the requests of each adapter."""
+
+    joined_at: float
+    """When its front and its EngineCore had found each other."""
 
     @cached_property
     def adapters(self) -> AdapterTable:

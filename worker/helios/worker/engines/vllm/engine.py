@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +34,7 @@ from helios.worker.replica.engine import (
     Tokenized,
     TransferParameters,
 )
+from helios.worker.replica.phases import write_phase
 from helios.worker.replica.spec import ReplicaSpec
 
 log = structlog.get_logger()
@@ -88,9 +90,10 @@ class VllmEngine:
             stat_loggers=[lambda *_: self._sink],
             on_forked=hooks.on_forked,
             while_loading=self._prepare,
+            began_at=hooks.began_at,
         )
-        with hooks.phase("api"):
-            self._make_api(spec)
+        self._make_api(spec)
+        write_phase(hooks.phase_descriptor, "api", self._llm.joined_at, time.monotonic())
 
     def _make_api(self, spec: ReplicaSpec) -> None:
         config = self._llm.vllm_config

@@ -22,7 +22,7 @@ import vllm.v1.worker.utils
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.v1.structured_output import StructuredOutputManager
 
-_PLUGIN_GROUPS: Final = (
+PLUGIN_GROUPS: Final = (
     vllm.plugins.DEFAULT_PLUGINS_GROUP,
     vllm.plugins.STAT_LOGGER_PLUGINS_GROUP,
     vllm.v1.sample.logits_processor.LOGITSPROCS_GROUP,
@@ -44,15 +44,13 @@ def apply(*, is_cpu: bool) -> None:
 def load_plugins_once() -> None:
     """Looks for plugins here, not in every process: scanning the installed packages takes 0.03 s each time."""
     original = importlib.metadata.entry_points
-    groups = functools.cache(lambda group: original(group=group))
-    for group in _PLUGIN_GROUPS:
-        groups(group)
+    found = {group: original(group=group) for group in PLUGIN_GROUPS}
+
+    def entry_points(**wanted: Any) -> Any:
+        return found[wanted["group"]] if [*wanted] == ["group"] and wanted["group"] in found else original(**wanted)
+
     # vLLM imports the function where it uses it, so that this reaches every use.
-    setattr(  # noqa: B010  a patch, and visibly one
-        importlib.metadata,
-        "entry_points",
-        lambda **wanted: groups(**wanted) if [*wanted] == ["group"] else original(**wanted),
-    )
+    setattr(importlib.metadata, "entry_points", entry_points)  # noqa: B010  a patch, and visibly one
     vllm.plugins.load_general_plugins()
 
 
