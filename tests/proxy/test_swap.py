@@ -368,6 +368,23 @@ def test_a_failed_compile_leaves_the_eager_one_and_is_tried_again_later_and_not_
     assert json.loads(world.starts()[-1].engine_settings)["dtype"] == "float32"
 
 
+def test_a_compile_that_gets_no_processors_is_tried_again_much_later_however_often() -> None:
+    world = World()
+    spare = world.serve()
+    for _ in range(5):
+        world.fail(spare, "START_TIMEOUT")
+        world.pass_time(900, is_used=True)
+        assert not [item for item in world.replicas.values() if item.is_spare]
+        world.pass_time(100, is_used=True)
+        spare = world.spare()
+    # A worker that never gives up a start is not waited for.
+    world.pass_time(SWAP.start_seconds + 2, is_used=True)
+    assert StopReplica(spare.replica_id) in world.orders
+    assert world.of(actions.SwapFailed)[-1] == actions.SwapFailed(
+        "m", "START_TIMEOUT", "it was not ready after 2000 s", 960.0
+    )
+
+
 def test_compiled_code_that_dies_while_it_serves_counts_as_a_failure_too() -> None:
     world = World()
     compiled = world.become_ready(world.serve())

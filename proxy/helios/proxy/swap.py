@@ -29,8 +29,11 @@ from helios.proxy.traffic import Traffic
 
 # For the others both forms are the same, and a swap would gain nothing.
 _COMPILING_ENGINES: Final = frozenset({"vllm", "simulated"})
-# The replica never came to compiling; whether it can is not known.
+# Whether it can be compiled is not known: it never came to that, or never got the processors' time.
 _NOT_TRIED: Final = frozenset({"NO_CAPACITY", "WORKER_DRAINING", "DEVICE_LOST"})
+_TOO_SLOW: Final = "START_TIMEOUT"
+# A node that left no time for a compile may be as busy for a while: 16 minutes, by default.
+_BUSY_PAUSES: Final = 16
 # A spare that takes so much longer than the last one is not about to be ready.
 _OVERDUE_RATIO: Final = 1.5
 
@@ -162,7 +165,7 @@ class Swaps:
             why = why or self._of_no_use(spare, attempts, standing, now, is_wanted=is_wanted)
             if not why and now - spare.since > self._policy.start_seconds:
                 why = f"it was not ready after {self._policy.start_seconds:.0f} s"
-                self._failed(entry.name, attempts, "START_TIMEOUT", why, now)
+                self._failed(entry.name, attempts, _TOO_SLOW, why, now)
             if why:
                 self._report(actions.SwapStopped(entry.name, replica.replica_id, why))
                 self._stop(replica, now)
@@ -276,10 +279,11 @@ class Swaps:
 
     def _failed(self, model: str, attempts: _Attempts, reason: str, message: str, now: float) -> None:
         policy = self._policy
-        attempts.failure_count += 1
-        if is_permanent(reason):
-            attempts.failure_count = policy.attempt_count
-        pause = policy.back_off_seconds * 4.0 ** (attempts.failure_count - 1)
+        if reason == _TOO_SLOW:
+            pause = policy.back_off_seconds * _BUSY_PAUSES
+        else:
+            attempts.failure_count = policy.attempt_count if is_permanent(reason) else attempts.failure_count + 1
+            pause = policy.back_off_seconds * 4.0 ** (attempts.failure_count - 1)
         attempts.pause_until = now + pause
         is_last = attempts.failure_count >= policy.attempt_count
         self._report(actions.SwapFailed(model, reason, message, 0.0 if is_last else pause))
