@@ -459,6 +459,21 @@ def test_other_settings_stop_a_compile_and_begin_another_one() -> None:
     assert json.loads(world.settings[world.spare().replica_id])["max_running_requests"] == 4
 
 
+def test_adapters_that_come_and_go_are_no_reason_to_compile_anew() -> None:
+    document = json.loads(BOTH) | {"lora": {"max_rank": 16}}
+    world = World(both(engine_settings=json.dumps(document)))
+    spare = world.serve()
+    document["lora"]["adapters"] = [{"name": "polite", "model": "polite"}]
+    changed = both(engine_settings=json.dumps(document))
+    adapter = replace(entry("polite"), base_model="m")
+    world.models = (changed, adapter)
+    for model in world.models:
+        world.apply(world.core.model_upserted(model, world.now))
+    world.pass_time(5)
+    assert spare.replica_id in world.replicas
+    assert len(world.starts()) == 2
+
+
 def test_a_model_that_is_to_be_eager_alone_stops_its_compile_also_after_a_restart() -> None:
     world = World()
     spare = world.serve()

@@ -16,8 +16,10 @@ and how long compiled starts take, by revision and settings; losing those costs 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from helios.proxy import actions
@@ -155,7 +157,7 @@ class Swaps:
         has_both = needs_of(entry.engine_settings).has_both_forms
         if not has_both and not spares:
             return
-        settings = with_form(entry.engine_settings, Form.COMPILED)
+        settings = _of_compiled(entry.engine_settings)
         attempts = self._attempts_of(entry, settings)
         starting = [replica for replica in spares if replica.is_spare]
         for replica in starting:
@@ -287,3 +289,11 @@ class Swaps:
         attempts.pause_until = now + pause
         is_last = attempts.failure_count >= policy.attempt_count
         self._report(actions.SwapFailed(model, reason, message, 0.0 if is_last else pause))
+
+
+@lru_cache(maxsize=1024)
+def _of_compiled(settings: str) -> str:
+    """What makes a compiled replica another one: its settings, but for the adapters that come and go while it runs."""
+    values = json.loads(with_form(settings, Form.COMPILED) or "{}")
+    values.get("lora", {}).pop("adapters", None)
+    return json.dumps(values, sort_keys=True)
