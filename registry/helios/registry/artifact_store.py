@@ -8,7 +8,7 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from helios.mesh.errors import NotFound, RevisionNotFound
-from helios.registry.artifacts import Artifact, NewArtifact, Use, plan_eviction
+from helios.registry.artifacts import MAX_COUNT, Artifact, NewArtifact, Use, plan_eviction
 from helios.registry.database import Database
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.store import batches, delete_unused_blobs, from_us, to_us
@@ -123,7 +123,7 @@ async def _make_room(connection: AsyncConnection, needed_bytes: int, quota_bytes
         select(artifacts.c.kind, artifacts.c.key, artifacts.c.size_bytes, artifacts.c.used_at_us)
     )
     uses = [Use(row.kind, row.key, row.size_bytes, from_us(row.used_at_us)) for row in rows]
-    for kind, key in plan_eviction(uses, needed_bytes=needed_bytes, quota_bytes=quota_bytes):
+    for kind, key in plan_eviction(uses, needed_bytes=needed_bytes, quota_bytes=quota_bytes, max_count=MAX_COUNT):
         await connection.execute(delete(artifacts).where(_is_named(kind, key)))
 
 

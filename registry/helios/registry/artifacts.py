@@ -19,6 +19,8 @@ from helios.registry.manifest import MEDIA_ARTIFACT, Manifest
 # Flags and versions take one or two KiB; an artifact's document is sent with every list.
 MAX_INPUTS_BYTES: Final = 64 << 10
 MAX_PRODUCER_CHARS: Final = 200
+# A thousand models with ten settings; what goes first is decided by looking at all of them.
+MAX_COUNT: Final = 10_000
 _KIND: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
 _KEY: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -85,19 +87,23 @@ def check_name(kind: str, key: str) -> None:
         raise _invalid("a key is 64 lower-case hexadecimal digits", "key")
 
 
-def plan_eviction(stored: Iterable[Use], *, needed_bytes: int, quota_bytes: int) -> tuple[tuple[str, str], ...]:
-    """Returns kind and key of what goes so that ``needed_bytes`` more fit: what was used longest ago first.
+def plan_eviction(
+    stored: Iterable[Use], *, needed_bytes: int, quota_bytes: int, max_count: int
+) -> tuple[tuple[str, str], ...]:
+    """Returns kind and key of what goes so that one of ``needed_bytes`` more fits: what was used longest ago first.
 
     Args:
         stored: All that there is.
         needed_bytes: At most the quota.
         quota_bytes: What all of them may take together.
+        max_count: How many there may be; at least 1.
     """
     by_age = sorted(stored, key=lambda use: (use.used_at, use.kind, use.key))
     excess = sum(use.size_bytes for use in by_age) + needed_bytes - quota_bytes
-    going = []
+    surplus = len(by_age) + 1 - max_count
+    going: list[tuple[str, str]] = []
     for use in by_age:
-        if excess <= 0:
+        if excess <= 0 and len(going) >= surplus:
             break
         going.append((use.kind, use.key))
         excess -= use.size_bytes

@@ -2,10 +2,12 @@
 
 import io
 import os
+import shutil
 import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -146,6 +148,33 @@ def test_an_installation_that_ends_early_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=KEY):
         shelf.install(KEY, files, threading.Event())
     assert [path.name for path in (tmp_path / "compiled").iterdir()] == [KEY]
+
+
+def test_tritons_groups_name_their_files_where_they_are_now(tmp_path: Path) -> None:
+    manager = triton_manager(tmp_path / "elsewhere" / "triton" / "ABC")
+    put = manager.put(b"cubin", "kernel.cubin")
+    manager.put_group("kernel.json", {"kernel.cubin": put})
+    files = make_artifact(tmp_path, {})
+    (files / "files.tar").unlink()
+    pack(tmp_path / "elsewhere", files / "files.tar", lambda path: path.suffix != ".lock")
+    shelf = CompileShelf(tmp_path / "compiled")
+    shelf.install(KEY, files, threading.Event())
+    shutil.rmtree(tmp_path / "elsewhere")
+    moved = triton_manager(tmp_path / "compiled" / KEY / "triton" / "ABC")
+    found = moved.get_group("kernel.json")
+    assert Path(found["kernel.cubin"]).read_bytes() == b"cubin"
+    bad = make_artifact(tmp_path / "bad", {"__grp__x.json": b"[]"})
+    with pytest.raises(Corrupted):
+        shelf.install("b" * 64, bad, threading.Event())
+
+
+def triton_manager(directory: Path) -> Any:
+    """Triton's own keeper of files, on a directory."""
+    cache = pytest.importorskip("triton.runtime.cache")
+    manager = cache.FileCacheManager.__new__(cache.FileCacheManager)
+    manager.cache_dir, manager.lock_path = str(directory), str(directory / "lock")
+    directory.mkdir(parents=True, exist_ok=True)
+    return manager
 
 
 def test_what_a_killed_worker_left_is_swept(tmp_path: Path) -> None:

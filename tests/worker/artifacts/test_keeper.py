@@ -274,7 +274,7 @@ async def test_a_supervisor_that_is_away_or_hangs_is_no_obstacle(cluster: Cluste
     assert take(str(tmp_path / "nobody"), cluster.request(), timeout_seconds=1) is False
 
     async def hang(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(5)
+        await asyncio.sleep(0.5)
         writer.close()
 
     server = await asyncio.start_unix_server(hang, tmp_path / "hung")

@@ -58,17 +58,13 @@ async def tell_proven(
         door: Path of the supervisor's socket; empty: there is nobody to tell.
         uses: What the start used or made.
         has_answered: Whether a request was answered without an error.
-        prove: Notes it on the disk, by kind and key; blocks.
+        prove: Notes it on the disk, by kind and key; blocks, and raises nothing.
     """
     # A second late is nothing; the ledger of requests wakes nobody, for it is on each token's way.
     while not has_answered():  # noqa: ASYNC110
         await asyncio.sleep(_LOOK_SECONDS)
     for request in uses:
-        try:
-            await asyncio.to_thread(prove, request.kind, request.key)
-        except OSError as error:
-            log.warning("an artifact that proved good can't be noted", kind=request.kind, error=str(error))
-            continue
+        await asyncio.to_thread(prove, request.kind, request.key)
         for _ in range(_TELL_TRIES if door else 0):
             if await _tell(door, request):
                 break

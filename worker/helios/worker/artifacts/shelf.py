@@ -5,6 +5,7 @@ at before and after it was packed.
 """
 
 import hashlib
+import json
 import secrets
 import shutil
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from helios.mesh.errors import Corrupted
 from helios.worker.artifacts.archive import files_below, pack, unpack
 from helios.worker.replica.compile_cache import PROVEN, use_existing
 
@@ -64,6 +66,7 @@ class CompileShelf:
             unpack(files / _ARCHIVE, unfinished, check)
             # A mark that somebody sent says nothing of what happens here.
             (unfinished / PROVEN).unlink(missing_ok=True)
+            _rebase_groups(unfinished, self._root / key)
             state = _state(unfinished)
             check()
             unfinished.rename(self._root / key)
@@ -90,6 +93,21 @@ class CompileShelf:
         finally:
             held.release()
         return {_ARCHIVE: into / _ARCHIVE}
+
+
+def _rebase_groups(directory: Path, final: Path) -> None:
+    """Has Triton's groups of files name them where they will be: it keeps absolute paths, all below one directory.
+
+    Source: triton.runtime.cache.FileCacheManager.put_group.
+    """
+    for path in directory.rglob("__grp__*.json"):
+        place = final / path.relative_to(directory).parent
+        try:
+            group = json.loads(path.read_bytes())
+            names = {name: str(place / PurePosixPath(member).name) for name, member in group["child_paths"].items()}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise Corrupted(f"a group of compiled files can't be read: {path.name}") from error
+        path.write_text(json.dumps(group | {"child_paths": names}))
 
 
 def _state(directory: Path) -> str:

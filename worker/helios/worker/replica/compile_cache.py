@@ -23,7 +23,7 @@ from typing import Any, Final
 # Grows when the meaning of the key changes.
 _VERSION: Final = 2
 PROVEN: Final = "helios-proven"
-"""File that says that a replica with this directory became ready and answered a request."""
+"""File that says that a replica with this directory became ready, and answered a request or ended as it was told."""
 
 # What one node compiles for is some models, each with a few settings.
 KEPT: Final = 100

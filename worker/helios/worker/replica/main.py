@@ -137,6 +137,10 @@ class _Replica:
             self._become_ready(server.address, ops_address, engine)
             self._sleeping = Sleeping(engine, gate, self._condition, on_change=self._attachment.wake, fail=self._fail)
             ending = await self._run_until_end(self._sleeping)
+            if ending.is_clean:
+                # Also without a request: compiled code ran when the engine was sized.
+                for artifact in self._start.artifacts:
+                    self._mark_proven(artifact.kind, artifact.key)
             if ending.drain_seconds is not None and ending.is_clean:
                 self._condition.state = State.DRAINING
                 self._attachment.wake()
@@ -169,7 +173,8 @@ class _Replica:
 
     def _mark_proven(self, kind: str, key: str) -> None:
         if kind == COMPILE_CACHE:
-            mark_proven(Path(self._spec.compile_cache_directory, key))
+            with contextlib.suppress(OSError):
+                mark_proven(Path(self._spec.compile_cache_directory, key))
 
     def _note_adapters(self) -> None:
         self._attachment.wake()

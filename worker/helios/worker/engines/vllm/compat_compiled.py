@@ -9,6 +9,7 @@ On a CPU stock vLLM writes such a cache and never reads it: torch hands back a p
 ``finalize_loading``, and what it takes for damage is compiled again, at every start.
 """
 
+import copy
 import functools
 import os
 import platform
@@ -72,23 +73,19 @@ def _driver_version() -> str:
 
 
 def _hash_model(revisions: Mapping[str, str], original: Callable[..., str], config: Any) -> str:
-    path = config.model
-    config.model = revisions.get(path, path)
-    try:
-        return original(config)
-    finally:
-        config.model = path
+    # A copy: other threads of the start read the path meanwhile.
+    named = copy.copy(config)
+    named.model = revisions.get(config.model, config.model)
+    return original(named)
 
 
 def _hash_config(original: Callable[..., str], config: Any, *args: Any, **kwargs: Any) -> str:
     settings = config.additional_config
     if isinstance(settings, dict) and SETTINGS_KEY in settings:
         # How many, because compiled loops are cut for that many threads.
+        config = copy.copy(config)
         config.additional_config = settings | {SETTINGS_KEY: len(settings[SETTINGS_KEY]["cores"])}
-    try:
-        return original(config, *args, **kwargs)
-    finally:
-        config.additional_config = settings
+    return original(config, *args, **kwargs)
 
 
 def _load_compiled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
