@@ -10,12 +10,15 @@ there; EngineCore and Worker, which are vLLM's on both sides, are left out.
 
 Both also answer the same prompts greedily, one at a time, and must draw the same tokens. At the end a server with
 vLLM's defaults, which compile, takes turns with the mesh: the price in steady state of a replica that starts eagerly.
+Then the mesh is told to swap its eager replica for a compiled one, and they take turns again.
 """
 
 import json
 import os
 import statistics
+import subprocess
 import tempfile
+import time
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,7 +82,28 @@ def run() -> list[dict[str, Any]]:
         for streams, rounds in COMPILED_ROUNDS.items():
             pairs = _take_turns(helios, compiled, streams, rounds)
             results.append(_ratio("compiled_tokens_per_second", "tokens_per_second", pairs, streams))
+        if _swap(state, port):
+            swapped = Side(port, MODEL, [])
+            for streams, rounds in COMPILED_ROUNDS.items():
+                pairs = _take_turns(swapped, compiled, streams, rounds)
+                results.append(_ratio("swapped_tokens_per_second", "tokens_per_second", pairs, streams))
     return results
+
+
+def _swap(state: Path, port: int) -> bool:
+    """Uses the model until a compiled replica has taken its eager one's place; False where that took too long."""
+    place = ("--state-dir", str(state))
+    for command in (("models", "set", MODEL, "--set", "compilation=eager_then_compiled"), ("scale", MODEL, "0")):
+        subprocess.run([HELIOS, *command, *place], check=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        stream_all(port, _bodies(MODEL, 1), timeout_seconds=START_SECONDS)
+        status = subprocess.run([HELIOS, "status", "--json", *place], check=True, capture_output=True)
+        replicas = [entry["replica"] for entry in json.loads(status.stdout)["replicas"]]
+        if [replica["compilation"] for replica in replicas] == ["COMPILATION_MODE_COMPILED"]:
+            return True
+    print(f"no compiled replica took over within {START_SECONDS:.0f} s")
+    return False
 
 
 def _take_turns(helios: Side, stock: Side, streams: int, rounds: int) -> list[tuple[Sample, Sample]]:
