@@ -159,7 +159,8 @@ class Swaps:
             return
         settings = _of_compiled(entry.engine_settings)
         attempts = self._attempts_of(entry, settings)
-        starting = [replica for replica in spares if replica.is_spare]
+        # In an order that does not depend on who looks: of two, each proxy stops the same one.
+        starting = sorted((r for r in spares if r.is_spare), key=lambda r: r.replica_id)
         for replica in starting:
             spare = self._spare(replica, now)
             why = "" if has_both else "the model is not to have both forms any more"

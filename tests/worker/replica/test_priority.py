@@ -94,3 +94,18 @@ def test_all_that_a_background_start_forked_is_like_any_other_when_it_is_ready()
 def test_a_start_in_the_background_leaves_a_shared_core_to_who_serves() -> None:
     # Equal neighbours share evenly; a third is far from both 0.03 and 1 on a machine as busy as may be.
     assert float(run(NEIGHBOURS)) < 0.33
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes a user that may become another one")
+def test_who_may_not_raise_priorities_does_not_go_where_nobody_leads_back() -> None:
+    script = textwrap.dedent("""
+        import os
+        from helios.worker.replica.priority import can_return, step_back, step_forward
+        os.setgid(65534)
+        os.setuid(65534)
+        os.setsid()
+        step_back()
+        step_forward()
+        print(can_return(), os.sched_getscheduler(0))
+    """)
+    assert run(script).split() == ["False", str(os.SCHED_OTHER)]

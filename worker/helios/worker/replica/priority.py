@@ -7,7 +7,7 @@ effect, and both are given up again when the replica is ready, since it then ser
   gets an equal share of a core whatever the priority of its processes, and a replica is a session: with SCHED_IDLE
   alone it took as much of a core as its neighbour, with the weight alone 3 % of it (measured).
 - SCHED_IDLE, where processes are in one control group, as in a container. Only those may leave it again who may raise
-  priorities; where that is not so, the replica goes without, rather than serve with it for good.
+  priorities; where that is not so, the replica goes without, rather than serve with it for good. Source: sched(7).
 
 What is below a process inherits both. Linux only, like the worker.
 """
@@ -15,12 +15,10 @@ What is below a process inherits both. Linux only, like the worker.
 import contextlib
 import errno
 import os
-import resource
 import time
 from pathlib import Path
 from typing import Final
 
-_CAP_SYS_NICE: Final = 23  # Source: linux/capability.h.
 _LOWEST_NICE: Final = 19
 # The kernel takes a change of an autogroup every 100 ms of those who may not administer the machine.
 _AUTOGROUP_PAUSE_SECONDS: Final = 0.11
@@ -45,10 +43,22 @@ def step_forward() -> None:
 
 
 def can_return() -> bool:
-    """Whether this process may leave SCHED_IDLE again. Source: sched(7), `The nice value` and SCHED_IDLE."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NICE)
-    needed = 20 - os.getpriority(os.PRIO_PROCESS, 0)
-    return limit == resource.RLIM_INFINITY or limit >= needed or _has_capability(_CAP_SYS_NICE)
+    """Whether this process, which has one thread, may leave SCHED_IDLE again.
+
+    Tried by a child: what counts are capabilities of the machine and not of the user namespace that a container may be.
+    """
+    child = os.fork()
+    if child == 0:
+        # Nothing else may run in the child, whatever happens.
+        status = 1
+        try:
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+            status = 0
+        finally:
+            os._exit(status)
+    _, wait_status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(wait_status) == 0
 
 
 def _free_idle_threads() -> int:
@@ -84,11 +94,3 @@ def _weigh_session(nice: int) -> None:
             time.sleep(_AUTOGROUP_PAUSE_SECONDS)
         else:
             return
-
-
-def _has_capability(number: int) -> bool:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "CapEff":
-            return bool(int(value, 16) >> number & 1)
-    return False
