@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from helios.worker.replica.settings import Compilation, EngineSettings
 from helios.worker.supervisor import life_actions as act
 from helios.worker.supervisor import life_events as on
 from helios.worker.supervisor.life_stages import Limits, Stage
@@ -86,9 +87,13 @@ def test_a_hung_start_is_killed_at_its_deadline_and_says_so() -> None:
     assert machine.view.failure.reason == "START_TIMEOUT"
 
 
-def test_a_start_in_the_background_has_more_time_also_under_another_supervisor() -> None:
+@pytest.mark.parametrize(
+    "order",
+    [replace(ORDER, is_background=True), replace(ORDER, settings=EngineSettings(compilation=Compilation.COMPILED))],
+    ids=["background", "compiled"],
+)
+def test_a_long_start_has_more_time_also_under_another_supervisor(order: Order) -> None:
     limits = replace(LIMITS, background_start_seconds=300)
-    order = replace(ORDER, is_background=True)
     machine = ReplicaMachine(order, limits)
     drive(machine, on.Begin(), on.WeightsReady("/w", "l"), on.Forked(PROCESS))
     assert machine.deadline == 300

@@ -57,8 +57,8 @@ class ReplicaSettings(BaseModel):
     """From the fork to ready; a start that takes longer hangs and is killed. 120: the slowest engine start seen, times
     four."""
     background_start_seconds: float = Field(default=1800.0, gt=0)
-    """The same, of a replica that is to take the place of one that serves: it gets what the others leave of the cores.
-    Half an hour: a compile of two minutes, on cores that are nearly always taken."""
+    """The same, of a replica that is to take the place of one that serves, and gets what the others leave of the cores,
+    or that may have to compile. Half an hour: a compile of two minutes, on cores that are nearly always taken."""
     drain_seconds: float = Field(default=30.0, ge=0)
     """How long requests may go on where a drain names no time, and when the worker stops. 0: they are cut off."""
     drain_grace_seconds: float = Field(default=3.0, ge=0)

@@ -47,7 +47,7 @@ class Limits:
     Attributes:
         fetch_seconds: Until the weights are on the node.
         start_seconds: From the fork to ready.
-        background_start_seconds: The same, of a replica that computes with what others leave.
+        background_start_seconds: The same, of a replica that computes with what others leave, or may have to compile.
         drain_seconds: For a replica that drains on its own account.
         drain_grace_seconds: Given to a replica on top of its drain timeout, to cut off what is left and to exit by
             itself.

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
 
+from helios.worker.replica.settings import Compilation
 from helios.worker.supervisor.life_actions import (
     Action,
     Fetch,
@@ -211,8 +212,10 @@ class ReplicaMachine:
 
     @property
     def _start_seconds(self) -> float:
-        limits, is_background = self._limits, self._view.order.is_background
-        return limits.background_start_seconds if is_background else limits.start_seconds
+        limits, order = self._limits, self._view.order
+        # Killed in the middle, a compile would begin anew with the next start, and never come to its end.
+        is_long = order.is_background or order.settings.compilation is Compilation.COMPILED
+        return limits.background_start_seconds if is_long else limits.start_seconds
 
     @property
     def _silent_at(self) -> float | None:
