@@ -102,6 +102,35 @@ async def test_a_launcher_that_dies_is_replaced_and_its_replicas_live_on(tmp_pat
         end(replica, following)
 
 
+async def test_when_a_launcher_dies_another_of_its_pool_forks_at_once(tmp_path: Path, leaves: Leaves) -> None:
+    specs = []
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        specs.append(make_spec(tmp_path / name, leaves, supervisor_address=""))
+    async with LauncherClient(engine="simulated", pool_size=2) as launcher:
+        first = await launcher.fork(specs[0], deadline())
+        active = launcher.pid
+        assert active is not None
+        (standby,) = {child.pid for child in psutil.Process(active).children()} - {first.pid}
+        assert psutil.Process(standby).num_threads() == 1
+        os.kill(active, signal.SIGKILL)
+        async with asyncio.timeout(5):
+            while launcher.pid != standby:
+                await asyncio.sleep(0.005)
+        assert launcher.is_ready
+        second = await launcher.fork(specs[1], deadline())
+        assert psutil.Process(second.pid).ppid() == standby
+        assert await complete(leaves, specs[0], "one") == "one one one "
+        async with asyncio.timeout(60):
+            while launcher.pid == standby:
+                await asyncio.sleep(0.01)
+        third = await launcher.fork(specs[2], deadline())
+        assert psutil.Process(third.pid).ppid() not in {active, standby}
+        assert wait_gone([psutil.Process(standby)] if psutil.pid_exists(standby) else [], 10) == []
+        assert await complete(leaves, specs[1], "two") == "two two two "
+        end(first, second, third)
+
+
 async def test_leaving_the_client_ends_the_launcher_and_no_replica(tmp_path: Path, leaves: Leaves) -> None:
     spec = make_spec(tmp_path, leaves, supervisor_address="")
     async with LauncherClient(engine="simulated") as launcher:

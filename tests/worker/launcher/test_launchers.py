@@ -177,6 +177,31 @@ async def test_a_launcher_is_replaced_when_packages_changed_and_its_replicas_liv
     await end(launchers, two)
 
 
+async def test_launchers_that_nobody_used_for_long_end_and_their_replicas_live_on(
+    tmp_path: Path, leaves: Leaves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", source_path())
+    async with Launchers(idle_seconds=900, lasting=frozenset({"custom"})) as launchers:
+        await launchers.wait_ready("custom")
+        spec = spec_of(tmp_path / "a", leaves)
+        replica = await launchers.fork(spec, deadline())
+        idle = psutil.Process(psutil.Process(replica.pid).ppid())
+        launchers.end_idle(time.monotonic() + 899)
+        await asyncio.sleep(0.1)
+        assert idle.is_running()
+        launchers.end_idle(time.monotonic() + 901)
+        async with asyncio.timeout(20):
+            while idle.is_running():
+                await asyncio.sleep(0.02)
+        (answer,) = await chat(leaves, spec, "still here", max_tokens=2)
+        assert orjson.loads(answer.data)["choices"][0]["message"]["content"] == "still here "
+        psutil.Process(replica.pid).kill()
+        second = spec_of(tmp_path / "b", leaves)
+        following = await launchers.fork(second, deadline())
+        await chat(leaves, second, "up")
+        await end(launchers, following)
+
+
 @pytest.mark.real_model
 async def test_a_replica_of_transformers_answers_paris_and_stops_when_it_is_told_to(
     launchers: Launchers, tmp_path: Path, leaves: Leaves, smollm2_directory: Path

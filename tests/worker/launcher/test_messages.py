@@ -23,7 +23,7 @@ SPEC = ReplicaSpec(
 )
 MESSAGES: list[Message] = [
     Fork(1, json.loads(json.dumps(SPEC.to_document())), 5),
-    Ready(1.5),
+    Ready(1.5, 4),
     Forked(1, 77, 12),
     Refused(2, "no memory: ü"),
     Exited(77, 12, -9),

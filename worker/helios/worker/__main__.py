@@ -69,7 +69,13 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
         stack.enter_context(_only_one(settings.state_directory))
         storage = await stack.enter_async_context(Dialer(settings.storage_target, identity=identity, peer="storage"))
         launchers = await stack.enter_async_context(
-            Launchers(log_level=settings.log_level, search_path=(str(settings.class_path),))
+            Launchers(
+                log_level=settings.log_level,
+                search_path=(str(settings.class_path),),
+                pool_size=settings.launcher.pool_size,
+                lasting=frozenset({split_engine(settings.replica.engine)[0]}),
+                idle_seconds=settings.launcher.idle_seconds,
+            )
         )
         device = settings.device
         inventory = open_inventory(memory_bytes=device.memory_bytes, gpu_memory_ratio=device.gpu_memory_ratio)

@@ -104,6 +104,19 @@ class ArtifactSettings(BaseModel):
     """How long an upload may take before it is given up; nobody waits for it."""
 
 
+class LauncherSettings(BaseModel):
+    """The processes that replicas are forked from."""
+
+    model_config = _FROZEN
+
+    pool_size: int = Field(default=2, ge=1, le=4)
+    """Launchers that stand ready for each engine. All but one are forks that share its memory and wait: when one dies,
+    the next start goes to another at once, instead of waiting some ten seconds for the imports. 1: it waits."""
+    idle_seconds: float = Field(default=900.0, ge=0)
+    """Launchers of an engine that is not the default one end when no replica was started for so long; replicas that run
+    go on. 900: the engine is imported anew for the next one, in seconds. 0: they stay."""
+
+
 class WorkerSettings(ProcessSettings):
     """Everything that can be set for ``python -m helios.worker``."""
 
@@ -147,6 +160,8 @@ class WorkerSettings(ProcessSettings):
     """Devices."""
     replica: ReplicaSettings = Field(default_factory=ReplicaSettings)
     """Replicas."""
+    launcher: LauncherSettings = Field(default_factory=LauncherSettings)
+    """Launchers."""
     artifacts: ArtifactSettings = Field(default_factory=ArtifactSettings)
     """What is shared with other workers."""
 

@@ -1,5 +1,7 @@
 """``python -m helios.worker.launcher --control-fd N``: imports everything, then forks replicas on request.
 
+With several sockets it becomes as many launchers, all but one of them forks that share what was imported.
+
 The composition root of the launcher process. Environment variables that libraries read at import are set by whoever
 starts it (``client.launcher_environment``), because several are read before this module runs.
 """
@@ -27,13 +29,16 @@ def main() -> None:
     """Imports, freezes, serves."""
     started = time.monotonic()
     parser = argparse.ArgumentParser(prog="helios.worker.launcher", description=__doc__)
-    parser.add_argument("--control-fd", type=int, required=True, help="inherited end of a socketpair")
+    parser.add_argument(
+        "--control-fd", type=int, required=True, action="append", help="inherited end of a socketpair, one a launcher"
+    )
     parser.add_argument("--engine", default="vllm", help="whose libraries to import")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     arguments = parser.parse_args()
     setup_logs(process="launcher", level=arguments.log_level)
-    control = socket.socket(fileno=arguments.control_fd)
-    control.set_inheritable(False)
+    controls = [socket.socket(fileno=descriptor) for descriptor in arguments.control_fd]
+    for control in controls:
+        control.set_inheritable(False)
 
     process.preload(arguments.engine)
     sweep_scratch()
@@ -42,12 +47,26 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     gc.disable()
+    control = _fork_others(controls)
     import_seconds = time.monotonic() - started
     threads = len(list(Path("/proc/self/task").iterdir()))
     log.info("launcher ready", pid=os.getpid(), import_seconds=round(import_seconds, 3), thread_count=threads)
     if threads != 1:
         log.warning("launcher has more than one thread: a fork copies only the one that forks", thread_count=threads)
     Zygote(control, _child_main, _prepare).run(import_seconds)
+
+
+def _fork_others(controls: list[socket.socket]) -> socket.socket:
+    """Forks a launcher for each socket but the first; returns the calling process's own, in each of them."""
+    own, *others = controls
+    for other in others:
+        if os.fork() == 0:
+            own.close()
+            for later in others[others.index(other) + 1 :]:
+                later.close()
+            return other
+        other.close()
+    return own
 
 
 def _child_main(spec: ReplicaSpec, requested_ns: int) -> None:

@@ -1,21 +1,24 @@
-"""The supervisor's end of the launcher: starts it, asks for replicas, hears of exits, starts it again when it dies.
+"""The supervisor's end of the launchers of one engine: starts them, asks for replicas, hears of exits, replaces them.
 
-The launcher's death is nobody's disaster: replicas live on (their parent becomes the supervisor, which is a
-subreaper), a fork that was under way fails as Unavailable, and the next one waits for the new launcher.
+A pool is a generation: one process imports, and the others are forks of it, which share its memory and only wait. When
+one dies, the next start goes to another at once, and the next generation imports meanwhile; as soon as it is ready, the
+old one ends. So a launcher's death is nobody's disaster: replicas live on (their parent becomes the supervisor, which
+is a subreaper), a fork that was under way fails as Unavailable, and only a pool that died as a whole is waited for.
 """
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, Self
 
 import structlog
 
-from helios.mesh.errors import DeadlineExceeded, PreconditionFailed, Unavailable
+from helios.mesh.errors import Corrupted, DeadlineExceeded, PreconditionFailed, Unavailable
 from helios.mesh.tasks import keep_running
 from helios.worker.launcher.messages import Decoder, Exited, Fork, Forked, Message, Ready, Refused, encode
 from helios.worker.replica.spec import ReplicaSpec
@@ -26,6 +29,7 @@ log = structlog.get_logger()
 _EXIT_QUEUE_SIZE: Final = 1024
 _READ_BYTES: Final = 64 << 10
 _STOP_SECONDS: Final = 5.0
+_REAP_PAUSE_SECONDS: Final = 0.02
 
 # Read by libraries at import, so they must be there before the launcher's first import.
 _ENVIRONMENT: Final = {
@@ -81,8 +85,32 @@ def launcher_environment(base: Mapping[str, str], search_path: Sequence[str] = (
     return cleaned | _ENVIRONMENT
 
 
+@dataclass(slots=True, eq=False)
+class _Connection:
+    """One launcher; ``pid`` is 0 until it is ready."""
+
+    writer: asyncio.StreamWriter
+    pid: int = 0
+    forks: dict[int, asyncio.Future[ForkedReplica]] = field(default_factory=dict)
+
+    async def close(self) -> None:
+        """Ends the launcher once it has answered."""
+        if self.forks:
+            await asyncio.wait(self.forks.values(), timeout=_STOP_SECONDS)
+        self.writer.close()
+
+
+@dataclass(slots=True, eq=False)
+class _Generation:
+    """The launchers that came of one import; ``lost`` is set when the first of them is gone."""
+
+    process: asyncio.subprocess.Process
+    connections: tuple[_Connection, ...]
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class LauncherClient:
-    """Keeps one launcher alive; open with ``async with``.
+    """Keeps the launchers of an engine alive; open with ``async with``.
 
     ``exits`` gets one ReplicaExit for every front process that ended while its launcher lived, in order. Exits of
     replicas whose launcher died before them are not seen here: their sessions and pids tell.
@@ -95,31 +123,39 @@ class LauncherClient:
         log_level: Literal["debug", "info", "warning", "error"] = "info",
         exits: asyncio.Queue[ReplicaExit] | None = None,
         search_path: Sequence[str] = (),
+        pool_size: int = 1,
     ) -> None:
-        """``exits`` takes the exits where several launchers share one queue; ``search_path`` goes before PYTHONPATH."""
+        """``exits`` takes the exits where several clients share one queue; ``search_path`` goes before PYTHONPATH."""
+        self._pool_size = pool_size
         self._arguments = ("--engine", engine, "--log-level", log_level)
         self._group = asyncio.TaskGroup()
         self._keeper: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
-        self._writer: asyncio.StreamWriter | None = None
+        self._usable: list[_Connection] = []
+        self._former: list[_Generation] = []
         self._numbers = 0
-        self._forks: dict[int, asyncio.Future[ForkedReplica]] = {}
         self._search_path = tuple(search_path)
         self.exits: asyncio.Queue[ReplicaExit] = asyncio.Queue(_EXIT_QUEUE_SIZE) if exits is None else exits
-        self.pid: int | None = None
         self.import_seconds = 0.0
 
     async def __aenter__(self) -> Self:
-        """Starts the launcher; ``wait_ready`` says when it has imported everything."""
+        """Starts the launchers; ``wait_ready`` says when everything is imported."""
         await self._group.__aenter__()
         self._keeper = self._group.create_task(keep_running("launcher", self._run_once), name="launcher")
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Ends the launcher; replicas live on."""
+        """Ends the launchers; replicas live on."""
         if self._keeper is not None:
             self._keeper.cancel()
+        for generation in self._former:
+            self._group.create_task(self._end(generation), name="end launchers")
         await self._group.__aexit__(None, None, None)
+
+    @property
+    def pid(self) -> int | None:
+        """The launcher that the next fork is asked of; None where none is ready."""
+        return self._usable[0].pid if self._usable else None
 
     @property
     def is_ready(self) -> bool:
@@ -143,13 +179,14 @@ class LauncherClient:
         number = self._numbers
         requested_ns = round(spec.asked_at * 1e9) or time.monotonic_ns()
         future: asyncio.Future[ForkedReplica] = asyncio.get_running_loop().create_future()
+        asked: _Connection | None = None
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 await self._ready.wait()
-                assert self._writer is not None
-                self._forks[number] = future
-                self._writer.write(encode(Fork(number, spec.to_document(), requested_ns)))
-                await self._writer.drain()
+                asked = self._usable[0]
+                asked.forks[number] = future
+                asked.writer.write(encode(Fork(number, spec.to_document(), requested_ns)))
+                await asked.writer.drain()
                 return await future
         except TimeoutError as error:
             raise DeadlineExceeded(
@@ -158,58 +195,83 @@ class LauncherClient:
         except ConnectionError as error:
             raise Unavailable("the launcher went away", metadata={"replica": spec.replica_id}) from error
         finally:
-            self._forks.pop(number, None)
+            if asked is not None:
+                asked.forks.pop(number, None)
 
     async def _run_once(self) -> None:
-        ours, theirs = socket.socketpair()
+        generation, readers = await self._start()
+        listeners = [
+            self._group.create_task(self._listen(generation, *pair), name="listen to launcher")
+            for pair in zip(generation.connections, readers, strict=True)
+        ]
         try:
-            with theirs:
-                process = await self._spawn(theirs)
-            self.pid = process.pid
-            ours.setblocking(False)
-            reader, self._writer = await asyncio.open_connection(sock=ours)
-        except BaseException:
-            ours.close()
+            await generation.lost.wait()
+        except asyncio.CancelledError:
+            await self._end(generation)
+            await asyncio.wait(listeners)
             raise
-        try:
-            await self._read(reader)
-        finally:
-            await self._end(process)
-        # Reached only when the launcher closed its end: nobody asked it to.
-        raise Unavailable("the launcher ended by itself", metadata={"status": str(process.returncode)})
+        # Nobody asked it to end. What is left of them serves until the next generation does.
+        self._former.append(generation)
+        raise Unavailable("a launcher ended by itself", metadata={"usable": str(len(self._usable))})
 
-    async def _spawn(self, control: socket.socket) -> asyncio.subprocess.Process:
-        descriptor = control.fileno()
+    async def _start(self) -> tuple[_Generation, list[asyncio.StreamReader]]:
+        pairs = [socket.socketpair() for _ in range(self._pool_size)]
+        connections: list[_Connection] = []
+        readers: list[asyncio.StreamReader] = []
+        try:
+            try:
+                process = await self._spawn([theirs.fileno() for _, theirs in pairs])
+            finally:
+                for _, theirs in pairs:
+                    theirs.close()
+            for ours, _ in pairs:
+                ours.setblocking(False)
+                reader, writer = await asyncio.open_connection(sock=ours)
+                readers.append(reader)
+                connections.append(_Connection(writer))
+        except BaseException:
+            for ours, _ in pairs:
+                ours.close()
+            raise
+        return _Generation(process, tuple(connections)), readers
+
+    async def _spawn(self, descriptors: Sequence[int]) -> asyncio.subprocess.Process:
+        controls = [argument for descriptor in descriptors for argument in ("--control-fd", str(descriptor))]
         return await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "helios.worker.launcher",
-            "--control-fd",
-            str(descriptor),
+            *controls,
             *self._arguments,
-            pass_fds=(descriptor,),
+            pass_fds=tuple(descriptors),
             stdin=asyncio.subprocess.DEVNULL,
             # The environment is handed on, not read: the launcher's libraries are configured by it.
             env=launcher_environment(os.environ, self._search_path),  # noqa: TID251
         )
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    async def _listen(self, generation: _Generation, connection: _Connection, reader: asyncio.StreamReader) -> None:
         decoder = Decoder()
-        while data := await reader.read(_READ_BYTES):
-            for message in decoder.feed(data):
-                await self._take(message)
+        try:
+            while data := await reader.read(_READ_BYTES):
+                for message in decoder.feed(data):
+                    await self._take(generation, connection, message)
+        except (ConnectionError, Corrupted) as error:
+            log.warning("a launcher is given up", pid=connection.pid, error=str(error))
+        finally:
+            self._lose(connection)
+            generation.lost.set()
 
-    async def _take(self, message: Message) -> None:
+    async def _take(self, generation: _Generation, connection: _Connection, message: Message) -> None:
         match message:
-            case Ready(import_seconds):
-                self.import_seconds = import_seconds
-                log.info("launcher is ready", pid=self.pid, import_seconds=round(import_seconds, 3))
-                self._ready.set()
+            case Ready(import_seconds, pid):
+                connection.pid, self.import_seconds = pid, import_seconds
+                log.info("launcher is ready", pid=pid, import_seconds=round(import_seconds, 3))
+                self._use(generation, connection)
             case Forked(number, pid, start_ticks):
-                if (future := self._forks.get(number)) is not None and not future.done():
+                if (future := connection.forks.get(number)) is not None and not future.done():
                     future.set_result(ForkedReplica(pid, start_ticks))
             case Refused(number, text):
-                if (future := self._forks.get(number)) is not None and not future.done():
+                if (future := connection.forks.get(number)) is not None and not future.done():
                     future.set_exception(
                         PreconditionFailed(f"the launcher could not fork: {text}", reason="FORK_REFUSED")
                     )
@@ -218,16 +280,37 @@ class LauncherClient:
             case Fork():
                 log.error("the launcher sent a request", number=message.number)
 
-    async def _end(self, process: asyncio.subprocess.Process) -> None:
-        """Closes the socket, which ends the launcher, and fails what was under way."""
-        self._ready.clear()
-        self.pid = None
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        for future in self._forks.values():
+    def _use(self, generation: _Generation, connection: _Connection) -> None:
+        """Takes a launcher that is ready, in place of those of older generations."""
+        former, self._former = self._former, []
+        old = {one for former_generation in former for one in former_generation.connections}
+        order = {one: position for position, one in enumerate(generation.connections)}
+        self._usable = sorted({connection, *self._usable} - old, key=lambda one: order.get(one, 0))
+        for ended in former:
+            self._group.create_task(self._end(ended), name="end launchers")
+        self._ready.set()
+
+    def _lose(self, connection: _Connection) -> None:
+        """Forgets a launcher that is gone, and fails what was asked of it."""
+        if connection in self._usable:
+            self._usable.remove(connection)
+        if not self._usable:
+            self._ready.clear()
+        connection.writer.close()
+        for future in connection.forks.values():
             if not future.done():
                 future.set_exception(Unavailable("the launcher went away"))
+
+    async def _end(self, generation: _Generation) -> None:
+        """Closes the sockets, which ends the launchers, and waits for them."""
+        for connection in generation.connections:
+            if connection in self._usable:
+                self._usable.remove(connection)
+        if not self._usable:
+            self._ready.clear()
+        for connection in generation.connections:
+            await connection.close()
+        process = generation.process
         try:
             async with asyncio.timeout(_STOP_SECONDS):
                 await process.wait()
@@ -235,3 +318,23 @@ class LauncherClient:
             # Still importing: it reads its socket only afterwards, and has no children yet.
             process.kill()
             await process.wait()
+        for connection in generation.connections:
+            if connection.pid not in (0, process.pid):
+                await _wait_for_orphan(connection.pid)
+
+
+async def _wait_for_orphan(pid: int) -> None:
+    """Waits for a fork of a launcher that is gone: the child of this process, where it is a subreaper."""
+    give_up_at = time.monotonic() + _STOP_SECONDS
+    while _is_living_child(pid):
+        if time.monotonic() > give_up_at:
+            os.kill(pid, signal.SIGKILL)
+        await asyncio.sleep(_REAP_PAUSE_SECONDS)
+
+
+def _is_living_child(pid: int) -> bool:
+    """Whether a child runs; one that is dead is reaped."""
+    try:
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        return False

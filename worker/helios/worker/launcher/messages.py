@@ -1,7 +1,7 @@
 """The language of the control socket: length-prefixed JSON between a supervisor and its launcher.
 
     supervisor → launcher   fork {number, spec, requested_ns}
-    launcher → supervisor   ready {import_seconds}            once, when everything is imported
+    launcher → supervisor   ready {import_seconds, pid}       once, when everything is imported
                             forked {number, pid, start_ticks} in the order of the requests
                             refused {number, message}
                             exited {pid, start_ticks, status}
@@ -34,9 +34,10 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Everything is imported; forks are quick from now on."""
+    """Everything is imported; forks are quick from now on. ``pid`` is the sender's."""
 
     import_seconds: float
+    pid: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class Zygote:
 
     def run(self, import_seconds: float) -> None:
         """Returns when the supervisor has closed the socket; replicas live on."""
-        if not self._send(Ready(import_seconds)):
+        if not self._send(Ready(import_seconds, os.getpid())):
             return
         while True:
             events = self._poll.poll(None if self._forked_last is None else _IDLE_SECONDS * 1000)
