@@ -17,7 +17,8 @@ from helios.worker.launcher.client import launcher_environment
 from tests.worker.replica.support import ROOT, source_path
 
 SOURCES = [
-    Path(__file__).with_name(f"{name}_contracts.py".removeprefix("_")) for name in ("", "kind", "setting", "output")
+    Path(__file__).with_name(f"{name}_contracts.py".removeprefix("_"))
+    for name in ("", "kind", "setting", "weight", "output")
 ]
 # On a busy machine, importing takes several times as long.
 SECONDS = 200

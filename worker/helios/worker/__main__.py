@@ -199,6 +199,9 @@ async def _keep_files_bounded(settings: WorkerSettings, supervisor: Supervisor) 
         try:
             await asyncio.to_thread(drop_surplus, settings.replica_log_directory, supervisor.replica_ids())
             await asyncio.to_thread(drop_unused, settings.compile_cache_directory)
+            await asyncio.to_thread(
+                drop_unused, settings.packed_weights_directory, kept_bytes=settings.packed_weights_bytes
+            )
         except OSError as error:
             log.warning("old files can't be removed", error=str(error))
         await asyncio.sleep(_TIDY_SECONDS)
@@ -328,6 +331,7 @@ class _SpecMaker:
             compile_cache_directory=str(settings.compile_cache_directory),
             artifact_door=str(settings.artifact_door or ""),
             artifact_seconds=settings.artifacts.take_seconds,
+            packed_weights_directory=str(settings.packed_weights_directory) if settings.packed_weights_bytes else "",
             kv_directory=str((settings.state_directory / "kv").absolute()),
             created_at=order.created_at,
             placement=_place(settings, booking.slot, view),

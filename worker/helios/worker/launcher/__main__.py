@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -73,14 +74,16 @@ def _child_main(spec: ReplicaSpec, requested_ns: int) -> None:
     process.run(spec, requested_ns)
 
 
-def _prepare(spec: ReplicaSpec) -> None:
+def _prepare(spec: ReplicaSpec) -> Callable[[], None] | None:
+    work = None
     try:
-        process.prepare(spec)
+        work = process.prepare(spec)
     except Exception as error:  # noqa: BLE001  the replica itself says what is wrong with its model
         log.warning("next start not prepared", model=spec.model, error=str(error))
     # What is kept is shared by the children, and no collection of theirs is to look at it.
     gc.collect()
     gc.freeze()
+    return work
 
 
 if __name__ == "__main__":

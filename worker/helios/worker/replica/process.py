@@ -9,6 +9,7 @@ import importlib
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import structlog
 import uvloop
@@ -31,9 +32,13 @@ def preload(engine: str) -> None:
     importlib.import_module("helios.worker.replica.main")
 
 
-def prepare(spec: ReplicaSpec) -> None:
-    """Does in the launcher what the next replica of a model will not have to do; engines need not know how."""
-    getattr(engine_module(spec.engine), "prepare", lambda _: None)(spec)
+def prepare(spec: ReplicaSpec) -> Callable[[], None] | None:
+    """Does in the launcher what the next replica of a model will not have to do; engines need not know how.
+
+    Returns what is to be done in a child of the launcher, because it takes long or changes the process.
+    """
+    work: Callable[[], None] | None = getattr(engine_module(spec.engine), "prepare", lambda _: None)(spec)
+    return work
 
 
 def run(spec: ReplicaSpec, requested_ns: int) -> None:

@@ -73,7 +73,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerBase
 
-from helios.worker.engines.vllm import failures, quick_start
+from helios.worker.engines.vllm import compat_packed, failures, quick_start
 from helios.worker.engines.vllm.compat_adapters import AdapterTable, correct_kernels
 from helios.worker.engines.vllm.compat_compiled import (
     SETTINGS_KEY,
@@ -89,6 +89,7 @@ from helios.worker.engines.vllm.held_tokenizers import HeldTokenizers
 from helios.worker.engines.vllm.ranks import rank_cores
 from helios.worker.engines.vllm.transfers import with_transfer
 from helios.worker.replica.engine import PREFILL, EngineLoad, Meter
+from helios.worker.replica.packed_weights import ArtifactWriter
 from helios.worker.replica.phases import write_phase
 
 # The CPU worker patches torch when it is imported, so only the device's own worker may be.
@@ -133,7 +134,9 @@ __all__ = [
     "compile_surroundings",
     "fork_instead_of_spawn",
     "keep_compiled",
+    "is_pinned",
     "make_llm",
+    "pack_weights",
     "parse_model_prompt",
     "prepare_before_fork",
     "put_to_sleep",
@@ -226,6 +229,8 @@ def prepare_before_fork() -> None:
     spare_checks_of_answers()
     quick_start.apply(is_cpu=current_platform.is_cpu())
     if current_platform.is_cpu():
+        compat_packed.install()
+    if current_platform.is_cpu():
         correct_kernels()
     HELD_TOKENIZERS.install()
 
@@ -237,6 +242,13 @@ def fork_instead_of_spawn() -> None:
         setattr(module, "get_mp_context", lambda: context)  # noqa: B010  a patch, and visibly one
     # PlacedWorker binds. vLLM's executor of several ranks would refuse a machine with fewer NUMA nodes than ranks.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # noqa: TID251  the only way to tell it
+
+
+def pack_weights(arguments: Any, init_method: str, writer: ArtifactWriter) -> Path:
+    """Makes the artifact that a replica with these arguments can map; see ``compat_packed.pack``."""
+    return compat_packed.pack(
+        arguments.create_engine_config(UsageContext.ENGINE_CONTEXT), PlacedWorker, init_method, writer
+    )
 
 
 def chat_template_of(model_config: Any, tokenizer: Any) -> str | None:

@@ -17,6 +17,7 @@ from helios.worker.engines.vllm import compat, compat_config, errors, kv_files
 from helios.worker.engines.vllm.arguments import compile_inputs, engine_arguments
 from helios.worker.engines.vllm.compat_adapters import AdaptedModels, adapter_rank
 from helios.worker.engines.vllm.openai_api import OpenAIApi, TextApi, VectorApi
+from helios.worker.engines.vllm.packing import map_weights
 from helios.worker.engines.vllm.pieces import PieceCutter
 from helios.worker.engines.vllm.prompts import PromptRenderer
 from helios.worker.replica.compile_cache import drop_unproven, inputs_document, use_directory
@@ -83,6 +84,8 @@ class VllmEngine:
         self._model = spec.model
         self._sink = compat.LoadSink(hooks.on_load)
         arguments = engine_arguments(spec, hooks.phase_descriptor)
+        # Never released: it is in use for as long as the replica lives.
+        self._mapped = map_weights(arguments, spec)
         if spec.compile_cache_directory and not arguments.enforce_eager:
             _use_compiled(spec, hooks)
         self._llm = compat.make_llm(

@@ -1,11 +1,13 @@
 """What the launcher and the replica's process call to have vLLM: ``preload`` before the fork, ``build`` after it."""
 
 import contextlib
+from collections.abc import Callable
 
 from helios.mesh.errors import HeliosError
 from helios.worker.engines.vllm import compat, failures
 from helios.worker.engines.vllm.arguments import engine_arguments
 from helios.worker.engines.vllm.engine import VllmEngine
+from helios.worker.engines.vllm.packing import packing_of
 from helios.worker.replica.engine import Engine, EngineHooks
 from helios.worker.replica.spec import ReplicaSpec
 
@@ -15,14 +17,19 @@ def preload() -> None:
     compat.prepare_before_fork()
 
 
-def prepare(spec: ReplicaSpec) -> None:
-    """Called in the launcher after a replica was forked, when there is nothing else to do: for the model's next one."""
+def prepare(spec: ReplicaSpec) -> Callable[[], None] | None:
+    """Called in the launcher after a replica was forked, when there is nothing else to do: for the model's next one.
+
+    Returns what takes longer, to be run in a child.
+    """
     if not compat.HELD_TOKENIZERS.is_installed:
-        return
+        return None
     # A model that can't be run: its replica has said why.
     with contextlib.suppress(HeliosError, *failures.START_ERRORS):
         if not compat.HELD_TOKENIZERS.holds(spec.model_path):
             compat.HELD_TOKENIZERS.hold(engine_arguments(spec, -1).create_model_config())
+        return packing_of(spec)
+    return None
 
 
 def build(spec: ReplicaSpec, hooks: EngineHooks) -> Engine:

@@ -1,0 +1,266 @@
+"""Artifacts of packed weights on disk: whole or not there, what was verified or refused, kept within bounds."""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helios.mesh.errors import Corrupted, DiskFull, Unsupported
+from helios.worker.replica.compile_cache import drop_unused
+from helios.worker.replica.packed_weights import (
+    MANIFEST,
+    PAGE_BYTES,
+    WEIGHTS,
+    ArtifactWriter,
+    PackedInputs,
+    PackedManifest,
+    PackedMatrix,
+    PlainTensor,
+    drop,
+    find,
+    read_manifest,
+    verify,
+)
+
+INPUTS = PackedInputs(
+    revision="sha256:" + "5" * 64,
+    flags={"dtype": "bfloat16", "runner": "generate"},
+    engine_version="0.32.0",
+    torch_version="2.13.0+cpu",
+    driver="",
+    architecture="x86_64-0123456789abcdef",
+)
+DATA = bytes(range(256)) * 20
+
+
+def write(root: Path, inputs: PackedInputs = INPUTS, data: bytes = DATA) -> Path:
+    with ArtifactWriter(str(root), inputs) as writer:
+        first = writer.append(memoryview(data))
+        second = writer.append(memoryview(data[:100]))
+        tensor = PlainTensor(
+            name="norm", dtype="uint8", shape=(len(data),), stride=(1,), offset=first, size_bytes=len(data)
+        )
+        matrix = PackedMatrix(layer="head", dtype="uint8", shape=(10, 10), layout=0, offset=second, size_bytes=100)
+        return writer.publish("skeleton", (tensor,), (matrix,), ("layout",))
+
+
+def is_found(root: Path) -> bool:
+    taken = find(str(root), INPUTS)
+    if taken is not None:
+        taken.release()
+    return taken is not None
+
+
+def names(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"revision": "sha256:" + "6" * 64},
+        {"flags": {"dtype": "float32", "runner": "generate"}},
+        {"flags": {"dtype": "bfloat16", "runner": "generate", "tensor_parallel_size": 2}},
+        {"engine_version": "0.32.1"},
+        {"torch_version": "2.13.1+cpu"},
+        {"driver": "13.0-580"},
+        {"architecture": "x86_64-0123456789abcdee"},
+    ],
+)
+def test_the_name_is_another_for_each_thing_that_weights_depend_on(change: dict[str, Any]) -> None:
+    assert replace(INPUTS, **change).key != INPUTS.key
+    assert len(INPUTS.key) == 64
+
+
+def test_the_order_of_flags_is_nothing() -> None:
+    assert replace(INPUTS, flags=dict(reversed(list(INPUTS.flags.items())))).key == INPUTS.key
+
+
+def test_what_was_written_is_found_by_its_inputs_alone(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    assert names(tmp_path) == {INPUTS.key}
+    taken = find(str(tmp_path), INPUTS)
+    assert taken is not None
+    assert taken.path == path
+    manifest = read_manifest(path)
+    weights = (path / WEIGHTS).read_bytes()
+    assert manifest.tensors[0].offset % PAGE_BYTES == manifest.matrices[0].offset % PAGE_BYTES == 0
+    pieces: list[PlainTensor | PackedMatrix] = [*manifest.tensors, *manifest.matrices]
+    for piece, data in zip(pieces, (DATA, DATA[:100]), strict=True):
+        assert weights[piece.offset : piece.offset + piece.size_bytes] == data
+    assert len(weights) == manifest.size_bytes
+    assert manifest.size_bytes % PAGE_BYTES == 0
+    assert (path / WEIGHTS).stat().st_mode & 0o222 == 0
+    assert manifest.inputs["revision"] == INPUTS.revision
+    taken.release()
+    assert find(str(tmp_path), replace(INPUTS, engine_version="0.33.0")) is None
+
+
+def flip_in_place(path: Path) -> None:
+    (path / WEIGHTS).chmod(0o644)
+    with (path / WEIGHTS).open("r+b") as file:
+        file.seek(300)
+        file.write(b"\xff")
+
+
+def cut(path: Path) -> None:
+    (path / WEIGHTS).chmod(0o644)
+    os.truncate(path / WEIGHTS, 100)
+
+
+def exchange(path: Path) -> None:
+    """Another file with the size and time of the first: only its inode tells."""
+    before = (path / WEIGHTS).stat()
+    shutil.copy(path / WEIGHTS, path / "other")
+    os.utime(path / "other", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (path / "other").rename(path / WEIGHTS)
+
+
+def lose_weights(path: Path) -> None:
+    (path / WEIGHTS).unlink()
+
+
+def lose_verification(path: Path) -> None:
+    (path / "verified.json").unlink()
+
+
+def garble(path: Path) -> None:
+    (path / MANIFEST).write_bytes(b"\xff{")
+
+
+def move_outside(path: Path) -> None:
+    document = json.loads((path / MANIFEST).read_text())
+    document["matrices"][0]["offset"] = document["size_bytes"] - 99
+    (path / MANIFEST).write_text(json.dumps(document))
+
+
+def name_no_layout(path: Path) -> None:
+    document = json.loads((path / MANIFEST).read_text())
+    document["matrices"][0]["layout"] = 1
+    (path / MANIFEST).write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [flip_in_place, cut, exchange, lose_weights, lose_verification, garble, move_outside, name_no_layout],
+    ids=lambda harm: harm.__name__,
+)
+def test_what_is_not_what_was_verified_is_never_taken(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    harm(write(tmp_path))
+    with pytest.raises(Corrupted):
+        find(str(tmp_path), INPUTS)
+    # It was let go: it can be dropped, and made again.
+    drop(str(tmp_path), INPUTS)
+    assert names(tmp_path) == set()
+    write(tmp_path)
+    assert is_found(tmp_path)
+
+
+def test_a_digest_is_checked_when_an_artifact_is_brought_in(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    exchange(path)
+    verify(path)
+    assert is_found(tmp_path), "other inode, same bytes"
+    flip_in_place(path)
+    with pytest.raises(Corrupted):
+        verify(path)
+
+
+def test_a_model_that_can_not_be_had_says_so_to_the_next(tmp_path: Path) -> None:
+    with ArtifactWriter(str(tmp_path), INPUTS) as writer:
+        writer.append(memoryview(DATA))
+        path = writer.refuse("quantised")
+    assert (path / WEIGHTS).stat().st_size == 0
+    with pytest.raises(Unsupported, match="quantised"):
+        find(str(tmp_path), INPUTS)
+
+
+def test_an_artifact_that_is_not_finished_is_not_there(tmp_path: Path) -> None:
+    def fail() -> None:
+        with ArtifactWriter(str(tmp_path), INPUTS) as writer:
+            writer.append(memoryview(DATA))
+            assert not is_found(tmp_path)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert names(tmp_path) == set()
+
+
+def test_one_process_writes_and_what_a_killed_one_left_goes(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+
+    def begin() -> None:
+        with ArtifactWriter(str(tmp_path), INPUTS) as writer:
+            writer.append(memoryview(DATA * 50))
+            begun.set()
+            signal.pause()
+
+    process = context.Process(target=begin)
+    process.start()
+    try:
+        assert begun.wait(10)
+        with pytest.raises(BlockingIOError), ArtifactWriter(str(tmp_path), INPUTS):
+            pass
+        assert drop_unused(tmp_path, kept=0) == 0, "it is being written"
+    finally:
+        process.kill()
+        process.join(10)
+    assert find(str(tmp_path), INPUTS) is None
+    write(tmp_path)
+    assert names(tmp_path) == {INPUTS.key}
+
+
+def test_what_is_in_use_stays_and_its_mapping_outlives_it(tmp_path: Path) -> None:
+    write(tmp_path)
+    taken = find(str(tmp_path), INPUTS)
+    assert taken is not None
+    assert drop_unused(tmp_path, kept_bytes=0) == 0
+    taken.release()
+    assert drop_unused(tmp_path, kept_bytes=0) == 1
+    assert find(str(tmp_path), INPUTS) is None
+
+
+def test_the_last_tenth_of_the_disk_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(total=10 << 20, free=(1 << 20) + len(DATA) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DiskFull), ArtifactWriter(str(tmp_path), INPUTS) as writer:
+        writer.append(memoryview(DATA))
+    assert names(tmp_path) == set()
+
+
+def test_a_finished_artifact_is_locked_by_nobody(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    descriptor = os.open(path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["inputs", "skeleton", "tensors", "matrices", "layouts", "size_bytes", "sha256", "refusal"]
+                ),
+                inner,
+            )
+        ),
+    )
+)
+def test_what_is_not_a_manifest_is_refused(document: object) -> None:
+    with pytest.raises(Corrupted):
+        PackedManifest.from_json(json.dumps(document))

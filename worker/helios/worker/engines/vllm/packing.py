@@ -1,0 +1,153 @@
+"""When weights are mapped, and how the artifact that is mapped comes to be.
+
+The launcher makes it: after a replica of a model that has none was forked and nothing else is to be done, it forks once
+more. That child loads the model as a replica would, with the cores that others leave, writes the artifact and ends; the
+next start maps it. The replica that serves meanwhile has nothing to do with it.
+"""
+
+import functools
+import os
+import signal
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from helios.mesh.errors import Corrupted, HeliosError, Unsupported
+from helios.worker.engines.vllm import compat, compat_packed
+from helios.worker.engines.vllm.arguments import arguments_of, engine_arguments
+from helios.worker.replica.compile_cache import CacheDirectory
+from helios.worker.replica.packed_weights import WEIGHTS, ArtifactWriter, PackedInputs, drop, find
+from helios.worker.replica.priority import step_back, step_forward
+from helios.worker.replica.scratch import make_scratch
+from helios.worker.replica.settings import Role
+from helios.worker.replica.spec import ReplicaSpec
+from helios.worker.supervisor.host import usable_memory_bytes, used_memory_bytes
+
+log = structlog.get_logger()
+
+# Arguments that decide which tensors a model has. What else does is found by the digest of its skeleton.
+_SHAPING: Final = ("dtype", "quantization", "tensor_parallel_size", "pipeline_parallel_size", "runner", "convert")
+# Below this, a load takes less than 0.05 s and there is little to share.
+_LEAST_BYTES: Final = 64 << 20
+# The tensors of the checkpoint, one that is packed, and the process itself.
+_NEEDED_RATIO: Final = 1.25
+_PROCESS_BYTES: Final = 512 << 20
+# It holds a copy of the weights. Where others leave it nothing of the cores for so long, that is given back, and the
+# next start tries again.
+_PACK_SECONDS: Final = 600
+
+
+def map_weights(arguments: Any, spec: ReplicaSpec) -> CacheDirectory | None:
+    """Has vLLM map the model's weights where there is an artifact of them.
+
+    Args:
+        arguments: AsyncEngineArgs of the spec; changed.
+        spec: The replica.
+
+    Returns:
+        What is in use for as long as the replica lives; None for an ordinary load.
+    """
+    if not _can_map(arguments, spec):
+        return None
+    inputs = packing_inputs(spec)
+    try:
+        taken = find(spec.packed_weights_directory, inputs)
+    except Unsupported:
+        return None
+    except Corrupted as error:
+        log.warning("packed weights are dropped: an ordinary load", error=error.message)
+        drop(spec.packed_weights_directory, inputs)
+        return None
+    if taken is not None:
+        _read_ahead(taken.path / WEIGHTS)
+        arguments.load_format = compat_packed.MAPPED_FORMAT
+        arguments.model_loader_extra_config = {"directory": str(taken.path), "model": spec.model_path}
+    return taken
+
+
+def packing_of(spec: ReplicaSpec) -> Callable[[], None] | None:
+    """Returns what is to be run in a child of the launcher to make the artifact; None where there is nothing to do."""
+    if not spec.packed_weights_directory or not compat.is_pinned():
+        return None
+    directory = Path(spec.packed_weights_directory, packing_inputs(spec).key)
+    if directory.exists() or not _can_map(engine_arguments(spec, -1), spec):
+        return None
+    needed_bytes = int(_weights_bytes(spec) * _NEEDED_RATIO) + _PROCESS_BYTES
+    if used_memory_bytes() + needed_bytes > usable_memory_bytes():
+        log.info("weights are not packed: not enough memory", model=spec.model, needed_bytes=needed_bytes)
+        return None
+    return functools.partial(_pack, spec)
+
+
+def packing_inputs(spec: ReplicaSpec) -> PackedInputs:
+    """Returns what an artifact of the spec's weights depends on."""
+    arguments = arguments_of(spec)
+    flags: dict[str, Any] = {name: arguments[name] for name in _SHAPING if name in arguments}
+    # Where vLLM lies is nothing to weights.
+    surroundings = {name: value for name, value in compat.compile_surroundings().items() if name != "engine_path"}
+    return PackedInputs(revision=spec.revision, flags=flags, **surroundings)
+
+
+def _can_map(arguments: Any, spec: ReplicaSpec) -> bool:
+    """Whether a replica of the spec would map an artifact.
+
+    On devices there is nothing to map from a file. A compiler would look into the products. Ranks have parts of
+    matrices: they load as ever.
+    """
+    return bool(
+        spec.packed_weights_directory
+        and compat.is_pinned()
+        and compat.runs_eagerly()
+        and arguments.enforce_eager
+        and spec.settings.rank_count == 1
+        and _weights_bytes(spec) >= _LEAST_BYTES
+    )
+
+
+def _read_ahead(path: Path) -> None:
+    """Has the kernel begin to read what is not in memory, while processes are forked. Nothing waits for it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _pack(spec: ReplicaSpec) -> None:
+    """The whole life of the child."""
+    step_back()
+    signal.alarm(_PACK_SECONDS)
+    make_scratch(os.getpid())
+    root, inputs = spec.packed_weights_directory, packing_inputs(spec)
+    try:
+        with ArtifactWriter(root, inputs) as writer:
+            try:
+                size_bytes = _write(spec, writer)
+            except Unsupported as error:
+                writer.refuse(error.message)
+                log.info("weights can't be packed", model=spec.model, reason=error.message)
+            else:
+                log.info("weights packed", model=spec.model, revision=spec.revision, size_bytes=size_bytes)
+    except (BlockingIOError, FileNotFoundError):
+        log.info("weights are being packed by another process", model=spec.model)
+    except HeliosError as error:
+        log.warning("weights not packed", model=spec.model, error=error.message)
+    finally:
+        # Ending takes locks of the kernel's that are the launcher's too, since it was forked from it: a fork that was
+        # asked for would wait for a process that gets nothing of the cores.
+        step_forward()
+
+
+def _write(spec: ReplicaSpec, writer: ArtifactWriter) -> int:
+    plain = replace(spec.settings, speculative_decoding=None, lora=None, kv_offload=None, role=Role.BOTH)
+    init_method = f"file://{tempfile.gettempdir()}/group"
+    path = compat.pack_weights(engine_arguments(replace(spec, settings=plain), -1), init_method, writer)
+    return (path / WEIGHTS).stat().st_size
+
+
+def _weights_bytes(spec: ReplicaSpec) -> int:
+    return sum(path.stat().st_size for path in Path(spec.model_path).glob("*.safetensors"))
