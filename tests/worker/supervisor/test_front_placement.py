@@ -46,7 +46,10 @@ def test_a_neighbour_frees_a_front_before_it_starts_and_its_end_binds_it_again()
     fronts.update([first], {"a": (1,)})
     fronts.update([first], {"a": (1,)})
     assert bound == [(ONE, (0,))]
-    fronts.update([first, ready("b", TWO, ReplicaState.FETCHING)], {"a": (1,), "b": (0,)})
+    drained = ready("a", ONE, ReplicaState.DRAINING)
+    fronts.update([drained], {"a": (1,)})
+    assert bound[1:] == []
+    fronts.update([drained, ready("b", TWO, ReplicaState.FETCHING)], {"a": (1,), "b": (0,)})
     assert bound[1:] == [(ONE, (0, 1))]
     fronts.update([first, ready("b", TWO)], {"a": (1,), "b": (0,)})
     assert bound[2:] == [(TWO, (0, 1))]

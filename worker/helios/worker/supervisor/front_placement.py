@@ -14,11 +14,14 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from helios.worker.supervisor.process_tree import is_alive
 from helios.worker.supervisor.records import ProcessIdentity, ReplicaState, ReplicaView
 
 Cores = tuple[int, ...]
+
+_STARTING: Final = frozenset({ReplicaState.PENDING, ReplicaState.FETCHING, ReplicaState.LOADING, ReplicaState.WARMING})
 
 
 def front_cores(engine_cores: Iterable[Cores], cores: Sequence[int]) -> Cores:
@@ -28,7 +31,7 @@ def front_cores(engine_cores: Iterable[Cores], cores: Sequence[int]) -> Cores:
 
 
 class FrontPlacement:
-    """Keeps the fronts of ready replicas where they may be."""
+    """Keeps the fronts of replicas that were ready once where they may be."""
 
     def __init__(self, cores: Sequence[int], bind: Callable[[ProcessIdentity, Cores], None]) -> None:
         """``bind`` binds all threads of a process."""
@@ -39,7 +42,7 @@ class FrontPlacement:
     def update(self, replicas: Iterable[ReplicaView], engine_cores: Mapping[str, Cores]) -> None:
         """Takes all replicas, and the engines' cores by replica: also of those that only begin to start."""
         wanted = front_cores(engine_cores.values(), self._cores)
-        fronts = {view.process for view in replicas if view.process is not None and view.state is ReplicaState.READY}
+        fronts = {view.process for view in replicas if view.process is not None and view.state not in _STARTING}
         for process in fronts:
             if self._bound.get(process) != wanted:
                 self._bind(process, wanted)
