@@ -1,7 +1,8 @@
 """How well memory is predicted: what a live replica holds, over what the ledger booked for it.
 
-Three replicas of the real model, one after the other, with KV caches and contexts of different size; each works on a
-long prompt and several answers before it is measured. The value is the largest distance from 1.
+Five replicas of the real model, one after the other, with KV caches and contexts of different size, and with adapters;
+each works on long prompts, all of its adapters included, before it is measured. The value is the largest distance
+from 1.
 """
 
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import MODEL_DIRECTORY
-from tests.worker.replica.memory import SIZES, measure_ratio
+from tests.worker.replica.memory import CASES, Case, measure_ratio
 from tests.worker.replica.support import Launcher, Leaves
 
 
@@ -19,7 +20,9 @@ def run() -> list[dict[str, Any]]:
         leaves = Leaves.issue(Path(name, "pki"))
         launcher = Launcher("vllm")
         try:
-            ratios = [_ratio(launcher, leaves, Path(name, str(number)), size) for number, size in enumerate(SIZES)]
+            ratios = [
+                _ratio(launcher, leaves, Path(name, str(number)), case) for number, case in enumerate(CASES.values())
+            ]
         finally:
             launcher.close()
     worst = max(ratios, key=lambda ratio: abs(ratio - 1))
@@ -34,9 +37,9 @@ def run() -> list[dict[str, Any]]:
     ]
 
 
-def _ratio(launcher: Launcher, leaves: Leaves, directory: Path, size: tuple[int, int]) -> float:
+def _ratio(launcher: Launcher, leaves: Leaves, directory: Path, case: Case) -> float:
     directory.mkdir()
-    return measure_ratio(launcher, leaves, MODEL_DIRECTORY, directory, size)
+    return measure_ratio(launcher, leaves, MODEL_DIRECTORY, directory, case)
 
 
 if __name__ == "__main__":

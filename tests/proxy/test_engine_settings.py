@@ -12,10 +12,18 @@ from helios.proxy import actions
 from helios.proxy.catalogue import Catalogue
 from helios.proxy.core import Core
 from helios.proxy.engine_needs import EngineNeeds, needs_of
-from helios.proxy.fleet.commands import Command, StartReplica
-from helios.proxy.fleet.state import ReplicaState
+from helios.proxy.fleet.commands import Command, StartReplica, UnstageRevision
+from helios.proxy.fleet.state import (
+    Device,
+    DeviceKind,
+    Replica,
+    ReplicaState,
+    Staged,
+    StagedState,
+    WorkerHello,
+)
 from helios.proxy.fleet.wire import command_to_proto
-from helios.proxy.sizing import SizingPolicy, replica_size
+from helios.proxy.sizing import GIVEN, MeasuredSizes, SizingPolicy, replica_size
 from helios.proxy.store import Store, load_models
 from tests.proxy.support import GIB, MIB, core, entry, hello, ready, replica
 from tests.proxy.test_core import sent
@@ -44,6 +52,89 @@ def test_sizes_follow_the_settings() -> None:
     assert size_of(kv_cache_dtype="fp8", max_context_tokens=256) == (2 * GIB, 256 * MIB)
     assert size_of(dtype="float32", kv_cache_dtype="bfloat16", max_context_tokens=256) == (3 * GIB, 512 * MIB)
     assert size_of(tensor_parallel_size=2, pipeline_parallel_size=2, max_context_tokens=1) == (5 * GIB, 2 * MIB)
+
+
+SMOL = replace(
+    entry(),
+    weights_bytes=269_030_016,
+    kv_bytes_per_token=23040,
+    parameter_count=134_515_008,
+    dtype="bfloat16",
+    layer_count=30,
+    vocabulary_size=49152,
+)
+
+
+def smol_items(*, is_gpu: bool = False, **values: object) -> tuple[dict[str, int], dict[str, int]]:
+    size = replica_size(replace(SMOL, engine_settings=settings(**values)), SIZING, is_gpu=is_gpu)
+    assert size.memory_bytes == sum(bytes_ for _, bytes_ in size.items)
+    return dict(size.items), dict(size.host_items)
+
+
+def test_room_for_adapters_is_booked_before_there_is_one() -> None:
+    lora = {"max_rank": 64, "max_active_count": 4}
+    plain, _ = smol_items()
+    assert not {"ADAPTERS", "HOST_ADAPTERS", "KV_OFFLOAD"} & plain.keys()
+    items, host = smol_items(lora=lora)
+    # What vLLM's own buffers add up to for this model: 197.6 MiB.
+    assert items["ADAPTERS"] == pytest.approx(197.6 * MIB, rel=0.03)
+    assert (items["HOST_ADAPTERS"], host) == (items["ADAPTERS"], {}), "a CPU's device is the host"
+    on_gpu, host = smol_items(is_gpu=True, lora=lora)
+    assert (on_gpu["ADAPTERS"], host) == (items["ADAPTERS"], {"HOST_ADAPTERS": items["ADAPTERS"]})
+    assert "HOST_ADAPTERS" not in on_gpu
+    wide, _ = smol_items(dtype="float32", lora=lora)
+    assert wide["ADAPTERS"] == pytest.approx(2 * items["ADAPTERS"], rel=0.01)
+    least, _ = smol_items(lora={"adapters": [{"name": "x", "model": "a"}]})
+    assert least["ADAPTERS"] == pytest.approx(items["ADAPTERS"] / 16, rel=0.1), "rank 16, one at a time"
+
+
+def test_kv_blocks_in_host_memory_are_booked_where_the_device_is_another() -> None:
+    said = {"host_bytes": str(GIB), "disk_bytes": str(GIB)}
+    _, host = smol_items(is_gpu=True, kv_offload=said)
+    assert host == {"KV_OFFLOAD": GIB}
+    assert smol_items(kv_offload=said) == smol_items(), "the worker refuses that on a CPU, and says why"
+
+
+def test_what_was_given_is_booked_whole_whatever_a_young_replica_was_measured_to_hold() -> None:
+    model = replace(SMOL, engine_settings=settings(lora={"max_rank": 64, "max_active_count": 4}))
+    first = replica_size(model, SIZING)
+    measured = MeasuredSizes()
+    given = sum(bytes_ for kind, bytes_ in first.items if kind in GIVEN)
+    measured.record(model.revision, model.engine_settings, measured_bytes=300 * MIB, given_bytes=given)
+    next_one = dict(replica_size(model, SIZING, measured=measured).items)
+    for kind in GIVEN:
+        assert next_one[kind] == dict(first.items)[kind]
+
+
+def gpu_worker(host_bytes: int, *replicas: Replica, staged: tuple[Staged, ...] = ()) -> WorkerHello:
+    device = Device("cuda:0", DeviceKind.CUDA, 80 * GIB, 0)
+    own = hello(replicas=replicas)
+    return replace(own, devices=(device,), host_memory_bytes=host_bytes, staged=staged)
+
+
+def test_host_memory_beside_a_gpu_is_never_promised_twice() -> None:
+    subject = core()
+    said = settings(kv_offload={"host_bytes": str(4 * GIB)})
+    subject.models_replaced(
+        [entry(engine_settings=said), entry("n", revision="sha256:2", engine_settings=said)], 0.0, is_synced=True
+    )
+    staged = Staged("sha256:9", "old", StagedState.STAGED, "w", memory_bytes=2 * GIB)
+    subject.worker_hello(gpu_worker(5 * GIB, staged=(staged,)), 0.0)
+    found = subject.catalogue.find("m")
+    assert found is not None
+    _, todo = subject.hold(found, "q", size_bytes=0, deadline=99.0, now=1.0)
+    unstage, start = sent(todo)
+    assert unstage == UnstageRevision("sha256:9"), "staged weights give way"
+    assert isinstance(start, StartReplica)
+    assert start.host_memory_items == (("KV_OFFLOAD", 4 * GIB),)
+    message = command_to_proto(Command("c", "w", start)).command.start
+    assert [(item.kind, item.size_bytes) for item in message.host_memory_items] == [(8, 4 * GIB)]
+    other = subject.catalogue.find("n")
+    assert other is not None
+    _, todo = subject.hold(other, "q2", size_bytes=0, deadline=99.0, now=2.0)
+    (failed,) = [action for action in todo if isinstance(action, actions.Fail)]
+    assert failed.error.reason == "NO_CAPACITY"
+    assert "4.0 GiB of host memory" in failed.error.message
 
 
 def test_quantised_weights_keep_their_size_whatever_the_activations_are() -> None:

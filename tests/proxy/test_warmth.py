@@ -356,7 +356,7 @@ def test_a_gpu_in_the_fleet_does_not_change_what_replicas_on_cpus_book() -> None
 def test_an_untouched_cache_does_not_shrink_what_is_booked_below_the_overhead() -> None:
     sizing = SizingPolicy(overhead_bytes=GIB, context_count=1, min_kv_cache_bytes=MIB, max_kv_cache_bytes=GIB)
     measured = MeasuredSizes()
-    measured.record("sha256:1", "", measured_bytes=10, kv_cache_bytes=MIB)
+    measured.record("sha256:1", "", measured_bytes=10, given_bytes=MIB)
     assert replica_size(entry(), sizing, measured=measured).memory_bytes == GIB + MIB
 
 

@@ -18,6 +18,8 @@ from helios.proxy.fleet.state import Form
 _ELEMENT_BYTES: Final[Mapping[str, int]] = {"float32": 4, "float16": 2, "bfloat16": 2}
 _FORMS: Final = {f"COMPILATION_MODE_{form.name}": form for form in (Form.EAGER, Form.COMPILED)}
 _BOTH_FORMS: Final = "COMPILATION_MODE_EAGER_THEN_COMPILED"
+# The contract's, where nobody says otherwise.
+_ADAPTER_RANK: Final = 16
 _SMALL_ELEMENTS: Final = ("fp8", "int8", "int4", "nvfp4", "turboquant", "ultraquant")
 
 
@@ -38,6 +40,9 @@ class EngineNeeds:
         adapters: models with adapters.
         adapter_names: what requests call them.
         role: "prefill" or "decode"; "both" and empty are the same.
+        adapter_rank: largest rank of an adapter; 0: it is run without adapters.
+        adapter_count: adapters that a batch may use at once, and that the engine keeps.
+        offload_bytes: host memory for KV blocks.
         form: how replicas run it, where they are told.
         has_both_forms: replicas start eager, and give their place to compiled ones.
     """
@@ -54,6 +59,9 @@ class EngineNeeds:
     adapters: tuple[str, ...] = ()
     adapter_names: tuple[str, ...] = ()
     role: str = ""
+    adapter_rank: int = 0
+    adapter_count: int = 0
+    offload_bytes: int = 0
     form: Form = Form.UNKNOWN
     has_both_forms: bool = False
 
@@ -73,6 +81,10 @@ class EngineNeeds:
         # Quantised weights stay as they are, whatever the activations' type.
         return stored_bytes if stored is None or forced is None else stored_bytes * forced // stored
 
+    def element_bytes(self, stored_dtype: str) -> int:
+        """Bytes of one value of activations, and of adapters."""
+        return _ELEMENT_BYTES.get(self.dtype) or _ELEMENT_BYTES.get(stored_dtype, 2)
+
     def kv_bytes_per_token(self, stored_bytes: int, stored_dtype: str) -> int:
         """Bytes of KV cache of one token, from those at the weights' type."""
         stored = _ELEMENT_BYTES.get(stored_dtype, 2)
@@ -86,7 +98,9 @@ class EngineNeeds:
 def needs_of(settings: str) -> EngineNeeds:
     """Reads a settings document; an empty one says nothing."""
     values: Mapping[str, Any] = json.loads(settings) if settings else {}
-    adapters = [adapter for adapter in values.get("lora", {}).get("adapters", ()) if adapter.get("name")]
+    # Settings that name no adapter yet say that there may be some.
+    lora = values.get("lora")
+    adapters = [adapter for adapter in (lora or {}).get("adapters", ()) if adapter.get("name")]
     return EngineNeeds(
         engine=values.get("engine", ""),
         dtype=values.get("dtype", ""),
@@ -101,6 +115,9 @@ def needs_of(settings: str) -> EngineNeeds:
         adapters=tuple(adapter.get("model", "") for adapter in adapters),
         form=_FORMS.get(values.get("compilation", ""), Form.UNKNOWN),
         has_both_forms=values.get("compilation") == _BOTH_FORMS,
+        adapter_rank=(lora.get("max_rank") or _ADAPTER_RANK) if lora is not None else 0,
+        adapter_count=(lora.get("max_active_count") or 1) if lora is not None else 0,
+        offload_bytes=int(values.get("kv_offload", {}).get("host_bytes", 0)),
         role=values.get("role", "").removeprefix("DISAGGREGATION_ROLE_").lower(),
         adapter_names=tuple(adapter["name"] for adapter in adapters),
     )

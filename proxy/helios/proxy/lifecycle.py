@@ -454,11 +454,14 @@ class Lifecycle:
             engine_settings=with_revisions(entry.engine_settings, revisions),
             served_names=entry.aliases,
             memory_items=size.items,
+            host_memory_items=size.host_items,
             device_count=self.room.device_count(worker, entry),
             requested_at=asking.requested_at if asking is not None else 0.0,
             traceparent=asking.traceparent if asking is not None else "",
             is_background=is_background,
         )
+        # Commands of a worker are carried out in their order.
+        self.warmth.make_room(worker, size.host_bytes)
         self._traffic.fleet.believe(asked_replica(worker_id, order))
         self.room.started(replica_id, entry.engine_settings)
         self._send(worker_id, order)
@@ -556,6 +559,7 @@ def asked_replica(worker_id: str, order: StartReplica) -> Replica:
         engine=order.engine,
         memory_bytes=order.memory_bytes,
         memory_items=order.memory_items,
+        host_memory_items=order.host_memory_items,
         form=needs_of(order.engine_settings).form,
         is_background=order.is_background,
     )

@@ -9,7 +9,7 @@ from helios.proxy.catalogue import Catalogue, ModelEntry
 from helios.proxy.engine_needs import needs_of, with_form
 from helios.proxy.fleet.state import Form, Replica, ReplicaState, Worker
 from helios.proxy.holds import Holds
-from helios.proxy.sizing import MeasuredSizes, ReplicaSize, SizingPolicy, replica_size
+from helios.proxy.sizing import GIVEN, MeasuredSizes, ReplicaSize, SizingPolicy, replica_size
 from helios.proxy.traffic import Traffic
 
 
@@ -55,8 +55,8 @@ class Room:
     def measure(self, replica: Replica) -> None:
         """Takes in what a replica was measured to hold: the next one of its revision and settings books that."""
         entry = self._catalogue.find(replica.model)
-        kv_cache_bytes = dict(replica.memory_items).get("KV_CACHE", 0)
-        is_told = replica.measured_bytes and kv_cache_bytes and replica.state is ReplicaState.READY
+        given_bytes = sum(size for kind, size in replica.memory_items if kind in GIVEN)
+        is_told = replica.measured_bytes and given_bytes and replica.state is ReplicaState.READY
         if not is_told or entry is None or entry.revision != replica.revision:
             return
         settings = self._settings.get(replica.replica_id, with_form(entry.engine_settings, replica.form))
@@ -70,7 +70,7 @@ class Room:
             entry.revision,
             settings,
             measured_bytes=replica.measured_bytes,
-            kv_cache_bytes=kv_cache_bytes,
+            given_bytes=given_bytes,
             is_gpu=is_gpu,
         )
 
@@ -84,10 +84,14 @@ class Room:
         model = entry.name
         replicas = list(worker.replicas.values())
         draining = [replica for replica in replicas if self._traffic.is_draining(replica)]
+        size = self.size_on(worker, entry)
         return placement.WorkerCapacity(
             worker_id=worker.hello.worker_id,
             engines=worker.hello.engines,
-            needed_bytes=self.size_on(worker, entry).memory_bytes,
+            needed_bytes=size.memory_bytes,
+            needed_host_bytes=size.host_bytes,
+            # Staged revisions give way.
+            free_host_bytes=worker.unpinned_host_bytes,
             memory_bytes=worker.memory_bytes_of(device_count),
             free_bytes=worker.free_bytes_of(device_count),
             is_staged=entry.revision in worker.staged,

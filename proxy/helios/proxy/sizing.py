@@ -1,8 +1,8 @@
 """How much memory a replica books: weights, KV cache, activations and what its processes need. Pure.
 
 A prediction first, from the model's profile; then what its replicas were measured to hold, by revision and settings. A
-measure counts for everything but the KV cache, which is given and not predicted; and never below the predicted
-overhead, because a KV cache that nothing has touched yet takes no memory.
+measure counts for everything but the KV cache and what adapters take, which are given and not predicted; and never
+below the predicted overhead, because what nothing has touched yet takes no memory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ _RUNNING_REQUESTS: Final = 64
 _ACTIVATION_ARRAYS: Final = 20
 # Arrays of logits in 32 bits that sampling holds at once: as computed, penalised, sorted, and their probabilities.
 _LOGIT_ARRAYS: Final = 4
+# Inputs and outputs of a layer's seven products, in widths of the model: an adapter has a row of each for each rank.
+# Four of attention (two each), three of a feed-forward layer that is 8/3 as wide (1 + 8/3 each).
+_ADAPTER_WIDTHS: Final = 19
+# What a replica is given, and takes as it is used: no measure of a young one says how much that will be.
+GIVEN: Final = frozenset({"KV_CACHE", "ADAPTERS", "HOST_ADAPTERS"})
 # A measure says what was; the next replica may serve longer prompts.
 _HEADROOM: Final = 1.03
 
@@ -48,29 +53,41 @@ class SizingPolicy:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSize:
-    """What one replica books, and the share of it that is KV cache. `items` add up to it."""
+    """What one replica books, and the share of it that is KV cache. `items` add up to it.
+
+    `host_items` is what a replica on a GPU has in host memory beside.
+    """
 
     memory_bytes: int
     kv_cache_bytes: int
     items: tuple[tuple[str, int], ...] = ()
+    host_items: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def host_bytes(self) -> int:
+        """What it books in host memory beside its device's."""
+        return sum(size for _, size in self.host_items)
 
 
 class MeasuredSizes:
-    """What replicas were measured to hold beside their KV cache: the largest by revision, settings, and GPU or not."""
+    """What replicas were measured to hold beside what they were given (`GIVEN`).
+
+    The largest by revision, settings, and GPU or not.
+    """
 
     def __init__(self) -> None:
         self._fixed_bytes: dict[tuple[str, str, bool], int] = {}
 
     def record(
-        self, revision: str, settings: str, *, measured_bytes: int, kv_cache_bytes: int, is_gpu: bool = False
+        self, revision: str, settings: str, *, measured_bytes: int, given_bytes: int, is_gpu: bool = False
     ) -> None:
-        """Takes in what one replica holds, all of it, and the KV cache that it was given."""
+        """Takes in what one replica holds, all of it, and what it was given."""
         key = (revision, settings, is_gpu)
-        fixed_bytes = max(0, measured_bytes - kv_cache_bytes)
+        fixed_bytes = max(0, measured_bytes - given_bytes)
         self._fixed_bytes[key] = max(fixed_bytes, self._fixed_bytes.get(key, 0))
 
     def fixed_bytes(self, revision: str, settings: str, *, is_gpu: bool = False) -> int | None:
-        """What a replica holds beside its KV cache; None where none was measured."""
+        """What a replica holds beside what it was given; None where none was measured."""
         return self._fixed_bytes.get((revision, settings, is_gpu))
 
     def keep_only(self, served: set[tuple[str, str]]) -> None:
@@ -107,13 +124,33 @@ def replica_size(
     # Where the weights turn out to be the page cache's, a measured replica holds less than they take.
     own_weights = min(weights_bytes, fixed_bytes)
     own_activations = min(activation_bytes, fixed_bytes - own_weights)
+    adapter_bytes = _adapter_bytes(entry, needs)
+    on_device = (("ADAPTERS", adapter_bytes),) if adapter_bytes else ()
+    # Those that are loaded, in host memory: as many as there are buffers, at most as large.
+    on_host = (("HOST_ADAPTERS", adapter_bytes),) if adapter_bytes else ()
+    if is_gpu:
+        offload_bytes = _round_up(needs.offload_bytes)
+        on_host += (("KV_OFFLOAD", offload_bytes),) if offload_bytes else ()
     items = (
         ("WEIGHTS", own_weights),
         ("KV_CACHE", kv_cache_bytes),
         ("ACTIVATIONS", own_activations),
         ("OVERHEAD", fixed_bytes - own_weights - own_activations),
+        *on_device,
+        *(() if is_gpu else on_host),
     )
-    return ReplicaSize(fixed_bytes + kv_cache_bytes, kv_cache_bytes, items)
+    return ReplicaSize(sum(size for _, size in items), kv_cache_bytes, items, on_host if is_gpu else ())
+
+
+def _adapter_bytes(entry: ModelEntry, needs: EngineNeeds) -> int:
+    """What the engine's buffers for adapters take, filled or not: a pair of matrices for each product there is.
+
+    Embeddings and the output layer have such a pair, too.
+    """
+    hidden = _hidden_size(entry)
+    values = _ADAPTER_WIDTHS * hidden * entry.layer_count + 2 * (entry.vocabulary_size + hidden)
+    count = values * needs.adapter_rank * needs.adapter_count
+    return _round_up(count * needs.element_bytes(entry.dtype))
 
 
 def _activation_bytes(entry: ModelEntry, needs: EngineNeeds) -> int:
@@ -123,8 +160,9 @@ def _activation_bytes(entry: ModelEntry, needs: EngineNeeds) -> int:
     running = needs.max_running_requests or _RUNNING_REQUESTS
     activations = batched * hidden * _ACTIVATION_ARRAYS * 2
     logits = running * entry.vocabulary_size * _LOGIT_ARRAYS * 4
-    # Kernels want the output layer in another order than embeddings, which have the same weights.
-    packed_head = entry.vocabulary_size * hidden * 2
+    # Kernels want the output layer in another order than embeddings, which have the same weights. Where there may be
+    # adapters, it is multiplied as it is.
+    packed_head = 0 if needs.adapter_rank else entry.vocabulary_size * hidden * 2
     return activations + logits + packed_head
 
 

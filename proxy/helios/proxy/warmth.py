@@ -130,6 +130,11 @@ class Warmth:
             f"the model '{entry.name}' can't be staged: {message}", reason=reason, metadata={"model": entry.name}
         )
 
+    def make_room(self, worker: Worker, size_bytes: int) -> None:
+        """Gives staged revisions back, those used longest ago first, until so much host memory is free."""
+        while size_bytes and worker.free_host_bytes < size_bytes and (oldest := self._oldest(worker)) is not None:
+            self._unstage(worker, oldest.revision)
+
     def unstage(self, revision: str) -> int:
         """Gives a revision's host memory back everywhere; returns on how many nodes."""
         holders = [worker for worker in self._traffic.fleet.workers() if revision in worker.staged]

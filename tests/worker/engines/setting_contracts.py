@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -21,7 +22,9 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+from vllm.v1.kv_offload.file_mapper import FileMapper
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
+from vllm.v1.kv_offload.tiering.fs.manager import FsAsyncLookupManager
 
 from helios.mesh.errors import InvalidRequest
 from helios.worker.engines.vllm import checks, compat_config, failures, kv_files
@@ -143,6 +146,7 @@ def every_mistake_is_found_at_once_by_its_name() -> None:
         "cuda_graph_sizes",
         "dtype",
         "kv_cache_dtype",
+        "kv_offload",
         "kv_offload.host_bytes",
         "lora.max_active_count",
         "lora.max_rank",
@@ -174,6 +178,27 @@ def speculation_says_what_it_lacks() -> None:
     assert fields(SpeculativeDecoding("mtp", "d", DRAFT, 2)) == ["speculative_decoding.draft_model"]
     with pytest.raises(InvalidRequest, match=r"speculative_decoding.draft_model: 'd' is not on the node"):
         engine_arguments(spec(speculative_decoding=SpeculativeDecoding("draft_model", "d", "sha256:x", 2)), -1)
+    with pytest.raises(InvalidRequest, match="ngram_gpu runs on GPUs only; on a CPU: ngram"):
+        configured(speculative_decoding=SpeculativeDecoding("ngram_gpu", token_count=2))
+
+
+@contract
+def a_draft_model_that_can_t_guess_for_the_model_is_refused_before_anything_is_started() -> None:
+    drafting = EngineSettings(speculative_decoding=SpeculativeDecoding("draft_model", "d", DRAFT, 2))
+
+    def config(path: str) -> Any:
+        subject = replace(spec(), settings=drafting, revision_paths={DRAFT: path})
+        return engine_arguments(subject, -1).create_engine_config().speculative_config
+
+    made = config(MODEL)
+    assert (made.method, made.num_speculative_tokens, made.draft_model_config.model) == ("draft_model", 2, MODEL)
+    with tempfile.TemporaryDirectory() as directory:
+        other = with_config(directory, lambda document: document.update(vocab_size=1000))
+        with pytest.raises(failures.START_ERRORS) as caught:
+            config(other)
+    reason, message = failures.classify(caught.value)
+    assert reason == "INVALID_ENGINE_SETTINGS", message
+    assert "vocab" in message
 
 
 @contract
@@ -267,9 +292,14 @@ def kv_blocks_fall_to_host_memory_and_then_to_disk() -> None:
     inspect.signature(manager.__init__).bind(
         None, offloading_spec=None, primary_kv_view=None, tier_type="fs", backpressure_detector=None, **options
     )
-    assert (
-        str(configured(kv_offload=KvOffload(host_bytes=1 << 30)).kv_transfer_config).count("OffloadingConnector") == 1
-    )
+    # What keeps the disk within its bound looks for these, and the tier looks for a file before it reads it.
+    assert "/{hash_hex}.bin" in inspect.getsource(FileMapper.get_file_name)
+    assert "os.path.exists(p)" in inspect.getsource(FsAsyncLookupManager)
+    assert "mark_miss(failed)" in inspect.getsource(manager.get_finished_jobs)
+    arguments = arguments_of(spec(kv_offload=KvOffload(host_bytes=1 << 30)))
+    assert arguments["kv_transfer_config"].kv_connector == "OffloadingConnector"
+    with pytest.raises(InvalidRequest, match="on a CPU the KV cache is in host memory already"):
+        configured(kv_offload=KvOffload(host_bytes=1 << 30))
     assert configured(kv_offload=KvOffload()).kv_transfer_config is None
 
 
@@ -340,7 +370,7 @@ def roles_are_a_connector_through_files_on_a_cpu_and_nixl_between_devices() -> N
     made = configured(role=Role.PREFILL)
     assert not made.scheduler_config.enable_chunked_prefill, "a prompt in pieces would be written too early"
     problems = checks.find_problems(EngineSettings(role=Role.DECODE, tensor_parallel_size=2, kv_offload=KvOffload(1)))
-    assert {problem.field for problem in problems} == {"role"}
+    assert {problem.field for problem in problems} == {"role", "kv_offload"}
 
 
 @contract

@@ -82,13 +82,20 @@ def quantise(source: Path, directory: Path) -> Path:
     return directory
 
 
-def make_adapter(source: Path, directory: Path, *, seed: int = 1, rank: int = 4) -> Path:
+ATTENTION = ("q_proj", "v_proj")
+# Every product that an adapter can have.
+ALL_PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def make_adapter(
+    source: Path, directory: Path, *, seed: int = 1, rank: int = 4, products: tuple[str, ...] = ATTENTION
+) -> Path:
     """Writes a LoRA adapter of a Llama as PEFT does, with random weights that change its answers; returns where."""
     directory.mkdir()
     shapes = {
         name.removesuffix(".weight"): tensor.shape
         for name, tensor in load_file(source / "model.safetensors").items()
-        if name.endswith(("q_proj.weight", "v_proj.weight"))
+        if name.endswith(tuple(f"{product}.weight" for product in products))
     }
     random = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -102,7 +109,7 @@ def make_adapter(source: Path, directory: Path, *, seed: int = 1, rank: int = 4)
         "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "r": rank,
         "lora_alpha": 2 * rank,
-        "target_modules": ["q_proj", "v_proj"],
+        "target_modules": list(products),
         "bias": "none",
     }
     (directory / "adapter_config.json").write_text(json.dumps(config))

@@ -15,11 +15,13 @@ import pytest
 
 from helios.api.inference.v1 import openai_service_pb2_grpc
 from helios.worker.replica.settings import EngineSettings, SpeculativeDecoding
+from tests.worker.replica.generated import make_llama
 from tests.worker.replica.support import Launcher, Leaves, RunningReplica, wait_gone
 from tests.worker.replica.test_replica_real import START_SECONDS, body, details, events, fork_real, read
 
 pytestmark = pytest.mark.real_model
 
+DRAFT = "sha256:" + "d" * 64
 # Some two hundred tokens: more than a step of 32 can hold, and more than one block of the KV cache.
 NUMBERS = "one two three four five six seven eight nine ten "
 LONG = [{"role": "user", "content": "Count for me, please. " + NUMBERS * 16}]
@@ -160,6 +162,10 @@ async def test_only_so_many_requests_run_at_once(plain: RunningReplica, openai: 
             EngineSettings(speculative_decoding=SpeculativeDecoding("ngram", token_count=3, prompt_lookup_max=4)),
             id="ngram speculation",
         ),
+        pytest.param(
+            EngineSettings(speculative_decoding=SpeculativeDecoding("draft_model", "draft", DRAFT, token_count=3)),
+            id="a draft model",
+        ),
     ],
 )
 async def test_greedy_answers_are_the_same_however_they_are_computed(
@@ -173,7 +179,13 @@ async def test_greedy_answers_are_the_same_however_they_are_computed(
     expected = [await ask(openai, **question) for question in questions]
     assert not (expected[1]["usage"]["prompt_tokens_details"] or {}).get("cached_tokens")
     launcher, leaves = plain.launcher, plain.leaves
-    with running(launcher, leaves, tmp_path, smollm2_directory, settings, kv_cache_bytes=64 << 20) as replica:
+    changes: dict[str, Any] = {"kv_cache_bytes": 64 << 20}
+    if settings.draft_revision:
+        # Of random weights, so that most of what it guesses is wrong.
+        (tmp_path / "draft").mkdir()
+        draft = make_llama(tmp_path / "draft", smollm2_directory, heads=4, layers=1)
+        changes["revision_paths"] = {DRAFT: str(draft)}
+    with running(launcher, leaves, tmp_path, smollm2_directory, settings, **changes) as replica:
         async with leaves.dial(replica.address) as dialer:
             answers = [await ask(dialer.stub(Stub), **question) for question in questions]
     text = [answer["choices"][0]["message"]["content"] for answer in answers]

@@ -16,10 +16,10 @@ from helios.api.worker.v1.supervisor_service_pb2_grpc import SupervisorServiceSt
 from helios.mesh.errors import DiskFull, Unavailable
 from helios.mesh.status import error_from_rpc
 from helios.worker.replica.settings import EngineSettings, LoraAdapter, LoraSettings, SpeculativeDecoding, Task
-from helios.worker.supervisor.commands import Drain, Evict, Start, Stop
+from helios.worker.supervisor.commands import Drain, Evict, Stage, Start, Stop
 from helios.worker.supervisor.outbox import LoadReport
 from helios.worker.supervisor.process_tree import read_process
-from helios.worker.supervisor.records import ProcessIdentity, ReplicaState, ReplicaView
+from helios.worker.supervisor.records import MemoryItem, MemoryKind, ProcessIdentity, ReplicaState, ReplicaView
 from tests.worker.supervisor.fakes import (
     REVISION,
     RULES,
@@ -421,3 +421,27 @@ async def test_loads_of_a_replica_are_handed_on(folder: Path) -> None:
         assert view is not None
         assert view.load.running_requests == 3
         await node.supervisor.end_all(0.1)
+
+
+async def test_host_memory_beside_a_gpu_is_booked_refused_given_back_and_taken_over(folder: Path) -> None:
+    items = (MemoryItem(MemoryKind.KV_OFFLOAD, 3 << 20),)
+    weights = FakeWeights()
+    async with running_node(folder, launcher=FakeLauncher(), weights=weights, host_memory_bytes=4 << 20) as node:
+        assert node.supervisor.execute("one", start_of("r1", host_memory_items=items)).is_accepted
+        await node.wait_state("r1", S.READY)
+        assert node.supervisor.view().host.booked_bytes == 3 << 20
+        booked = node.booked_bytes
+        refused = node.supervisor.execute("two", start_of("r2", host_memory_items=items))
+        assert (refused.refused_reason, node.booked_bytes) == ("NO_CAPACITY", booked), "and nothing of it stays booked"
+        assert "host memory" in refused.message
+        assert (
+            node.supervisor.execute("stage", Stage("sha256:" + "9" * 64, "m", 2 << 20)).refused_reason == "NO_CAPACITY"
+        )
+        node.supervisor.write_list()
+    async with running_node(folder, launcher=FakeLauncher(), weights=weights, host_memory_bytes=4 << 20) as node:
+        assert node.supervisor.view().host.booked_bytes == 3 << 20
+        assert await node.supervisor.wait_returned(5.0)
+        node.supervisor.execute("drain", Drain("r1", 1.0))
+        await node.wait_state("r1", S.STOPPED)
+        assert node.supervisor.view().host.booked_bytes == 0
+        await node.supervisor.end_all(1)

@@ -323,6 +323,7 @@ class _SpecMaker:
             device_ids=booking.device_ids,
             device_uuids=tuple(uuid for name in booking.device_ids if (uuid := self._uuids.get(name, ""))),
             memory_items={item.kind.value: item.size_bytes for item in booking.items},
+            host_memory_items={item.kind.value: item.size_bytes for item in order.host_memory_items},
             host=settings.listen_host,
             port=booking.port,
             supervisor_address=settings.socket_target,

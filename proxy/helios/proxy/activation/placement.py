@@ -22,7 +22,8 @@ class WorkerCapacity:
     """What a worker has left, what draining replicas will give back, and what could be freed.
 
     Memory is what a replica on as many devices as it wants could have, `needed_bytes` what it books there (processes on
-    a GPU take more than on a CPU). `is_staged`: its weights are in memory there.
+    a GPU take more than on a CPU). `is_staged`: its weights are in memory there. The host's memory is what it has beside a
+    GPU's; nothing is drained for it.
     """
 
     worker_id: str
@@ -35,6 +36,8 @@ class WorkerCapacity:
     draining_count: int = 0
     victims: tuple[Victim, ...] = ()
     is_staged: bool = False
+    needed_host_bytes: int = 0
+    free_host_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,15 @@ def place(engine: str, workers: list[WorkerCapacity], *, may_preempt: bool) -> P
     if not able:
         what = f"with the engine '{engine}' " if engine and workers else ""
         return Wait("NO_WORKER", f"no worker {what}is connected")
+    roomy = [worker for worker in able if worker.free_host_bytes >= worker.needed_host_bytes]
+    if not roomy:
+        most = max(able, key=lambda worker: worker.free_host_bytes)
+        return Impossible(
+            "NO_CAPACITY",
+            f"a replica needs {_gib(most.needed_host_bytes)} of host memory beside its device's,"
+            f" and {_gib(max(0, most.free_host_bytes))} is what a worker has at most",
+        )
+    able = roomy
     fitting = [worker for worker in able if worker.free_bytes >= worker.needed_bytes and worker.free_slot_count > 0]
     if fitting:
         chosen = max(fitting, key=lambda worker: (worker.is_staged, worker.free_bytes, worker.worker_id))

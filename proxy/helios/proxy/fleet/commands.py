@@ -31,6 +31,7 @@ class StartReplica:
     requested_at: float = 0.0
     traceparent: str = ""
     memory_items: tuple[tuple[str, int], ...] = ()
+    host_memory_items: tuple[tuple[str, int], ...] = ()
     device_count: int = 1
     is_background: bool = False
 

@@ -157,6 +157,8 @@ class Replica:
     device_ids: tuple[str, ...] = ()
     memory_items: tuple[tuple[str, int], ...] = ()
     """What memory_bytes is made of: the contract's kinds, and bytes."""
+    host_memory_items: tuple[tuple[str, int], ...] = ()
+    """What it has in host memory beside."""
     measured_bytes: int = 0
     can_sleep: bool = False
     wake_count: int = 0
@@ -213,7 +215,13 @@ class Worker:
     @property
     def free_host_bytes(self) -> int:
         """Host memory that is free to stage: what was asked for counts as booked."""
-        return self.hello.host_memory_bytes - sum(staged.memory_bytes for staged in self.staged.values())
+        return self.unpinned_host_bytes - sum(staged.memory_bytes for staged in self.staged.values())
+
+    @property
+    def unpinned_host_bytes(self) -> int:
+        """Host memory that no replica has: free, or staged revisions'."""
+        items = (size for replica in self.replicas.values() for _, size in replica.host_memory_items)
+        return self.hello.host_memory_bytes - sum(items)
 
     @property
     def host_used_ratio(self) -> float:

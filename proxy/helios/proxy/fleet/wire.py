@@ -156,6 +156,7 @@ def replica_from_proto(message: types_pb2.Replica, worker_id: str) -> Replica:
         load=load_from_proto(message.load),
         device_ids=tuple(message.device_ids),
         memory_items=tuple((_kind_name(item.kind), item.size_bytes) for item in message.memory_items),
+        host_memory_items=tuple((_kind_name(item.kind), item.size_bytes) for item in message.host_memory_items),
         measured_bytes=message.measured_bytes,
         can_sleep=message.can_sleep,
         wake_count=message.wake_count,
@@ -179,6 +180,7 @@ def replica_to_proto(replica: Replica) -> types_pb2.Replica:
         max_context_tokens=replica.max_context_tokens,
         device_ids=replica.device_ids,
         memory_items=_items_to_proto(replica.memory_items),
+        host_memory_items=_items_to_proto(replica.host_memory_items),
         measured_bytes=replica.measured_bytes,
         can_sleep=replica.can_sleep,
         wake_count=replica.wake_count,
@@ -239,6 +241,7 @@ def command_to_proto(command: Command) -> pb.SessionResponse:
                     engine_settings=_settings_to_proto(order.engine_settings),
                     served_names=order.served_names,
                     memory_items=_items_to_proto(order.memory_items),
+                    host_memory_items=_items_to_proto(order.host_memory_items),
                     device_count=order.device_count,
                     in_background=order.is_background,
                 )

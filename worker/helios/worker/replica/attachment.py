@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC
 from pathlib import Path
 from typing import Final
@@ -230,6 +230,7 @@ class Attachment:
             load=self._load(),
             device_ids=spec.device_ids,
             memory_items=self._memory_items(),
+            host_memory_items=_items_to_proto(spec.host_memory_items),
             can_sleep=condition.can_sleep,
             wake_count=condition.wake_count,
             adapters=map(status_to_proto, self._adapters.statuses),
@@ -253,10 +254,7 @@ class Attachment:
         )
 
     def _memory_items(self) -> list[fleet.MemoryItem]:
-        items = [
-            fleet.MemoryItem(kind=fleet.MemoryKind.Value(f"MEMORY_KIND_{kind}"), size_bytes=size)
-            for kind, size in self._spec.memory_items.items()
-        ]
+        items = _items_to_proto(self._spec.memory_items)
         if self._condition.state is State.ASLEEP:
             items.append(fleet.MemoryItem(kind=fleet.MEMORY_KIND_SLEEPING, size_bytes=self._condition.left_bytes))
         return items
@@ -287,6 +285,13 @@ class Attachment:
             if finished.time_to_first_token is not None:
                 message.time_to_first_token.FromNanoseconds(round(finished.time_to_first_token * 1e9))
         return delta
+
+
+def _items_to_proto(items: Mapping[str, int]) -> list[fleet.MemoryItem]:
+    return [
+        fleet.MemoryItem(kind=fleet.MemoryKind.Value(f"MEMORY_KIND_{kind}"), size_bytes=size)
+        for kind, size in items.items()
+    ]
 
 
 def _phase_to_proto(name: str, seconds: float) -> fleet.PhaseTiming:

@@ -30,10 +30,12 @@ from helios.worker.replica.condition import Condition, State
 from helios.worker.replica.engine import Engine, EngineLoad
 from helios.worker.replica.gate import CallGate
 from helios.worker.replica.inference_servicer import InferenceServicer
+from helios.worker.replica.kv_disk import keep_within
 from helios.worker.replica.ledger import RequestLedger
 from helios.worker.replica.openai_servicer import OpenAIServicer
 from helios.worker.replica.prefill import PrefillClient, PrefillServicer
 from helios.worker.replica.priority import step_forward
+from helios.worker.replica.scratch import kv_directory
 from helios.worker.replica.settings import Role
 from helios.worker.replica.sleeping import Sleeping
 from helios.worker.replica.spec import ReplicaSpec
@@ -99,6 +101,10 @@ class _Replica:
         loop.add_reader(self._start.phase_descriptor, self._take_phases)
         async with asyncio.TaskGroup() as group:
             background = [group.create_task(self._watch(), name="watch engine and supervisor")]
+            offload = self._spec.settings.kv_offload
+            if offload is not None and offload.disk_bytes:
+                keeping = keep_within(kv_directory(), offload.disk_bytes)
+                background.append(group.create_task(keeping, name="keep KV blocks within their bound"))
             if self._spec.supervisor_address:
                 background.append(group.create_task(self._attachment.run(), name="attachment"))
             ending = await self._live()

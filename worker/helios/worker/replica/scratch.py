@@ -31,6 +31,11 @@ def make_scratch(pid: int) -> Path:
     return path
 
 
+def kv_directory() -> Path:
+    """Returns where a replica's engine keeps KV blocks on disk: in its own directory, so that they end with it."""
+    return Path(tempfile.gettempdir(), "kv")
+
+
 def remove_scratch(pid: int) -> None:
     """Removes the directory of a front process that is gone or about to go. Idempotent."""
     for segment in _segments(pid):

@@ -39,6 +39,7 @@ class ReplicaSpec:
         device_ids: Devices that it runs on; reported back in hellos.
         device_uuids: Of these, those that CUDA_VISIBLE_DEVICES is to name; empty for a CPU.
         memory_items: What ``memory_bytes`` is made of, by kind; reported back in hellos.
+        host_memory_items: What is booked for it in host memory beside, by kind; reported back in hellos.
         host: Address its gRPC server binds, without the port.
         port: Port of its gRPC server; 0 lets the kernel choose.
         supervisor_address: gRPC target of the supervisor's socket, such as ``unix:/run/…``; empty for none (tests).
@@ -82,6 +83,7 @@ class ReplicaSpec:
     device_ids: tuple[str, ...] = ()
     device_uuids: tuple[str, ...] = ()
     memory_items: Mapping[str, int] = field(default_factory=dict)
+    host_memory_items: Mapping[str, int] = field(default_factory=dict)
     host: str = "127.0.0.1"
     port: int = 0
     supervisor_address: str = ""

@@ -36,6 +36,7 @@ class Start:
     settings: EngineSettings = field(default_factory=EngineSettings)
     served_names: tuple[str, ...] = ()
     memory_items: tuple[MemoryItem, ...] = ()
+    host_memory_items: tuple[MemoryItem, ...] = ()
     device_ids: tuple[str, ...] = ()
     device_count: int = 1
     requested_at: float = 0.0

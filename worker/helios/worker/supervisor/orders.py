@@ -76,6 +76,7 @@ def order_of(start: Start, rules: Rules, now: datetime) -> Order:
         settings=start.settings,
         served_names=start.served_names,
         memory_items=start.memory_items,
+        host_memory_items=start.host_memory_items,
         device_ids=start.device_ids,
         device_count=len(start.device_ids) or max(1, start.device_count),
         requested_at=start.requested_at,

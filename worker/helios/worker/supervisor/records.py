@@ -47,6 +47,9 @@ class MemoryKind(enum.Enum):
     ACTIVATIONS = "ACTIVATIONS"
     OVERHEAD = "OVERHEAD"
     SLEEPING = "SLEEPING"
+    ADAPTERS = "ADAPTERS"
+    HOST_ADAPTERS = "HOST_ADAPTERS"
+    KV_OFFLOAD = "KV_OFFLOAD"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,8 @@ class Order:
 
     memory_items: tuple[MemoryItem, ...] = ()
     """What ``memory_bytes`` is made of; empty: not known."""
+    host_memory_items: tuple[MemoryItem, ...] = ()
+    """What it has in host memory beside; empty where its device is the host."""
     device_ids: tuple[str, ...] = ()
     """Devices that were asked for; empty: any."""
     device_count: int = 1
@@ -156,6 +161,11 @@ class Order:
     traceparent: str = ""
     is_background: bool = False
     """It is to take the place of one that serves; until it is ready it computes with what others leave."""
+
+    @property
+    def host_memory_bytes(self) -> int:
+        """What it books in host memory beside ``memory_bytes``."""
+        return sum(item.size_bytes for item in self.host_memory_items)
 
     @property
     def revisions(self) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from helios.worker.supervisor.records import (
 log = structlog.get_logger()
 
 _FORMAT: Final = 3
+_ITEMS: Final = ("memory_items", "host_memory_items")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,8 @@ def _to_json(replica: ListedReplica) -> dict[str, Any]:
     view = replica.view
     assert view.process is not None
     order = {**asdict(view.order), "created_at": view.order.created_at.isoformat()}
-    order["memory_items"] = [(item.kind.value, item.size_bytes) for item in view.order.memory_items]
+    for name in _ITEMS:
+        order[name] = [(item.kind.value, item.size_bytes) for item in getattr(view.order, name)]
     return {
         "order": order,
         "state": view.state.value,
@@ -107,7 +109,8 @@ def _to_json(replica: ListedReplica) -> dict[str, Any]:
 def _from_json(entry: dict[str, Any]) -> ListedReplica:
     order = dict(entry["order"])
     order["created_at"] = datetime.fromisoformat(order["created_at"])
-    order["memory_items"] = tuple(MemoryItem(MemoryKind(kind), size) for kind, size in order["memory_items"])
+    for name in _ITEMS:
+        order[name] = tuple(MemoryItem(MemoryKind(kind), size) for kind, size in order.get(name, ()))
     order["device_ids"] = tuple(order["device_ids"])
     order["served_names"] = tuple(order["served_names"])
     order["settings"] = EngineSettings.from_document(order["settings"])

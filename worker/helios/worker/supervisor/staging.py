@@ -95,6 +95,11 @@ class Staging:
         """What is staged or on its way, by revision."""
         return {revision: staged.view for revision, staged in self._staged.items()}
 
+    @property
+    def yielding_bytes(self) -> int:
+        """What is booked still and being given back."""
+        return sum(staged.view.memory_bytes for staged in self._ending if staged.is_booked)
+
     def use(self) -> HostUse:
         """Returns what there is for staging, and what is booked."""
         return self._ledger.use()

@@ -91,10 +91,11 @@ class Supervisor:
         self._all_returned = asyncio.Event()
         self._is_cordoned = False
         self.feed = FleetFeed(self.view)
+        self._host = HostLedger(host_memory_bytes)
         self._staging = Staging(
             group=group,
             weights=weights,
-            ledger=HostLedger(host_memory_bytes),
+            ledger=self._host,
             holder=rules.worker_id,
             lease_ttl_seconds=rules.lease_ttl_seconds,
             publish=self.feed.publish_staged,
@@ -223,6 +224,12 @@ class Supervisor:
             device_ids=order.device_ids,
             device_count=order.device_count,
         )
+        try:
+            yielding_bytes = self._staging.yielding_bytes
+            self._host.book_replica(order.replica_id, order.host_memory_bytes, yielding_bytes=yielding_bytes)
+        except HeliosError:
+            self._ledger.release(order.replica_id)
+            raise
         self._add(ReplicaMachine(order, self._rules.limits), booking).begin()
 
     def _evict(self, revision: str) -> None:
@@ -400,6 +407,7 @@ class Supervisor:
         except (HeliosError, ValueError) as error:
             log.warning("replica can't be taken over", replica=view.replica_id, error=str(error))
             return None
+        self._host.adopt_replica(view.replica_id, view.order.host_memory_bytes)
         runner = self._add(life, booking)
         self._states[view.replica_id] = view.state
         self._measure_replicas()
@@ -430,6 +438,7 @@ class Supervisor:
 
     def _on_freed(self, view: ReplicaView) -> None:
         self._ledger.release(view.replica_id)
+        self._host.release_replica(view.replica_id)
         del self._runners[view.replica_id]
         self._ended[view.replica_id] = view.process
         while len(self._ended) > _REMEMBERED_ENDS:

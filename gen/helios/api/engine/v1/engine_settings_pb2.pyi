@@ -342,7 +342,9 @@ class LoraSettings(_message.Message):
     """How many adapters a batch may use at once. 0: 1."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoraAdapter]:
-        """Adapters that are models of their own in the registry."""
+        """Adapters that are models of their own in the registry. Replicas that run follow a change at once; the other two
+        fields hold from the next start, and one of the three must be set for a replica to take adapters at all.
+        """
 
     def __init__(
         self,
@@ -400,8 +402,8 @@ class KvOffload(_message.Message):
     host_bytes: _builtins.int
     """Bytes of host memory for them. 0: none."""
     disk_bytes: _builtins.int
-    """Bytes of local disk for what falls out of host memory. 0: none. A replica's blocks on disk end with it; the engine's
-    own tier has no bound, so this is what the node must have to spare.
+    """Bytes of local disk for what falls out of host memory. 0: none. A replica's blocks on disk end with it. The engine's
+    own tier has no bound: the replica removes the oldest blocks before they take more than this.
     """
     def __init__(
         self,

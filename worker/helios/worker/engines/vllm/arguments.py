@@ -6,7 +6,6 @@ once: whoever corrects one does not want to wait for the next.
 """
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -16,6 +15,7 @@ from helios.worker.engines.vllm import checks, compat, compat_config
 from helios.worker.engines.vllm.failures import INVALID_ENGINE_SETTINGS
 from helios.worker.engines.vllm.ranks import rank_cores
 from helios.worker.replica.compile_cache import CompileInputs
+from helios.worker.replica.scratch import kv_directory
 from helios.worker.replica.settings import Compilation, EngineSettings, KvOffload, Role, SpeculativeDecoding, Task
 from helios.worker.replica.spec import ReplicaSpec
 
@@ -137,8 +137,8 @@ def offload_transfer(offload: KvOffload, directory: str) -> dict[str, Any]:
 
     Args:
         offload: How much.
-        directory: Where blocks on disk go. vLLM's tier on disk has no bound of its own, and removes nothing: it is the
-            replica's directory, which ends with the replica.
+        directory: Where blocks on disk go. vLLM's tier on disk has no bound of its own, and removes nothing: the
+            replica does that (``replica.kv_disk``), and the directory ends with it.
     """
     extra: dict[str, Any] = {"cpu_bytes_to_use": offload.host_bytes}
     if offload.disk_bytes:
@@ -174,8 +174,7 @@ def role_transfer(role: Role, directory: str, *, is_cpu: bool) -> dict[str, Any]
 def _kv_offload(offload: KvOffload) -> dict[str, Any]:
     if not offload.host_bytes and not offload.disk_bytes:
         return {}
-    # In a replica that is its own directory.
-    transfer = offload_transfer(offload, f"{tempfile.gettempdir()}/kv")
+    transfer = offload_transfer(offload, str(kv_directory()))
     return {"kv_transfer_config": compat_config.KVTransferConfig(**transfer)}
 
 

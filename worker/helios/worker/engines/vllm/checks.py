@@ -37,6 +37,8 @@ _NAMES: Final[Mapping[str, Callable[[], Sequence[str]]]] = {
     "attention_backend": vllm.attention_backends,
     "structured_output_backend": vllm.structured_output_backends,
 }
+# What vLLM finds out when the engine has started.
+_GPU_METHODS: Final = frozenset({"ngram_gpu"})
 # Methods that need no model of their own.
 _WITHOUT_DRAFT: Final = frozenset({"ngram", "ngram_gpu", "suffix", "mtp"})
 
@@ -136,6 +138,8 @@ def _in_speculation(speculative: SpeculativeDecoding) -> Iterator[Problem]:
         yield Problem("speculative_decoding.method", _unknown(speculative.method, methods))
     if speculative.token_count < 1:
         yield Problem("speculative_decoding.token_count", "must be at least 1: how many tokens are guessed at once")
+    if vllm.is_cpu() and speculative.method in _GPU_METHODS:
+        yield Problem("speculative_decoding.method", f"{speculative.method} runs on GPUs only; on a CPU: ngram")
     is_alone = speculative.method in _WITHOUT_DRAFT
     if is_alone and speculative.draft_model:
         yield Problem("speculative_decoding.draft_model", f"{speculative.method} guesses without a model: unset it")
@@ -162,6 +166,8 @@ def _in_lora(lora: LoraSettings) -> Iterator[Problem]:
 def _in_offload(offload: KvOffload) -> Iterator[Problem]:
     if offload.disk_bytes and not offload.host_bytes:
         yield Problem("kv_offload.host_bytes", "blocks go to disk through host memory: set it too")
+    if vllm.is_cpu() and (offload.host_bytes or offload.disk_bytes):
+        yield Problem("kv_offload", "on a CPU the KV cache is in host memory already: unset it, raise kv_cache_bytes")
 
 
 def _in_role(settings: EngineSettings) -> Iterator[Problem]:

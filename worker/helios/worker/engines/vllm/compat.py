@@ -18,8 +18,8 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import cached_property
 from contextvars import ContextVar
+from functools import cached_property
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Final
@@ -133,8 +133,8 @@ __all__ = [
     "check_version",
     "compile_surroundings",
     "fork_instead_of_spawn",
-    "keep_compiled",
     "is_pinned",
+    "keep_compiled",
     "make_llm",
     "pack_weights",
     "parse_model_prompt",
@@ -184,8 +184,6 @@ async def put_to_sleep(llm: AsyncLLM, level: int) -> None:
         # What the prefix cache names would be other blocks after waking.
         await llm.reset_prefix_cache()
         await llm.sleep(level=level)
-        # Buffers of adapters lie with the weights, and are not read from the model's directory.
-        await llm.adapters.reload()
 
 
 async def wake_up(llm: "MeteredLLM", level: int) -> None:
@@ -201,6 +199,8 @@ async def wake_up(llm: "MeteredLLM", level: int) -> None:
         if level == 2:
             await llm.collective_rpc("reload_weights")
         await llm.wake_up(tags=["kv_cache"])
+        # Buffers of adapters lie with the weights, and are not read from the model's directory.
+        await llm.adapters.reload()
 
 
 @contextmanager
@@ -229,9 +229,9 @@ def prepare_before_fork() -> None:
     spare_checks_of_answers()
     quick_start.apply(is_cpu=current_platform.is_cpu())
     if current_platform.is_cpu():
-        compat_packed.install()
-    if current_platform.is_cpu():
         correct_kernels()
+    if current_platform.is_cpu():
+        compat_packed.install()
     HELD_TOKENIZERS.install()
 
 
