@@ -30,6 +30,7 @@ import torch._dynamo.aot_compile
 import vllm
 import vllm.compilation.backends
 import vllm.compilation.decorators
+import vllm.config
 import vllm.envs
 import vllm.model_executor.layers.utils
 import vllm.plugins
