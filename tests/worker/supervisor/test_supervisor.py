@@ -111,11 +111,14 @@ async def test_a_hung_start_is_killed_at_its_deadline(folder: Path) -> None:
 
 
 async def test_a_replica_that_reports_a_failure_fails_with_its_words(folder: Path) -> None:
+    ended: list[ReplicaView] = []
     async with running_node(folder, launcher=FakeLauncher(r1="broken")) as node:
+        node.supervisor.on_ended = ended.append
         node.supervisor.execute("c", start_of("r1"))
         view = await node.wait_state("r1", S.FAILED)
         assert view.failure is not None
         assert (view.failure.reason, view.failure.message) == ("ENGINE_FAILED", "no such weights")
+        assert [(one.replica_id, one.failure) for one in ended] == [("r1", view.failure)]
         assert living(process_of(view)) == []
 
 

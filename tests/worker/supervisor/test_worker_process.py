@@ -24,6 +24,8 @@ from helios.api.storage.v1 import storage_service_pb2 as storage
 from helios.api.storage.v1.storage_service_pb2_grpc import StorageServiceServicer, add_StorageServiceServicer_to_server
 from helios.mesh.identity import CertificateAuthority, IdentityFiles
 from helios.mesh.server import MeshServer, ServerOptions
+from helios.worker.artifacts.asking import take
+from helios.worker.artifacts.requests import COMPILE_CACHE, ArtifactRequest
 from helios.worker.supervisor.records import ProcessIdentity
 from tests.worker.supervisor.fakes import REVISION, FakeProxy, FakeProxySession, living
 
@@ -183,7 +185,9 @@ async def end(process: subprocess.Popen[bytes], number: signal.Signals = signal.
 
 
 async def test_a_worker_starts_a_replica_and_sigterm_drains_it_and_leaves_nothing(mesh: Mesh) -> None:
-    with mesh.worker() as worker:
+    door = mesh.folder / "s.sock.a"
+    # Nobody listens there: artifacts are not to be had, and that is all.
+    with mesh.worker("--registry-target=127.0.0.1:1") as worker:
         session = await mesh.proxy.wait_session()
         assert (session.hello.worker_id, session.hello.slot_count) == ("w1", 2)
         # The default first, then what else is installed.
@@ -196,7 +200,11 @@ async def test_a_worker_starts_a_replica_and_sigterm_drains_it_and_leaves_nothin
         assert metrics['helios_device_booked_bytes{device="cpu:0"}'] == 1 << 30
         assert metrics['helios_worker_replicas{state="READY"}'] == 1
         assert metrics['helios_worker_commands_total{command="start",outcome="accepted"}'] == 1
+        assert door.stat().st_mode & 0o777 == 0o600
+        wanted = ArtifactRequest(COMPILE_CACHE, "{}", REVISION, "r1")
+        assert await asyncio.to_thread(take, str(door), wanted, timeout_seconds=10) is False
         assert await end(worker) == 0, mesh.log()
+    assert not door.exists()
     assert living(front) == []
     states = [r.replica_event.replica.state for r in session.received if r.WhichOneof("message") == "replica_event"]
     assert states[-2:] == [types.REPLICA_STATE_DRAINING, types.REPLICA_STATE_STOPPED]
