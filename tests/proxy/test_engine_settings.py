@@ -84,6 +84,9 @@ def test_room_for_adapters_is_booked_before_there_is_one() -> None:
     assert "HOST_ADAPTERS" not in on_gpu
     wide, _ = smol_items(dtype="float32", lora=lora)
     assert wide["ADAPTERS"] == pytest.approx(2 * items["ADAPTERS"], rel=0.01)
+    two, host = smol_items(is_gpu=True, lora=lora, tensor_parallel_size=2)
+    assert items["ADAPTERS"] < two["ADAPTERS"] < 2 * items["ADAPTERS"], "ranks share some of it"
+    assert host["HOST_ADAPTERS"] == 2 * items["HOST_ADAPTERS"], "and keep adapters each for itself"
     least, _ = smol_items(lora={"adapters": [{"name": "x", "model": "a"}]})
     assert least["ADAPTERS"] == pytest.approx(items["ADAPTERS"] / 16, rel=0.1), "rank 16, one at a time"
 

@@ -24,8 +24,10 @@ _ACTIVATION_ARRAYS: Final = 20
 # Arrays of logits in 32 bits that sampling holds at once: as computed, penalised, sorted, and their probabilities.
 _LOGIT_ARRAYS: Final = 4
 # Inputs and outputs of a layer's seven products, in widths of the model: an adapter has a row of each for each rank.
-# Four of attention (two each), three of a feed-forward layer that is 8/3 as wide (1 + 8/3 each).
-_ADAPTER_WIDTHS: Final = 19
+# Four of attention (two each), three of a feed-forward layer that is 8/3 as wide (1 + 8/3 each). Of these, ranks have
+# their own part of twelve, and each of them all of seven: inputs of what is split by columns, outputs of the others.
+_SPLIT_ADAPTER_WIDTHS: Final = 12
+_WHOLE_ADAPTER_WIDTHS: Final = 7
 # What a replica is given, and takes as it is used: no measure of a young one says how much that will be.
 GIVEN: Final = frozenset({"KV_CACHE", "ADAPTERS", "HOST_ADAPTERS"})
 # A measure says what was; the next replica may serve longer prompts.
@@ -124,10 +126,11 @@ def replica_size(
     # Where the weights turn out to be the page cache's, a measured replica holds less than they take.
     own_weights = min(weights_bytes, fixed_bytes)
     own_activations = min(activation_bytes, fixed_bytes - own_weights)
-    adapter_bytes = _adapter_bytes(entry, needs)
+    adapter_bytes = _adapter_bytes(entry, needs, needs.rank_count)
     on_device = (("ADAPTERS", adapter_bytes),) if adapter_bytes else ()
-    # Those that are loaded, in host memory: as many as there are buffers, at most as large.
-    on_host = (("HOST_ADAPTERS", adapter_bytes),) if adapter_bytes else ()
+    # Those that are loaded, in host memory: as many as there are buffers, at most as large, whole for each rank.
+    host_adapter_bytes = _adapter_bytes(entry, needs, 1) * needs.rank_count
+    on_host: tuple[tuple[str, int], ...] = (("HOST_ADAPTERS", host_adapter_bytes),) if host_adapter_bytes else ()
     if is_gpu:
         offload_bytes = _round_up(needs.offload_bytes)
         on_host += (("KV_OFFLOAD", offload_bytes),) if offload_bytes else ()
@@ -142,13 +145,14 @@ def replica_size(
     return ReplicaSize(sum(size for _, size in items), kv_cache_bytes, items, on_host if is_gpu else ())
 
 
-def _adapter_bytes(entry: ModelEntry, needs: EngineNeeds) -> int:
+def _adapter_bytes(entry: ModelEntry, needs: EngineNeeds, rank_count: int) -> int:
     """What the engine's buffers for adapters take, filled or not: a pair of matrices for each product there is.
 
-    Embeddings and the output layer have such a pair, too.
+    Embeddings and the output layer have such a pair, too, and each rank all of it.
     """
     hidden = _hidden_size(entry)
-    values = _ADAPTER_WIDTHS * hidden * entry.layer_count + 2 * (entry.vocabulary_size + hidden)
+    widths = _SPLIT_ADAPTER_WIDTHS + _WHOLE_ADAPTER_WIDTHS * rank_count
+    values = widths * hidden * entry.layer_count + 2 * (entry.vocabulary_size + hidden) * rank_count
     count = values * needs.adapter_rank * needs.adapter_count
     return _round_up(count * needs.element_bytes(entry.dtype))
 

@@ -46,6 +46,7 @@ import vllm.v1.structured_output
 import vllm.v1.worker.utils
 from pydantic import ValidationError
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import GracefulHTTPError, QueueOverflowError, VLLMNotFoundError, VLLMValidationError
 from vllm.logprobs import Logprob
@@ -68,7 +69,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from helios.worker.engines.vllm import compat, compat_adapters, compat_compiled, errors, quick_start
+from helios.worker.engines.vllm import compat, compat_compiled, errors, quick_start
 from helios.worker.engines.vllm.pieces import PieceCutter
 from helios.worker.replica.engine import FinishReason, Meter, Sampling
 
@@ -224,7 +225,7 @@ def serving_classes_take_what_the_engine_gives() -> None:
     assert {"request_logger", "chat_template", "chat_template_content_format"} <= parameters(
         compat.OnlineRenderer.__init__
     )
-    assert {"engine_client", "base_model_paths"} <= parameters(compat_adapters.OpenAIServingModels.__init__)
+    assert {"engine_client", "base_model_paths"} <= parameters(OpenAIServingModels.__init__)
 
 
 @contract

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.ops.torch_ops import lora_ops
@@ -73,7 +74,7 @@ def adapters_are_told_apart_by_name_and_found_in_the_list_of_models() -> None:
         source = inspect.getsource(serving)
         assert "self.models.model_name(lora_request)" in source
         assert "lora_request=" in source, "by keyword: requests are counted by it"
-    assert "self.lora_requests" in inspect.getsource(compat_adapters.OpenAIServingModels.__init__)
+    assert "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__)
     shown = compat_adapters.public_name(LoRARequest("pirate#12", 12, "p"))
     assert shown == "pirate"
 

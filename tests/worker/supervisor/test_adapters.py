@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -144,8 +145,8 @@ TOLD = st.lists(
     st.lists(st.one_of(WANTED.map(lambda one: ("want", one)), TOLD.map(lambda one: ("tell", tuple(one)))), min_size=1)
 )
 def test_every_revision_that_is_wanted_or_named_by_the_replica_stays_on_the_node(
-    steps: list[tuple[str, tuple]],
-) -> None:  # type: ignore[type-arg]
+    steps: list[tuple[str, tuple[Any, ...]]],
+) -> None:
     book = AdapterBook(())
     wanted: tuple[LoraAdapter, ...] = ()
     told: tuple[AdapterStatus, ...] = ()

@@ -22,8 +22,8 @@ class WorkerCapacity:
     """What a worker has left, what draining replicas will give back, and what could be freed.
 
     Memory is what a replica on as many devices as it wants could have, `needed_bytes` what it books there (processes on
-    a GPU take more than on a CPU). `is_staged`: its weights are in memory there. The host's memory is what it has beside a
-    GPU's; nothing is drained for it.
+    a GPU take more than on a CPU). `is_staged`: its weights are in memory there. The host's memory is what it has
+    beside a GPU's; nothing is drained for it.
     """
 
     worker_id: str
@@ -89,11 +89,11 @@ def place(engine: str, workers: list[WorkerCapacity], *, may_preempt: bool) -> P
         return Wait("NO_WORKER", f"no worker {what}is connected")
     roomy = [worker for worker in able if worker.free_host_bytes >= worker.needed_host_bytes]
     if not roomy:
-        most = max(able, key=lambda worker: worker.free_host_bytes)
+        roomiest = max(able, key=lambda worker: worker.free_host_bytes)
         return Impossible(
             "NO_CAPACITY",
-            f"a replica needs {_gib(most.needed_host_bytes)} of host memory beside its device's,"
-            f" and {_gib(max(0, most.free_host_bytes))} is what a worker has at most",
+            f"a replica needs {_gib(roomiest.needed_host_bytes)} of host memory beside its device's,"
+            f" and {_gib(max(0, roomiest.free_host_bytes))} is what a worker has at most",
         )
     able = roomy
     fitting = [worker for worker in able if worker.free_bytes >= worker.needed_bytes and worker.free_slot_count > 0]

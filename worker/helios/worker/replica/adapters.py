@@ -49,7 +49,7 @@ class Adapters:
             AdapterFiles(adapter, spec.revision_paths.get(adapter.revision, "")) for adapter in spec.adapters
         )
         self._on_change = on_change
-        self._engine: Engine | None = None
+        self._engine: AdaptingEngine | None = None
         self._gate: CallGate | None = None
         self._loaded: dict[str, _Loaded] = {}
         self._leaving: list[_Loaded] = []
@@ -76,7 +76,9 @@ class Adapters:
 
     async def open(self, engine: Engine, gate: CallGate) -> None:
         """Loads what is wanted and on the node already, before the first request. Called once, before ``run``."""
-        self._engine, self._gate = engine, gate
+        # One that has no adapters says so when one is wanted.
+        adapting: Any = engine
+        self._engine, self._gate = adapting if isinstance(adapting, AdaptingEngine) else None, gate
         while (files := self._missing()) is not None:
             await self._load(files)
 
@@ -110,7 +112,7 @@ class Adapters:
     async def _load(self, files: AdapterFiles) -> None:
         adapter = files.adapter
         try:
-            if not isinstance(self._engine, AdaptingEngine):
+            if self._engine is None:
                 raise PreconditionFailed(
                     f"the engine {self._spec.engine} has no LoRA adapters", reason="ADAPTERS_UNSUPPORTED"
                 )
@@ -129,7 +131,7 @@ class Adapters:
 
     async def _unload(self, loaded: _Loaded) -> None:
         adapter = loaded.adapter
-        assert isinstance(self._engine, AdaptingEngine)
+        assert self._engine is not None
         try:
             await self._engine.unload_adapter(adapter.name, loaded.handle)
         except HeliosError as error:

@@ -212,6 +212,8 @@ class VllmEngine:
             with compat.told_apart():
                 return await self._llm.adapters.load(name, path)
         except RuntimeError as error:
+            if self._llm.errored:
+                raise ReplicaLost(f"the adapter {name!r} can't be loaded: the engine died") from error
             raise PreconditionFailed(f"the adapter {name!r} can't be loaded: {error}", reason="BAD_ADAPTER") from error
 
     async def unload_adapter(self, name: str, loaded: Any) -> None:

@@ -50,7 +50,8 @@ _REASONS: Final[Mapping[str, tuple[str, ...]]] = {
     INVALID_ENGINE_SETTINGS: (
         r"max seq len|KV cache|must be divisible by|max_model_len|max_num_|dtype|[Qq]uantization",
         r"Cannot find the config file for|CompressedTensorsConfig|reasoning parser|tool parser|structured output",
-        r"tensor.parallel|[Pp]ipeline.[Pp]arallel|attention.backend|[Ss]peculative|suffix decoding|[Ll]o[Rr][Aa]|[Cc]hunked",
+        r"tensor.parallel|[Pp]ipeline.[Pp]arallel|attention.backend|[Ss]peculative|suffix decoding",
+        r"[Ll]o[Rr][Aa]|[Cc]hunked",
     ),
 }
 # vLLM's names of what Helios's users set, as they stand in vLLM's texts.

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-_Tensor = torch.Tensor
 
-
-def shrink(inputs: _Tensor, weights: _Tensor, output: _Tensor, indices: _Tensor, scaling: float = 1.0) -> None:
+def shrink(
+    inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, indices: torch.Tensor, scaling: float = 1.0
+) -> None:
     """Writes ``scaling * inputs @ weights[index]ᵀ`` to the first columns of ``output``; 0 where there is no adapter.
 
     Args:
@@ -29,7 +29,9 @@ def shrink(inputs: _Tensor, weights: _Tensor, output: _Tensor, indices: _Tensor,
     output[:, : weights.shape[-2]] = scaling * _products(inputs, weights, indices, output.dtype)
 
 
-def expand(inputs: _Tensor, weights: _Tensor, output: _Tensor, indices: _Tensor, add_inputs: bool = True) -> None:
+def expand(
+    inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, indices: torch.Tensor, add_inputs: bool = True
+) -> None:
     """Adds ``inputs @ weights[index]ᵀ`` to the first columns of ``output``; nothing where there is no adapter.
 
     The two may differ in padding. Without ``add_inputs`` they are written.
@@ -39,10 +41,10 @@ def expand(inputs: _Tensor, weights: _Tensor, output: _Tensor, indices: _Tensor,
 
 
 def expand_slice(  # noqa: PLR0917  vLLM's order
-    inputs: _Tensor,
-    weights: _Tensor,
-    output: _Tensor,
-    indices: _Tensor,
+    inputs: torch.Tensor,
+    weights: torch.Tensor,
+    output: torch.Tensor,
+    indices: torch.Tensor,
     slice_offset: int,
     slice_size: int,
     add_inputs: bool = True,
@@ -59,7 +61,7 @@ def expand_slice(  # noqa: PLR0917  vLLM's order
 def by_sequence(kernel: Callable[..., None]) -> Callable[..., None]:
     """Returns a kernel that is given an index and a length for each sequence, as vLLM gives them in a prefill."""
 
-    def of_sequences(inputs: _Tensor, weights: _Tensor, output: _Tensor, *said: Any) -> None:
+    def of_sequences(inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, *said: Any) -> None:
         # Where each begins, its length, its index; how many, the longest, tokens in all; then the kernel's own.
         _, lengths, indices, _, _, _, *more = said
         kernel(inputs, weights, output, torch.repeat_interleave(indices, lengths), *more)
@@ -67,7 +69,7 @@ def by_sequence(kernel: Callable[..., None]) -> Callable[..., None]:
     return of_sequences
 
 
-def _products(inputs: _Tensor, weights: _Tensor, indices: _Tensor, dtype: torch.dtype) -> _Tensor:
+def _products(inputs: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     matrices = weights.squeeze(1) if weights.dim() == 4 else weights
     inputs, own = inputs.to(dtype), indices.unsqueeze(1)
     total = torch.zeros((inputs.shape[0], matrices.shape[1]), dtype=dtype, device=inputs.device)
