@@ -48,7 +48,6 @@ def run_torch(cache: Path) -> tuple[float, int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # 20 s of CPU, most of it importing torch and compiling against its headers
 async def test_what_torch_compiled_on_one_node_it_finds_on_another(tmp_path: Path) -> None:
     async with open_cluster(tmp_path, write_model(tmp_path / "model")) as cluster, cluster.node("first") as first:
         request = cluster.request("maker")
