@@ -124,6 +124,7 @@ class Zygote:
         if pid == 0:
             self._become(lambda: _help(work, launcher), "helper failed")
         self._watch(pid, is_helper=True)
+        log.info("helper forked", pid=pid)
 
     def _watch(self, pid: int, *, is_helper: bool = False) -> _Child:
         child = _Child(pid, read_start_ticks(pid), os.pidfd_open(pid), is_helper)
