@@ -28,6 +28,7 @@ from helios.worker.replica.packed_weights import (
     PlainTensor,
     drop,
     find,
+    has_room,
     read_manifest,
     verify,
 )
@@ -235,6 +236,8 @@ def test_what_is_in_use_stays_and_its_mapping_outlives_it(tmp_path: Path) -> Non
 def test_the_last_tenth_of_the_disk_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(total=10 << 20, free=(1 << 20) + len(DATA) - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert has_room(str(tmp_path), len(DATA) - 1)
+    assert not has_room(str(tmp_path), len(DATA))
     with pytest.raises(DiskFull), ArtifactWriter(str(tmp_path), INPUTS) as writer:
         writer.append(memoryview(DATA))
     assert names(tmp_path) == set()

@@ -195,6 +195,13 @@ def drop(root: str, inputs: PackedInputs) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
+def has_room(root: str, wanted_bytes: int) -> bool:
+    """Returns whether so much can be written and leaves the disk's last tenth; makes ``root``."""
+    Path(root).mkdir(parents=True, exist_ok=True)
+    disk = shutil.disk_usage(root)
+    return disk.free - wanted_bytes >= disk.total * _FREE_RATIO
+
+
 class ArtifactWriter:
     """Writes one artifact. It appears whole, by one rename, or not at all; what is left by a crash goes with the next.
 
@@ -234,7 +241,8 @@ class ArtifactWriter:
 
     def append(self, data: memoryview) -> int:
         """Writes bytes to the beginning of a page; returns their offset."""
-        _check_room(self._path.parent, data.nbytes)
+        if not has_room(str(self._path.parent), data.nbytes):
+            raise DiskFull(f"packed weights would take the last tenth of the disk of {self._path.parent}")
         self._write(bytes(-self._offset % PAGE_BYTES))
         offset = self._offset
         for start in range(0, data.nbytes, _CHUNK_BYTES):
@@ -299,12 +307,6 @@ def _check(directory: Path) -> None:
         raise Corrupted(f"packed weights can't be read: {error}") from error
     if verified != _identity(file) or file.st_size != manifest.size_bytes:
         raise Corrupted("packed weights are not the file that was verified")
-
-
-def _check_room(directory: Path, wanted_bytes: int) -> None:
-    disk = shutil.disk_usage(directory)
-    if disk.free - wanted_bytes < disk.total * _FREE_RATIO:
-        raise DiskFull(f"packed weights would take the last tenth of the disk of {directory}")
 
 
 def _identity(file: os.stat_result) -> dict[str, int]:

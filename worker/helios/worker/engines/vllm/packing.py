@@ -5,6 +5,7 @@ more. That child loads the model as a replica would, with the cores that others 
 next start maps it. The replica that serves meanwhile has nothing to do with it.
 """
 
+import contextlib
 import functools
 import os
 import signal
@@ -20,7 +21,7 @@ from helios.mesh.errors import Corrupted, HeliosError, Unsupported
 from helios.worker.engines.vllm import compat, compat_packed
 from helios.worker.engines.vllm.arguments import arguments_of, engine_arguments
 from helios.worker.replica.compile_cache import CacheDirectory
-from helios.worker.replica.packed_weights import WEIGHTS, ArtifactWriter, PackedInputs, drop, find
+from helios.worker.replica.packed_weights import WEIGHTS, ArtifactWriter, PackedInputs, drop, find, has_room
 from helios.worker.replica.priority import step_back, step_forward
 from helios.worker.replica.scratch import make_scratch
 from helios.worker.replica.settings import Role
@@ -56,14 +57,16 @@ def map_weights(arguments: Any, spec: ReplicaSpec) -> CacheDirectory | None:
     inputs = packing_inputs(spec)
     try:
         taken = find(spec.packed_weights_directory, inputs)
+        if taken is not None:
+            _read_ahead(taken.path / WEIGHTS)
     except Unsupported:
         return None
-    except Corrupted as error:
-        log.warning("packed weights are dropped: an ordinary load", error=error.message)
-        drop(spec.packed_weights_directory, inputs)
+    except (Corrupted, OSError) as error:
+        log.warning("packed weights are dropped: an ordinary load", error=str(error))
+        with contextlib.suppress(OSError):
+            drop(spec.packed_weights_directory, inputs)
         return None
     if taken is not None:
-        _read_ahead(taken.path / WEIGHTS)
         arguments.load_format = compat_packed.MAPPED_FORMAT
         arguments.model_loader_extra_config = {"directory": str(taken.path), "model": spec.model_path}
     return taken
@@ -76,9 +79,13 @@ def packing_of(spec: ReplicaSpec) -> Callable[[], None] | None:
     directory = Path(spec.packed_weights_directory, packing_inputs(spec).key)
     if directory.exists() or not _can_map(engine_arguments(spec, -1), spec):
         return None
-    needed_bytes = int(_weights_bytes(spec) * _NEEDED_RATIO) + _PROCESS_BYTES
+    weights_bytes = _weights_bytes(spec)
+    needed_bytes = int(weights_bytes * _NEEDED_RATIO) + _PROCESS_BYTES
     if used_memory_bytes() + needed_bytes > usable_memory_bytes():
         log.info("weights are not packed: not enough memory", model=spec.model, needed_bytes=needed_bytes)
+        return None
+    if not has_room(spec.packed_weights_directory, weights_bytes):
+        log.info("weights are not packed: not enough disk", model=spec.model, needed_bytes=weights_bytes)
         return None
     return functools.partial(_pack, spec)
 
