@@ -101,7 +101,8 @@ def _own_id(settings: ProxySettings) -> SpiffeId | None:
 
 
 def _control(settings: ProxySettings, runtime: Runtime, models: ModelSource) -> MeshServer:
-    options = ServerOptions(drain_seconds=settings.drain_seconds)
+    # Sessions say little and often: grpc.aio wakes four threads for each word.
+    options = ServerOptions(drain_seconds=settings.drain_seconds, transport="http2")
     server = MeshServer(
         listen=settings.control_listen, identity=settings.mesh.identity, policy=_CONTROL_POLICY, options=options
     )

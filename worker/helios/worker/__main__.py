@@ -92,8 +92,8 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
             make_spec=_SpecMaker(settings, inventory),
             host_memory_bytes=staging_memory_bytes(settings.device.staging_bytes),
         )
-        _place_fronts(settings, supervisor, ledger)
         await _share_artifacts(settings, supervisor, group, stack, storage)
+        _place_fronts(settings, supervisor, ledger)
         awaited_count = supervisor.recover()
         measuring = keep_measuring(inventory, supervisor, interval_seconds=settings.device.telemetry_seconds)
         group.create_task(measuring, name="measure devices")
@@ -102,7 +102,7 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
             listen=settings.socket_target,
             identity=identity,
             policy={_SERVICE: frozenset({"worker"})},
-            options=ServerOptions(drain_seconds=_CLOSE_SECONDS),
+            options=ServerOptions(drain_seconds=_CLOSE_SECONDS, transport="http2"),
         )
         servicer = AttachServicer(
             supervisor,
@@ -330,9 +330,9 @@ class _SpecMaker:
             identity_directory=str(identity.directory.absolute()) if identity else "",
             log_path=str(log_path(settings.replica_log_directory, order.model, order.replica_id)),
             compile_cache_directory=str(settings.compile_cache_directory),
+            packed_weights_directory=str(settings.packed_weights_directory) if settings.packed_weights_bytes else "",
             artifact_door=str(settings.artifact_door or ""),
             artifact_seconds=settings.artifacts.take_seconds,
-            packed_weights_directory=str(settings.packed_weights_directory) if settings.packed_weights_bytes else "",
             kv_directory=str((settings.state_directory / "kv").absolute()),
             created_at=order.created_at,
             placement=_place(settings, booking.slot, view),

@@ -164,8 +164,12 @@ def _probe(peer: str) -> HealthCheck:
     """Makes /healthz honest. A stale result harms no request: with no healthy host Envoy tries all of them."""
     return HealthCheck(
         timeout=pack.seconds(1),
-        interval=pack.seconds(1),
+        # A probe costs what a pick does. One that failed is asked again sooner.
+        interval=pack.seconds(3),
+        no_traffic_healthy_interval=pack.seconds(3),
         no_traffic_interval=pack.seconds(1),
+        unhealthy_interval=pack.seconds(1),
+        unhealthy_edge_interval=pack.seconds(1),
         unhealthy_threshold=2,
         healthy_threshold=1,
         grpc_health_check=HealthCheckGrpcHealthCheck(authority=server_name(peer)),
