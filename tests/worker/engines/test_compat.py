@@ -18,7 +18,7 @@ from tests.worker.replica.support import ROOT, source_path
 
 SOURCES = [
     Path(__file__).with_name(f"{name}_contracts.py".removeprefix("_"))
-    for name in ("", "kind", "setting", "weight", "output")
+    for name in ("", "kind", "setting", "sleep", "weight", "output")
 ]
 # On a busy machine, importing takes several times as long.
 SECONDS = 200

@@ -71,7 +71,6 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
-from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerBase
 
 from helios.worker.engines.vllm import compat_packed, failures, quick_start
 from helios.worker.engines.vllm.compat_adapters import AdapterTable, correct_kernels
@@ -83,12 +82,13 @@ from helios.worker.engines.vllm.compat_compiled import (
 )
 from helios.worker.engines.vllm.compat_outputs import OutputPump, spare_checks_of_answers
 from helios.worker.engines.vllm.compat_pooling import BertEmbeddingModel, PoolingRequestOutput
+from helios.worker.engines.vllm.compat_statistics import Unpublished
 from helios.worker.engines.vllm.compat_streams import TemplatedServingChat as OpenAIServingChat
 from helios.worker.engines.vllm.compat_version import check_version, is_pinned
 from helios.worker.engines.vllm.held_tokenizers import HeldTokenizers
 from helios.worker.engines.vllm.ranks import rank_cores
 from helios.worker.engines.vllm.transfers import with_transfer
-from helios.worker.replica.engine import PREFILL, EngineLoad, Meter
+from helios.worker.replica.engine import PREFILL, Meter
 from helios.worker.replica.packed_weights import ArtifactWriter
 from helios.worker.replica.phases import write_phase
 
@@ -111,7 +111,6 @@ __all__ = [
     "EngineDeadError",
     "ErrorResponse",
     "GracefulHTTPError",
-    "LoadSink",
     "MeteredLLM",
     "OnlineRenderer",
     "OpenAIServingChat",
@@ -362,6 +361,32 @@ def make_llm(
         llm.joined_at = time.monotonic()
         while_loading(config.model_config, llm.renderer)
         return llm
+    llm = _make_side_by_side(
+        config,
+        stat_loggers=stat_loggers,
+        on_forked=on_forked,
+        while_loading=while_loading,
+        phase_descriptor=descriptor,
+        configured_at=configured_at,
+    )
+    # The engine may have fitted the context to its KV cache: what was derived from the old length is derived anew.
+    for name in ("default_cmpl_tok_params", "default_chat_tok_params"):
+        llm.renderer.__dict__.pop(name, None)
+    # vLLM's own server does the same after its start: each token asks for some, which is a look into the environment.
+    vllm.envs.enable_envs_cache()
+    return llm
+
+
+def _make_side_by_side(
+    config: Any,
+    *,
+    stat_loggers: list[Any],
+    on_forked: Callable[[], None],
+    while_loading: Callable[[Any, Any], None],
+    phase_descriptor: int,
+    configured_at: float,
+) -> "MeteredLLM":
+    executor_class = Executor.get_class(config)
     joined_at: list[float] = []
     forked: Future[None] = Future()
     started: Future[tuple[Any, float]] = Future()
@@ -392,24 +417,19 @@ def make_llm(
             prepared_at = time.monotonic()
             client, connected_at = started.result()
             # What happened at the same time is told last: it is a phase as far as the engine had to wait for it.
-            write_phase(descriptor, "connect", configured_at, connected_at)
-            write_phase(descriptor, "tokenizer", configured_at, prepared_at)
+            write_phase(phase_descriptor, "connect", configured_at, connected_at)
+            write_phase(phase_descriptor, "tokenizer", configured_at, prepared_at)
             joined_at.append(max(connected_at, prepared_at))
             return client
 
     patches = _patched(async_llm_module, "EngineCoreClient", Started), _notifying(tell)
-    with patches[0], patches[1], _confessing(descriptor, configured_at):
+    with patches[0], patches[1], _confessing(phase_descriptor, configured_at):
         threading.Thread(target=start, name="engine core handshake", daemon=True).start()
         forked.result()
         llm = MeteredLLM(
             config, executor_class, log_stats=False, log_requests=False, stat_loggers=[*stat_loggers, Unpublished]
         )
     llm.joined_at = joined_at[0]
-    # The engine may have fitted the context to its KV cache: what was derived from the old length is derived anew.
-    for name in ("default_cmpl_tok_params", "default_chat_tok_params"):
-        llm.renderer.__dict__.pop(name, None)
-    # vLLM's own server does the same after its start: each token asks for some, which is a look into the environment.
-    vllm.envs.enable_envs_cache()
     return llm
 
 
@@ -463,32 +483,6 @@ def _telling(phase_descriptor: int) -> Iterator[None]:
         if phase_descriptor >= 0:
             os.write(phase_descriptor, json.dumps({"reason": reason, "message": message}).encode() + b"\n")
         raise
-
-
-class Unpublished(PrometheusStatLogger):
-    """Stands where AsyncLLM puts its own Prometheus metrics unless it is given another logger of the kind.
-
-    Nobody reads its registry here: a replica publishes metrics of its own. Keeping some forty series up to date would
-    be a sixth of what the front spends on a token.
-    """
-
-    def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
-        """Registers nothing."""
-
-    def record(self, *_: Any, **__: Any) -> None:
-        """Does nothing."""
-
-    def record_sleep_state(self, *_: Any, **__: Any) -> None:
-        """Does nothing."""
-
-    def record_admission_rejection(self, *_: Any, **__: Any) -> None:
-        """Does nothing."""
-
-    def log_engine_initialized(self) -> None:
-        """Does nothing."""
-
-    def log(self) -> None:
-        """Does nothing."""
 
 
 class MeteredLLM(AsyncLLM):
@@ -562,28 +556,3 @@ def _count(meter: Meter, output: RequestOutput) -> None:
         meter.prompt_tokens = len(output.prompt_token_ids)
     if output.num_cached_tokens:
         meter.cached_prompt_tokens = output.num_cached_tokens
-
-
-class LoadSink(StatLoggerBase):
-    """Receives the scheduler's statistics after each step and keeps the last."""
-
-    def __init__(self, on_load: Callable[[], None]) -> None:
-        self._on_load = on_load
-        self.load = EngineLoad()
-
-    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
-        """Takes the statistics of one step."""
-        del iteration_stats
-        if scheduler_stats is None:
-            return
-        load = EngineLoad(
-            scheduler_stats.num_running_reqs,
-            scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
-            scheduler_stats.kv_cache_usage,
-        )
-        if load != self.load:
-            self.load = load
-            self._on_load()
-
-    def log_engine_initialized(self) -> None:
-        """Nothing to say."""

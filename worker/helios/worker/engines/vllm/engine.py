@@ -13,7 +13,7 @@ import structlog
 from helios.mesh.errors import PreconditionFailed, ReplicaLost
 from helios.worker.artifacts.asking import take
 from helios.worker.artifacts.requests import COMPILE_CACHE, ArtifactRequest
-from helios.worker.engines.vllm import compat, compat_config, errors, kv_files
+from helios.worker.engines.vllm import compat, compat_config, compat_statistics, errors, kv_files
 from helios.worker.engines.vllm.arguments import compile_inputs, engine_arguments
 from helios.worker.engines.vllm.compat_adapters import AdaptedModels, adapter_rank
 from helios.worker.engines.vllm.openai_api import OpenAIApi, TextApi, VectorApi
@@ -82,7 +82,7 @@ class VllmEngine:
             compat.fork_instead_of_spawn()
         self._settings = spec.settings
         self._model = spec.model
-        self._sink = compat.LoadSink(hooks.on_load)
+        self._sink = compat_statistics.LoadSink(hooks.on_load)
         arguments = engine_arguments(spec, hooks.phase_descriptor)
         # Never released: it is in use for as long as the replica lives.
         self._mapped = map_weights(arguments, spec)
