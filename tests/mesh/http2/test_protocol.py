@@ -233,6 +233,19 @@ def test_padding_is_paid_for_and_not_delivered() -> None:
     assert pair.told.of("received") == [(31,)]
 
 
+def test_an_empty_frame_that_ends_a_stream_is_not_for_nothing() -> None:
+    pair = Pair()
+    stream_id = pair.request()
+    pair.exchange()
+    idle = len(pair.told.of("idle"))
+    pair.client.send_data(stream_id, b"")
+    pair.exchange()
+    assert len(pair.told.of("idle")) == idle + 1
+    pair.client.send_data(stream_id, b"", end_stream=True)
+    pair.exchange()
+    assert len(pair.told.of("idle")) == idle + 1
+
+
 @pytest.mark.parametrize("between", [DataFrame(1, b"x"), HeadersFrame(3, b"", flags=["END_HEADERS"])])
 def test_headers_are_not_broken_off(between: Frame) -> None:
     pair = Pair()

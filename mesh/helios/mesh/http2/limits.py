@@ -40,9 +40,9 @@ class Limits:
     """How long it may take to give one."""
     handshake_seconds: float = 10.0
     """How long a TLS handshake may take."""
-    idle_frames_per_period: int = 20_000
-    """Pings, resets, settings and frames without content that a peer may send in one keepalive period. A thousand
-    clients that leave at once are a thousand resets; two thousand a second, for ten seconds, is an attack."""
+    idle_frames_per_period: int = 100_000
+    """Pings, resets, settings and frames without content that a peer may send in one keepalive period. An Envoy may
+    reset each stream that it is done with, thousands a second; ten thousand a second, for ten seconds, is an attack."""
 
 
 class IdleFrames:

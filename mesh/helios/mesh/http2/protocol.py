@@ -243,7 +243,7 @@ class ServerProtocol:
         self._user.on_received(size)
         if flags & _PADDED:
             payload = _unpadded(payload)
-        if not payload:
+        if not payload and not flags & _END_STREAM:
             self._user.on_idle_frame()
         if stream is None:
             return
