@@ -174,7 +174,7 @@ def test_a_cold_model_starts_after_every_process_was_killed(mesh: RunningMesh) -
 def test_a_request_held_at_zero_outlives_a_restart_of_the_proxy(mesh: RunningMesh) -> None:
     mesh.go_cold()
     held = InBackground(mesh.chat)
-    time.sleep(0.5)
+    mesh.wait(lambda: bool(mesh.replicas()), 10, "a replica is asked for")
     assert not held.is_over, "a cold start takes longer than this"
     old = kill(mesh, "proxy")
     answer = held.result()

@@ -126,10 +126,11 @@ def replica_size(
     # Where the weights turn out to be the page cache's, a measured replica holds less than they take.
     own_weights = min(weights_bytes, fixed_bytes)
     own_activations = min(activation_bytes, fixed_bytes - own_weights)
-    adapter_bytes = _adapter_bytes(entry, needs, needs.rank_count)
+    adapter_bytes = _adapter_bytes(entry, needs, needs.rank_count, has_vocabulary=True)
     on_device = (("ADAPTERS", adapter_bytes),) if adapter_bytes else ()
-    # Those that are loaded, in host memory: as many as there are buffers, at most as large, whole for each rank.
-    host_adapter_bytes = _adapter_bytes(entry, needs, 1) * needs.rank_count
+    # Those that are loaded, in host memory: as many as there are buffers, whole for each rank. There is room for what
+    # adapters have, and few change embeddings or the output layer.
+    host_adapter_bytes = _adapter_bytes(entry, needs, 1, has_vocabulary=False) * needs.rank_count
     on_host: tuple[tuple[str, int], ...] = (("HOST_ADAPTERS", host_adapter_bytes),) if host_adapter_bytes else ()
     if is_gpu:
         offload_bytes = _round_up(needs.offload_bytes)
@@ -145,14 +146,16 @@ def replica_size(
     return ReplicaSize(sum(size for _, size in items), kv_cache_bytes, items, on_host if is_gpu else ())
 
 
-def _adapter_bytes(entry: ModelEntry, needs: EngineNeeds, rank_count: int) -> int:
-    """What the engine's buffers for adapters take, filled or not: a pair of matrices for each product there is.
+def _adapter_bytes(entry: ModelEntry, needs: EngineNeeds, rank_count: int, *, has_vocabulary: bool) -> int:
+    """What adapters take: a pair of matrices for each product there is.
 
-    Embeddings and the output layer have such a pair, too, and each rank all of it.
+    The engine's buffers, filled or not, have such a pair for embeddings and output layer, too, and each rank all of it.
     """
     hidden = _hidden_size(entry)
     widths = _SPLIT_ADAPTER_WIDTHS + _WHOLE_ADAPTER_WIDTHS * rank_count
-    values = widths * hidden * entry.layer_count + 2 * (entry.vocabulary_size + hidden) * rank_count
+    values = widths * hidden * entry.layer_count
+    if has_vocabulary:
+        values += 2 * (entry.vocabulary_size + hidden) * rank_count
     count = values * needs.adapter_rank * needs.adapter_count
     return _round_up(count * needs.element_bytes(entry.dtype))
 

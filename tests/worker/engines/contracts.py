@@ -390,6 +390,16 @@ def lscpu_runs_once() -> None:
 
 
 @contract
+def memory_is_moved_by_one_call_that_a_single_node_does_without() -> None:
+    # Looked up by name when a worker is made.
+    assert "torch.ops._C.init_cpu_memory_env([" in inspect.getsource(CPUWorker.__init__)
+    compat.prepare_before_fork()
+    nodes = vllm.utils.cpu_resource_utils.get_memory_affinity()
+    assert nodes
+    assert isinstance(torch.ops._C.init_cpu_memory_env, torch._ops.OpOverloadPacket) is (len(nodes) > 1)
+
+
+@contract
 def the_kv_cache_is_one_tensor_of_zeros() -> None:
     assert "zeros" in vllm.v1.worker.utils.allocate_kv_cache.__code__.co_names
     compat.prepare_before_fork()

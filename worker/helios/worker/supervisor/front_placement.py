@@ -2,9 +2,8 @@
 
 One replica on two cores: its front stays off the engine's core, also where other processes crowd the front's own
 (measured at a load average of 5: 273 tokens/s of 8 streams where a front that the kernel places has 245). Two replicas
-on two cores: fronts may run anywhere. A front that is bound to the core where its neighbour's engine computes gets next
-to nothing of it while that one streams, and neither does an engine beside a bound front: 30 ms of CPU in 30 s (Linux
-6.18, where each replica is an autogroup), and a start beside a busy model took as long as the stream.
+on two cores: fronts may run anywhere. A front that is bound to the core where its neighbour's engine computes shares it
+however idle the others are.
 
 So who may use which core changes with every replica that comes and goes, and the supervisor says it, from outside. A
 front that starts may use every core: its start is waited for.
