@@ -185,6 +185,13 @@ def _start_mesh(children: Children, state: Path) -> int:
     children.start("mesh", command)
     children.wait(lambda: _record(state).get("state") == "ready", START_SECONDS, "the mesh is ready")
     stream_all(port, _bodies(MODEL, 1), timeout_seconds=START_SECONDS)
+    # The first start of a model on a node has its weights packed behind it, for the later ones: what is measured is one
+    # of those, with nothing behind it.
+    packed = state / "worker" / "packed"
+    children.wait(lambda: any(packed.glob("*/manifest.json")), START_SECONDS, "the weights are packed")
+    subprocess.run([HELIOS, "scale", MODEL, "0", "--state-dir", str(state)], check=True, stdout=subprocess.DEVNULL)
+    children.wait(lambda: not _engines(state), START_SECONDS, "the first replica is gone")
+    stream_all(port, _bodies(MODEL, 1), timeout_seconds=START_SECONDS)
     return port
 
 
@@ -214,11 +221,16 @@ def _named(ancestor: psutil.Process, name: str) -> list[int]:
 
 def _front_of(state: Path) -> psutil.Process:
     """The replica's own process: of the worker's descendants, the parent of the one that calls itself EngineCore."""
-    (worker,) = _pids(state, "worker")
-    for pid in _named(psutil.Process(worker), "VLLM::EngineCor"):
+    for pid in _engines(state):
         if (parent := psutil.Process(pid).parent()) is not None:
             return parent
     raise RuntimeError("no replica runs")
+
+
+def _engines(state: Path) -> list[int]:
+    """The processes that compute."""
+    (worker,) = _pids(state, "worker")
+    return _named(psutil.Process(worker), "VLLM::EngineCor")
 
 
 def _weights(state: Path) -> Path:
