@@ -153,13 +153,13 @@ def test_headers_that_exceed_a_frame_continue() -> None:
     assert dict(event.headers or ())[b"grpc-message"] == details
 
 
-@given(st.lists(st.integers(1, 60_000), max_size=12), st.integers(0, 2))
-@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 30_000), max_size=12), st.integers(0, 2))
+@settings(max_examples=20, deadline=None)
 def test_reads_may_be_cut_anywhere(cuts: list[int], padding: int) -> None:
     def talk(pair: Pair) -> bytes:
         first = pair.request()
         pair.client.send_data(first, b"x" * 300, pad_length=padding or None)
-        second = pair.request([*REQUEST, (b"x-long", b"y" * 40_000)], end_stream=True)
+        second = pair.request([*REQUEST, (b"x-long", b"~" * 20_000)], end_stream=True)
         pair.client.send_data(first, b"", end_stream=True)
         pair.client.reset_stream(second)
         pair.client.ping(b"12345678")
