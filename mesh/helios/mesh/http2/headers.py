@@ -1,9 +1,9 @@
 """Header blocks: from bytes to headers and back (RFC 7541), without I/O.
 
 What is sent is made without a dynamic table, so a block means the same wherever it stands, and those of every answer
-are made once. What is received is hpack's to decode: a table that grows with each block is not for us to write. Where the peer was told
-to do without a dynamic table as well (`Limits.header_table_bytes` 0), the same bytes always mean the same headers, and
-those of a request that was seen before are not decoded again.
+are made once. What is received is hpack's to decode, tables and all. Where the peer was told to do without a dynamic
+table as well (`Limits.header_table_bytes` 0), the same bytes always mean the same headers, and those of a request that
+was seen before are not decoded again.
 """
 
 from collections.abc import Iterable
