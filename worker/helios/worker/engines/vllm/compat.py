@@ -352,11 +352,12 @@ def make_llm(
     """
     descriptor = arguments.additional_config[SETTINGS_KEY]["phase_descriptor"]
     config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
-    executor_class = Executor.get_class(config)
     configured_at = time.monotonic()
     write_phase(descriptor, "config", began_at, configured_at)
     if not is_pinned():
-        llm = MeteredLLM(config, executor_class, log_stats=False, log_requests=False, stat_loggers=stat_loggers)
+        llm = MeteredLLM(
+            config, Executor.get_class(config), log_stats=False, log_requests=False, stat_loggers=stat_loggers
+        )
         on_forked()
         llm.joined_at = time.monotonic()
         while_loading(config.model_config, llm.renderer)
