@@ -83,8 +83,9 @@ def install(settings: EdgeSettings) -> Path:
 def _ads() -> ApiConfigSource:
     # A proxy that comes back is met within a second; Envoy's default may wait 30 s.
     pause = BackoffStrategy(base_interval=pack.seconds(0.1), max_interval=pack.seconds(1))
+    # The pauses between streams of xDS are EnvoyGrpc's. GrpcService has a field of the same name, for single calls.
     service = GrpcService(
-        envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=clusters.PICKER), retry_policy=RetryPolicy(retry_back_off=pause)
+        envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=clusters.PICKER, retry_policy=RetryPolicy(retry_back_off=pause))
     )
     return ApiConfigSource(
         api_type=ApiConfigSourceApiType.DELTA_GRPC,
