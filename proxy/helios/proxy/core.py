@@ -30,7 +30,8 @@ from helios.proxy.fleet.commands import (
 )
 from helios.proxy.fleet.state import Change, Device, Replica, ReplicaState, Staged, WorkerHello
 from helios.proxy.holds import Hold, HoldLimits, Holds
-from helios.proxy.lifecycle import Lifecycle, LifecyclePolicy, asked_replica, model_not_found
+from helios.proxy.lifecycle import Lifecycle, LifecyclePolicy, asked_replica
+from helios.proxy.refusals import model_not_found
 from helios.proxy.routing.pick import Pick, pick
 from helios.proxy.traffic import LoadDelta, Traffic
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from helios.mesh.errors import HeliosError, ModelNotFound, NoReadyReplica, PreconditionFailed
+from helios.mesh.errors import HeliosError, PreconditionFailed
 from helios.proxy import actions
 from helios.proxy.activation import machine, placement
 from helios.proxy.activation.estimate import StartEstimates
@@ -20,6 +20,7 @@ from helios.proxy.engine_needs import EngineNeeds, needs_of, with_revisions
 from helios.proxy.fleet.commands import CommandBook, DrainReplica, EvictRevision, Order, StartReplica, StopReplica
 from helios.proxy.fleet.state import Form, Replica, ReplicaState, Staged
 from helios.proxy.holds import Holds
+from helios.proxy.refusals import check_unpinned, model_not_found, start_error
 from helios.proxy.room import Room, in_form
 from helios.proxy.scaling import Desired, Usage, desired_replicas
 from helios.proxy.sizing import SizingPolicy
@@ -236,7 +237,7 @@ class Lifecycle:
         Raises:
             PreconditionFailed: the model's policy keeps replicas.
         """
-        _check_unpinned(entry)
+        check_unpinned(entry)
         count = self.drain_all(entry.name, now)
         self.warmth.unstage(entry.revision)
         self._evicting.add(entry.revision)
@@ -365,7 +366,7 @@ class Lifecycle:
         self.warmth.check_sleep(replica)
         entry = self._catalogue.get(replica.model)
         if entry is not None:
-            _check_unpinned(entry)
+            check_unpinned(entry)
         self._traffic.forget_use(replica.model)
         self.warmth.sleep(replica)
 
@@ -388,7 +389,7 @@ class Lifecycle:
             PreconditionFailed: the model's policy keeps replicas.
             Unavailable: there is no worker, or no room.
         """
-        _check_unpinned(entry)
+        check_unpinned(entry)
         staged = self.warmth.stage(entry)
         return staged, self.drain_all(entry.name, now)
 
@@ -539,15 +540,6 @@ def _uses(replica: Replica, revision: str) -> bool:
     return replica.revision == revision or any(held.adapter.revision == revision for held in replica.adapters)
 
 
-def _check_unpinned(entry: ModelEntry) -> None:
-    if entry.min_replicas:
-        raise PreconditionFailed(
-            f"the model '{entry.name}' keeps {entry.min_replicas} replica(s); scale it to 0 first",
-            reason="MODEL_PINNED",
-            metadata={"model": entry.name, "min_replicas": str(entry.min_replicas)},
-        )
-
-
 def asked_replica(worker_id: str, order: StartReplica) -> Replica:
     """The replica that a start command asks for, as it is believed in until its worker speaks of it."""
     return Replica(
@@ -562,28 +554,4 @@ def asked_replica(worker_id: str, order: StartReplica) -> Replica:
         host_memory_items=order.host_memory_items,
         form=needs_of(order.engine_settings).form,
         is_background=order.is_background,
-    )
-
-
-def model_not_found(model: str) -> ModelNotFound:
-    """The answer to a request that names no model."""
-    message = f"the model '{shown(model)}' does not exist; GET /v1/models lists the models"
-    return ModelNotFound(message, metadata={"model": shown(model), "param": "model"})
-
-
-def start_error(model: str, reason: str, message: str, retry_after_seconds: float) -> HeliosError:
-    """The answer to requests that waited for a start that will not be."""
-    if machine.is_permanent(reason):
-        # 400 and FAILED_PRECONDITION, which no client repeats by itself: a next try would fail alike.
-        return PreconditionFailed(
-            f"the model '{model}' can't be started: {message.removeprefix(f'{reason}: ')}",
-            reason=reason,
-            metadata={"model": model, "cause": reason, "param": "model"},
-        )
-    is_capacity = reason in ("NO_CAPACITY", "NO_WORKER")
-    return NoReadyReplica(
-        f"the model '{model}' can't be started now: {message}",
-        reason=reason if is_capacity else None,
-        metadata={"model": model, "cause": reason},
-        retry_after_seconds=retry_after_seconds,
     )
