@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from helios.mesh.errors import NoReadyReplica, PreconditionFailed
+from helios.mesh.errors import ModelNotFound, NoReadyReplica, PreconditionFailed
 from helios.proxy import actions
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
@@ -136,6 +136,16 @@ def test_an_adapter_that_no_replica_can_have_is_answered_with_the_reason(
     subject.replica_event("w", 2, holding((adapter("pirate"), LOADED), replica_id="s"), 4.0)
     subject.endpoints_acknowledged(subject.fleet.endpoints(), 4.0)
     assert subject.pick(model, "q5", 5.0, "pirate") is not None
+
+
+@pytest.mark.parametrize("replicas", [(), (replica(),)], ids=["at zero", "while it runs"])
+def test_who_waits_for_an_adapter_that_the_settings_lose_is_told_at_once(replicas: tuple[Replica, ...]) -> None:
+    subject, _ = started(*replicas, adapters=("pirate",))
+    hold, _ = subject.hold(base("pirate"), "q1", size_bytes=0, deadline=99.0, now=1.0, adapter="pirate")
+    (failed,) = [action for action in subject.model_upserted(base(), 2.0) if isinstance(action, actions.Fail)]
+    assert failed.hold == hold
+    assert isinstance(failed.error, ModelNotFound), "what a request is told that comes now"
+    assert subject.holds.lanes("m") == []
 
 
 def test_a_worker_that_knows_no_such_order_is_no_reason_to_wait() -> None:

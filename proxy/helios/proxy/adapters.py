@@ -19,6 +19,7 @@ from helios.proxy.engine_needs import needs_of
 from helios.proxy.fleet.commands import Order, SetAdapters
 from helios.proxy.fleet.state import Adapter, AdapterState, HeldAdapter, Replica, ReplicaState
 from helios.proxy.holds import Holds
+from helios.proxy.refusals import model_not_found
 from helios.proxy.traffic import Traffic
 
 # What was ordered and is not seen is ordered again after this long.
@@ -70,13 +71,14 @@ class Adapters:
     def follow(self, entry: ModelEntry, now: float) -> None:
         """Does the next step for a model's replicas and for those who wait for its adapters."""
         replicas = self._ready(entry)
-        if not entry.adapters and not any(replica.adapters for replica in replicas):
+        lanes = [name for name in self._holds.lanes(entry.name) if name]
+        if not entry.adapters and not lanes and not any(replica.adapters for replica in replicas):
             return
         wanted = self.wanted(entry)
         for replica in replicas:
             self._follow(replica, wanted, now)
-        for name in self._holds.lanes(entry.name):
-            error = self.problem(entry, name) if name else None
+        for name in lanes:
+            error = self.problem(entry, name)
             if error is not None:
                 for hold in self._holds.take_lane(entry.name, name):
                     self._report(actions.Fail(hold, error))
@@ -92,6 +94,8 @@ class Adapters:
 
     def problem(self, entry: ModelEntry, name: str) -> HeliosError | None:
         """Why no replica of the model can answer for an adapter; None while one can, or may soon."""
+        if name not in entry.adapters:
+            return model_not_found(name)
         adapter, metadata = self.find(entry, name), {"model": name, "param": "model"}
         if adapter is None:
             message = f"the adapter '{name}' of '{entry.name}' names a model that does not exist"
