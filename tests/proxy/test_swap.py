@@ -196,6 +196,30 @@ def test_a_compile_gives_way_to_the_eager_start_of_its_own_model() -> None:
     assert world.eager().state is S.LOADING
 
 
+@pytest.mark.parametrize("is_other_idle", [True, False])
+def test_a_start_does_not_wait_for_the_long_drain_of_what_was_replaced_while_another_model_is_idle(
+    is_other_idle: bool,
+) -> None:
+    world = SwapWorld(both(), entry("other"), entry("cold"), memory_bytes=3 * 1100 * MIB)
+    world.ask("other")
+    other = world.become_ready(next(iter(world.replicas.values())))
+    compiled, eager = world.serve(), world.eager()
+    for busy in (eager, compiled) if is_other_idle else (eager, compiled, other):
+        delta = LoadDelta(busy.replica_id, Load(running_count=1), (f"long {busy.replica_id}",))
+        world.apply(world.core.load_report([delta], world.now))
+    world.become_ready(compiled)
+    world.pass_time(4, is_used=True)
+    assert world.replicas[eager.replica_id].state is S.DRAINING
+    world.ask("cold")
+    world.pass_time(1)
+    drained = [order.replica_id for order in world.orders if isinstance(order, DrainReplica)]
+    assert drained == [eager.replica_id, other.replica_id][: 2 if is_other_idle else 1]
+    # The request waits for whichever ends.
+    left = world.replicas[other.replica_id if is_other_idle else eager.replica_id]
+    world.tell(replace(left, state=S.STOPPED))
+    assert world.starts()[-1].model == "cold"
+
+
 def test_a_failed_compile_leaves_the_eager_one_and_is_tried_again_later_and_not_for_ever() -> None:
     world = SwapWorld()
     world.fail(world.serve())

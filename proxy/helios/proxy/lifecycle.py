@@ -495,8 +495,9 @@ class Lifecycle:
 
         for replica in sorted(current, key=order)[:count]:
             if replica.replica_id in replaced and count < len(current):
-                # Nobody waits for its room, so that its requests may take their time.
+                # It was not drained for its room, so that its requests may take their time.
                 self.drain(replica, now, seconds=self.policy.swap.drain_seconds)
+                self.room.leaves_late(replica.replica_id)
                 self.outbox.append(actions.SwapDone(entry.name, replica.replica_id))
                 continue
             if self.warmth.may_sleep(replica):

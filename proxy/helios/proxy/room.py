@@ -33,6 +33,7 @@ class Room:
         self._holds = holds
         self._measured = MeasuredSizes()
         self._settings: dict[str, str] = {}
+        self._late: set[str] = set()
 
     def size(self, entry: ModelEntry) -> ReplicaSize:
         """What a replica of a model would book where it takes the most."""
@@ -74,9 +75,14 @@ class Room:
             is_gpu=is_gpu,
         )
 
+    def leaves_late(self, replica_id: str) -> None:
+        """A replica drains, and may do so for longer than a start can wait for its room."""
+        self._late.add(replica_id)
+
     def forget(self, replica_id: str) -> None:
         """The replica is gone."""
         self._settings.pop(replica_id, None)
+        self._late.discard(replica_id)
 
     def capacity(self, worker: Worker, entry: ModelEntry, now: float) -> placement.WorkerCapacity:
         """What a worker has left for a replica of a model, and what could be freed for it."""
@@ -84,6 +90,8 @@ class Room:
         model = entry.name
         replicas = list(worker.replicas.values())
         draining = [replica for replica in replicas if self._traffic.is_draining(replica)]
+        late = [replica for replica in draining if replica.replica_id in self._late]
+        late_bytes, draining_bytes = (sum(replica.memory_bytes for replica in some) for some in (late, draining))
         size = self.size_on(worker, entry)
         return placement.WorkerCapacity(
             worker_id=worker.hello.worker_id,
@@ -96,8 +104,10 @@ class Room:
             free_bytes=worker.free_bytes_of(device_count),
             is_staged=entry.revision in worker.staged,
             free_slot_count=worker.hello.slot_count - len(replicas),
-            draining_bytes=sum(replica.memory_bytes for replica in draining),
-            draining_count=len(draining),
+            draining_bytes=draining_bytes - late_bytes,
+            draining_count=len(draining) - len(late),
+            late_bytes=late_bytes,
+            late_count=len(late),
             victims=tuple(self._victim(r) for r in replicas if self._gives_way(r, model, now)),
         )
 

@@ -114,7 +114,7 @@ class SwapSettings(BaseModel):
     the other one, too, and Envoy goes on there."""
     drain_seconds: PositiveFloat = 600.0
     """How long requests at the eager replica may go on when a compiled one has taken over, in seconds. 600: above the
-    longest answers; an idle one is gone at once, and nobody waits for its room."""
+    longest answers; an idle one is gone at once. A start that needs room takes it from idle models first."""
     nearly_done_ratio: PositiveFloat = Field(default=0.8, le=1)
     """Where nobody uses the model any more, a compile is stopped, unless this share of its usual time is over."""
     proven_seconds: PositiveFloat = 600.0

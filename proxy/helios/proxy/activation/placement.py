@@ -1,7 +1,8 @@
 """Where a replica goes. Pure and thin: the worker with the engine and the most free memory.
 
 Where nothing has room, the least recently used idle replicas of other models make room, as few as suffice. Where
-draining replicas will make room by themselves, waiting is the plan.
+draining replicas will make room by themselves, waiting is the plan; for those that may drain for minutes, only where
+nothing else gives way.
 """
 
 from dataclasses import dataclass, field
@@ -22,8 +23,9 @@ class WorkerCapacity:
     """What a worker has left, what draining replicas will give back, and what could be freed.
 
     Memory is what a replica on as many devices as it wants could have, `needed_bytes` what it books there (processes on
-    a GPU take more than on a CPU). `is_staged`: its weights are in memory there. The host's memory is what it has
-    beside a GPU's; nothing is drained for it.
+    a GPU take more than on a CPU). `late_bytes` and `late_count` are of replicas that drain for longer than a start can
+    wait. `is_staged`: its weights are in memory there. The host's memory is what it has beside a GPU's; nothing is
+    drained for it.
     """
 
     worker_id: str
@@ -34,6 +36,8 @@ class WorkerCapacity:
     free_slot_count: int
     draining_bytes: int = 0
     draining_count: int = 0
+    late_bytes: int = 0
+    late_count: int = 0
     victims: tuple[Victim, ...] = ()
     is_staged: bool = False
     needed_host_bytes: int = 0
@@ -115,18 +119,25 @@ def place(engine: str, workers: list[WorkerCapacity], *, may_preempt: bool) -> P
             f"a replica needs {_gib(largest.needed_bytes)} of memory, "
             f"the largest worker has {_gib(largest.memory_bytes)}",
         )
-    for worker in large_enough:
-        slot_count = worker.free_slot_count + worker.draining_count
-        if worker.free_bytes + worker.draining_bytes >= worker.needed_bytes and slot_count > 0:
-            return Wait("NO_CAPACITY", "replicas of other models are draining to make room")
+    if any(_will_fit(worker) for worker in large_enough):
+        return Wait("NO_CAPACITY", "replicas of other models are draining to make room")
     for may_take_idle in (False, True) if may_preempt else (False,):
         plans = [plan for worker in large_enough if (plan := _preempt(worker, may_take_idle)) is not None]
         if plans:
             return min(plans, key=lambda plan: len(plan.replica_ids))
+    if any(_will_fit(worker, late=True) for worker in large_enough):
+        return Wait("NO_CAPACITY", "a replica that another one replaced still has requests")
     needed_bytes = min(worker.needed_bytes for worker in large_enough)
     return Impossible(
         "NO_CAPACITY", f"no worker has {_gib(needed_bytes)} of memory free; replicas of other models are in use"
     )
+
+
+def _will_fit(worker: WorkerCapacity, *, late: bool = False) -> bool:
+    """Whether what drains makes enough room; `late`: together with what drains for long."""
+    coming_bytes = worker.draining_bytes + (worker.late_bytes if late else 0)
+    slot_count = worker.free_slot_count + worker.draining_count + (worker.late_count if late else 0)
+    return worker.free_bytes + coming_bytes >= worker.needed_bytes and slot_count > 0
 
 
 def _preempt(worker: WorkerCapacity, may_take_idle: bool) -> Preempt | None:
