@@ -172,7 +172,7 @@ class Lifecycle:
         """Follows the time: every model about which something may be due."""
         names = {*self._traffic.fleet.models(), *self._catalogue.pinned(), *self._holds.models(), *self._activations}
         for model in names:
-            self.handle(model, machine.Tick(), now)
+            self.handle(model, machine.Tick(self._start_seconds(model)), now)
             self.reconcile(model, now)
         self._evict_idle()
         self.warmth.relieve()
@@ -249,6 +249,13 @@ class Lifecycle:
         if all(entry.revision != revision for entry in self._catalogue.models()):
             self._evicting.add(revision)
             self._evict_idle()
+
+    def _start_seconds(self, model: str) -> float | None:
+        """How long the model's start under way may take, where that is not the policy's time."""
+        activation = self._activations.get(model)
+        replica = self._traffic.fleet.replica(activation.replica_id or "") if activation is not None else None
+        # Stopped in the middle, a compile would begin anew with the next start, and never come to its end.
+        return self.policy.swap.start_seconds if replica is not None and replica.form is Form.COMPILED else None
 
     def _desired(self, entry: ModelEntry, current: list[Replica], now: float) -> Desired:
         usage = Usage(

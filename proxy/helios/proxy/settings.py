@@ -78,7 +78,7 @@ class ReplicaSettings(BaseModel):
     max_kv_cache_bytes: PositiveInt = 4 << 30
     """Upper bound of a replica's KV cache, where one full context needs less. 4 GiB."""
     start_seconds: PositiveFloat = 300.0
-    """How long a start may take before it is given up, in seconds."""
+    """How long a start may take before it is given up, in seconds; one that compiles, `swap.start_seconds`."""
     wait_seconds: PositiveFloat = 30.0
     """How long requests wait for a worker to connect, or for memory that is being freed, in seconds."""
     drain_seconds: PositiveFloat = 30.0

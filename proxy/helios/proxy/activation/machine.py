@@ -13,7 +13,7 @@
 | STARTING | Gone of its replica, worker lost, fewer than 3 in a row | PLACING | Place |
 | STARTING | Gone of its replica, else | BACKING_OFF | FailHolds |
 | STARTING | Withdrawn of its replica | IDLE | |
-| STARTING | Tick, longer than start_seconds | BACKING_OFF | Abandon, FailHolds |
+| STARTING | Tick, longer than its start_seconds | BACKING_OFF | Abandon, FailHolds |
 | BACKING_OFF | Demanded before its end | BACKING_OFF | FailHolds, Retry-After the rest |
 | BACKING_OFF | Demanded at or after its end, or by an operator where the failure is for good | PLACING | Place |
 | BACKING_OFF | Changed | IDLE, failures forgotten | |
@@ -72,7 +72,9 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed."""
+    """Time has passed; `start_seconds`: how long the start under way may take, None: as the policy says."""
+
+    start_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +230,8 @@ class Activation:
         match event:
             case Demanded(by_operator):
                 return self._demanded(now, by_operator=by_operator)
-            case Tick():
-                return self._tick(now)
+            case Tick(start_seconds):
+                return self._tick(now, self._policy.start_seconds if start_seconds is None else start_seconds)
             case Placed(replica_id):
                 assert self.state is ActivationState.PLACING
                 return self._starting(replica_id, now)
@@ -258,11 +260,11 @@ class Activation:
             return self._place()
         return self._place() if self.state in (ActivationState.IDLE, ActivationState.WAITING) else []
 
-    def _tick(self, now: float) -> list[Action]:
-        if self.state is ActivationState.STARTING and now - self.since > self._policy.start_seconds:
+    def _tick(self, now: float, start_seconds: float) -> list[Action]:
+        if self.state is ActivationState.STARTING and now - self.since > start_seconds:
             assert self.replica_id is not None
             abandoned = self.replica_id
-            message = f"the model was not ready after {self._policy.start_seconds:.0f} s"
+            message = f"the model was not ready after {start_seconds:.0f} s"
             return [Abandon(abandoned), *self._fail("START_TIMEOUT", message, now)]
         if self.state is ActivationState.WAITING:
             assert self._waiting_since is not None
