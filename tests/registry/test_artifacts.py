@@ -116,6 +116,21 @@ async def test_uploads_of_one_name_at_once_leave_one(parts: Parts, revision: str
     assert len(parts.files() - before) == 1
 
 
+async def test_a_fleet_that_asks_at_once_gets_what_it_asks_for(
+    parts: Parts, mesh: Mesh, revision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each one's use is noted, for none was for a while, and models change meanwhile: SQLite has one writer."""
+    monkeypatch.setattr("helios.registry.uploads.USE_STEP", timedelta(microseconds=-1))
+    keys = [(await put(parts, revision, b"%d" % number, number)).key for number in range(4)]
+    async with serve(parts, mesh) as address, mesh.artifacts(address) as client, asyncio.TaskGroup() as group:
+        asked = [group.create_task(client.find(KIND, key)) for key in keys * 6]
+        for number in range(6):
+            group.create_task(parts.catalog.put_alias(f"alias{number}", "m"))
+    found = [task.result() for task in asked]
+    assert [one.key for one in found if one is not None] == keys * 6
+    assert all(one is not None and one.used_at >= one.created_at for one in found)
+
+
 async def test_an_artifact_goes_with_its_revision(parts: Parts, model_directory: Path, tmp_path: Path) -> None:
     other = (await parts.ingest("other", tiny.write_model(tmp_path / "other", seed=7))).model.revision.digest
     kept = await put(parts, other, b"kept", 2)
@@ -137,7 +152,7 @@ async def test_a_full_quota_drops_what_was_used_longest_ago(tmp_path: Path, mode
         empty = parts.files()
         old, new = await put(parts, revision, b"1" * 100, 1), await put(parts, revision, b"2" * 100, 2)
         # Used again, later than the other one.
-        await parts.uploads.store.get(KIND, old.key, used_at=new.created_at + timedelta(hours=1))
+        await parts.uploads.use(KIND, old.key, new.created_at + timedelta(hours=1))
         third = await put(parts, revision, b"3" * 100, 3)
         left = await parts.uploads.store.list_page(revision=revision, after=("", ""), limit=9)
         assert {one.key for one in left} == {old.key, third.key}

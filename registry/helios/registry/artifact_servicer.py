@@ -24,8 +24,10 @@ class ArtifactServicer(ArtifactServiceServicer):
     async def GetArtifact(self, request: pb.GetArtifactRequest, context: Any) -> pb.GetArtifactResponse:
         """Finds an artifact by its name."""
         check_name(request.kind, request.key)
-        used_at = None if access.is_person(context) else datetime.now(UTC)
-        found = await self._uploads.store.get(request.kind, request.key, used_at=used_at)
+        if access.is_person(context):
+            found = await self._uploads.store.get(request.kind, request.key)
+        else:
+            found = await self._uploads.use(request.kind, request.key, datetime.now(UTC))
         return pb.GetArtifactResponse(artifact=artifact_to_proto(found))
 
     async def ListArtifacts(self, request: pb.ListArtifactsRequest, context: Any) -> pb.ListArtifactsResponse:

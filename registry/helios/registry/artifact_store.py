@@ -1,7 +1,7 @@
 """Artifacts in SQL, beside the models. Each method is one transaction. Time is passed in."""
 
-from datetime import datetime, timedelta
-from typing import Any, Final
+from datetime import datetime
+from typing import Any
 
 from sqlalchemy import delete, func, insert, select, tuple_, update
 from sqlalchemy.dialects.sqlite import insert as upsert
@@ -13,9 +13,6 @@ from helios.registry.database import Database
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.store import batches, delete_unused_blobs, from_us, to_us
 from helios.registry.tables import artifact_entries, artifacts, blobs, revisions
-
-# What goes first is decided among hours and days; a write for each start of a fleet would be an fsync for nothing.
-_USE_STEP: Final = timedelta(minutes=1)
 
 
 class ArtifactStore:
@@ -29,21 +26,20 @@ class ArtifactStore:
         async with self._database.transaction() as connection:
             return await _find(connection, kind, key)
 
-    async def get(self, kind: str, key: str, *, used_at: datetime | None = None) -> Artifact:
-        """Returns an artifact, and notes that it was used where ``used_at`` is given.
+    async def get(self, kind: str, key: str) -> Artifact:
+        """Returns an artifact. Raises NotFound (ARTIFACT_NOT_FOUND)."""
+        found = await self.find(kind, key)
+        if found is None:
+            raise NotFound(f"there is no {kind} {key}", reason="ARTIFACT_NOT_FOUND", metadata={"key": key})
+        return found
 
-        Raises:
-            NotFound: ARTIFACT_NOT_FOUND.
-        """
+    async def note_use(self, kind: str, key: str, *, used_at: datetime, unless_since: datetime) -> None:
+        """Notes when an artifact was used, unless it was since then; one that is gone has no use."""
+        is_old = artifacts.c.used_at_us < to_us(unless_since)
         async with self._database.transaction() as connection:
-            found = await _find(connection, kind, key)
-            if found is None:
-                raise NotFound(f"there is no {kind} {key}", reason="ARTIFACT_NOT_FOUND", metadata={"key": key})
-            if used_at is not None and used_at - found.used_at >= _USE_STEP:
-                await connection.execute(
-                    update(artifacts).where(_is_named(kind, key)).values(used_at_us=to_us(used_at))
-                )
-            return found
+            await connection.execute(
+                update(artifacts).where(_is_named(kind, key) & is_old).values(used_at_us=to_us(used_at))
+            )
 
     async def list_page(self, *, revision: str, after: tuple[str, str], limit: int) -> list[Artifact]:
         """Returns artifacts by kind and key, from the first after ``after``; empty ``revision``: of all revisions."""

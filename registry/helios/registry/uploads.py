@@ -7,7 +7,8 @@ committed, as an ingest does it.
 
 import asyncio
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -25,6 +26,8 @@ from helios.registry.state import StateDirectory
 log = structlog.get_logger()
 
 MAX_CHUNK_BYTES: Final = 1 << 20
+# What goes first is decided among hours and days; a write for each start of a fleet would be an fsync for nothing.
+USE_STEP: Final = timedelta(minutes=1)
 
 
 class Uploads:
@@ -86,6 +89,16 @@ class Uploads:
             "artifact stored", kind=new.kind, key=new.key, size_bytes=size_bytes, producer=new.producer, is_new=is_new
         )
         return stored, is_new
+
+    async def use(self, kind: str, key: str, used_at: datetime) -> Artifact:
+        """Returns an artifact, and notes that it was used. Raises NotFound (ARTIFACT_NOT_FOUND)."""
+        found = await self.store.get(kind, key)
+        since = used_at - USE_STEP
+        if found.used_at >= since:
+            return found
+        # A fleet that starts asks at once: the first one notes it, the others find that when it is their turn.
+        await self._catalog.write(lambda: self.store.note_use(kind, key, used_at=used_at, unless_since=since))
+        return replace(found, used_at=used_at)
 
     async def delete(self, kind: str, key: str, *, digest: str = "") -> int:
         """Removes an artifact, where it has this digest if one is given; returns the bytes freed. Idempotent."""
