@@ -53,6 +53,7 @@ class Adapters:
         self._gate: CallGate | None = None
         self._loaded: dict[str, _Loaded] = {}
         self._leaving: list[_Loaded] = []
+        self._loading: LoraAdapter | None = None
         self._failed: dict[LoraAdapter, HeliosError] = {}
         self._changed = asyncio.Event()
 
@@ -61,6 +62,8 @@ class Adapters:
         """Every adapter that is wanted, and what the engine still has of others."""
         wanted = {files.adapter for files in self._wanted}
         others = {loaded.adapter for loaded in (*self._loaded.values(), *self._leaving)} - wanted
+        if self._loading is not None:
+            others |= {self._loading} - wanted
         return (
             *(self._status(files.adapter) for files in self._wanted),
             *(AdapterStatus(adapter, AdapterState.UNLOADING) for adapter in sorted(others, key=str)),
@@ -110,7 +113,7 @@ class Adapters:
         return None
 
     async def _load(self, files: AdapterFiles) -> None:
-        adapter = files.adapter
+        adapter = self._loading = files.adapter
         try:
             if self._engine is None:
                 raise PreconditionFailed(
@@ -118,7 +121,8 @@ class Adapters:
                 )
             handle = await self._engine.load_adapter(adapter.name, files.path)
         except HeliosError as error:
-            self._failed[adapter] = error
+            if any(wanted.adapter == adapter for wanted in self._wanted):
+                self._failed[adapter] = error
             log.warning("adapter not loaded", adapter=adapter.name, reason=error.reason, error=error.message)
         else:
             old = self._loaded.get(adapter.name)
@@ -127,6 +131,8 @@ class Adapters:
                 self._leaving.append(old)
             self._tell_gate()
             log.info("adapter loaded", adapter=adapter.name, model=adapter.model, revision=adapter.revision)
+        finally:
+            self._loading = None
         self._on_change()
 
     async def _unload(self, loaded: _Loaded) -> None:
