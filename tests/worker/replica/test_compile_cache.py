@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -84,6 +85,19 @@ def test_what_no_start_proved_goes_unless_one_is_under_way(tmp_path: Path) -> No
     taken.release()
     drop_unproven(path)
     assert (path / "kernel").read_bytes() == b"kernel"
+
+
+def test_what_a_killed_start_left_half_removed_is_in_nobodys_way(tmp_path: Path) -> None:
+    path = tmp_path / cache_key(INPUTS)
+    for _ in range(2):
+        use_directory(str(tmp_path), INPUTS).release()
+        (path / "kernel").write_bytes(b"half a ker")
+        with pytest.MonkeyPatch.context() as killed:
+            killed.setattr(shutil, "rmtree", lambda *_, **__: None)
+            drop_unproven(path)
+        assert not path.exists()
+    assert drop_unused(tmp_path) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def used(root: Path, number: int) -> CacheDirectory:

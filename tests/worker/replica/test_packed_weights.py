@@ -250,6 +250,36 @@ def test_a_finished_artifact_is_locked_by_nobody(tmp_path: Path) -> None:
     os.close(descriptor)
 
 
+def test_a_start_does_not_wait_for_who_made_the_artifact(tmp_path: Path) -> None:
+    """It computes with what others leave, and may be stopped for long between the artifact's name and its end."""
+
+    def not_found(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, not_found)
+    with ArtifactWriter(str(tmp_path), INPUTS) as writer:
+        writer.refuse("quantised")
+        signal.alarm(5)
+        try:
+            with pytest.raises(Unsupported, match="quantised"):
+                find(str(tmp_path), INPUTS)
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        assert drop_unused(tmp_path, kept=0) == 0
+
+
+def test_who_ends_after_its_artifact_has_its_name_leaves_the_next_ones_alone(tmp_path: Path) -> None:
+    with ArtifactWriter(str(tmp_path), INPUTS) as first:
+        first.refuse("quantised")
+        second = ArtifactWriter(str(tmp_path), INPUTS)
+        second.__enter__()
+        second.append(memoryview(DATA))
+    second.publish("skeleton", (), (), ())
+    second.__exit__(None, None, None)
+    assert is_found(tmp_path)
+
+
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(),

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -99,7 +100,7 @@ def use_existing(path: Path) -> CacheDirectory | None:
     except FileNotFoundError:
         return None
     fcntl.flock(descriptor, fcntl.LOCK_SH)
-    if _is_at(path, descriptor):
+    if is_at(path, descriptor):
         # The time of its last use, which decides what goes first.
         os.utime(descriptor)
         return CacheDirectory(path, descriptor)
@@ -132,7 +133,9 @@ def drop_unused(root: Path, *, kept: int = KEPT, kept_bytes: int = KEPT_BYTES) -
         return 0
     # Left by one that was killed in the middle.
     for path in root.glob(f"{_GONE}*"):
-        shutil.rmtree(path)
+        # Whoever set it aside may be at it.
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
     count = size_bytes = dropped = 0
     for path in sorted((path for path in root.iterdir() if path.is_dir()), key=_used_at, reverse=True):
         own_bytes = _size_bytes(path)
@@ -144,12 +147,28 @@ def drop_unused(root: Path, *, kept: int = KEPT, kept_bytes: int = KEPT_BYTES) -
     return dropped
 
 
+def set_aside(path: Path) -> Path:
+    """Takes a directory away by one rename, for the caller to remove; returns where it is.
+
+    So nobody finds half of it, and what a crash leaves of it is in nobody's way until ``drop_unused`` removes it.
+    Raises OSError, FileNotFoundError where there is none.
+    """
+    return path.rename(path.with_name(f"{_GONE}{path.name}-{secrets.token_hex(4)}"))
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Returns whether a directory that was opened is still the one that has this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
 def _drop(path: Path) -> bool:
     with _locked_alone(path) as is_alone:
         if not is_alone:
             return False
-        # Nobody finds half of it, also not after a crash.
-        gone = path.rename(path.with_name(f"{_GONE}{path.name}"))
+        gone = set_aside(path)
     shutil.rmtree(gone)
     return True
 
@@ -166,13 +185,6 @@ def _locked_alone(path: Path) -> Iterator[bool]:
         yield True
     finally:
         os.close(descriptor)
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _used_at(path: Path) -> float:

@@ -16,6 +16,8 @@ whether the file is still that one. Files are read-only; blobs of the storage ag
 A model that can't be had like this leaves an artifact without weights, which says why, so that nobody tries again.
 """
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -28,7 +30,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from helios.mesh.errors import Corrupted, DiskFull, Unsupported
-from helios.worker.replica.compile_cache import CacheDirectory, use_existing
+from helios.worker.replica.compile_cache import CacheDirectory, is_at, set_aside, use_existing
 
 # Grows when what an artifact means changes, or what can be had as one.
 _VERSION: Final = 1
@@ -185,14 +187,9 @@ def verify(directory: Path) -> None:
 
 def drop(root: str, inputs: PackedInputs) -> None:
     """Removes the artifact for these inputs. What is mapped of it stays readable for those who have it."""
-    path = Path(root) / inputs.key
-    gone = path.with_name(f"gone-{path.name}-{os.getpid()}")
-    try:
-        path.rename(gone)
-    except FileNotFoundError:
-        return
-    # Who tidies may be at it already.
-    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        # Who tidies may be at it already.
+        shutil.rmtree(set_aside(Path(root) / inputs.key), ignore_errors=True)
 
 
 def has_room(root: str, wanted_bytes: int) -> bool:
@@ -217,16 +214,18 @@ class ArtifactWriter:
         self._offset = 0
 
     def __enter__(self) -> Self:
-        """Raises BlockingIOError where another process writes the same."""
+        """Raises BlockingIOError where another process writes the same, or did a moment ago."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._new.mkdir(exist_ok=True)
         self._lock = os.open(self._new, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            # The directory's, and the artifact's under its final name: nobody tidies it away meanwhile.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock)
             raise
+        if not is_at(self._new, self._lock):
+            os.close(self._lock)
+            raise BlockingIOError(errno.EAGAIN, "it was finished or removed meanwhile", str(self._new))
         for left in self._new.iterdir():
             left.unlink()
         self._file = (self._new / WEIGHTS).open("wb")
@@ -236,7 +235,9 @@ class ArtifactWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        shutil.rmtree(self._new, ignore_errors=True)
+        # Once it has its final name, this one may be another process's.
+        if is_at(self._new, self._lock):
+            shutil.rmtree(self._new, ignore_errors=True)
         os.close(self._lock)
 
     def append(self, data: memoryview) -> int:
@@ -286,6 +287,8 @@ class ArtifactWriter:
         for name in (path, self._new):
             _sync(name)
         drop(str(self._path.parent), self._inputs)
+        # Still in use, so that nobody tidies it away, but a start that wants it has no reason to wait.
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
         self._new.rename(self._path)
         _sync(self._path.parent)
         return self._path
