@@ -4,6 +4,8 @@ import functools
 import inspect
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +22,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from helios.mesh.errors import Corrupted, Unsupported
-from helios.worker.engines.vllm import compat_packed, packed_products
+from helios.worker.engines.vllm import compat_packed, packed_products, packing
 from helios.worker.replica.packed_weights import (
     ArtifactWriter,
     PackedInputs,
@@ -28,6 +30,9 @@ from helios.worker.replica.packed_weights import (
     PackedMatrix,
     read_manifest,
 )
+from helios.worker.replica.settings import Compilation, EngineSettings
+from helios.worker.replica.spec import ReplicaSpec
+from helios.worker.supervisor.host import usable_memory_bytes
 from tests.worker.engines.contracts import contract, parameters
 
 MODULE: Any = vllm.model_executor.layers.utils
@@ -208,3 +213,33 @@ def a_model_that_loading_does_more_to_is_refused() -> None:
     for load in (and_says_so, and_adds_a_tensor):
         with tempfile.TemporaryDirectory() as root, pytest.raises(Unsupported):
             made(root, load)
+
+
+@contract
+def weights_are_packed_where_they_may_be_kept_and_memory_is_left() -> None:
+    with tempfile.TemporaryDirectory() as root:
+        model, packed = Path(root, "model"), Path(root, "packed")
+        model.mkdir()
+        with (model / "model.safetensors").open("wb") as file:
+            file.truncate(packing._LEAST_BYTES)
+        spec = ReplicaSpec(
+            replica_id="r",
+            model="m",
+            revision="sha256:1",
+            model_path=str(model),
+            packed_weights_directory=str(packed),
+            packed_weights_bytes=packing._LEAST_BYTES,
+            settings=EngineSettings(compilation=Compilation.EAGER),
+            created_at=datetime.now(UTC),
+        )
+        assert packing.packing_of(spec) is not None
+        assert packing.packing_of(replace(spec, packed_weights_bytes=None)) is not None
+        assert packing.packing_of(replace(spec, packed_weights_bytes=packing._LEAST_BYTES - 1)) is None
+        assert packing.packing_of(replace(spec, memory_bytes=usable_memory_bytes())) is None
+        Path(packed, packing.packing_inputs(spec).key).mkdir()
+        assert packing.packing_of(spec) is None, "it is there"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ONEDNN_VERBOSE", "1")
+            assert packing.packing_of(spec) is None, "it says more, and packs the same"
+            patch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+            assert packing.packing_of(spec) is not None, "oneDNN can't read what it packed for more instructions"

@@ -331,6 +331,7 @@ class _SpecMaker:
             log_path=str(log_path(settings.replica_log_directory, order.model, order.replica_id)),
             compile_cache_directory=str(settings.compile_cache_directory),
             packed_weights_directory=str(settings.packed_weights_directory) if settings.packed_weights_bytes else "",
+            packed_weights_bytes=settings.packed_weights_bytes,
             artifact_door=str(settings.artifact_door or ""),
             artifact_seconds=settings.artifacts.take_seconds,
             kv_directory=str((settings.state_directory / "kv").absolute()),

@@ -47,6 +47,7 @@ class ReplicaSpec:
         log_path: File that standard output and error of the whole process tree are appended to; empty inherits.
         compile_cache_directory: Where this node keeps compiled code; empty: the engine's own place.
         packed_weights_directory: Where this node keeps weights that are mapped; empty: they are loaded.
+        packed_weights_bytes: What is kept there of all models; None: any number.
         artifact_door: Socket of the supervisor where artifacts are asked for; empty: there are none.
         artifact_seconds: How long the start may wait for one.
         kv_directory: Where KV caches lie that travel between this node's replicas through files; empty: they don't.
@@ -91,6 +92,7 @@ class ReplicaSpec:
     log_path: str = ""
     compile_cache_directory: str = ""
     packed_weights_directory: str = ""
+    packed_weights_bytes: int | None = None
     artifact_door: str = ""
     artifact_seconds: float = 15.0
     kv_directory: str = ""

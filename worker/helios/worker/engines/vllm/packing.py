@@ -32,6 +32,8 @@ log = structlog.get_logger()
 
 # Arguments that decide which tensors a model has. What else does is found by the digest of its skeleton.
 _SHAPING: Final = ("dtype", "quantization", "tensor_parallel_size", "pipeline_parallel_size", "runner", "convert")
+# What oneDNN is told of the processor in the environment decides into which form it packs, and which it can read.
+_LIBRARY_SETTINGS: Final = ("ONEDNN_", "DNNL_")
 # Below this, a load takes less than 0.05 s and there is little to share.
 _LEAST_BYTES: Final = 64 << 20
 # The tensors of the checkpoint, one that is packed, and the process itself.
@@ -80,8 +82,13 @@ def packing_of(spec: ReplicaSpec) -> Callable[[], None] | None:
     if directory.exists() or not _can_map(engine_arguments(spec, -1), spec):
         return None
     weights_bytes = _weights_bytes(spec)
+    if spec.packed_weights_bytes is not None and weights_bytes > spec.packed_weights_bytes:
+        # It would be removed as soon as nobody uses it, and made again after the next start.
+        log.info("weights are not packed: more than may be kept", model=spec.model, weights_bytes=weights_bytes)
+        return None
     needed_bytes = int(weights_bytes * _NEEDED_RATIO) + _PROCESS_BYTES
-    if used_memory_bytes() + needed_bytes > usable_memory_bytes():
+    # The replica that was forked a second ago may have touched nothing yet of what is booked for it.
+    if used_memory_bytes() + spec.memory_bytes + needed_bytes > usable_memory_bytes():
         log.info("weights are not packed: not enough memory", model=spec.model, needed_bytes=needed_bytes)
         return None
     if not has_room(spec.packed_weights_directory, weights_bytes):
@@ -94,6 +101,11 @@ def packing_inputs(spec: ReplicaSpec) -> PackedInputs:
     """Returns what an artifact of the spec's weights depends on."""
     arguments = arguments_of(spec)
     flags: dict[str, Any] = {name: arguments[name] for name in _SHAPING if name in arguments}
+    flags |= {
+        name: value
+        for name, value in os.environ.items()  # noqa: TID251  the library's, which has no other settings
+        if name.startswith(_LIBRARY_SETTINGS) and not name.endswith("VERBOSE")
+    }
     # Where vLLM lies is nothing to weights.
     surroundings = {name: value for name, value in compat.compile_surroundings().items() if name != "engine_path"}
     return PackedInputs(revision=spec.revision, flags=flags, **surroundings)
@@ -127,6 +139,9 @@ def _read_ahead(path: Path) -> None:
 def _pack(spec: ReplicaSpec) -> None:
     """The whole life of the child."""
     step_back()
+    # Where memory runs out all the same, the kernel ends this process and none that serves.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
     signal.alarm(_PACK_SECONDS)
     make_scratch(os.getpid())
     root, inputs = spec.packed_weights_directory, packing_inputs(spec)
