@@ -289,6 +289,8 @@ async def test_compressed_messages_are_unimplemented(peer: Peer) -> None:
     peer.http2.send_data(stream_id, b"\x01\x00\x00\x00\x01x", end_stream=True)
     await peer.flush()
     assert await peer.status(stream_id) == "12"
+    (answer,) = [event for event in peer.events if isinstance(event, h2.events.ResponseReceived)]
+    assert dict(answer.headers or ())[b"grpc-accept-encoding"] == b"identity"
 
 
 async def test_a_length_above_the_limit_is_refused_by_its_prefix(peer: Peer) -> None:

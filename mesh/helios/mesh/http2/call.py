@@ -32,11 +32,10 @@ Trailers = Iterable[tuple[str, str | bytes]]
 
 # Writes that need no waiting between two looks at other tasks: a handler with much to say must not keep the loop.
 _WRITES_PER_TURN: Final = 64
-_RESPONSE_HEADERS: Final[list[Header]] = [
-    (b":status", b"200"),
-    (b"content-type", CONTENT_TYPE),
-    (b"grpc-accept-encoding", b"identity"),
-]
+_RESPONSE_HEADERS: Final[list[Header]] = [(b":status", b"200"), (b"content-type", CONTENT_TYPE)]
+# What messages may be encoded with is said where one was refused, not in each answer: Envoy would have to take it off
+# again for REST callers. Source: https://github.com/grpc/grpc/blob/master/doc/compression.md
+_REFUSAL_HEADERS: Final[list[Header]] = [*_RESPONSE_HEADERS, (b"grpc-accept-encoding", b"identity")]
 
 
 class Link(Protocol):
@@ -151,7 +150,7 @@ class Call:
             # A part of a message is out; no status can follow it.
             self._end(ErrorCode.CANCEL)
             return
-        headers = [] if self._is_begun else list(_RESPONSE_HEADERS)
+        headers = [] if self._is_begun else list(_REFUSAL_HEADERS)
         headers += status_headers(code.value[0], details)
         headers += metadata_headers(trailing)
         self._link.send_headers(self.stream_id, headers, is_end=True)
