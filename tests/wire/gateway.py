@@ -27,6 +27,9 @@ TOKEN = "test-token-0123456789abcdef"
 START_SECONDS = 20.0
 STOP_SECONDS = 10.0
 QUICK = ServerOptions(drain_seconds=0.2)
+# As the real ones have it: replicas and proxy on http2, the picker without a table of headers.
+REPLICA = ServerOptions(drain_seconds=0.2, transport="http2")
+PROXY = ServerOptions(drain_seconds=0.2, transport="http2", header_table_bytes=0)
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Gateway:
                 "helios.api.inference.v1.OpenAIService": frozenset({"edge"}),
                 "helios.api.inference.v1.InferenceService": frozenset({"edge"}),
             },
-            options=QUICK,
+            options=REPLICA,
         )
         fakes.add_replica(replica, server.grpc)
         server.serve("helios.api.inference.v1.OpenAIService")
@@ -161,7 +164,7 @@ async def _proxy(gateway: Gateway) -> AsyncIterator[MeshServer]:
             "helios.api.catalog.v1.ModelService": frozenset({"edge", "admin-edge"}),
             "helios.api.admin.v1.AdminService": frozenset({"admin-edge"}),
         },
-        options=QUICK,
+        options=PROXY,
     )
     external_processor_pb2_grpc.add_ExternalProcessorServicer_to_server(gateway.picker, server.grpc)
     ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(gateway.xds, server.grpc)

@@ -55,6 +55,15 @@ async def test_a_stream_comes_through_event_by_event(rest: httpx.AsyncClient) ->
     assert arrivals[-1] - arrivals[0] > 0.15, "events came in one piece"
 
 
+async def test_an_ordinary_request_and_its_answer_meet_no_lua(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    before = await _lua_executions(gateway)
+    for body in ({"model": "m"}, {"model": "m", "stream": True}):
+        assert (await rest.post(CHAT, json=body)).status_code == 200
+    assert await _lua_executions(gateway) == before
+    assert (await rest.post(f"{CHAT}?beta=true", json={"model": "m"})).status_code == 200
+    assert await _lua_executions(gateway) > before, "it is counted"
+
+
 @pytest.mark.parametrize(
     ("kind", "status", "code"),
     [
@@ -349,3 +358,10 @@ async def test_the_access_log_names_the_request(gateway: Gateway, rest: httpx.As
     assert lines[0]["path"] == CHAT
     assert lines[0]["client_request_id"] == "mine"
     assert lines[0]["endpoint"] == gateway.replica_address
+
+
+async def _lua_executions(gateway: Gateway) -> int:
+    assert gateway.envoy is not None
+    name = 'envoy_http_lua_executions{envoy_http_conn_manager_prefix="edge_listener"} '
+    text = await gateway.envoy.admin.prometheus()
+    return sum(int(line.removeprefix(name)) for line in text.splitlines() if line.startswith(name))
