@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from helios.worker.replica.packed_weights import (
     drop,
     find,
     has_room,
+    read_ahead,
     read_manifest,
     verify,
 )
@@ -248,6 +250,31 @@ def test_a_finished_artifact_is_locked_by_nobody(tmp_path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(descriptor)
+
+
+def test_weights_that_are_not_in_memory_are_read_before_they_are_needed(tmp_path: Path) -> None:
+    size = 64 << 20
+    with (tmp_path / WEIGHTS).open("wb") as file:
+        file.write(os.urandom(size))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    read_ahead(tmp_path)
+    deadline = time.monotonic() + 20
+    with (tmp_path / WEIGHTS).open("rb") as file:
+        for offset in range(0, size, 1 << 20):
+            while not is_in_memory(file.fileno(), offset):
+                assert time.monotonic() < deadline, f"not in memory from {offset} on"
+                time.sleep(0.01)
+
+
+def is_in_memory(descriptor: int, offset: int) -> bool:
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        pytest.skip(f"this filesystem does not say what is in memory: {error}")
 
 
 def test_a_start_does_not_wait_for_who_made_the_artifact(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from helios.mesh.errors import Corrupted, HeliosError, Unsupported
 from helios.worker.engines.vllm import compat, compat_packed
 from helios.worker.engines.vllm.arguments import arguments_of, engine_arguments
 from helios.worker.replica.compile_cache import CacheDirectory
-from helios.worker.replica.packed_weights import WEIGHTS, ArtifactWriter, PackedInputs, drop, find, has_room
+from helios.worker.replica.packed_weights import WEIGHTS, ArtifactWriter, PackedInputs, drop, find, has_room, read_ahead
 from helios.worker.replica.priority import step_back, step_forward
 from helios.worker.replica.scratch import make_scratch
 from helios.worker.replica.settings import Role
@@ -60,7 +60,7 @@ def map_weights(arguments: Any, spec: ReplicaSpec) -> CacheDirectory | None:
     try:
         taken = find(spec.packed_weights_directory, inputs)
         if taken is not None:
-            _read_ahead(taken.path / WEIGHTS)
+            read_ahead(taken.path)
     except Unsupported:
         return None
     except (Corrupted, OSError) as error:
@@ -125,15 +125,6 @@ def _can_map(arguments: Any, spec: ReplicaSpec) -> bool:
         and spec.settings.rank_count == 1
         and _weights_bytes(spec) >= _LEAST_BYTES
     )
-
-
-def _read_ahead(path: Path) -> None:
-    """Has the kernel begin to read what is not in memory, while processes are forked. Nothing waits for it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-    finally:
-        os.close(descriptor)
 
 
 def _pack(spec: ReplicaSpec) -> None:
