@@ -15,13 +15,14 @@ import fcntl
 import hashlib
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from helios.mesh.errors import DigestMismatch, DiskFull, HeliosError, PreconditionFailed, Unavailable
+from helios.storage.file_system import FileSystem, LocalFileSystem, make_durable_directory, remove_tree
 from helios.storage.manifest import Digest, Manifest, is_hash, revision_hash
 
 BLOB_MODE = 0o444
@@ -50,8 +51,10 @@ class Repair:
 class BlobStore:
     """Files below one root; it keeps no state of its own and decides nothing."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, files: FileSystem | None = None) -> None:
+        """Takes the root, which `open` makes, and what changes files there."""
         self.root = root
+        self.files: FileSystem = files or LocalFileSystem()
         self._blobs = root / "blobs" / "sha256"
         self._views = root / "views"
         self._temporary = root / "tmp"
@@ -64,7 +67,10 @@ class BlobStore:
             PreconditionFailed: ROOT_IN_USE, when another agent has it.
         """
         for directory in (self._blobs, self._views, self._temporary):
-            directory.mkdir(parents=True, exist_ok=True)
+            make_durable_directory(self.files, directory)
+        # A start that was killed between making a directory and syncing its name left one that may go with the power.
+        for directory in (self.root, self._blobs.parent, self._blobs):
+            self.files.sync_directory(directory)
         lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,19 +118,26 @@ class BlobStore:
             if actual_hash != digest.hash or size != digest.size_bytes:
                 raise digest_mismatch(digest, actual_hash=actual_hash, actual_bytes=size)
             if stat.S_IMODE(state.st_mode) != BLOB_MODE:
-                temporary.chmod(BLOB_MODE)
+                self._set_mode(temporary)
             final = self.blob_path(digest.hash)
-            if not final.parent.is_dir():
-                final.parent.mkdir(exist_ok=True)
-                _sync_directory(self._blobs)
-            temporary.rename(final)
-            _sync_directory(final.parent)
+            make_durable_directory(self.files, final.parent)
+            self.files.rename(temporary, final)
+            self.files.sync_directory(final.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            self.discard_temporary(temporary)
+
+    def discard_temporary(self, temporary: Path) -> None:
+        """Removes an unfinished file. Idempotent."""
+        with suppress(FileNotFoundError):
+            self.files.remove(temporary)
 
     def remove_blob(self, hash_: str) -> None:
-        """Unlinks a blob; processes that have it mapped keep it until they let go. Idempotent."""
-        self.blob_path(hash_).unlink(missing_ok=True)
+        """Unlinks a blob; processes that have it mapped keep it until they let go. Idempotent.
+
+        Nothing is synced: a name that comes back after a power failure is one of a verified blob.
+        """
+        with suppress(FileNotFoundError):
+            self.files.remove(self.blob_path(hash_))
 
     def make_view(self, manifest: Manifest) -> Path:
         """Makes the directory of a revision whose blobs are all here. Idempotent: a view that stands is kept.
@@ -137,16 +150,35 @@ class BlobStore:
             return final
         building = self.new_temporary()
         try:
-            building.mkdir()
+            self.files.make_directory(building)
             for entry in manifest.entries:
                 link = building / entry.path
-                link.parent.mkdir(parents=True, exist_ok=True)
-                _link(self.blob_path(entry.digest.hash), link)
-            building.rename(final)
+                self._make_directories(link.parent)
+                self._link(self.blob_path(entry.digest.hash), link)
+            self.files.rename(building, final)
         except OSError as error:
-            shutil.rmtree(building, ignore_errors=True)
+            with suppress(OSError):
+                remove_tree(self.files, building)
             raise write_error(error, building) from error
         return final
+
+    def relink(self, manifest: Manifest, digest: Digest) -> None:
+        """Has a view link to the file that a blob is now; each path leads to the old or the new one at any moment.
+
+        Raises:
+            HeliosError: DiskFull, Unavailable (TIER_FAILED).
+        """
+        view = self.view_path(manifest.revision)
+        for entry in manifest.entries:
+            if entry.digest == digest:
+                link = self.new_temporary()
+                try:
+                    self._link(self.blob_path(digest.hash), link)
+                    self.files.rename(link, view / entry.path)
+                except OSError as error:
+                    with suppress(OSError):
+                        self.discard_temporary(link)
+                    raise write_error(error, link) from error
 
     def remove_view(self, revision: str) -> None:
         """Takes a view away with one rename, then its links. Idempotent."""
@@ -167,13 +199,15 @@ class BlobStore:
             size = path.lstat().st_size
             is_good = digest is not None and size == digest.size_bytes and not path.is_symlink()
             if not is_good and digest is None and self._is_named_right(path) and hash_file(path) == path.name:
-                path.chmod(BLOB_MODE)
+                # What is in memory was verified; the index must not outlive bytes that never reached the disk.
+                self._set_mode(path)
+                self.files.sync_directory(path.parent)
                 digest, is_good = Digest(path.name, size), True
                 adopted += 1
             if is_good and digest is not None:
                 kept.append(digest)
             else:
-                path.unlink()
+                remove_tree(self.files, path)
                 dropped += 1
         return Repair(tuple(kept), adopted, dropped, swept)
 
@@ -199,10 +233,7 @@ class BlobStore:
     def _sweep(self) -> int:
         count = 0
         for path in list(self._temporary.iterdir()):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            remove_tree(self.files, path)
             count += 1
         return count
 
@@ -217,13 +248,32 @@ class BlobStore:
     def _discard(self, directory: Path) -> None:
         away = self.new_temporary()
         try:
-            directory.rename(away)
+            self.files.rename(directory, away)
         except FileNotFoundError:
             return
-        if away.is_dir():
-            shutil.rmtree(away)
-        else:
-            away.unlink()
+        remove_tree(self.files, away)
+
+    def _set_mode(self, path: Path) -> None:
+        """Gives a file the mode of a blob, and syncs it: a mode that is lost with the power would stay lost."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fchmod(descriptor, BLOB_MODE)
+            self.files.sync_file(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _make_directories(self, path: Path) -> None:
+        if not path.is_dir():
+            self._make_directories(path.parent)
+            self.files.make_directory(path)
+
+    def _link(self, blob: Path, link: Path) -> None:
+        try:
+            self.files.link(blob, link)
+        except OSError as error:
+            if not is_link_refused(error):
+                raise
+            self.files.link(blob, link, symbolic=True)
 
 
 def hash_file(path: Path) -> str:
@@ -261,20 +311,3 @@ def write_error(error: OSError, path: Path) -> HeliosError:
 def is_link_refused(error: OSError) -> bool:
     """Whether a hard link is not to be had here, while a copy or a symbolic link is."""
     return error.errno in _NO_HARD_LINK
-
-
-def _link(blob: Path, link: Path) -> None:
-    try:
-        link.hardlink_to(blob)
-    except OSError as error:
-        if not is_link_refused(error):
-            raise
-        link.symlink_to(blob)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -179,7 +179,7 @@ class BlobFetcher:
         temporary = self._store.new_temporary()
         try:
             if self._is_link_allowed and self._link(source, digest, temporary):
-                actual_hash = _hash_linked(temporary, digest, token)
+                actual_hash = self._hash_linked(temporary, digest, token)
             else:
                 with closing(source.open(digest)) as reader:
                     actual_hash = self._copy(reader, digest, temporary, token)
@@ -187,15 +187,14 @@ class BlobFetcher:
         except OSError as error:
             raise write_error(error, temporary) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            self._store.discard_temporary(temporary)
 
-    @staticmethod
-    def _link(source: BlobSource, digest: Digest, temporary: Path) -> bool:
+    def _link(self, source: BlobSource, digest: Digest, temporary: Path) -> bool:
         path = source.linkable_path(digest)
         if path is None:
             return False
         try:
-            os.link(path, temporary, follow_symlinks=False)
+            self._store.files.link(path, temporary)
         except OSError as error:
             if is_link_refused(error):
                 return False
@@ -229,8 +228,27 @@ class BlobFetcher:
                 token.advance(count)
             actual_hash = hasher.result()
             os.ftruncate(file.fileno(), offset)
-            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), BLOB_MODE)
+            self._store.files.sync_file(file.fileno())
         return actual_hash
+
+    def _hash_linked(self, temporary: Path, digest: Digest, token: FetchToken) -> str:
+        """Hashes a linked file; the link holds the very inode that is renamed afterwards."""
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with closing(FileReader(descriptor)) as reader:
+            state = os.fstat(descriptor)
+            if not stat.S_ISREG(state.st_mode) or state.st_size != digest.size_bytes:
+                raise digest_mismatch(digest, actual_hash="unknown", actual_bytes=state.st_size)
+            sha256 = hashlib.sha256()
+            buffer = memoryview(bytearray(min(HASH_CHUNK_BYTES, max(1, digest.size_bytes))))
+            offset = 0
+            while count := reader.read_into(offset, buffer):
+                sha256.update(buffer[:count])
+                offset += count
+                token.advance(count)
+            # The registry may have written it moments ago; the index must not outlive the bytes.
+            self._store.files.sync_file(descriptor)
+            return sha256.hexdigest()
 
 
 class _Hasher:
@@ -261,25 +279,6 @@ class _Hasher:
         if self._running is not None:
             running, self._running = self._running, None
             running.result()
-
-
-def _hash_linked(temporary: Path, digest: Digest, token: FetchToken) -> str:
-    """Hashes a linked file; the link holds the very inode that is renamed afterwards."""
-    descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with closing(FileReader(descriptor)) as reader:
-        state = os.fstat(descriptor)
-        if not stat.S_ISREG(state.st_mode) or state.st_size != digest.size_bytes:
-            raise digest_mismatch(digest, actual_hash="unknown", actual_bytes=state.st_size)
-        sha256 = hashlib.sha256()
-        buffer = memoryview(bytearray(min(HASH_CHUNK_BYTES, max(1, digest.size_bytes))))
-        offset = 0
-        while count := reader.read_into(offset, buffer):
-            sha256.update(buffer[:count])
-            offset += count
-            token.advance(count)
-        # The registry may have written it moments ago; the index must not outlive the bytes.
-        os.fsync(descriptor)
-        return sha256.hexdigest()
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:
