@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -14,6 +15,9 @@ import psutil
 # Envoy and our processes end within a second; the mesh drains first.
 STOP_SECONDS = 20.0
 _POLL_SECONDS = 0.02
+# A mesh with one replica and vLLM's server take 0.02 of a core at rest.
+_REST_SECONDS = 0.5
+_REST_CORES = 0.05
 
 
 class Children:
@@ -59,18 +63,53 @@ class Children:
             time.sleep(_POLL_SECONDS)
         return value
 
+    def wait_at_rest(self, timeout_seconds: float) -> None:
+        """Returns when all processes together, descendants included, take less than a twentieth of a core.
+
+        An engine spins for a second after its last request, in case that another comes, and would take that second
+        from whoever is measured next on its core.
+        """
+        before = self._cpu_seconds()
+
+        def is_at_rest() -> bool:
+            nonlocal before
+            time.sleep(_REST_SECONDS)
+            now = self._cpu_seconds()
+            spent, before = now - before, now
+            return spent < _REST_SECONDS * _REST_CORES
+
+        self.wait(is_at_rest, timeout_seconds, "all processes are at rest")
+
+    def _cpu_seconds(self) -> float:
+        tree = [process for child in self._started for process in _tree(child.pid)]
+        return sum(cpu_seconds(process.pid) for process in tree)
+
     def _last_words(self) -> str:
         return "\n".join(
             f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in sorted(self._logs.glob("*.log"))
         )
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process, all threads: in nanoseconds, where `stat` has hundredths of a second; 0 if it ended."""
+    spent = 0
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            spent += int((task / "schedstat").read_text().split()[0])
+    return spent / 1e9
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Asks a process to end, kills it and what it leaves behind after the deadline."""
-    try:
-        tree = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        tree = []
+    tree = _tree(process.pid)[1:]
     process.terminate()
     try:
         process.wait(STOP_SECONDS)

@@ -27,20 +27,21 @@ from typing import Any, Final
 
 import psutil
 
-from tests.benchmarks.children import Children
+from tests.benchmarks.children import Children, cpu_seconds
 from tests.benchmarks.stock import EAGER, KV_CACHE_BYTES, is_listening, listener, start_stock
 from tests.benchmarks.streams import stream_all
 from tests.scenarios.running_mesh import HELIOS, MODEL
 from tests.wire.gateway import free_port
 
 # Streams → rounds: short ones are noisier.
-ROUNDS: Final = {1: 6, 8: 6, 32: 4, 64: 4}
+ROUNDS: Final = {1: 6, 8: 10, 32: 8, 64: 6}
 COMPILED_ROUNDS: Final = {1: 2, 8: 2, 32: 2}
 TOKENS: Final = 64
 PROMPTS: Final = 50
 # A server that compiles takes 100 to 130 s on two quiet cores.
 START_SECONDS: Final = 600.0
 STREAM_SECONDS: Final = 240.0
+REST_SECONDS: Final = 60.0
 # Name of the result → field of a sample.
 _MEASURED: Final = {"tokens_per_second": "tokens_per_second", "cpu_per_token": "cpu_seconds_per_token"}
 TOPICS: Final = ("rivers", "bread", "chess", "stars", "ships", "glass", "maps", "wool")
@@ -48,11 +49,15 @@ TOPICS: Final = ("rivers", "bread", "chess", "stars", "ships", "glass", "maps", 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that are compared. ``outside`` are the processes whose CPU time counts."""
+    """One of the two that are compared.
+
+    ``outside`` are the processes whose CPU time counts; a turn begins when ``everything``, both sides, is at rest.
+    """
 
     port: int
     model: str
     outside: Sequence[int]
+    everything: Children
 
 
 @dataclass(frozen=True)
@@ -70,20 +75,20 @@ def run() -> list[dict[str, Any]]:
         port = _start_mesh(children, state)
         front = _front_of(state)
         stock_port = _start_stock(children, Path(name), _weights(state))
-        helios = Side(port, MODEL, [*_pids(state, "envoy", "proxy", "worker"), front.pid])
-        stock = Side(stock_port, MODEL, [_stock_server(front, stock_port)])
+        helios = Side(port, MODEL, [*_pids(state, "envoy", "proxy", "worker"), front.pid], children)
+        stock = Side(stock_port, MODEL, [_stock_server(front, stock_port)], children)
         results: list[dict[str, Any]] = []
         for streams, rounds in ROUNDS.items():
             pairs = _take_turns(helios, stock, streams, rounds)
             results += [_ratio(name, field, pairs, streams) for name, field in _MEASURED.items()]
         results.append(_identical(helios, stock))
         compiled_port = _start_stock(children, Path(name), _weights(state), ())
-        compiled = Side(compiled_port, MODEL, [])
+        compiled = Side(compiled_port, MODEL, [], children)
         for streams, rounds in COMPILED_ROUNDS.items():
             pairs = _take_turns(helios, compiled, streams, rounds)
             results.append(_ratio("compiled_tokens_per_second", "tokens_per_second", pairs, streams))
         if _swap(state, port):
-            swapped = Side(port, MODEL, [])
+            swapped = Side(port, MODEL, [], children)
             for streams, rounds in COMPILED_ROUNDS.items():
                 pairs = _take_turns(swapped, compiled, streams, rounds)
                 results.append(_ratio("swapped_tokens_per_second", "tokens_per_second", pairs, streams))
@@ -154,10 +159,11 @@ def _greedy_tokens(side: Side, prompt: str) -> list[int]:
 
 
 def _turn(side: Side, streams: int) -> Sample:
-    before = sum(map(_cpu_seconds, side.outside))
+    side.everything.wait_at_rest(REST_SECONDS)
+    before = sum(map(cpu_seconds, side.outside))
     seconds, tokens = stream_all(side.port, _bodies(side.model, streams), timeout_seconds=STREAM_SECONDS)
     assert tokens == streams * TOKENS, (tokens, streams)
-    return Sample(tokens / seconds, (sum(map(_cpu_seconds, side.outside)) - before) / tokens)
+    return Sample(tokens / seconds, (sum(map(cpu_seconds, side.outside)) - before) / tokens)
 
 
 def _bodies(model: str, streams: int) -> list[bytes]:
@@ -249,14 +255,6 @@ def _record(state: Path) -> dict[str, Any]:
 def _pids(state: Path, *names: str) -> list[int]:
     found = {entry["name"]: int(entry["pid"]) for entry in _record(state)["processes"]}
     return [found[name] for name in names]
-
-
-def _cpu_seconds(pid: int) -> float:
-    """CPU time of a process, all threads: in nanoseconds, where `stat` has hundredths of a second."""
-    spent = 0
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        spent += int((task / "schedstat").read_text().split()[0])
-    return spent / 1e9
 
 
 if __name__ == "__main__":
