@@ -126,7 +126,8 @@ def replica_size(
     # Where the weights turn out to be the page cache's, a measured replica holds less than they take.
     own_weights = min(weights_bytes, fixed_bytes)
     own_activations = min(activation_bytes, fixed_bytes - own_weights)
-    adapter_bytes = _adapter_bytes(entry, needs, needs.rank_count, has_vocabulary=True)
+    # On a CPU what no adapter fills of the engine's buffers is never touched, and takes no memory.
+    adapter_bytes = _adapter_bytes(entry, needs, needs.rank_count, has_vocabulary=is_gpu)
     on_device = (("ADAPTERS", adapter_bytes),) if adapter_bytes else ()
     # Those that are loaded, in host memory: as many as there are buffers, whole for each rank. There is room for what
     # adapters have, and few change embeddings or the output layer.
@@ -149,7 +150,7 @@ def replica_size(
 def _adapter_bytes(entry: ModelEntry, needs: EngineNeeds, rank_count: int, *, has_vocabulary: bool) -> int:
     """What adapters take: a pair of matrices for each product there is.
 
-    The engine's buffers, filled or not, have such a pair for embeddings and output layer, too, and each rank all of it.
+    The engine's buffers have such a pair for embeddings and output layer, too, and each rank all of it.
     """
     hidden = _hidden_size(entry)
     widths = _SPLIT_ADAPTER_WIDTHS + _WHOLE_ADAPTER_WIDTHS * rank_count
