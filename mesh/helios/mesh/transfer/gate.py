@@ -1,0 +1,151 @@
+"""Who may read next, over all transfers of a process: a number of slots, a cap on bandwidth, and an order.
+
+A request's start beats an ingest, which beats a prefetch: strictly, chunk by chunk. A prefetch may therefore wait for
+as long as starts go on, which is what it is for. Transfers of one priority get the same share of bytes.
+
+Room is given for a whole chunk before it is asked for, not while its bytes come in: a source that was slowed down by
+its reader looks like one that stalls, and times out. So the cap holds over some chunks, not within one.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+
+_POLL_SECONDS = 0.2
+"""How late a waiter may notice that it was cancelled."""
+
+
+class Priority(IntEnum):
+    """What a transfer is for; the lower the sooner."""
+
+    START = 0
+    INGEST = 1
+    PREFETCH = 2
+
+
+@dataclass(slots=True, eq=False)
+class Flow:
+    """One transfer's share. `served_bytes` is what it got, on the scale of those of the same priority."""
+
+    priority: Priority
+    served_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A wish to read a chunk."""
+
+    flow: Flow
+    count: int
+    number: int
+    is_granted: bool = False
+
+
+class GatePolicy:
+    """Decides who is next. Pure; not thread-safe."""
+
+    def __init__(self, *, slot_count: int, bytes_per_second: int = 0) -> None:
+        """`bytes_per_second` 0: no cap."""
+        self._slot_count = slot_count
+        self._bytes_per_second = bytes_per_second
+        self._flows: list[Flow] = []
+        self._waiting: list[Ticket] = []
+        self._granted_count = 0
+        self._number = 0
+        # A debt: each chunk is paid for after it was granted, so that one larger than any burst passes too. Less than
+        # a byte is none: floats don't add up.
+        self._debt_bytes = 0.0
+        self._paid_at: float | None = None
+
+    def open(self, priority: Priority) -> Flow:
+        """Adds a transfer; it begins where its peers are, so that it neither waits for them nor makes them wait."""
+        peers = [flow.served_bytes for flow in self._flows if flow.priority == priority]
+        flow = Flow(priority, min(peers, default=0))
+        self._flows.append(flow)
+        return flow
+
+    def close(self, flow: Flow) -> None:
+        self._flows.remove(flow)
+
+    def ask(self, flow: Flow, count: int) -> Ticket:
+        """Wishes to read so many bytes."""
+        self._number += 1
+        ticket = Ticket(flow, count, self._number)
+        self._waiting.append(ticket)
+        return ticket
+
+    def end(self, ticket: Ticket) -> None:
+        """The chunk was read, or is not wanted any more."""
+        if ticket.is_granted:
+            self._granted_count -= 1
+        else:
+            self._waiting.remove(ticket)
+
+    def grant(self, now: float) -> list[Ticket]:
+        """Lets in as many as may; returns them."""
+        self._pay(now)
+        granted: list[Ticket] = []
+        while self._waiting and self._granted_count < self._slot_count and self._debt_bytes < 1:
+            ticket = min(self._waiting, key=lambda t: (t.flow.priority, t.flow.served_bytes, t.number))
+            self._waiting.remove(ticket)
+            ticket.is_granted = True
+            ticket.flow.served_bytes += ticket.count
+            self._granted_count += 1
+            if self._bytes_per_second:
+                self._debt_bytes += ticket.count
+            granted.append(ticket)
+        return granted
+
+    def wait_seconds(self) -> float | None:
+        """When the cap lets the next one in; None where it is not the cap that is waited for."""
+        return self._debt_bytes / self._bytes_per_second if self._debt_bytes >= 1 else None
+
+    def _pay(self, now: float) -> None:
+        if self._bytes_per_second and self._paid_at is not None:
+            self._debt_bytes = max(0.0, self._debt_bytes - (now - self._paid_at) * self._bytes_per_second)
+        self._paid_at = now
+
+
+class DownloadGate:
+    """The policy for threads; one for all transfers of a process."""
+
+    def __init__(self, *, slot_count: int = 16, bytes_per_second: int = 0) -> None:
+        """`slot_count`: requests at a time; `bytes_per_second` 0: no cap."""
+        self._policy = GatePolicy(slot_count=slot_count, bytes_per_second=bytes_per_second)
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def flow(self, priority: Priority) -> Iterator[Flow]:
+        """One transfer's share."""
+        with self._changed:
+            flow = self._policy.open(priority)
+        try:
+            yield flow
+        finally:
+            with self._changed:
+                self._policy.close(flow)
+
+    @contextmanager
+    def admit(self, flow: Flow, count: int, check: Callable[[], None]) -> Iterator[None]:
+        """Waits for room for one chunk; `check` is called meanwhile, and ends the wait by raising."""
+        with self._changed:
+            ticket = self._policy.ask(flow, count)
+        try:
+            self._wait(ticket, check)
+            yield
+        finally:
+            with self._changed:
+                self._policy.end(ticket)
+                self._changed.notify_all()
+
+    def _wait(self, ticket: Ticket, check: Callable[[], None]) -> None:
+        with self._changed:
+            while not ticket.is_granted:
+                if len(self._policy.grant(time.monotonic())) > 0:
+                    self._changed.notify_all()
+                if not ticket.is_granted:
+                    check()
+                    self._changed.wait(min(_POLL_SECONDS, self._policy.wait_seconds() or _POLL_SECONDS))
