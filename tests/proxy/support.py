@@ -12,6 +12,7 @@ from helios.proxy.fleet.state import Device, DeviceKind, Replica, ReplicaState, 
 from helios.proxy.holds import HoldLimits
 from helios.proxy.lifecycle import LifecyclePolicy
 from helios.proxy.sizing import SizingPolicy
+from helios.proxy.traffic import RoutingPolicy
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -47,6 +48,7 @@ def policy(
         silence_seconds=3.0,
         worker_grace_seconds=worker_grace_seconds,
         resync_seconds=resync_seconds,
+        routing=RoutingPolicy(),
     )
 
 

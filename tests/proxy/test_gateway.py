@@ -269,3 +269,46 @@ async def test_grpcurl_sees_public_services_on_the_edge_and_all_on_the_admin_edg
         )
         assert status == 0, started
         assert len(json.loads(started)["replicas"]) == 1
+
+
+async def test_a_conversation_stays_where_its_beginning_is(world: World) -> None:
+    async with AsyncExitStack() as stack:
+        edge = await stack.enter_async_context(running_edge(world))
+        second = FakeReplica(name="second")
+        addresses = iter([edge.worker.address(), await stack.enter_async_context(replica_server(world, second))])
+        edge.worker.address = lambda: next(addresses)
+        world.registry.put("m", min_replicas=2)
+        client = await stack.enter_async_context(edge.client())
+        envoy = await stack.enter_async_context(world.envoy(edge.proxy))
+        await until(lambda: len(envoy.endpoints) == 2)
+        places: dict[int, list[str]] = {}
+        for turn in range(3):
+            for talk in range(6):
+                messages = [{"role": "system", "content": f"Talk number {talk}. " * 60}]
+                # 200 KiB in the end: near to what is looked at.
+                messages += [{"role": "user", "content": "And then? " * 6000}] * (turn + 1)
+                answer = await client.post("/v1/chat/completions", json={"model": "m", "messages": messages})
+                assert answer.status_code == 200, answer.text
+                places.setdefault(talk, []).append(answer.json()["replica"])
+        assert all(len(set(place)) == 1 for place in places.values()), places
+        assert {place[0] for place in places.values()} == {"replica", "second"}, "and all are not in one place"
+
+
+async def test_a_prompt_is_asked_for_where_it_matters_only(world: World) -> None:
+    world.registry.put("m", min_replicas=1)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(world.running_registry())
+        proxy = await stack.enter_async_context(world.running_proxy())
+        envoy = await stack.enter_async_context(world.envoy(proxy))
+        addresses = iter(("10.0.0.1:1", "10.0.0.2:1"))
+        await stack.enter_async_context(world.worker(proxy, FakeWorker(address=lambda: next(addresses))))
+        await until(lambda: len(envoy.endpoints) == 1)
+        assert not (await envoy.ask("m", body=b"never read")).asked_body, "one replica"
+        world.registry.put("m", min_replicas=2)
+        await until(lambda: len(envoy.endpoints) == 2)
+        answer = await envoy.ask("m", body=b"no frame")
+        assert (answer.asked_body, answer.status) == (True, 200), "what is wrong with it is the replica's to say"
+        for headers in ({"x-helios-body-bytes": "300000"}, {"content-length": "0"}, {"content-length": ""}):
+            assert not (await envoy.ask("m", body=b"", headers=headers)).asked_body, headers
+        embeddings = "/helios.api.inference.v1.OpenAIService/CreateEmbedding"
+        assert not (await envoy.ask("m", body=b"", path=embeddings)).asked_body

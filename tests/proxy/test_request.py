@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from helios.api.inference.v1 import inference_service_pb2 as inference_pb
 from helios.mesh.errors import InvalidRequest, ModelMismatch, Unsupported
-from helios.proxy.picker.request import agree, body_model, read_heads, timeout_seconds
+from helios.proxy.picker.request import agree, read_body, read_heads, timeout_seconds
 
 OPENAI = "/helios.api.inference.v1.OpenAIService/CreateCompletion"
 TOKENIZE = "/helios.api.inference.v1.InferenceService/Tokenize"
@@ -21,7 +21,7 @@ def frame(message: bytes) -> bytes:
 def test_no_body_breaks_the_reader(body: bytes, path: str) -> None:
     for message in (body, frame(body)):
         try:
-            assert body_model(path, message)
+            assert read_body(path, message).model
         except (InvalidRequest, Unsupported):
             continue
 
@@ -35,7 +35,7 @@ def test_the_model_of_every_message_is_found(model: str) -> None:
     }
     for name, message in messages.items():
         path = f"/helios.api.inference.v1.InferenceService/{name}"
-        assert body_model(path, frame(message.SerializeToString())) == model
+        assert read_body(path, frame(message.SerializeToString())).model == model
 
 
 @pytest.mark.parametrize(
@@ -43,12 +43,12 @@ def test_the_model_of_every_message_is_found(model: str) -> None:
 )
 def test_json_is_read_whatever_it_calls_itself(content_type: str) -> None:
     http = httpbody_pb2.HttpBody(content_type=content_type, data=b'{"model":"m"}')
-    assert body_model(OPENAI, frame(http.SerializeToString())) == "m"
+    assert read_body(OPENAI, frame(http.SerializeToString())).model == "m"
 
 
 def test_a_compressed_message_asks_for_the_header() -> None:
     with pytest.raises(InvalidRequest, match="x-helios-model"):
-        body_model(TOKENIZE, b"\1\0\0\0\0")
+        read_body(TOKENIZE, b"\1\0\0\0\0")
 
 
 def test_header_and_body_must_agree() -> None:
@@ -68,4 +68,4 @@ def test_grpc_timeouts(text: str, seconds: float | None) -> None:
 
 @pytest.mark.parametrize("length", ["", "x", "-1", "1e3", "²"])
 def test_a_content_length_that_is_no_number_counts_as_0(length: str) -> None:
-    assert read_heads({"content-length": length}).content_length == 0
+    assert read_heads({"content-length": length}).body_bytes == 0

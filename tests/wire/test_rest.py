@@ -55,6 +55,19 @@ async def test_a_stream_comes_through_event_by_event(rest: httpx.AsyncClient) ->
     assert arrivals[-1] - arrivals[0] > 0.15, "events came in one piece"
 
 
+async def test_the_picker_learns_how_long_a_body_is(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    body = json.dumps({"model": "m", "messages": ["x" * 5000]}).encode()
+    headers = {"content-type": "application/json", "x-helios-body-bytes": "7"}
+    assert (await rest.post(CHAT, content=body, headers=headers)).status_code == 200
+    assert gateway.picker.requests[-1].headers["x-helios-body-bytes"] == str(len(body))
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield body
+
+    assert (await rest.post(CHAT, content=pieces(), headers=headers)).status_code == 200
+    assert "x-helios-body-bytes" not in gateway.picker.requests[-1].headers, "nobody said"
+
+
 async def test_an_ordinary_request_and_its_answer_meet_no_lua(gateway: Gateway, rest: httpx.AsyncClient) -> None:
     before = await _lua_executions(gateway)
     for body in ({"model": "m"}, {"model": "m", "stream": True}):

@@ -54,6 +54,8 @@ RPC_ERRORS_TOTAL: Final = "helios_rpc_errors_total"
 
 # Request metadata. Clients may send MODEL_HEADER; Envoy strips every other `x-helios-*` that comes from outside.
 MODEL_HEADER: Final = "x-helios-model"
+# What the client said of its body's length: Envoy's transcoder takes content-length off before the picker sees it.
+BODY_BYTES_HEADER: Final = "x-helios-body-bytes"
 ENDPOINT_HEADER: Final = "x-helios-endpoint"
 ROUTE_MODEL_HEADER: Final = "x-helios-route-model"
 ROUTE_REVISION_HEADER: Final = "x-helios-route-revision"

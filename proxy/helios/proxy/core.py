@@ -33,7 +33,8 @@ from helios.proxy.holds import Hold, HoldLimits, Holds
 from helios.proxy.lifecycle import Lifecycle, LifecyclePolicy, asked_replica
 from helios.proxy.refusals import model_not_found
 from helios.proxy.routing.pick import Pick, pick
-from helios.proxy.traffic import LoadDelta, Traffic
+from helios.proxy.routing.prefix import NO_BLOCKS, Blocks
+from helios.proxy.traffic import LoadDelta, RoutingPolicy, Traffic
 
 _LOST_IN_SLEEP = frozenset({"CANARY_FAILED", "WAKE_FAILED", "WAKE_TIMEOUT"})
 
@@ -50,6 +51,7 @@ class CorePolicy:
         silence_seconds: a worker that says nothing for this long is un-picked.
         worker_grace_seconds: how long an unreachable worker's endpoints are kept.
         resync_seconds: how long a proxy that starts waits for the workers that it knew.
+        routing: what scores weigh.
     """
 
     holds: HoldLimits
@@ -59,6 +61,7 @@ class CorePolicy:
     silence_seconds: float
     worker_grace_seconds: float
     resync_seconds: float
+    routing: RoutingPolicy
 
 
 class Core:
@@ -78,7 +81,9 @@ class Core:
         self._next_hold_id = 0
         self.catalogue = Catalogue()
         self.holds = Holds(policy.holds)
-        self.traffic = Traffic(reservation_seconds=policy.reservation_seconds, breaker=policy.breaker)
+        self.traffic = Traffic(
+            reservation_seconds=policy.reservation_seconds, breaker=policy.breaker, routing=policy.routing
+        )
         self.fleet = self.traffic.fleet
         self.lifecycle = Lifecycle(
             policy.lifecycle,
@@ -108,20 +113,23 @@ class Core:
             raise model_not_found(name)
         return entry
 
-    def pick(self, entry: ModelEntry, request_id: str, now: float, adapter: str = "") -> Pick | None:
+    def pick(
+        self, entry: ModelEntry, request_id: str, now: float, adapter: str = "", blocks: Blocks = NO_BLOCKS
+    ) -> Pick | None:
         """Picks replicas for a request; None where it must be held. Those who wait already go first.
 
         `adapter` is the one that the request names, where it names one; only replicas that have it are picked.
+        `blocks` are the prompt's, where it was asked for (`traffic.wants_prompt`).
         """
         if self.holds.first_of_lane(entry.name, adapter) is not None:
             return None
-        return self._pick(entry, request_id, now, adapter)
+        return self._pick(entry, request_id, now, adapter, blocks)
 
-    def _pick(self, entry: ModelEntry, request_id: str, now: float, name: str) -> Pick | None:
+    def _pick(self, entry: ModelEntry, request_id: str, now: float, name: str, blocks: Blocks) -> Pick | None:
         if not name:
-            return self.traffic.pick(entry, request_id, now)
+            return self.traffic.pick(entry, request_id, now, None, blocks)
         adapter = self.lifecycle.adapters.find(entry, name)
-        return self.traffic.pick(entry, request_id, now, adapter) if adapter is not None else None
+        return self.traffic.pick(entry, request_id, now, adapter, blocks) if adapter is not None else None
 
     def prefill_endpoint(self, entry: ModelEntry, chosen: Pick, now: float) -> str:
         """The address of a replica that computes the prompt for the chosen one; empty where there is none.
@@ -433,7 +441,7 @@ class Core:
         for adapter in self.holds.lanes(model) if entry is not None else ():
             assert entry is not None
             while (hold := self.holds.first_of_lane(model, adapter)) is not None:
-                chosen = self._pick(entry, hold.request_id, now, adapter)
+                chosen = self._pick(entry, hold.request_id, now, adapter, NO_BLOCKS)
                 if chosen is None:
                     break
                 self.holds.remove(hold.hold_id)

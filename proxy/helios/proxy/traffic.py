@@ -11,13 +11,30 @@ from dataclasses import dataclass
 
 from helios.proxy.breaker import BreakerPolicy, Breakers
 from helios.proxy.catalogue import ModelEntry
+from helios.proxy.engine_needs import needs_of
 from helios.proxy.fleet.state import Adapter, AdapterState, Change, FleetState, Load, Replica, ReplicaState
 from helios.proxy.ledger import Ledger
-from helios.proxy.routing.pick import Pick, pick
+from helios.proxy.routing.pick import Affinity, Pick, pick
+from helios.proxy.routing.prefix import BLOCK_TOKENS, Blocks, PrefixIndex
 from helios.proxy.routing.table import Facts, RoutingTable, exclusion, score
 
 # gRPC codes that speak of the replica and not of the request: UNKNOWN, INTERNAL, UNAVAILABLE, DATA_LOSS.
 _REPLICA_FAULTS = frozenset({2, 13, 14, 15})
+# Blocks of a cache whose size no worker told: 16,384 tokens.
+_UNKNOWN_CAPACITY = 256
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingPolicy:
+    """What scores weigh.
+
+    Attributes:
+        prefix_weight: the share of a score that a wholly cached prompt is; 0: prompts are not looked at.
+        max_blocks: blocks of prompts that are remembered, of all replicas.
+    """
+
+    prefix_weight: float = 0.4
+    max_blocks: int = 500_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +53,13 @@ class Traffic:
     Invariant: the table holds exactly the replicas that `exclusion` lets through.
     """
 
-    def __init__(self, *, reservation_seconds: float, breaker: BreakerPolicy) -> None:
+    def __init__(self, *, reservation_seconds: float, breaker: BreakerPolicy, routing: RoutingPolicy) -> None:
         self.fleet = FleetState()
         self.table = RoutingTable()
         self.ledger = Ledger(reservation_seconds)
         self.breakers = Breakers(breaker)
+        self._routing = routing
+        self._prefixes = PrefixIndex(routing.max_blocks)
         self._published: frozenset[str] = frozenset()
         self._draining: set[str] = set()
         self._last_used: dict[str, float] = {}
@@ -52,16 +71,29 @@ class Traffic:
         # Replicas that have an adapter loaded; few picks name one, so candidates are looked up here and not grouped.
         self._holders: dict[Adapter, set[str]] = {}
 
-    def pick(self, entry: ModelEntry, request_id: str, now: float, adapter: Adapter | None = None) -> Pick | None:
+    def wants_prompt(self, entry: ModelEntry) -> bool:
+        """Whether a request's prompt bears on where it goes."""
+        return self._routing.prefix_weight > 0 and self.table.count(entry.name, entry.revision) > 1
+
+    def pick(
+        self,
+        entry: ModelEntry,
+        request_id: str,
+        now: float,
+        adapter: Adapter | None,
+        blocks: Blocks,
+    ) -> Pick | None:
         """Picks replicas for a request and reserves a place at the first; None where there is no candidate.
 
-        With an adapter, only replicas that have it are candidates.
+        With an adapter, only replicas that have it are candidates. ``blocks`` are the prompt's, where it was asked for.
         """
         snapshot = self.table.snapshot(entry.name, entry.revision)
         if adapter is not None:
             holders = self._holders.get(adapter, ())
             snapshot = tuple(candidate for candidate in snapshot if candidate.replica_id in holders)
-        chosen = pick(entry.name, entry.revision, snapshot)
+        held = self._prefixes.match(blocks) if len(snapshot) > 1 else None
+        affinity = Affinity(held, len(blocks), self._routing.prefix_weight) if held else None
+        chosen = pick(entry.name, entry.revision, snapshot, affinity)
         if chosen is None:
             return None
         best = chosen.choices[0].replica_id
@@ -75,6 +107,17 @@ class Traffic:
         self._last_used[entry.name] = now
         return chosen
 
+    def prompt_sent(self, entry: ModelEntry, replica_id: str, blocks: Blocks) -> None:
+        """A prompt is on its way to a replica, which will have it in its cache."""
+        replica = self.fleet.replica(replica_id)
+        if replica is None or not blocks:
+            return
+        needs = needs_of(entry.engine_settings)
+        token_bytes = needs.kv_bytes_per_token(entry.kv_bytes_per_token, entry.dtype)
+        kv_cache_bytes = dict(replica.memory_items).get("KV_CACHE", 0)
+        capacity = int(kv_cache_bytes / (token_bytes * BLOCK_TOKENS)) if token_bytes and kv_cache_bytes else 0
+        self._prefixes.add(replica_id, blocks, capacity or _UNKNOWN_CAPACITY)
+
     def changed(self, change: Change, now: float) -> None:
         """Follows a change of the fleet's state."""
         if change.before is None and change.after is None:
@@ -84,6 +127,8 @@ class Traffic:
         if change.after is None or change.after.state.is_gone:
             self._forget(replica)
             return
+        if replica.state is ReplicaState.ASLEEP:
+            self._prefixes.forget(replica.replica_id)
         if replica.state is ReplicaState.READY:
             self._ready_since.setdefault(replica.replica_id, now)
         if change.before is None and replica.state is not ReplicaState.ASLEEP:
@@ -255,6 +300,7 @@ class Traffic:
         self.table.remove(replica_id)
         self.ledger.forget_replica(replica_id)
         self.breakers.forget(replica_id)
+        self._prefixes.forget(replica_id)
         self._draining.discard(replica_id)
         self._ready_since.pop(replica_id, None)
 

@@ -22,6 +22,7 @@ from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
 from helios.mesh.envoy import pack
 
 MODEL_HEADER = "x-helios-model"
+BODY_BYTES_HEADER = "x-helios-body-bytes"
 ENDPOINT_HEADER = "x-helios-endpoint"
 # Names this Envoy to the picker, which then knows whose acknowledgement of an endpoint it has to wait for.
 NODE_HEADER = "x-helios-envoy"
@@ -39,6 +40,10 @@ def strip_client_headers() -> TypedExtensionConfig:
         header=HeaderValue(key=CLIENT_REQUEST_ID_HEADER, value="%REQ(x-request-id):128%"),
         append_action=HeaderValueOptionHeaderAppendAction.ADD_IF_ABSENT,
     )
+    body_bytes = HeaderValueOption(
+        header=HeaderValue(key=BODY_BYTES_HEADER, value="%REQ(content-length):20%"),
+        append_action=HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD,
+    )
     mutations = [
         Mutation(append=kept_id),
         Mutation(remove="x-request-id"),
@@ -47,6 +52,8 @@ def strip_client_headers() -> TypedExtensionConfig:
         # Only the error filter reads it, and only in responses; a client's would be echoed by nothing, and means
         # nothing.
         Mutation(remove="x-openai-error"),
+        # The transcoder takes content-length off; the picker bounds what is held by it.
+        Mutation(append=body_bytes),
     ]
     return pack.extension("helios.strip_client_headers", HeaderMutation(mutations=mutations))
 

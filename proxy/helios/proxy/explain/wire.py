@@ -85,6 +85,8 @@ def _pick_to_proto(pick: Pick, excluded: tuple[tuple[str, str], ...]) -> pb.Pick
             "running": candidate.running_score,
             "kv_usage": candidate.kv_score,
         }
+        if candidate.prefix_score:
+            scores["prefix"] = candidate.prefix_score
         message.candidates.add(
             replica_id=candidate.replica_id,
             address=candidate.address,

@@ -2,15 +2,17 @@
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 from google.api import httpbody_pb2
 from google.protobuf.message import DecodeError, Message
 
 from helios.api.inference.v1 import inference_service_pb2 as inference_pb
+from helios.mesh import names
 from helios.mesh.errors import InvalidRequest, ModelMismatch, Unsupported
 from helios.proxy.catalogue import shown
+from helios.proxy.picker.prompt import Prompt, native_prompt, openai_prompt
 
 OPENAI_PREFIX: Final = "/helios.api.inference.v1.OpenAIService/"
 INFERENCE_PREFIX: Final = "/helios.api.inference.v1.InferenceService/"
@@ -18,6 +20,15 @@ INFERENCE_PREFIX: Final = "/helios.api.inference.v1.InferenceService/"
 INLINE_BODY_BYTES: Final = 256 << 10
 _FRAME_BYTES: Final = 5
 _MISSING: Final = "you must provide a model parameter"
+PROMPT_PATHS: Final = frozenset(
+    (
+        f"{OPENAI_PREFIX}CreateChatCompletion",
+        f"{OPENAI_PREFIX}CreateCompletion",
+        f"{INFERENCE_PREFIX}Chat",
+        f"{INFERENCE_PREFIX}Complete",
+    )
+)
+"""Calls whose prompt an engine may have in its cache."""
 _INFERENCE_MESSAGES: Final[dict[str, type[Message]]] = {
     "Chat": inference_pb.ChatRequest,
     "Complete": inference_pb.CompleteRequest,
@@ -34,19 +45,29 @@ class Heads:
     path: str
     request_id: str
     model: str
-    content_length: int
+    body_bytes: int
     timeout: str
     traceparent: str
 
 
+class Body(NamedTuple):
+    """What the picker reads of a body."""
+
+    model: str
+    prompt: Prompt
+
+
 def read_heads(headers: dict[str, str]) -> Heads:
-    """Picks out what matters; a content-length that is no number counts as 0."""
-    length = headers.get("content-length", "0")
+    """Picks out what matters; a length that is no number counts as 0.
+
+    Envoy's transcoder takes content-length off: what the client said of it is in a header of the mesh's own.
+    """
+    length = headers.get(names.BODY_BYTES_HEADER) or headers.get("content-length", "0")
     return Heads(
         path=headers.get(":path", ""),
         request_id=headers.get("x-request-id", ""),
         model=headers.get("x-helios-model", ""),
-        content_length=int(length) if length.isascii() and length.isdigit() else 0,
+        body_bytes=int(length) if length.isascii() and length.isdigit() else 0,
         timeout=headers.get("grpc-timeout", ""),
         traceparent=headers.get("traceparent", ""),
     )
@@ -62,8 +83,8 @@ def agree(header_model: str, body_model: str) -> str:
     return header_model or body_model
 
 
-def body_model(path: str, body: bytes) -> str:
-    """Reads the model from a request's body: one gRPC frame, as Envoy has it after transcoding.
+def read_body(path: str, body: bytes) -> Body:
+    """Reads a request's body: one gRPC frame, as Envoy has it after transcoding.
 
     Raises:
         InvalidRequest: it is malformed, of the wrong content type, or names no model.
@@ -74,13 +95,14 @@ def body_model(path: str, body: bytes) -> str:
         if kind is None:
             raise Unsupported(f"no such method: {shown(path)}")
         try:
-            model = getattr(kind.FromString(message), "model", "")
+            request = kind.FromString(message)
         except DecodeError as error:
             raise InvalidRequest("the request message can't be parsed") from error
-        if not model:
+        if not (model := getattr(request, "model", "")):
             raise _missing()
-        return str(model)
-    return _openai_model(message)
+        return Body(str(model), native_prompt(request))
+    document = _openai_document(message)
+    return Body(_openai_model(document), openai_prompt(document))
 
 
 def missing_model() -> InvalidRequest:
@@ -104,7 +126,7 @@ def _unframe(body: bytes) -> bytes:
     return body[_FRAME_BYTES:]
 
 
-def _openai_model(message: bytes) -> str:
+def _openai_document(message: bytes) -> dict[str, Any]:
     try:
         http = httpbody_pb2.HttpBody.FromString(message)
     except DecodeError as error:
@@ -122,6 +144,10 @@ def _openai_model(message: bytes) -> str:
         raise InvalidRequest(f"the body is not valid JSON: {error}", reason="MALFORMED_JSON") from error
     if not isinstance(document, dict):
         raise InvalidRequest("the body must be a JSON object", reason="MALFORMED_JSON")
+    return document
+
+
+def _openai_model(document: dict[str, Any]) -> str:
     model = document.get("model")
     if model is None or model == "":
         raise _missing()

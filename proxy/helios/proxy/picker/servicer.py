@@ -3,7 +3,8 @@
 The numbered conversation, one stream a request:
     1. Envoy → request headers, with the model that it lifted from a JSON body as dynamic metadata.
     2. picker → headers to set (where to go), or an immediate response (an error). A hold is an answer that comes later.
-    Where neither header nor metadata names a model: 2. picker → "send the body", 3. Envoy → the body, 4. as 2.
+    Where neither header nor metadata names a model, and where several replicas could take a prompt of middling size:
+    2. picker → "send the body", 3. Envoy → the body, 4. as 2.
 
 Every request of the mesh passes here, so this server has no interceptors: the caller's identity is checked and errors
 are mapped in this module.
@@ -24,7 +25,7 @@ from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
 
 from helios.mesh import names, status
-from helios.mesh.errors import Draining, HeliosError, InvalidRequest, PermissionDenied
+from helios.mesh.errors import Draining, HeliosError, InvalidRequest, PermissionDenied, Unsupported
 from helios.mesh.identity import SpiffeId
 from helios.mesh.server import check_peer
 from helios.proxy import metrics
@@ -32,18 +33,22 @@ from helios.proxy.catalog.servicer import find_model
 from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.explain.record import Refusal
+from helios.proxy.picker.prompt import NO_PROMPT
 from helios.proxy.picker.request import (
     INFERENCE_PREFIX,
     INLINE_BODY_BYTES,
     OPENAI_PREFIX,
+    PROMPT_PATHS,
+    Body,
     Heads,
     agree,
-    body_model,
     missing_model,
+    read_body,
     read_heads,
     timeout_seconds,
 )
 from helios.proxy.routing.pick import Pick
+from helios.proxy.routing.prefix import NO_BLOCKS, Blocks, blocks_of
 from helios.proxy.runtime import Arrival, Runtime
 
 log = structlog.get_logger()
@@ -90,15 +95,18 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             await status.abort(context, InvalidRequest("the first message must be the request's headers"))
         arrived_at = time.monotonic()
         heads = read_heads(_header_map(request.request_headers.headers.headers))
-        began, is_body, model = _began(request), False, heads.model
+        began, body, model = _began(request), None, heads.model
         try:
             model = agree(heads.model, _lifted_model(request))
             if not model:
                 _check_path(heads.path)
-                await context.write(_ASK_BODY)
-                is_body = True
-                model = await _read_body_model(context, heads)
-            pick = await self._pick(model, heads, arrived_at, began, context)
+                body = await _ask_body(context, heads)
+                model = body.model
+            entry = self._core.resolve(model) or await find_model(self._runtime, self._models, model)
+            if body is None and self._wants_prompt(entry, heads):
+                body = await _ask_prompt(context, heads)
+            blocks = _blocks(entry, model, body)
+            pick = await self._pick(entry, model, blocks, heads, arrived_at=arrived_at, began=began, context=context)
         except Draining as error:
             # No answer but a broken stream: Envoy asks another proxy, or this one once it is back.
             await status.abort(context, error)
@@ -108,7 +116,17 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             self._note_refusal(model, heads, arrived_at, began, error)
             await context.write(_refusal(error))
             return
-        await context.write(_answer(pick, model, is_body=is_body, more=self._more_headers(pick, model)))
+        more = self._more_headers(pick, model)
+        await context.write(_answer(pick, model, is_body=body is not None, more=more))
+        # Behind the answer: a long prompt has many blocks.
+        self._core.traffic.prompt_sent(entry, pick.choices[0].replica_id, blocks)
+
+    def _wants_prompt(self, entry: ModelEntry, heads: Heads) -> bool:
+        return (
+            0 < heads.body_bytes <= INLINE_BODY_BYTES
+            and heads.path in PROMPT_PATHS
+            and self._core.traffic.wants_prompt(entry)
+        )
 
     def _more_headers(self, pick: Pick, model: str) -> dict[str, str]:
         """What only requests of some models carry: the adapter that they name, the replica that computes the prompt."""
@@ -120,9 +138,18 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             found[names.ROUTE_ADAPTER_HEADER] = model
         return {name: value for name, value in found.items() if value}
 
-    async def _pick(self, model: str, heads: Heads, arrived_at: float, began: str, context: Any) -> Pick:
+    async def _pick(
+        self,
+        entry: ModelEntry,
+        model: str,
+        blocks: Blocks,
+        heads: Heads,
+        *,
+        arrived_at: float,
+        began: str,
+        context: Any,
+    ) -> Pick:
         now = time.perf_counter()
-        entry = self._core.resolve(model) or await find_model(self._runtime, self._models, model)
         if entry.role == "prefill":
             raise InvalidRequest(
                 f"'{shown(model)}' only computes prompts, for a model of the same revision whose role is decode",
@@ -130,7 +157,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 metadata={"param": "model"},
             )
         adapter = model if model in entry.adapters else ""
-        pick = self._core.pick(entry, heads.request_id, time.monotonic(), adapter)
+        pick = self._core.pick(entry, heads.request_id, time.monotonic(), adapter, blocks)
         if pick is not None:
             excluded = self._core.traffic.exclusions(entry.name)
             self._journal.picked(heads.request_id, (model, pick, excluded, began, arrived_at, time.monotonic()))
@@ -159,7 +186,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             traceparent=_trace_of(context) or heads.traceparent,
         )
         deadline = time.monotonic() + budget
-        return await self._runtime.wait_pick(entry, arrival, size_bytes=heads.content_length, deadline=deadline)
+        return await self._runtime.wait_pick(entry, arrival, size_bytes=heads.body_bytes, deadline=deadline)
 
     def _note_refusal(self, model: str, heads: Heads, arrived_at: float, began: str, error: HeliosError) -> None:
         code = int(grpc.StatusCode[error.grpc_code].value[0])
@@ -195,15 +222,32 @@ def _check_path(path: str) -> None:
         raise missing_model()
 
 
-async def _read_body_model(context: Any, heads: Heads) -> str:
+async def _ask_body(context: Any, heads: Heads) -> Body:
+    await context.write(_ASK_BODY)
     message = await context.read()
     if message is grpc.aio.EOF or not message.HasField("request_body"):
         # A request that ends with its headers has no body to send.
         raise missing_model()
     body = message.request_body.body
     if len(body) <= INLINE_BODY_BYTES:
-        return body_model(heads.path, body)
-    return await asyncio.to_thread(body_model, heads.path, body)
+        return read_body(heads.path, body)
+    return await asyncio.to_thread(read_body, heads.path, body)
+
+
+async def _ask_prompt(context: Any, heads: Heads) -> Body:
+    """The body, for its prompt alone: what is wrong with it is the replica's to say, which reads all of it."""
+    try:
+        return await _ask_body(context, heads)
+    except (InvalidRequest, Unsupported):
+        return Body("", NO_PROMPT)
+
+
+def _blocks(entry: ModelEntry, model: str, body: Body | None) -> Blocks:
+    """A prompt's blocks, apart for all that an engine's cache keeps apart: revision, adapter, salt."""
+    if body is None:
+        return NO_BLOCKS
+    adapter = model if model in entry.adapters else ""
+    return blocks_of(body.prompt.text, f"{entry.revision} {adapter} {body.prompt.salt}")
 
 
 def _began(request: Any) -> str:
@@ -258,7 +302,7 @@ def _set(headers: Any, key: str, value: bytes) -> None:
     option.header.raw_value = value
 
 
-def _ask_body() -> Any:
+def _body_asked() -> Any:
     response = ext_proc.ProcessingResponse()
     # An answer to the headers that changes nothing.
     response.request_headers.response.SetInParent()
@@ -268,4 +312,4 @@ def _ask_body() -> Any:
     return response
 
 
-_ASK_BODY: Final = _ask_body()
+_ASK_BODY: Final = _body_asked()

@@ -2,6 +2,7 @@
 candidate.
 """
 
+from collections.abc import Mapping
 from heapq import nlargest
 from operator import attrgetter
 from typing import NamedTuple
@@ -39,18 +40,45 @@ class Pick(NamedTuple):
     def explain(self) -> str:
         """Says, for people, why the first choice won."""
         best = self.choices[0]
-        return (
-            f"the best of {self.candidate_count}: {best.score:.3f} "
-            f"(queue {best.queue_score:.2f}, running {best.running_score:.2f}, kv {best.kv_score:.2f})"
-        )
+        scores = f"queue {best.queue_score:.2f}, running {best.running_score:.2f}, kv {best.kv_score:.2f}"
+        if best.prefix_score:
+            scores += f", prefix {best.prefix_score:.2f}"
+        return f"the best of {self.candidate_count}: {best.score:.3f} ({scores})"
 
 
-def pick(model: str, revision: str, snapshot: tuple[Candidate, ...]) -> Pick | None:
+class Affinity(NamedTuple):
+    """Where a request's prompt is cached: its first blocks by replica, of so many, and what that weighs in a score.
+
+    The weight is the share of a whole score that a wholly cached prompt is; load has the rest.
+    """
+
+    held: Mapping[str, int]
+    block_count: int
+    weight: float
+
+    def rescored(self, candidate: Candidate) -> Candidate:
+        """The candidate as this request sees it."""
+        ratio = self.held.get(candidate.replica_id, 0) / self.block_count
+        score = (1.0 - self.weight) * candidate.score + self.weight * ratio
+        return candidate._replace(score=score, prefix_score=ratio)
+
+
+def pick(model: str, revision: str, snapshot: tuple[Candidate, ...], affinity: Affinity | None = None) -> Pick | None:
     """Picks from a snapshot; None where it is empty. Equal scores go to the candidate that came first."""
     count = len(snapshot)
     if count == 1:
         return Pick(model, revision, snapshot, 1, snapshot)
     if not count:
         return None
+    if affinity is not None:
+        # The order of those that have nothing of the prompt is that of their own scores: only the best of them matter.
+        snapshot = snapshot if count <= MAX_CONSIDERED else _contenders(snapshot, affinity.held)
+        snapshot = tuple(map(affinity.rescored, snapshot))
     choices = tuple(nlargest(MAX_CHOICES, snapshot, key=_by_score))
     return Pick(model, revision, choices, count, snapshot if count <= MAX_CONSIDERED else choices)
+
+
+def _contenders(snapshot: tuple[Candidate, ...], held: Mapping[str, int]) -> tuple[Candidate, ...]:
+    others = [candidate for candidate in snapshot if candidate.replica_id not in held]
+    holders = [candidate for candidate in snapshot if candidate.replica_id in held]
+    return (*holders, *nlargest(MAX_CHOICES, others, key=_by_score))

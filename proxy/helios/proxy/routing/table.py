@@ -24,6 +24,8 @@ class Candidate(NamedTuple):
     queue_score: float
     running_score: float
     kv_score: float
+    prefix_score: float = 0.0
+    """The share of a request's prompt that it has in its cache, where that was asked: never of the table's own."""
 
 
 class Facts(NamedTuple):
@@ -86,6 +88,10 @@ class RoutingTable:
         """The candidates now; empty where there are none."""
         group = self._groups.get((model, revision))
         return tuple(group.values()) if group else ()
+
+    def count(self, model: str, revision: str) -> int:
+        """How many candidates there are now."""
+        return len(self._groups.get((model, revision), ()))
 
     def put(self, model: str, revision: str, candidate: Candidate) -> bool:
         """Adds or replaces a candidate; True where it was not one before."""

@@ -1,0 +1,130 @@
+"""Which replica has the beginning of a prompt in its KV cache, as far as can be known from what was sent where.
+
+An engine keeps the KV blocks of prompts that it has seen, and takes them again for a prompt that begins alike; so a
+conversation's next turn, or a question after the same long system prompt, is answered sooner where the last one was.
+The text of a prompt is cut into blocks; a block's hash is made of its bytes and the hash before, so that equal hashes
+mean equal beginnings. For each replica the hashes of what it was sent are kept in the order of use, as many as its
+KV cache has room for, and an inverted index says which replicas have a block: the bits of an int, one for each replica.
+A look takes one lookup and one AND a block, however many replicas there are.
+
+Nothing here is truth: tokens are guessed from bytes, the engine's evictions are guessed from its cache's size. A wrong
+guess costs a prefill, as without. Pure.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Final, NewType
+
+Blocks = NewType("Blocks", tuple[int, ...])
+"""The hashes of a prompt's blocks, first to last."""
+
+NO_BLOCKS: Final = Blocks(())
+BLOCK_BYTES: Final = 256
+"""Some 64 tokens of English: four of vLLM's blocks. Smaller ones find little more and cost more."""
+BLOCK_TOKENS: Final = 64
+_MIN_BLOCKS: Final = 2
+
+
+def blocks_of(prompt: bytes, seed: str) -> Blocks:
+    """Hashes a prompt's whole blocks; none of a prompt that is too short for its place to matter.
+
+    ``seed`` is what makes equal prompts different for an engine's cache: an adapter, a salt. The hashes are this
+    process's own (Python's SipHash with its secret), so that no client can make blocks collide.
+    """
+    count = len(prompt) // BLOCK_BYTES
+    if count < _MIN_BLOCKS:
+        return NO_BLOCKS
+    value = hash(seed)
+    hashes = []
+    for begin, end in pairwise(range(0, count * BLOCK_BYTES + 1, BLOCK_BYTES)):
+        value = hash((value, prompt[begin:end]))
+        hashes.append(value)
+    return Blocks(tuple(hashes))
+
+
+@dataclass(slots=True)
+class _Held:
+    """A replica's blocks, the one used longest ago first."""
+
+    bit: int
+    capacity: int
+    blocks: OrderedDict[int, None] = field(default_factory=OrderedDict)
+
+
+class PrefixIndex:
+    """Which replica was sent which blocks.
+
+    Invariants: a replica has at most its capacity, and its share of ``max_blocks``; the index holds exactly what
+    replicas hold; no two replicas have a bit in common.
+    """
+
+    def __init__(self, max_blocks: int) -> None:
+        """``max_blocks`` bounds what is kept of all replicas; a block of one takes some 250 bytes."""
+        self._max_blocks = max_blocks
+        self._held: dict[str, _Held] = {}
+        self._replica_of: dict[int, str] = {}
+        self._replicas_of: dict[int, int] = {}
+        self._free_bits: list[int] = []
+
+    @property
+    def block_count(self) -> int:
+        """Blocks of all replicas, each counted for each replica that has it."""
+        return sum(len(held.blocks) for held in self._held.values())
+
+    def match(self, blocks: Blocks) -> dict[str, int]:
+        """How many of a prompt's first blocks each replica has; those that have none are left out."""
+        found: dict[str, int] = {}
+        having = self._replicas_of.get(blocks[0], 0) if blocks else 0
+        for count, block in enumerate(blocks):
+            still = having & self._replicas_of.get(block, 0)
+            if still != having:
+                self._note(found, having ^ still, count)
+                having = still
+            if not having:
+                break
+        self._note(found, having, len(blocks))
+        return found
+
+    def _note(self, found: dict[str, int], bits: int, count: int) -> None:
+        while bits:
+            lowest = bits & -bits
+            found[self._replica_of[lowest]] = count
+            bits ^= lowest
+
+    def add(self, replica_id: str, blocks: Blocks, capacity: int) -> None:
+        """A prompt was sent to a replica whose cache has room for ``capacity`` blocks."""
+        held = self._held.get(replica_id)
+        if held is None:
+            held = self._held[replica_id] = _Held(self._new_bit(), capacity)
+            self._replica_of[held.bit] = replica_id
+        held.capacity = capacity
+        # The last first: a beginning is of use without its end, and an end is of none without its beginning.
+        for block in reversed(blocks[:capacity]):
+            if block in held.blocks:
+                held.blocks.move_to_end(block)
+            else:
+                held.blocks[block] = None
+                self._replicas_of[block] = self._replicas_of.get(block, 0) | held.bit
+        share = max(1, self._max_blocks // len(self._held))
+        while len(held.blocks) > min(held.capacity, share):
+            self._drop(held, held.blocks.popitem(last=False)[0])
+
+    def forget(self, replica_id: str) -> None:
+        """A replica is gone, or its cache is empty; harmless where nothing is known of it."""
+        held = self._held.pop(replica_id, None)
+        if held is not None:
+            for block in held.blocks:
+                self._drop(held, block)
+            del self._replica_of[held.bit]
+            self._free_bits.append(held.bit)
+
+    def _drop(self, held: _Held, block: int) -> None:
+        left = self._replicas_of[block] & ~held.bit
+        if left:
+            self._replicas_of[block] = left
+        else:
+            del self._replicas_of[block]
+
+    def _new_bit(self) -> int:
+        return self._free_bits.pop() if self._free_bits else 1 << len(self._held)

@@ -1,0 +1,142 @@
+"""Which replica has the beginning of a prompt: hashing, the index against a plain model of it, and the pick."""
+
+from collections import OrderedDict
+
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from helios.api.inference.v1 import inference_service_pb2 as pb
+from helios.proxy.fleet.state import Load
+from helios.proxy.picker.prompt import NO_PROMPT, native_prompt, openai_prompt
+from helios.proxy.routing.pick import MAX_CONSIDERED, Affinity, pick
+from helios.proxy.routing.prefix import BLOCK_BYTES, NO_BLOCKS, Blocks, PrefixIndex, blocks_of
+from helios.proxy.routing.table import Candidate, score
+
+REPLICAS = ("a", "b", "c")
+# Few texts of few blocks, so that they share beginnings.
+PROMPTS = st.lists(st.sampled_from([b"x" * BLOCK_BYTES, b"y" * BLOCK_BYTES]), min_size=2, max_size=6).map(b"".join)
+
+
+@given(PROMPTS, PROMPTS)
+def test_equal_hashes_are_equal_beginnings(one: bytes, other: bytes) -> None:
+    first, second = blocks_of(one, "s"), blocks_of(other, "s")
+    for count in range(1, min(len(first), len(second)) + 1):
+        is_same = one[: count * BLOCK_BYTES] == other[: count * BLOCK_BYTES]
+        assert (first[count - 1] == second[count - 1]) is is_same
+    assert not set(first) & set(blocks_of(one, "another salt"))
+
+
+def test_only_whole_blocks_count_and_short_prompts_have_none() -> None:
+    assert blocks_of(b"x" * (2 * BLOCK_BYTES - 1), "s") == NO_BLOCKS
+    assert len(blocks_of(b"x" * (3 * BLOCK_BYTES - 1), "s")) == 2
+
+
+class AgainstAPlainModel(RuleBasedStateMachine):
+    """The index finds what a list of each replica's blocks, cut from the front, finds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_blocks = 12
+        self.index = PrefixIndex(self.max_blocks)
+        self.model: dict[str, OrderedDict[int, None]] = {}
+
+    @rule(replica=st.sampled_from(REPLICAS), prompt=PROMPTS, capacity=st.integers(1, 8))
+    def send(self, replica: str, prompt: bytes, capacity: int) -> None:
+        blocks = blocks_of(prompt, "s")
+        self.index.add(replica, blocks, capacity)
+        held = self.model.setdefault(replica, OrderedDict())
+        for block in reversed(blocks[:capacity]):
+            held.pop(block, None)
+            held[block] = None
+        while len(held) > min(capacity, self.max_blocks // len(self.model)):
+            held.popitem(last=False)
+
+    @rule(replica=st.sampled_from(REPLICAS))
+    def forget(self, replica: str) -> None:
+        self.index.forget(replica)
+        self.model.pop(replica, None)
+
+    @rule(prompt=PROMPTS)
+    def ask(self, prompt: bytes) -> None:
+        blocks = blocks_of(prompt, "s")
+        expected = {replica: _leading(blocks, held) for replica, held in self.model.items()}
+        assert self.index.match(blocks) == {replica: count for replica, count in expected.items() if count}
+
+    @invariant()
+    def it_holds_what_they_hold(self) -> None:
+        assert self.index.block_count == sum(map(len, self.model.values()))
+
+
+TestAgainstAPlainModel = AgainstAPlainModel.TestCase
+
+
+def _leading(blocks: Blocks, held: OrderedDict[int, None]) -> int:
+    return next((count for count, block in enumerate(blocks) if block not in held), len(blocks))
+
+
+def test_a_beginning_outlives_its_end() -> None:
+    index = PrefixIndex(100)
+    long = blocks_of(bytes(range(256)) * 6, "s")
+    index.add("a", long, 6)
+    index.add("a", blocks_of((b"other" * BLOCK_BYTES)[: 2 * BLOCK_BYTES], "s"), 6)
+    assert index.match(long) == {"a": 4}
+
+
+def _table(count: int, loads: dict[int, Load]) -> tuple[Candidate, ...]:
+    return tuple(score(f"r{i}", f"a{i}", loads.get(i, Load()), 0) for i in range(count))
+
+
+@given(st.integers(2, 3 * MAX_CONSIDERED), st.dictionaries(st.integers(0, 60), st.integers(1, 10)), st.data())
+def test_the_picks_are_those_of_all_scores_together(count: int, held: dict[int, int], data: st.DataObject) -> None:
+    waiting = data.draw(st.dictionaries(st.integers(0, count - 1), st.integers(0, 9)))
+    snapshot = _table(count, {index: Load(waiting_count=value) for index, value in waiting.items()})
+    affinity = Affinity({f"r{index}": blocks for index, blocks in held.items()}, 10, 0.4)
+    chosen = pick("m", "v", snapshot, affinity)
+    assert chosen is not None
+    best = sorted((affinity.rescored(candidate).score for candidate in snapshot), reverse=True)[:3]
+    assert [choice.score for choice in chosen.choices] == best
+    assert chosen.candidate_count == count
+
+
+def test_a_cached_prompt_wins_until_requests_queue_there() -> None:
+    affinity = Affinity({"r1": 10}, 10, 0.4)
+
+    def first(load: Load) -> str:
+        chosen = pick("m", "v", _table(2, {1: load}), affinity)
+        assert chosen is not None
+        return chosen.choices[0].replica_id
+
+    assert first(Load(running_count=8, kv_usage_ratio=0.5)) == "r1"
+    assert first(Load(running_count=64, waiting_count=4, kv_usage_ratio=0.9)) == "r0"
+
+
+def test_what_a_conversation_adds_changes_no_block_before_it() -> None:
+    system = {"role": "system", "content": "You are terse. " * 100}
+    turns = [system, {"role": "user", "content": "Hello"}]
+    tools = [{"type": "function", "function": {"name": "f" * 300}}]
+    one = blocks_of(openai_prompt({"messages": turns}).text, "")
+    more = [*turns, {"role": "assistant", "content": "Hi. " * 200}, {"role": "user", "content": "Bye"}]
+    other = blocks_of(openai_prompt({"messages": more}).text, "")
+    assert other[: len(one)] == one
+    assert len(other) > len(one) > 2
+    # Templates put tools first.
+    assert not set(one) & set(blocks_of(openai_prompt({"messages": turns, "tools": tools}).text, ""))
+
+
+def test_native_requests_have_their_prompt() -> None:
+    messages = [pb.ChatMessage(role=pb.ChatMessage.ROLE_SYSTEM, content="s" * 600)]
+    one = native_prompt(pb.ChatRequest(model="m", messages=messages)).text
+    more = [*messages, pb.ChatMessage(role=pb.ChatMessage.ROLE_USER, content="u")]
+    assert native_prompt(pb.ChatRequest(model="m", messages=more)).text.startswith(one)
+    assert native_prompt(pb.CompleteRequest(text="é")).text == "é".encode()
+    assert native_prompt(pb.CompleteRequest(token_ids=pb.TokenIds(ids=[1, 2]))).text
+    assert native_prompt(pb.TokenizeRequest(text="x")) == NO_PROMPT
+
+
+def test_odd_requests_have_no_prompt_and_break_nothing() -> None:
+    odd: list[dict[str, object]] = [{}, {"messages": "x"}, {"messages": None, "prompt": 3}, {"prompt": {}}]
+    for document in odd:
+        assert openai_prompt(document) == NO_PROMPT
+    assert openai_prompt({"prompt": [1, 2], "cache_salt": 3}).salt == ""
+    assert openai_prompt({"prompt": "x", "cache_salt": "s"}) == (b'"x"', "s")
