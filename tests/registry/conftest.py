@@ -1,10 +1,13 @@
 """Fixtures of the registry's tests."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
+from helios.registry.database import Database
+from tests.registry.postgresql import Server, postgresql
+from tests.registry.stores import Place, Templates, opened
 from tests.registry.support import Mesh, Parts, open_parts
 from tests.registry.tiny import write_gguf, write_model
 
@@ -32,3 +35,43 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Mesh:
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model as a GGUF file."""
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[Server]:
+    """A PostgreSQL that runs."""
+    with postgresql() as server, server.running():
+        yield server
+
+
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory: pytest.TempPathFactory, postgresql_server: Server) -> Templates:
+    """Databases to copy."""
+    return Templates.make(tmp_path_factory.mktemp("templates"), postgresql_server)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_kind(request: pytest.FixtureRequest) -> str:
+    """Which database a test runs on: each on both."""
+    return str(request.param)
+
+
+@pytest.fixture
+def empty_place(database_kind: str, templates: Templates, tmp_path: Path) -> Iterator[Place]:
+    """A database without tables."""
+    with templates.place(database_kind, tmp_path, is_empty=True) as place:
+        yield place
+
+
+@pytest.fixture
+def place(database_kind: str, templates: Templates, tmp_path: Path) -> Iterator[Place]:
+    """A database that is up to date, and empty."""
+    with templates.place(database_kind, tmp_path, is_empty=False) as place:
+        yield place
+
+
+@pytest.fixture
+async def database(place: Place) -> AsyncIterator[Database]:
+    """The same, opened."""
+    async with opened(place) as database:
+        yield database

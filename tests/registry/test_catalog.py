@@ -19,7 +19,6 @@ from helios.mesh.errors import (
     RevisionNotFound,
     Unavailable,
 )
-from helios.registry.database import Database
 from helios.registry.manifest import MEDIA_CONFIG, MEDIA_WEIGHT, Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
 from helios.registry.records import ModelDeleted, ModelPolicy, ModelSnapshot, ModelUpserted, WatchEvent
@@ -245,22 +244,6 @@ async def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
         before = await parts.catalog.update_policy("m", ModelPolicy(1, 0))
     async with open_parts(tmp_path / "r") as parts:
         assert await parts.store.list_models() == [before]
-
-
-async def test_a_database_of_another_version_is_refused(tmp_path: Path) -> None:
-    database = await Database.open(tmp_path / "registry.db")
-    async with database.transaction() as connection:
-        await connection.exec_driver_sql("UPDATE schema_version SET version = 99")
-    await database.close()
-    with pytest.raises(PreconditionFailed) as caught:
-        await Database.open(tmp_path / "registry.db")
-    assert caught.value.reason == "SCHEMA_MISMATCH"
-
-
-async def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "registry.db").write_bytes(b"not a database, " * 1000)
-    with pytest.raises(Corrupted):
-        await Database.open(tmp_path / "registry.db")
 
 
 async def test_a_transaction_that_fails_changes_nothing(parts: Parts) -> None:

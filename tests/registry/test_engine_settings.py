@@ -1,16 +1,14 @@
 """Engine settings in the registry: their shape, how they are kept, and who is told."""
 
 import json
-import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from helios.api.engine.v1 import engine_settings_pb2 as pb
-from helios.mesh.errors import InvalidRequest, ModelNotFound, PermissionDenied, PreconditionFailed
+from helios.mesh.errors import InvalidRequest, ModelNotFound, PermissionDenied
 from helios.registry.client import EngineSettings, ModelUpserted, RegistryClient
-from helios.registry.database import Database
 from helios.registry.wire import engine_settings_from_proto, engine_settings_to_proto
 from tests.registry.support import Mesh, Parts, serve
 from tests.registry.test_catalog import next_of, revision
@@ -130,24 +128,3 @@ async def test_a_proxy_may_not_set_them(parts: Parts, mesh: Mesh) -> None:
     async with serve(parts, mesh) as address, mesh.client(address, "proxy") as proxy:
         with pytest.raises(PermissionDenied):
             await proxy.update_engine_settings("m", EngineSettings())
-
-
-async def test_an_older_database_is_brought_up_to_date(tmp_path: Path) -> None:
-    path = tmp_path / "registry.db"
-    await (await Database.open(path)).close()
-    with sqlite3.connect(path) as connection:
-        connection.execute("ALTER TABLE models DROP COLUMN engine_settings")
-        connection.execute("UPDATE schema_version SET version = 1")
-        connection.execute("INSERT INTO revisions VALUES ('r', 's', 1, 0, '{}')")
-        connection.execute("INSERT INTO models VALUES ('m', 'r', 0, 0, 0)")
-    connection.close()
-    database = await Database.open(path)
-    async with database.transaction() as opened:
-        (document,) = (await opened.exec_driver_sql("SELECT engine_settings FROM models")).one()
-    assert document == "{}"
-    await database.close()
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE schema_version SET version = 99")
-    connection.close()
-    with pytest.raises(PreconditionFailed, match="schema 99"):
-        await Database.open(path)

@@ -4,12 +4,11 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import delete, func, insert, select, tuple_, update
-from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from helios.mesh.errors import NotFound, RevisionNotFound
 from helios.registry.artifacts import MAX_COUNT, Artifact, NewArtifact, Use, plan_eviction
-from helios.registry.database import Database
+from helios.registry.database import Database, upsert
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.store import batches, delete_unused_blobs, from_us, to_us
 from helios.registry.tables import artifact_entries, artifacts, blobs, revisions
@@ -23,7 +22,7 @@ class ArtifactStore:
 
     async def find(self, kind: str, key: str) -> Artifact | None:
         """Returns an artifact, None where there is none."""
-        async with self._database.transaction() as connection:
+        async with self._database.snapshot() as connection:
             return await _find(connection, kind, key)
 
     async def get(self, kind: str, key: str) -> Artifact:
@@ -51,7 +50,7 @@ class ArtifactStore:
         )
         if revision:
             query = query.where(artifacts.c.revision == revision)
-        async with self._database.transaction() as connection:
+        async with self._database.snapshot() as connection:
             return [_artifact(row) for row in await connection.execute(query)]
 
     async def put(self, new: NewArtifact, now: datetime, *, quota_bytes: int) -> tuple[Artifact, bool]:
@@ -87,7 +86,7 @@ class ArtifactStore:
 
     async def find_manifest(self, digest: str) -> Manifest | None:
         """Returns the manifest of an artifact with this digest, None where there is none."""
-        async with self._database.transaction() as connection:
+        async with self._database.snapshot() as connection:
             named = select(artifacts.c.kind, artifacts.c.key).where(artifacts.c.digest == digest).limit(1)
             row = (await connection.execute(named)).one_or_none()
             if row is None:
@@ -104,7 +103,7 @@ class ArtifactStore:
 
     async def used_bytes(self) -> int:
         """Returns what all artifacts take."""
-        async with self._database.transaction() as connection:
+        async with self._database.snapshot() as connection:
             query = select(func.coalesce(func.sum(artifacts.c.size_bytes), 0))
             return int((await connection.execute(query)).scalar_one())
 
@@ -126,7 +125,9 @@ async def _make_room(connection: AsyncConnection, needed_bytes: int, quota_bytes
 async def _insert(connection: AsyncConnection, new: NewArtifact, now: datetime) -> None:
     unique = {entry.digest.hash: entry.digest.size_bytes for entry in new.manifest.entries}
     for batch in batches([{"hash": value, "size_bytes": size} for value, size in unique.items()]):
-        await connection.execute(upsert(blobs).values(batch).on_conflict_do_nothing(index_elements=["hash"]))
+        await connection.execute(
+            upsert(connection, blobs).values(batch).on_conflict_do_nothing(index_elements=["hash"])
+        )
     row = {
         "kind": new.kind,
         "key": new.key,

@@ -11,11 +11,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import delete, func, insert, literal, select, union, update
-from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from helios.mesh.errors import AlreadyExists, ModelNotFound, NotFound, RevisionNotFound
-from helios.registry.database import Database
+from helios.registry.database import Database, upsert
 from helios.registry.engine_settings import EngineSettings, refuse
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
@@ -60,22 +59,22 @@ class Store:
 
     async def list_models(self, *, after: str = "", limit: int | None = None) -> list[Model]:
         """Returns models by name, from the first after ``after``; all where ``limit`` is None."""
-        async with self._database.transaction() as connection:
+        async with self._database.snapshot() as connection:
             return await _select_models(connection, models.c.name > after, limit=limit)
 
     async def count_models(self) -> int:
         """Returns how many models there are."""
-        async with self._database.transaction() as connection:
+        async with self._database.snapshot() as connection:
             return (await connection.execute(select(func.count()).select_from(models))).scalar_one()
 
     async def get_model(self, name: str) -> Model:
         """Returns a model by name or alias. Raises ModelNotFound."""
-        async with self._database.transaction() as connection:
+        async with self._database.snapshot() as connection:
             return await _require_model(connection, await _resolve(connection, name))
 
     async def check_names(self, name: str, new_aliases: Collection[str]) -> None:
         """Raises AlreadyExists (ALIAS_TAKEN) if an ingest could not give a model this name and these aliases."""
-        async with self._database.transaction() as connection:
+        async with self._database.snapshot() as connection:
             await _check_names(connection, name, new_aliases)
 
     async def put_model(self, name: str, new_aliases: Collection[str], revision: NewRevision, now: datetime) -> Model:
@@ -95,13 +94,12 @@ class Store:
                 changes["engine_settings"] = revision.engine_settings.document
             row = {"name": name, "min_replicas": 0, "max_replicas": 0, "created_at_us": to_us(now)} | changes
             await connection.execute(
-                upsert(models).values(row).on_conflict_do_update(index_elements=["name"], set_=changes)
+                upsert(connection, models).values(row).on_conflict_do_update(index_elements=["name"], set_=changes)
             )
             await _serve_revision(connection, name, digest)
             for alias in new_aliases:
-                await connection.execute(
-                    upsert(aliases).values(alias=alias, model=name).on_conflict_do_nothing(index_elements=["alias"])
-                )
+                statement = upsert(connection, aliases).values(alias=alias, model=name)
+                await connection.execute(statement.on_conflict_do_nothing(index_elements=["alias"]))
             return await _require_model(connection, name)
 
     async def delete_model(self, name: str) -> None:
@@ -116,7 +114,7 @@ class Store:
 
     async def list_revisions(self, name: str, *, before: int | None, limit: int) -> list[tuple[int, Revision]]:
         """Returns a model's revisions, newest first, with the ordinal to continue from. Raises ModelNotFound."""
-        async with self._database.transaction() as connection:
+        async with self._database.snapshot() as connection:
             model = await _resolve(connection, name)
             query = (
                 select(model_revisions.c.ordinal, *revisions.c)
@@ -131,7 +129,7 @@ class Store:
 
     async def get_manifest(self, digest: str) -> tuple[Manifest, Revision]:
         """Returns a revision and its manifest. Raises RevisionNotFound."""
-        async with self._database.transaction() as connection:
+        async with self._database.snapshot() as connection:
             row = (await connection.execute(select(revisions).where(revisions.c.digest == digest))).one_or_none()
             if row is None:
                 raise RevisionNotFound(f"there is no revision {digest}", metadata={"revision": digest})
@@ -151,7 +149,7 @@ class Store:
         query = select(conversions.c.revision).where(
             conversions.c.source_sha256 == source_sha256, conversions.c.converter == converter
         )
-        async with self._database.transaction() as connection:
+        async with self._database.snapshot() as connection:
             found: str | None = (await connection.execute(query)).scalar_one_or_none()
             return found
 
@@ -172,7 +170,7 @@ class Store:
                 )
             before = await _alias_target(connection, alias)
             await connection.execute(
-                upsert(aliases)
+                upsert(connection, aliases)
                 .values(alias=alias, model=model)
                 .on_conflict_do_update(index_elements=["alias"], set_={"model": model})
             )
@@ -212,7 +210,7 @@ class Store:
 
     async def referenced_blobs(self) -> dict[str, int]:
         """Returns hash and size of every blob that a revision or an artifact uses."""
-        async with self._database.transaction() as connection:
+        async with self._database.snapshot() as connection:
             rows = await connection.execute(select(blobs.c.hash, blobs.c.size_bytes))
             return {row.hash: row.size_bytes for row in rows}
 
@@ -308,7 +306,8 @@ async def _insert_revision(connection: AsyncConnection, digest: str, revision: N
     unique = {entry.digest.hash: entry.digest.size_bytes for entry in revision.manifest.entries}
     rows = [{"hash": value, "size_bytes": size} for value, size in unique.items()]
     for batch in batches(rows):
-        await connection.execute(upsert(blobs).values(batch).on_conflict_do_nothing(index_elements=["hash"]))
+        statement = upsert(connection, blobs).values(batch)
+        await connection.execute(statement.on_conflict_do_nothing(index_elements=["hash"]))
     is_known = select(literal(1)).where(revisions.c.digest == digest)
     if (await connection.execute(is_known)).scalar_one_or_none() is None:
         row = {
@@ -328,7 +327,7 @@ async def _insert_revision(connection: AsyncConnection, digest: str, revision: N
     if revision.converted_from is not None:
         sha256, converter = revision.converted_from
         await connection.execute(
-            upsert(conversions)
+            upsert(connection, conversions)
             .values(source_sha256=sha256, converter=converter, revision=digest)
             .on_conflict_do_update(index_elements=["source_sha256", "converter"], set_={"revision": digest})
         )
@@ -347,7 +346,7 @@ async def _serve_revision(connection: AsyncConnection, name: str, digest: str) -
         return
     ordinal = 1 if newest is None else newest.ordinal + 1
     await connection.execute(
-        upsert(model_revisions)
+        upsert(connection, model_revisions)
         .values(model=name, revision=digest, ordinal=ordinal)
         .on_conflict_do_update(index_elements=["model", "revision"], set_={"ordinal": ordinal})
     )

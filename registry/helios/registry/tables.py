@@ -1,9 +1,10 @@
-"""The registry's tables, in SQLAlchemy Core: SQLite today, PostgreSQL with the same queries where there are replicas.
+"""The registry's tables, in SQLAlchemy Core, for SQLite and PostgreSQL alike.
 
-Core rather than the ORM: every query is visible, rows become frozen records at once, and nothing loads lazily.
+Core rather than the ORM: every query is visible, rows become frozen records at once, and nothing loads lazily. What a
+table is comes from the steps in ``migrations/versions``; a test holds these definitions to them.
 """
 
-from typing import Final
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -18,25 +19,22 @@ from sqlalchemy import (
     Table,
 )
 
-# Raised with every change of a table; an older database is migrated, a newer one refused.
-SCHEMA_VERSION: Final = 3
-
-# What brings a database of the version before to each version. Columns only: tables that are missing are made anyway.
-MIGRATIONS: Final[dict[int, tuple[str, ...]]] = {
-    2: ("ALTER TABLE models ADD COLUMN engine_settings VARCHAR NOT NULL DEFAULT '{}'",),
-    # Tables of artifacts, whose blobs an older registry would take for unused.
-    3: (),
-}
-
 metadata = MetaData()
 
+
+def text(length: int | None = None) -> Any:
+    """Returns the type of a column that is sorted or compared: by bytes, in whatever language a database was made."""
+    return String(length).with_variant(String(length, collation="C"), "postgresql")
+
+
+# What a Helios from before Alembic looks at: it refuses a database whose number it does not know.
 schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True, autoincrement=False))
 
 # A row says that the blob is complete on disk: rows are written after the rename, in the transaction that uses them.
 blobs = Table(
     "blobs",
     metadata,
-    Column("hash", String(64), primary_key=True),
+    Column("hash", text(64), primary_key=True),
     Column("size_bytes", BigInteger, nullable=False),
     CheckConstraint("size_bytes >= 0", name="blobs_size"),
 )
@@ -44,7 +42,7 @@ blobs = Table(
 revisions = Table(
     "revisions",
     metadata,
-    Column("digest", String(71), primary_key=True),
+    Column("digest", text(71), primary_key=True),
     Column("source", String, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     # Microseconds since 1970, UTC: the same in every database, and exact.
@@ -57,8 +55,8 @@ revisions = Table(
 conversions = Table(
     "conversions",
     metadata,
-    Column("source_sha256", String(64), primary_key=True),
-    Column("converter", String, primary_key=True),
+    Column("source_sha256", text(64), primary_key=True),
+    Column("converter", text(), primary_key=True),
     Column("revision", ForeignKey("revisions.digest", ondelete="CASCADE"), nullable=False),
 )
 
@@ -66,7 +64,7 @@ entries = Table(
     "entries",
     metadata,
     Column("revision", ForeignKey("revisions.digest", ondelete="CASCADE"), primary_key=True),
-    Column("path", String, primary_key=True),
+    Column("path", text(), primary_key=True),
     Column("blob", ForeignKey("blobs.hash"), nullable=False),
     Column("media_type", String, nullable=False),
     Index("entries_by_blob", "blob"),
@@ -75,7 +73,7 @@ entries = Table(
 models = Table(
     "models",
     metadata,
-    Column("name", String, primary_key=True),
+    Column("name", text(), primary_key=True),
     Column("revision", ForeignKey("revisions.digest"), nullable=False),
     Column("min_replicas", Integer, nullable=False),
     Column("max_replicas", Integer, nullable=False),
@@ -98,7 +96,7 @@ model_revisions = Table(
 aliases = Table(
     "aliases",
     metadata,
-    Column("alias", String, primary_key=True),
+    Column("alias", text(), primary_key=True),
     Column("model", ForeignKey("models.name", ondelete="CASCADE"), nullable=False),
     Index("aliases_by_model", "model"),
 )
@@ -107,11 +105,11 @@ aliases = Table(
 artifacts = Table(
     "artifacts",
     metadata,
-    Column("kind", String(63), primary_key=True),
-    Column("key", String(64), primary_key=True),
+    Column("kind", text(63), primary_key=True),
+    Column("key", text(64), primary_key=True),
     Column("inputs", String, nullable=False),
     Column("revision", ForeignKey("revisions.digest", ondelete="CASCADE"), nullable=False),
-    Column("digest", String(71), nullable=False),
+    Column("digest", text(71), nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("producer", String, nullable=False),
     Column("created_at_us", BigInteger, nullable=False),
@@ -123,9 +121,9 @@ artifacts = Table(
 artifact_entries = Table(
     "artifact_entries",
     metadata,
-    Column("kind", String(63), primary_key=True),
-    Column("key", String(64), primary_key=True),
-    Column("path", String, primary_key=True),
+    Column("kind", text(63), primary_key=True),
+    Column("key", text(64), primary_key=True),
+    Column("path", text(), primary_key=True),
     Column("blob", ForeignKey("blobs.hash"), nullable=False),
     Column("media_type", String, nullable=False),
     ForeignKeyConstraint(["kind", "key"], ["artifacts.kind", "artifacts.key"], ondelete="CASCADE"),
