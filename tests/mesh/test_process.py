@@ -97,3 +97,67 @@ def test_a_failed_start_says_why_in_one_line(program: list[str]) -> None:
     assert result.returncode == 1
     assert "thirteen is refused" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+HANGING = """
+import asyncio, sys, threading, time
+from helios.mesh.process import run
+from helios.mesh.settings import ProcessSettings
+
+class Settings(ProcessSettings):
+    process_name = "sample"
+    kind: str = ""
+
+async def deaf():
+    while True:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            pass
+
+def block():
+    time.sleep(60)
+
+async def main(settings, lifetime):
+    if settings.kind == "task":
+        lifetime.group.create_task(deaf(), name="call /helios.Sample/Hang")
+    lifetime.mark_ready()
+    await lifetime.wait_stop()
+    if settings.kind == "loop":
+        block()
+    if settings.kind == "thread":
+        threading.Thread(target=block).start()
+    if settings.kind == "pool":
+        await asyncio.wait([asyncio.get_running_loop().run_in_executor(None, block)], timeout=0.01)
+
+run("sample", Settings, main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("task", "call /helios.Sample/Hang: deaf:"),
+        ("loop", "in block"),
+        ("thread", "in block"),
+        ("pool", "in block"),
+    ],
+)
+def test_a_stop_that_hangs_says_what_it_waits_for_and_ends(tmp_path: Path, kind: str, named: str) -> None:
+    path, ready = tmp_path / "sample.py", tmp_path / "ready.json"
+    path.write_text(HANGING)
+    command = [sys.executable, str(path), "--mesh.tls=off", "--ops-listen=", f"--kind={kind}", "--stop-seconds=0.8"]
+    process = subprocess.Popen([*command, f"--ready-file={ready}"], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 20
+        while not ready.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        _, said = process.communicate(timeout=15)
+        assert time.monotonic() - began < 5
+    finally:
+        process.kill()
+        process.wait(5)
+    assert process.returncode == 1
+    assert named in said

@@ -36,6 +36,8 @@ _BACKOFF_CAP_SECONDS: Final = 5.0
 _SETTLED_SECONDS: Final = 30.0
 # Deaths before the first readiness after which a start is given up.
 _GIVE_UP_AFTER: Final = 3
+# A process that sees that its parent is gone needs some milliseconds to end; a busy machine, some hundred.
+_ORPHAN_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,21 +111,26 @@ class Child:
             await asyncio.sleep(delay)
         self._set("stopped")
 
-    async def stop(self) -> None:
-        """Asks the process to end, kills it when it does not; returns when it is gone."""
+    async def stop(self, deadline: float) -> None:
+        """Asks the process to end; kills it when its own time is over, or at the deadline (``time.monotonic()``) of the
+        whole stop. Returns when it is gone.
+        """
         self._stopping.set()
         process = self._process
         if process is None or process.poll() is not None:
             self._set("stopped")
             return
         process.terminate()
-        deadline = time.monotonic() + self.spec.stop_seconds
-        while process.poll() is None:
-            if time.monotonic() > deadline:
-                log.warning("process did not stop in time, killing it", name=self.spec.name, pid=process.pid)
+        killed_at = min(time.monotonic() + self.spec.stop_seconds, deadline)
+        while (status := process.poll()) is None:
+            if time.monotonic() > killed_at:
                 process.kill()
-                deadline = float("inf")
+                killed_at = float("inf")
             await asyncio.sleep(_POLL_SECONDS)
+        if status not in (0, -signal.SIGTERM):
+            # Its last words, if it had any, say what it waited for (helios.mesh.last_words).
+            path = str(self.spec.log_path)
+            log.warning("process did not end by itself", name=self.spec.name, status=status, log=path)
         self._set("stopped")
 
     def _start(self) -> None:
@@ -207,6 +214,30 @@ async def reap_orphans(own_pids: Callable[[], set[int]]) -> None:
                 if process.pid not in own_pids() and process.status() == psutil.STATUS_ZOMBIE:
                     os.waitpid(process.pid, os.WNOHANG)  # noqa: ASYNC222 - does not wait
         await asyncio.sleep(1.0)
+
+
+def kill_orphans(own_pids: set[int], deadline: float) -> list[int]:
+    """Ends what is left below this process at the end of a stop, and returns the pids of what had to be killed.
+
+    A worker that was killed leaves its replicas, and those last for a minute without one. What is about to end by
+    itself, since its parent is gone, is let do so. Blocks, at most until the deadline (``time.monotonic()``).
+    """
+    left = _living_descendants(own_pids)
+    _, alive = psutil.wait_procs(left, timeout=min(_ORPHAN_SECONDS, max(0.0, deadline - time.monotonic())))
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=max(0.0, deadline - time.monotonic()))
+    return [process.pid for process in alive]
+
+
+def _living_descendants(own_pids: set[int]) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.pid not in own_pids and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def kill_leftovers(records: Sequence[ProcessRecord], *, timeout_seconds: float) -> int:

@@ -44,6 +44,8 @@ _CALL_SECONDS: Final = 15.0
 _DETACHED_START_SECONDS: Final = 600.0
 # For a mesh that does not say how long its stop may take.
 _STOP_SECONDS: Final = 120.0
+# A mesh whose stop hangs ends itself when its time is over: until that is seen here.
+_LAST_SECONDS: Final = 2.0
 
 
 async def up(options: UpOptions, console: Console) -> None:
@@ -114,7 +116,8 @@ async def down(state: StateDirectory, console: Console, *, timeout_seconds: floa
     """Stops the mesh of a state directory and waits until it is gone; None waits for as long as it may take."""
     left = read_mesh(state)
     if timeout_seconds is None:
-        timeout_seconds = left.stop_seconds if left is not None and left.stop_seconds else _STOP_SECONDS
+        longest = left.stop_seconds if left is not None else 0.0
+        timeout_seconds = longest + _LAST_SECONDS if longest else _STOP_SECONDS
     if left is not None and not left.is_alive:
         ended = await asyncio.to_thread(kill_leftovers, left.processes, timeout_seconds=timeout_seconds)
         if ended:

@@ -5,6 +5,7 @@ and clash with nobody. Replicas listen on TCP, because Envoy addresses them by `
 """
 
 import asyncio
+import contextlib
 import os
 import re
 import sys
@@ -65,18 +66,17 @@ def children(state: StateDirectory, settings: Settings, options: "UpOptions") ->
     return [*specs, _envoy(state, settings, options)]
 
 
-async def drain_envoy(state: StateDirectory, *, timeout_seconds: float) -> None:
-    """Lets Envoy take no new connections and returns when its requests have ended, or after the timeout."""
-    deadline = time.monotonic() + timeout_seconds
-    async with EnvoyAdmin(_envoy_admin(state)) as admin:
-        try:
+async def drain_envoy(state: StateDirectory, deadline: float) -> None:
+    """Lets Envoy take no new connections and returns when its requests have ended, at the deadline
+    (``time.monotonic()``) otherwise.
+    """
+    with contextlib.suppress(Unavailable, TimeoutError):
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())), EnvoyAdmin(_envoy_admin(state)) as admin:
             await admin.drain()
-            while time.monotonic() < deadline:
+            while True:
                 if sum(map(int, _ACTIVE_REQUESTS.findall(await admin.prometheus()))) == 0:
                     return
                 await asyncio.sleep(_DRAIN_POLL_SECONDS)
-        except Unavailable:
-            return
 
 
 def _defaults(state: StateDirectory) -> Settings:

@@ -17,11 +17,19 @@ import structlog
 
 from helios.cli import topology
 from helios.cli.certificates import issue_due, renew_forever
-from helios.cli.children import Child, become_subreaper, kill_leftovers, reap_orphans, wait_all_ready
+from helios.cli.children import (
+    Child,
+    become_subreaper,
+    kill_leftovers,
+    kill_orphans,
+    reap_orphans,
+    wait_all_ready,
+)
 from helios.cli.edge import open_admin
 from helios.cli.log_files import rotate_forever
 from helios.cli.state import MeshRecord, StateDirectory, process_started_at, read_mesh, write_mesh
 from helios.mesh.errors import AlreadyExists, HeliosError, InvalidRequest, ModelNotFound
+from helios.mesh.last_words import end_within
 from helios.mesh.tasks import keep_running, task_scope
 from helios.registry.client import IngestProgress, RegistryClient
 
@@ -33,7 +41,7 @@ START_TIMEOUT_SECONDS: Final = 180.0
 DRAIN_SECONDS: Final = 20.0
 # The order of the traffic: no new requests, then what serves them, then what they need.
 STOP_ORDER: Final = (("envoy",), ("worker",), ("proxy",), ("storage", "registry"))
-# For what is not waited for step by step: the kernel's own work after a SIGKILL, the last words.
+# For what is not waited for step by step: orphans, the kernel's own work after a SIGKILL, the end of this process.
 _STOP_GRACE_SECONDS: Final = 5.0
 
 
@@ -80,7 +88,9 @@ class Mesh:
 
     @property
     def stop_seconds(self) -> float:
-        """How long stopping takes at most: each step its own limit, after which what still runs is killed."""
+        """How long stopping takes at most: each step its own limit, after which what still runs is killed, this process
+        last (`end_within`).
+        """
         limits = {child.spec.name: child.spec.stop_seconds for child in self.children}
         steps = sum(max(limits[name] for name in names) for names in STOP_ORDER)
         return DRAIN_SECONDS + steps + _STOP_GRACE_SECONDS
@@ -95,8 +105,16 @@ class Mesh:
         """``host:port`` of the admin address."""
         return f"127.0.0.1:{self._options.admin_port}"
 
-    async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
-        """Starts everything, calls ``on_ready``, serves until ``stop`` is set, then drains. Raises HeliosError."""
+    async def run(
+        self,
+        stop: asyncio.Event,
+        on_ready: Callable[[], None],
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Starts everything, calls ``on_ready``, serves until ``stop`` is set, calls ``on_stop``, drains.
+
+        Raises HeliosError.
+        """
         state = self._options.state
         # What a full disk stops goes on when there is room again; the processes run meanwhile.
         chores: dict[str, Callable[[], Awaitable[None]]] = {
@@ -118,8 +136,9 @@ class Mesh:
                 self._failure = error.message
                 raise
             finally:
+                on_stop()
                 self._set("stopping")
-                await self._stop()
+                await self._stop(time.monotonic() + self.stop_seconds - _STOP_GRACE_SECONDS)
                 self._set("failed" if self._failure else "stopped")
 
     async def _start(self) -> None:
@@ -158,13 +177,23 @@ class Mesh:
                     self._report(Progress("model", "running", event.phase, event.done_bytes, event.total_bytes))
         self._report(Progress("model", "done", f"{name} ingested"))
 
-    async def _stop(self) -> None:
+    async def _stop(self, deadline: float) -> None:
+        """Stops everything by a deadline (``time.monotonic()``); what still runs then is killed."""
         by_name = {child.spec.name: child for child in self.children}
-        await topology.drain_envoy(self._options.state, timeout_seconds=DRAIN_SECONDS)
-        for names in STOP_ORDER:
-            async with asyncio.TaskGroup() as group:
-                for name in names:
-                    group.create_task(by_name[name].stop(), name=f"stop {name}")
+        try:
+            await topology.drain_envoy(self._options.state, min(time.monotonic() + DRAIN_SECONDS, deadline))
+        finally:
+            # Whatever Envoy answered, no process may be left behind.
+            for names in STOP_ORDER:
+                async with asyncio.TaskGroup() as group:
+                    for name in names:
+                        group.create_task(by_name[name].stop(deadline), name=f"stop {name}")
+        # A worker that says so leaves its replicas to its successor, for an upgrade.
+        if by_name["worker"].facts.get("on_stop") != "leave":
+            orphans_by = deadline + _STOP_GRACE_SECONDS / 2
+            killed = await asyncio.to_thread(kill_orphans, self._own_pids(), orphans_by)
+            if killed:
+                log.warning("processes that the mesh had left were killed", pids=killed)
 
     def _own_pids(self) -> set[int]:
         return {child.pid for child in self.children if child.pid}
@@ -207,14 +236,26 @@ async def run_mesh(options: UpOptions, report: Report, on_ready: Callable[[Mesh]
         issued = await asyncio.to_thread(issue_due, state)
         state.admin_token()
         report(Progress("certificates", "done", f"issued {len(issued)}" if issued else "valid"))
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # nohup has SIGHUP ignored, and means it; else a terminal that closes would leave the processes behind.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                loop.add_signal_handler(number, stop.set)
+        stop = stop_on_signals()
         mesh = Mesh(options, report)
-        await mesh.run(stop, lambda: on_ready(mesh))
+        await mesh.run(stop, lambda: on_ready(mesh), lambda: end_within(mesh.stop_seconds))
+
+
+def stop_on_signals() -> asyncio.Event:
+    """Returns what a signal sets that asks for a stop. On the running loop.
+
+    SIGINT counts also where it was ignored before: a shell without job control has it so for what a script starts with
+    ``&``, which inherits that, and who sends it to this process, or types Ctrl-C into that script, wants it to end.
+    SIGHUP does not: nohup has it ignored, and means it; else a terminal that closes would leave the processes behind.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        loop.add_signal_handler(number, stop.set)
+    return stop
 
 
 def listen_host(text: str) -> str:

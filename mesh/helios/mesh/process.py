@@ -1,8 +1,8 @@
 """How every Helios process runs: settings, logs, telemetry, event loop, signals, readiness, exit status.
 
-``run`` is the last line of every ``__main__``. Exit status: 0 after a stop that was asked for, 1 after an error, 2 for
-wrong settings. The process that started this one learns of readiness and of the addresses that were taken from
-``--ready-file``.
+``run`` is the last line of every ``__main__``. Exit status: 0 after a stop that was asked for, 1 after an error or
+where a stop took too long, 2 for wrong settings. The process that started this one learns of readiness and of the
+addresses that were taken from ``--ready-file``.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ import structlog
 import uvloop
 
 from helios.mesh.errors import HeliosError
+from helios.mesh.last_words import end_within
 from helios.mesh.logs import setup_logs
 from helios.mesh.ops import OpsServer
 from helios.mesh.settings import ProcessSettings, load_settings
@@ -92,13 +93,23 @@ async def _run(settings: S, main: Callable[[S, Lifetime], Awaitable[None]], read
         ops: list[OpsServer] = []
         lifetime = Lifetime(group, ready_file, lambda: ops[0].address if ops else "")
         loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            if not lifetime.stopping.is_set():
+                lifetime.stopping.set()
+                end_within(settings.stop_limit_seconds)
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, lifetime.stopping.set)
+            loop.add_signal_handler(number, stop)
         if settings.ops_listen:
             server = OpsServer(settings.ops_listen, is_ready=lambda: lifetime.is_ready)
             ops.append(await stack.enter_async_context(server))
-        await main(settings, lifetime)
-        lifetime.is_ready = False
+        try:
+            await main(settings, lifetime)
+        finally:
+            lifetime.is_ready = False
+            # What failed is to be started again, and must not hang while it closes.
+            stop()
 
 
 def _report(name: str, error: BaseException) -> int:

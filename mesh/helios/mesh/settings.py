@@ -8,7 +8,7 @@ parser of our own: one declaration gives the file, the environment, the flags an
 import json
 import sys
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, Final, Literal, NoReturn, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
@@ -22,6 +22,9 @@ from pydantic_settings import (
 
 from helios.mesh.errors import InvalidRequest
 from helios.mesh.identity import IdentityFiles
+
+# What a process needs beside its drains: servers say goodbye, databases close, traces go out.
+CLOSE_SECONDS: Final = 4.0
 
 
 class MeshSettings(BaseModel):
@@ -67,6 +70,15 @@ class ProcessSettings(BaseSettings):
     none."""
     otlp_endpoint: str = ""
     """OTLP/gRPC collector for traces, such as ``127.0.0.1:4317``. Empty: no traces are sent."""
+    stop_seconds: float = Field(default=14.0, gt=0)
+    """How long a stop may take, or longer where the process has a drain time that needs it. A process that has not
+    ended by then logs what it waits for and ends with exit status 1. 14: `helios up` kills what is there a second
+    later."""
+
+    @property
+    def stop_limit_seconds(self) -> float:
+        """How long the whole stop may take."""
+        return self.stop_seconds
 
     @classmethod
     def settings_customise_sources(

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from helios.mesh.settings import ProcessSettings
+from helios.mesh.settings import CLOSE_SECONDS, ProcessSettings
 from helios.proxy.activation.machine import ActivationPolicy
 from helios.proxy.breaker import BreakerPolicy
 from helios.proxy.core import CorePolicy
@@ -202,6 +202,11 @@ class ProxySettings(ProcessSettings):
 
     explain: ExplainSettings = Field(default_factory=ExplainSettings)
     """Explanations of requests."""
+
+    @property
+    def stop_limit_seconds(self) -> float:
+        """How long the whole stop may take: two servers drain, one after the other."""
+        return max(self.stop_seconds, 2 * self.drain_seconds + CLOSE_SECONDS)
 
     def core_policy(self) -> CorePolicy:
         """The core's share of the settings."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from helios.mesh.settings import ProcessSettings
+from helios.mesh.settings import CLOSE_SECONDS, ProcessSettings
 
 
 class IngestSettings(BaseModel):
@@ -54,3 +54,8 @@ class RegistrySettings(ProcessSettings):
     """Bounds of ingests."""
     artifacts: ArtifactSettings = Field(default_factory=ArtifactSettings)
     """Bounds of start-up artifacts."""
+
+    @property
+    def stop_limit_seconds(self) -> float:
+        """How long the whole stop may take: the server drains first."""
+        return max(self.stop_seconds, self.drain_seconds + CLOSE_SECONDS)

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 from pathlib import Path
 
 from helios.cli.children import Child, ChildSpec, backoff_seconds
@@ -24,7 +25,7 @@ async def test_a_program_that_cannot_be_started_is_tried_again(tmp_path: Path) -
         while not child.is_ready:
             assert not running.done()
             await asyncio.sleep(0.01)
-        await child.stop()
+        await child.stop(time.monotonic() + 10)
     assert child.record.state == "stopped"
 
 
@@ -36,7 +37,22 @@ async def test_stopping_a_child_that_waits_for_its_restart_starts_nothing(tmp_pa
         group.create_task(child.run(), name="run")
         while child.record.state != "restarting":
             await asyncio.sleep(0.005)
-        await child.stop()
+        await child.stop(time.monotonic() + 10)
         assert child.record.state == "stopped"
         begun = marks.read_text(encoding="ascii")
     assert marks.read_text(encoding="ascii") == begun
+
+
+async def test_a_child_that_does_not_end_is_killed_at_the_deadline_of_the_stop(tmp_path: Path) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    script = f"{deaf}; print('deaf', flush=True); time.sleep(60)"
+    spec = ChildSpec("test", [sys.executable, "-c", script], tmp_path / "test.log", stop_seconds=60)
+    child = Child(spec, lambda: None)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(child.run(), name="run")
+        while "deaf" not in (spec.log_path.read_text() if spec.log_path.exists() else ""):
+            await asyncio.sleep(0.01)
+        began = time.monotonic()
+        await child.stop(began + 0.3)
+        assert 0.3 <= time.monotonic() - began < 5
+    assert child.record.state == "stopped"

@@ -122,7 +122,8 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
             group.create_task(session.run(), name=f"fleet session {address}")
         group.create_task(_keep_files_bounded(settings, supervisor), name="keep files bounded")
         engine, _ = split_engine(settings.replica.engine)
-        group.create_task(_say_ready(launchers, engine, lifetime, address=server.address), name="say ready")
+        facts = {"supervisor_address": server.address, "on_stop": settings.on_stop}
+        group.create_task(_say_ready(launchers, engine, lifetime, facts), name="say ready")
         await lifetime.wait_stop()
         await _stop(supervisor, settings)
 
@@ -176,13 +177,13 @@ async def _share_artifacts(
     await stack.enter_async_context(ArtifactDoor(door, keeper))
 
 
-async def _say_ready(launchers: Launchers, engine: str, lifetime: Lifetime, *, address: str) -> None:
+async def _say_ready(launchers: Launchers, engine: str, lifetime: Lifetime, facts: dict[str, str]) -> None:
     """Replicas that outlived the last worker serve at once; readiness means that new ones start in seconds too.
 
     Of the default engine, that is: launchers of the others are started when somebody wants one.
     """
     await launchers.wait_ready(engine)
-    lifetime.mark_ready(supervisor_address=address)
+    lifetime.mark_ready(**facts)
 
 
 async def _stop(supervisor: Supervisor, settings: WorkerSettings) -> None:

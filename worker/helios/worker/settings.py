@@ -170,6 +170,11 @@ class WorkerSettings(ProcessSettings):
     """What is shared with other workers."""
 
     @property
+    def stop_limit_seconds(self) -> float:
+        """How long the whole stop may take: replicas drain first."""
+        return self.stop_seconds + (self.replica.drain_seconds if self.on_stop == "drain" else 0.0)
+
+    @property
     def class_path(self) -> Path:
         """Where the modules of users' engines are."""
         return (self.engine_directory or self.state_directory / "engines").absolute()
