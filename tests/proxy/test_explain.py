@@ -1,6 +1,8 @@
 """Explanations: phases add up whatever happened, memory is bounded, requests are joined with the right starts."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from helios import worker
 from helios.proxy.explain.journal import Journal, JournalLimits
 from helios.proxy.explain.record import RECORD_BYTES, Finished, Record, Refusal, RequestState
 from helios.proxy.explain.ring import Picked, Ring
@@ -356,3 +359,15 @@ class JournalMachine(RuleBasedStateMachine):
 
 
 TestJournal = JournalMachine.TestCase
+
+
+def test_each_phase_that_a_worker_measures_has_its_reason() -> None:
+    """A phase is a word in a call; `helios why` says what it means."""
+    sources = (Path(worker.__file__ or "").parent).rglob("*.py")
+    call = re.compile(r'(?:\b_?phase|add_phase|write_phase)\((?:[\w.]+, )?"(\w+)"')
+    measured = {name for source in sources for name in call.findall(source.read_text())}
+    assert {"fork", "fetch_artifact", "load", "warm_up", "serve"} <= measured
+    start = Start("m", 0.0, ordered_at=0.0, ready_at=100.0)
+    start.phases = tuple((name, 1.0) for name in sorted(measured))
+    reasons = {segment.phase: segment.reason for segment in start.segments(100.0)}
+    assert [name for name in sorted(measured) if not reasons[name]] == []

@@ -25,6 +25,7 @@ _REASONS: Final = {
     "fetch": "the storage agent lent the weights",
     "fork": "the launcher, which has imported the engine, forked the replica",
     "prepare": "the new process set itself up",
+    "fetch_artifact": "compiled code was asked for that another node may have made, and brought here if there was any",
     "config": "the engine read and checked the model's configuration",
     "spawn": "the process that computes was forked",
     "engine": "the engine was built, without weights",
