@@ -1,6 +1,7 @@
 """A core, a worker that does as it is told and an Envoy, for the tests of swaps."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 
 from helios.proxy import actions
@@ -9,7 +10,7 @@ from helios.proxy.core import Core, CorePolicy
 from helios.proxy.fleet.commands import Command, DrainReplica, Order, StartReplica, StopReplica
 from helios.proxy.fleet.state import Form, Load, Replica, ReplicaState
 from helios.proxy.lifecycle import asked_replica
-from helios.proxy.swap import SwapPolicy
+from helios.proxy.swap import SwapFailures, SwapPolicy
 from helios.proxy.traffic import LoadDelta
 from tests.proxy.support import GIB, counter, entry, hello, policy
 
@@ -45,12 +46,18 @@ class SwapWorld:
         self.new_id = counter()
         self.restart()
 
-    def restart(self) -> None:
-        """A new proxy, to which the worker says hello."""
+    def restart(self, remembered: Iterable[SwapFailures] = (), *, incarnation: str = "") -> None:
+        """A new proxy, which remembers that, and to which the worker says hello; by default, one that runs anew."""
         self.core = Core(self.policy, new_id=self.new_id, known_workers=(), now=self.now)
+        self.core.lifecycle.swaps.restore(remembered)
         self.apply(self.core.models_replaced(self.models, self.now, is_synced=True))
         self.sequence = 0
-        told = hello(replicas=tuple(self.replicas.values()), memory_bytes=self.memory_bytes, incarnation=str(self.now))
+        self.greet(incarnation or str(self.now))
+
+    def greet(self, incarnation: str) -> None:
+        """The worker says hello."""
+        told = hello(replicas=tuple(self.replicas.values()), memory_bytes=self.memory_bytes, incarnation=incarnation)
+        self.incarnation = incarnation
         self.apply(self.core.worker_hello(told, self.now))
 
     def apply(self, todo: list[actions.Action]) -> None:

@@ -16,7 +16,8 @@ from helios.proxy.routing.pick import MAX_CHOICES, pick
 from helios.proxy.routing.table import Candidate, RoutingTable, score
 from helios.proxy.scaling import Usage, desired_replicas
 from helios.proxy.sizing import SizingPolicy, replica_size
-from helios.proxy.store import Store, load_models, load_workers
+from helios.proxy.store import Store, load_models, load_swap_failures, load_workers
+from helios.proxy.swap import SwapFailures
 from tests.proxy.support import GIB, MIB, entry
 
 LOADS = st.builds(Load, st.integers(0, 300), st.integers(0, 300), st.floats(0.0, 1.0), st.integers(0, 10**9))
@@ -192,9 +193,15 @@ async def test_what_is_stored_is_read_back(tmp_path: Path) -> None:
     await store.write_models()
     assert load_models(tmp_path / "state") == catalogue.models()
     assert load_workers(tmp_path / "state") == ["w1", "w2"]
+    assert load_swap_failures(tmp_path / "state") == []
+    failures = [SwapFailures("m", "sha256:1", "{}", 3, "w1", "i")]
+    await store.save_swap_failures(failures)
+    assert load_swap_failures(tmp_path / "state") == failures
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b'[{"nam', b"[1]", b'[{"x": 1}]'])
 def test_a_damaged_file_counts_as_absent(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "catalogue.json").write_bytes(content)
+    for name in ("catalogue.json", "swaps.json"):
+        (tmp_path / name).write_bytes(content)
     assert load_models(tmp_path) == []
+    assert load_swap_failures(tmp_path) == []

@@ -1,6 +1,7 @@
 """From eager to compiled: what is ordered when, what counts, what gives way, and what a failure leads to."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from helios.proxy.engine_needs import needs_of, with_form
 from helios.proxy.fleet.commands import Command, DrainReplica, StopReplica
 from helios.proxy.fleet.state import Form, Load, Replica
 from helios.proxy.fleet.wire import command_to_proto, replica_from_proto, replica_to_proto
+from helios.proxy.swap import SwapFailures
 from helios.proxy.traffic import LoadDelta
 from tests.proxy.support import GIB, MIB, entry, hello
 from tests.proxy.swap_world import BOTH, SWAP, S, SwapWorld, both
@@ -332,6 +334,78 @@ def test_a_proxy_that_restarts_in_the_middle_goes_on_with_the_swap(is_ready: boo
     assert world.eager().state is S.DRAINING
     assert world.orders[-1] == DrainReplica(eager.replica_id, SWAP.drain_seconds)
     assert len(world.starts()) == 2
+
+
+def fail_for_good(world: SwapWorld) -> None:
+    """Uses a model until its compiled replica has failed as often as it is tried."""
+    world.fail(world.serve())
+    for _ in range(SWAP.attempt_count - 1):
+        world.pass_time(SWAP.back_off_seconds * 5, is_used=True)
+        world.fail(world.spare())
+    world.pass_time(SWAP.back_off_seconds * 20, is_used=True)
+    assert len(world.starts()) == 1 + SWAP.attempt_count
+
+
+def used_after_a_restart(world: SwapWorld, remembered: Sequence[SwapFailures], incarnation: str) -> int:
+    """Returns how many replicas are ordered after a restart, though the model is served."""
+    before = len(world.starts())
+    world.restart(remembered, incarnation=incarnation)
+    world.acknowledge()
+    world.pass_time(SWAP.back_off_seconds * 20, is_used=True)
+    return len(world.starts()) - before
+
+
+def test_what_can_not_be_compiled_is_remembered_over_a_restart_of_the_proxy() -> None:
+    world = SwapWorld()
+    fail_for_good(world)
+    assert world.of(actions.SwapFailuresChanged)
+    remembered, incarnation = world.core.lifecycle.swaps.failures, world.incarnation
+    assert [(one.model, one.failure_count) for one in remembered] == [("m", SWAP.attempt_count)]
+    assert used_after_a_restart(world, remembered, incarnation) == 0
+    # Nothing that was counted is lost by the next restart either.
+    assert world.core.lifecycle.swaps.failures == remembered
+    assert used_after_a_restart(world, [], incarnation) == 1
+
+
+def test_failures_count_on_after_a_restart_of_the_proxy() -> None:
+    world = SwapWorld()
+    world.fail(world.serve())
+    world.restart(world.core.lifecycle.swaps.failures, incarnation=world.incarnation)
+    world.acknowledge()
+    for _ in range(SWAP.attempt_count - 1):
+        world.pass_time(SWAP.back_off_seconds * 5, is_used=True)
+        world.fail(world.spare())
+    world.pass_time(SWAP.back_off_seconds * 20, is_used=True)
+    assert len(world.starts()) == 1 + SWAP.attempt_count
+
+
+def test_a_worker_that_runs_anew_may_have_a_compiler() -> None:
+    world = SwapWorld()
+    fail_for_good(world)
+    remembered = world.core.lifecycle.swaps.failures
+    assert used_after_a_restart(world, remembered, "upgraded") == 1
+    assert world.core.lifecycle.swaps.failures == ()
+    # Also where the proxy lives on.
+    world = SwapWorld()
+    fail_for_good(world)
+    world.greet("upgraded")
+    world.acknowledge()
+    world.pass_time(SWAP.after_seconds * 2, is_used=True)
+    assert len(world.starts()) == 2 + SWAP.attempt_count
+
+
+def test_other_settings_and_another_model_of_the_name_are_not_what_failed() -> None:
+    for changes in ({"engine_settings": json.dumps(json.loads(BOTH) | {"max_running_requests": 4})}, {}):
+        world = SwapWorld()
+        fail_for_good(world)
+        if changes:
+            changed = both(**changes)
+            world.models = (changed,)
+            world.apply(world.core.model_upserted(changed, world.now))
+        else:
+            world.apply(world.core.model_deleted("m", world.now))
+        assert world.core.lifecycle.swaps.failures == ()
+        assert isinstance(world.of(actions.SwapFailuresChanged)[-1], actions.SwapFailuresChanged)
 
 
 def test_other_settings_stop_a_compile_and_begin_another_one() -> None:

@@ -26,7 +26,7 @@ from helios.proxy.picker.servicer import PickerServicer
 from helios.proxy.reflection import REFLECTION_SERVICES, ReflectionServicer
 from helios.proxy.runtime import Runtime
 from helios.proxy.settings import ProxySettings
-from helios.proxy.store import Store, load_models, load_workers
+from helios.proxy.store import Store, load_models, load_swap_failures, load_workers
 from helios.registry.client import RegistryClient
 
 _EDGES: Final = frozenset({"edge", "admin-edge"})
@@ -50,6 +50,7 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
         known_workers=load_workers(directory),
         now=time.monotonic(),
     )
+    core.lifecycle.swaps.restore(load_swap_failures(directory))
     core.models_replaced(load_models(directory), time.monotonic(), is_synced=False)
     store = Store(directory, core.catalogue)
     xds = XdsServer()

@@ -39,6 +39,11 @@ class WorkersChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class SwapFailuresChanged:
+    """Remember which models' compiled replicas failed, and how often, for the next start of this process."""
+
+
+@dataclass(frozen=True, slots=True)
 class Disconnect:
     """End a worker's session, where it has one: it was silent for so long that only a new hello makes it believed."""
 
@@ -145,6 +150,7 @@ Action = (
     | Release
     | Fail
     | WorkersChanged
+    | SwapFailuresChanged
     | Disconnect
     | FleetResynchronised
     | ActivationBegun

@@ -215,7 +215,7 @@ class Core:
         if not self._awaited:
             self._resynchronise(now, is_complete=True)
         if known is None or known.hello.incarnation != hello.incarnation:
-            self.lifecycle.worker_started(now)
+            self.lifecycle.worker_started(hello, now)
         self.lifecycle.capacity_changed(now)
         return self._take(now)
 

@@ -18,7 +18,7 @@ from helios.proxy.adapters import Adapters
 from helios.proxy.catalogue import Catalogue, ModelEntry, shown
 from helios.proxy.engine_needs import EngineNeeds, needs_of, with_revisions
 from helios.proxy.fleet.commands import CommandBook, DrainReplica, EvictRevision, Order, StartReplica, StopReplica
-from helios.proxy.fleet.state import Form, Replica, ReplicaState, Staged
+from helios.proxy.fleet.state import Form, Replica, ReplicaState, Staged, WorkerHello
 from helios.proxy.holds import Holds
 from helios.proxy.refusals import check_unpinned, model_not_found, start_error
 from helios.proxy.room import Room, in_form
@@ -184,8 +184,9 @@ class Lifecycle:
             if activation.state is ActivationState.WAITING:
                 self.reconcile(model, now)
 
-    def worker_started(self, now: float) -> None:
+    def worker_started(self, hello: WorkerHello, now: float) -> None:
         """A worker came that runs anew: what its predecessor could not do for good, it may."""
+        self.swaps.worker_started(hello.worker_id, hello.incarnation)
         for model, activation in list(self._activations.items()):
             if activation.is_blocked:
                 self.handle(model, machine.Changed(), now)

@@ -5,7 +5,7 @@ One event loop owns the core, so nothing here needs a lock. Every event goes thr
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Protocol
@@ -22,6 +22,7 @@ from helios.proxy.fleet.commands import Command
 from helios.proxy.fleet.state import ReplicaState
 from helios.proxy.holds import Hold
 from helios.proxy.routing.pick import Pick
+from helios.proxy.swap import SwapFailures
 
 log = structlog.get_logger()
 tracer = trace.get_tracer("helios.proxy")
@@ -55,11 +56,15 @@ class EndpointPublisher(Protocol):
         ...
 
 
-class WorkerMemory(Protocol):
-    """Remembers, over restarts of this process, which workers there are."""
+class Memory(Protocol):
+    """Remembers, over restarts of this process, which workers there are, and what could not be compiled."""
 
     async def save(self, worker_ids: frozenset[str]) -> None:
-        """Replaces what is remembered."""
+        """Replaces what is remembered of workers."""
+        ...
+
+    async def save_swap_failures(self, failures: Sequence[SwapFailures]) -> None:
+        """Replaces what is remembered of failed swaps."""
         ...
 
 
@@ -114,7 +119,7 @@ class Runtime:
         core: Core,
         *,
         publisher: EndpointPublisher,
-        memory: WorkerMemory,
+        memory: Memory,
         journal_limits: JournalLimits | None = None,
     ) -> None:
         self.core = core
@@ -129,6 +134,7 @@ class Runtime:
         self._published: tuple[int, frozenset[str]] | None = None
         self._endpoints_changed = asyncio.Event()
         self._workers_changed = asyncio.Event()
+        self._swap_failures_changed = asyncio.Event()
         self._is_stopping = False
 
     async def run(self) -> None:
@@ -140,6 +146,7 @@ class Runtime:
             group.create_task(self._tick(), name="tick")
             group.create_task(self._wait_acks(), name="wait for acks")
             group.create_task(self._remember(), name="remember workers")
+            group.create_task(self._remember_swap_failures(), name="remember failed swaps")
 
     def stop(self) -> None:
         """Ends every session, and every wait with Draining: another proxy, or this one restarted, goes on with it."""
@@ -241,6 +248,8 @@ class Runtime:
                         outbox.put(command)
                 case actions.WorkersChanged():
                     self._workers_changed.set()
+                case actions.SwapFailuresChanged():
+                    self._swap_failures_changed.set()
                 case actions.Disconnect(worker_id):
                     outbox = self._outboxes.get(worker_id)
                     if outbox is not None:
@@ -359,6 +368,12 @@ class Runtime:
             await self._workers_changed.wait()
             self._workers_changed.clear()
             await self._memory.save(frozenset(worker.hello.worker_id for worker in self.core.fleet.workers()))
+
+    async def _remember_swap_failures(self) -> None:
+        while True:
+            await self._swap_failures_changed.wait()
+            self._swap_failures_changed.clear()
+            await self._memory.save_swap_failures(self.core.lifecycle.swaps.failures)
 
     def _measure_holds(self) -> None:
         statistics = self.core.holds.statistics()

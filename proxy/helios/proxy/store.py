@@ -1,12 +1,13 @@
-"""What a proxy remembers over a restart: the catalogue and which workers there were.
+"""What a proxy remembers over a restart: the catalogue, which workers there were, and which swaps failed.
 
 Each file is written whole to a temporary name, synced and renamed, so a reader, or the next start after a crash, finds
 the old or the new one. A file that can't be read counts as absent: it is a copy, the registry and the workers have the
-truth.
+truth, and a model that can't be compiled is tried again.
 """
 
 import asyncio
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +16,7 @@ import orjson
 import structlog
 
 from helios.proxy.catalogue import Catalogue, ModelEntry
+from helios.proxy.swap import SwapFailures
 
 log = structlog.get_logger()
 
@@ -31,6 +33,7 @@ class Store:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._models = directory / "catalogue.json"
         self._workers = directory / "workers.json"
+        self._swaps = directory / "swaps.json"
         self._catalogue = catalogue
         self._changed = asyncio.Event()
 
@@ -54,6 +57,10 @@ class Store:
         """Remembers the workers."""
         await asyncio.to_thread(_write, self._workers, sorted(worker_ids))
 
+    async def save_swap_failures(self, failures: Sequence[SwapFailures]) -> None:
+        """Remembers which models' compiled replicas failed, and how often."""
+        await asyncio.to_thread(_write, self._swaps, failures)
+
 
 def load_models(directory: Path) -> list[ModelEntry]:
     """The catalogue of an earlier run; empty where there is none."""
@@ -73,6 +80,18 @@ def load_workers(directory: Path) -> list[str]:
     return [str(item) for item in document] if isinstance(document, list) else []
 
 
+def load_swap_failures(directory: Path) -> list[SwapFailures]:
+    """What an earlier run counted; empty where there was none."""
+    document = _read(directory / "swaps.json")
+    if not isinstance(document, list):
+        return []
+    try:
+        return [SwapFailures(**{**item, "failure_count": int(item["failure_count"])}) for item in document]
+    except (KeyError, TypeError, ValueError) as error:
+        log.warning("failed swaps on disk can't be used", error=str(error))
+        return []
+
+
 def _entry(item: dict[str, Any]) -> ModelEntry:
     known = {key: value for key, value in item.items() if key in _FIELDS}
     return ModelEntry(**{**known, "aliases": tuple(known.get("aliases", ()))})
@@ -88,8 +107,8 @@ def _read(path: Path) -> Any:
         return None
 
 
-def _write(path: Path, value: list[Any]) -> None:
-    items = [asdict(item) if isinstance(item, ModelEntry) else item for item in value]
+def _write(path: Path, value: Sequence[Any]) -> None:
+    items = [asdict(item) if isinstance(item, ModelEntry | SwapFailures) else item for item in value]
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         file.write(orjson.dumps(items))

@@ -11,13 +11,14 @@ else is started. When every Envoy knows it, the eager one drains in its favour.
 
 Everything is decided by what is believed now; what workers report of a replica (its form, and that it is one of the
 background) is enough to go on with a swap that an earlier run of this process began. Remembered beside are failures
-and how long compiled starts take, by revision and settings; losing those costs a try.
+and how long compiled starts take, by revision and settings. Failures are counted over restarts of this process (their
+pauses are not): a model that can't be compiled would cost minutes of every core after each.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -69,6 +70,18 @@ class SwapPolicy:
     proven_seconds: float = 600.0
 
 
+@dataclass(frozen=True, slots=True)
+class SwapFailures:
+    """How many compiled replicas of a model failed, of this revision with these settings; and where, last."""
+
+    model: str
+    revision: str
+    settings: str
+    failure_count: int
+    worker_id: str
+    incarnation: str
+
+
 @dataclass(slots=True)
 class _Spare:
     """A replica that was ordered in the background, until it is gone.
@@ -90,10 +103,15 @@ class _Spare:
 
 @dataclass(slots=True)
 class _Attempts:
-    """What became of the compiled replicas of one revision and its settings."""
+    """What became of the compiled replicas of one revision and its settings.
+
+    Attributes:
+        failed_on: worker and its incarnation, of the last failure.
+    """
 
     key: tuple[str, str]
     failure_count: int = 0
+    failed_on: tuple[str, str] = ("", "")
     pause_until: float = 0.0
     start_seconds: float | None = None
 
@@ -122,6 +140,29 @@ class Swaps:
         self._report = report
         self._spares: dict[str, _Spare] = {}
         self._attempts: dict[str, _Attempts] = {}
+
+    @property
+    def failures(self) -> tuple[SwapFailures, ...]:
+        """What is to be remembered over a restart; `SwapFailuresChanged` says when there is something new."""
+        return tuple(
+            SwapFailures(model, *attempts.key, attempts.failure_count, *attempts.failed_on)
+            for model, attempts in sorted(self._attempts.items())
+            if attempts.failure_count
+        )
+
+    def restore(self, failures: Iterable[SwapFailures]) -> None:
+        """Goes on with what an earlier run counted; call it before anything else."""
+        for counted in failures:
+            key, failed_on = (counted.revision, counted.settings), (counted.worker_id, counted.incarnation)
+            self._attempts[counted.model] = _Attempts(key, counted.failure_count, failed_on)
+
+    def worker_started(self, worker_id: str, incarnation: str) -> None:
+        """A worker came that runs anew, maybe with a compiler: what failed on its predecessor last, is tried again."""
+        for attempts in self._attempts.values():
+            is_other = attempts.failed_on[0] == worker_id and attempts.failed_on[1] != incarnation
+            if is_other and attempts.failure_count:
+                attempts.failure_count, attempts.pause_until = 0, 0.0
+                self._report(actions.SwapFailuresChanged())
 
     def split(self, replicas: Sequence[Replica], now: float) -> tuple[list[Replica], list[Replica]]:
         """Splits a model's replicas, those asleep left out, into those that count and spares."""
@@ -202,13 +243,15 @@ class Swaps:
         if gone.reason in _NOT_TRIED:
             attempts.pause_until = now + self._policy.back_off_seconds
             return
+        worker = self._traffic.fleet.worker(replica.worker_id)
+        attempts.failed_on = (replica.worker_id, worker.hello.incarnation if worker is not None else "")
         if spare.ready_at is not None and now - spare.ready_at >= self._policy.proven_seconds:
             attempts.failure_count = 0
         self._failed(replica.model, attempts, replica.failure_reason, replica.failure_message, now)
 
     def forget(self, model: str) -> None:
         """The model is gone."""
-        self._attempts.pop(model, None)
+        self._drop(self._attempts.pop(model, None))
 
     def _spare(self, replica: Replica, now: float) -> _Spare:
         return self._spares.setdefault(replica.replica_id, _Spare(now))
@@ -277,8 +320,13 @@ class Swaps:
         key = (entry.revision, settings)
         attempts = self._attempts.get(entry.name)
         if attempts is None or attempts.key != key:
+            self._drop(attempts)
             attempts = self._attempts[entry.name] = _Attempts(key)
         return attempts
+
+    def _drop(self, attempts: _Attempts | None) -> None:
+        if attempts is not None and attempts.failure_count:
+            self._report(actions.SwapFailuresChanged())
 
     def _failed(self, model: str, attempts: _Attempts, reason: str, message: str, now: float) -> None:
         policy = self._policy
@@ -287,6 +335,7 @@ class Swaps:
         else:
             attempts.failure_count = policy.attempt_count if is_permanent(reason) else attempts.failure_count + 1
             pause = policy.back_off_seconds * 4.0 ** (attempts.failure_count - 1)
+            self._report(actions.SwapFailuresChanged())
         attempts.pause_until = now + pause
         is_last = attempts.failure_count >= policy.attempt_count
         self._report(actions.SwapFailed(model, reason, message, 0.0 if is_last else pause))
