@@ -4,6 +4,7 @@ An artifact is never the only copy, so every call has a short deadline of the ca
 get one makes it anew.
 """
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from pathlib import Path
@@ -78,7 +79,8 @@ class ArtifactClient:
             HeliosError: As PutArtifact in the contract.
             OSError: A file can't be read.
         """
-        entries = [Entry(path, _digest(file), MEDIA_ARTIFACT) for path, file in files.items()]
+        # Some are as large as weights: seconds of hashing are not for the event loop.
+        entries = [Entry(path, await asyncio.to_thread(_digest, file), MEDIA_ARTIFACT) for path, file in files.items()]
         new = NewArtifact(
             kind, hashlib.sha256(inputs.encode()).hexdigest(), inputs, revision, producer, Manifest.of(entries)
         ).check()
@@ -101,7 +103,7 @@ async def _requests(new: NewArtifact, files: Mapping[str, Path]) -> AsyncIterato
     first = {entry.digest: entry.path for entry in reversed(new.manifest.entries)}
     for digest in dict.fromkeys(entry.digest for entry in new.manifest.entries):
         with files[first[digest]].open("rb") as file:
-            while data := file.read(_CHUNK_BYTES):
+            while data := await asyncio.to_thread(file.read, _CHUNK_BYTES):
                 yield pb.PutArtifactRequest(data=data)
 
 

@@ -13,7 +13,8 @@ from helios.mesh.identity import CertificateAuthority
 from helios.registry.client import ArtifactClient
 from helios.worker.artifacts.door import ArtifactDoor
 from helios.worker.artifacts.keeper import ArtifactKeeper
-from helios.worker.artifacts.requests import COMPILE_CACHE, ArtifactRequest
+from helios.worker.artifacts.packed_shelf import PackedShelf
+from helios.worker.artifacts.requests import COMPILE_CACHE, PACKED_WEIGHTS, ArtifactRequest
 from helios.worker.artifacts.shelf import CompileShelf
 from helios.worker.settings import ArtifactSettings
 from tests.registry.support import Parts, open_parts, serve
@@ -35,27 +36,37 @@ class Cluster:
         return ArtifactRequest(COMPILE_CACHE, inputs, self.revision, replica_id)
 
     @asynccontextmanager
-    async def node(self, name: str, settings: ArtifactSettings | None = None) -> AsyncIterator["Node"]:
-        """Opens a node; leaving it waits for nothing."""
+    async def node(
+        self,
+        name: str,
+        settings: ArtifactSettings | None = None,
+        *,
+        packed: Path | None = None,
+        offered_bytes: int = 2 << 30,
+        can_link: bool = True,
+    ) -> AsyncIterator["Node"]:
+        """Opens a node; leaving it waits for nothing. ``packed`` is where it has packed weights, if not in its own."""
         directory = self.mesh.directory / name
         scratch = directory / "scratch"
         scratch.mkdir(parents=True)
         registry = Dialer(self.mesh.registry_address, identity=self.mesh.identity("worker"), peer="registry")
-        async with self.mesh.agent(name=f"{name}/storage") as agent, registry, asyncio.TaskGroup() as group:
+        agent_of = self.mesh.agent(name=f"{name}/storage", is_link_allowed=can_link)
+        async with agent_of as agent, registry, asyncio.TaskGroup() as group:
             shelf = CompileShelf(directory / "compiled")
+            packed = packed or directory / "packed"
             client = ArtifactClient(registry)
             keeper = ArtifactKeeper(
-                settings or ArtifactSettings(take_seconds=5.0),
+                settings or ArtifactSettings(take_seconds=5.0, take_weights_seconds=20.0),
                 group=group,
                 registry=client,
                 lender=agent.client,
-                shelves={COMPILE_CACHE: shelf},
+                shelves={COMPILE_CACHE: shelf, PACKED_WEIGHTS: PackedShelf(packed, offered_bytes=offered_bytes)},
                 producer=name,
                 scratch=scratch,
                 quiet_seconds=QUIET_SECONDS,
             )
             async with ArtifactDoor(directory / "door", keeper):
-                yield Node(directory, agent, keeper, client, shelf)
+                yield Node(directory, agent, keeper, client, shelf, packed)
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ class Node:
     keeper: ArtifactKeeper
     client: ArtifactClient
     shelf: CompileShelf
+    packed: Path
 
     @property
     def door(self) -> str:
@@ -116,4 +128,4 @@ async def open_cluster(directory: Path, model: Path) -> AsyncIterator[Cluster]:
 
 def blob_of(cluster: Cluster, data: bytes) -> Path:
     """Returns where the registry has these bytes."""
-    return cluster.parts.blobs.path(hashlib.sha256(data).hexdigest())
+    return cluster.parts.directory.path(hashlib.sha256(data).hexdigest())

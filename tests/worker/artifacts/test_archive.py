@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from helios.mesh.errors import Corrupted
 from helios.worker.artifacts.archive import files_below, pack, unpack
 from helios.worker.artifacts.shelf import Cancelled, CompileShelf
-from helios.worker.replica.compile_cache import PROVEN, mark_proven
+from helios.worker.replica.artifact_directory import PROVEN, mark_proven
 
 NAMES = st.text("ab.-_é", min_size=1, max_size=4).filter(lambda name: name not in {".", ".."})
 KEY = "a" * 64

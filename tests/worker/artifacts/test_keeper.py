@@ -188,6 +188,9 @@ async def test_a_start_waits_for_a_bounded_time(cluster: Cluster, first: Node) -
         def has(self, key: str) -> bool:
             return self._shelf.has(key)
 
+        def is_offered(self, key: str) -> bool:
+            return self._shelf.is_offered(key)
+
         def state(self, key: str) -> str:
             return self._shelf.state(key)
 
@@ -241,11 +244,16 @@ async def test_what_a_replica_asks_and_tells_over_the_socket(cluster: Cluster, f
     first.compile(request, CODE)
     proven: list[tuple[str, str]] = []
     answered = iter((False, True))
+
+    def prove(kind: str, key: str) -> bool:
+        proven.append((kind, key))
+        return True
+
     await tell_proven(
         first.door,
         [request],
         has_answered=lambda: next(answered),
-        prove=lambda kind, key: proven.append((kind, key)),
+        prove=prove,
     )
     assert proven == [(request.kind, request.key)]
     await second.wait_published(request)

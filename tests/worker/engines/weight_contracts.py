@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+import socket
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -22,14 +24,19 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from helios.mesh.errors import Corrupted, Unsupported
+from helios.worker.artifacts.requests import Ask, decode_request, encode_line
 from helios.worker.engines.vllm import compat_packed, packed_products, packing
 from helios.worker.replica.packed_weights import (
-    ArtifactWriter,
     PackedInputs,
     PackedManifest,
     PackedMatrix,
+    begin_trial,
+    has_failed,
+    is_unfit,
+    mark_unfit,
     read_manifest,
 )
+from helios.worker.replica.packed_writer import ArtifactWriter
 from helios.worker.replica.settings import Compilation, EngineSettings
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.supervisor.host import usable_memory_bytes
@@ -199,6 +206,22 @@ def an_artifact_of_another_model_changes_nothing() -> None:
 
 
 @contract
+def what_does_not_fit_is_loaded_and_not_mapped_again() -> None:
+    compat_packed.install()
+    with tempfile.TemporaryDirectory() as root:
+        directory = made(root)
+        loader: Any = compat_packed.MappedLoader.__new__(compat_packed.MappedLoader)
+        loader._ordinary = SimpleNamespace(load_weights=lambda model, _: fill(model))
+        loader._settings = {"model": "m", "directory": str(directory)}
+        loader.load_weights(Tiny(), SimpleNamespace(model="m"))
+        assert not is_unfit(directory)
+        other = Tiny(width=128)
+        loader.load_weights(other, SimpleNamespace(model="m"))
+        assert other.filled.eq(7).all()
+        assert is_unfit(directory)
+
+
+@contract
 def a_model_that_loading_does_more_to_is_refused() -> None:
     compat_packed.install()
 
@@ -236,10 +259,58 @@ def weights_are_packed_where_they_may_be_kept_and_memory_is_left() -> None:
         assert packing.packing_of(replace(spec, packed_weights_bytes=None)) is not None
         assert packing.packing_of(replace(spec, packed_weights_bytes=packing._LEAST_BYTES - 1)) is None
         assert packing.packing_of(replace(spec, memory_bytes=usable_memory_bytes())) is None
-        Path(packed, packing.packing_inputs(spec).key).mkdir()
+        has_door = replace(spec, memory_bytes=usable_memory_bytes(), artifact_door="/door")
+        assert packing.packing_of(has_door) is not None, "what another node made takes no memory"
+        artifact = Path(packed, packing.packing_inputs(spec).key)
+        artifact.mkdir()
         assert packing.packing_of(spec) is None, "it is there"
+        begin_trial(artifact)
+        assert packing.packing_of(spec) is not None, "it was tried, and proved by nobody"
+        (artifact / "helios-tried").unlink()
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("ONEDNN_VERBOSE", "1")
             assert packing.packing_of(spec) is None, "it says more, and packs the same"
             patch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
             assert packing.packing_of(spec) is not None, "oneDNN can't read what it packed for more instructions"
+
+
+@contract
+def whoever_makes_an_artifact_asks_for_one_and_tells_of_one_that_was_no_good() -> None:
+    """The supervisor's end is a socket that answers whatever is asked."""
+    with tempfile.TemporaryDirectory() as root, socket.socket(socket.AF_UNIX) as door:
+        path = Path(root, "door")
+        door.bind(str(path))
+        door.listen()
+        spec = ReplicaSpec(
+            replica_id="r",
+            model="m",
+            revision="sha256:1",
+            model_path=root,
+            packed_weights_directory=root,
+            artifact_door=str(path),
+            created_at=datetime.now(UTC),
+        )
+        heard: list[tuple[Ask, str, str]] = []
+
+        def answer() -> None:
+            for is_here in (True, False, False):
+                connection, _ = door.accept()
+                with connection, connection.makefile("rb") as lines:
+                    ask, request = decode_request(lines.readline())
+                    heard.append((ask, request.key, request.replica_id))
+                    connection.sendall(encode_line({"is_here": is_here}))
+
+        supervisor = threading.Thread(target=answer)
+        supervisor.start()
+        inputs = packing.packing_inputs(spec)
+        assert packing._take(spec, inputs)
+        assert not packing._take(spec, inputs), "the node packs by itself"
+        with ArtifactWriter(root, inputs) as writer:
+            bad = writer.publish("", (), (), ())
+        mark_unfit(bad)
+        assert has_failed(bad)
+        assert not packing._take(spec, inputs)
+        assert not bad.exists()
+        supervisor.join(10)
+        assert heard == [(ask, inputs.key, "") for ask in (Ask.TAKE, Ask.TAKE, Ask.REFUSED)]
+        assert not packing._take(replace(spec, artifact_door=""), inputs)

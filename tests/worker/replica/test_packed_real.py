@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,13 @@ import psutil
 import pytest
 
 from helios.api.inference.v1 import openai_service_pb2_grpc
-from helios.worker.replica.packed_weights import MANIFEST, WEIGHTS
+from helios.worker.artifacts.requests import PACKED_WEIGHTS, ArtifactRequest
+from helios.worker.replica.artifact_directory import PROVEN, mark_proven
+from helios.worker.replica.packed_weights import MANIFEST, WEIGHTS, PackedInputs, has_failed, read_manifest
+from helios.worker.replica.packed_writer import bring_in
 from helios.worker.replica.settings import EngineSettings, LoraAdapter, LoraSettings
 from helios.worker.supervisor.measuring import private_bytes
+from tests.worker.artifacts.nodes import open_cluster
 from tests.worker.replica.generated import make_adapter
 from tests.worker.replica.support import MODEL, Launcher, Leaves, RunningReplica
 from tests.worker.replica.test_replica_real import START_SECONDS, body, read
@@ -54,27 +58,28 @@ class Node:
         deadline = time.monotonic() + PACK_SECONDS
         while not list(self.packed.glob(f"[0-9a-f]*/{MANIFEST}")):
             assert time.monotonic() < deadline, "no artifact"
-            for child in psutil.Process(launcher.process.pid).children():
-                hurry(child.pid)
+            hurry(launcher)
             time.sleep(0.1)
 
 
-def hurry(pid: int) -> None:
+def hurry(launcher: Launcher) -> None:
     """Gives a helper the share of a core that others have: it works with what they leave, which may be nothing."""
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(pid, os.SCHED_OTHER, os.sched_param(0))
-        Path(f"/proc/{pid}/autogroup").write_text("0")
+    for child in psutil.Process(launcher.process.pid).children():
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(child.pid, os.SCHED_OTHER, os.sched_param(0))
+            Path(f"/proc/{child.pid}/autogroup").write_text("0")
 
 
 def ask_all(replica: RunningReplica, model: str = MODEL) -> Answers:
-    async def ask() -> list[list[tuple[str, float]]]:
-        async with replica.leaves.dial(replica.address) as dialer:
-            stub = dialer.stub(openai_service_pb2_grpc.OpenAIServiceStub)
-            # One at a time: what a batch is made of changes its products.
-            return [await complete(stub, model, question) for question in QUESTIONS]
-
-    tokens = asyncio.run(ask())
+    tokens = asyncio.run(answer_all(replica, model))
     return Answers(tokens, private_bytes(process.pid for process in replica.tree()))
+
+
+async def answer_all(replica: RunningReplica, model: str = MODEL) -> list[list[tuple[str, float]]]:
+    async with replica.leaves.dial(replica.address) as dialer:
+        stub = dialer.stub(openai_service_pb2_grpc.OpenAIServiceStub)
+        # One at a time: what a batch is made of changes its products.
+        return [await complete(stub, model, question) for question in QUESTIONS]
 
 
 async def complete(stub: Any, model: str, question: str) -> list[tuple[str, float]]:
@@ -118,6 +123,48 @@ def test_a_mapped_replica_computes_bit_by_bit_what_one_that_loaded_does_from_les
     # What lies in the file is no memory of the replica's any more, but for what packing rounds up.
     weights_bytes = (node.artifact / WEIGHTS).stat().st_size
     assert node.loaded.private_bytes - answers.private_bytes > 0.9 * weights_bytes
+
+
+async def test_what_another_node_packed_is_taken_instead_of_packing_and_mapped(
+    node: Node, launcher: Launcher, leaves: Leaves, tmp_path: Path, smollm2_directory: Path
+) -> None:
+    async with (
+        open_cluster(tmp_path, smollm2_directory) as cluster,
+        cluster.node("first") as first,
+        cluster.node("second") as second,
+    ):
+        request = adopt(node, first.packed, tmp_path / "lent", cluster.revision)
+        first.keeper.note_proven(request)
+        async with asyncio.timeout(PACK_SECONDS):
+            while (published := await second.client.find(request.kind, request.key)) is None:
+                await asyncio.sleep(0.1)
+        changes = {"packed_weights_directory": str(second.packed), "supervisor_address": ""}
+        changes |= {"revision": cluster.revision, "artifact_door": second.door}
+        taken = second.packed / request.key
+        # The first start waits for nothing and loads, as it did on the first node.
+        with running(launcher, leaves, second.directory, smollm2_directory, EngineSettings(), **changes):
+            async with asyncio.timeout(PACK_SECONDS):
+                while not taken.exists():
+                    hurry(launcher)
+                    await asyncio.sleep(0.05)
+        assert (taken / WEIGHTS).stat().st_nlink >= 3, "the storage agent's, its view's and the node's are one file"
+        assert published.size_bytes == sum((taken / name).stat().st_size for name in (MANIFEST, WEIGHTS))
+        assert not has_failed(taken)
+        with running(launcher, leaves, second.directory, smollm2_directory, EngineSettings(), **changes) as replica:
+            assert await answer_all(replica) == node.loaded.tokens
+            assert mapped_files(replica) == {str(taken / WEIGHTS)}
+    assert (taken / PROVEN).exists()
+
+
+def adopt(node: Node, packed: Path, lent: Path, revision: str) -> ArtifactRequest:
+    """Has a node hold, proven, the artifact that was made, as one of another revision with the same files."""
+    manifest = read_manifest(node.artifact)
+    inputs = PackedInputs(**{**manifest.inputs, "revision": revision})
+    lent.mkdir()
+    (lent / WEIGHTS).hardlink_to(node.artifact / WEIGHTS)
+    (lent / MANIFEST).write_text(replace(manifest, inputs=asdict(inputs)).to_json())
+    mark_proven(bring_in(str(packed), inputs.key, lent))
+    return ArtifactRequest(PACKED_WEIGHTS, inputs.document, revision, "maker")
 
 
 def test_adapters_work_on_mapped_weights(

@@ -1,5 +1,6 @@
 """Artifacts of packed weights on disk: whole or not there, what was verified or refused, kept within bounds."""
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -17,23 +18,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helios.mesh.errors import Corrupted, DiskFull, Unsupported
-from helios.worker.replica.compile_cache import drop_unused
+from helios.worker.replica.artifact_directory import drop, drop_unused, mark_proven
 from helios.worker.replica.packed_weights import (
     MANIFEST,
     PAGE_BYTES,
     WEIGHTS,
-    ArtifactWriter,
     PackedInputs,
     PackedManifest,
     PackedMatrix,
     PlainTensor,
-    drop,
+    begin_trial,
+    end_trial,
     find,
-    has_room,
+    find_proven,
+    has_failed,
+    is_unfit,
+    mark_unfit,
     read_ahead,
     read_manifest,
     verify,
 )
+from helios.worker.replica.packed_writer import ArtifactWriter, bring_in, has_room
 
 INPUTS = PackedInputs(
     revision="sha256:" + "5" * 64,
@@ -163,7 +168,7 @@ def test_what_is_not_what_was_verified_is_never_taken(tmp_path: Path, harm: Call
     with pytest.raises(Corrupted):
         find(str(tmp_path), INPUTS)
     # It was let go: it can be dropped, and made again.
-    drop(str(tmp_path), INPUTS)
+    drop(tmp_path / INPUTS.key)
     assert names(tmp_path) == set()
     write(tmp_path)
     assert is_found(tmp_path)
@@ -305,6 +310,145 @@ def test_who_ends_after_its_artifact_has_its_name_leaves_the_next_ones_alone(tmp
     second.publish("skeleton", (), (), ())
     second.__exit__(None, None, None)
     assert is_found(tmp_path)
+
+
+def test_one_that_was_tried_and_proved_nothing_is_no_good(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    assert not has_failed(path), "nobody has tried it"
+    taken = find(str(tmp_path), INPUTS)
+    assert taken is not None
+    begin_trial(path)
+    assert not has_failed(path), "a start is under way"
+    taken.release()
+    assert has_failed(path), "that start ended, and proved nothing"
+    # It ended as it was told: nobody knows what the artifact is worth.
+    end_trial(path)
+    assert not has_failed(path)
+    begin_trial(path)
+    mark_proven(path)
+    assert not has_failed(path)
+    end_trial(path)
+    begin_trial(path)
+    assert not has_failed(path), "a start that dies of something else says nothing of a proven one"
+    mark_unfit(path)
+    assert has_failed(path)
+    assert is_unfit(path)
+
+
+def test_the_proven_one_of_a_revision_that_was_used_last_is_found(tmp_path: Path) -> None:
+    assert find_proven(tmp_path / "nowhere", INPUTS.revision) is None
+    other = replace(INPUTS, flags={"dtype": "float32"})
+    paths = [write(tmp_path), write(tmp_path, other), write(tmp_path, replace(INPUTS, revision="sha256:other"))]
+    assert find_proven(tmp_path, INPUTS.revision) is None, "none is proven"
+    for number, path in enumerate(paths):
+        mark_proven(path)
+        os.utime(path, (number, number))
+    assert find_proven(tmp_path, INPUTS.revision) == paths[1]
+    os.utime(paths[0], (9, 9))
+    assert find_proven(tmp_path, INPUTS.revision) == paths[0]
+    cut(paths[0])
+    assert find_proven(tmp_path, INPUTS.revision) == paths[1]
+    mark_unfit(paths[1])
+    assert find_proven(tmp_path, INPUTS.revision) is None
+    shutil.rmtree(paths[1])
+    mark_proven(write(tmp_path, replace(other, revision="sha256:other")))
+    assert find_proven(tmp_path, INPUTS.revision) is None
+
+
+def lend(root: Path, name: str = "lent") -> Path:
+    """Returns an artifact's files as a storage agent lends them."""
+    made = write(root / "maker")
+    lent = root / name
+    lent.mkdir()
+    for file in (MANIFEST, WEIGHTS):
+        (made / file).chmod(0o444)
+        (lent / file).hardlink_to(made / file)
+    return lent
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+def test_what_is_lent_is_linked_or_copied_and_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_link: bool
+) -> None:
+    lent, root = lend(tmp_path), tmp_path / "node"
+
+    def cannot_link(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    if not can_link:
+        monkeypatch.setattr(os, "link", cannot_link)
+    path = bring_in(str(root), INPUTS.key, lent)
+    assert names(root) == {INPUTS.key}
+    assert is_found(root)
+    assert (path / WEIGHTS).samefile(lent / WEIGHTS) == can_link
+    assert (path / WEIGHTS).read_bytes() == (lent / WEIGHTS).read_bytes()
+    assert (path / WEIGHTS).stat().st_mode & 0o222 == 0
+    # Whoever lent it may take it back.
+    shutil.rmtree(lent)
+    assert is_found(root)
+
+
+def test_a_file_that_its_owner_may_write_to_is_copied(tmp_path: Path) -> None:
+    lent = lend(tmp_path)
+    (lent / WEIGHTS).chmod(0o644)
+    path = bring_in(str(tmp_path / "node"), INPUTS.key, lent)
+    assert not (path / WEIGHTS).samefile(lent / WEIGHTS)
+
+
+def say_a_larger_size(path: Path) -> None:
+    document = json.loads((path / MANIFEST).read_text())
+    document["size_bytes"] += PAGE_BYTES
+    replace_manifest(path, document)
+
+
+def refuse(path: Path) -> None:
+    replace_manifest(path, {"inputs": json.loads((path / MANIFEST).read_text())["inputs"], "refusal": "quantised"})
+
+
+def be_of_another_revision(path: Path) -> None:
+    document = json.loads((path / MANIFEST).read_text())
+    document["inputs"]["revision"] = "sha256:other"
+    replace_manifest(path, document)
+
+
+def say_nothing_of_inputs(path: Path) -> None:
+    replace_manifest(path, json.loads((path / MANIFEST).read_text()) | {"inputs": {"x": 1}})
+
+
+def replace_manifest(path: Path, document: dict[str, Any]) -> None:
+    (path / MANIFEST).unlink()
+    (path / MANIFEST).write_text(json.dumps({"tensors": [], "matrices": [], "layouts": []} | document))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        *(flip_in_place, cut, lose_weights, garble),
+        *(say_a_larger_size, refuse, be_of_another_revision, say_nothing_of_inputs),
+    ],
+    ids=lambda harm: harm.__name__,
+)
+def test_what_is_lent_and_not_what_its_name_says_is_refused(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    lent = lend(tmp_path)
+    (lent / MANIFEST).chmod(0o644)
+    harm(lent)
+    with pytest.raises(Corrupted):
+        bring_in(str(tmp_path / "node"), INPUTS.key, lent)
+    assert find(str(tmp_path / "node"), INPUTS) is None
+    assert not list((tmp_path / "node").glob("*"))
+
+
+def test_bringing_one_in_stops_when_it_is_told_and_one_process_does_it(tmp_path: Path) -> None:
+    lent, root = lend(tmp_path), tmp_path / "node"
+
+    def stop() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        bring_in(str(root), INPUTS.key, lent, stop)
+    assert names(root) == set()
+    with ArtifactWriter(str(root), INPUTS), pytest.raises(BlockingIOError):
+        bring_in(str(root), INPUTS.key, lent)
 
 
 @given(

@@ -26,12 +26,13 @@ from helios.mesh.tasks import task_scope
 from helios.registry.client import ArtifactClient
 from helios.storage.client import StorageClient
 from helios.worker.artifacts.door import ArtifactDoor
-from helios.worker.artifacts.keeper import ArtifactKeeper
-from helios.worker.artifacts.requests import COMPILE_CACHE
+from helios.worker.artifacts.keeper import ArtifactKeeper, Shelf
+from helios.worker.artifacts.packed_shelf import PackedShelf
+from helios.worker.artifacts.requests import COMPILE_CACHE, PACKED_WEIGHTS
 from helios.worker.artifacts.shelf import CompileShelf
 from helios.worker.devices.inventory import Inventory, open_inventory
 from helios.worker.launcher.launchers import Launchers
-from helios.worker.replica.compile_cache import drop_unused
+from helios.worker.replica.artifact_directory import drop_unused
 from helios.worker.replica.engines import installed_engines, split_engine
 from helios.worker.replica.spec import Placement, ReplicaSpec
 from helios.worker.replica_logs import drop_surplus, log_path
@@ -159,8 +160,13 @@ async def _share_artifacts(
         if settings.registry_target:
             log.warning("artifacts are not shared: the path of their socket would be too long")
         return
-    shelf = CompileShelf(settings.compile_cache_directory)
-    await asyncio.to_thread(shelf.sweep)
+    compiled = CompileShelf(settings.compile_cache_directory)
+    await asyncio.to_thread(compiled.sweep)
+    shelves: dict[str, Shelf] = {COMPILE_CACHE: compiled}
+    if settings.packed_weights_bytes:
+        shelves[PACKED_WEIGHTS] = PackedShelf(
+            settings.packed_weights_directory, offered_bytes=settings.published_weights_bytes
+        )
     await asyncio.to_thread(shutil.rmtree, settings.artifact_scratch, ignore_errors=True)
     settings.artifact_scratch.mkdir()
     registry = Dialer(settings.registry_target, identity=settings.mesh.identity, peer="registry")
@@ -169,7 +175,7 @@ async def _share_artifacts(
         group=group,
         registry=ArtifactClient(await stack.enter_async_context(registry)),
         lender=StorageClient(storage),
-        shelves={COMPILE_CACHE: shelf},
+        shelves=shelves,
         producer=settings.worker_id,
         scratch=settings.artifact_scratch,
     )
@@ -270,7 +276,12 @@ def _rules(settings: WorkerSettings) -> Rules:
         ),
         sleep_left_bytes=replica.sleep_left_bytes,
         sleep_cycle_limit=replica.sleep_cycle_limit,
+        packed_weights_directory=_packed_weights_directory(settings),
     )
+
+
+def _packed_weights_directory(settings: WorkerSettings) -> str:
+    return str(settings.packed_weights_directory) if settings.packed_weights_bytes else ""
 
 
 def _engines(settings: WorkerSettings) -> tuple[str, ...]:
@@ -331,7 +342,7 @@ class _SpecMaker:
             identity_directory=str(identity.directory.absolute()) if identity else "",
             log_path=str(log_path(settings.replica_log_directory, order.model, order.replica_id)),
             compile_cache_directory=str(settings.compile_cache_directory),
-            packed_weights_directory=str(settings.packed_weights_directory) if settings.packed_weights_bytes else "",
+            packed_weights_directory=_packed_weights_directory(settings),
             packed_weights_bytes=settings.packed_weights_bytes,
             artifact_door=str(settings.artifact_door or ""),
             artifact_seconds=settings.artifacts.take_seconds,

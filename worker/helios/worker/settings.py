@@ -1,5 +1,6 @@
 """Settings of the worker's supervisor."""
 
+import ipaddress
 import os
 import socket
 from pathlib import Path
@@ -102,6 +103,16 @@ class ArtifactSettings(BaseModel):
     network, against a minute or more of compiling."""
     publish_seconds: float = Field(default=300.0, gt=0)
     """How long an upload may take before it is given up; nobody waits for it."""
+    publish_weights: Literal["remote", "always", "never"] = "remote"
+    """Whether others may have weights that were packed here, which are as large as the weights. ``remote``: where the
+    registry is on another machine. One on this machine would keep a second copy on the same disk, for nodes that are
+    likely not to be there."""
+    publish_weights_bytes: int = Field(default=2 << 30, ge=0)
+    """Up to which size. 2 GiB: the largest artifact that a registry takes, and an eighth of what it keeps, if its own
+    `artifacts.max_bytes` and `artifacts.quota_bytes` are not set."""
+    take_weights_seconds: float = Field(default=300.0, gt=0, le=580)
+    """How long it may take to bring packed weights here; then the node packs them by itself. Nobody waits for it. 300:
+    16 GB over a gigabit network."""
 
 
 class LauncherSettings(BaseModel):
@@ -115,6 +126,17 @@ class LauncherSettings(BaseModel):
     idle_seconds: float = Field(default=900.0, ge=0)
     """Launchers of an engine that is not the default one end when no replica was started for so long; replicas that run
     go on. 900: the engine is imported anew for the next one, in seconds. 0: they stay."""
+
+
+def is_on_this_machine(target: str) -> bool:
+    """Whether a gRPC target is a unix socket or a loopback address; a machine's other addresses are not looked up."""
+    if target.startswith("unix:"):
+        return True
+    host = target.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class WorkerSettings(ProcessSettings):
@@ -204,6 +226,13 @@ class WorkerSettings(ProcessSettings):
         """The socket where replicas ask for artifacts; None where there is nobody to ask, or no room for its name."""
         path = Path(f"{self.socket_target.removeprefix('unix:')}.a")
         return path if self.registry_target and len(str(path).encode()) <= SOCKET_PATH_LIMIT else None
+
+    @property
+    def published_weights_bytes(self) -> int:
+        """Up to which size packed weights are given away; 0: none are."""
+        artifacts = self.artifacts
+        is_near = artifacts.publish_weights == "remote" and is_on_this_machine(self.registry_target)
+        return 0 if is_near or artifacts.publish_weights == "never" else artifacts.publish_weights_bytes
 
     @property
     def artifact_scratch(self) -> Path:

@@ -6,7 +6,7 @@ Whatever goes wrong on the way is a warning: the replica then makes what it did 
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -33,12 +33,7 @@ _TELL_SECONDS: Final = 5.0
 def take(door: str, request: ArtifactRequest, *, timeout_seconds: float) -> bool:
     """Has the supervisor bring an artifact to the node; returns whether it is there. Blocks, and starts no thread."""
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
-            connection.settimeout(timeout_seconds + _GRACE_SECONDS)
-            connection.connect(door)
-            connection.sendall(encode_request(Ask.TAKE, request))
-            with connection.makefile("rb") as answers:
-                answer = decode_line(answers.readline(MAX_LINE_BYTES))
+        answer = _ask(door, Ask.TAKE, request, timeout_seconds + _GRACE_SECONDS)
     except (OSError, InvalidRequest) as error:
         log.warning("no artifact: the supervisor can't be asked", kind=request.kind, error=str(error))
         return False
@@ -49,8 +44,16 @@ def take(door: str, request: ArtifactRequest, *, timeout_seconds: float) -> bool
     return False
 
 
+def refuse(door: str, request: ArtifactRequest) -> None:
+    """Tells the supervisor that no start with an artifact went well, so that it is not taken again. Blocks."""
+    try:
+        _ask(door, Ask.REFUSED, request, _TELL_SECONDS)
+    except (OSError, InvalidRequest) as error:
+        log.warning("a bad artifact is not reported", kind=request.kind, key=request.key, error=str(error))
+
+
 async def tell_proven(
-    door: str, uses: Sequence[ArtifactRequest], *, has_answered: Callable[[], bool], prove: Callable[[str, str], None]
+    door: str, uses: Sequence[ArtifactRequest], *, has_answered: Callable[[], bool], prove: Callable[[str, str], bool]
 ) -> None:
     """Waits until the replica has answered a request, notes that what it used is good, and tells the supervisor.
 
@@ -58,17 +61,26 @@ async def tell_proven(
         door: Path of the supervisor's socket; empty: there is nobody to tell.
         uses: What the start used or made.
         has_answered: Whether a request was answered without an error.
-        prove: Notes it on the disk, by kind and key; blocks, and raises nothing.
+        prove: Notes it on the disk, by kind and key, and returns whether it is good; blocks, and raises nothing.
     """
     # A second late is nothing; the ledger of requests wakes nobody, for it is on each token's way.
     while not has_answered():  # noqa: ASYNC110
         await asyncio.sleep(_LOOK_SECONDS)
     for request in uses:
-        await asyncio.to_thread(prove, request.kind, request.key)
-        for _ in range(_TELL_TRIES if door else 0):
+        is_good = await asyncio.to_thread(prove, request.kind, request.key)
+        for _ in range(_TELL_TRIES if door and is_good else 0):
             if await _tell(door, request):
                 break
             await asyncio.sleep(_TELL_PAUSE_SECONDS)
+
+
+def _ask(door: str, ask: Ask, request: ArtifactRequest, timeout_seconds: float) -> dict[str, Any]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
+        connection.settimeout(timeout_seconds)
+        connection.connect(door)
+        connection.sendall(encode_request(ask, request))
+        with connection.makefile("rb") as answers:
+            return decode_line(answers.readline(MAX_LINE_BYTES))
 
 
 async def _tell(door: str, request: ArtifactRequest) -> bool:

@@ -40,6 +40,10 @@ class Artifacts(Protocol):
         """Takes notice that what a replica used is good. Does not block."""
         ...
 
+    def note_refused(self, request: ArtifactRequest) -> None:
+        """Takes notice that no start with what is on the node went well. Does not block."""
+        ...
+
 
 class ArtifactDoor:
     """Serves the socket. An async context manager; leaving it cuts off who waits."""
@@ -90,6 +94,9 @@ class ArtifactDoor:
             return {"is_here": False, "why": error.message}
         if ask is Ask.PROVEN:
             self._artifacts.note_proven(request)
+            return {}
+        if ask is Ask.REFUSED:
+            self._artifacts.note_refused(request)
             return {}
         why = await self._artifacts.take(request)
         return {"is_here": not why, "why": why}

@@ -3,6 +3,10 @@
     take:   find in the registry → borrow from the storage agent (fetched, verified) → install → the replica uses it
     proven: the replica answered → wait until nobody writes → pack → put into the registry, unless it has one
 
+Packed weights are taken by nobody who waits (``engines/vllm/packing``): they have a longer time, and belong to no
+replica. A start that finds them of no use says so, by itself or by its end, and the next one's maker tells it here
+(``note_refused``).
+
 Every step may fail, and then the replica makes what it did not get. An artifact under which a replica failed is taken
 no more and deleted from the registry: a bad one costs one start on one node, not one on each. One that did not spare
 the replica its work is replaced by what that made.
@@ -22,7 +26,7 @@ import structlog
 
 from helios.mesh.errors import Corrupted, HeliosError
 from helios.registry.client import Artifact
-from helios.worker.artifacts.requests import ArtifactRequest
+from helios.worker.artifacts.requests import PACKED_WEIGHTS, ArtifactRequest
 from helios.worker.artifacts.shelf import Cancelled
 from helios.worker.settings import ArtifactSettings
 from helios.worker.supervisor import metrics
@@ -46,6 +50,7 @@ class Shelf(Protocol):
     """Where artifacts of one kind are on this node. Methods block; ``CompileShelf`` says what they promise."""
 
     def has(self, key: str) -> bool: ...
+    def is_offered(self, key: str) -> bool: ...
     def install(self, key: str, files: Path, stop: threading.Event) -> str: ...
     def state(self, key: str) -> str: ...
     def pack(self, key: str, into: Path) -> Mapping[str, Path]: ...
@@ -117,6 +122,7 @@ class ArtifactKeeper:
         self._taking: dict[tuple[str, str], asyncio.Lock] = {}
         self._takers: Counter[tuple[str, str]] = Counter()
         self._given: OrderedDict[str, _Given] = OrderedDict()
+        self._brought: OrderedDict[tuple[str, str], Artifact] = OrderedDict()
         self._distrusted: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._publishing = asyncio.Semaphore(1)
 
@@ -129,13 +135,15 @@ class ArtifactKeeper:
             return f"unknown kind {request.kind[:63]!r}"
         if name in self._distrusted:
             return "a replica failed under it"
+        is_large = request.kind == PACKED_WEIGHTS
+        seconds = self._settings.take_weights_seconds if is_large else self._settings.take_seconds
         # One at a time of a name: the second finds what the first one brought.
         self._takers[name] += 1
         try:
-            async with asyncio.timeout(self._settings.take_seconds), self._taking.setdefault(name, asyncio.Lock()):
-                why = await self._bring(request)
+            async with asyncio.timeout(seconds), self._taking.setdefault(name, asyncio.Lock()):
+                why = await self._bring(request, seconds)
         except TimeoutError:
-            why = f"it was not here after {self._settings.take_seconds:g} s"
+            why = f"it was not here after {seconds:g} s"
             log.warning("artifact not taken in time", kind=request.kind, key=request.key)
         finally:
             self._takers[name] -= 1
@@ -151,6 +159,15 @@ class ArtifactKeeper:
         if self._settings.publish and request.kind in self._shelves:
             self._group.create_task(self._offer(request, given), name=f"publish {request.kind}")
 
+    def note_refused(self, request: ArtifactRequest) -> None:
+        """Trusts nobody's artifact of this name any more, and withdraws the one that was brought here, if one was."""
+        name = (request.kind, request.key)
+        _remember(self._distrusted, name, None)
+        artifact = self._brought.pop(name, None)
+        log.warning("no start with an artifact went well", kind=request.kind, key=request.key, is_own=artifact is None)
+        if artifact is not None:
+            self._group.create_task(self._withdraw(artifact), name=f"withdraw {artifact.kind}")
+
     def note_end(self, replica_id: str, *, is_failure: bool) -> None:
         """Takes notice that a replica ended. One that failed on something foreign, and proved nothing, is a warning."""
         given = self._given.pop(replica_id, None)
@@ -161,13 +178,12 @@ class ArtifactKeeper:
         _remember(self._distrusted, (artifact.kind, artifact.key), None)
         self._group.create_task(self._withdraw(artifact), name=f"withdraw {artifact.kind}")
 
-    async def _bring(self, request: ArtifactRequest) -> str:
+    async def _bring(self, request: ArtifactRequest, timeout_seconds: float) -> str:
         shelf = self._shelves[request.kind]
         artifact: Artifact | None = None
         try:
             if await asyncio.to_thread(shelf.has, request.key):
                 return ""
-            timeout_seconds = self._settings.take_seconds
             artifact = await self._registry.find(request.kind, request.key, timeout_seconds=timeout_seconds)
             if artifact is None:
                 return "nobody has made it yet"
@@ -185,7 +201,9 @@ class ArtifactKeeper:
         except OSError as error:
             log.warning("artifact not installed", kind=request.kind, key=request.key, error=str(error))
             return "it can't be written here"
-        _remember(self._given, request.replica_id, _Given(artifact, state))
+        _remember(self._brought, (artifact.kind, artifact.key), artifact)
+        if request.replica_id:
+            _remember(self._given, request.replica_id, _Given(artifact, state))
         log.info("artifact taken", **_facts(artifact), replica=request.replica_id)
         return ""
 
@@ -220,6 +238,8 @@ class ArtifactKeeper:
 
     async def _publish(self, request: ArtifactRequest, given: _Given | None) -> None:
         shelf = self._shelves[request.kind]
+        if not await asyncio.to_thread(shelf.is_offered, request.key):
+            return
         existing = await self._registry.find(request.kind, request.key)
         if existing is not None and (given is None or given.artifact.digest != existing.digest):
             return

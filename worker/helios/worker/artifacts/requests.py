@@ -13,6 +13,8 @@ from helios.mesh.errors import InvalidRequest
 
 COMPILE_CACHE: Final = "compile-cache"
 """Kind of what vLLM and torch keep of a compilation."""
+PACKED_WEIGHTS: Final = "packed-weights"
+"""Kind of weights as a processor computes with them, which replicas map."""
 
 MAX_LINE_BYTES: Final = 128 << 10
 """Inputs have at most 64 KiB; twice that, for their quotes in JSON."""
@@ -25,11 +27,16 @@ class Ask(StrEnum):
     """Have it brought to the node; the answer says whether it is there."""
     PROVEN = "proven"
     """It was used by a replica that is ready and has answered a request: others may have it."""
+    REFUSED = "refused"
+    """No start with it went well: it is not wanted again."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArtifactRequest:
-    """An artifact, by all that it depends on (a JSON object), the revision it is of, and the replica that uses it."""
+    """An artifact, by all that it depends on (a JSON object), the revision it is of, and the replica that uses it.
+
+    No replica, an empty id: it is for later ones, so that the end of none says anything of it.
+    """
 
     kind: str
     inputs: str

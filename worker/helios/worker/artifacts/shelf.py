@@ -15,7 +15,7 @@ from typing import Final
 
 from helios.mesh.errors import Corrupted
 from helios.worker.artifacts.archive import files_below, pack, unpack
-from helios.worker.replica.compile_cache import PROVEN, use_existing
+from helios.worker.replica.artifact_directory import PROVEN, use_existing
 
 _ARCHIVE: Final = "files.tar"
 # Before the rename; swept when a worker starts, which is alone on its directory.
@@ -40,6 +40,10 @@ class CompileShelf:
     def has(self, key: str) -> bool:
         """Returns whether there is a directory for this key, whatever it holds."""
         return (self._root / key).is_dir()
+
+    def is_offered(self, key: str) -> bool:
+        """Returns whether others may have it: compiled code is small, and takes a minute or more to make."""
+        return self.has(key)
 
     def install(self, key: str, files: Path, stop: threading.Event) -> str:
         """Makes the directory of a key from an artifact's files; returns its state, as ``state`` does.

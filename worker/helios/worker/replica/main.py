@@ -21,11 +21,11 @@ from helios.mesh.ops import OpsServer
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.telemetry import setup_telemetry
 from helios.worker.artifacts.asking import tell_proven
-from helios.worker.artifacts.requests import COMPILE_CACHE
+from helios.worker.artifacts.requests import COMPILE_CACHE, PACKED_WEIGHTS
 from helios.worker.replica import metrics, tracing
 from helios.worker.replica.adapters import Adapters
+from helios.worker.replica.artifact_directory import mark_proven
 from helios.worker.replica.attachment import Attachment
-from helios.worker.replica.compile_cache import mark_proven
 from helios.worker.replica.condition import Condition, State
 from helios.worker.replica.engine import Engine, EngineLoad
 from helios.worker.replica.gate import CallGate
@@ -33,6 +33,7 @@ from helios.worker.replica.inference_servicer import InferenceServicer
 from helios.worker.replica.kv_disk import keep_within
 from helios.worker.replica.ledger import RequestLedger
 from helios.worker.replica.openai_servicer import OpenAIServicer
+from helios.worker.replica.packed_weights import end_trial, is_unfit
 from helios.worker.replica.prefill import PrefillClient, PrefillServicer
 from helios.worker.replica.priority import step_forward
 from helios.worker.replica.scratch import kv_directory
@@ -121,7 +122,13 @@ class _Replica:
     async def _live(self) -> Ending:
         engine = await self._wait_engine()
         if engine is None:
-            return self._ending.result()
+            ending = self._ending.result()
+            if ending.is_clean:
+                # Nobody knows yet what it was worth.
+                for artifact in self._start.artifacts:
+                    if artifact.kind == PACKED_WEIGHTS:
+                        end_trial(self._artifact(artifact.kind, artifact.key))
+            return ending
         self._engine = engine
         async with contextlib.AsyncExitStack() as stack:
             prefills = PrefillClient(stack, identity=_identity(self._spec), revision=self._spec.revision)
@@ -177,10 +184,23 @@ class _Replica:
                 prove=self._mark_proven,
             )
 
-    def _mark_proven(self, kind: str, key: str) -> None:
-        if kind == COMPILE_CACHE:
-            with contextlib.suppress(OSError):
-                mark_proven(Path(self._spec.compile_cache_directory, key))
+    def _mark_proven(self, kind: str, key: str) -> bool:
+        directory = self._artifact(kind, key)
+        # The engine did not use it.
+        if kind == PACKED_WEIGHTS and is_unfit(directory):
+            return False
+        try:
+            mark_proven(directory)
+        except OSError:
+            return False
+        return True
+
+    def _artifact(self, kind: str, key: str) -> Path:
+        roots = {
+            COMPILE_CACHE: self._spec.compile_cache_directory,
+            PACKED_WEIGHTS: self._spec.packed_weights_directory,
+        }
+        return Path(roots[kind], key)
 
     def _note_adapters(self) -> None:
         self._attachment.wake()

@@ -7,6 +7,8 @@ a directory named by the digest of all that it depends on (``PackedInputs``), wi
     manifest.json   what lies where in the other file, and what it was made from
     weights.bin     the tensors, each at the beginning of a page
     verified.json   inode, size and time of the file whose digest was checked
+    helios-tried    a start has mapped it (and ``helios-proven``: one ended well)
+    helios-unfit    a start found that it is not of such a model
 
 It can always be made again from the revision, so it is deleted freely, and whatever is wrong with it means an ordinary
 load. A digest takes longer to compute than the load that it would protect (0.2 s for 270 MB, and it would read all of
@@ -14,40 +16,42 @@ the file): so it is computed when an artifact is made, from the bytes that lie u
 whether the file is still that one. Files are read-only; blobs of the storage agent are believed in the same way.
 
 A model that can't be had like this leaves an artifact without weights, which says why, so that nobody tries again.
+
+What a library reads as it stands may be what a start dies of, above all where another node made it. So one that was
+tried, and proved by nobody, is not mapped again: it is made anew (``has_failed``).
 """
 
 import contextlib
-import errno
-import fcntl
+import functools
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
-from helios.mesh.errors import Corrupted, DiskFull, Unsupported
-from helios.worker.replica.compile_cache import CacheDirectory, is_at, set_aside, use_existing
+from helios.mesh.errors import Corrupted, HeliosError, Unsupported
+from helios.worker.replica.artifact_directory import PROVEN, ArtifactDirectory, is_in_use, use_existing
 
 # Grows when what an artifact means changes, or what can be had as one.
 _VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "weights.bin"
 _VERIFIED: Final = "verified.json"
-_NEW: Final = "new-"
+_TRIED: Final = "helios-tried"
+_UNFIT: Final = "helios-unfit"
 PAGE_BYTES: Final = 4096
 """Tensors begin at pages, so that none shares its last one with a neighbour that is written to."""
-_CHUNK_BYTES: Final = 8 << 20
+CHUNK_BYTES: Final = 8 << 20
+"""What is read at a time of a file with weights."""
 # Of a range that is asked for in advance the kernel reads this much for sure, and drops the rest without a word: it is
 # the usual `read_ahead_kb` of a disk. Source: force_page_cache_ra in linux/mm/readahead.c.
 _READ_AHEAD_BYTES: Final = 128 << 10
 # What is in memory is there in large pieces, which were read together.
 _LOOK_BYTES: Final = 2 << 20
-# A cache does not take the disk's last tenth.
-_FREE_RATIO: Final = 0.1
+# Of models of a hundred billion parameters it is below 1 MiB.
+_MAX_MANIFEST_BYTES: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +75,14 @@ class PackedInputs:
     architecture: str
 
     @property
+    def document(self) -> str:
+        """All of them as JSON, the same text for the same inputs: what people read, and what the key is made of."""
+        return json.dumps({"packed-weights": _VERSION, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+
+    @property
     def key(self) -> str:
         """Their digest: 64 hexadecimal digits, the artifact's name. The order of flags is nothing."""
-        document = {"packed-weights": _VERSION, **asdict(self)}
-        return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(self.document.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +149,7 @@ class PackedManifest:
             pieces: list[PlainTensor | PackedMatrix] = [*manifest.tensors, *manifest.matrices]
             is_inside = all(0 <= piece.offset <= manifest.size_bytes - piece.size_bytes for piece in pieces)
             is_known = all(0 <= matrix.layout < len(manifest.layouts) for matrix in manifest.matrices)
+            is_known &= isinstance(manifest.inputs, dict)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise Corrupted(f"not a manifest of packed weights: {error}") from error
         if not is_inside or not is_known:
@@ -148,7 +157,7 @@ class PackedManifest:
         return manifest
 
 
-def find(root: str, inputs: PackedInputs) -> CacheDirectory | None:
+def find(root: str, inputs: PackedInputs) -> ArtifactDirectory | None:
     """Takes the artifact for these inputs into use, or returns None where there is none.
 
     Raises:
@@ -179,142 +188,78 @@ def read_ahead(directory: Path) -> None:
                     os.posix_fadvise(descriptor, offset, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
+def begin_trial(directory: Path) -> None:
+    """Notes that a start maps an artifact. What becomes of it is said by ``mark_proven``, ``end_trial`` or nobody."""
+    if not (directory / PROVEN).exists():
+        # A disk without room for a name is no reason against a start.
+        with contextlib.suppress(OSError):
+            (directory / _TRIED).touch()
+
+
+def end_trial(directory: Path) -> None:
+    """Takes it back: the start ended as it was told, before it could prove anything."""
+    with contextlib.suppress(OSError):
+        (directory / _TRIED).unlink(missing_ok=True)
+
+
+def mark_unfit(directory: Path) -> None:
+    """Notes that an artifact is not of the model that its name says. Raises OSError."""
+    (directory / _UNFIT).touch()
+
+
+def is_unfit(directory: Path) -> bool:
+    """Returns whether a start found that."""
+    return (directory / _UNFIT).exists()
+
+
+def has_failed(directory: Path) -> bool:
+    """Returns whether one is to be made anew: it is unfit, or no start with it went well and none is under way."""
+    if is_unfit(directory):
+        return True
+    return (directory / _TRIED).exists() and not (directory / PROVEN).exists() and not is_in_use(directory)
+
+
+def find_proven(root: Path, revision: str) -> Path | None:
+    """Returns the artifact of a revision that a start is most likely to map: the one proven and used last."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in root.iterdir():
+            # What is tidied away meanwhile is none.
+            with contextlib.suppress(OSError, HeliosError):
+                if (path / PROVEN).exists() and not is_unfit(path) and _revision_of(path) == revision:
+                    _check(path)
+                    found.append((path.stat().st_mtime, path))
+    return max(found)[1] if found else None
+
+
 def read_manifest(directory: Path) -> PackedManifest:
     """Reads an artifact's manifest. Raises Corrupted."""
     try:
-        return PackedManifest.from_json((directory / MANIFEST).read_text(encoding="utf-8"))
+        with (directory / MANIFEST).open("rb") as file:
+            text = file.read(_MAX_MANIFEST_BYTES + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise Corrupted(f"a manifest of packed weights can't be read: {error}") from error
+    if len(text) > _MAX_MANIFEST_BYTES:
+        raise Corrupted("a manifest of packed weights is too large")
+    return PackedManifest.from_json(text)
 
 
-def verify(directory: Path) -> None:
+def verify(directory: Path, check: Callable[[], None] = lambda: None) -> None:
     """Computes the digest of an artifact's weights and remembers the file that has it. Raises Corrupted.
 
-    For whoever brings an artifact to the node; it blocks as long as the file takes to read.
+    For whoever brings an artifact to the node; it blocks as long as the file takes to read. ``check`` is called between
+    pieces of it; what it raises ends the work.
     """
     manifest = read_manifest(directory)
     digest = hashlib.sha256()
     with (directory / WEIGHTS).open("rb") as file:
         identity = _identity(os.fstat(file.fileno()))
-        while chunk := file.read(_CHUNK_BYTES):
+        while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
-    if digest.hexdigest() != manifest.sha256:
+            check()
+    if digest.hexdigest() != manifest.sha256 or identity["size_bytes"] != manifest.size_bytes:
         raise Corrupted("packed weights are not those of their manifest")
     (directory / _VERIFIED).write_text(json.dumps(identity), encoding="utf-8")
-
-
-def drop(root: str, inputs: PackedInputs) -> None:
-    """Removes the artifact for these inputs. What is mapped of it stays readable for those who have it."""
-    with contextlib.suppress(FileNotFoundError):
-        # Who tidies may be at it already.
-        shutil.rmtree(set_aside(Path(root) / inputs.key), ignore_errors=True)
-
-
-def has_room(root: str, wanted_bytes: int) -> bool:
-    """Returns whether so much can be written and leaves the disk's last tenth; makes ``root``."""
-    Path(root).mkdir(parents=True, exist_ok=True)
-    disk = shutil.disk_usage(root)
-    return disk.free - wanted_bytes >= disk.total * _FREE_RATIO
-
-
-class ArtifactWriter:
-    """Writes one artifact. It appears whole, by one rename, or not at all; what is left by a crash goes with the next.
-
-    A context manager: leaving it without ``publish`` removes what was written. One process at a time writes for the
-    same inputs. Blocks.
-    """
-
-    def __init__(self, root: str, inputs: PackedInputs) -> None:
-        self._inputs = inputs
-        self._path = Path(root) / inputs.key
-        self._new = self._path.with_name(f"{_NEW}{self._path.name}")
-        self._digest = hashlib.sha256()
-        self._offset = 0
-
-    def __enter__(self) -> Self:
-        """Raises BlockingIOError where another process writes the same, or did a moment ago."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._new.mkdir(exist_ok=True)
-        self._lock = os.open(self._new, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise
-        if not is_at(self._new, self._lock):
-            os.close(self._lock)
-            raise BlockingIOError(errno.EAGAIN, "it was finished or removed meanwhile", str(self._new))
-        for left in self._new.iterdir():
-            left.unlink()
-        self._file = (self._new / WEIGHTS).open("wb")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        # Once it has its final name, this one may be another process's.
-        if is_at(self._new, self._lock):
-            shutil.rmtree(self._new, ignore_errors=True)
-        os.close(self._lock)
-
-    def append(self, data: memoryview) -> int:
-        """Writes bytes to the beginning of a page; returns their offset."""
-        if not has_room(str(self._path.parent), data.nbytes):
-            raise DiskFull(f"packed weights would take the last tenth of the disk of {self._path.parent}")
-        self._write(bytes(-self._offset % PAGE_BYTES))
-        offset = self._offset
-        for start in range(0, data.nbytes, _CHUNK_BYTES):
-            self._write(data[start : start + _CHUNK_BYTES])
-        return offset
-
-    def publish(
-        self,
-        skeleton: str,
-        tensors: tuple[PlainTensor, ...],
-        matrices: tuple[PackedMatrix, ...],
-        layouts: tuple[str, ...],
-    ) -> Path:
-        """Gives it its name; what had that name goes. Raises Corrupted where the file is not what was written."""
-        self._write(bytes(-self._offset % PAGE_BYTES))
-        return self._publish(
-            PackedManifest(
-                inputs=asdict(self._inputs),
-                skeleton=skeleton,
-                tensors=tensors,
-                matrices=matrices,
-                layouts=layouts,
-                size_bytes=self._offset,
-                sha256=self._digest.hexdigest(),
-            )
-        )
-
-    def refuse(self, why: str) -> Path:
-        """Leaves an artifact without weights, which says why."""
-        os.ftruncate(self._file.fileno(), 0)
-        return self._publish(PackedManifest(inputs=asdict(self._inputs), refusal=why))
-
-    def _publish(self, manifest: PackedManifest) -> Path:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        os.fchmod(self._file.fileno(), 0o444)
-        path = self._new / MANIFEST
-        path.write_text(manifest.to_json(), encoding="utf-8")
-        if not manifest.refusal:
-            verify(self._new)
-        for name in (path, self._new):
-            _sync(name)
-        drop(str(self._path.parent), self._inputs)
-        # Still in use, so that nobody tidies it away, but a start that wants it has no reason to wait.
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
-        self._new.rename(self._path)
-        _sync(self._path.parent)
-        return self._path
-
-    def _write(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
-        self._file.write(data)
-        self._offset += len(data)
 
 
 def _is_in_memory(descriptor: int, offset: int) -> bool:
@@ -338,17 +283,21 @@ def _check(directory: Path) -> None:
         raise Corrupted("packed weights are not the file that was verified")
 
 
+def _revision_of(directory: Path) -> str:
+    manifest = (directory / MANIFEST).stat()
+    return _read_revision(directory, manifest.st_ino, manifest.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_revision(directory: Path, inode: int, modified_ns: int) -> str:
+    """Reads a manifest's revision, once for each file."""
+    del inode, modified_ns
+    return str(read_manifest(directory).inputs.get("revision"))
+
+
 def _identity(file: os.stat_result) -> dict[str, int]:
     return {"inode": file.st_ino, "size_bytes": file.st_size, "modified_ns": file.st_mtime_ns}
 
 
 def _with_tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

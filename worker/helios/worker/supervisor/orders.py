@@ -29,6 +29,7 @@ class Rules:
         lease_ttl_seconds: How long weights stay leased when this process dies.
         sleep_left_bytes: Booked on each device of a replica that sleeps, where it can't measure what it leaves behind.
         sleep_cycle_limit: How often a replica may wake; then it is replaced instead.
+        packed_weights_directory: Where weights are that starts map; empty: they load.
     """
 
     worker_id: str
@@ -45,6 +46,7 @@ class Rules:
     sleep_left_bytes: int = 1 << 30
     sleep_cycle_limit: int = 20
     default_engine: str = ""
+    packed_weights_directory: str = ""
 
 
 def order_of(start: Start, rules: Rules, now: datetime) -> Order:

@@ -89,7 +89,7 @@ from helios.worker.engines.vllm.held_tokenizers import HeldTokenizers
 from helios.worker.engines.vllm.ranks import rank_cores
 from helios.worker.engines.vllm.transfers import with_transfer
 from helios.worker.replica.engine import PREFILL, Meter
-from helios.worker.replica.packed_weights import ArtifactWriter
+from helios.worker.replica.packed_writer import ArtifactWriter
 from helios.worker.replica.phases import write_phase
 
 # The CPU worker patches torch when it is imported, so only the device's own worker may be.

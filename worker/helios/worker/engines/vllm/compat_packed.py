@@ -15,10 +15,10 @@ The skeleton of the model is made as ever, too, in memory that is never touched 
 to be that of the artifact. Whatever is not as expected before the first tensor is assigned means an ordinary load.
 """
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -42,12 +42,13 @@ from helios.worker.engines.vllm.packed_products import (
 )
 from helios.worker.replica.packed_weights import (
     WEIGHTS,
-    ArtifactWriter,
     PackedManifest,
     PackedMatrix,
     PlainTensor,
+    mark_unfit,
     read_manifest,
 )
+from helios.worker.replica.packed_writer import ArtifactWriter
 
 log = structlog.get_logger()
 
@@ -114,6 +115,8 @@ class MappedLoader(_OrdinaryLoader):
                 log.warning(
                     "packed weights do not fit: an ordinary load", error=error.message, directory=directory.name
                 )
+                with contextlib.suppress(OSError):
+                    mark_unfit(directory)
             else:
                 return
         super().load_weights(model, model_config)
@@ -270,7 +273,7 @@ class _PackingLoader(_OrdinaryLoader):
     _packing: _Packing | None = None
 
     @classmethod
-    @contextmanager
+    @contextlib.contextmanager
     def packing_into(cls, writer: ArtifactWriter) -> Iterator[_Packing]:
         cls._packing = _Packing(writer)
         try:
@@ -292,7 +295,7 @@ class _PackingLoader(_OrdinaryLoader):
         packing.note_loaded(model, buffers)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _handing_over(packing: _Packing) -> Iterator[None]:
     """Has weights that vLLM hands to oneDNN go to ``packing``, where torch computes the same with them."""
     module = vllm.model_executor.layers.utils

@@ -20,7 +20,8 @@ from helios.worker.engines.vllm.openai_api import OpenAIApi, TextApi, VectorApi
 from helios.worker.engines.vllm.packing import map_weights
 from helios.worker.engines.vllm.pieces import PieceCutter
 from helios.worker.engines.vllm.prompts import PromptRenderer
-from helios.worker.replica.compile_cache import drop_unproven, inputs_document, use_directory
+from helios.worker.replica.artifact_directory import drop_unproven, use
+from helios.worker.replica.compile_cache import inputs_document
 from helios.worker.replica.engine import (
     EngineFacts,
     EngineHooks,
@@ -67,7 +68,7 @@ def _use_compiled(spec: ReplicaSpec, hooks: EngineHooks) -> None:
         with hooks.phase("fetch_artifact"):
             take(spec.artifact_door, request, timeout_seconds=spec.artifact_seconds)
     # Never released: it is in use for as long as the replica lives.
-    compat.keep_compiled(use_directory(spec.compile_cache_directory, inputs).path)
+    compat.keep_compiled(use(path).path)
     drafts = {directory: revision for revision, directory in spec.revision_paths.items()}
     compat.share_compiled(drafts | {spec.model_path: spec.revision})
     hooks.artifacts.append(request)
@@ -85,7 +86,7 @@ class VllmEngine:
         self._sink = compat_statistics.LoadSink(hooks.on_load)
         arguments = engine_arguments(spec, hooks.phase_descriptor)
         # Never released: it is in use for as long as the replica lives.
-        self._mapped = map_weights(arguments, spec)
+        self._mapped = map_weights(arguments, spec, hooks)
         if spec.compile_cache_directory and not arguments.enforce_eager:
             _use_compiled(spec, hooks)
         self._llm = compat.make_llm(

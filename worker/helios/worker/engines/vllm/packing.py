@@ -1,8 +1,9 @@
 """When weights are mapped, and how the artifact that is mapped comes to be.
 
 The launcher makes it: after a replica of a model that has none was forked and nothing else is to be done, it forks once
-more. That child loads the model as a replica would, with the cores that others leave, writes the artifact and ends; the
-next start maps it. The replica that serves meanwhile has nothing to do with it.
+more. That child asks the supervisor whether another node has made one, which takes as long as it takes: nobody waits.
+Where there is none it loads the model as a replica would, with the cores that others leave, and writes the artifact;
+the next start maps it. The replica that serves meanwhile has nothing to do with it.
 """
 
 import contextlib
@@ -18,10 +19,14 @@ from typing import Any, Final
 import structlog
 
 from helios.mesh.errors import Corrupted, HeliosError, Unsupported
+from helios.worker.artifacts.asking import refuse, take
+from helios.worker.artifacts.requests import PACKED_WEIGHTS, ArtifactRequest
 from helios.worker.engines.vllm import compat, compat_packed
 from helios.worker.engines.vllm.arguments import arguments_of, engine_arguments
-from helios.worker.replica.compile_cache import CacheDirectory
-from helios.worker.replica.packed_weights import WEIGHTS, ArtifactWriter, PackedInputs, drop, find, has_room, read_ahead
+from helios.worker.replica.artifact_directory import ArtifactDirectory, drop
+from helios.worker.replica.engine import EngineHooks
+from helios.worker.replica.packed_weights import WEIGHTS, PackedInputs, begin_trial, find, has_failed, read_ahead
+from helios.worker.replica.packed_writer import ArtifactWriter, has_room
 from helios.worker.replica.priority import step_back, step_forward
 from helios.worker.replica.scratch import make_scratch
 from helios.worker.replica.settings import Role
@@ -42,14 +47,17 @@ _PROCESS_BYTES: Final = 512 << 20
 # It holds a copy of the weights. Where others leave it nothing of the cores for so long, that is given back, and the
 # next start tries again.
 _PACK_SECONDS: Final = 600
+# The supervisor keeps its own, shorter time.
+_TAKE_SECONDS: Final = 590
 
 
-def map_weights(arguments: Any, spec: ReplicaSpec) -> CacheDirectory | None:
+def map_weights(arguments: Any, spec: ReplicaSpec, hooks: EngineHooks) -> ArtifactDirectory | None:
     """Has vLLM map the model's weights where there is an artifact of them.
 
     Args:
         arguments: AsyncEngineArgs of the spec; changed.
         spec: The replica.
+        hooks: Told what the start uses.
 
     Returns:
         What is in use for as long as the replica lives; None for an ordinary load.
@@ -57,6 +65,11 @@ def map_weights(arguments: Any, spec: ReplicaSpec) -> CacheDirectory | None:
     if not _can_map(arguments, spec):
         return None
     inputs = packing_inputs(spec)
+    directory = Path(spec.packed_weights_directory, inputs.key)
+    if has_failed(directory):
+        # Whoever makes the next one removes it, and says so.
+        log.warning("packed weights are not mapped: no start with them went well", directory=directory.name)
+        return None
     try:
         taken = find(spec.packed_weights_directory, inputs)
         if taken is not None:
@@ -66,9 +79,11 @@ def map_weights(arguments: Any, spec: ReplicaSpec) -> CacheDirectory | None:
     except (Corrupted, OSError) as error:
         log.warning("packed weights are dropped: an ordinary load", error=str(error))
         with contextlib.suppress(OSError):
-            drop(spec.packed_weights_directory, inputs)
+            drop(directory)
         return None
     if taken is not None:
+        begin_trial(taken.path)
+        hooks.artifacts.append(_request(spec, inputs))
         arguments.load_format = compat_packed.MAPPED_FORMAT
         arguments.model_loader_extra_config = {"directory": str(taken.path), "model": spec.model_path}
     return taken
@@ -79,7 +94,8 @@ def packing_of(spec: ReplicaSpec) -> Callable[[], None] | None:
     if not spec.packed_weights_directory or not compat.is_pinned():
         return None
     directory = Path(spec.packed_weights_directory, packing_inputs(spec).key)
-    if directory.exists() or not _can_map(engine_arguments(spec, -1), spec):
+    is_there = directory.exists() and not has_failed(directory)
+    if is_there or not _can_map(engine_arguments(spec, -1), spec):
         return None
     weights_bytes = _weights_bytes(spec)
     if spec.packed_weights_bytes is not None and weights_bytes > spec.packed_weights_bytes:
@@ -88,13 +104,15 @@ def packing_of(spec: ReplicaSpec) -> Callable[[], None] | None:
         return None
     needed_bytes = int(weights_bytes * _NEEDED_RATIO) + _PROCESS_BYTES
     # The replica that was forked a second ago may have touched nothing yet of what is booked for it.
-    if used_memory_bytes() + spec.memory_bytes + needed_bytes > usable_memory_bytes():
+    has_memory = used_memory_bytes() + spec.memory_bytes + needed_bytes <= usable_memory_bytes()
+    if not has_memory:
         log.info("weights are not packed: not enough memory", model=spec.model, needed_bytes=needed_bytes)
-        return None
+        if not spec.artifact_door:
+            return None
     if not has_room(spec.packed_weights_directory, weights_bytes):
         log.info("weights are not packed: not enough disk", model=spec.model, needed_bytes=weights_bytes)
         return None
-    return functools.partial(_pack, spec)
+    return functools.partial(_obtain, spec, may_pack=has_memory)
 
 
 def packing_inputs(spec: ReplicaSpec) -> PackedInputs:
@@ -127,24 +145,18 @@ def _can_map(arguments: Any, spec: ReplicaSpec) -> bool:
     )
 
 
-def _pack(spec: ReplicaSpec) -> None:
-    """The whole life of the child."""
+def _obtain(spec: ReplicaSpec, *, may_pack: bool) -> None:
+    """The whole life of the child: takes the artifact or, where it may, makes it."""
     step_back()
     # Where memory runs out all the same, the kernel ends this process and none that serves.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     signal.alarm(_PACK_SECONDS)
-    make_scratch(os.getpid())
-    root, inputs = spec.packed_weights_directory, packing_inputs(spec)
+    inputs = packing_inputs(spec)
     try:
-        with ArtifactWriter(root, inputs) as writer:
-            try:
-                size_bytes = _write(spec, writer)
-            except Unsupported as error:
-                writer.refuse(error.message)
-                log.info("weights can't be packed", model=spec.model, reason=error.message)
-            else:
-                log.info("weights packed", model=spec.model, revision=spec.revision, size_bytes=size_bytes)
+        if not _take(spec, inputs) and may_pack:
+            signal.alarm(_PACK_SECONDS)
+            _pack(spec, inputs)
     except (BlockingIOError, FileNotFoundError):
         log.info("weights are being packed by another process", model=spec.model)
     except HeliosError as error:
@@ -153,6 +165,37 @@ def _pack(spec: ReplicaSpec) -> None:
         # Ending takes locks of the kernel's that are the launcher's too, since it was forked from it: a fork that was
         # asked for would wait for a process that gets nothing of the cores.
         step_forward()
+
+
+def _take(spec: ReplicaSpec, inputs: PackedInputs) -> bool:
+    """Has the supervisor bring what another node made; returns whether it is there.
+
+    Not again where what is there did no good: that is removed, and the supervisor told of it.
+    """
+    directory = Path(spec.packed_weights_directory, inputs.key)
+    request = replace(_request(spec, inputs), replica_id="")
+    if has_failed(directory):
+        if spec.artifact_door:
+            refuse(spec.artifact_door, request)
+        drop(directory)
+        return False
+    return bool(spec.artifact_door) and take(spec.artifact_door, request, timeout_seconds=_TAKE_SECONDS)
+
+
+def _request(spec: ReplicaSpec, inputs: PackedInputs) -> ArtifactRequest:
+    return ArtifactRequest(PACKED_WEIGHTS, inputs.document, spec.revision, spec.replica_id)
+
+
+def _pack(spec: ReplicaSpec, inputs: PackedInputs) -> None:
+    make_scratch(os.getpid())
+    with ArtifactWriter(spec.packed_weights_directory, inputs) as writer:
+        try:
+            size_bytes = _write(spec, writer)
+        except Unsupported as error:
+            writer.refuse(error.message)
+            log.info("weights can't be packed", model=spec.model, reason=error.message)
+        else:
+            log.info("weights packed", model=spec.model, revision=spec.revision, size_bytes=size_bytes)
 
 
 def _write(spec: ReplicaSpec, writer: ArtifactWriter) -> int:
