@@ -214,6 +214,7 @@ async def running_node(
     rules: Rules = RULES,
     memory_bytes: int = 4 << 30,
     host_memory_bytes: int = 0,
+    packed: Path | None = None,
 ) -> AsyncIterator[Node]:
     """Runs a supervisor for the block; its replicas live on after it, as after a crash."""
     socket = f"unix:{folder / 's.sock'}"
@@ -235,7 +236,7 @@ async def running_node(
 
     async with task_scope() as group:
         supervisor = Supervisor(
-            rules,
+            replace(rules, packed_weights_directory=str(packed or "")),
             group=group,
             ledger=Ledger(
                 [Device("cpu:0", DeviceKind.CPU, memory_bytes)],

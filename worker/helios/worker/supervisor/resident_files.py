@@ -51,14 +51,6 @@ class ResidentFiles:
             self.close()
             raise
 
-    @classmethod
-    def of_directory(cls, directory: Path) -> "ResidentFiles":
-        """Maps every file below a directory, each once. Raises OSError where there is none."""
-        files = {path.resolve() for path in directory.rglob("*") if path.is_file()}
-        if not files:
-            raise FileNotFoundError(f"{directory} holds no file")
-        return cls(sorted(files))
-
     @property
     def locked_bytes(self) -> int:
         """Of all files together, what the kernel can't drop."""

@@ -1,8 +1,8 @@
 """Staged revisions: weights in host memory and no process, the rung between the disk and a sleeping replica.
 
-A start from here reads no disk. Each revision holds a lease at the storage agent and a mapping of its files; replicas
-that map the same files share the pages. Memory is booked before anything is read, and given back when the mapping is
-gone.
+A start from here reads no disk. Each revision holds a lease at the storage agent and a mapping of the files that a
+start reads (``start_files``); replicas that map the same files share the pages. Memory is booked before anything is
+read, and given back when the mapping is gone.
 """
 
 import asyncio
@@ -14,15 +14,16 @@ from typing import Final, Protocol
 
 import structlog
 
-from helios.mesh.errors import HeliosError
+from helios.mesh.errors import HeliosError, Overloaded
 from helios.worker.supervisor import commands
 from helios.worker.supervisor.host_ledger import HostLedger, check_room
 from helios.worker.supervisor.records import Failure, HostUse, StagedState, StagedView
-from helios.worker.supervisor.resident_files import ResidentFiles
+from helios.worker.supervisor.start_files import StartFiles
 
 log = structlog.get_logger()
 
-# How often it is looked whether the kernel dropped what is not locked; counting pages takes 0.3 ms a GiB.
+# How often it is looked whether the kernel dropped what is not locked, and whether starts read other files by now;
+# counting pages takes 0.3 ms a GiB.
 _LOOK_SECONDS: Final = 10.0
 # A kernel that drops pages again and again needs the memory: reading them back each time would only wear the disk, and
 # drop somebody else's.
@@ -53,11 +54,13 @@ class _Staged:
     """Attributes:
     is_booked: Its memory is booked; False while it waits for what others give back.
     failure: Why it could not be held; None: it was given back as asked.
+    held: Its files; None before they are there.
     """
 
     view: StagedView
     is_booked: bool
     failure: Failure | None = None
+    held: StartFiles | None = None
 
 
 class Staging:
@@ -79,6 +82,7 @@ class Staging:
         holder: str,
         lease_ttl_seconds: float,
         publish: Callable[[StagedView], None],
+        packed_weights_directory: Path | None = None,
     ) -> None:
         self._group = group
         self._weights = weights
@@ -86,6 +90,7 @@ class Staging:
         self._holder = holder
         self._lease_ttl_seconds = lease_ttl_seconds
         self._publish = publish
+        self._packed_root = packed_weights_directory
         self._staged: dict[str, _Staged] = {}
         self._ending: set[_Staged] = set()
         self._tasks: dict[_Staged, asyncio.Task[None]] = {}
@@ -197,30 +202,60 @@ class Staging:
         log.info("revision unstaged", revision=revision, reason=staged.failure.reason if staged.failure else "ASKED")
 
     async def _keep_resident(self, staged: _Staged, lent: Lent) -> None:
-        files = await asyncio.to_thread(ResidentFiles.of_directory, Path(lent.path))
+        directory = Path(lent.path)
+        held = await self._open(staged, directory)
         try:
-            self._ledger.book(staged.view.revision, files.size_bytes)
-            staged.view = replace(staged.view, memory_bytes=files.size_bytes)
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._watch(staged, files), name="keep resident")
+                group.create_task(self._watch(staged, held, directory), name="keep resident")
                 await lent.wait_lost()
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
-            await asyncio.to_thread(files.close)
+            if staged.held is not None:
+                await asyncio.to_thread(staged.held.close)
 
-    async def _watch(self, staged: _Staged, files: ResidentFiles) -> None:
-        await self._bring_in(staged, files)
-        log.info("revision staged", revision=staged.view.revision, model=staged.view.model, bytes=files.size_bytes)
+    async def _open(self, staged: _Staged, directory: Path) -> StartFiles:
+        """Maps what a start reads, and books it, in place of what is held; returns what is held then.
+
+        Raises:
+            Overloaded: NO_CAPACITY, and nothing was held before.
+        """
+        revision, before = staged.view.revision, staged.held
+        held = await asyncio.to_thread(StartFiles, directory, revision, self._packed_root)
+        try:
+            self._ledger.book(revision, held.files.size_bytes)
+        except Overloaded:
+            held.close()
+            if before is not None:
+                return before
+            if not held.is_packed:
+                raise
+            # Packed weights may be larger than the checkpoint, by an output layer.
+            held = await asyncio.to_thread(StartFiles, directory, revision, None)
+            self._ledger.book(revision, held.files.size_bytes)
+        staged.held = held
+        staged.view = replace(staged.view, memory_bytes=held.files.size_bytes)
+        if before is not None:
+            await asyncio.to_thread(before.close)
+        return held
+
+    async def _watch(self, staged: _Staged, held: StartFiles, directory: Path) -> None:
+        await self._bring_in(staged, held)
+        size_bytes = held.files.size_bytes
+        log.info("revision staged", revision=staged.view.revision, model=staged.view.model, bytes=size_bytes)
         seconds = _LOOK_SECONDS
         while True:
             await asyncio.sleep(seconds)
-            is_dropped = await asyncio.to_thread(files.resident_bytes) < files.size_bytes
+            before = held
+            if not await asyncio.to_thread(held.is_current):
+                held = await self._open(staged, directory)
+            is_dropped = await asyncio.to_thread(held.files.resident_bytes) < held.files.size_bytes
             seconds = next_look_seconds(seconds, is_dropped=is_dropped)
-            if is_dropped:
-                await self._bring_in(staged, files)
+            if is_dropped or held is not before:
+                await self._bring_in(staged, held)
 
-    async def _bring_in(self, staged: _Staged, files: ResidentFiles) -> None:
+    async def _bring_in(self, staged: _Staged, held: StartFiles) -> None:
+        files = held.files
         await asyncio.to_thread(files.bring_in)
         resident_bytes = await asyncio.to_thread(files.resident_bytes)
         view = replace(

@@ -8,6 +8,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final, Protocol
 
 import structlog
@@ -99,6 +100,7 @@ class Supervisor:
             holder=rules.worker_id,
             lease_ttl_seconds=rules.lease_ttl_seconds,
             publish=self.feed.publish_staged,
+            packed_weights_directory=Path(packed) if (packed := rules.packed_weights_directory) else None,
         )
 
     def recover(self) -> int:
