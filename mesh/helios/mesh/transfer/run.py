@@ -79,7 +79,7 @@ class Run:
             HeliosError, OSError: As `Downloader.fetch`; or what the transfer's `check` raised.
         """
         worker_count = min(self._options.in_flight, self._machine.chunk_count)
-        if worker_count <= 1:
+        if self._machine.chunk_count <= 1:
             # Most files are small, and need no threads.
             self._work()
             sha256 = self._hash()
