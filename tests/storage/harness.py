@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,14 +27,15 @@ from helios.mesh.errors import HeliosError, RevisionNotFound
 from helios.mesh.identity import CertificateAuthority, IdentityFiles
 from helios.mesh.server import MeshServer
 from helios.mesh.status import error_from_rpc
-from helios.storage.__main__ import HOLDERS, OPTIONS, POLICY
+from helios.storage.__main__ import HOLDERS, OPERATORS, OPTIONS, POLICY
 from helios.storage.client import StorageClient
 from helios.storage.clock import Clock
 from helios.storage.disk_tier import DiskTier
 from helios.storage.manifest import Digest, ManifestEntry, manifest_digest
 from helios.storage.manifest_source import RegistryManifests
-from helios.storage.materializer import Materializer, open_materializer
+from helios.storage.materializer import Materializer, Upkeep, open_materializer
 from helios.storage.servicer import SERVICE_NAME, StorageServicer
+from helios.storage.tiers import TierOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTRY_SERVICE = "helios.api.registry.v1.RegistryService"
@@ -144,18 +145,24 @@ class Mesh:
         is_link_allowed: bool = True,
         clock: Clock | None = None,
         listen: str = "127.0.0.1:0",
+        more: Sequence[TierOptions] = (),
+        upkeep: Upkeep | None = None,
     ) -> AsyncIterator[Agent]:
+        """Serves an agent with a tier `disk`, and more tiers whose roots are directories named for them beside it."""
         identity = self.identity("storage")
         root = self.directory / name
-        tier = DiskTier(root, fetch_thread_count=2, is_link_allowed=is_link_allowed)
+        roots = [(root, TierOptions(capacity_bytes=capacity_bytes))]
+        roots += [(self.directory / f"{name}-{options.name}", options) for options in more]
+        tiers = [
+            DiskTier(path, fetch_thread_count=2, is_link_allowed=is_link_allowed, options=options)
+            for path, options in roots
+        ]
         async with (
             Dialer(self.registry_address, identity=identity, peer="registry") as registry,
-            open_materializer(
-                tier, RegistryManifests(registry), capacity_bytes=capacity_bytes, clock=clock
-            ) as materializer,
+            open_materializer(tiers, RegistryManifests(registry), clock=clock, upkeep=upkeep) as materializer,
         ):
             server = MeshServer(listen=listen, identity=identity, policy=POLICY, options=OPTIONS)
-            servicer = StorageServicer(materializer, holders=HOLDERS, clock=clock)
+            servicer = StorageServicer(materializer, holders=HOLDERS, operators=OPERATORS, clock=clock)
             add_StorageServiceServicer_to_server(servicer, server.grpc)
             server.serve(SERVICE_NAME)
             async with server, self.dial(server.address) as dialer:

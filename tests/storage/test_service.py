@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from helios.api.storage.v1 import storage_service_pb2 as pb
+from helios.mesh import names
 from helios.mesh.errors import (
     DigestMismatch,
     DiskFull,
@@ -19,8 +20,11 @@ from helios.mesh.errors import (
     RevisionNotFound,
     Unavailable,
 )
-from helios.storage.client import LeaseLost, Progress, StorageClient
+from helios.storage.client import CorruptBlob, LeaseLost, Progress, StorageClient, Tier
+from helios.storage.metrics import TIERS
+from helios.storage.tiers import TierKind, TierOptions
 from tests.storage.harness import Agent, Mesh, digest_of, entry_of, files_below, is_clean, raw_stream
+from tests.storage.test_moves import flip
 
 MIB = 1 << 20
 FILES = {"config.json": b"{}", "weights/model.safetensors": os.urandom(3 * MIB), "empty.txt": b""}
@@ -175,12 +179,69 @@ async def test_only_workers_hold(mesh: Mesh) -> None:
         assert (await StorageClient(admin).residency()).revisions == ()
         for dialer in (admin, edge):
             with pytest.raises(PermissionDenied):
-                await StorageClient(dialer).evict(revision)
-            with pytest.raises(PermissionDenied):
                 async with StorageClient(dialer).materialize(revision, holder="t"):
                     pytest.fail("lent")
+        forbidden = StorageClient(edge)
+        for call in (forbidden.evict, forbidden.pin, forbidden.unpin):
+            with pytest.raises(PermissionDenied):
+                await call(revision)
         with pytest.raises(PermissionDenied):
-            await StorageClient(edge).residency()
+            await forbidden.residency()
+        with pytest.raises(PermissionDenied):
+            await forbidden.statistics()
+        with pytest.raises(PermissionDenied):
+            await anext(forbidden.scrub())
+
+
+async def test_operators_see_what_the_tiers_did_pin_and_scrub(mesh: Mesh) -> None:
+    content = os.urandom(2 * MIB)
+    revision = mesh.shelf.add({"w": content})
+    more = [TierOptions("fast", TierKind.NVME, 100 * MIB, high_ratio=1, low_ratio=1)]
+    async with mesh.agent(is_link_allowed=False, more=more) as agent, mesh.dial(agent.address, "admin-edge") as admin:
+        operator = StorageClient(admin)
+        for _ in range(2):
+            async with agent.client.materialize(revision, holder="t"):
+                pass
+        await operator.pin(revision)
+        (found,) = (await operator.residency()).revisions
+        assert (found.tiers, found.is_pinned, found.moving_to) == (("fast",), True, "")
+        with pytest.raises(PreconditionFailed) as raised:
+            await operator.evict(revision)
+        assert raised.value.reason == "REVISION_PINNED"
+        await operator.unpin(revision)
+        steps = [step async for step in operator.scrub(bytes_per_second=100 * MIB)]
+        assert (steps[-1].done_bytes, steps[-1].total_bytes, steps[-1].corrupt) == (2 * MIB, 2 * MIB, ())
+        assert await operator.evict(revision) == 2 * MIB
+        counted = await operator.statistics()
+        fast, disk = counted.tiers
+        assert (counted.miss_count, fast.hit_count, fast.hit_bytes, disk.hit_count) == (1, 1, 2 * MIB, 0)
+        assert fast.tier == Tier("fast", 0, 100 * MIB, "nvme")
+        assert fast.written_bytes == {"registry": 2 * MIB}
+        assert (fast.evicted_count, fast.evicted_bytes) == ({"asked": 1}, {"asked": 2 * MIB})
+        assert fast.scrubbed_bytes == 2 * MIB
+        assert fast.write_bytes_per_second > 0
+        assert fast.free_bytes > 0
+        samples = {
+            (sample.name, sample.labels.get("reason", "")): sample.value
+            for family in TIERS.collect()
+            for sample in family.samples
+            if sample.labels.get("tier") == "fast"
+        }
+        assert samples[names.TIER_HITS_TOTAL, ""] == 1
+        assert samples[names.TIER_EVICTIONS_TOTAL, "asked"] == 1
+
+
+async def test_a_scrub_over_the_wire_names_what_is_bad(mesh: Mesh) -> None:
+    content = os.urandom(MIB)
+    revision = mesh.shelf.add({"w": content})
+    async with mesh.agent(is_link_allowed=False) as agent:
+        async with agent.client.materialize(revision, holder="t"):
+            pass
+        flip(agent.materializer.rooms[0].tier.store.blob_path(digest_of(content).hash))
+        steps = [step async for step in agent.client.scrub()]
+        assert steps[-1].corrupt == (CorruptBlob(digest_of(content).hash, "disk", is_lent=False, is_healed=False),)
+        assert (await agent.client.statistics()).tiers[0].corrupt_count == 1
+        assert is_clean(agent.root)
 
 
 async def test_a_leased_revision_is_not_evicted(mesh: Mesh) -> None:

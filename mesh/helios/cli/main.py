@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from helios.cli import cache as cache_commands
 from helios.cli import commands
 from helios.cli import why as explanations
 from helios.cli.models_set import models_set as models_set_command
@@ -32,6 +33,8 @@ app: Final = typer.Typer(
 )
 models: Final = typer.Typer(help="Models that the mesh knows.", no_args_is_help=True)
 app.add_typer(models, name="models")
+cache: Final = typer.Typer(help="What this node's storage agent has.", no_args_is_help=True)
+app.add_typer(cache, name="cache")
 
 console: Final = Console()
 errors: Final = Console(stderr=True)
@@ -158,6 +161,49 @@ def models_show(
 ) -> None:
     """Show one model: state, revision, resources."""
     _run(commands.models_show(_state(state_dir), console, name, is_json=is_json))
+
+
+RevisionArgument = Annotated[str, typer.Argument(help="Name or alias of a model, or a revision's sha256:DIGEST.")]
+
+
+@cache.command("status")
+def cache_status(state_dir: StateOption, *, is_json: JsonOption = False) -> None:
+    """Show the tiers, what they did, and the revisions in them."""
+    _run(cache_commands.status(_state(state_dir), console, is_json=is_json))
+
+
+@cache.command("evict")
+def cache_evict(revision: RevisionArgument, state_dir: StateOption, *, is_json: JsonOption = False) -> None:
+    """Drop a revision that nobody uses from this node; `helios evict` stops a model's replicas first."""
+    _run(cache_commands.evict(_state(state_dir), console, revision, is_json=is_json))
+
+
+@cache.command("pin")
+def cache_pin(revision: RevisionArgument, state_dir: StateOption) -> None:
+    """Have a revision stay on this node once it is here."""
+    _run(cache_commands.pin(_state(state_dir), console, revision, is_pinned=True))
+
+
+@cache.command("unpin")
+def cache_unpin(revision: RevisionArgument, state_dir: StateOption) -> None:
+    """Let a pinned revision be evicted again."""
+    _run(cache_commands.pin(_state(state_dir), console, revision, is_pinned=False))
+
+
+@cache.command("scrub")
+def cache_scrub(
+    state_dir: StateOption,
+    *,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Most bytes to read in a second. Default: no limit.", min=1)
+    ] = None,
+    is_json: JsonOption = False,
+) -> None:
+    """Read every blob from the disk and compare it with its name; mend or drop what is bad.
+
+    Exits with 1 where something was.
+    """
+    _run(cache_commands.scrub(_state(state_dir), console, bytes_per_second=limit, is_json=is_json))
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Composition root of the storage agent: `python -m helios.storage`."""
 
 from contextlib import AsyncExitStack
+from datetime import timedelta
 
 from helios.api.storage.v1.storage_service_pb2_grpc import add_StorageServiceServicer_to_server
 from helios.mesh.channel import Dialer
@@ -10,15 +11,18 @@ from helios.mesh.tasks import keep_running
 from helios.storage.clock import steady_clock
 from helios.storage.disk_tier import DiskTier
 from helios.storage.manifest_source import RegistryManifests
-from helios.storage.materializer import open_materializer
+from helios.storage.materializer import Upkeep, open_materializer
 from helios.storage.servicer import SERVICE_NAME, StorageServicer
 from helios.storage.settings import StorageSettings
 
 HOLDERS = frozenset({"worker"})
-"""Who may materialise and evict."""
+"""Who may materialise."""
 
-POLICY = {SERVICE_NAME: HOLDERS | {"admin-edge"}}
-"""The admin edge may look at the residency; the servicer refuses it the rest."""
+OPERATORS = HOLDERS | {"admin-edge"}
+"""Who may evict, pin and scrub, none of which takes anything from a holder."""
+
+POLICY = {SERVICE_NAME: OPERATORS}
+"""The servicer refuses the admin edge what is only for holders."""
 
 OPTIONS = ServerOptions(drain_seconds=1.0)
 """Evict ends within a second; Materialize streams never end by themselves, and their holders resume them."""
@@ -30,25 +34,49 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
     clock = steady_clock()
     async with AsyncExitStack() as stack:
         dialer = await stack.enter_async_context(Dialer(settings.registry_target, identity=identity, peer="registry"))
-        tier = DiskTier(
-            settings.state_directory.absolute(),
-            fetch_thread_count=settings.fetch.thread_count,
-            is_link_allowed=settings.tier.links == "auto",
+        upkeep = Upkeep(
+            scrub_bytes_per_second=settings.scrub.bytes_per_second,
+            scrub_period=timedelta(seconds=settings.scrub.period_seconds),
         )
+        manifests = RegistryManifests(dialer)
         materializer = await stack.enter_async_context(
-            open_materializer(tier, RegistryManifests(dialer), capacity_bytes=settings.tier.capacity_bytes, clock=clock)
+            open_materializer(make_tiers(settings), manifests, clock=clock, upkeep=upkeep)
         )
-        lifetime.group.create_task(keep_running("expire leases", materializer.expire_leases), name="expire leases")
+        for name, work in (
+            ("expire leases", materializer.expire_leases),
+            ("move revisions", materializer.mover.run),
+            ("scrub blobs", materializer.scrubber.run),
+        ):
+            lifetime.group.create_task(keep_running(name, work), name=name)
         addresses = []
         for listen in filter(None, (settings.listen, settings.second_listen)):
             server = MeshServer(listen=listen, identity=identity, policy=POLICY, options=OPTIONS)
-            servicer = StorageServicer(materializer, holders=HOLDERS if identity else None, clock=clock)
+            servicer = StorageServicer(
+                materializer,
+                holders=HOLDERS if identity else None,
+                operators=OPERATORS if identity else None,
+                clock=clock,
+            )
             add_StorageServiceServicer_to_server(servicer, server.grpc)
             server.serve(SERVICE_NAME)
             await stack.enter_async_context(server)
             addresses.append(server.address)
         lifetime.mark_ready(address=addresses[0], addresses=addresses)
         await lifetime.wait_stop()
+
+
+def make_tiers(settings: StorageSettings) -> list[DiskTier]:
+    """Makes the tiers that are configured, the one in the state directory first."""
+    roots = [(settings.state_directory, settings.tier), *((tier.path, tier) for tier in settings.tiers)]
+    return [
+        DiskTier(
+            root.absolute(),
+            fetch_thread_count=settings.fetch.thread_count,
+            is_link_allowed=tier.links == "auto",
+            options=tier.options,
+        )
+        for root, tier in roots
+    ]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 from helios.mesh.errors import DigestMismatch, DiskFull, HeliosError, PreconditionFailed, Unavailable
 from helios.storage.file_system import FileSystem, LocalFileSystem, make_durable_directory, remove_tree
 from helios.storage.manifest import Digest, Manifest, is_hash, revision_hash
+from helios.storage.tiers import DiskRoom
 
 BLOB_MODE = 0o444
 """Read-only for everybody: replicas may run as other users, and a blob never changes."""
@@ -92,10 +93,26 @@ class BlobStore:
     def view_path(self, revision: str) -> Path:
         return self._views / revision_hash(revision)
 
-    def free_bytes(self) -> int:
-        """Room on the disk for this user."""
-        state = os.statvfs(self.root)
-        return state.f_bavail * state.f_frsize
+    def disk_room(self) -> DiskRoom:
+        """The file system's room for this user.
+
+        Raises:
+            Unavailable: TIER_FAILED.
+        """
+        try:
+            state = os.statvfs(self.root)
+        except OSError as error:
+            raise write_error(error, self.root) from error
+        free_bytes = state.f_bavail * state.f_frsize
+        # What only root may use counts as used.
+        return DiskRoom((state.f_blocks - state.f_bfree) * state.f_frsize + free_bytes, free_bytes)
+
+    def link_count(self, hash_: str) -> int:
+        """How many names a blob's file has, its own, those in views and those outside of this tier; 0: it is gone."""
+        try:
+            return self.blob_path(hash_).stat().st_nlink
+        except OSError:
+            return 0
 
     def new_temporary(self) -> Path:
         """A path that does not exist, on the file system of the blobs."""

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -59,11 +59,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class ResidentRevision:
-    """A revision on the node."""
+    """A revision on the node; `tiers` that have it whole, the fastest first, `moving_to` empty while it is at rest."""
 
     revision: str
     size_bytes: int
     lease_count: int
+    tiers: tuple[str, ...] = ()
+    is_pinned: bool = False
+    moving_to: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,55 @@ class Tier:
     name: str
     used_bytes: int
     capacity_bytes: int
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TierStatistics:
+    """What one tier has and did since the agent started; the contract says what each count is."""
+
+    tier: Tier
+    free_bytes: int
+    hit_count: int
+    hit_bytes: int
+    written_bytes: Mapping[str, int]
+    promoted_count: int
+    demoted_count: int
+    evicted_count: Mapping[str, int]
+    evicted_bytes: Mapping[str, int]
+    queue_seconds: float
+    queued_count: int
+    read_bytes_per_second: float
+    write_bytes_per_second: float
+    scrubbed_bytes: int
+    corrupt_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatistics:
+    """What the tiers of a node did, the fastest first; `miss_count` are revisions that no tier had."""
+
+    tiers: tuple[TierStatistics, ...]
+    miss_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class CorruptBlob:
+    """A blob that a scrub found bad: mended by a good copy (`is_healed`), or gone."""
+
+    hash: str
+    tier: str
+    is_lent: bool
+    is_healed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScrubProgress:
+    """How far a scrub is."""
+
+    done_bytes: int
+    total_bytes: int
+    corrupt: tuple[CorruptBlob, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +202,7 @@ class StorageClient:
         """Drops a revision from the node; returns the bytes that were freed. Idempotent.
 
         Raises:
-            PreconditionFailed: REVISION_LEASED.
+            PreconditionFailed: REVISION_LEASED, REVISION_PINNED.
         """
         try:
             response = await self._dialer.stub(StorageServiceStub).Evict(
@@ -170,12 +222,103 @@ class StorageClient:
             raise error_from_rpc(error) from error
         return residency_from_proto(response)
 
+    async def statistics(self, *, timeout_seconds: float = _UNARY_TIMEOUT_SECONDS) -> NodeStatistics:
+        """Says what the tiers did.
+
+        Raises:
+            Unavailable: TIER_FAILED.
+        """
+        try:
+            response = await self._dialer.stub(StorageServiceStub).GetTierStatistics(
+                pb.GetTierStatisticsRequest(), timeout=timeout_seconds
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return NodeStatistics(tuple(map(_statistics_from_proto, response.tiers)), response.miss_count)
+
+    async def pin(self, revision: str, *, timeout_seconds: float = _UNARY_TIMEOUT_SECONDS) -> None:
+        """Has a revision stay on the node once it is there. Idempotent.
+
+        Raises:
+            InvalidRequest: INVALID_REVISION.
+        """
+        try:
+            await self._dialer.stub(StorageServiceStub).Pin(pb.PinRequest(revision=revision), timeout=timeout_seconds)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+
+    async def unpin(self, revision: str, *, timeout_seconds: float = _UNARY_TIMEOUT_SECONDS) -> None:
+        """Takes a pin back. Idempotent.
+
+        Raises:
+            InvalidRequest: INVALID_REVISION.
+        """
+        request = pb.UnpinRequest(revision=revision)
+        try:
+            await self._dialer.stub(StorageServiceStub).Unpin(request, timeout=timeout_seconds)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+
+    async def scrub(self, *, bytes_per_second: int | None = None) -> AsyncIterator[ScrubProgress]:
+        """Has every blob read and compared with its name; yields progress, and ends with the scrub.
+
+        It has no deadline: terabytes take hours. Closing the iterator ends the scrub.
+
+        Raises:
+            PreconditionFailed: SCRUB_RUNS.
+            Unavailable: TIER_FAILED, or no agent.
+        """
+        call = self._dialer.stub(StorageServiceStub).Scrub(pb.ScrubRequest(bytes_per_second=bytes_per_second))
+        try:
+            async for answer in call:
+                corrupt = tuple(CorruptBlob(c.hash, c.tier, c.is_lent, c.is_healed) for c in answer.corrupt)
+                yield ScrubProgress(answer.done_bytes, answer.total_bytes, corrupt)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        finally:
+            call.cancel()
+
 
 def residency_from_proto(response: pb.GetResidencyResponse) -> Residency:
     """Reads the wire form."""
     return Residency(
-        revisions=tuple(ResidentRevision(r.revision, r.size_bytes, r.lease_count) for r in response.revisions),
-        tiers=tuple(Tier(t.name, t.used_bytes, t.capacity_bytes) for t in response.tiers),
+        revisions=tuple(
+            ResidentRevision(
+                r.revision,
+                r.size_bytes,
+                r.lease_count,
+                tuple(r.tiers),
+                is_pinned=r.is_pinned,
+                moving_to=r.moving_to,
+            )
+            for r in response.revisions
+        ),
+        tiers=tuple(map(_tier_from_proto, response.tiers)),
+    )
+
+
+def _tier_from_proto(tier: pb.Tier) -> Tier:
+    kind = pb.TierKind.Name(tier.kind).removeprefix("TIER_KIND_").lower() if tier.kind else ""
+    return Tier(tier.name, tier.used_bytes, tier.capacity_bytes, kind)
+
+
+def _statistics_from_proto(counted: pb.TierStatistics) -> TierStatistics:
+    return TierStatistics(
+        tier=_tier_from_proto(counted.tier),
+        free_bytes=counted.free_bytes,
+        hit_count=counted.hit_count,
+        hit_bytes=counted.hit_bytes,
+        written_bytes=dict(counted.written_bytes),
+        promoted_count=counted.promoted_count,
+        demoted_count=counted.demoted_count,
+        evicted_count=dict(counted.evicted_count),
+        evicted_bytes=dict(counted.evicted_bytes),
+        queue_seconds=counted.queue_seconds,
+        queued_count=counted.queued_count,
+        read_bytes_per_second=counted.read_bytes_per_second,
+        write_bytes_per_second=counted.write_bytes_per_second,
+        scrubbed_bytes=counted.scrubbed_bytes,
+        corrupt_count=counted.corrupt_count,
     )
 
 

@@ -87,6 +87,11 @@ class FetchToken:
             raise FetchCancelled("the fetch was cancelled")
         self._add_bytes(count)
 
+    def wait(self, seconds: float) -> None:
+        """Waits, for no longer than until the fetch is cancelled, which `advance` tells."""
+        if seconds > 0:
+            self._cancelled.wait(seconds)
+
 
 class FetchCancelled(Unavailable):
     """Nobody waits for the blob any more; only the one who cancelled sees this."""

@@ -1,4 +1,4 @@
-"""The residency index on disk: blobs, revisions and leases, in SQLite.
+"""The residency index of a tier on its disk: blobs, revisions, leases, pins and measured facts, in SQLite.
 
 SQLite rather than an atomically written JSON file: a renewal touches one row every few seconds where JSON would
 rewrite everything, and a revision appears with all of its entries in one transaction. WAL with synchronous=NORMAL: a
@@ -24,8 +24,12 @@ from helios.storage.manifest import Digest, ManifestEntry, make_manifest
 
 log = structlog.get_logger()
 
-_SCHEMA_VERSION = 1
-"""Another version is dropped and rebuilt from the blobs: the index is a cache of the disk, leases aside."""
+_SCHEMA_VERSION = 2
+"""An older version is upgraded; a newer one is dropped and rebuilt from the blobs, which hashes all of them: the index
+is a cache of the disk, leases and pins aside."""
+
+CLOCK = "clock"
+"""The fact that says where the tier's clock stands (`eviction`)."""
 
 _BUSY_SECONDS = 5.0
 """A backup, or sqlite3 on the command line, may hold the lock for moments."""
@@ -33,7 +37,7 @@ _BUSY_SECONDS = 5.0
 _NO_ROOM = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE"})
 """A full disk is SQLITE_FULL; a limit on the size of a file comes as a failed write."""
 
-_SCHEMA = """
+_SCHEMA_1 = """
 CREATE TABLE blobs (hash TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE revisions (revision TEXT PRIMARY KEY, last_used_at REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE entries (
@@ -45,6 +49,17 @@ CREATE TABLE leases (
     id TEXT PRIMARY KEY, revision TEXT NOT NULL, holder TEXT NOT NULL, ttl_seconds REAL NOT NULL, ends_at REAL NOT NULL
 ) WITHOUT ROWID;
 """
+
+_SCHEMA_2 = """
+ALTER TABLE blobs ADD COLUMN scrubbed_at REAL NOT NULL DEFAULT 0;
+ALTER TABLE revisions ADD COLUMN use_count INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE revisions ADD COLUMN clock REAL NOT NULL DEFAULT 0;
+CREATE TABLE pins (revision TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE facts (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
+"""
+
+_UPGRADES = (_SCHEMA_1, _SCHEMA_2)
+"""What makes each version of the one before; the first makes one of nothing."""
 
 
 class Index:
@@ -81,14 +96,27 @@ class Index:
         for revision, path, hash_, size, media_type in self._rows("SELECT * FROM entries"):
             entries.setdefault(revision, []).append(ManifestEntry(path, Digest(hash_, size), media_type))
         found: list[Resident] = []
-        for revision, last_used_at in self._rows("SELECT revision, last_used_at FROM revisions"):
+        columns = "SELECT revision, last_used_at, use_count, clock FROM revisions"
+        for revision, last_used_at, use_count, clock in self._rows(columns):
             try:
                 manifest = make_manifest(revision, entries.get(revision, []))
             except (InvalidRequest, DigestMismatch) as error:
                 log.warning("revision in the index is invalid", revision=revision, error=error.message)
                 continue
-            found.append(Resident(manifest, datetime.fromtimestamp(last_used_at, UTC)))
+            found.append(Resident(manifest, datetime.fromtimestamp(last_used_at, UTC), use_count, clock))
         return found
+
+    def load_pins(self) -> list[str]:
+        """Revisions that are pinned, by digest."""
+        return [revision for (revision,) in self._rows("SELECT revision FROM pins ORDER BY revision")]
+
+    def load_facts(self) -> dict[str, float]:
+        """What was measured of the tier, and where its clock stands."""
+        return dict(self._rows("SELECT name, value FROM facts"))
+
+    def load_scrub_times(self) -> dict[str, float]:
+        """When each blob was verified last, in seconds of the epoch, by hash; 0: not known."""
+        return dict(self._rows("SELECT hash, scrubbed_at FROM blobs"))
 
     def load_leases(self) -> list[Lease]:
         rows = self._rows("SELECT id, revision, holder, ttl_seconds, ends_at FROM leases")
@@ -97,9 +125,31 @@ class Index:
             for id_, revision, holder, ttl, ends_at in rows
         ]
 
-    def put_blob(self, digest: Digest) -> None:
+    def put_blob(self, digest: Digest, verified_at_seconds: float) -> None:
+        """Writes a blob, and when it was verified, in seconds of the epoch."""
         with self._transaction() as transaction:
-            transaction.execute("INSERT OR REPLACE INTO blobs VALUES (?, ?)", (digest.hash, digest.size_bytes))
+            row = (digest.hash, digest.size_bytes, verified_at_seconds)
+            transaction.execute("INSERT OR REPLACE INTO blobs VALUES (?, ?, ?)", row)
+
+    def put_scrub_time(self, hash_: str, at_seconds: float) -> None:
+        """Notes when a blob was read and found good."""
+        with self._transaction() as transaction:
+            transaction.execute("UPDATE blobs SET scrubbed_at = ? WHERE hash = ?", (at_seconds, hash_))
+
+    def put_facts(self, facts: dict[str, float]) -> None:
+        """Writes what was measured."""
+        with self._transaction() as transaction:
+            transaction.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
+
+    def put_pin(self, revision: str) -> None:
+        """Writes a pin. Idempotent."""
+        with self._transaction() as transaction:
+            transaction.execute("INSERT OR REPLACE INTO pins VALUES (?)", (revision,))
+
+    def delete_pin(self, revision: str) -> None:
+        """Deletes a pin. Idempotent."""
+        with self._transaction() as transaction:
+            transaction.execute("DELETE FROM pins WHERE revision = ?", (revision,))
 
     def put_revision(self, resident: Resident) -> None:
         revision = resident.revision
@@ -107,7 +157,8 @@ class Index:
         with self._transaction() as transaction:
             transaction.execute("DELETE FROM entries WHERE revision = ?", (revision,))
             transaction.execute(
-                "INSERT OR REPLACE INTO revisions VALUES (?, ?)", (revision, resident.last_used_at.timestamp())
+                "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?, ?)",
+                (revision, resident.last_used_at.timestamp(), resident.use_count, resident.clock),
             )
             transaction.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", rows)
 
@@ -124,16 +175,22 @@ class Index:
             transaction.executemany("DELETE FROM leases WHERE id = ?", [(lease.id,) for lease in leases])
             self._touch(transaction, used)
 
-    def delete(self, *, revisions: Iterable[str] = (), blobs: Iterable[Digest] = ()) -> None:
-        """Deletes revisions with their entries, and blobs, in one transaction."""
+    def delete(
+        self, *, revisions: Iterable[str] = (), blobs: Iterable[Digest] = (), clock: float | None = None
+    ) -> None:
+        """Deletes revisions with their entries, and blobs, in one transaction, and moves the clock."""
         with self._transaction() as transaction:
+            if clock is not None:
+                transaction.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (CLOCK, clock))
             transaction.executemany("DELETE FROM revisions WHERE revision = ?", [(name,) for name in revisions])
             transaction.executemany("DELETE FROM blobs WHERE hash = ?", [(blob.hash,) for blob in blobs])
 
     @staticmethod
     def _touch(transaction: sqlite3.Connection, used: Iterable[Resident]) -> None:
-        rows = [(resident.last_used_at.timestamp(), resident.revision) for resident in used]
-        transaction.executemany("UPDATE revisions SET last_used_at = ? WHERE revision = ?", rows)
+        rows = [(r.last_used_at.timestamp(), r.use_count, r.clock, r.revision) for r in used]
+        transaction.executemany(
+            "UPDATE revisions SET last_used_at = ?, use_count = ?, clock = ? WHERE revision = ?", rows
+        )
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -175,9 +232,10 @@ def _prepare(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA foreign_keys = ON")
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version == 0:
-        connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;")
-    elif version != _SCHEMA_VERSION:
+    if version > _SCHEMA_VERSION:
         raise sqlite3.DatabaseError(f"schema version {version}, expected {_SCHEMA_VERSION}")
+    if version < _SCHEMA_VERSION:
+        upgrades = "".join(_UPGRADES[version:])
+        connection.executescript(f"BEGIN; {upgrades} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;")
     if connection.execute("PRAGMA quick_check").fetchone() != ("ok",):
         raise sqlite3.DatabaseError("the integrity check failed")

@@ -14,10 +14,18 @@ from helios.storage.manifest import Digest, Manifest
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A revision whose blobs are all on the node; `last_used_at` is when a lease of it was last granted or ended."""
+    """A revision whose blobs are all in the tier.
+
+    Attributes:
+        last_used_at: When a lease of it was last granted or ended.
+        use_count: Leases that were granted.
+        clock: The tier's clock when it was last used (`eviction`).
+    """
 
     manifest: Manifest
     last_used_at: datetime
+    use_count: int = 1
+    clock: float = 0.0
 
     @property
     def revision(self) -> str:
@@ -26,10 +34,21 @@ class Resident:
 
 
 class Inventory:
-    """Blobs and revisions of one tier."""
+    """Blobs and revisions of one tier.
 
-    def __init__(self, blobs: Iterable[Digest] = (), revisions: Iterable[Resident] = ()) -> None:
+    Attributes:
+        clock: What eviction measures age by: the rank of what was evicted last.
+    """
+
+    def __init__(
+        self,
+        blobs: Iterable[Digest] = (),
+        revisions: Iterable[Resident] = (),
+        *,
+        clock: float = 0.0,
+    ) -> None:
         """Starts with what the index on disk holds."""
+        self.clock = clock
         self._blobs = {blob.hash: blob for blob in blobs}
         self._used_bytes = sum(blob.size_bytes for blob in self._blobs.values())
         self._revisions = {resident.revision: resident for resident in revisions}
@@ -78,12 +97,20 @@ class Inventory:
         assert not self.missing(resident.manifest), "a resident revision has all of its blobs"
         self._revisions[resident.revision] = resident
 
-    def touch(self, revision: str, now: datetime) -> Resident | None:
-        """Notes a use; returns the revision as it stands now, None when it is not here."""
+    def touch(self, revision: str, now: datetime, *, is_new_use: bool = False) -> Resident | None:
+        """Notes that a use began (`is_new_use`) or ended; returns the revision as it stands now, None when it is not
+        here.
+        """
         resident = self._revisions.get(revision)
         if resident is None:
             return None
-        self._revisions[revision] = touched = replace(resident, last_used_at=max(now, resident.last_used_at))
+        touched = replace(
+            resident,
+            last_used_at=max(now, resident.last_used_at),
+            use_count=resident.use_count + is_new_use,
+            clock=max(resident.clock, self.clock),
+        )
+        self._revisions[revision] = touched
         return touched
 
     def remove_revision(self, revision: str) -> None:

@@ -29,13 +29,14 @@ MAX_TTL = timedelta(hours=1)
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A promise that a revision stays until `ends_at`, which is exclusive."""
+    """A promise that a revision stays in a tier until `ends_at`, which is exclusive."""
 
     id: str
     revision: str
     holder: str
     ttl: timedelta
     ends_at: datetime
+    tier: str = ""
 
     def is_alive(self, now: datetime) -> bool:
         """Whether the promise holds at `now`."""
@@ -72,14 +73,14 @@ class LeaseTable:
         self._leases = {lease.id: lease for lease in leases}
         self._make_id = make_id
 
-    def grant(self, revision: str, *, holder: str, ttl: timedelta | None, now: datetime) -> Lease:
-        """Makes a new lease.
+    def grant(self, revision: str, *, holder: str, ttl: timedelta | None, now: datetime, tier: str = "") -> Lease:
+        """Makes a new lease of a revision where it is.
 
         Raises:
             InvalidRequest: INVALID_TTL.
         """
         checked = check_ttl(ttl)
-        lease = Lease(id=self._make_id(), revision=revision, holder=holder, ttl=checked, ends_at=now + checked)
+        lease = Lease(self._make_id(), revision, holder, ttl=checked, ends_at=now + checked, tier=tier)
         self._leases[lease.id] = lease
         return lease
 
@@ -134,9 +135,17 @@ class LeaseTable:
             counts[lease.revision] = counts.get(lease.revision, 0) + 1
         return counts
 
-    def forget_revision(self, revision: str) -> list[Lease]:
-        """Ends all leases of a revision whose bytes are lost; returns them."""
-        lost = [lease for lease in self._leases.values() if lease.revision == revision]
+    def revisions_in(self, tier: str, now: datetime) -> set[str]:
+        """The revisions that are lent from a tier at `now`."""
+        return {lease.revision for lease in self.alive(now) if lease.tier == tier}
+
+    def tiers_of(self, revision: str, now: datetime) -> set[str]:
+        """The tiers from which a revision is lent at `now`."""
+        return {lease.tier for lease in self.alive(now) if lease.revision == revision}
+
+    def forget_revision(self, revision: str, tier: str) -> list[Lease]:
+        """Ends all leases of a revision whose bytes in a tier are lost; returns them."""
+        lost = [lease for lease in self._leases.values() if (lease.revision, lease.tier) == (revision, tier)]
         for lease in lost:
             del self._leases[lease.id]
         return lost

@@ -1,16 +1,17 @@
-"""Materialising revisions: who wants what, what is held, what must go, and the leases.
+"""Materialising revisions: who wants what, what is held, where it goes, and the leases.
 
 One fetch serves everybody who wants a revision, and one fetch of a blob serves all revisions that have it. From the
 moment a revision is wanted until its lease is granted it is *held*: as good as leased, so that nothing can be evicted
-between the end of a fetch and the grant. This module decides with the inventory and the lease table, both in memory;
-the tier carries out.
+between the end of a fetch and the grant. While a revision is lent from a tier, all who want it get it from there: one
+copy in the host's memory for any number of replicas. This module decides with the inventories and the lease table, all
+in memory; tiers carry out.
 """
 
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -19,15 +20,20 @@ from typing import Protocol
 
 import structlog
 
-from helios.mesh.errors import DiskFull, HeliosError, PreconditionFailed
+from helios.mesh.errors import Corrupted, DiskFull, HeliosError, PreconditionFailed
 from helios.storage import metrics
 from helios.storage.clock import Clock, steady_clock
 from helios.storage.disk_tier import DiskTier
-from helios.storage.eviction import EvictionPlan, plan_evict_one, plan_eviction
+from helios.storage.eviction import EvictionPlan, Forecast, no_forecast, plan_evict_one
 from helios.storage.fetch import BlobSource, is_leftover_unwanted, source_from_url
 from helios.storage.leases import Lease, LeaseTable, check_ttl, restore
 from helios.storage.manifest import Digest, Manifest, revision_hash
+from helios.storage.mover import Mover
+from helios.storage.room import Room
+from helios.storage.scrubber import Scrubber
+from helios.storage.statistics import EvictionReason
 from helios.storage.threads import Flights
+from helios.storage.tiers import TierKind, check_fits_somewhere, in_speed_order
 
 log = structlog.get_logger()
 
@@ -66,38 +72,70 @@ class FetchProgress:
 
 @dataclass(frozen=True, slots=True)
 class RevisionResidency:
-    """A revision on the node."""
+    """A revision on the node; `tiers` that have it whole, the fastest first, `moving_to` empty while it is at rest."""
 
     revision: str
     size_bytes: int
     lease_count: int
+    tiers: tuple[str, ...] = ()
+    is_pinned: bool = False
+    moving_to: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Upkeep:
+    """What the agent does by itself.
+
+    Attributes:
+        forecast: Uses that are expected.
+        scrub_bytes_per_second: How fast the background scrub reads; 0: as fast as it goes.
+        scrub_period: Each blob is read once in this time; 0: never.
+    """
+
+    forecast: Forecast = no_forecast
+    scrub_bytes_per_second: float = 16 << 20
+    scrub_period: timedelta = timedelta(days=7)
 
 
 class Materializer:
-    """Lends revisions of one disk tier. Made by `open_materializer`; used on one event loop."""
+    """Lends revisions of a node's tiers. Made by `open_materializer`; used on one event loop."""
 
     def __init__(
         self,
-        tier: DiskTier,
+        tiers: Sequence[DiskTier],
         manifests: ManifestSource,
         revisions: Flights[int],
         blobs: Flights[None],
         *,
-        capacity_bytes: int,
         clock: Clock,
+        upkeep: Upkeep,
     ) -> None:
-        self._tier = tier
+        order = in_speed_order([tier.options for tier in tiers])
+        self.rooms = [Room(tiers[i], self._kept_in, forecast=upkeep.forecast) for i in order]
+        # Leases are kept where their revision is; pins, which may be of what is nowhere yet, in the first tier.
+        self._home = tiers[0]
         self._manifests = manifests
         self._revision_flights = revisions
         self._blob_flights = blobs
-        self._capacity_bytes = capacity_bytes
         self._clock = clock
-        self._leases = LeaseTable(restore(tier.persisted_leases, clock()))
+        persisted = [lease for tier in tiers for lease in tier.persisted_leases]
+        self._leases = LeaseTable(restore(persisted, clock()))
+        self._pins = set(self._home.persisted_pins)
         self._held: Counter[str] = Counter()
-        self._wanted: Counter[Digest] = Counter()
-        self._fetching: dict[str, Manifest] = {}
-        self._making_room = asyncio.Lock()
+        self._fetching: dict[str, tuple[Manifest, Room]] = {}
         self._counts = _ByteCounts()
+        self.miss_count = 0
+        self.mover = Mover(
+            self.rooms, hold=self._hold, busy=self._busy_revisions, clock=clock, forecast=upkeep.forecast
+        )
+        self.scrubber = Scrubber(
+            self.rooms,
+            clock=clock,
+            find_sources=self._find_sources,
+            end_leases=self._end_leases,
+            bytes_per_second=upkeep.scrub_bytes_per_second,
+            period=upkeep.scrub_period,
+        )
         self._show()
 
     async def materialize(self, revision: str, *, holder: str, ttl: timedelta | None, lease_id: str) -> Loan:
@@ -114,21 +152,28 @@ class Materializer:
         check_ttl(ttl)
         if lease_id:
             lease = self._leases.resume(lease_id, revision, ttl=ttl, now=self._clock())
-            await self._tier.put_lease(lease)
-            return Loan(lease, self._tier.view_path(revision), 0)
+            tier = self._room(lease.tier).tier
+            await tier.put_lease(lease)
+            return Loan(lease, tier.view_path(revision), 0)
         with self._hold(revision):
             fetched_bytes = 0
-            if self._tier.inventory.find(revision) is None:
+            room = await self._find_good(revision)
+            if room is None:
+                self.miss_count += 1
                 fetched_bytes = await self._revision_flights.join(revision, partial(self._bring, revision))
-            lease = await self._grant(revision, holder, ttl)
-        return Loan(lease, self._tier.view_path(revision), fetched_bytes)
+                room = self._find(revision)
+                assert room is not None, "what was brought is held"
+            else:
+                self._count_hit(room, revision)
+            lease = await self._grant(room.tier, revision, holder, ttl)
+        return Loan(lease, room.tier.view_path(revision), fetched_bytes)
 
     def progress(self, revision: str) -> FetchProgress | None:
         """How far the fetch of a revision is; None while there is none, or its manifest is not known yet."""
-        manifest = self._fetching.get(revision)
-        if manifest is None:
+        if revision not in self._fetching:
             return None
-        here = self._tier.inventory
+        manifest, room = self._fetching[revision]
+        here = room.tier.inventory
         done = sum(b.size_bytes if here.has_blob(b) else self._counts.get(b) for b in manifest.blobs)
         return FetchProgress(done, manifest.size_bytes)
 
@@ -139,7 +184,7 @@ class Materializer:
             NotFound: LEASE_NOT_FOUND.
         """
         lease = self._leases.renew(lease_id, self._clock())
-        await self._tier.put_lease(lease)
+        await self._room(lease.tier).tier.put_lease(lease)
         return lease
 
     async def release(self, lease_id: str) -> None:
@@ -149,42 +194,62 @@ class Materializer:
             await self._forget([lease])
 
     async def evict(self, revision: str) -> int:
-        """Drops a revision and the blobs that only it uses; returns the bytes that were freed. Idempotent.
+        """Drops a revision from all tiers, with the blobs that only it uses; returns the bytes that were freed.
+
+        A move of it ends. Idempotent.
 
         Raises:
-            PreconditionFailed: REVISION_LEASED.
+            PreconditionFailed: REVISION_LEASED, REVISION_PINNED.
         """
         revision_hash(revision)
+        await self.mover.cancel(revision)
 
-        def plan() -> EvictionPlan:
-            if revision in self._kept_revisions():
-                raise PreconditionFailed(
-                    "the revision is in use; stop its replicas first",
-                    reason="REVISION_LEASED",
-                    metadata={"revision": revision},
-                )
-            return plan_evict_one(self._tier.inventory, revision, keep=self._wanted_blobs())
+        def plan(room: Room) -> EvictionPlan:
+            self._check_evictable(revision)
+            return plan_evict_one(room.tier.inventory, revision, keep=room.wanted())
 
-        freed_bytes = (await self._tier.drop(plan)).freed_bytes
+        freed_bytes = 0
+        for room in self.rooms:
+            freed_bytes += (await room.tier.drop(partial(plan, room), EvictionReason.ASKED)).freed_bytes
         self._show()
         return freed_bytes
+
+    async def pin(self, revision: str) -> None:
+        """Has a revision stay once it is here, whoever uses it; fetches nothing. Idempotent.
+
+        Raises:
+            InvalidRequest: INVALID_REVISION.
+        """
+        revision_hash(revision)
+        self._pins.add(revision)
+        await self._home.put_pin(revision)
+
+    async def unpin(self, revision: str) -> None:
+        """Takes a pin back. Idempotent.
+
+        Raises:
+            InvalidRequest: INVALID_REVISION.
+        """
+        revision_hash(revision)
+        await self._home.delete_pin(revision)
+        self._pins.discard(revision)
 
     def residency(self) -> list[RevisionResidency]:
         """The revisions on the node, by digest."""
         counts = self._leases.count_by_revision(self._clock())
+        sizes = {r.revision: r.manifest.size_bytes for room in self.rooms for r in room.tier.inventory.revisions()}
+        move = self.mover.move
         return [
-            RevisionResidency(r.revision, r.manifest.size_bytes, counts.get(r.revision, 0))
-            for r in sorted(self._tier.inventory.revisions(), key=lambda resident: resident.revision)
+            RevisionResidency(
+                revision,
+                size_bytes,
+                counts.get(revision, 0),
+                tuple(room.name for room in self._rooms_with(revision)),
+                is_pinned=revision in self._pins,
+                moving_to=move.target if move is not None and move.revision == revision else "",
+            )
+            for revision, size_bytes in sorted(sizes.items())
         ]
-
-    def used_bytes(self) -> int:
-        """Bytes of blobs in the tier."""
-        return self._tier.inventory.used_bytes
-
-    @property
-    def capacity_bytes(self) -> int:
-        """What the tier may hold; 0: as much as the disk."""
-        return self._capacity_bytes
 
     async def expire_leases(self) -> None:
         """Collects ended leases, for ever."""
@@ -193,13 +258,42 @@ class Materializer:
             if ended:
                 log.info("leases expired", count=len(ended), holders=sorted({lease.holder for lease in ended}))
                 await self._forget(ended)
+            self._show()
             await asyncio.sleep(_EXPIRY_SECONDS)
 
-    async def _grant(self, revision: str, holder: str, ttl: timedelta | None) -> Lease:
+    def _room(self, name: str) -> Room:
+        return next(room for room in self.rooms if room.name == name)
+
+    def _rooms_with(self, revision: str) -> list[Room]:
+        return [room for room in self.rooms if room.tier.inventory.find(revision) is not None]
+
+    def _find(self, revision: str) -> Room | None:
+        """Where to lend a revision from: where it is lent already, else the fastest tier that has it."""
+        rooms = self._rooms_with(revision)
+        lent_from = self._leases.tiers_of(revision, self._clock())
+        return next((room for room in rooms if room.name in lent_from), rooms[0] if rooms else None)
+
+    async def _find_good(self, revision: str) -> Room | None:
+        """As `_find`, once no blob of it is being replaced."""
+        while (room := self._find(revision)) is not None:
+            resident = room.tier.inventory.find(revision)
+            assert resident is not None, "it was found there"
+            if not self.scrubber.is_mending(resident.manifest.blobs):
+                break
+            await self.scrubber.wait_mended(resident.manifest.blobs)
+        return room
+
+    def _count_hit(self, room: Room, revision: str) -> None:
+        resident = room.tier.inventory.find(revision)
+        assert resident is not None, "it was found there"
+        room.tier.statistics.hit_count += 1
+        room.tier.statistics.hit_bytes += resident.manifest.size_bytes
+
+    async def _grant(self, tier: DiskTier, revision: str, holder: str, ttl: timedelta | None) -> Lease:
         now = self._clock()
-        lease = self._leases.grant(revision, holder=holder, ttl=ttl, now=now)
+        lease = self._leases.grant(revision, holder=holder, ttl=ttl, now=now, tier=tier.name)
         try:
-            await self._tier.put_lease(lease, self._tier.inventory.touch(revision, now))
+            await tier.put_lease(lease, tier.inventory.touch(revision, now, is_new_use=True))
         except BaseException:
             # Whoever asked never learns of the lease.
             await self.release(lease.id)
@@ -209,44 +303,73 @@ class Materializer:
 
     async def _forget(self, ended: list[Lease]) -> None:
         now = self._clock()
-        touched = [self._tier.inventory.touch(lease.revision, min(now, lease.ends_at)) for lease in ended]
+        for room in self.rooms:
+            here = [lease for lease in ended if lease.tier == room.name]
+            touched = [room.tier.inventory.touch(lease.revision, min(now, lease.ends_at)) for lease in here]
+            if here:
+                await room.tier.delete_leases(here, [resident for resident in touched if resident is not None])
         self._show()
-        await self._tier.delete_leases(ended, [resident for resident in touched if resident is not None])
+
+    async def _end_leases(self, room: Room, revisions: set[str]) -> None:
+        lost = [lease for revision in revisions for lease in self._leases.forget_revision(revision, room.name)]
+        if lost:
+            log.error("leases of a corrupt revision ended", holders=sorted({lease.holder for lease in lost}))
+            await room.tier.delete_leases(lost)
 
     async def _bring(self, revision: str) -> int:
         """Fetches what is missing and makes the revision resident; returns the bytes that were fetched."""
+        # Somebody waits: what is only useful later gives the disk away.
+        await self.mover.cancel()
         manifest, url = await self._manifests.get_manifest(revision)
         source = source_from_url(url)
+        check_fits_somewhere(manifest, [room.tier.options for room in self.rooms])
+        disks = [room for room in self.rooms if room.tier.options.kind is not TierKind.MEMORY]
+        refusals: list[DiskFull] = []
+        for room in disks:
+            try:
+                fetched_bytes = await self._bring_to(room, manifest, source)
+            except DiskFull as error:
+                refusals.append(error)
+                continue
+            except HeliosError as error:
+                log.warning("revision not materialised", revision=revision, reason=error.reason, error=error.message)
+                raise
+            finally:
+                self._show()
+            log.info("revision materialised", revision=revision, tier=room.name, fetched_bytes=fetched_bytes)
+            return fetched_bytes
+        log.warning("no tier has room", revision=revision, errors=[error.message for error in refusals])
+        raise refusals[0]
+
+    async def _bring_to(self, room: Room, manifest: Manifest, source: BlobSource) -> int:
+        tier = room.tier
+        self._fetching[manifest.revision] = manifest, room
         try:
-            with ExitStack() as wanted:
-                # One at a time: two that make room at once would each see the other's wish and both give up.
-                async with self._making_room:
-                    wanted.enter_context(self._want(manifest))
-                    missing = self._tier.inventory.missing(manifest)
-                    await self._make_room()
+            async with room.want(manifest, source) as missing:
                 try:
-                    await self._fetch_all(source, missing)
+                    await self._fetch_all(room, source, missing)
                 except DiskFull:
-                    if not await self._evict_for(sum(blob.size_bytes for blob in missing)):
+                    # The disk said so, whatever it had told before: somebody else fills it as well.
+                    if not await room.evict_for(sum(blob.size_bytes for blob in missing), EvictionReason.ROOM):
                         raise
-                    await self._fetch_all(source, self._tier.inventory.missing(manifest))
-                await self._tier.add_revision(manifest, self._clock())
+                    await self._fetch_all(room, source, tier.inventory.missing(manifest))
+                if lost := tier.inventory.missing(manifest):
+                    raise Corrupted(f"{len(lost)} blob(s) of the model were found corrupt meanwhile; try again")
+                await tier.add_revision(manifest, self._clock())
         except HeliosError as error:
-            log.warning("revision not materialised", revision=revision, reason=error.reason, error=error.message)
             if is_leftover_unwanted(error):
-                await self._tier.drop(partial(self._plan_leftovers, manifest))
+                await room.drop_leftovers(manifest)
             raise
         finally:
-            self._show()
-        fetched_bytes = sum(blob.size_bytes for blob in missing)
-        log.info("revision materialised", revision=revision, fetched_bytes=fetched_bytes)
-        return fetched_bytes
+            del self._fetching[manifest.revision]
+        return sum(blob.size_bytes for blob in missing)
 
-    async def _fetch_all(self, source: BlobSource, missing: list[Digest]) -> None:
+    async def _fetch_all(self, room: Room, source: BlobSource, missing: list[Digest]) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 for blob in missing:
-                    work = self._blob_flights.join(blob.hash, partial(self._fetch_one, source, blob))
+                    key = f"{room.name}/{blob.hash}"
+                    work = self._blob_flights.join(key, partial(self._fetch_one, room, source, blob))
                     group.create_task(work, name=f"want blob {blob.hash}")
         except BaseExceptionGroup as errors:
             # The group's siblings are cancelled and cleaned up by now; one error says why.
@@ -255,52 +378,42 @@ class Materializer:
                 raise
             raise _first(expected) from errors
 
-    async def _fetch_one(self, source: BlobSource, blob: Digest) -> None:
+    async def _fetch_one(self, room: Room, source: BlobSource, blob: Digest) -> None:
         # Another flight may have brought it between the look and the turn.
-        if self._tier.inventory.has_blob(blob):
+        if room.tier.inventory.has_blob(blob):
             return
         with self._counts.counting(blob):
-            await self._tier.fetch(source, blob, partial(self._counts.add, blob))
+            await room.tier.fetch(source, blob, partial(self._counts.add, blob), label="registry")
         metrics.FETCHED_BYTES.inc(blob.size_bytes)
 
-    async def _make_room(self) -> None:
-        """Evicts until everything that is wanted fits into the capacity.
+    async def _find_sources(self, blob: Digest) -> list[BlobSource]:
+        """Where a good copy of a blob of the node may be had: the registry, as far as it answers."""
+        for room in self.rooms:
+            for resident in room.tier.inventory.revisions():
+                if blob in resident.manifest.blobs:
+                    try:
+                        _, url = await self._manifests.get_manifest(resident.revision)
+                        return [source_from_url(url)]
+                    except HeliosError as error:
+                        log.warning("no source for a blob", hash=blob.hash, reason=error.reason)
+        return []
 
-        Raises:
-            DiskFull: What is held and wanted is more than the capacity.
-        """
-        if self._excess_bytes() > 0:
-            await self._evict_for(self._excess_bytes())
-        if self._excess_bytes() > 0:
-            raise DiskFull(
-                "the storage agent's capacity is used by models that are in use; scale one down or raise the capacity",
-                metadata={"capacity_bytes": str(self._capacity_bytes), "excess_bytes": str(self._excess_bytes())},
-            )
+    def _check_evictable(self, revision: str) -> None:
+        if revision in self._busy_revisions():
+            reason, message = "REVISION_LEASED", "the revision is in use; stop its replicas first"
+        elif revision in self._pins:
+            reason, message = "REVISION_PINNED", "the revision is pinned; unpin it first"
+        else:
+            return
+        raise PreconditionFailed(message, reason=reason, metadata={"revision": revision})
 
-    def _excess_bytes(self) -> int:
-        if self._capacity_bytes == 0:
-            return 0
-        here = self._tier.inventory
-        coming = sum(blob.size_bytes for blob in self._wanted_blobs() if not here.has_blob(blob))
-        return here.used_bytes + coming - self._capacity_bytes
-
-    async def _evict_for(self, needed_bytes: int) -> int:
-        plan = await self._tier.drop(
-            lambda: plan_eviction(
-                self._tier.inventory, needed_bytes, held=self._kept_revisions(), keep=self._wanted_blobs()
-            )
-        )
-        return plan.freed_bytes
-
-    def _plan_leftovers(self, manifest: Manifest) -> EvictionPlan:
-        unwanted = manifest.blobs - self._wanted_blobs()
-        return EvictionPlan(blobs=tuple(blob for blob in self._tier.inventory.strays() if blob in unwanted))
-
-    def _kept_revisions(self) -> set[str]:
+    def _busy_revisions(self) -> set[str]:
         return {*self._leases.count_by_revision(self._clock()), *(+self._held)}
 
-    def _wanted_blobs(self) -> set[Digest]:
-        return set(+self._wanted)
+    def _kept_in(self, tier: DiskTier) -> set[str]:
+        """What a tier must not give up: what is lent from it, what is held, and pins that no slower disk has."""
+        pinned = {pin for pin in self._pins if (rooms := self._rooms_with(pin)) and rooms[-1].tier is tier}
+        return {*self._leases.revisions_in(tier.name, self._clock()), *(+self._held), *pinned}
 
     @contextmanager
     def _hold(self, revision: str) -> Iterator[None]:
@@ -311,37 +424,43 @@ class Materializer:
             self._held[revision] -= 1
             self._held = +self._held
 
-    @contextmanager
-    def _want(self, manifest: Manifest) -> Iterator[None]:
-        self._wanted.update(manifest.blobs)
-        self._fetching[manifest.revision] = manifest
-        try:
-            yield
-        finally:
-            del self._fetching[manifest.revision]
-            self._wanted.subtract(manifest.blobs)
-            self._wanted = +self._wanted
-
     def _show(self) -> None:
         metrics.LEASE_COUNT.set(len(self._leases.alive(self._clock())))
-        metrics.TIER_USED_BYTES.labels(tier="disk").set(self._tier.inventory.used_bytes)
+        metrics.TIERS.show(
+            [
+                metrics.TierReading(
+                    room.name,
+                    room.tier.inventory.used_bytes,
+                    room.tier.options.capacity_bytes,
+                    room.tier.statistics,
+                )
+                for room in self.rooms
+            ],
+            miss_count=self.miss_count,
+        )
 
 
 @asynccontextmanager
 async def open_materializer(
-    tier: DiskTier, manifests: ManifestSource, *, capacity_bytes: int = 0, clock: Clock | None = None
+    tiers: Iterable[DiskTier], manifests: ManifestSource, *, clock: Clock | None = None, upkeep: Upkeep | None = None
 ) -> AsyncIterator[Materializer]:
-    """Opens the tier and lends from it; leaving cancels fetches and closes the tier.
+    """Opens the tiers and lends from them; leaving cancels fetches and closes the tiers.
+
+    Args:
+        tiers: Of this node, with distinct names; the first one keeps the pins.
+        manifests: Where manifests come from.
+        clock: The time.
+        upkeep: What the agent does by itself.
 
     Raises:
         PreconditionFailed: ROOT_IN_USE.
     """
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(tier)
+        opened = [await stack.enter_async_context(tier) for tier in tiers]
         blobs = await stack.enter_async_context(Flights[None]("fetch blob"))
         revisions = await stack.enter_async_context(Flights[int]("materialise"))
         yield Materializer(
-            tier, manifests, revisions, blobs, capacity_bytes=capacity_bytes, clock=clock or steady_clock()
+            opened, manifests, revisions, blobs, clock=clock or steady_clock(), upkeep=upkeep or Upkeep()
         )
 
 

@@ -6,6 +6,7 @@ hold a task group across its yields.
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Any
@@ -18,8 +19,10 @@ from helios.api.storage.v1.storage_service_pb2_grpc import StorageServiceService
 from helios.mesh.errors import HeliosError, InvalidRequest
 from helios.mesh.server import check_peer
 from helios.storage.clock import Clock, steady_clock
+from helios.storage.disk_tier import DiskTier
 from helios.storage.leases import Lease
 from helios.storage.materializer import FetchProgress, Loan, Materializer
+from helios.storage.scrubber import ScrubProgress
 from helios.storage.session import (
     Action,
     ClientDone,
@@ -38,6 +41,7 @@ from helios.storage.session import (
     State,
     Want,
 )
+from helios.storage.tiers import TierKind
 
 SERVICE_NAME = "helios.api.storage.v1.StorageService"
 
@@ -50,6 +54,12 @@ _QUEUE_SIZE = 16
 _MAX_HOLDER_CHARACTERS = 200
 """It is kept with the lease and written to logs."""
 
+_KINDS = {
+    TierKind.MEMORY: pb.TIER_KIND_MEMORY,
+    TierKind.NVME: pb.TIER_KIND_NVME,
+    TierKind.SSD: pb.TIER_KIND_SSD,
+}
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -57,18 +67,26 @@ class StorageServicer(StorageServiceServicer):
     """Serves one materializer."""
 
     def __init__(
-        self, materializer: Materializer, *, holders: frozenset[str] | None, clock: Clock | None = None
+        self,
+        materializer: Materializer,
+        *,
+        holders: frozenset[str] | None,
+        operators: frozenset[str] | None,
+        clock: Clock | None = None,
     ) -> None:
-        """Takes the components that may hold and evict; None where callers can't be told apart (no TLS)."""
+        """Takes the components that may hold, and those that may evict, pin and scrub; None where callers can't be told
+        apart (no TLS).
+        """
         self._materializer = materializer
         self._holders = holders
+        self._operators = operators
         self._clock = clock or steady_clock()
 
     async def Materialize(  # type: ignore[override]  # a coroutine that writes, which grpc.aio takes as well
         self, request_iterator: AsyncIterator[pb.MaterializeRequest], context: Context
     ) -> None:
         """Runs one stream; the contract has the conversation."""
-        self._check_holder(context)
+        self._check(context, self._holders)
         stream = _Stream(self._materializer, context, self._clock)
         error = await stream.run(request_iterator)
         if error is not None:
@@ -76,25 +94,59 @@ class StorageServicer(StorageServiceServicer):
 
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictResponse:
         """Drops a revision."""
-        self._check_holder(context)
+        self._check(context, self._operators)
         return pb.EvictResponse(freed_bytes=await self._materializer.evict(request.revision))
 
     async def GetResidency(self, request: pb.GetResidencyRequest, context: Context) -> pb.GetResidencyResponse:
         """Lists what is here."""
-        tier = pb.Tier(
-            name="disk",
-            used_bytes=self._materializer.used_bytes(),
-            capacity_bytes=self._materializer.capacity_bytes,
-        )
         revisions = [
-            pb.ResidentRevision(revision=r.revision, size_bytes=r.size_bytes, lease_count=r.lease_count)
+            pb.ResidentRevision(
+                revision=r.revision,
+                size_bytes=r.size_bytes,
+                lease_count=r.lease_count,
+                tiers=r.tiers,
+                is_pinned=r.is_pinned,
+                moving_to=r.moving_to,
+            )
             for r in self._materializer.residency()
         ]
-        return pb.GetResidencyResponse(revisions=revisions, tiers=[tier])
+        tiers = [tier_to_proto(room.tier) for room in self._materializer.rooms]
+        return pb.GetResidencyResponse(revisions=revisions, tiers=tiers)
 
-    def _check_holder(self, context: Context) -> None:
-        if self._holders is not None:
-            check_peer(context, self._holders, SERVICE_NAME)
+    async def GetTierStatistics(
+        self, request: pb.GetTierStatisticsRequest, context: Context
+    ) -> pb.GetTierStatisticsResponse:
+        """Says what the tiers did."""
+        tiers = [
+            statistics_to_proto(room.tier, (await room.tier.disk_room()).free_bytes)
+            for room in self._materializer.rooms
+        ]
+        return pb.GetTierStatisticsResponse(tiers=tiers, miss_count=self._materializer.miss_count)
+
+    async def Pin(self, request: pb.PinRequest, context: Context) -> pb.PinResponse:
+        """Has a revision stay."""
+        self._check(context, self._operators)
+        await self._materializer.pin(request.revision)
+        return pb.PinResponse()
+
+    async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:
+        """Takes a pin back."""
+        self._check(context, self._operators)
+        await self._materializer.unpin(request.revision)
+        return pb.UnpinResponse()
+
+    async def Scrub(self, request: pb.ScrubRequest, context: Context) -> None:  # type: ignore[override]  # as Materialize
+        """Scrubs everything now."""
+        self._check(context, self._operators)
+        limit = request.bytes_per_second if request.HasField("bytes_per_second") else 0
+        async with contextlib.aclosing(self._materializer.scrubber.scrub_all(bytes_per_second=limit)) as steps:
+            async for progress in steps:
+                await context.write(scrub_to_proto(progress))
+
+    @staticmethod
+    def _check(context: Context, allowed: frozenset[str] | None) -> None:
+        if allowed is not None:
+            check_peer(context, allowed, SERVICE_NAME)
 
 
 class _Stream:
@@ -237,3 +289,44 @@ def timestamp_to_proto(moment: datetime) -> Timestamp:
     timestamp = Timestamp()
     timestamp.FromDatetime(moment)
     return timestamp
+
+
+def tier_to_proto(tier: DiskTier) -> pb.Tier:
+    """Writes what a tier has."""
+    return pb.Tier(
+        name=tier.name,
+        used_bytes=tier.inventory.used_bytes,
+        capacity_bytes=tier.options.capacity_bytes,
+        kind=_KINDS[tier.options.kind],
+    )
+
+
+def statistics_to_proto(tier: DiskTier, free_bytes: int) -> pb.TierStatistics:
+    """Writes what a tier did."""
+    counted = tier.statistics
+    return pb.TierStatistics(
+        tier=tier_to_proto(tier),
+        free_bytes=free_bytes,
+        hit_count=counted.hit_count,
+        hit_bytes=counted.hit_bytes,
+        written_bytes=counted.written_bytes,
+        promoted_count=counted.promoted_count,
+        demoted_count=counted.demoted_count,
+        evicted_count=counted.evicted_count,
+        evicted_bytes=counted.evicted_bytes,
+        queue_seconds=counted.queue_seconds,
+        queued_count=counted.queued_count,
+        read_bytes_per_second=counted.read.bytes_per_second,
+        write_bytes_per_second=counted.write.bytes_per_second,
+        scrubbed_bytes=counted.scrubbed_bytes,
+        corrupt_count=counted.corrupt_count,
+    )
+
+
+def scrub_to_proto(progress: ScrubProgress) -> pb.ScrubResponse:
+    """Writes how far a scrub is."""
+    corrupt = [
+        pb.CorruptBlob(hash=found.blob.hash, tier=found.tier, is_lent=found.is_lent, is_healed=found.is_healed)
+        for found in progress.found
+    ]
+    return pb.ScrubResponse(done_bytes=progress.done_bytes, total_bytes=progress.total_bytes, corrupt=corrupt)

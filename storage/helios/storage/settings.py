@@ -1,23 +1,65 @@
 """Settings of the storage agent."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from helios.mesh.settings import ProcessSettings
+from helios.storage.tiers import TierKind, TierOptions
 
 
 class TierSettings(BaseModel):
-    """The disk tier."""
+    """The tier in the state directory."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    name: str = Field(default="disk", pattern="[a-z][a-z0-9-]{0,31}")
+    """Name in statistics and metrics; unique on the node."""
+    kind: TierKind = TierKind.SSD
+    """``nvme`` or ``ssd``: fetches go to the fastest disk that has room. ``memory``: a tmpfs, which is filled with
+    copies of what is used often, and by nothing else; the tier in the state directory is a disk."""
     capacity_bytes: int = Field(default=0, ge=0)
     """Bytes of blobs that the tier may hold. 0: as much as the disk. Unused revisions are evicted for new ones."""
+    high_ratio: float = Field(default=0.95, gt=0, le=1)
+    """Above this share of the file system in use, by whomever, unused revisions go before the disk is full; also above
+    this share of the capacity where a slower tier takes them. 1: only when room is needed."""
+    low_ratio: float = Field(default=0.85, gt=0, le=1)
+    """Down to this share; and what moves in by policy fills the tier no further. At most high_ratio."""
     links: Literal["auto", "never"] = "auto"
     """``auto``: blobs of a source on the same file system are hard-linked, which takes no room and no copy. ``never``:
     always copied, for a source whose blobs may be changed in place."""
+
+    @model_validator(mode="after")
+    def _check_marks(self) -> Self:
+        if self.low_ratio > self.high_ratio:
+            raise ValueError("low_ratio is above high_ratio")
+        return self
+
+    @property
+    def options(self) -> TierOptions:
+        """The same, for the tier."""
+        return TierOptions(self.name, self.kind, self.capacity_bytes, self.high_ratio, self.low_ratio)
+
+
+class MoreTierSettings(TierSettings):
+    """A tier elsewhere."""
+
+    path: Path
+    """Root of the tier, with its blobs, views and index; made when it is not there. One tier a root. For ``memory`` a
+    directory in a tmpfs, which outlives a restart of the agent and not one of the machine."""
+
+
+class ScrubSettings(BaseModel):
+    """Reading blobs in the background to find bits that flipped on the disk."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    period_seconds: float = Field(default=7 * 86_400, ge=0)
+    """Each blob is read and compared with its name once in this time. A week: a terabyte takes 18 hours of it at the
+    default rate. 0: never."""
+    bytes_per_second: float = Field(default=16 << 20, gt=0)
+    """Most that is read in a second. 16 MiB: about a hundredth of a core for hashing, nothing to a disk."""
 
 
 class FetchSettings(BaseModel):
@@ -36,7 +78,7 @@ class StorageSettings(ProcessSettings):
     process_name: ClassVar[str] = "storage"
 
     state_directory: Path
-    """Root of the disk tier, with its blobs, views and index; made when it is not there. One agent at a time."""
+    """Root of the first disk tier, with its blobs, views and index; made when it is not there. One agent at a time."""
     listen: str = "127.0.0.1:0"
     """Address of StorageService, `host:port` (port 0 takes a free one) or `unix:/path`."""
     second_listen: str = ""
@@ -44,6 +86,23 @@ class StorageSettings(ProcessSettings):
     registry_target: str
     """Address of the registry, `host:port` or `unix:/path`."""
     tier: TierSettings = TierSettings()
-    """The disk tier."""
+    """The tier in the state directory."""
+    tiers: tuple[MoreTierSettings, ...] = ()
+    """More tiers, each a table in the settings file (``[[tiers]]``) or a JSON object on the command line, such as
+    ``{"name": "fast", "kind": "nvme", "path": "/mnt/nvme/helios", "capacity_bytes": 200000000000}``."""
+    scrub: ScrubSettings = ScrubSettings()
+    """Reading blobs in the background."""
     fetch: FetchSettings = FetchSettings()
     """Fetching."""
+
+    @model_validator(mode="after")
+    def _check_tiers(self) -> Self:
+        names = [self.tier.name, *(tier.name for tier in self.tiers)]
+        if len(set(names)) != len(names):
+            raise ValueError("two tiers have one name")
+        paths = [self.state_directory.absolute(), *(tier.path.absolute() for tier in self.tiers)]
+        if len(set(paths)) != len(paths):
+            raise ValueError("two tiers have one path")
+        if self.tier.kind is TierKind.MEMORY:
+            raise ValueError("the tier in the state directory is a disk; a tier in memory is one of tiers")
+        return self

@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +20,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _TierKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TierKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TierKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TIER_KIND_UNSPECIFIED: _TierKind.ValueType  # 0
+    """Not said."""
+    TIER_KIND_MEMORY: _TierKind.ValueType  # 1
+    """Host memory, as files."""
+    TIER_KIND_NVME: _TierKind.ValueType  # 2
+    """A fast disk."""
+    TIER_KIND_SSD: _TierKind.ValueType  # 3
+    """A disk."""
+
+class TierKind(_TierKind, metaclass=_TierKindEnumTypeWrapper):
+    """TierKind is what a tier is made of."""
+
+TIER_KIND_UNSPECIFIED: TierKind.ValueType  # 0
+"""Not said."""
+TIER_KIND_MEMORY: TierKind.ValueType  # 1
+"""Host memory, as files."""
+TIER_KIND_NVME: TierKind.ValueType  # 2
+"""A fast disk."""
+TIER_KIND_SSD: TierKind.ValueType  # 3
+"""A disk."""
+Global___TierKind: _TypeAlias = TierKind  # noqa: Y015
 
 @_typing.final
 class MaterializeRequest(_message.Message):
@@ -352,22 +381,36 @@ class ResidentRevision(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     LEASE_COUNT_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    IS_PINNED_FIELD_NUMBER: _builtins.int
+    MOVING_TO_FIELD_NUMBER: _builtins.int
     revision: _builtins.str
     """`sha256:<hex>`."""
     size_bytes: _builtins.int
     """Sum of the sizes of its blobs."""
     lease_count: _builtins.int
     """Leases that are alive."""
+    is_pinned: _builtins.bool
+    """It stays, whether or not it is used."""
+    moving_to: _builtins.str
+    """Tier that it is being copied to by policy; empty: none."""
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the tiers that have it whole, the fastest first."""
+
     def __init__(
         self,
         *,
         revision: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         lease_count: _builtins.int = ...,
+        tiers: _abc.Iterable[_builtins.str] | None = ...,
+        is_pinned: _builtins.bool = ...,
+        moving_to: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_count", b"lease_count", "revision", b"revision", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_pinned", b"is_pinned", "lease_count", b"lease_count", "moving_to", b"moving_to", "revision", b"revision", "size_bytes", b"size_bytes", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -382,23 +425,386 @@ class Tier(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     USED_BYTES_FIELD_NUMBER: _builtins.int
     CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name, such as "disk"."""
     used_bytes: _builtins.int
     """Bytes of blobs in it."""
     capacity_bytes: _builtins.int
     """Bytes that it may hold; 0: as much as the disk."""
+    kind: Global___TierKind.ValueType
+    """What it is made of."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         used_bytes: _builtins.int = ...,
         capacity_bytes: _builtins.int = ...,
+        kind: Global___TierKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "name", b"name", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "kind", b"kind", "name", b"name", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Tier: _TypeAlias = Tier  # noqa: Y015
+
+@_typing.final
+class GetTierStatisticsRequest(_message.Message):
+    """GetTierStatisticsRequest asks what the tiers did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTierStatisticsRequest: _TypeAlias = GetTierStatisticsRequest  # noqa: Y015
+
+@_typing.final
+class GetTierStatisticsResponse(_message.Message):
+    """GetTierStatisticsResponse says what the tiers did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIERS_FIELD_NUMBER: _builtins.int
+    MISS_COUNT_FIELD_NUMBER: _builtins.int
+    miss_count: _builtins.int
+    """Revisions that were wanted and that no tier had, since the agent started."""
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierStatistics]:
+        """The tiers, the fastest first."""
+
+    def __init__(
+        self,
+        *,
+        tiers: _abc.Iterable[Global___TierStatistics] | None = ...,
+        miss_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["miss_count", b"miss_count", "tiers", b"tiers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTierStatisticsResponse: _TypeAlias = GetTierStatisticsResponse  # noqa: Y015
+
+@_typing.final
+class TierStatistics(_message.Message):
+    """TierStatistics is what one tier has and did. Counts are since the agent started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class WrittenBytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class EvictedCountEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class EvictedBytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TIER_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    HIT_COUNT_FIELD_NUMBER: _builtins.int
+    HIT_BYTES_FIELD_NUMBER: _builtins.int
+    WRITTEN_BYTES_FIELD_NUMBER: _builtins.int
+    PROMOTED_COUNT_FIELD_NUMBER: _builtins.int
+    DEMOTED_COUNT_FIELD_NUMBER: _builtins.int
+    EVICTED_COUNT_FIELD_NUMBER: _builtins.int
+    EVICTED_BYTES_FIELD_NUMBER: _builtins.int
+    QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
+    QUEUED_COUNT_FIELD_NUMBER: _builtins.int
+    READ_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    WRITE_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    SCRUBBED_BYTES_FIELD_NUMBER: _builtins.int
+    CORRUPT_COUNT_FIELD_NUMBER: _builtins.int
+    free_bytes: _builtins.int
+    """Bytes that its file system has left, whoever fills it."""
+    hit_count: _builtins.int
+    """Revisions that were lent from it without a fetch."""
+    hit_bytes: _builtins.int
+    """Their bytes."""
+    promoted_count: _builtins.int
+    """Revisions that were copied to it from a slower tier."""
+    demoted_count: _builtins.int
+    """Revisions that were copied to it from a faster tier."""
+    queue_seconds: _builtins.float
+    """Seconds that fetches waited for a thread, summed."""
+    queued_count: _builtins.int
+    """Fetches that this sums."""
+    read_bytes_per_second: _builtins.float
+    """Measured reads from the disk itself; 0: not measured yet. Kept over restarts."""
+    write_bytes_per_second: _builtins.float
+    """Measured writes, with verification and fsync; 0: not measured yet. Kept over restarts."""
+    scrubbed_bytes: _builtins.int
+    """Bytes that scrubs read."""
+    corrupt_count: _builtins.int
+    """Blobs that scrubs found bad."""
+    @_builtins.property
+    def tier(self) -> Global___Tier:
+        """The tier."""
+
+    @_builtins.property
+    def written_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Bytes of blobs that were committed to it, by source: "registry", "repair", or the tier that they were copied from."""
+
+    @_builtins.property
+    def evicted_count(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Revisions that left it, by reason: room, water_mark, displaced, asked, corrupt, leftover."""
+
+    @_builtins.property
+    def evicted_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Bytes that this freed, by reason."""
+
+    def __init__(
+        self,
+        *,
+        tier: Global___Tier | None = ...,
+        free_bytes: _builtins.int = ...,
+        hit_count: _builtins.int = ...,
+        hit_bytes: _builtins.int = ...,
+        written_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        promoted_count: _builtins.int = ...,
+        demoted_count: _builtins.int = ...,
+        evicted_count: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        evicted_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        queue_seconds: _builtins.float = ...,
+        queued_count: _builtins.int = ...,
+        read_bytes_per_second: _builtins.float = ...,
+        write_bytes_per_second: _builtins.float = ...,
+        scrubbed_bytes: _builtins.int = ...,
+        corrupt_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tier", b"tier"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrupt_count", b"corrupt_count", "demoted_count", b"demoted_count", "evicted_bytes", b"evicted_bytes", "evicted_count", b"evicted_count", "free_bytes", b"free_bytes", "hit_bytes", b"hit_bytes", "hit_count", b"hit_count", "promoted_count", b"promoted_count", "queue_seconds", b"queue_seconds", "queued_count", b"queued_count", "read_bytes_per_second", b"read_bytes_per_second", "scrubbed_bytes", b"scrubbed_bytes", "tier", b"tier", "write_bytes_per_second", b"write_bytes_per_second", "written_bytes", b"written_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierStatistics: _TypeAlias = TierStatistics  # noqa: Y015
+
+@_typing.final
+class PinRequest(_message.Message):
+    """PinRequest names a revision."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """`sha256:<hex>`."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinRequest: _TypeAlias = PinRequest  # noqa: Y015
+
+@_typing.final
+class PinResponse(_message.Message):
+    """PinResponse says nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinResponse: _TypeAlias = PinResponse  # noqa: Y015
+
+@_typing.final
+class UnpinRequest(_message.Message):
+    """UnpinRequest names a revision."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """`sha256:<hex>`."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinRequest: _TypeAlias = UnpinRequest  # noqa: Y015
+
+@_typing.final
+class UnpinResponse(_message.Message):
+    """UnpinResponse says nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinResponse: _TypeAlias = UnpinResponse  # noqa: Y015
+
+@_typing.final
+class ScrubRequest(_message.Message):
+    """ScrubRequest asks for a scrub."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    bytes_per_second: _builtins.int
+    """Most bytes to read in a second. Unset: as fast as it goes."""
+    def __init__(
+        self,
+        *,
+        bytes_per_second: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bytes_per_second", b"_bytes_per_second", "bytes_per_second", b"bytes_per_second"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bytes_per_second", b"_bytes_per_second", "bytes_per_second", b"bytes_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bytes_per_second: _TypeAlias = _typing.Literal["bytes_per_second"]  # noqa: Y015
+    _WhichOneofArgType__bytes_per_second: _TypeAlias = _typing.Literal["_bytes_per_second", b"_bytes_per_second"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bytes_per_second) -> _WhichOneofReturnType__bytes_per_second | None: ...
+
+Global___ScrubRequest: _TypeAlias = ScrubRequest  # noqa: Y015
+
+@_typing.final
+class ScrubResponse(_message.Message):
+    """ScrubResponse says how far a scrub is; the last one of a stream has done_bytes equal to total_bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DONE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    CORRUPT_FIELD_NUMBER: _builtins.int
+    done_bytes: _builtins.int
+    """Bytes of the blobs that were compared."""
+    total_bytes: _builtins.int
+    """Bytes of all blobs."""
+    @_builtins.property
+    def corrupt(self) -> _containers.RepeatedCompositeFieldContainer[Global___CorruptBlob]:
+        """Bad blobs so far."""
+
+    def __init__(
+        self,
+        *,
+        done_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        corrupt: _abc.Iterable[Global___CorruptBlob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrupt", b"corrupt", "done_bytes", b"done_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScrubResponse: _TypeAlias = ScrubResponse  # noqa: Y015
+
+@_typing.final
+class CorruptBlob(_message.Message):
+    """CorruptBlob is a blob that was not what its name says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HASH_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    IS_LENT_FIELD_NUMBER: _builtins.int
+    IS_HEALED_FIELD_NUMBER: _builtins.int
+    hash: _builtins.str
+    """sha256 that its name says, in hexadecimal."""
+    tier: _builtins.str
+    """Tier that had it."""
+    is_lent: _builtins.bool
+    """Somebody held a revision that uses it. A holder that mapped the file before keeps the pages that it has."""
+    is_healed: _builtins.bool
+    """A good copy has taken its place; otherwise it is gone, and leases of its revisions ended."""
+    def __init__(
+        self,
+        *,
+        hash: _builtins.str = ...,
+        tier: _builtins.str = ...,
+        is_lent: _builtins.bool = ...,
+        is_healed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hash", b"hash", "is_healed", b"is_healed", "is_lent", b"is_lent", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CorruptBlob: _TypeAlias = CorruptBlob  # noqa: Y015

@@ -50,6 +50,26 @@ class StorageServiceStub:
                 request_serializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.GetResidencyRequest.SerializeToString,
                 response_deserializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.GetResidencyResponse.FromString,
                 _registered_method=True)
+        self.GetTierStatistics = channel.unary_unary(
+                '/helios.api.storage.v1.StorageService/GetTierStatistics',
+                request_serializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.GetTierStatisticsRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.GetTierStatisticsResponse.FromString,
+                _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/helios.api.storage.v1.StorageService/Pin',
+                request_serializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.PinRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/helios.api.storage.v1.StorageService/Unpin',
+                request_serializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.UnpinResponse.FromString,
+                _registered_method=True)
+        self.Scrub = channel.unary_stream(
+                '/helios.api.storage.v1.StorageService/Scrub',
+                request_serializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.ScrubRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.ScrubResponse.FromString,
+                _registered_method=True)
 
 
 class StorageServiceServicer:
@@ -76,7 +96,7 @@ class StorageServiceServicer:
 
     def Evict(self, request, context):
         """Evict drops a revision from the node's tiers; blobs that another revision on the node uses stay. Idempotent.
-        Errors: FAILED_PRECONDITION (REVISION_LEASED).
+        Errors: FAILED_PRECONDITION (REVISION_LEASED, REVISION_PINNED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +104,39 @@ class StorageServiceServicer:
 
     def GetResidency(self, request, context):
         """GetResidency lists the revisions on the node, what they take and who leases them. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTierStatistics(self, request, context):
+        """GetTierStatistics says what each tier has and did since the agent started, and what it was measured to do. Idempotent.
+        Errors: UNAVAILABLE (TIER_FAILED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Pin has a revision stay on the node once it is there; it fetches nothing. The pin survives a restart. Idempotent.
+        Errors: INVALID_ARGUMENT (INVALID_REVISION).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Unpin takes a pin back. Idempotent. Errors: INVALID_ARGUMENT (INVALID_REVISION).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scrub(self, request, context):
+        """Scrub reads every blob from its disk, compares it with its name, and mends or drops those that are bad: one that is
+        lent is fetched anew and takes the bad one's place, one that is not is dropped with the revisions that use it. The
+        stream reports progress and ends with the scrub; cancelling it ends the scrub. Idempotent.
+        Errors: UNAVAILABLE (TIER_FAILED), FAILED_PRECONDITION (SCRUB_RUNS: one at a time).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,6 +159,26 @@ def add_StorageServiceServicer_to_server(servicer, server):
                     servicer.GetResidency,
                     request_deserializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.GetResidencyRequest.FromString,
                     response_serializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.GetResidencyResponse.SerializeToString,
+            ),
+            'GetTierStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTierStatistics,
+                    request_deserializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.GetTierStatisticsRequest.FromString,
+                    response_serializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.GetTierStatisticsResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.PinRequest.FromString,
+                    response_serializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.PinResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.UnpinRequest.FromString,
+                    response_serializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.UnpinResponse.SerializeToString,
+            ),
+            'Scrub': grpc.unary_stream_rpc_method_handler(
+                    servicer.Scrub,
+                    request_deserializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.ScrubRequest.FromString,
+                    response_serializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.ScrubResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -190,6 +263,114 @@ class StorageService:
             '/helios.api.storage.v1.StorageService/GetResidency',
             helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.GetResidencyRequest.SerializeToString,
             helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.GetResidencyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTierStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.storage.v1.StorageService/GetTierStatistics',
+            helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.GetTierStatisticsRequest.SerializeToString,
+            helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.GetTierStatisticsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.storage.v1.StorageService/Pin',
+            helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.PinRequest.SerializeToString,
+            helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.storage.v1.StorageService/Unpin',
+            helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.UnpinRequest.SerializeToString,
+            helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.UnpinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scrub(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/helios.api.storage.v1.StorageService/Scrub',
+            helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.ScrubRequest.SerializeToString,
+            helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.ScrubResponse.FromString,
             options,
             channel_credentials,
             insecure,

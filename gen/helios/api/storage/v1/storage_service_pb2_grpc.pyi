@@ -32,10 +32,26 @@ class StorageServiceStub:
     """
     Evict: _aio.UnaryUnaryMultiCallable[_storage_service_pb2.EvictRequest, _storage_service_pb2.EvictResponse]
     """Evict drops a revision from the node's tiers; blobs that another revision on the node uses stay. Idempotent.
-    Errors: FAILED_PRECONDITION (REVISION_LEASED).
+    Errors: FAILED_PRECONDITION (REVISION_LEASED, REVISION_PINNED).
     """
     GetResidency: _aio.UnaryUnaryMultiCallable[_storage_service_pb2.GetResidencyRequest, _storage_service_pb2.GetResidencyResponse]
     """GetResidency lists the revisions on the node, what they take and who leases them. Idempotent."""
+    GetTierStatistics: _aio.UnaryUnaryMultiCallable[_storage_service_pb2.GetTierStatisticsRequest, _storage_service_pb2.GetTierStatisticsResponse]
+    """GetTierStatistics says what each tier has and did since the agent started, and what it was measured to do. Idempotent.
+    Errors: UNAVAILABLE (TIER_FAILED).
+    """
+    Pin: _aio.UnaryUnaryMultiCallable[_storage_service_pb2.PinRequest, _storage_service_pb2.PinResponse]
+    """Pin has a revision stay on the node once it is there; it fetches nothing. The pin survives a restart. Idempotent.
+    Errors: INVALID_ARGUMENT (INVALID_REVISION).
+    """
+    Unpin: _aio.UnaryUnaryMultiCallable[_storage_service_pb2.UnpinRequest, _storage_service_pb2.UnpinResponse]
+    """Unpin takes a pin back. Idempotent. Errors: INVALID_ARGUMENT (INVALID_REVISION)."""
+    Scrub: _aio.UnaryStreamMultiCallable[_storage_service_pb2.ScrubRequest, _storage_service_pb2.ScrubResponse]
+    """Scrub reads every blob from its disk, compares it with its name, and mends or drops those that are bad: one that is
+    lent is fetched anew and takes the bad one's place, one that is not is dropped with the revisions that use it. The
+    stream reports progress and ends with the scrub; cancelling it ends the scrub. Idempotent.
+    Errors: UNAVAILABLE (TIER_FAILED), FAILED_PRECONDITION (SCRUB_RUNS: one at a time).
+    """
 
 class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
     """StorageService keeps revisions on a node and lends them to replicas."""
@@ -67,7 +83,7 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_storage_service_pb2.EvictRequest, _abc.Awaitable[_storage_service_pb2.EvictResponse]],
     ) -> _abc.Awaitable[_storage_service_pb2.EvictResponse]:
         """Evict drops a revision from the node's tiers; blobs that another revision on the node uses stay. Idempotent.
-        Errors: FAILED_PRECONDITION (REVISION_LEASED).
+        Errors: FAILED_PRECONDITION (REVISION_LEASED, REVISION_PINNED).
         """
 
     @_abc_1.abstractmethod
@@ -77,5 +93,45 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_storage_service_pb2.GetResidencyRequest, _abc.Awaitable[_storage_service_pb2.GetResidencyResponse]],
     ) -> _abc.Awaitable[_storage_service_pb2.GetResidencyResponse]:
         """GetResidency lists the revisions on the node, what they take and who leases them. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def GetTierStatistics(
+        self,
+        request: _storage_service_pb2.GetTierStatisticsRequest,
+        context: _aio.ServicerContext[_storage_service_pb2.GetTierStatisticsRequest, _abc.Awaitable[_storage_service_pb2.GetTierStatisticsResponse]],
+    ) -> _abc.Awaitable[_storage_service_pb2.GetTierStatisticsResponse]:
+        """GetTierStatistics says what each tier has and did since the agent started, and what it was measured to do. Idempotent.
+        Errors: UNAVAILABLE (TIER_FAILED).
+        """
+
+    @_abc_1.abstractmethod
+    def Pin(
+        self,
+        request: _storage_service_pb2.PinRequest,
+        context: _aio.ServicerContext[_storage_service_pb2.PinRequest, _abc.Awaitable[_storage_service_pb2.PinResponse]],
+    ) -> _abc.Awaitable[_storage_service_pb2.PinResponse]:
+        """Pin has a revision stay on the node once it is there; it fetches nothing. The pin survives a restart. Idempotent.
+        Errors: INVALID_ARGUMENT (INVALID_REVISION).
+        """
+
+    @_abc_1.abstractmethod
+    def Unpin(
+        self,
+        request: _storage_service_pb2.UnpinRequest,
+        context: _aio.ServicerContext[_storage_service_pb2.UnpinRequest, _abc.Awaitable[_storage_service_pb2.UnpinResponse]],
+    ) -> _abc.Awaitable[_storage_service_pb2.UnpinResponse]:
+        """Unpin takes a pin back. Idempotent. Errors: INVALID_ARGUMENT (INVALID_REVISION)."""
+
+    @_abc_1.abstractmethod
+    def Scrub(
+        self,
+        request: _storage_service_pb2.ScrubRequest,
+        context: _aio.ServicerContext[_storage_service_pb2.ScrubRequest, _abc.AsyncIterator[_storage_service_pb2.ScrubResponse]],
+    ) -> _abc.AsyncIterator[_storage_service_pb2.ScrubResponse]:
+        """Scrub reads every blob from its disk, compares it with its name, and mends or drops those that are bad: one that is
+        lent is fetched anew and takes the bad one's place, one that is not is dropped with the revisions that use it. The
+        stream reports progress and ends with the scrub; cancelling it ends the scrub. Idempotent.
+        Errors: UNAVAILABLE (TIER_FAILED), FAILED_PRECONDITION (SCRUB_RUNS: one at a time).
+        """
 
 def add_StorageServiceServicer_to_server(servicer: StorageServiceServicer, server: _aio.Server) -> None: ...

@@ -1,0 +1,126 @@
+"""The room of one tier: what is wanted there, and making place for it before a byte is fetched.
+
+From the moment a revision is wanted here until it is resident, its bytes count as used and its blobs are kept.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+
+from helios.mesh.errors import DiskFull
+from helios.storage.disk_tier import DiskTier
+from helios.storage.eviction import EvictionPlan, Forecast, no_forecast, plan_eviction
+from helios.storage.fetch import BlobSource
+from helios.storage.manifest import Digest, Manifest
+from helios.storage.statistics import EvictionReason
+
+Kept = Callable[[DiskTier], set[str]]
+"""Which revisions a tier must not give up now: those that are lent from it, held, or pinned to it."""
+
+
+class Room:
+    """One tier's room; used on one event loop."""
+
+    def __init__(self, tier: DiskTier, kept: Kept, *, forecast: Forecast = no_forecast) -> None:
+        self.tier = tier
+        self._kept = kept
+        self._forecast = forecast
+        self._wanted: Counter[Digest] = Counter()
+        self._making = asyncio.Lock()
+
+    @property
+    def name(self) -> str:
+        """The tier's."""
+        return self.tier.name
+
+    def kept(self) -> set[str]:
+        """Revisions that must stay here."""
+        return self._kept(self.tier)
+
+    def wanted(self) -> set[Digest]:
+        """Blobs that something is about to use here."""
+        return set(+self._wanted)
+
+    @asynccontextmanager
+    async def want(
+        self, manifest: Manifest, source: BlobSource, *, reason: EvictionReason = EvictionReason.ROOM
+    ) -> AsyncIterator[list[Digest]]:
+        """Makes room for what is missing of a revision and keeps it for the block, which is given what is missing.
+
+        Raises:
+            DiskFull: What is kept and wanted is more than the capacity, or others fill the disk.
+        """
+        with ExitStack() as wanted:
+            # One at a time: two that make room at once would each see the other's wish and both give up.
+            async with self._making:
+                wanted.enter_context(self._count(manifest))
+                missing = self.tier.inventory.missing(manifest)
+                await self._make(source, missing, reason)
+            yield missing
+
+    async def evict_for(self, needed_bytes: int, reason: EvictionReason) -> int:
+        """Gives up what is worth least; returns how many bytes that freed, which may be less than needed."""
+        plan = await self.tier.drop(lambda: self.plan(needed_bytes), reason)
+        return plan.freed_bytes
+
+    def plan(self, needed_bytes: int) -> EvictionPlan:
+        """Plans to give up what is worth least."""
+        return plan_eviction(
+            self.tier.inventory, needed_bytes, held=self.kept(), keep=self.wanted(), forecast=self._forecast
+        )
+
+    async def drop_leftovers(self, manifest: Manifest) -> None:
+        """Drops what a failed fetch brought, unless somebody else wants it."""
+
+        def plan() -> EvictionPlan:
+            unwanted = manifest.blobs - self.wanted()
+            strays = tuple(blob for blob in self.tier.inventory.strays() if blob in unwanted)
+            return EvictionPlan(blobs=strays, clock=self.tier.inventory.clock)
+
+        await self.tier.drop(plan, EvictionReason.LEFTOVER)
+
+    async def _make(self, source: BlobSource, missing: list[Digest], reason: EvictionReason) -> None:
+        if self._excess_bytes() > 0:
+            await self.evict_for(self._excess_bytes(), reason)
+        if (excess_bytes := self._excess_bytes()) > 0:
+            raise DiskFull(
+                f"the tier {self.name} is full of models that are in use; scale one down or raise its capacity",
+                metadata={
+                    "tier": self.name,
+                    "capacity_bytes": str(self.tier.options.capacity_bytes),
+                    "excess_bytes": str(excess_bytes),
+                },
+            )
+        copied_bytes = await self.tier.copied_bytes(source, missing)
+        if copied_bytes > (free_bytes := (await self.tier.disk_room()).free_bytes):
+            await self.evict_for(copied_bytes - free_bytes, reason)
+            free_bytes = (await self.tier.disk_room()).free_bytes
+        if copied_bytes > free_bytes:
+            raise DiskFull(
+                f"the disk of tier {self.name} has {free_bytes} bytes left, {copied_bytes} are needed, and no other "
+                "unused model can go; free some of it",
+                metadata={
+                    "errno": "ENOSPC",
+                    "tier": self.name,
+                    "free_bytes": str(free_bytes),
+                    "needed_bytes": str(copied_bytes),
+                },
+            )
+
+    def _excess_bytes(self) -> int:
+        """How far what is here and what is coming is above the capacity."""
+        here = self.tier.inventory
+        if self.tier.options.capacity_bytes == 0:
+            return 0
+        coming = sum(blob.size_bytes for blob in self.wanted() if not here.has_blob(blob))
+        return here.used_bytes + coming - self.tier.options.capacity_bytes
+
+    @contextmanager
+    def _count(self, manifest: Manifest) -> Iterator[None]:
+        self._wanted.update(manifest.blobs)
+        try:
+            yield
+        finally:
+            self._wanted.subtract(manifest.blobs)
+            self._wanted = +self._wanted
