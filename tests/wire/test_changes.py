@@ -109,6 +109,32 @@ async def test_certificates_rotate_under_load_without_a_failed_call(changing: Ch
     assert len(gateway.replica.peer_certificates) >= 3, "Envoy took up its new certificates"
 
 
+async def test_a_drain_ends_while_clients_go_on_to_come_and_cuts_no_request(changing: Changing) -> None:
+    gateway, client = changing
+    assert gateway.envoy is not None
+    body = {"model": "m", "stream": True, "chunks": 40, "pause": 0.1}
+    async with client.stream("POST", CHAT, json=body) as answer:
+        lines = answer.aiter_lines()
+        assert await anext(lines) == 'data: {"index":0}'
+        began = time.monotonic()
+        await gateway.envoy.admin.drain()
+        while await _is_let_in(gateway):
+            assert time.monotonic() - began < 5
+            await asyncio.sleep(0.02)
+        assert "data: [DONE]" in [line async for line in lines]
+
+
+async def _is_let_in(gateway: Gateway) -> bool:
+    """Whether a client that comes now is served; with any other answer than 200 the test fails."""
+    async with httpx.AsyncClient(base_url=f"http://{gateway.edge}", trust_env=False) as client:
+        try:
+            answer = await client.post(CHAT, json={"model": "m"})
+        except httpx.ConnectError:
+            return False
+    assert answer.status_code == 200
+    return True
+
+
 async def test_a_held_request_is_answered_later(changing: Changing) -> None:
     gateway, client = changing
     released = asyncio.Event()

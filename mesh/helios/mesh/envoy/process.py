@@ -34,6 +34,11 @@ def command(config_path: Path, *, concurrency: int = 1, log_level: str = "warnin
         "--disable-hot-restart",
         "--concurrency",
         str(concurrency),
+        # From the request to drain until nobody new is let in; Envoy's default is ten minutes.
+        "--drain-time-s",
+        "1",
+        "--drain-strategy",
+        "immediate",
         # The access log reaches its file within a second; Envoy's default is ten.
         "--file-flush-interval-msec",
         "1000",
