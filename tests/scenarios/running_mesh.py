@@ -96,13 +96,18 @@ class RunningMesh:
         self.wait(lambda: self._has_state("ready"), timeout_seconds, "the mesh is ready")
 
     def stop(self, *, timeout_seconds: float = 120.0) -> int:
-        """Sends SIGINT, as Ctrl-C does; returns the exit status. What is left after the timeout is killed."""
+        """Sends SIGINT, as Ctrl-C does; returns the exit status, and prints what was said where it is not 0.
+
+        What is left after the timeout, which is above the longest stop, is killed.
+        """
         assert self._process is not None
         tree = [self._process.pid, *(child.pid for child in psutil.Process(self._process.pid).children(recursive=True))]
         self._process.send_signal(signal.SIGINT)
         try:
             return self._process.wait(timeout_seconds)
         finally:
+            if self._process.returncode != 0:
+                print(self.console.read_text(errors="replace")[-8000:])
             for pid in tree:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     psutil.Process(pid).kill()

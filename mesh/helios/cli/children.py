@@ -220,15 +220,19 @@ def kill_orphans(own_pids: set[int], deadline: float) -> list[int]:
     """Ends what is left below this process at the end of a stop, and returns the pids of what had to be killed.
 
     A worker that was killed leaves its replicas, and those last for a minute without one. What is about to end by
-    itself, since its parent is gone, is let do so. Blocks, at most until the deadline (``time.monotonic()``).
+    itself, since its parent is gone, is let do so. Blocks, at most until the deadline (``time.monotonic()``); the dead
+    are not waited for to the last, since one that computes with what others leave also dies with that.
     """
-    left = _living_descendants(own_pids)
-    _, alive = psutil.wait_procs(left, timeout=min(_ORPHAN_SECONDS, max(0.0, deadline - time.monotonic())))
-    for process in alive:
+    _, left = psutil.wait_procs(_living_descendants(own_pids), timeout=_patience(deadline))
+    for process in left:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(alive, timeout=max(0.0, deadline - time.monotonic()))
-    return [process.pid for process in alive]
+    psutil.wait_procs(left, timeout=_patience(deadline))
+    return [process.pid for process in left]
+
+
+def _patience(deadline: float) -> float:
+    return min(_ORPHAN_SECONDS, max(0.0, deadline - time.monotonic()))
 
 
 def _living_descendants(own_pids: set[int]) -> list[psutil.Process]:
