@@ -58,6 +58,8 @@ class Shelf(RegistryServiceServicer):
     base: Path
     manifests: dict[str, registry_pb.Manifest] = field(default_factory=dict)
     call_count: int = 0
+    url: str = ""
+    """Where it says that its blobs are; empty: in its directory."""
 
     def add(self, files: Mapping[str, bytes]) -> str:
         """Stores files as a revision."""
@@ -95,7 +97,7 @@ class Shelf(RegistryServiceServicer):
         if request.revision not in self.manifests:
             raise RevisionNotFound("no such revision")
         return registry_pb.GetManifestResponse(
-            manifest=self.manifests[request.revision], blob_store_url=self.base.as_uri()
+            manifest=self.manifests[request.revision], blob_store_url=self.url or self.base.as_uri()
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from helios.mesh.errors import RevisionNotFound
 from helios.storage.disk_tier import DiskTier
+from helios.storage.fetch import BlobSource, DirectorySource
 from helios.storage.file_system import FileSystem
 from helios.storage.manifest import Manifest
 from helios.storage.manifest_source import manifest_from_proto
@@ -37,10 +38,10 @@ class ShelfManifests:
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
 
-    async def get_manifest(self, revision: str) -> tuple[Manifest, str]:
+    async def get_manifest(self, revision: str) -> tuple[Manifest, BlobSource]:
         if revision not in self._shelf.manifests:
             raise RevisionNotFound("no such revision")
-        return manifest_from_proto(revision, self._shelf.manifests[revision]), self._shelf.base.as_uri()
+        return manifest_from_proto(revision, self._shelf.manifests[revision]), DirectorySource(self._shelf.base)
 
 
 @asynccontextmanager

@@ -9,8 +9,9 @@ import pytest
 from helios.mesh.errors import DigestMismatch, PreconditionFailed, Unavailable, Unsupported
 from helios.storage.blob_store import BlobStore
 from helios.storage.disk_tier import DiskTier
-from helios.storage.fetch import DirectorySource, source_from_url
+from helios.storage.fetch import DirectorySource
 from helios.storage.manifest import Manifest, make_manifest, manifest_digest
+from helios.storage.sources import BlobLocation, Sources
 from tests.storage.harness import digest_of, entry_of, files_below, make_shelf
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -153,4 +154,4 @@ async def test_a_source_that_is_a_symbolic_link_is_not_followed(root: Path, tmp_
 
 def test_a_scheme_that_is_not_spoken_is_refused() -> None:
     with pytest.raises(Unsupported):
-        source_from_url("s3://bucket/blobs")
+        Sources().open([BlobLocation("ftp://host/blobs")])

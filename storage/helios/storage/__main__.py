@@ -14,6 +14,7 @@ from helios.storage.manifest_source import RegistryManifests
 from helios.storage.materializer import Upkeep, open_materializer
 from helios.storage.servicer import SERVICE_NAME, StorageServicer
 from helios.storage.settings import StorageSettings
+from helios.storage.sources import Sources
 
 HOLDERS = frozenset({"worker"})
 """Who may materialise."""
@@ -38,7 +39,7 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
             scrub_bytes_per_second=settings.scrub.bytes_per_second,
             scrub_period=timedelta(seconds=settings.scrub.period_seconds),
         )
-        manifests = RegistryManifests(dialer)
+        manifests = RegistryManifests(dialer, Sources(settings.fetch.stores.reveal()))
         materializer = await stack.enter_async_context(
             open_materializer(make_tiers(settings), manifests, clock=clock, upkeep=upkeep)
         )
@@ -67,6 +68,7 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
 
 def make_tiers(settings: StorageSettings) -> list[DiskTier]:
     """Makes the tiers that are configured, the one in the state directory first."""
+    downloader = settings.fetch.make_downloader()
     roots = [(settings.state_directory, settings.tier), *((tier.path, tier) for tier in settings.tiers)]
     return [
         DiskTier(
@@ -74,6 +76,7 @@ def make_tiers(settings: StorageSettings) -> list[DiskTier]:
             fetch_thread_count=settings.fetch.thread_count,
             is_link_allowed=tier.links == "auto",
             options=tier.options,
+            downloader=downloader,
         )
         for root, tier in roots
     ]

@@ -24,6 +24,7 @@ import psutil
 import structlog
 
 from helios.mesh.errors import HeliosError
+from helios.mesh.transfer.engine import Downloader
 from helios.storage.blob_store import BlobStore
 from helios.storage.eviction import EvictionPlan
 from helios.storage.fetch import BlobFetcher, BlobSource, DirectorySource, FetchToken
@@ -55,6 +56,7 @@ class DiskTier:
         is_link_allowed: bool = True,
         options: TierOptions | None = None,
         files: FileSystem | None = None,
+        downloader: Downloader | None = None,
     ) -> None:
         self.options = options or TierOptions()
         self.statistics = TierStatistics()
@@ -64,7 +66,9 @@ class DiskTier:
         self._fetching = BlockingPool("fetch", fetch_thread_count)
         self._hashing = BlockingPool("hash", fetch_thread_count)
         self._scrubbing = BlockingPool("scrub", 1)
-        self._fetcher = BlobFetcher(self.store, hashing=self._hashing.executor, is_link_allowed=is_link_allowed)
+        self._fetcher = BlobFetcher(
+            self.store, hashing=self._hashing.executor, is_link_allowed=is_link_allowed, downloader=downloader
+        )
         self._index: Index | None = None
         # Held from the decision to drop a blob until it is unlinked, so that a fetch of it can't finish in between.
         self._dropping = asyncio.Lock()

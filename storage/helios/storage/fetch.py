@@ -1,8 +1,9 @@
 """Bringing one blob from a source to the disk tier, every byte verified before the blob has its name.
 
 A source on the same file system lends its bytes by a hard link: allowed only because the registry's blobs are
-immutable and read-only, and verified all the same. Everything else is copied in 8 MiB chunks; hashing runs in a
-second thread beside reading and writing, because on one core sha256 is as slow as a disk. Functions here block and
+immutable and read-only, and verified all the same. What comes over a network comes by the mesh's transfer engine
+(`ranged_fetch`). Everything else is copied in 8 MiB chunks; hashing runs in a second thread beside reading and writing,
+because on one core sha256 is as slow as a disk. Functions here block and
 run in pool threads; a token cancels them between chunks, so that a fetch ends soon and cleans up behind itself.
 """
 
@@ -16,9 +17,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Protocol, Self
-from urllib.parse import unquote, urlsplit
 
-from helios.mesh.errors import Corrupted, HeliosError, InvalidRequest, Unavailable, Unsupported
+from helios.mesh.errors import BlobNotFound, Corrupted, HeliosError, Unavailable
+from helios.mesh.transfer.engine import Downloader
+from helios.mesh.transfer.progress import TransferProgress
+from helios.mesh.transfer.source import RangeSource
 from helios.storage.blob_store import (
     BLOB_MODE,
     HASH_CHUNK_BYTES,
@@ -28,6 +31,7 @@ from helios.storage.blob_store import (
     write_error,
 )
 from helios.storage.manifest import Digest
+from helios.storage.ranged_fetch import PartialFiles
 
 _SYNC_FILE_RANGE_WRITE = 2
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
@@ -64,6 +68,14 @@ class BlobSource(Protocol):
 
     def linkable_path(self, digest: Digest) -> Path | None:
         """A local, read-only file that holds the blob and will never be written to; None when there is none."""
+        ...
+
+    def ranged(self, digest: Digest) -> RangeSource | None:
+        """The blob for the transfer engine, of a source across a network; None: `open` reads it best.
+
+        Raises:
+            HeliosError: The source can't be opened.
+        """
         ...
 
 
@@ -122,6 +134,11 @@ class DirectorySource:
         is_immutable = stat.S_ISREG(state.st_mode) and stat.S_IMODE(state.st_mode) == BLOB_MODE
         return path if is_immutable else None
 
+    def ranged(self, digest: Digest) -> RangeSource | None:
+        """A local file is copied by one reader: more of them wait for the same disk."""
+        del digest
+        return None
+
     def _path(self, digest: Digest) -> Path:
         return self._base / "sha256" / digest.hash[:2] / digest.hash
 
@@ -148,39 +165,41 @@ class FileReader:
         os.close(self._descriptor)
 
 
-def source_from_url(url: str) -> BlobSource:
-    """Returns the source that a registry names.
-
-    Raises:
-        InvalidRequest: INVALID_MANIFEST, when the URL makes no sense.
-        Unsupported: A scheme that this agent does not speak.
-    """
-    parts = urlsplit(url)
-    if parts.scheme != "file":
-        raise Unsupported("blobs are fetched from file:// URLs", metadata={"scheme": parts.scheme[:50]})
-    path = Path(unquote(parts.path))
-    if parts.netloc not in ("", "localhost") or not path.is_absolute() or ".." in path.parts or "\0" in str(path):
-        raise InvalidRequest("the blob store's URL is not an absolute local path", reason="INVALID_MANIFEST")
-    return DirectorySource(path)
-
-
 class BlobFetcher:
     """Fetches blobs from sources into a store."""
 
-    def __init__(self, store: BlobStore, *, hashing: ThreadPoolExecutor, is_link_allowed: bool = True) -> None:
-        """Takes the pool for hashing, which needs as many threads as there are fetches at a time."""
+    def __init__(
+        self,
+        store: BlobStore,
+        *,
+        hashing: ThreadPoolExecutor,
+        is_link_allowed: bool = True,
+        downloader: Downloader | None = None,
+    ) -> None:
+        """Takes the pool for hashing, which needs as many threads as there are fetches at a time.
+
+        The downloader is the node's, so that all its fetches share one bandwidth; None: one that is not limited.
+        """
         self._store = store
+        self._downloader = downloader or Downloader()
+        self._partial = PartialFiles(store.root, store.files)
         self._hashing = hashing
         self._is_link_allowed = is_link_allowed
 
     def fetch(self, source: BlobSource, digest: Digest, token: FetchToken) -> None:
-        """Fetches one blob; afterwards it is there, verified, or nothing is left. Blocks.
+        """Fetches one blob; afterwards it is there, verified, or it is not there at all. Blocks.
+
+        What came over a network is kept for the next try, out of sight, unless it was wrong.
 
         Raises:
             DigestMismatch: The source has other bytes under this name.
             DiskFull: No room.
             Unavailable: SOURCE_UNAVAILABLE, TIER_FAILED, or FetchCancelled.
         """
+        ranged = source.ranged(digest)
+        if ranged is not None:
+            self._fetch_ranged(ranged, digest, token)
+            return
         temporary = self._store.new_temporary()
         try:
             if self._is_link_allowed and self._link(source, digest, temporary):
@@ -193,6 +212,24 @@ class BlobFetcher:
             raise write_error(error, temporary) from error
         finally:
             self._store.discard_temporary(temporary)
+
+    def _fetch_ranged(self, source: RangeSource, digest: Digest, token: FetchToken) -> None:
+        told_bytes = 0
+
+        def tell(progress: TransferProgress) -> None:
+            nonlocal told_bytes
+            token.advance(progress.done_bytes - told_bytes)
+            told_bytes = progress.done_bytes
+
+        try:
+            path, fetched = self._partial.fetch(
+                self._downloader, source, digest, check=lambda: token.advance(0), on_progress=tell
+            )
+            self._store.commit(path, digest, fetched.sha256)
+        except BlobNotFound as error:
+            raise _source_error(FileNotFoundError(), digest) from error
+        except OSError as error:
+            raise write_error(error, self._store.root) from error
 
     def _link(self, source: BlobSource, digest: Digest, temporary: Path) -> bool:
         path = source.linkable_path(digest)

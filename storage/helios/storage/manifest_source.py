@@ -7,7 +7,9 @@ from helios.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from helios.mesh.status import error_from_rpc
+from helios.storage.fetch import BlobSource
 from helios.storage.manifest import Digest, Manifest, ManifestEntry, make_manifest
+from helios.storage.sources import BlobLocation, Sources
 
 _TIMEOUT_SECONDS = 10.0
 """A manifest is some kilobytes from the registry's memory or SQL; a registry that is this late is as good as away."""
@@ -16,17 +18,19 @@ _TIMEOUT_SECONDS = 10.0
 class RegistryManifests:
     """Asks a registry; a `ManifestSource`."""
 
-    def __init__(self, dialer: Dialer) -> None:
-        """Takes an open dialer to the registry."""
+    def __init__(self, dialer: Dialer, sources: Sources | None = None) -> None:
+        """Takes an open dialer to the registry, and what opens the stores that it names."""
         self._dialer = dialer
+        self._sources = sources or Sources()
 
-    async def get_manifest(self, revision: str) -> tuple[Manifest, str]:
-        """Returns a checked manifest and the URL of the store that has its blobs.
+    async def get_manifest(self, revision: str) -> tuple[Manifest, BlobSource]:
+        """Returns a checked manifest and the source that has its blobs.
 
         Raises:
             RevisionNotFound: The registry does not know it.
             InvalidRequest: INVALID_MANIFEST.
             DigestMismatch: The manifest is one of another revision.
+            Unsupported: Its blobs are where this agent can't read.
             Unavailable: SOURCE_UNAVAILABLE, when the registry does not answer.
         """
         try:
@@ -42,7 +46,8 @@ class RegistryManifests:
                     retry_after_seconds=1.0,
                 ) from rpc_error
             raise error from rpc_error
-        return manifest_from_proto(revision, response.manifest), response.blob_store_url
+        source = self._sources.open([BlobLocation(response.blob_store_url)])
+        return manifest_from_proto(revision, response.manifest), source
 
 
 def manifest_from_proto(revision: str, manifest: pb.Manifest) -> Manifest:

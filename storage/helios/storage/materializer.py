@@ -25,7 +25,7 @@ from helios.storage import metrics
 from helios.storage.clock import Clock, steady_clock
 from helios.storage.disk_tier import DiskTier
 from helios.storage.eviction import EvictionPlan, Forecast, no_forecast, plan_evict_one
-from helios.storage.fetch import BlobSource, is_leftover_unwanted, source_from_url
+from helios.storage.fetch import BlobSource, is_leftover_unwanted
 from helios.storage.leases import Lease, LeaseTable, check_ttl, restore
 from helios.storage.manifest import Digest, Manifest, revision_hash
 from helios.storage.mover import Mover
@@ -44,8 +44,8 @@ _EXPIRY_SECONDS = 1.0
 class ManifestSource(Protocol):
     """Where manifests come from."""
 
-    async def get_manifest(self, revision: str) -> tuple[Manifest, str]:
-        """Returns a checked manifest and the URL of the store that has its blobs.
+    async def get_manifest(self, revision: str) -> tuple[Manifest, BlobSource]:
+        """Returns a checked manifest and the source that has its blobs.
 
         Raises:
             HeliosError: RevisionNotFound, InvalidRequest (INVALID_MANIFEST), Unavailable (SOURCE_UNAVAILABLE).
@@ -320,8 +320,7 @@ class Materializer:
         """Fetches what is missing and makes the revision resident; returns the bytes that were fetched."""
         # Somebody waits: what is only useful later gives the disk away.
         await self.mover.cancel()
-        manifest, url = await self._manifests.get_manifest(revision)
-        source = source_from_url(url)
+        manifest, source = await self._manifests.get_manifest(revision)
         check_fits_somewhere(manifest, [room.tier.options for room in self.rooms])
         disks = [room for room in self.rooms if room.tier.options.kind is not TierKind.MEMORY]
         refusals: list[DiskFull] = []
@@ -392,8 +391,8 @@ class Materializer:
             for resident in room.tier.inventory.revisions():
                 if blob in resident.manifest.blobs:
                     try:
-                        _, url = await self._manifests.get_manifest(resident.revision)
-                        return [source_from_url(url)]
+                        _, source = await self._manifests.get_manifest(resident.revision)
+                        return [source]
                     except HeliosError as error:
                         log.warning("no source for a blob", hash=blob.hash, reason=error.reason)
         return []

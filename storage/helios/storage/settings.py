@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from helios.mesh.settings import ProcessSettings
+from helios.mesh.transfer.engine import Downloader
+from helios.mesh.transfer.gate import DownloadGate
+from helios.mesh.transfer.order import TransferOptions
 from helios.storage.tiers import TierKind, TierOptions
 
 
@@ -62,6 +65,36 @@ class ScrubSettings(BaseModel):
     """Most that is read in a second. 16 MiB: about a hundredth of a core for hashing, nothing to a disk."""
 
 
+_SYNC_CHUNKS = 8
+"""Ranges that are written before they are synced and noted: what a crash may cost."""
+
+
+class StoreSettings(BaseModel):
+    """Credentials of object stores, by the names of obstore's configuration. The registry says where blobs are, never
+    how to be let in.
+
+    Empty: as the cloud's own tools find them (environment, instance metadata).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    s3: dict[str, SecretStr] = Field(default_factory=dict)
+    """Such as ``access_key_id``, ``secret_access_key``, ``skip_signature``; also ``endpoint`` and ``region``, where
+    this node reaches the store in another way than the registry does."""
+    gs: dict[str, SecretStr] = Field(default_factory=dict)
+    """Such as ``service_account_path``, ``skip_signature``."""
+    az: dict[str, SecretStr] = Field(default_factory=dict)
+    """Such as ``account_key``, ``sas_key``."""
+
+    def reveal(self) -> dict[str, dict[str, str]]:
+        """The options by scheme, in clear."""
+        by_scheme = {"s3": self.s3, "gs": self.gs, "az": self.az}
+        return {
+            scheme: {name: value.get_secret_value() for name, value in options.items()}
+            for scheme, options in by_scheme.items()
+        }
+
+
 class FetchSettings(BaseModel):
     """Fetching."""
 
@@ -70,6 +103,20 @@ class FetchSettings(BaseModel):
     thread_count: int = Field(default=2, ge=1, le=64)
     """Blobs fetched at a time; each has a second thread for hashing. 2 saturates a disk; sources with latency want
     more."""
+    in_flight: int = Field(default=8, ge=1, le=256)
+    """Ranges of a blob that are fetched at a time over a network. 8: best on two cores; over a long way 16 to 64."""
+    chunk_bytes: int = Field(default=8 << 20, ge=1 << 16, le=1 << 30)
+    """One range, in bytes: what a broken connection costs."""
+    bytes_per_second: int = Field(default=0, ge=0)
+    """Bound of all fetches over a network together. 0: none."""
+    stores: StoreSettings = Field(default_factory=StoreSettings)
+    """Credentials of object stores."""
+
+    def make_downloader(self) -> Downloader:
+        """The downloader of this node."""
+        options = TransferOptions(self.chunk_bytes, self.in_flight, sync_bytes=_SYNC_CHUNKS * self.chunk_bytes)
+        gate = DownloadGate(slot_count=self.thread_count * self.in_flight, bytes_per_second=self.bytes_per_second)
+        return Downloader(options, gate)
 
 
 class StorageSettings(ProcessSettings):

@@ -1,0 +1,93 @@
+"""Blobs that come over a network, by the mesh's transfer engine, into files that a crash does not cost.
+
+    <root>/partial/<hash>             what came so far
+    <root>/partial/<hash>.journal     which parts of it, with their hashes
+
+They are not swept at start, as everything else unfinished is: the next fetch of the blob goes on with them, whatever it
+comes from then. What nobody has gone on with for a day goes, and at once where its room is needed.
+"""
+
+import errno
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from helios.mesh.transfer.engine import Downloader
+from helios.mesh.transfer.gate import Priority
+from helios.mesh.transfer.order import Transfer, Transferred, Wanted
+from helios.mesh.transfer.progress import TransferProgress
+from helios.mesh.transfer.source import RangeSource
+from helios.storage.file_system import FileSystem, make_durable_directory
+from helios.storage.manifest import Digest
+
+log = structlog.get_logger()
+
+_KEEP_SECONDS: Final = 86_400.0
+"""A day: over a night's outage of the object store, not for ever."""
+
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class PartialFiles:
+    """The unfinished files of one tier. Blocking; for one process; one fetch of a blob at a time."""
+
+    def __init__(self, root: Path, files: FileSystem) -> None:
+        self._directory = root / "partial"
+        self._files = files
+        self._in_use: set[str] = set()
+
+    def fetch(
+        self,
+        downloader: Downloader,
+        source: RangeSource,
+        digest: Digest,
+        *,
+        check: Callable[[], None],
+        on_progress: Callable[[TransferProgress], None],
+        part_lengths: tuple[int, ...] = (),
+    ) -> tuple[Path, Transferred]:
+        """Fetches a blob, or what is missing of it; returns a file that is whole, verified and synced.
+
+        Raises:
+            HeliosError: As `Downloader.fetch`.
+            OSError: No room, or the disk fails.
+        """
+        make_durable_directory(self._files, self._directory)
+        self.tidy(_KEEP_SECONDS)
+        target = self._directory / digest.hash
+        order = Transfer(
+            source,
+            target,
+            Wanted(digest.size_bytes, digest.hash, part_lengths),
+            priority=Priority.START,
+            check=check,
+            on_progress=on_progress,
+        )
+        self._in_use.add(digest.hash)
+        try:
+            return target, downloader.fetch(order)
+        except OSError as error:
+            # Others' beginnings are worth less than this blob.
+            if error.errno not in _NO_ROOM or not self.tidy(0.0):
+                raise
+            return target, downloader.fetch(order)
+        finally:
+            self._in_use.discard(digest.hash)
+
+    def tidy(self, age_seconds: float) -> int:
+        """Removes what nobody has gone on with for so long; returns how many files went."""
+        # The file system's times are of the wall clock.
+        before = time.time() - age_seconds  # noqa: TID251
+        count = 0
+        with suppress(FileNotFoundError):
+            for path in list(self._directory.iterdir()):
+                if path.name.partition(".")[0] not in self._in_use and path.lstat().st_mtime <= before:
+                    self._files.remove(path)
+                    count += 1
+        if count:
+            log.info("unfinished fetches removed", files=count)
+        return count
