@@ -41,6 +41,7 @@ class ModelProfile:
         kv_bytes_per_token: KV cache of all layers for one token, at the weights' type.
         max_context_tokens: Longest context that the model was made for; 0 where config.json does not say.
         base_model: Of a LoRA adapter: what it was made for, as its adapter_config.json names it. Empty: a whole model.
+        license: As the model card (README.md) names it, such as ``apache-2.0``; empty where it does not.
     """
 
     architecture: str
@@ -52,6 +53,7 @@ class ModelProfile:
     layer_count: int
     vocabulary_size: int
     base_model: str = ""
+    license: str = ""
 
 
 def build_adapter_profile(config: Mapping[str, Any], header: SafetensorsHeader) -> ModelProfile:
@@ -109,7 +111,7 @@ def build_profile(config: Mapping[str, Any], headers: Mapping[str, SafetensorsHe
         raise malformed("text_config in config.json is not an object")
     layer_count = _setting(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
     return ModelProfile(
-        architecture=_architecture(config),
+        architecture=read_architecture(config),
         parameter_count=sum(tensor.element_count for header in headers.values() for tensor in header.tensors),
         weights_bytes=weights_bytes,
         dtype=dtype,
@@ -166,7 +168,8 @@ def read_weight_map(index: Mapping[str, Any]) -> dict[str, str]:
     return weight_map
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
+def read_architecture(config: Mapping[str, Any]) -> str:
+    """Returns the model class that config.json names first. Raises InvalidRequest (UNSUPPORTED_FORMAT)."""
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise malformed("config.json does not say which architecture the model has ('architectures')")

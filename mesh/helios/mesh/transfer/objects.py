@@ -113,6 +113,11 @@ def error_of_object(error: Exception, path: str) -> HeliosError:
         case exceptions.UnauthenticatedError():
             return Unauthenticated("the object store does not know these credentials", metadata=metadata)
     status = _STATUS.search(str(error))
+    # Lists and some servers' answers come as errors of no kind.
+    if status is not None and status[1] == "403":
+        return PermissionDenied(f"the object store refuses {path}; look at the credentials", metadata=metadata)
+    if status is not None and status[1] == "401":
+        return Unauthenticated("the object store does not know these credentials", metadata=metadata)
     what = f"it answers {status[1]}" if status else "it does not answer, or breaks off"
     return source_unavailable(f"{path} can't be read from the object store: {what}")
 

@@ -30,7 +30,7 @@ from helios.registry.records import IngestPhase
 from helios.registry.sources.source import FileSet, SourceFile
 from helios.registry.strict_json import malformed
 
-_CONFIGS: Final = (
+CONFIG_NAMES: Final = (
     CONFIG, INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json", "*.tiktoken", "chat_template.jinja", "chat_template.json",
@@ -84,11 +84,11 @@ def scan_directory(directory: Path, *, is_owned: bool) -> FileSet:
     ignored: list[tuple[str, str]] = []
     root = directory.resolve()
     for location in sorted(directory.iterdir()):
-        media_type = _media_type(location.name)
-        if media_type is None:
+        kind = media_type(location.name)
+        if kind is None:
             ignored.append((location.name, _why_ignored(location)))
         else:
-            candidates.append(_check_file(location, location.name, root, media_type))
+            candidates.append(_check_file(location, location.name, root, kind))
     candidates += _module_files(directory, root)
     if len(candidates) > MAX_ENTRIES:
         raise malformed(f"the directory holds more than {MAX_ENTRIES} files of a model")
@@ -99,6 +99,17 @@ def scan_directory(directory: Path, *, is_owned: bool) -> FileSet:
     files = [file for file in candidates if not file.path.endswith(WEIGHT_SUFFIX) or file.path in weights]
     ignored += [(name, "not part of the model") for name in sorted(names - {file.path for file in files})]
     return FileSet(tuple(files), is_owned=is_owned, ignored=tuple(ignored))
+
+
+def media_type(name: str) -> str | None:
+    """Returns what a file of this name is to a model; None where it does not belong to one."""
+    if name.endswith(WEIGHT_SUFFIX):
+        return MEDIA_WEIGHT
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in CONFIG_NAMES):
+        return MEDIA_CONFIG
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in _DOCUMENTS):
+        return MEDIA_DOCUMENT
+    return None
 
 
 def _scan_adapter(directory: Path, *, is_owned: bool) -> FileSet:
@@ -121,16 +132,6 @@ def _inspect(directory: Path, stop: offload.Stop) -> FileSet:
     except OSError as error:
         raise _invalid(f"{directory} can't be read: {error.strerror} ({error.filename})") from error
     return found
-
-
-def _media_type(name: str) -> str | None:
-    if name.endswith(WEIGHT_SUFFIX):
-        return MEDIA_WEIGHT
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in _CONFIGS):
-        return MEDIA_CONFIG
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in _DOCUMENTS):
-        return MEDIA_DOCUMENT
-    return None
 
 
 def _module_files(directory: Path, root: Path) -> list[SourceFile]:

@@ -1,0 +1,81 @@
+"""Settings of the places that models are pulled from."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+_CONFIG = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class HubSettings(BaseModel):
+    """One hub, and who the registry is to it."""
+
+    model_config = _CONFIG
+
+    endpoint: str = Field(pattern=r"^https?://[^?#]+$")
+    """Base URL. Only this address gets the token; requests can't name another one."""
+    token: SecretStr = SecretStr("")
+    """Access token. Give it in the environment: flags are seen by every user of the machine. Empty: ``token_file``."""
+    token_file: Path | None = None
+    """File with a token, read anew at every pull. None, and a file that is not there: no token is sent."""
+
+
+class StoreSettings(BaseModel):
+    """How object stores are reached, by the names of obstore's configuration.
+
+    Empty: as the cloud's own tools find it (environment, instance metadata).
+    """
+
+    model_config = _CONFIG
+
+    s3: dict[str, SecretStr] = Field(default_factory=dict)
+    """Such as ``endpoint``, ``region``, ``access_key_id``, ``secret_access_key``, ``skip_signature``."""
+    gs: dict[str, SecretStr] = Field(default_factory=dict)
+    """Such as ``service_account_path``, ``skip_signature``."""
+    az: dict[str, SecretStr] = Field(default_factory=dict)
+    """Such as ``account_name``, ``account_key``, ``endpoint``."""
+
+
+class OciSettings(BaseModel):
+    """OCI registries."""
+
+    model_config = _CONFIG
+
+    credentials: dict[str, SecretStr] = Field(default_factory=dict)
+    """Host (with port, as the source has it) to ``user:password``. Others are asked as anybody."""
+    plain_http: list[str] = Field(default_factory=list)
+    """Hosts that are spoken to without TLS. Loopback always is."""
+
+
+class DownloadSettings(BaseModel):
+    """How bytes are fetched."""
+
+    model_config = _CONFIG
+
+    in_flight: int = Field(default=8, ge=1, le=256)
+    """Ranges of a file that are fetched at a time. 8: best on two cores; over a long way 16 to 64 are faster."""
+    chunk_bytes: int = Field(default=8 << 20, ge=1 << 16, le=1 << 30)
+    """One range, in bytes."""
+    bytes_per_second: int = Field(default=0, ge=0)
+    """Bound of all downloads together. 0: none."""
+    keep_seconds: float = Field(default=86_400.0, ge=0)
+    """An unfinished download is kept this long, so that the next pull goes on where it stopped. A day: over a night."""
+
+
+class SourceSettings(BaseModel):
+    """Places that models are pulled from."""
+
+    model_config = _CONFIG
+
+    hugging_face: HubSettings = HubSettings(
+        endpoint="https://huggingface.co", token_file=Path("~/.cache/huggingface/token")
+    )
+    """``hf:``. The token file is where ``hf auth login`` writes."""
+    modelscope: HubSettings = HubSettings(endpoint="https://www.modelscope.cn")
+    """``ms:``."""
+    stores: StoreSettings = Field(default_factory=StoreSettings)
+    """``s3:``, ``gs:``, ``az:``."""
+    oci: OciSettings = Field(default_factory=OciSettings)
+    """``oci:``."""
+    downloads: DownloadSettings = Field(default_factory=DownloadSettings)
+    """How bytes are fetched."""
