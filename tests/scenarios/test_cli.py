@@ -99,6 +99,26 @@ def test_status_shows_processes_workers_and_models(mesh: RunningMesh) -> None:
     assert MODEL[:12] in plain.stdout
 
 
+def test_the_cache_is_shown_and_found_good(mesh: RunningMesh) -> None:
+    assert mesh.chat().status == 200
+    result = mesh.helios("cache", "status", "--json")
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert [tier["tier"]["name"] for tier in document["tiers"]] == ["disk"]
+    assert document["tiers"][0]["tier"]["used_bytes"] == sum(r["size_bytes"] for r in document["revisions"])
+    assert all(revision["tiers"] == ["disk"] for revision in document["revisions"])
+    plain = mesh.helios("cache", "status")
+    assert plain.returncode == 0, plain.stderr
+    assert MODEL[:12] in plain.stdout
+    refused = mesh.helios("cache", "evict", MODEL, "--json")
+    assert refused.returncode == 1
+    assert json.loads(refused.stdout)["error"]["reason"] == "REVISION_LEASED"
+    scrubbed = mesh.helios("cache", "scrub", "--json")
+    assert scrubbed.returncode == 0, scrubbed.stdout
+    counted = json.loads(scrubbed.stdout)
+    assert counted["done_bytes"] == counted["total_bytes"] > 0
+
+
 def test_a_model_is_added_shown_answers_and_is_removed(mesh: RunningMesh, smollm2_directory: Path) -> None:
     added = mesh.helios("models", "add", "team/copy", str(smollm2_directory), "--alias", "copy")
     assert added.returncode == 0, added.stderr

@@ -20,7 +20,7 @@ from helios.cli.certificates import identity_of
 from helios.cli.edge import open_admin
 from helios.cli.state import StateDirectory, find_running
 from helios.mesh.channel import Dialer
-from helios.mesh.errors import Corrupted
+from helios.mesh.errors import Corrupted, HeliosError
 from helios.registry.client import RegistryClient
 from helios.storage.client import CorruptBlob, NodeStatistics, Residency, ScrubProgress, StorageClient
 
@@ -102,9 +102,12 @@ async def _revision_of(state: StateDirectory, name: str) -> str:
 
 
 async def _names(state: StateDirectory) -> Mapping[str, str]:
-    """Which model each revision is of, as far as it is a model's newest."""
-    async with open_admin(state) as dialer:
-        models = await RegistryClient(dialer).list_models()
+    """Which model each revision is of, as far as it is a model's newest; nothing while the registry is away."""
+    try:
+        async with open_admin(state) as dialer:
+            models = await RegistryClient(dialer).list_models()
+    except HeliosError:
+        return {}
     return {model.revision.digest: model.name for model in models}
 
 
