@@ -31,6 +31,7 @@ from helios.worker.replica.packed_weights import (
     PackedManifest,
     PackedMatrix,
     begin_trial,
+    end_trials,
     has_failed,
     is_unfit,
     mark_unfit,
@@ -264,9 +265,9 @@ def weights_are_packed_where_they_may_be_kept_and_memory_is_left() -> None:
         artifact = Path(packed, packing.packing_inputs(spec).key)
         artifact.mkdir()
         assert packing.packing_of(spec) is None, "it is there"
-        begin_trial(artifact)
+        begin_trial(artifact, "r")
         assert packing.packing_of(spec) is not None, "it was tried, and proved by nobody"
-        (artifact / "helios-tried").unlink()
+        end_trials(packed, "r")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("ONEDNN_VERBOSE", "1")
             assert packing.packing_of(spec) is None, "it says more, and packs the same"

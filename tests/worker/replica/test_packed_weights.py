@@ -28,7 +28,7 @@ from helios.worker.replica.packed_weights import (
     PackedMatrix,
     PlainTensor,
     begin_trial,
-    end_trial,
+    end_trials,
     find,
     find_proven,
     has_failed,
@@ -317,18 +317,20 @@ def test_one_that_was_tried_and_proved_nothing_is_no_good(tmp_path: Path) -> Non
     assert not has_failed(path), "nobody has tried it"
     taken = find(str(tmp_path), INPUTS)
     assert taken is not None
-    begin_trial(path)
+    begin_trial(path, "first")
+    begin_trial(path, "../second")
     assert not has_failed(path), "a start is under way"
     taken.release()
-    assert has_failed(path), "that start ended, and proved nothing"
-    # It ended as it was told: nobody knows what the artifact is worth.
-    end_trial(path)
+    assert has_failed(path), "those starts ended, and proved nothing"
+    # One was told to end: that says nothing. The other one died.
+    end_trials(tmp_path, "first")
+    assert has_failed(path)
+    end_trials(tmp_path, "../second")
+    end_trials(tmp_path, "unknown")
     assert not has_failed(path)
-    begin_trial(path)
+    begin_trial(path, "third")
     mark_proven(path)
-    assert not has_failed(path)
-    end_trial(path)
-    begin_trial(path)
+    begin_trial(path, "fourth")
     assert not has_failed(path), "a start that dies of something else says nothing of a proven one"
     mark_unfit(path)
     assert has_failed(path)

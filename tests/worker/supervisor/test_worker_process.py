@@ -26,6 +26,7 @@ from helios.mesh.identity import CertificateAuthority, IdentityFiles
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.worker.artifacts.asking import take
 from helios.worker.artifacts.requests import COMPILE_CACHE, ArtifactRequest
+from helios.worker.replica.packed_weights import begin_trial, has_failed
 from helios.worker.supervisor.records import ProcessIdentity
 from tests.worker.supervisor.fakes import REVISION, FakeProxy, FakeProxySession, living
 
@@ -186,6 +187,7 @@ async def end(process: subprocess.Popen[bytes], number: signal.Signals = signal.
 
 async def test_a_worker_starts_a_replica_and_sigterm_drains_it_and_leaves_nothing(mesh: Mesh) -> None:
     door = mesh.folder / "s.sock.a"
+    artifact = tried(mesh, "r1")
     # Nobody listens there: artifacts are not to be had, and that is all.
     with mesh.worker("--registry-target=127.0.0.1:1") as worker:
         session = await mesh.proxy.wait_session()
@@ -204,6 +206,7 @@ async def test_a_worker_starts_a_replica_and_sigterm_drains_it_and_leaves_nothin
         wanted = ArtifactRequest(COMPILE_CACHE, "{}", REVISION, "r1")
         assert await asyncio.to_thread(take, str(door), wanted, timeout_seconds=10) is False
         assert await end(worker) == 0, mesh.log()
+    assert not has_failed(artifact), "what ends as it was told says nothing of what it mapped"
     assert not door.exists()
     assert living(front) == []
     states = [r.replica_event.replica.state for r in session.received if r.WhichOneof("message") == "replica_event"]
@@ -239,7 +242,17 @@ async def test_replicas_outlive_their_worker_and_the_next_one_adopts_them(mesh: 
     assert sorted(mesh.storage.released) == ["lease-0", "lease-1"]
 
 
+def tried(mesh: Mesh, replica_id: str) -> Path:
+    """Returns packed weights that no start proved, and a replica maps."""
+    artifact = mesh.folder / "worker" / "packed" / ("5" * 64)
+    artifact.mkdir(parents=True)
+    begin_trial(artifact, replica_id)
+    assert has_failed(artifact)
+    return artifact
+
+
 async def test_a_replica_that_stops_answering_is_killed_and_reported_with_its_last_words(mesh: Mesh) -> None:
+    artifact = tried(mesh, "r1")
     with mesh.worker("--replica.silence-seconds=1.5") as worker:
         session = await mesh.proxy.wait_session()
         session.commands.put_nowait(start_command("r1"))
@@ -262,6 +275,7 @@ async def test_a_replica_that_stops_answering_is_killed_and_reported_with_its_la
         assert "replica ready" in replica.failure.message
         assert not living(front), "a stopped process is killed, too"
         assert await end(worker) == 0
+    assert has_failed(artifact), "what it mapped may be why"
 
 
 async def test_a_launcher_that_dies_kills_no_replica_and_comes_back(mesh: Mesh) -> None:

@@ -8,7 +8,7 @@ import asyncio
 import fcntl
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +34,7 @@ from helios.worker.devices.inventory import Inventory, open_inventory
 from helios.worker.launcher.launchers import Launchers
 from helios.worker.replica.artifact_directory import drop_unused
 from helios.worker.replica.engines import installed_engines, split_engine
+from helios.worker.replica.packed_weights import end_trials
 from helios.worker.replica.spec import Placement, ReplicaSpec
 from helios.worker.replica_logs import drop_surplus, log_path
 from helios.worker.settings import SOCKET_PATH_LIMIT, WorkerSettings
@@ -93,7 +94,8 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
             make_spec=_SpecMaker(settings, inventory),
             host_memory_bytes=staging_memory_bytes(settings.device.staging_bytes),
         )
-        await _share_artifacts(settings, supervisor, group, stack, storage)
+        keeper = await _share_artifacts(settings, group, stack, storage)
+        supervisor.on_ended = _note_ends(settings, keeper)
         _place_fronts(settings, supervisor, ledger)
         awaited_count = supervisor.recover()
         measuring = keep_measuring(inventory, supervisor, interval_seconds=settings.device.telemetry_seconds)
@@ -152,14 +154,14 @@ def _place(settings: WorkerSettings, slot: int, view: ReplicaView) -> Placement:
 
 
 async def _share_artifacts(
-    settings: WorkerSettings, supervisor: Supervisor, group: asyncio.TaskGroup, stack: AsyncExitStack, storage: Dialer
-) -> None:
-    """Opens the door where replicas ask for artifacts, where there is a registry that keeps them."""
+    settings: WorkerSettings, group: asyncio.TaskGroup, stack: AsyncExitStack, storage: Dialer
+) -> ArtifactKeeper | None:
+    """Opens the door where replicas ask for artifacts, where there is a registry that keeps them; else returns None."""
     door = settings.artifact_door
     if door is None:
         if settings.registry_target:
             log.warning("artifacts are not shared: the path of their socket would be too long")
-        return
+        return None
     compiled = CompileShelf(settings.compile_cache_directory)
     await asyncio.to_thread(compiled.sweep)
     shelves: dict[str, Shelf] = {COMPILE_CACHE: compiled}
@@ -179,8 +181,22 @@ async def _share_artifacts(
         producer=settings.worker_id,
         scratch=settings.artifact_scratch,
     )
-    supervisor.on_ended = lambda view: keeper.note_end(view.replica_id, is_failure=view.failure is not None)
     await stack.enter_async_context(ArtifactDoor(door, keeper))
+    return keeper
+
+
+def _note_ends(settings: WorkerSettings, keeper: ArtifactKeeper | None) -> Callable[[ReplicaView], None]:
+    """Has the end of a replica count against the artifacts that it used, or not."""
+
+    def note_end(view: ReplicaView) -> None:
+        if keeper is not None:
+            keeper.note_end(view.replica_id, is_failure=view.failure is not None)
+        if view.failure is None:
+            # One that is stopped while it starts is killed, and looks as if it had died of what it mapped. This looks
+            # into a hundred directories at most: a fraction of a millisecond.
+            end_trials(settings.packed_weights_directory, view.replica_id)
+
+    return note_end
 
 
 async def _say_ready(launchers: Launchers, engine: str, lifetime: Lifetime, facts: dict[str, str]) -> None:

@@ -33,7 +33,7 @@ from helios.worker.replica.inference_servicer import InferenceServicer
 from helios.worker.replica.kv_disk import keep_within
 from helios.worker.replica.ledger import RequestLedger
 from helios.worker.replica.openai_servicer import OpenAIServicer
-from helios.worker.replica.packed_weights import end_trial, is_unfit
+from helios.worker.replica.packed_weights import end_trials, is_unfit
 from helios.worker.replica.prefill import PrefillClient, PrefillServicer
 from helios.worker.replica.priority import step_forward
 from helios.worker.replica.scratch import kv_directory
@@ -123,11 +123,8 @@ class _Replica:
         engine = await self._wait_engine()
         if engine is None:
             ending = self._ending.result()
-            if ending.is_clean:
-                # Nobody knows yet what it was worth.
-                for artifact in self._start.artifacts:
-                    if artifact.kind == PACKED_WEIGHTS:
-                        end_trial(self._artifact(artifact.kind, artifact.key))
+            if ending.is_clean and self._spec.packed_weights_directory:
+                end_trials(Path(self._spec.packed_weights_directory), self._spec.replica_id)
             return ending
         self._engine = engine
         async with contextlib.AsyncExitStack() as stack:

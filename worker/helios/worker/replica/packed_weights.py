@@ -7,7 +7,7 @@ a directory named by the digest of all that it depends on (``PackedInputs``), wi
     manifest.json   what lies where in the other file, and what it was made from
     weights.bin     the tensors, each at the beginning of a page
     verified.json   inode, size and time of the file whose digest was checked
-    helios-tried    a start has mapped it (and ``helios-proven``: one ended well)
+    helios-tried-…  a start mapped it, one file a replica (and ``helios-proven``: one ended well)
     helios-unfit    a start found that it is not of such a model
 
 It can always be made again from the revision, so it is deleted freely, and whatever is wrong with it means an ordinary
@@ -39,7 +39,7 @@ _VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "weights.bin"
 _VERIFIED: Final = "verified.json"
-_TRIED: Final = "helios-tried"
+_TRIED: Final = "helios-tried-"
 _UNFIT: Final = "helios-unfit"
 PAGE_BYTES: Final = 4096
 """Tensors begin at pages, so that none shares its last one with a neighbour that is written to."""
@@ -188,18 +188,19 @@ def read_ahead(directory: Path) -> None:
                     os.posix_fadvise(descriptor, offset, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
-def begin_trial(directory: Path) -> None:
-    """Notes that a start maps an artifact. What becomes of it is said by ``mark_proven``, ``end_trial`` or nobody."""
+def begin_trial(directory: Path, replica_id: str) -> None:
+    """Notes that a start maps an artifact. What becomes of it is said by ``mark_proven``, ``end_trials`` or nobody."""
     if not (directory / PROVEN).exists():
         # A disk without room for a name is no reason against a start.
         with contextlib.suppress(OSError):
-            (directory / _TRIED).touch()
+            (directory / _trial(replica_id)).touch()
 
 
-def end_trial(directory: Path) -> None:
-    """Takes it back: the start ended as it was told, before it could prove anything."""
-    with contextlib.suppress(OSError):
-        (directory / _TRIED).unlink(missing_ok=True)
+def end_trials(root: Path, replica_id: str) -> None:
+    """Takes it back: the replica ended as it was told, proven or not, and so says nothing of what it mapped."""
+    for path in root.glob(f"*/{_trial(replica_id)}"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def mark_unfit(directory: Path) -> None:
@@ -216,7 +217,8 @@ def has_failed(directory: Path) -> bool:
     """Returns whether one is to be made anew: it is unfit, or no start with it went well and none is under way."""
     if is_unfit(directory):
         return True
-    return (directory / _TRIED).exists() and not (directory / PROVEN).exists() and not is_in_use(directory)
+    is_tried = any(directory.glob(f"{_TRIED}*"))
+    return is_tried and not (directory / PROVEN).exists() and not is_in_use(directory)
 
 
 def find_proven(root: Path, revision: str) -> Path | None:
@@ -260,6 +262,10 @@ def verify(directory: Path, check: Callable[[], None] = lambda: None) -> None:
     if digest.hexdigest() != manifest.sha256 or identity["size_bytes"] != manifest.size_bytes:
         raise Corrupted("packed weights are not those of their manifest")
     (directory / _VERIFIED).write_text(json.dumps(identity), encoding="utf-8")
+
+
+def _trial(replica_id: str) -> str:
+    return f"{_TRIED}{hashlib.sha256(replica_id.encode()).hexdigest()[:16]}"
 
 
 def _is_in_memory(descriptor: int, offset: int) -> bool:

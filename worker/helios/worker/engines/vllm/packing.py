@@ -82,7 +82,7 @@ def map_weights(arguments: Any, spec: ReplicaSpec, hooks: EngineHooks) -> Artifa
             drop(directory)
         return None
     if taken is not None:
-        begin_trial(taken.path)
+        begin_trial(taken.path, spec.replica_id)
         hooks.artifacts.append(_request(spec, inputs))
         arguments.load_format = compat_packed.MAPPED_FORMAT
         arguments.model_loader_extra_config = {"directory": str(taken.path), "model": spec.model_path}
