@@ -118,7 +118,8 @@ async def mesh(folder: Path) -> AsyncIterator[Mesh]:
         policy = {service: frozenset({"worker"})}
         return MeshServer(listen="127.0.0.1:0", identity=identity, policy=policy, options=_CLOSING)
 
-    proxy, agent = FakeProxy(interval_seconds=0.1), FakeStorage()
+    proxy = FakeProxy(interval_seconds=0.1)
+    agent = FakeStorage()  # type: ignore[abstract]  # the other calls are not made
     proxy_server = server("proxy", "helios.api.fleet.v1.FleetService")
     add_FleetServiceServicer_to_server(proxy, proxy_server.grpc)
     storage_server = server("storage", "helios.api.storage.v1.StorageService")
