@@ -352,6 +352,9 @@ def test_the_proven_one_of_a_revision_that_was_used_last_is_found(tmp_path: Path
     assert find_proven(tmp_path, INPUTS.revision) == paths[1]
     mark_unfit(paths[1])
     assert find_proven(tmp_path, INPUTS.revision) is None
+    paths[0].with_name("gone-1").mkdir()
+    paths[2].rename(paths[2].with_name("gone-2"))
+    assert find_proven(tmp_path, "sha256:other") is None, "it is being removed"
     shutil.rmtree(paths[1])
     mark_proven(write(tmp_path, replace(other, revision="sha256:other")))
     assert find_proven(tmp_path, INPUTS.revision) is None

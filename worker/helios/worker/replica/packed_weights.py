@@ -224,13 +224,13 @@ def has_failed(directory: Path) -> bool:
 def find_proven(root: Path, revision: str) -> Path | None:
     """Returns the artifact of a revision that a start is most likely to map: the one proven and used last."""
     found = []
-    with contextlib.suppress(FileNotFoundError):
-        for path in root.iterdir():
-            # What is tidied away meanwhile is none.
-            with contextlib.suppress(OSError, HeliosError):
-                if (path / PROVEN).exists() and not is_unfit(path) and _revision_of(path) == revision:
-                    _check(path)
-                    found.append((path.stat().st_mtime, path))
+    # By their whole names: what is being made, or removed, has another one.
+    for path in root.glob("[0-9a-f]" * 64):
+        # What is tidied away meanwhile is none.
+        with contextlib.suppress(OSError, HeliosError):
+            if (path / PROVEN).exists() and not is_unfit(path) and _revision_of(path) == revision:
+                _check(path)
+                found.append((path.stat().st_mtime, path))
     return max(found)[1] if found else None
 
 
