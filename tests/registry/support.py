@@ -7,6 +7,7 @@ from pathlib import Path
 
 from helios.api.registry.v1.artifact_service_pb2_grpc import add_ArtifactServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
+from helios.api.registry.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
 from helios.mesh.channel import Dialer
 from helios.mesh.identity import CertificateAuthority, IdentityFiles
 from helios.mesh.server import MeshServer, ServerOptions
@@ -15,7 +16,7 @@ from helios.registry.artifact_servicer import ArtifactServicer
 from helios.registry.artifact_store import ArtifactStore
 from helios.registry.blobs import BlobStore
 from helios.registry.catalog import Catalog
-from helios.registry.client import ArtifactClient, RegistryClient
+from helios.registry.client import ArtifactClient, RegistryClient, VersionClient
 from helios.registry.database import Database
 from helios.registry.ingest import Ingester
 from helios.registry.records import IngestDone, IngestEvent, IngestSpec
@@ -24,7 +25,10 @@ from helios.registry.settings import ArtifactSettings
 from helios.registry.sources.conversion import Converter
 from helios.registry.state import StateDirectory
 from helios.registry.store import Store
+from helios.registry.tag_store import TagStore
 from helios.registry.uploads import Uploads
+from helios.registry.version_servicer import VersionServicer
+from helios.registry.versions import Versions
 from helios.registry.watch import WatchHub
 
 COMPONENTS = ("registry", "admin-edge", "proxy", "storage", "worker", "edge")
@@ -41,6 +45,7 @@ class Parts:
     catalog: Catalog
     ingester: Ingester
     uploads: Uploads
+    versions: Versions
 
     async def ingest(self, name: str, source: Path | str, **more: object) -> IngestDone:
         """Ingests to the end."""
@@ -92,7 +97,8 @@ async def open_parts(
         await stack.enter_async_context(ingester)
         stack.callback(hub.close)
         uploads = Uploads(catalog, artifact_store, state, artifacts or ArtifactSettings())
-        yield Parts(state, store, blobs, hub, catalog, ingester, uploads)
+        versions = Versions(catalog, TagStore(database, store.changes))
+        yield Parts(state, store, blobs, hub, catalog, ingester, uploads, versions)
 
 
 class Mesh:
@@ -119,6 +125,12 @@ class Mesh:
             yield RegistryClient(dialer)
 
     @asynccontextmanager
+    async def versions(self, address: str, component: str = "admin-edge") -> AsyncIterator[VersionClient]:
+        """Yields a client of the registry's versions as this component."""
+        async with self.dialer(address, component) as dialer:
+            yield VersionClient(dialer)
+
+    @asynccontextmanager
     async def artifacts(self, address: str, component: str = "worker") -> AsyncIterator[ArtifactClient]:
         """Yields a client of the registry's artifacts as this component."""
         async with self.dialer(address, component) as dialer:
@@ -136,7 +148,8 @@ async def serve(parts: Parts, mesh: Mesh) -> AsyncIterator[str]:
     )
     add_RegistryServiceServicer_to_server(RegistryServicer(parts.catalog, parts.ingester), server.grpc)
     add_ArtifactServiceServicer_to_server(ArtifactServicer(parts.uploads), server.grpc)
-    server.serve(access.SERVICE, access.ARTIFACT_SERVICE)
+    add_VersionServiceServicer_to_server(VersionServicer(parts.versions, parts.store), server.grpc)
+    server.serve(access.SERVICE, access.ARTIFACT_SERVICE, access.VERSION_SERVICE)
     async with server:
         try:
             yield server.address

@@ -214,13 +214,6 @@ async def models_add(
                     console.print(f"{name} is {revision}…, {new} new; the first request starts it")
 
 
-async def models_rm(state: StateDirectory, console: Console, name: str) -> None:
-    """Removes a model."""
-    async with open_admin(state) as dialer:
-        freed = await RegistryClient(dialer).delete_model(name)
-    console.print(f"{name} removed, {_size(freed)} freed")
-
-
 async def models_show(state: StateDirectory, console: Console, name: str, *, is_json: bool) -> None:
     """Shows one model."""
     async with open_edge(find_running(state)) as dialer:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from helios.cli import cache as cache_commands
-from helios.cli import commands
+from helios.cli import commands, model_versions
 from helios.cli import why as explanations
 from helios.cli.models_set import models_set as models_set_command
 from helios.cli.state import StateDirectory
@@ -149,10 +149,75 @@ def models_set(
     _run(models_set_command(_state(state_dir), console, name, tuple(setting or ()), tuple(unset or ())))
 
 
+@models.command("tag")
+def models_tag(
+    model: Annotated[str, typer.Argument(help="Which revision: MODEL@1f0c22 by its digest, MODEL@TAG, or MODEL.")],
+    tag: Annotated[
+        str, typer.Argument(help="The tag: requests for MODEL@TAG reach the revision. With --serve: none.")
+    ] = "",
+    *,
+    state_dir: StateOption,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the revision: requests for MODEL reach it.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the tag; the revision stays.")] = False,
+    is_json: JsonOption = False,
+) -> None:
+    """Point a tag at a revision of a model, or serve that revision; the change is at once for everybody."""
+    if bool(tag) == serve or (serve and delete):
+        raise typer.BadParameter("give a TAG, or --serve without one")
+    _run(model_versions.tag(_state(state_dir), console, model, tag, is_deleted=delete, is_json=is_json))
+
+
+@models.command("rollback")
+def models_rollback(
+    model: Annotated[str, typer.Argument(help="What to roll back: MODEL for what it serves, or MODEL@TAG.")],
+    state_dir: StateOption,
+    *,
+    to: Annotated[
+        str, typer.Option(help="Digest, or its beginning, of an earlier revision; else the one before.")
+    ] = "",
+    is_json: JsonOption = False,
+) -> None:
+    """Go back to the revision that a model or a tag had before; doing it twice goes back two."""
+    _run(model_versions.rollback(_state(state_dir), console, model, to=to, is_json=is_json))
+
+
+@models.command("history")
+def models_history(
+    model: Annotated[str, typer.Argument(help="MODEL for everything, or MODEL@TAG for one tag.")],
+    state_dir: StateOption,
+    *,
+    count: Annotated[int, typer.Option("--count", "-n", help="How many, the newest.", min=1, max=1000)] = 20,
+    is_json: JsonOption = False,
+) -> None:
+    """List which revisions a model has served and its tags have named, and why."""
+    _run(model_versions.history(_state(state_dir), console, model, count=count, is_json=is_json))
+
+
+@models.command("pin")
+def models_pin(
+    model: Annotated[str, typer.Argument(help="Which revision: MODEL@1f0c22 by its digest, MODEL@TAG, or MODEL.")],
+    state_dir: StateOption,
+    *,
+    reason: Annotated[str, typer.Option(help="Why, for others.")] = "",
+    remove: Annotated[bool, typer.Option("--remove", help="Take the pin back.")] = False,
+    is_json: JsonOption = False,
+) -> None:
+    """Keep a revision, and its model, from being removed."""
+    _run(model_versions.pin(_state(state_dir), console, model, reason=reason, is_removed=remove, is_json=is_json))
+
+
 @models.command("rm")
-def models_rm(name: Annotated[str, typer.Argument(help="Name of the model.")], state_dir: StateOption) -> None:
-    """Remove a model, its replicas and its bytes."""
-    _run(commands.models_rm(_state(state_dir), console, name))
+def models_rm(
+    name: Annotated[str, typer.Argument(help="Name of the model; MODEL@1f0c22 removes that revision only.")],
+    state_dir: StateOption,
+    *,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also one that is pinned, or that another model's settings name.")
+    ] = False,
+    is_json: JsonOption = False,
+) -> None:
+    """Remove a model, its replicas and its bytes, or one revision that nothing points at."""
+    _run(model_versions.remove(_state(state_dir), console, name, is_forced=force, is_json=is_json))
 
 
 @models.command("show")

@@ -1,13 +1,16 @@
 """``python -m helios.registry``: the composition root of the registry process."""
 
 from contextlib import AsyncExitStack
+from functools import partial
 
 import structlog
 
 from helios.api.registry.v1.artifact_service_pb2_grpc import add_ArtifactServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
+from helios.api.registry.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
 from helios.mesh.process import Lifetime, run
 from helios.mesh.server import MeshServer, ServerOptions
+from helios.mesh.tasks import keep_running
 from helios.registry import access, metrics, offload
 from helios.registry.artifact_servicer import ArtifactServicer
 from helios.registry.artifact_store import ArtifactStore
@@ -20,7 +23,10 @@ from helios.registry.settings import RegistrySettings
 from helios.registry.sources.conversion import Converter
 from helios.registry.state import StateDirectory
 from helios.registry.store import Store
+from helios.registry.tag_store import TagStore
 from helios.registry.uploads import Uploads
+from helios.registry.version_servicer import VersionServicer
+from helios.registry.versions import Versions
 from helios.registry.watch import WatchHub
 
 log = structlog.get_logger()
@@ -34,7 +40,8 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
     """
     async with AsyncExitStack() as stack:
         state = stack.enter_context(StateDirectory(settings.state_directory).owned())
-        database = await Database.open(state.database)
+        url = settings.database_url.get_secret_value()
+        database = await Database.open(url or state.database)
         stack.push_async_callback(database.close)
         store, artifacts = Store(database), ArtifactStore(database)
         blobs = BlobStore(state.blobs, reserve_bytes=settings.ingest.reserve_bytes)
@@ -54,12 +61,18 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         add_RegistryServiceServicer_to_server(RegistryServicer(catalog, ingester), server.grpc)
         uploads = Uploads(catalog, artifacts, state, settings.artifacts)
         add_ArtifactServiceServicer_to_server(ArtifactServicer(uploads), server.grpc)
-        server.serve(access.SERVICE, access.ARTIFACT_SERVICE)
+        versions = Versions(catalog, TagStore(database, store.changes))
+        add_VersionServiceServicer_to_server(VersionServicer(versions, store), server.grpc)
+        server.serve(access.SERVICE, access.ARTIFACT_SERVICE, access.VERSION_SERVICE)
         await stack.enter_async_context(server)
         await stack.enter_async_context(ingester)
         stack.callback(hub.close)
         metrics.MODELS.set(await store.count_models())
         await uploads.measure()
+        if database.is_shared:
+            follow = partial(catalog.follow, settings.watch_poll_seconds)
+            following = lifetime.group.create_task(keep_running("follow changes", follow), name="follow changes")
+            stack.callback(following.cancel)
         lifetime.mark_ready(address=server.address)
         await lifetime.wait_stop()
         await server.set_serving(is_serving=False)

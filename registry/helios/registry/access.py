@@ -10,13 +10,17 @@ from typing import Any, Final
 
 from helios.mesh.errors import PermissionDenied
 from helios.mesh.server import NO_TLS_COMPONENT, peer_component
+from helios.registry.events import Mutation
 
 SERVICE: Final = "helios.api.registry.v1.RegistryService"
 ARTIFACT_SERVICE: Final = "helios.api.registry.v1.ArtifactService"
+VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
 # A storage agent and a proxy read; the admin edge acts for people.
 POLICY: Final = {
     SERVICE: frozenset({"storage", "proxy", "admin-edge"}),
     ARTIFACT_SERVICE: frozenset({"worker", "admin-edge"}),
+    # A proxy resolves the references that requests name.
+    VERSION_SERVICE: frozenset({"proxy", "storage", "admin-edge"}),
 }
 
 _WRITERS: Final = frozenset({"admin-edge"})
@@ -37,6 +41,11 @@ def check_may_set_policy(context: Any) -> None:
 def check_may_publish(context: Any) -> None:
     """Raises PermissionDenied unless the caller may store artifacts."""
     _check(context, _PUBLISHERS, "store artifacts")
+
+
+def mutation_of(context: Any, request_id: str, expected_version: int = 0) -> Mutation:
+    """Returns how a change is asked for, and by whom."""
+    return Mutation(peer_component(context) or "", request_id, expected_version)
 
 
 def is_worker(context: Any) -> bool:

@@ -1,8 +1,11 @@
 """The one way to change the registry: store, blobs and watchers move together.
 
-Writes are ordered by one lock (SQLite has one writer anyway); a change is published before the next write begins, and a
-watch's snapshot is taken under the same lock, so every watcher sees a snapshot and then exactly the changes after it.
-Rows go before files: a crash in between leaves unreferenced files, which the next start removes.
+Writes of this process are ordered by one lock, those of several registries on one database by the database. After each
+write, and whenever another registry may have written (``follow``), the changes that watchers have not been told of are
+read from the database by their numbers and told in that order; a watch's snapshot is taken under the same lock. So
+every watcher sees a snapshot, or what changed since it was last here, and then the changes after it.
+
+Rows go before files: a crash in between leaves unreferenced files, which the next collection removes.
 """
 
 import asyncio
@@ -16,13 +19,11 @@ from helios.registry import metrics, offload
 from helios.registry.artifact_store import ArtifactStore
 from helios.registry.blobs import BlobStore
 from helios.registry.engine_settings import EngineSettings
+from helios.registry.events import PLAIN, Mutation
 from helios.registry.records import (
     LocatedManifest,
     Model,
-    ModelDeleted,
     ModelPolicy,
-    ModelSnapshot,
-    ModelUpserted,
     Revision,
     WatchEvent,
 )
@@ -39,78 +40,46 @@ class Catalog:
         self.store = store
         self._artifacts = artifacts
         self.blobs = blobs
-        self._hub = hub
+        self.hub = hub
         self._writing = asyncio.Lock()
+        self._told: int | None = None
 
-    async def put_model(self, name: str, aliases: Collection[str], revision: NewRevision) -> Model:
-        """Makes a revision, whose blobs the caller holds, the served one of a model. Raises as ``Store.put_model``."""
+    async def put_model(
+        self, name: str, aliases: Collection[str], revision: NewRevision, mutation: Mutation = PLAIN
+    ) -> Model:
+        """Gives a model a revision, whose blobs the caller holds. Raises as ``Store.put_model``."""
+        return await self.write(lambda: self.store.put_model(name, aliases, revision, datetime.now(UTC), mutation))
 
-        async def write() -> Model:
-            model = await self.store.put_model(name, aliases, revision, datetime.now(UTC))
-            self._hub.publish(ModelUpserted(model))
-            metrics.MODELS.set(await self.store.count_models())
-            return model
+    async def delete_model(self, name: str, mutation: Mutation = PLAIN, *, is_forced: bool = False) -> int:
+        """Removes a model and what only it used; returns the bytes of blobs that were freed. Raises as the store."""
 
-        return await self.write(write)
+        async def write() -> None:
+            await self.store.delete_model(name, datetime.now(UTC), mutation, is_forced=is_forced)
 
-    async def delete_model(self, name: str) -> int:
-        """Removes a model and what only it used; returns the bytes of blobs that were freed. Raises ModelNotFound."""
-
-        async def write() -> int:
-            before = await self.store.referenced_blobs()
-            await self.store.delete_model(name)
-            self._hub.publish(ModelDeleted(name))
-            metrics.MODELS.set(await self.store.count_models())
-            return await self.collect(before)
-
-        return await self.write(write)
+        _, freed_bytes = await self.write_and_collect(write)
+        return freed_bytes
 
     async def discard(self, hashes: Collection[str]) -> int:
         """Deletes those of the blobs that nothing refers to; what a failed ingest or upload calls."""
         return await self.write(lambda: self.collect(hashes))
 
-    async def put_alias(self, alias: str, name: str) -> Model:
+    async def put_alias(self, alias: str, name: str, mutation: Mutation = PLAIN) -> Model:
         """Points an alias at a model. Raises as ``Store.put_alias``."""
+        return await self.write(lambda: self.store.put_alias(alias, name, datetime.now(UTC), mutation))
 
-        async def write() -> Model:
-            model, before = await self.store.put_alias(alias, name)
-            if before is not None and before != name:
-                self._hub.publish(ModelUpserted(await self.store.get_model(before)))
-            if before != name:
-                self._hub.publish(ModelUpserted(model))
-            return model
-
-        return await self.write(write)
-
-    async def delete_alias(self, alias: str) -> None:
+    async def delete_alias(self, alias: str, mutation: Mutation = PLAIN) -> None:
         """Removes an alias. Raises NotFound."""
+        await self.write(lambda: self.store.delete_alias(alias, datetime.now(UTC), mutation))
 
-        async def write() -> None:
-            self._hub.publish(ModelUpserted(await self.store.delete_alias(alias)))
-
-        await self.write(write)
-
-    async def update_policy(self, name: str, policy: ModelPolicy) -> Model:
-        """Sets a model's policy. Raises ModelNotFound, InvalidRequest."""
+    async def update_policy(self, name: str, policy: ModelPolicy, mutation: Mutation = PLAIN) -> Model:
+        """Sets a model's policy. Raises ModelNotFound, InvalidRequest, Conflict."""
         policy.check()
+        return await self.write(lambda: self.store.update_policy(name, policy, datetime.now(UTC), mutation))
 
-        async def write() -> Model:
-            model = await self.store.update_policy(name, policy)
-            self._hub.publish(ModelUpserted(model))
-            return model
-
-        return await self.write(write)
-
-    async def update_engine_settings(self, name: str, settings: EngineSettings) -> Model:
-        """Sets how a model's engine is set. Raises ModelNotFound, InvalidRequest (INVALID_ENGINE_SETTINGS)."""
+    async def update_engine_settings(self, name: str, settings: EngineSettings, mutation: Mutation = PLAIN) -> Model:
+        """Sets how a model's engine is set. Raises as ``Store.update_engine_settings``."""
         settings.check()
-
-        async def write() -> Model:
-            model = await self.store.update_engine_settings(name, settings)
-            self._hub.publish(ModelUpserted(model))
-            return model
-
-        return await self.write(write)
+        return await self.write(lambda: self.store.update_engine_settings(name, settings, datetime.now(UTC), mutation))
 
     async def locate(self, digest: str) -> LocatedManifest:
         """Returns a revision's manifest, or an artifact's by its digest, and where its blobs are.
@@ -134,21 +103,78 @@ class Catalog:
             )
         return LocatedManifest(manifest, self.blobs.url, revision)
 
-    async def watch(self) -> AsyncGenerator[WatchEvent, None]:
-        """Yields all models, then every change. Raises Unavailable when the watcher is too slow, or at the end."""
+    async def watch(self, after: int | None = None) -> AsyncGenerator[WatchEvent, None]:
+        """Yields all models, or what changed after a version if that is known, then every change.
+
+        Raises:
+            Unavailable: The watcher is too slow, or the registry stops.
+        """
         with ExitStack() as stack:
             async with self._writing:
-                snapshot = ModelSnapshot(tuple(await self.store.list_models()))
-                watcher = stack.enter_context(self._hub.subscribe())
-            yield snapshot
+                await self._tell()
+                since = await self.store.changes_since(after) if after is not None else None
+                first = since if since is not None else [await self.store.snapshot()]
+                watcher = stack.enter_context(self.hub.subscribe())
+            for event in first:
+                yield event
             async with aclosing(watcher.changes()) as changes:
                 async for change in changes:
                     yield change
 
+    async def follow(self, poll_seconds: float) -> None:
+        """Tells watchers of what other registries change, for ever. Raises what the database raises.
+
+        Asking rather than LISTEN: that needs a connection of its own, which PgBouncer does not pass on, and asking for
+        one row costs next to nothing.
+        """
+        while True:
+            await asyncio.sleep(poll_seconds)
+            if await self.store.changes.version() != self._told:
+                async with self._writing:
+                    await self._tell()
+
     async def write(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Runs a write alone and to its end: one that was committed is published even if its caller went away."""
+        """Runs a write alone and to its end: one that was committed is told even if its caller went away."""
+
+        async def alone() -> T:
+            result = await work()
+            await self._tell()
+            return result
+
         async with self._writing:
-            return await offload.uninterrupted(work())
+            await self._begin()
+            return await offload.uninterrupted(alone())
+
+    async def write_and_collect(self, work: Callable[[], Coroutine[Any, Any, T]]) -> tuple[T, int]:
+        """Runs a write as ``write`` does, then deletes the blobs that nothing refers to; returns their bytes."""
+
+        async def both() -> tuple[T, int]:
+            before = await self.store.referenced_blobs()
+            result = await work()
+            return result, await self.collect(before)
+
+        return await self.write(both)
+
+    async def _begin(self) -> None:
+        """Notes up to where watchers know the registry, before the first change."""
+        if self._told is None:
+            self._told = await self.store.changes.version()
+
+    async def _tell(self) -> None:
+        """Tells watchers what changed since they were told last; only under the lock."""
+        await self._begin()
+        assert self._told is not None
+        changes = await self.store.changes_since(self._told)
+        if changes is None:
+            # Another registry has changed more, while this one was away, than is kept.
+            self._told = await self.store.changes.version()
+            self.hub.restart()
+        elif changes:
+            for change in changes:
+                self.hub.publish(change)
+            self._told = changes[-1].version
+            metrics.MODELS.set(await self.store.count_models())
+        self.hub.announce()
 
     async def collect(self, candidates: Collection[str]) -> int:
         """Deletes those of the blobs that no row refers to; only within ``write``. Returns the bytes."""

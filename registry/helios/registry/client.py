@@ -19,6 +19,8 @@ from helios.registry import wire
 from helios.registry.artifact_client import ArtifactClient
 from helios.registry.artifacts import Artifact
 from helios.registry.engine_settings import EngineSettings
+from helios.registry.events import Event, EventKind, EventsMissed
+from helios.registry.history import Cause, Move
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
 from helios.registry.records import (
@@ -34,16 +36,24 @@ from helios.registry.records import (
     ModelPolicy,
     ModelSnapshot,
     ModelUpserted,
+    Pin,
+    ResolvedModel,
     Revision,
+    Tag,
     WatchEvent,
 )
+from helios.registry.version_client import VersionClient
 
 __all__ = [
     "Artifact",
     "ArtifactClient",
+    "Cause",
     "Digest",
     "EngineSettings",
     "Entry",
+    "Event",
+    "EventKind",
+    "EventsMissed",
     "IngestDone",
     "IngestEvent",
     "IngestPhase",
@@ -58,8 +68,13 @@ __all__ = [
     "ModelProfile",
     "ModelSnapshot",
     "ModelUpserted",
+    "Move",
+    "Pin",
     "RegistryClient",
+    "ResolvedModel",
     "Revision",
+    "Tag",
+    "VersionClient",
     "WatchEvent",
 ]
 
@@ -148,9 +163,14 @@ class RegistryClient:
         """Removes an alias. Raises NotFound (ALIAS_NOT_FOUND)."""
         await _call(self._stub().DeleteAlias(pb.DeleteAliasRequest(alias=alias), timeout=self._timeout_seconds))
 
-    async def delete_model(self, name: str) -> int:
-        """Removes a model; returns the bytes of blobs that were freed. Raises ModelNotFound."""
-        request = pb.DeleteModelRequest(name=name)
+    async def delete_model(self, name: str, *, is_forced: bool = False) -> int:
+        """Removes a model; returns the bytes of blobs that were freed.
+
+        Raises:
+            ModelNotFound: No model has this name.
+            PreconditionFailed: MODEL_IN_USE, unless forced.
+        """
+        request = pb.DeleteModelRequest(name=name, force=is_forced)
         response = await _call(self._stub().DeleteModel(request, timeout=DELETE_TIMEOUT_SECONDS))
         return response.freed_bytes
 
@@ -170,6 +190,14 @@ class RegistryClient:
             HeliosError: As IngestModel in the contract.
         """
         spec = IngestSpec(name, source, tuple(aliases), expected_sha256, engine_settings)
+        async with aclosing(self.ingest_spec(spec, timeout_seconds=timeout_seconds)) as events:
+            async for event in events:
+                yield event
+
+    async def ingest_spec(
+        self, spec: IngestSpec, *, timeout_seconds: float = INGEST_TIMEOUT_SECONDS
+    ) -> AsyncGenerator[IngestEvent, None]:
+        """Ingests as ``ingest`` does."""
         call = self._stub().IngestModel(wire.ingest_spec_to_proto(spec), timeout=timeout_seconds)
         async with aclosing(_stream(call)) as messages:
             async for message in messages:
@@ -177,14 +205,16 @@ class RegistryClient:
                 if event is not None:
                     yield event
 
-    async def watch_models(self) -> AsyncGenerator[WatchEvent, None]:
-        """Yields all models, then every change. Ends only by an error; call it again then.
+    async def watch_models(self, after_version: int | None = None) -> AsyncGenerator[WatchEvent, None]:
+        """Yields all models, then every change; with the ``version`` of the last event that a caller got, what changed
+        since, unless that is not known any more. Ends only by an error; call it again then.
 
         Raises:
             Unavailable: The registry stopped, is gone, or this watcher was too slow.
         """
         # No timeout: the stream lasts as long as both sides live; keepalive notices a peer that is gone.
-        async with aclosing(_stream(self._stub().WatchModels(pb.WatchModelsRequest()))) as messages:
+        call = self._stub().WatchModels(pb.WatchModelsRequest(after_version=after_version))
+        async with aclosing(_stream(call)) as messages:
             async for message in messages:
                 event = wire.watch_event_from_proto(message)
                 if event is not None:

@@ -26,7 +26,7 @@ from helios.registry.blobs import Hold
 from helios.registry.catalog import Catalog
 from helios.registry.inspection import inspect_model
 from helios.registry.manifest import Entry, Manifest
-from helios.registry.names import check_aliases, check_name
+from helios.registry.names import check_aliases, check_name, check_tag
 from helios.registry.progress import ProgressLog, news
 from helios.registry.records import IngestDone, IngestEvent, IngestPhase, IngestProgress, IngestSpec, Model
 from helios.registry.sources.conversion import Converter
@@ -254,8 +254,11 @@ class _Ingest:
 
     async def _commit(self, revision: NewRevision) -> Model:
         self._progress.begin(IngestPhase.COMMIT)
-        revision = dataclasses.replace(revision, engine_settings=self._spec.engine_settings)
-        return await self._catalog.put_model(self._spec.name, self._spec.aliases, revision)
+        spec = self._spec
+        revision = dataclasses.replace(
+            revision, engine_settings=spec.engine_settings, tags=spec.tags, is_served=not spec.keep_served
+        )
+        return await self._catalog.put_model(spec.name, spec.aliases, revision)
 
 
 def check_spec(spec: IngestSpec) -> IngestSpec:
@@ -269,7 +272,8 @@ def check_spec(spec: IngestSpec) -> IngestSpec:
     if spec.engine_settings is not None:
         spec.engine_settings.check()
     aliases = check_aliases(spec.name, spec.aliases)
-    return dataclasses.replace(spec, aliases=aliases, expected_sha256=expected)
+    tags = tuple(sorted({check_tag(tag, param="tags") for tag in spec.tags}))
+    return dataclasses.replace(spec, aliases=aliases, expected_sha256=expected, tags=tags)
 
 
 def _draining() -> Draining:

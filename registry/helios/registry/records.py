@@ -1,6 +1,6 @@
 """What the registry says about models, as values. Other components get these types through ``client``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Final
@@ -42,8 +42,29 @@ class Revision:
 
 
 @dataclass(frozen=True, slots=True)
+class Tag:
+    """A name of a revision within its model, and since when it names that one."""
+
+    name: str
+    revision: Revision
+    moved_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A revision, by its digest, that is not to be deleted, and why."""
+
+    revision: str
+    reason: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
-    """A named model and its served revision. Aliases are sorted."""
+    """A named model and its served revision. Aliases are sorted, tags by name, pins by revision.
+
+    ``version`` is the number of its last change. Two models are equal if they say the same, whenever that came to be.
+    """
 
     name: str
     aliases: tuple[str, ...]
@@ -51,6 +72,18 @@ class Model:
     policy: ModelPolicy
     created_at: datetime
     engine_settings: EngineSettings = NO_SETTINGS
+    tags: tuple[Tag, ...] = ()
+    pins: tuple[Pin, ...] = ()
+    version: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """What a reference means: a model and one of its revisions; ``tag`` is empty where none was named."""
+
+    model: Model
+    revision: Revision
+    tag: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +100,29 @@ class LocatedManifest:
 
 @dataclass(frozen=True, slots=True)
 class ModelSnapshot:
-    """All models, by name: what a watch begins with."""
+    """All models, by name: what a watch begins with, unless it goes on from a version that is still known.
+
+    ``version`` is the number of the last change that it shows; a watch that goes on from there misses nothing.
+    """
 
     models: tuple[Model, ...]
+    version: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelUpserted:
-    """A model was made or changed."""
+    """A model was made or changed. ``version``: all changes up to this one have been told."""
 
     model: Model
+    version: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDeleted:
-    """The model with this name is gone."""
+    """The model with this name is gone. ``version`` as above."""
 
     name: str
+    version: int = field(default=0, compare=False)
 
 
 ModelChange = ModelUpserted | ModelDeleted
@@ -104,6 +143,7 @@ class IngestSpec:
     """What to ingest.
 
     ``expected_sha256`` is empty where nothing is expected; without ``engine_settings`` a model keeps those it has.
+    ``tags`` are to point at the revision; with ``keep_served`` a model that exists goes on serving what it serves.
     """
 
     name: str
@@ -111,6 +151,8 @@ class IngestSpec:
     aliases: tuple[str, ...] = ()
     expected_sha256: str = ""
     engine_settings: EngineSettings | None = None
+    tags: tuple[str, ...] = ()
+    keep_served: bool = False
 
 
 @dataclass(frozen=True, slots=True)

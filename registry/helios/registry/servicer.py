@@ -62,7 +62,9 @@ class RegistryServicer(RegistryServiceServicer):
     async def DeleteModel(self, request: pb.DeleteModelRequest, context: Any) -> pb.DeleteModelResponse:
         """Removes a model."""
         access.check_may_write(context)
-        freed = await self._catalog.delete_model(_required(request.name, "name"))
+        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        name = _required(request.name, "name")
+        freed = await self._catalog.delete_model(name, mutation, is_forced=request.force)
         return pb.DeleteModelResponse(freed_bytes=freed)
 
     async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Any) -> pb.ListRevisionsResponse:
@@ -89,15 +91,16 @@ class RegistryServicer(RegistryServiceServicer):
     async def PutAlias(self, request: pb.PutAliasRequest, context: Any) -> pb.PutAliasResponse:
         """Points an alias at a model."""
         access.check_may_write(context)
-        model = await self._catalog.put_alias(
-            check_name(request.alias, param="alias"), _required(request.model, "model")
-        )
+        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        alias, name = check_name(request.alias, param="alias"), _required(request.model, "model")
+        model = await self._catalog.put_alias(alias, name, mutation)
         return pb.PutAliasResponse(model=wire.model_to_proto(model))
 
     async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Any) -> pb.DeleteAliasResponse:
         """Removes an alias."""
         access.check_may_write(context)
-        await self._catalog.delete_alias(_required(request.alias, "alias"))
+        mutation = access.mutation_of(context, request.request_id)
+        await self._catalog.delete_alias(_required(request.alias, "alias"), mutation)
         return pb.DeleteAliasResponse()
 
     async def UpdatePolicy(self, request: pb.UpdatePolicyRequest, context: Any) -> pb.UpdatePolicyResponse:
@@ -106,7 +109,8 @@ class RegistryServicer(RegistryServiceServicer):
         if not request.HasField("policy"):
             raise InvalidRequest("policy is missing", reason="INVALID_POLICY", metadata={"param": "policy"})
         name = _required(request.name, "name")
-        model = await self._catalog.update_policy(name, wire.policy_from_proto(request.policy))
+        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        model = await self._catalog.update_policy(name, wire.policy_from_proto(request.policy), mutation)
         return pb.UpdatePolicyResponse(model=wire.model_to_proto(model))
 
     async def UpdateEngineSettings(
@@ -116,14 +120,16 @@ class RegistryServicer(RegistryServiceServicer):
         access.check_may_write(context)
         name = _required(request.name, "name")
         settings = wire.engine_settings_from_proto(request.settings)
-        model = await self._catalog.update_engine_settings(name, settings)
+        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        model = await self._catalog.update_engine_settings(name, settings, mutation)
         return pb.UpdateEngineSettingsResponse(model=wire.model_to_proto(model))
 
     async def WatchModels(self, request: pb.WatchModelsRequest, context: Any) -> AsyncIterator[pb.WatchModelsResponse]:
-        """Streams all models, then changes."""
-        del request, context
+        """Streams all models, or what changed since a version, then changes."""
+        del context
+        after = request.after_version if request.HasField("after_version") else None
         with metrics.WATCHERS.track_inprogress():
-            async with aclosing(self._catalog.watch()) as events:
+            async with aclosing(self._catalog.watch(after)) as events:
                 async for event in events:
                     yield wire.watch_event_to_proto(event)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from helios.mesh.settings import CLOSE_SECONDS, ProcessSettings
 
@@ -46,6 +46,13 @@ class RegistrySettings(ProcessSettings):
     """``host:port`` or ``unix:/path`` for gRPC; port 0 takes a free one."""
     state_directory: Path
     """Where the database and the blobs are; made on first use. One registry at a time runs on it."""
+    database_url: SecretStr = SecretStr("")
+    """A PostgreSQL database, which must exist: ``postgresql://user:password@host:5432/name``, with libpq's parameters
+    after ``?``. Not for the command line, which other users of the machine can read. Empty: SQLite, ``registry.db`` in
+    the state directory, which is right for one registry; several need a database and blobs that all of them reach."""
+    watch_poll_seconds: float = Field(default=0.5, gt=0)
+    """How often PostgreSQL is asked whether another registry has changed a model, which watchers of this one are then
+    told. 0.5: one row, twice a second. Of no meaning for SQLite, which has one registry."""
     watch_queue_size: int = Field(default=256, ge=1, le=1_000_000)
     """Changes that a watcher may lag behind before it is sent away to start over. 256: far more than people make."""
     drain_seconds: float = Field(default=5.0, ge=0)

@@ -1,24 +1,49 @@
 """Models, revisions, aliases and policies in SQL. Each method is one transaction; afterwards a name means one thing.
 
 The store knows which blobs are referenced, not the files; ``catalog`` orders its writes, tells watchers, and lets the
-blob store delete what ``unreferenced`` names. Time is passed in.
+blob store delete what nothing refers to any more. Tags, pins and history are ``tag_store``'s. Time is passed in.
 """
 
 import dataclasses
 import json
 from collections.abc import Collection, Iterable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import delete, func, insert, literal, select, union, update
+from sqlalchemy import delete, func, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from helios.mesh.errors import AlreadyExists, ModelNotFound, NotFound, RevisionNotFound
+from helios.mesh.errors import AlreadyExists, NotFound, PreconditionFailed, RevisionNotFound
+from helios.registry.changes import DEFAULT_KEPT_EVENTS, ChangeLog, Write, changed_since, read_version
 from helios.registry.database import Database, upsert
 from helios.registry.engine_settings import EngineSettings, refuse
+from helios.registry.events import PLAIN, EventKind, Mutation
+from helios.registry.history import Cause
 from helios.registry.manifest import Digest, Entry, Manifest
+from helios.registry.model_rows import (
+    alias_target,
+    is_model,
+    no_model,
+    require_model,
+    require_revision,
+    resolve,
+    revision_of,
+    select_models,
+)
+from helios.registry.moments import from_us, to_us
+from helios.registry.names import Reference
+from helios.registry.pointers import move_pointer
 from helios.registry.profile import ModelProfile
-from helios.registry.records import Model, ModelPolicy, Revision
+from helios.registry.records import (
+    Model,
+    ModelChange,
+    ModelDeleted,
+    ModelPolicy,
+    ModelSnapshot,
+    ModelUpserted,
+    ResolvedModel,
+    Revision,
+)
 from helios.registry.tables import (
     aliases,
     artifact_entries,
@@ -27,10 +52,12 @@ from helios.registry.tables import (
     entries,
     model_revisions,
     models,
+    pins,
     revisions,
 )
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+__all__ = ["NewRevision", "Store", "batches", "delete_unused_blobs", "from_us", "to_us"]
+
 # SQLite takes 32,766 variables in a statement; several columns share one statement.
 _BATCH: Final = 1_000
 
@@ -42,6 +69,8 @@ class NewRevision:
     Attributes:
         converted_from: sha256 of the source file and the converter's version, where the files are a conversion's.
         engine_settings: The model's from now on; None: it keeps those it has.
+        tags: They point at it from now on.
+        is_served: The model serves it from now on; False: a model that serves another one goes on with that.
     """
 
     manifest: Manifest
@@ -49,18 +78,43 @@ class NewRevision:
     source: str
     converted_from: tuple[str, str] | None = None
     engine_settings: EngineSettings | None = None
+    tags: tuple[str, ...] = ()
+    is_served: bool = True
 
 
 class Store:
     """The registry's tables as operations."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, kept_events: int = DEFAULT_KEPT_EVENTS) -> None:
         self._database = database
+        self.changes = ChangeLog(database, kept_events=kept_events)
 
     async def list_models(self, *, after: str = "", limit: int | None = None) -> list[Model]:
         """Returns models by name, from the first after ``after``; all where ``limit`` is None."""
         async with self._database.snapshot() as connection:
-            return await _select_models(connection, models.c.name > after, limit=limit)
+            return await select_models(connection, models.c.name > after, limit=limit)
+
+    async def snapshot(self) -> ModelSnapshot:
+        """Returns all models, and the number of the last change that they show."""
+        async with self._database.snapshot() as connection:
+            version = await read_version(connection)
+            return ModelSnapshot(tuple(await select_models(connection, models.c.name > "")), version)
+
+    async def changes_since(self, version: int) -> list[ModelChange] | None:
+        """Returns the models that changed after a number, as they are now; None where that is not known any more.
+
+        A watcher that was told of some of them may go on after the number that the last of these carries.
+        """
+        async with self._database.snapshot() as connection:
+            since = await changed_since(connection, version)
+            if since is None:
+                return None
+            found: list[ModelChange] = []
+            for name in since.models:
+                told = since.version if name == since.models[-1] else version
+                changed = await select_models(connection, models.c.name == name)
+                found.append(ModelUpserted(changed[0], told) if changed else ModelDeleted(name, told))
+            return found
 
     async def count_models(self) -> int:
         """Returns how many models there are."""
@@ -70,52 +124,86 @@ class Store:
     async def get_model(self, name: str) -> Model:
         """Returns a model by name or alias. Raises ModelNotFound."""
         async with self._database.snapshot() as connection:
-            return await _require_model(connection, await _resolve(connection, name))
+            return await require_model(connection, await resolve(connection, name))
+
+    async def resolve(self, reference: Reference) -> ResolvedModel:
+        """Returns the model and the revision that a reference means.
+
+        Raises:
+            ModelNotFound: No such model.
+            NotFound: TAG_NOT_FOUND.
+            RevisionNotFound: It has no revision that begins so.
+            InvalidRequest: AMBIGUOUS_REVISION.
+        """
+        async with self._database.snapshot() as connection:
+            model = await require_model(connection, await resolve(connection, reference.name))
+            revision = await require_revision(connection, model.name, reference)
+            return ResolvedModel(model, revision, reference.tag)
 
     async def check_names(self, name: str, new_aliases: Collection[str]) -> None:
         """Raises AlreadyExists (ALIAS_TAKEN) if an ingest could not give a model this name and these aliases."""
         async with self._database.snapshot() as connection:
             await _check_names(connection, name, new_aliases)
 
-    async def put_model(self, name: str, new_aliases: Collection[str], revision: NewRevision, now: datetime) -> Model:
-        """Makes a revision the served one of a model, which is made if it is not there. Idempotent.
+    async def put_model(
+        self,
+        name: str,
+        new_aliases: Collection[str],
+        revision: NewRevision,
+        now: datetime,
+        mutation: Mutation = PLAIN,
+    ) -> Model:
+        """Gives a model a revision, which it serves from then on; makes the model if it is not there. Idempotent.
 
         Raises:
             AlreadyExists: ALIAS_TAKEN, when the name is an alias, or an alias names another model or is a model.
             InvalidRequest: INVALID_ENGINE_SETTINGS, as ``update_engine_settings``.
+            PreconditionFailed: TOO_MANY_TAGS.
         """
         digest = revision.manifest.digest()
-        async with self._database.transaction() as connection:
+        async with self.changes.write(mutation, now, "put_model", name, digest) as write:
+            connection = write.connection
             await _check_names(connection, name, new_aliases)
             await _insert_revision(connection, digest, revision, now)
-            changes = {"revision": digest}
+            is_new = await _ensure_model(write, name, digest)
             if revision.engine_settings is not None:
-                await _check_engine_settings(connection, name, revision.engine_settings)
-                changes["engine_settings"] = revision.engine_settings.document
-            row = {"name": name, "min_replicas": 0, "max_replicas": 0, "created_at_us": to_us(now)} | changes
-            await connection.execute(
-                upsert(connection, models).values(row).on_conflict_do_update(index_elements=["name"], set_=changes)
-            )
-            await _serve_revision(connection, name, digest)
+                await _set_engine_settings(write, name, revision.engine_settings)
+            if await _add_to_history(connection, name, digest, is_served=revision.is_served or is_new):
+                await write.record(EventKind.REVISION_ADDED, name, revision=digest)
+            if revision.is_served or is_new:
+                await move_pointer(write, name, "", digest, Cause.INGEST)
+            for tag in revision.tags:
+                await move_pointer(write, name, tag, digest, Cause.INGEST)
             for alias in new_aliases:
-                statement = upsert(connection, aliases).values(alias=alias, model=name)
-                await connection.execute(statement.on_conflict_do_nothing(index_elements=["alias"]))
-            return await _require_model(connection, name)
+                await _put_alias(write, alias, name)
+            return await require_model(connection, name)
 
-    async def delete_model(self, name: str) -> None:
-        """Removes a model, its aliases, and the revisions that no other model has. Raises ModelNotFound."""
-        async with self._database.transaction() as connection:
-            found = (await connection.execute(delete(models).where(models.c.name == name))).rowcount
-            if not found:
-                raise _no_model(name)
-            used = select(model_revisions.c.revision)
-            await connection.execute(delete(revisions).where(revisions.c.digest.not_in(used)))
-            await delete_unused_blobs(connection)
+    async def delete_model(self, name: str, now: datetime, mutation: Mutation = PLAIN, *, is_forced: bool) -> None:
+        """Removes a model, its aliases, tags and history, and the revisions that no other model has.
+
+        Raises:
+            ModelNotFound: No model has this name.
+            PreconditionFailed: MODEL_IN_USE, unless forced: a revision is pinned, or another model's engine settings
+                name it.
+            Conflict: STALE_VERSION.
+        """
+        async with self.changes.write(mutation, now, "delete_model", name, str(is_forced)) as write:
+            if write.is_repeat:
+                return
+            connection = write.connection
+            await write.require_version(name)
+            if not await is_model(connection, name):
+                raise no_model(name)
+            if not is_forced:
+                await _refuse_used(connection, name)
+            await connection.execute(delete(models).where(models.c.name == name))
+            await write.record(EventKind.MODEL_DELETED, name)
+            await delete_unused_revisions(connection)
 
     async def list_revisions(self, name: str, *, before: int | None, limit: int) -> list[tuple[int, Revision]]:
         """Returns a model's revisions, newest first, with the ordinal to continue from. Raises ModelNotFound."""
         async with self._database.snapshot() as connection:
-            model = await _resolve(connection, name)
+            model = await resolve(connection, name)
             query = (
                 select(model_revisions.c.ordinal, *revisions.c)
                 .join(revisions, revisions.c.digest == model_revisions.c.revision)
@@ -125,7 +213,7 @@ class Store:
             )
             if before is not None:
                 query = query.where(model_revisions.c.ordinal < before)
-            return [(row.ordinal, _revision(row)) for row in await connection.execute(query)]
+            return [(row.ordinal, revision_of(row)) for row in await connection.execute(query)]
 
     async def get_manifest(self, digest: str) -> tuple[Manifest, Revision]:
         """Returns a revision and its manifest. Raises RevisionNotFound."""
@@ -142,7 +230,7 @@ class Store:
                 Entry(entry.path, Digest(entry.hash, entry.size_bytes), entry.media_type)
                 for entry in await connection.execute(query)
             ]
-            return Manifest.of(found), _revision(row)
+            return Manifest.of(found), revision_of(row)
 
     async def find_conversion(self, source_sha256: str, converter: str) -> str | None:
         """Returns the revision that a file became with this converter, None if it was not converted yet."""
@@ -153,60 +241,70 @@ class Store:
             found: str | None = (await connection.execute(query)).scalar_one_or_none()
             return found
 
-    async def put_alias(self, alias: str, model: str) -> tuple[Model, str | None]:
-        """Makes an alias point at a model; returns that model and the name of the model it pointed at before.
+    async def put_alias(self, alias: str, model: str, now: datetime, mutation: Mutation = PLAIN) -> Model:
+        """Makes an alias point at a model; returns that model.
 
         Raises:
             ModelNotFound: No model has the name ``model``.
             AlreadyExists: MODEL_EXISTS, a model has the name ``alias``.
+            Conflict: STALE_VERSION, of ``model``.
         """
-        async with self._database.transaction() as connection:
-            await _require_model(connection, model)
-            if await _select_models(connection, models.c.name == alias):
-                raise AlreadyExists(
-                    f"{alias!r} is a model; an alias can't have its name",
-                    reason="MODEL_EXISTS",
-                    metadata={"alias": alias},
-                )
-            before = await _alias_target(connection, alias)
-            await connection.execute(
-                upsert(connection, aliases)
-                .values(alias=alias, model=model)
-                .on_conflict_do_update(index_elements=["alias"], set_={"model": model})
-            )
-            return await _require_model(connection, model), before
+        async with self.changes.write(mutation, now, "put_alias", alias, model) as write:
+            if not write.is_repeat:
+                await write.require_version(model)
+                if not await is_model(write.connection, model):
+                    raise no_model(model)
+                if await is_model(write.connection, alias):
+                    raise AlreadyExists(
+                        f"{alias!r} is a model; an alias can't have its name",
+                        reason="MODEL_EXISTS",
+                        metadata={"alias": alias},
+                    )
+                await _put_alias(write, alias, model)
+            return await require_model(write.connection, model)
 
-    async def delete_alias(self, alias: str) -> Model:
-        """Removes an alias; returns the model that it named. Raises NotFound (ALIAS_NOT_FOUND)."""
-        async with self._database.transaction() as connection:
-            model = await _alias_target(connection, alias)
+    async def delete_alias(self, alias: str, now: datetime, mutation: Mutation = PLAIN) -> None:
+        """Removes an alias. Raises NotFound (ALIAS_NOT_FOUND)."""
+        async with self.changes.write(mutation, now, "delete_alias", alias) as write:
+            if write.is_repeat:
+                return
+            model = await alias_target(write.connection, alias)
             if model is None:
                 raise NotFound(f"there is no alias {alias!r}", reason="ALIAS_NOT_FOUND", metadata={"alias": alias})
-            await connection.execute(delete(aliases).where(aliases.c.alias == alias))
-            return await _require_model(connection, model)
+            await write.connection.execute(delete(aliases).where(aliases.c.alias == alias))
+            await write.record(EventKind.ALIAS_REMOVED, model, alias=alias)
 
-    async def update_policy(self, name: str, policy: ModelPolicy) -> Model:
-        """Sets a model's policy, by name or alias. Raises ModelNotFound."""
-        async with self._database.transaction() as connection:
-            model = await _resolve(connection, name)
-            values = dataclasses.asdict(policy)
-            await connection.execute(update(models).where(models.c.name == model).values(**values))
-            return await _require_model(connection, model)
+    async def update_policy(self, name: str, policy: ModelPolicy, now: datetime, mutation: Mutation = PLAIN) -> Model:
+        """Sets a model's policy, by name or alias. Raises ModelNotFound, Conflict (STALE_VERSION)."""
+        values = dataclasses.asdict(policy)
+        async with self.changes.write(mutation, now, "update_policy", name, json.dumps(values)) as write:
+            model = await resolve(write.connection, name)
+            if not write.is_repeat:
+                await write.require_version(model)
+                before = await require_model(write.connection, model)
+                if before.policy != policy:
+                    statement = update(models).where(models.c.name == model).values(**values)
+                    await write.connection.execute(statement)
+                    await write.record(EventKind.POLICY_CHANGED, model)
+            return await require_model(write.connection, model)
 
-    async def update_engine_settings(self, name: str, settings: EngineSettings) -> Model:
+    async def update_engine_settings(
+        self, name: str, settings: EngineSettings, now: datetime, mutation: Mutation = PLAIN
+    ) -> Model:
         """Sets how a model's engine is set, by name or alias.
 
         Raises:
             ModelNotFound: No such model.
             InvalidRequest: INVALID_ENGINE_SETTINGS, when a model that they lean on is not there, or is this one, or an
                 adapter's name is taken.
+            Conflict: STALE_VERSION.
         """
-        async with self._database.transaction() as connection:
-            model = await _resolve(connection, name)
-            await _check_engine_settings(connection, model, settings)
-            statement = update(models).where(models.c.name == model).values(engine_settings=settings.document)
-            await connection.execute(statement)
-            return await _require_model(connection, model)
+        async with self.changes.write(mutation, now, "update_engine_settings", name, settings.document) as write:
+            model = await resolve(write.connection, name)
+            if not write.is_repeat:
+                await write.require_version(model)
+                await _set_engine_settings(write, model, settings)
+            return await require_model(write.connection, model)
 
     async def referenced_blobs(self) -> dict[str, int]:
         """Returns hash and size of every blob that a revision or an artifact uses."""
@@ -215,77 +313,60 @@ class Store:
             return {row.hash: row.size_bytes for row in rows}
 
 
+async def delete_unused_revisions(connection: AsyncConnection) -> None:
+    """Removes the revisions that no model has, and the rows of blobs that were only theirs."""
+    used = select(model_revisions.c.revision)
+    await connection.execute(delete(revisions).where(revisions.c.digest.not_in(used)))
+    await delete_unused_blobs(connection)
+
+
 async def delete_unused_blobs(connection: AsyncConnection) -> None:
     """Removes the rows of blobs that neither a revision nor an artifact uses."""
     is_used = blobs.c.hash.in_(select(entries.c.blob)) | blobs.c.hash.in_(select(artifact_entries.c.blob))
     await connection.execute(delete(blobs).where(~is_used))
 
 
-async def _select_models(connection: AsyncConnection, condition: Any, limit: int | None = None) -> list[Model]:
-    query = (
-        select(models.c.name, models.c.min_replicas, models.c.max_replicas, models.c.created_at_us.label("made_us"))
-        .add_columns(models.c.engine_settings, *revisions.c)
-        .join(revisions, revisions.c.digest == models.c.revision)
-        .where(condition)
-        .order_by(models.c.name)
-        .limit(limit)
-    )
-    rows = (await connection.execute(query)).all()
-    if not rows:
-        return []
-    names = [row.name for row in rows]
-    by_model: dict[str, list[str]] = {name: [] for name in names}
-    # A range, not a list of names: it needs two variables however many models there are.
-    spoken = select(aliases).where(aliases.c.model.between(names[0], names[-1])).order_by(aliases.c.alias)
-    for row in await connection.execute(spoken):
-        if row.model in by_model:
-            by_model[row.model].append(row.alias)
-    return [
-        Model(
-            name=row.name,
-            aliases=tuple(by_model[row.name]),
-            revision=_revision(row),
-            policy=ModelPolicy(row.min_replicas, row.max_replicas),
-            created_at=from_us(row.made_us),
-            engine_settings=EngineSettings(row.engine_settings),
-        )
-        for row in rows
-    ]
-
-
-async def _require_model(connection: AsyncConnection, name: str) -> Model:
-    found = await _select_models(connection, models.c.name == name)
-    if not found:
-        raise _no_model(name)
-    return found[0]
-
-
-async def _resolve(connection: AsyncConnection, name: str) -> str:
-    query = union(
-        select(models.c.name).where(models.c.name == name), select(aliases.c.model).where(aliases.c.alias == name)
-    )
-    found: str | None = (await connection.execute(query)).scalar_one_or_none()
-    if found is None:
-        raise _no_model(name)
-    return found
-
-
-async def _alias_target(connection: AsyncConnection, alias: str) -> str | None:
-    query = select(aliases.c.model).where(aliases.c.alias == alias)
-    found: str | None = (await connection.execute(query)).scalar_one_or_none()
-    return found
-
-
 async def _check_names(connection: AsyncConnection, name: str, new_aliases: Collection[str]) -> None:
-    target = await _alias_target(connection, name)
+    target = await alias_target(connection, name)
     if target is not None:
         raise _taken(name, f"{name!r} is an alias of {target!r}; delete the alias or choose another name")
     for alias in new_aliases:
-        target = await _alias_target(connection, alias)
+        target = await alias_target(connection, alias)
         if target is not None and target != name:
             raise _taken(alias, f"{alias!r} is already an alias of {target!r}; an ingest does not move it")
-        if await _select_models(connection, models.c.name == alias):
+        if await is_model(connection, alias):
             raise _taken(alias, f"{alias!r} is a model; an alias can't have its name")
+
+
+async def _ensure_model(write: Write, name: str, digest: str) -> bool:
+    """Makes a model that serves a revision, unless it is there; returns whether it was not."""
+    if await is_model(write.connection, name):
+        return False
+    row = {"name": name, "revision": digest, "min_replicas": 0, "max_replicas": 0, "created_at_us": to_us(write.now)}
+    await write.connection.execute(insert(models).values(row))
+    await write.record(EventKind.MODEL_CREATED, name)
+    return True
+
+
+async def _put_alias(write: Write, alias: str, model: str) -> None:
+    before = await alias_target(write.connection, alias)
+    if before == model:
+        return
+    statement = upsert(write.connection, aliases).values(alias=alias, model=model)
+    await write.connection.execute(statement.on_conflict_do_update(index_elements=["alias"], set_={"model": model}))
+    if before is not None:
+        await write.record(EventKind.ALIAS_REMOVED, before, alias=alias)
+    await write.record(EventKind.ALIAS_ADDED, model, alias=alias)
+
+
+async def _set_engine_settings(write: Write, model: str, settings: EngineSettings) -> None:
+    await _check_engine_settings(write.connection, model, settings)
+    query = select(models.c.engine_settings).where(models.c.name == model)
+    if (await write.connection.execute(query)).scalar_one() == settings.document:
+        return
+    statement = update(models).where(models.c.name == model).values(engine_settings=settings.document)
+    await write.connection.execute(statement)
+    await write.record(EventKind.SETTINGS_CHANGED, model)
 
 
 async def _check_engine_settings(connection: AsyncConnection, model: str, settings: EngineSettings) -> None:
@@ -293,12 +374,32 @@ async def _check_engine_settings(connection: AsyncConnection, model: str, settin
     for field, name in settings.required_models.items():
         if name == model:
             problems[field] = f"{name!r} is the model itself"
-        elif not await _select_models(connection, models.c.name == name):
+        elif not await is_model(connection, name):
             problems[field] = f"there is no model {name!r}; add it first"
     for field, name in settings.adapter_names.items():
-        if await _select_models(connection, models.c.name == name) or await _alias_target(connection, name):
+        if await is_model(connection, name) or await alias_target(connection, name):
             problems[field] = f"{name!r} is a model or an alias already"
     refuse(problems)
+
+
+async def _refuse_used(connection: AsyncConnection, name: str) -> None:
+    """Raises PreconditionFailed (MODEL_IN_USE) if somebody said that a model is needed."""
+    pinned = (await connection.execute(select(pins.c.revision).where(pins.c.model == name))).scalars().all()
+    users = [f"pin of {digest[:19]}" for digest in pinned]
+    # Settings that name no model don't hold its name; those that hold it are looked at by their meaning.
+    holds = models.c.engine_settings.contains(json.dumps(name), autoescape=True) & (models.c.name != name)
+    rows = await connection.execute(select(models.c.name, models.c.engine_settings).where(holds))
+    users += [
+        f"engine settings of {row.name!r}"
+        for row in rows
+        if name in EngineSettings(row.engine_settings).required_models.values()
+    ]
+    if users:
+        raise PreconditionFailed(
+            f"{name!r} is in use: {', '.join(users)}; take that back first, or force it",
+            reason="MODEL_IN_USE",
+            metadata={"model": name},
+        )
 
 
 async def _insert_revision(connection: AsyncConnection, digest: str, revision: NewRevision, now: datetime) -> None:
@@ -333,52 +434,27 @@ async def _insert_revision(connection: AsyncConnection, digest: str, revision: N
         )
 
 
-async def _serve_revision(connection: AsyncConnection, name: str, digest: str) -> None:
-    """Puts a revision at the head of a model's history; one that is there already stays if it is the newest."""
+async def _add_to_history(connection: AsyncConnection, name: str, digest: str, *, is_served: bool) -> bool:
+    """Puts a revision that is new or becomes the served one at the head of a model's list; says whether it is new."""
     query = (
         select(model_revisions.c.revision, model_revisions.c.ordinal)
         .where(model_revisions.c.model == name)
         .order_by(model_revisions.c.ordinal.desc())
-        .limit(1)
     )
-    newest = (await connection.execute(query)).one_or_none()
-    if newest is not None and newest.revision == digest:
-        return
-    ordinal = 1 if newest is None else newest.ordinal + 1
-    await connection.execute(
-        upsert(connection, model_revisions)
-        .values(model=name, revision=digest, ordinal=ordinal)
-        .on_conflict_do_update(index_elements=["model", "revision"], set_={"ordinal": ordinal})
-    )
-
-
-def _revision(row: Any) -> Revision:
-    return Revision(
-        digest=row.digest,
-        profile=ModelProfile(**json.loads(row.profile)),
-        source=row.source,
-        size_bytes=row.size_bytes,
-        created_at=from_us(row.created_at_us),
-    )
+    known = (await connection.execute(query)).all()
+    is_new = digest not in {row.revision for row in known}
+    if is_new or (is_served and known[0].revision != digest):
+        ordinal = known[0].ordinal + 1 if known else 1
+        statement = upsert(connection, model_revisions).values(model=name, revision=digest, ordinal=ordinal)
+        await connection.execute(
+            statement.on_conflict_do_update(index_elements=["model", "revision"], set_={"ordinal": ordinal})
+        )
+    return is_new
 
 
 def batches(rows: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
     """Returns rows in portions that one statement takes."""
     return (rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH))
-
-
-def to_us(moment: datetime) -> int:
-    """Returns a moment in microseconds since 1970."""
-    return (moment - _EPOCH) // timedelta(microseconds=1)
-
-
-def from_us(value: int) -> datetime:
-    """Returns the moment of ``to_us``."""
-    return _EPOCH + timedelta(microseconds=value)
-
-
-def _no_model(name: str) -> ModelNotFound:
-    return ModelNotFound(f"there is no model {name!r}", metadata={"model": name})
 
 
 def _taken(alias: str, message: str) -> AlreadyExists:

@@ -30,6 +30,15 @@ def text(length: int | None = None) -> Any:
 # What a Helios from before Alembic looks at: it refuses a database whose number it does not know.
 schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True, autoincrement=False))
 
+# One row: the number of the last change of a model. Writers queue, so numbers are in the order in which changes become
+# visible.
+head = Table(
+    "head",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("version", BigInteger, nullable=False),
+)
+
 # A row says that the blob is complete on disk: rows are written after the rename, in the transaction that uses them.
 blobs = Table(
     "blobs",
@@ -80,6 +89,8 @@ models = Table(
     # JSON of the contract's EngineSettings: read whole, never searched.
     Column("engine_settings", String, nullable=False, server_default="{}"),
     Column("created_at_us", BigInteger, nullable=False),
+    # Number of the last change of the model, its tags, aliases, pins and rollout.
+    Column("version", BigInteger, nullable=False, server_default="0"),
     Index("models_by_revision", "revision"),
 )
 
@@ -99,6 +110,72 @@ aliases = Table(
     Column("alias", text(), primary_key=True),
     Column("model", ForeignKey("models.name", ondelete="CASCADE"), nullable=False),
     Index("aliases_by_model", "model"),
+)
+
+# Names of revisions within a model, such as `prod`.
+tags = Table(
+    "tags",
+    metadata,
+    Column("model", text(), primary_key=True),
+    Column("tag", text(63), primary_key=True),
+    Column("revision", text(71), nullable=False),
+    Column("moved_at_us", BigInteger, nullable=False),
+    ForeignKeyConstraint(
+        ["model", "revision"], ["model_revisions.model", "model_revisions.revision"], ondelete="CASCADE"
+    ),
+    Index("tags_by_revision", "model", "revision"),
+)
+
+# Revisions that are not to be deleted.
+pins = Table(
+    "pins",
+    metadata,
+    Column("model", text(), primary_key=True),
+    Column("revision", text(71), primary_key=True),
+    Column("reason", String, nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    ForeignKeyConstraint(
+        ["model", "revision"], ["model_revisions.model", "model_revisions.revision"], ondelete="CASCADE"
+    ),
+)
+
+# Where a model's served revision (tag "") and its tags have pointed, in order. A revision that was deleted stays here.
+moves = Table(
+    "moves",
+    metadata,
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("model", ForeignKey("models.name", ondelete="CASCADE"), nullable=False),
+    Column("tag", text(63), nullable=False),
+    # Null: the tag was deleted.
+    Column("revision", text(71)),
+    Column("cause", String(31), nullable=False),
+    Column("actor", String, nullable=False),
+    Column("at_us", BigInteger, nullable=False),
+    Index("moves_by_pointer", "model", "tag", "version"),
+)
+
+# Every change of a model, for watchers; the oldest go.
+events = Table(
+    "events",
+    metadata,
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("kind", String(31), nullable=False),
+    Column("model", text(), nullable=False),
+    # JSON: what the kind says more.
+    Column("detail", String, nullable=False),
+    Column("actor", String, nullable=False),
+    Column("at_us", BigInteger, nullable=False),
+)
+
+# Requests that were carried out, so that one that is sent again changes nothing.
+requests = Table(
+    "requests",
+    metadata,
+    Column("request_id", text(128), primary_key=True),
+    # sha256 of the call and what it asked for.
+    Column("fingerprint", String(64), nullable=False),
+    Column("at_us", BigInteger, nullable=False),
+    Index("requests_by_time", "at_us"),
 )
 
 # What was made of a revision and saves time at a start; ends with it.

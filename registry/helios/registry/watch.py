@@ -5,9 +5,9 @@ every ingest, and dropping changes for it would leave it wrong for ever.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from helios.mesh.errors import Draining, HeliosError, Unavailable
 from helios.registry.records import ModelChange
@@ -29,7 +29,7 @@ class Watcher:
         if self._is_ended:
             return
         if self._queue.qsize() >= self._queue_size:
-            self.end(Unavailable("the watcher is too slow; watch again from the start", reason="WATCH_OVERFLOW"))
+            self.end(_overflow())
         else:
             self._queue.put_nowait(change)
 
@@ -55,6 +55,7 @@ class WatchHub:
         self._queue_size = queue_size
         self._watchers: set[Watcher] = set()
         self._is_closed = False
+        self._news = asyncio.Event()
 
     @property
     def watcher_count(self) -> int:
@@ -78,11 +79,32 @@ class WatchHub:
         for watcher in self._watchers:
             watcher.offer(change)
 
+    def restart(self) -> None:
+        """Ends all watches that run: what they missed is not known any more, and they begin anew."""
+        for watcher in self._watchers:
+            watcher.end(_overflow())
+
+    def announce(self) -> None:
+        """Wakes those who wait for news."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def next_news(self) -> Callable[[], Coroutine[Any, Any, object]]:
+        """Returns what waits for news from now on: take it, then look, then wait. Raises Draining at the end."""
+        if self._is_closed:
+            raise _draining()
+        return self._news.wait
+
     def close(self) -> None:
         """Ends all watches, now and later: the process stops, and watches would never end by themselves."""
         self._is_closed = True
         for watcher in self._watchers:
             watcher.end(_draining())
+        self.announce()
+
+
+def _overflow() -> Unavailable:
+    return Unavailable("the watcher is too slow; watch again from the start", reason="WATCH_OVERFLOW")
 
 
 def _draining() -> Draining:

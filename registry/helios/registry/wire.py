@@ -25,7 +25,9 @@ from helios.registry.records import (
     ModelPolicy,
     ModelSnapshot,
     ModelUpserted,
+    Pin,
     Revision,
+    Tag,
     WatchEvent,
 )
 
@@ -119,6 +121,15 @@ def model_to_proto(model: Model) -> pb.Model:
         policy=policy_to_proto(model.policy),
         created_at=timestamp_to_proto(model.created_at),
         engine_settings=engine_settings_to_proto(model.engine_settings),
+        tags=[
+            pb.Tag(name=tag.name, revision=revision_to_proto(tag.revision), moved_at=timestamp_to_proto(tag.moved_at))
+            for tag in model.tags
+        ],
+        pins=[
+            pb.Pin(revision=pin.revision, reason=pin.reason, created_at=timestamp_to_proto(pin.created_at))
+            for pin in model.pins
+        ],
+        version=model.version,
     )
 
 
@@ -131,6 +142,11 @@ def model_from_proto(message: pb.Model) -> Model:
         policy=policy_from_proto(message.policy),
         created_at=message.created_at.ToDatetime(UTC),
         engine_settings=engine_settings_from_proto(message.engine_settings),
+        tags=tuple(
+            Tag(tag.name, revision_from_proto(tag.revision), tag.moved_at.ToDatetime(UTC)) for tag in message.tags
+        ),
+        pins=tuple(Pin(pin.revision, pin.reason, pin.created_at.ToDatetime(UTC)) for pin in message.pins),
+        version=message.version,
     )
 
 
@@ -189,13 +205,23 @@ def ingest_spec_to_proto(spec: IngestSpec) -> pb.IngestModelRequest:
         aliases=spec.aliases,
         expected_sha256=spec.expected_sha256,
         engine_settings=engine_settings_to_proto(settings) if settings is not None else None,
+        tags=spec.tags,
+        keep_served=spec.keep_served,
     )
 
 
 def ingest_spec_from_proto(message: pb.IngestModelRequest) -> IngestSpec:
     """Reads what to ingest; the ingester judges it."""
     settings = engine_settings_from_proto(message.engine_settings) if message.HasField("engine_settings") else None
-    return IngestSpec(message.name, message.source, tuple(message.aliases), message.expected_sha256, settings)
+    return IngestSpec(
+        message.name,
+        message.source,
+        tuple(message.aliases),
+        message.expected_sha256,
+        settings,
+        tags=tuple(message.tags),
+        keep_served=message.keep_served,
+    )
 
 
 def ingest_event_to_proto(event: IngestEvent) -> pb.IngestModelResponse:
@@ -229,20 +255,20 @@ def watch_event_to_proto(event: WatchEvent) -> pb.WatchModelsResponse:
     """Returns a snapshot or change on the wire."""
     if isinstance(event, ModelSnapshot):
         models = [model_to_proto(model) for model in event.models]
-        return pb.WatchModelsResponse(snapshot=pb.ModelSnapshot(models=models))
+        return pb.WatchModelsResponse(snapshot=pb.ModelSnapshot(models=models), version=event.version)
     if isinstance(event, ModelUpserted):
-        return pb.WatchModelsResponse(upserted=model_to_proto(event.model))
-    return pb.WatchModelsResponse(deleted=event.name)
+        return pb.WatchModelsResponse(upserted=model_to_proto(event.model), version=event.version)
+    return pb.WatchModelsResponse(deleted=event.name, version=event.version)
 
 
 def watch_event_from_proto(message: pb.WatchModelsResponse) -> WatchEvent | None:
     """Reads a snapshot or change; None for an event of a newer registry, which a watcher passes over."""
     match message.WhichOneof("event"):
         case "snapshot":
-            return ModelSnapshot(tuple(model_from_proto(model) for model in message.snapshot.models))
+            return ModelSnapshot(tuple(map(model_from_proto, message.snapshot.models)), message.version)
         case "upserted":
-            return ModelUpserted(model_from_proto(message.upserted))
+            return ModelUpserted(model_from_proto(message.upserted), message.version)
         case "deleted":
-            return ModelDeleted(message.deleted)
+            return ModelDeleted(message.deleted, message.version)
         case _:
             return None

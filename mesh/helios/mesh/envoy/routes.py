@@ -51,9 +51,11 @@ MODEL_SERVICE: Final = "helios.api.catalog.v1.ModelService"
 ADMIN_SERVICE: Final = "helios.api.admin.v1.AdminService"
 REGISTRY_SERVICE: Final = "helios.api.registry.v1.RegistryService"
 ARTIFACT_SERVICE: Final = "helios.api.registry.v1.ArtifactService"
+VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
 HEALTH_SERVICE: Final = "grpc.health.v1.Health"
 EDGE_REST_SERVICES: Final = (OPENAI_SERVICE, MODEL_SERVICE)
-ADMIN_REST_SERVICES: Final = (MODEL_SERVICE, ADMIN_SERVICE, REGISTRY_SERVICE, ARTIFACT_SERVICE)
+REGISTRY_SERVICES: Final = (REGISTRY_SERVICE, ARTIFACT_SERVICE, VERSION_SERVICE)
+ADMIN_REST_SERVICES: Final = (MODEL_SERVICE, ADMIN_SERVICE, *REGISTRY_SERVICES)
 
 CORS_FILTER: Final = "envoy.filters.http.cors"
 PICKER_FILTER: Final = "envoy.filters.http.ext_proc"
@@ -100,7 +102,7 @@ def admin_routes(limits: Limits) -> RouteConfiguration:
     routes = [
         *(_grpc(service, clusters.CONTROL_ADMIN, limits) for service in control),
         _forward("/grpc.reflection.", clusters.CONTROL_ADMIN, limits.message_bytes),
-        *(_grpc(service, clusters.REGISTRY, limits) for service in (REGISTRY_SERVICE, ARTIFACT_SERVICE)),
+        *(_grpc(service, clusters.REGISTRY, limits) for service in REGISTRY_SERVICES),
         *_unknown("/admin/v1/", clusters.CONTROL_ADMIN, limits),
     ]
     return RouteConfiguration(name="admin", virtual_hosts=[VirtualHost(name="admin", domains=["*"], routes=routes)])

@@ -32,8 +32,13 @@ class Model(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
     ENGINE_SETTINGS_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    PINS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name: 1 to 200 characters of letters, digits, `.`, `_`, `-` and `/`, beginning with a letter or digit."""
+    version: _builtins.int
+    """Number of the last change of the model and all above; what `expected_version` of a call that changes it takes."""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Other names, sorted."""
@@ -54,6 +59,14 @@ class Model(_message.Message):
     def engine_settings(self) -> _engine_settings_pb2.EngineSettings:
         """How its engine is set."""
 
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tag]:
+        """Names of its revisions, by name; VersionService moves them."""
+
+    @_builtins.property
+    def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pin]:
+        """Revisions that are not to be deleted, by digest."""
+
     def __init__(
         self,
         *,
@@ -63,14 +76,83 @@ class Model(_message.Message):
         policy: Global___ModelPolicy | None = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
         engine_settings: _engine_settings_pb2.EngineSettings | None = ...,
+        tags: _abc.Iterable[Global___Tag] | None = ...,
+        pins: _abc.Iterable[Global___Pin] | None = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "engine_settings", b"engine_settings", "policy", b"policy", "revision", b"revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created_at", b"created_at", "engine_settings", b"engine_settings", "name", b"name", "policy", b"policy", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created_at", b"created_at", "engine_settings", b"engine_settings", "name", b"name", "pins", b"pins", "policy", b"policy", "revision", b"revision", "tags", b"tags", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Tag(_message.Message):
+    """Tag is a name of a revision within its model: `m@prod`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    MOVED_AT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name."""
+    @_builtins.property
+    def revision(self) -> Global___Revision:
+        """The revision."""
+
+    @_builtins.property
+    def moved_at(self) -> _timestamp_pb2.Timestamp:
+        """Since when it names this one."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        revision: Global___Revision | None = ...,
+        moved_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["moved_at", b"moved_at", "revision", b"revision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moved_at", b"moved_at", "name", b"name", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tag: _TypeAlias = Tag  # noqa: Y015
+
+@_typing.final
+class Pin(_message.Message):
+    """Pin keeps a revision from being deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """The revision, `sha256:<hex>`."""
+    reason: _builtins.str
+    """Why, for people."""
+    @_builtins.property
+    def created_at(self) -> _timestamp_pb2.Timestamp:
+        """Since when."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        created_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "reason", b"reason", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pin: _TypeAlias = Pin  # noqa: Y015
 
 @_typing.final
 class Revision(_message.Message):
@@ -293,6 +375,8 @@ class IngestModelRequest(_message.Message):
     ALIASES_FIELD_NUMBER: _builtins.int
     EXPECTED_SHA256_FIELD_NUMBER: _builtins.int
     ENGINE_SETTINGS_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    KEEP_SERVED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name that the model will have."""
     source: _builtins.str
@@ -301,6 +385,8 @@ class IngestModelRequest(_message.Message):
     """
     expected_sha256: _builtins.str
     """For a single file: its sha256 in hexadecimal, checked before anything is stored."""
+    keep_served: _builtins.bool
+    """A model that exists goes on serving the revision that it serves; requests reach the new one by a tag or its digest."""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Aliases to point at it."""
@@ -308,6 +394,10 @@ class IngestModelRequest(_message.Message):
     @_builtins.property
     def engine_settings(self) -> _engine_settings_pb2.EngineSettings:
         """How its engine is to be set. Unset: a model that exists keeps its settings."""
+
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tags to point at the revision, `canary` for one; VersionService says what a tag is."""
 
     def __init__(
         self,
@@ -317,10 +407,12 @@ class IngestModelRequest(_message.Message):
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         expected_sha256: _builtins.str = ...,
         engine_settings: _engine_settings_pb2.EngineSettings | None = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        keep_served: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine_settings", b"engine_settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "engine_settings", b"engine_settings", "expected_sha256", b"expected_sha256", "name", b"name", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "engine_settings", b"engine_settings", "expected_sha256", b"expected_sha256", "keep_served", b"keep_served", "name", b"name", "source", b"source", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -567,16 +659,30 @@ class DeleteModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name; not an alias."""
+    request_id: _builtins.str
+    """Names this request, so that it is carried out once: at most 128 printable characters, known for a day. VersionService
+    says more.
+    """
+    expected_version: _builtins.int
+    """The version of the model that the caller has seen: another one is ABORTED (STALE_VERSION). 0: any."""
+    force: _builtins.bool
+    """Delete it though somebody said that it is needed."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        expected_version: _builtins.int = ...,
+        force: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_version", b"expected_version", "force", b"force", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -726,19 +832,29 @@ class PutAliasRequest(_message.Message):
 
     ALIAS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
     alias: _builtins.str
     """The alias; the same grammar as a model's name."""
     model: _builtins.str
     """Name of the model."""
+    request_id: _builtins.str
+    """Names this request, so that it is carried out once: at most 128 printable characters, known for a day. VersionService
+    says more.
+    """
+    expected_version: _builtins.int
+    """The version of the model that the caller has seen: another one is ABORTED (STALE_VERSION). 0: any."""
     def __init__(
         self,
         *,
         alias: _builtins.str = ...,
         model: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        expected_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "expected_version", b"expected_version", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -775,16 +891,22 @@ class DeleteAliasRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ALIAS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     alias: _builtins.str
     """The alias."""
+    request_id: _builtins.str
+    """Names this request, so that it is carried out once: at most 128 printable characters, known for a day. VersionService
+    says more.
+    """
     def __init__(
         self,
         *,
         alias: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -815,8 +937,16 @@ class UpdatePolicyRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name or alias of the model."""
+    request_id: _builtins.str
+    """Names this request, so that it is carried out once: at most 128 printable characters, known for a day. VersionService
+    says more.
+    """
+    expected_version: _builtins.int
+    """The version of the model that the caller has seen: another one is ABORTED (STALE_VERSION). 0: any."""
     @_builtins.property
     def policy(self) -> Global___ModelPolicy:
         """The whole policy."""
@@ -826,10 +956,12 @@ class UpdatePolicyRequest(_message.Message):
         *,
         name: _builtins.str = ...,
         policy: Global___ModelPolicy | None = ...,
+        request_id: _builtins.str = ...,
+        expected_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "policy", b"policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_version", b"expected_version", "name", b"name", "policy", b"policy", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -867,8 +999,16 @@ class UpdateEngineSettingsRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     SETTINGS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name or alias of the model."""
+    request_id: _builtins.str
+    """Names this request, so that it is carried out once: at most 128 printable characters, known for a day. VersionService
+    says more.
+    """
+    expected_version: _builtins.int
+    """The version of the model that the caller has seen: another one is ABORTED (STALE_VERSION). 0: any."""
     @_builtins.property
     def settings(self) -> _engine_settings_pb2.EngineSettings:
         """The whole settings."""
@@ -878,10 +1018,12 @@ class UpdateEngineSettingsRequest(_message.Message):
         *,
         name: _builtins.str = ...,
         settings: _engine_settings_pb2.EngineSettings | None = ...,
+        request_id: _builtins.str = ...,
+        expected_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "settings", b"settings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_version", b"expected_version", "name", b"name", "request_id", b"request_id", "settings", b"settings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -917,14 +1059,21 @@ class WatchModelsRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    AFTER_VERSION_FIELD_NUMBER: _builtins.int
+    after_version: _builtins.int
+    """`version` of the last message of the watch before. Unset: all models."""
     def __init__(
         self,
+        *,
+        after_version: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_after_version", b"_after_version", "after_version", b"after_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_version", b"_after_version", "after_version", b"after_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__after_version: _TypeAlias = _typing.Literal["after_version"]  # noqa: Y015
+    _WhichOneofArgType__after_version: _TypeAlias = _typing.Literal["_after_version", b"_after_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__after_version) -> _WhichOneofReturnType__after_version | None: ...
 
 Global___WatchModelsRequest: _TypeAlias = WatchModelsRequest  # noqa: Y015
 
@@ -937,8 +1086,11 @@ class WatchModelsResponse(_message.Message):
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     UPSERTED_FIELD_NUMBER: _builtins.int
     DELETED_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     deleted: _builtins.str
     """A model with this name is gone."""
+    version: _builtins.int
+    """All changes up to this one have been sent."""
     @_builtins.property
     def snapshot(self) -> Global___ModelSnapshot:
         """All models; the first message, and only the first."""
@@ -953,10 +1105,11 @@ class WatchModelsResponse(_message.Message):
         snapshot: Global___ModelSnapshot | None = ...,
         upserted: Global___Model | None = ...,
         deleted: _builtins.str = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "event", b"event", "snapshot", b"snapshot", "upserted", b"upserted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "event", b"event", "snapshot", b"snapshot", "upserted", b"upserted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "event", b"event", "snapshot", b"snapshot", "upserted", b"upserted", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["snapshot", "upserted", "deleted"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015

@@ -129,7 +129,8 @@ class RegistryServiceServicer:
 
     def DeleteModel(self, request, context):
         """DeleteModel removes a model, its revisions, its aliases and blobs that nothing else uses. Deleting a model that is not
-        there is NOT_FOUND (MODEL_NOT_FOUND). Replicas that serve it are drained by the proxies, which see it go.
+        there is NOT_FOUND (MODEL_NOT_FOUND). Replicas that serve it are drained by the proxies, which see it go. Unless it is
+        forced, one that is pinned, or that another model's engine settings name, is FAILED_PRECONDITION (MODEL_IN_USE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -184,8 +185,9 @@ class RegistryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchModels(self, request, context):
-        """WatchModels sends all models at once, then every change, for as long as the caller stays. Reconnecting starts over
-        with all models, so nothing is missed.
+        """WatchModels sends all models at once, then every change, for as long as the caller stays. A caller that comes back
+        with the version of the last message that it got is sent what changed since, if that is still known, and all models
+        if not; without a version it starts over with all models. So nothing is missed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -33,7 +33,8 @@ class RegistryServiceStub:
     """GetModel finds a model by name or alias. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND)."""
     DeleteModel: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.DeleteModelRequest, _registry_service_pb2.DeleteModelResponse]
     """DeleteModel removes a model, its revisions, its aliases and blobs that nothing else uses. Deleting a model that is not
-    there is NOT_FOUND (MODEL_NOT_FOUND). Replicas that serve it are drained by the proxies, which see it go.
+    there is NOT_FOUND (MODEL_NOT_FOUND). Replicas that serve it are drained by the proxies, which see it go. Unless it is
+    forced, one that is pinned, or that another model's engine settings name, is FAILED_PRECONDITION (MODEL_IN_USE).
     """
     ListRevisions: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.ListRevisionsRequest, _registry_service_pb2.ListRevisionsResponse]
     """ListRevisions lists a model's revisions, newest first. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND)."""
@@ -58,8 +59,9 @@ class RegistryServiceStub:
     Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_ENGINE_SETTINGS).
     """
     WatchModels: _aio.UnaryStreamMultiCallable[_registry_service_pb2.WatchModelsRequest, _registry_service_pb2.WatchModelsResponse]
-    """WatchModels sends all models at once, then every change, for as long as the caller stays. Reconnecting starts over
-    with all models, so nothing is missed.
+    """WatchModels sends all models at once, then every change, for as long as the caller stays. A caller that comes back
+    with the version of the last message that it got is sent what changed since, if that is still known, and all models
+    if not; without a version it starts over with all models. So nothing is missed.
     """
 
 class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -105,7 +107,8 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_registry_service_pb2.DeleteModelRequest, _abc.Awaitable[_registry_service_pb2.DeleteModelResponse]],
     ) -> _abc.Awaitable[_registry_service_pb2.DeleteModelResponse]:
         """DeleteModel removes a model, its revisions, its aliases and blobs that nothing else uses. Deleting a model that is not
-        there is NOT_FOUND (MODEL_NOT_FOUND). Replicas that serve it are drained by the proxies, which see it go.
+        there is NOT_FOUND (MODEL_NOT_FOUND). Replicas that serve it are drained by the proxies, which see it go. Unless it is
+        forced, one that is pinned, or that another model's engine settings name, is FAILED_PRECONDITION (MODEL_IN_USE).
         """
 
     @_abc_1.abstractmethod
@@ -172,8 +175,9 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_service_pb2.WatchModelsRequest,
         context: _aio.ServicerContext[_registry_service_pb2.WatchModelsRequest, _abc.AsyncIterator[_registry_service_pb2.WatchModelsResponse]],
     ) -> _abc.AsyncIterator[_registry_service_pb2.WatchModelsResponse]:
-        """WatchModels sends all models at once, then every change, for as long as the caller stays. Reconnecting starts over
-        with all models, so nothing is missed.
+        """WatchModels sends all models at once, then every change, for as long as the caller stays. A caller that comes back
+        with the version of the last message that it got is sent what changed since, if that is still known, and all models
+        if not; without a version it starts over with all models. So nothing is missed.
         """
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _aio.Server) -> None: ...

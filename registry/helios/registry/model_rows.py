@@ -1,0 +1,162 @@
+"""Reading models: rows to values, and names to rows. Every function works in the transaction that it is given."""
+
+import json
+from collections import defaultdict
+from typing import Any
+
+from sqlalchemy import ColumnElement, select, union
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from helios.mesh.errors import InvalidRequest, ModelNotFound, NotFound, RevisionNotFound
+from helios.registry.engine_settings import EngineSettings
+from helios.registry.moments import from_us
+from helios.registry.names import Reference
+from helios.registry.profile import ModelProfile
+from helios.registry.records import Model, ModelPolicy, Pin, Revision, Tag
+from helios.registry.tables import aliases, model_revisions, models, pins, revisions, tags
+
+
+async def select_models(connection: AsyncConnection, condition: Any, limit: int | None = None) -> list[Model]:
+    """Returns the models that a condition on ``models`` holds for, by name, with all that belongs to them."""
+    query = (
+        select(models.c.name, models.c.min_replicas, models.c.max_replicas, models.c.created_at_us.label("made_us"))
+        .add_columns(models.c.engine_settings, models.c.version, *revisions.c)
+        .join(revisions, revisions.c.digest == models.c.revision)
+        .where(condition)
+        .order_by(models.c.name)
+        .limit(limit)
+    )
+    rows = (await connection.execute(query)).all()
+    if not rows:
+        return []
+    # Ranges, not lists of names: they need two variables however many models there are.
+    first, last = rows[0].name, rows[-1].name
+    spoken: dict[str, list[str]] = defaultdict(list)
+    names = select(aliases).where(_lies(aliases.c.model, first, last)).order_by(aliases.c.alias)
+    for row in await connection.execute(names):
+        spoken[row.model].append(row.alias)
+    tagged = await _tags(connection, first, last)
+    pinned: dict[str, list[Pin]] = defaultdict(list)
+    kept = select(pins).where(_lies(pins.c.model, first, last)).order_by(pins.c.revision)
+    for row in await connection.execute(kept):
+        pinned[row.model].append(Pin(row.revision, row.reason, from_us(row.created_at_us)))
+    return [
+        Model(
+            name=row.name,
+            aliases=tuple(spoken[row.name]),
+            revision=revision_of(row),
+            policy=ModelPolicy(row.min_replicas, row.max_replicas),
+            created_at=from_us(row.made_us),
+            engine_settings=EngineSettings(row.engine_settings),
+            tags=tuple(tagged[row.name]),
+            pins=tuple(pinned[row.name]),
+            version=row.version,
+        )
+        for row in rows
+    ]
+
+
+async def require_model(connection: AsyncConnection, name: str) -> Model:
+    """Returns a model by its name. Raises ModelNotFound."""
+    found = await select_models(connection, models.c.name == name)
+    if not found:
+        raise no_model(name)
+    return found[0]
+
+
+async def resolve(connection: AsyncConnection, name: str) -> str:
+    """Returns the name of the model with a name or alias. Raises ModelNotFound."""
+    query = union(
+        select(models.c.name).where(models.c.name == name), select(aliases.c.model).where(aliases.c.alias == name)
+    )
+    found: str | None = (await connection.execute(query)).scalar_one_or_none()
+    if found is None:
+        raise no_model(name)
+    return found
+
+
+async def alias_target(connection: AsyncConnection, alias: str) -> str | None:
+    """Returns the model that an alias names, None where there is no such alias."""
+    query = select(aliases.c.model).where(aliases.c.alias == alias)
+    found: str | None = (await connection.execute(query)).scalar_one_or_none()
+    return found
+
+
+async def is_model(connection: AsyncConnection, name: str) -> bool:
+    """Returns whether a model has this name."""
+    query = select(models.c.name).where(models.c.name == name)
+    return (await connection.execute(query)).scalar_one_or_none() is not None
+
+
+async def require_revision(connection: AsyncConnection, model: str, reference: Reference) -> Revision:
+    """Returns the revision of a model that a reference means.
+
+    Raises:
+        NotFound: TAG_NOT_FOUND.
+        RevisionNotFound: The model has no revision that begins so.
+        InvalidRequest: AMBIGUOUS_REVISION, it has several.
+    """
+    if reference.tag:
+        condition = revisions.c.digest == await require_tag(connection, model, reference.tag)
+    elif reference.digest:
+        # "g" sorts after every hexadecimal digit.
+        condition = _lies(revisions.c.digest, reference.digest, reference.digest + "g")
+        condition &= revisions.c.digest.in_(select(model_revisions.c.revision).where(model_revisions.c.model == model))
+    else:
+        served = select(models.c.revision).where(models.c.name == model).scalar_subquery()
+        condition = revisions.c.digest == served
+    found = (await connection.execute(select(revisions).where(condition).limit(2))).all()
+    if len(found) > 1:
+        raise InvalidRequest(
+            f"several revisions of {model!r} begin with {reference.digest}; give more digits",
+            reason="AMBIGUOUS_REVISION",
+            metadata={"param": "revision"},
+        )
+    if not found:
+        raise RevisionNotFound(
+            f"{model!r} has no revision {reference.digest}", metadata={"model": model, "revision": reference.digest}
+        )
+    return revision_of(found[0])
+
+
+async def require_tag(connection: AsyncConnection, model: str, tag: str) -> str:
+    """Returns the revision that a model's tag names. Raises NotFound (TAG_NOT_FOUND)."""
+    query = select(tags.c.revision).where(tags.c.model == model, tags.c.tag == tag)
+    found: str | None = (await connection.execute(query)).scalar_one_or_none()
+    if found is None:
+        raise NotFound(f"{model!r} has no tag {tag!r}", reason="TAG_NOT_FOUND", metadata={"model": model, "tag": tag})
+    return found
+
+
+def revision_of(row: Any) -> Revision:
+    """Returns the revision of a row of ``revisions``."""
+    return Revision(
+        digest=row.digest,
+        profile=ModelProfile(**json.loads(row.profile)),
+        source=row.source,
+        size_bytes=row.size_bytes,
+        created_at=from_us(row.created_at_us),
+    )
+
+
+def no_model(name: str) -> ModelNotFound:
+    """Returns the error of a name that is no model's."""
+    return ModelNotFound(f"there is no model {name!r}", metadata={"model": name})
+
+
+def _lies(column: ColumnElement[str], first: str, last: str) -> ColumnElement[bool]:
+    """Returns whether a text lies in a range. PostgreSQL's grammar takes no BETWEEN of what says how it is sorted."""
+    return (column >= first) & (column <= last)
+
+
+async def _tags(connection: AsyncConnection, first: str, last: str) -> dict[str, list[Tag]]:
+    query = (
+        select(tags.c.model, tags.c.tag, tags.c.moved_at_us, *revisions.c)
+        .join(revisions, revisions.c.digest == tags.c.revision)
+        .where(_lies(tags.c.model, first, last))
+        .order_by(tags.c.tag)
+    )
+    found: dict[str, list[Tag]] = defaultdict(list)
+    for row in await connection.execute(query):
+        found[row.model].append(Tag(row.tag, revision_of(row), from_us(row.moved_at_us)))
+    return found

@@ -1,0 +1,178 @@
+"""Tags, pins, rollbacks and the history of a model in SQL. Each method is one transaction. Time is passed in.
+
+Every method takes a model by name or alias, and, where it writes, refuses a model that has changed since its caller
+looked (Conflict, STALE_VERSION) and does nothing for a request that was carried out before.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Final
+
+from sqlalchemy import delete, insert, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from helios.mesh.errors import InvalidRequest, PreconditionFailed
+from helios.registry.changes import ChangeLog, Write
+from helios.registry.database import Database
+from helios.registry.events import PLAIN, EventKind, Mutation
+from helios.registry.history import Cause, Move, rollback_target, stack_of
+from helios.registry.model_rows import require_model, require_revision, require_tag, resolve
+from helios.registry.moments import to_us
+from helios.registry.names import Reference
+from helios.registry.pointers import delete_tag, move_of, move_pointer, moves_of
+from helios.registry.records import Model
+from helios.registry.store import delete_unused_revisions
+from helios.registry.tables import model_revisions, moves, pins
+
+# For people, on one line.
+MAX_REASON_CHARS: Final = 200
+
+
+class TagStore:
+    """What points at the revisions of a model, as operations."""
+
+    def __init__(self, database: Database, changes: ChangeLog) -> None:
+        self._database = database
+        self._changes = changes
+
+    async def put_tag(self, target: Reference, tag: str, now: datetime, mutation: Mutation = PLAIN) -> Model:
+        """Points a tag, or the served revision where ``tag`` is empty, at a revision of the same model.
+
+        Raises:
+            ModelNotFound, NotFound (TAG_NOT_FOUND), RevisionNotFound, InvalidRequest (AMBIGUOUS_REVISION): As
+                ``Store.resolve``, of ``target``.
+            PreconditionFailed: TOO_MANY_TAGS.
+        """
+        async with self._write(target.name, now, mutation, "put_tag", tag, target.tag, target.digest) as (write, model):
+            if not write.is_repeat:
+                revision = await require_revision(write.connection, model, target)
+                await move_pointer(write, model, tag, revision.digest, Cause.TAG)
+            return await require_model(write.connection, model)
+
+    async def delete_tag(self, name: str, tag: str, now: datetime, mutation: Mutation = PLAIN) -> Model:
+        """Removes a tag. Raises ModelNotFound, NotFound (TAG_NOT_FOUND)."""
+        async with self._write(name, now, mutation, "delete_tag", tag) as (write, model):
+            if not write.is_repeat:
+                await require_tag(write.connection, model, tag)
+                await delete_tag(write, model, tag)
+            return await require_model(write.connection, model)
+
+    async def roll_back(
+        self, name: str, tag: str, now: datetime, mutation: Mutation = PLAIN, *, to: Reference | None = None
+    ) -> Model:
+        """Points a tag, or the served revision, at the revision that it had before, or at an earlier one that is named.
+
+        Raises:
+            ModelNotFound, NotFound (TAG_NOT_FOUND), RevisionNotFound: No such model, tag or revision.
+            PreconditionFailed: NOTHING_TO_ROLL_BACK_TO, it had no other one, or not the named one.
+        """
+        wanted = to.digest if to is not None else ""
+        async with self._write(name, now, mutation, "roll_back", tag, wanted) as (write, model):
+            if not write.is_repeat:
+                if tag:
+                    await require_tag(write.connection, model, tag)
+                past = await moves_of(write, model, tag)
+                if to is None:
+                    digest = rollback_target(past, await _revisions_of(write.connection, model))
+                else:
+                    digest = (await require_revision(write.connection, model, to)).digest
+                if digest is None or digest not in stack_of(past)[:-1]:
+                    pointer = f"{model}@{tag}" if tag else model
+                    raise PreconditionFailed(
+                        f"{pointer!r} has not been at {'that' if to else 'another'} revision before",
+                        reason="NOTHING_TO_ROLL_BACK_TO",
+                        metadata={"model": model, "tag": tag},
+                    )
+                await move_pointer(write, model, tag, digest, Cause.ROLLBACK)
+            return await require_model(write.connection, model)
+
+    async def list_moves(self, name: str, *, tag: str | None, before: int | None, limit: int) -> list[Move]:
+        """Returns the moves of one pointer, or of all where ``tag`` is None, the newest first. Raises ModelNotFound."""
+        async with self._database.snapshot() as connection:
+            model = await resolve(connection, name)
+            query = select(moves).where(moves.c.model == model).order_by(moves.c.version.desc()).limit(limit)
+            if tag is not None:
+                query = query.where(moves.c.tag == tag)
+            if before is not None:
+                query = query.where(moves.c.version < before)
+            return [move_of(row) for row in await connection.execute(query)]
+
+    async def put_pin(self, target: Reference, reason: str, now: datetime, mutation: Mutation = PLAIN) -> Model:
+        """Keeps a revision from being deleted; one that is pinned keeps its reason.
+
+        Raises:
+            As ``put_tag``; InvalidRequest: INVALID_REASON.
+        """
+        if len(reason) > MAX_REASON_CHARS or not reason.isprintable():
+            raise InvalidRequest(
+                f"a reason is one line of at most {MAX_REASON_CHARS} characters",
+                reason="INVALID_REASON",
+                metadata={"param": "reason"},
+            )
+        async with self._write(target.name, now, mutation, "put_pin", target.tag, target.digest, reason) as (
+            write,
+            model,
+        ):
+            if not write.is_repeat:
+                digest = (await require_revision(write.connection, model, target)).digest
+                before = await require_model(write.connection, model)
+                if digest not in {pin.revision for pin in before.pins}:
+                    row = {"model": model, "revision": digest, "reason": reason, "created_at_us": to_us(now)}
+                    await write.connection.execute(insert(pins).values(row))
+                    await write.record(EventKind.REVISION_PINNED, model, revision=digest, reason=reason)
+            return await require_model(write.connection, model)
+
+    async def delete_pin(self, target: Reference, now: datetime, mutation: Mutation = PLAIN) -> Model:
+        """Takes a pin back; one that is not there is no error. Raises as ``put_tag``."""
+        async with self._write(target.name, now, mutation, "delete_pin", target.tag, target.digest) as (write, model):
+            if not write.is_repeat:
+                digest = (await require_revision(write.connection, model, target)).digest
+                statement = delete(pins).where(pins.c.model == model, pins.c.revision == digest)
+                if (await write.connection.execute(statement)).rowcount:
+                    await write.record(EventKind.REVISION_UNPINNED, model, revision=digest)
+            return await require_model(write.connection, model)
+
+    async def delete_revision(self, target: Reference, now: datetime, mutation: Mutation = PLAIN) -> Model:
+        """Removes a revision of a model, with its artifacts if no other model has it. The history keeps its digest.
+
+        Raises:
+            As ``put_tag``; PreconditionFailed: REVISION_IN_USE, it is served, tagged or pinned.
+        """
+        async with self._write(target.name, now, mutation, "delete_revision", target.digest) as (write, model):
+            if not write.is_repeat:
+                digest = (await require_revision(write.connection, model, target)).digest
+                _refuse_used(await require_model(write.connection, model), digest)
+                is_it = (model_revisions.c.model == model) & (model_revisions.c.revision == digest)
+                await write.connection.execute(delete(model_revisions).where(is_it))
+                await write.record(EventKind.REVISION_DELETED, model, revision=digest)
+                await delete_unused_revisions(write.connection)
+            return await require_model(write.connection, model)
+
+    @asynccontextmanager
+    async def _write(
+        self, name: str, now: datetime, mutation: Mutation, call: str, *arguments: str
+    ) -> AsyncIterator[tuple[Write, str]]:
+        """Yields a transaction and the model's name, once its version is found to be the expected one."""
+        async with self._changes.write(mutation, now, call, name, *arguments) as write:
+            model = await resolve(write.connection, name)
+            if not write.is_repeat:
+                await write.require_version(model)
+            yield write, model
+
+
+async def _revisions_of(connection: AsyncConnection, model: str) -> frozenset[str]:
+    query = select(model_revisions.c.revision).where(model_revisions.c.model == model)
+    return frozenset((await connection.execute(query)).scalars())
+
+
+def _refuse_used(model: Model, digest: str) -> None:
+    users = ["it is served"] if model.revision.digest == digest else []
+    users += [f"tag {tag.name!r} names it" for tag in model.tags if tag.revision.digest == digest]
+    users += [f"it is pinned ({pin.reason or 'no reason given'})" for pin in model.pins if pin.revision == digest]
+    if users:
+        raise PreconditionFailed(
+            f"{digest[:19]} of {model.name!r} is in use: {', '.join(users)}",
+            reason="REVISION_IN_USE",
+            metadata={"model": model.name, "revision": digest},
+        )
