@@ -405,6 +405,7 @@ async def test_what_changed_since_is_told_once_a_model_as_it_is_now(store: Store
     await store.update_policy("m", ModelPolicy(1, 1), NOW)
     head = await store.changes.version()
     changes = await store.changes_since(version)
+    assert changes is not None
     assert changes == [ModelDeleted("n"), ModelUpserted(await store.get_model("m"))]
     # Who was told of the first one only must not pass over the second.
     assert [change.version for change in changes] == [version, head]

@@ -16,7 +16,7 @@ from helios.mesh.tasks import keep_running
 from helios.mesh.xds.server import XdsServer
 from helios.proxy.admin.servicer import ADMIN_SERVICE, AdminServicer
 from helios.proxy.catalog.servicer import MODEL_SERVICE, ModelServicer
-from helios.proxy.catalog.session import ModelSource, NoRegistry, RegistrySession
+from helios.proxy.catalog.session import ModelSource, NoRegistry, RegistryClients, RegistrySession
 from helios.proxy.core import Core
 from helios.proxy.explain.journal import JournalLimits
 from helios.proxy.fleet.servicer import FLEET_SERVICE, FleetServicer
@@ -27,7 +27,7 @@ from helios.proxy.reflection import REFLECTION_SERVICES, ReflectionServicer
 from helios.proxy.runtime import Runtime
 from helios.proxy.settings import ProxySettings
 from helios.proxy.store import Store, load_models, load_swap_failures, load_workers
-from helios.registry.client import RegistryClient
+from helios.registry.client import RegistryClient, VersionClient
 
 _EDGES: Final = frozenset({"edge", "admin-edge"})
 _CONTROL_POLICY: Final = {
@@ -77,8 +77,12 @@ async def _registry(
     dialer = await stack.enter_async_context(
         Dialer(settings.registry_target, identity=settings.mesh.identity, peer="registry")
     )
-    quick = RegistryClient(dialer, timeout_seconds=_FIND_TIMEOUT_SECONDS)
-    session = RegistrySession(RegistryClient(dialer), quick, runtime, store)
+    clients = RegistryClients(
+        steady=RegistryClient(dialer),
+        quick=RegistryClient(dialer, timeout_seconds=_FIND_TIMEOUT_SECONDS),
+        versions=VersionClient(dialer, timeout_seconds=_FIND_TIMEOUT_SECONDS),
+    )
+    session = RegistrySession(clients, runtime, store)
     lifetime.group.create_task(keep_running("watch models", session.watch, cap_seconds=1), name="watch models")
     return session
 

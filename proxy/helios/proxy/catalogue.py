@@ -16,6 +16,7 @@ from helios.proxy.engine_needs import needs_of
 
 # The registry refuses longer names.
 _NAME_LENGTH = 200
+_HEXADECIMAL = frozenset("0123456789abcdef")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,13 @@ def shown(name: str) -> str:
     """A name that a client sent, fit for a message: no control characters, and no longer than a model's name may be."""
     clipped = name if len(name) <= _NAME_LENGTH else name[:_NAME_LENGTH] + "…"
     return clipped if clipped.isprintable() else "".join(char if char.isprintable() else "�" for char in clipped)
+
+
+def is_by_digest(name: str) -> bool:
+    """Whether a name is a revision's, by a model's name and the beginning of a digest: only the registry can say."""
+    _, mark, which = name.partition("@")
+    digits = which.removeprefix("sha256:")
+    return bool(mark) and 6 <= len(digits) <= 64 and _HEXADECIMAL.issuperset(digits)
 
 
 class Catalogue:

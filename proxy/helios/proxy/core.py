@@ -18,7 +18,7 @@ from helios.proxy import actions
 from helios.proxy.activation import machine
 from helios.proxy.activation.machine import ActivationState
 from helios.proxy.breaker import BreakerPolicy
-from helios.proxy.catalogue import Catalogue, ModelEntry
+from helios.proxy.catalogue import Catalogue, ModelEntry, is_by_digest
 from helios.proxy.fleet.commands import (
     CommandBook,
     Order,
@@ -110,6 +110,9 @@ class Core:
         """
         entry = self.catalogue.find(name)
         if entry is None and self.catalogue.is_synced:
+            # Tags come with the registry's watch; about a revision by its digest it is asked, if there is the model.
+            if is_by_digest(name) and self.catalogue.find(name.partition("@")[0]) is not None:
+                return None
             raise model_not_found(name)
         return entry
 

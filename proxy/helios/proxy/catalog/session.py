@@ -5,24 +5,45 @@ marked out of step, so that an unknown name is asked for and not refused.
 """
 
 import time
+from collections.abc import Iterable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
-from helios.mesh.errors import HeliosError, Unavailable
-from helios.proxy.catalogue import ModelEntry
+from helios.mesh.errors import HeliosError, NotFound, Unavailable
+from helios.proxy.catalog.addressed import MAX_SPELLINGS, entries_of
+from helios.proxy.catalogue import ModelEntry, is_by_digest
 from helios.proxy.runtime import Runtime
-from helios.registry.client import Model, ModelDeleted, ModelPolicy, ModelSnapshot, ModelUpserted, RegistryClient
+from helios.registry.client import (
+    Model,
+    ModelDeleted,
+    ModelPolicy,
+    ModelSnapshot,
+    ModelUpserted,
+    RegistryClient,
+    Revision,
+    VersionClient,
+)
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryClients:
+    """How the registry is asked: for the watch and policies, and for requests that wait, with a short timeout."""
+
+    steady: RegistryClient
+    quick: RegistryClient
+    versions: VersionClient
 
 
 class ModelSource(Protocol):
     """Where models come from, asked directly. Idempotent and cancel-safe."""
 
     async def find(self, name: str) -> ModelEntry:
-        """The model of a name or alias. Raises NotFound, or another HeliosError where that can't be told."""
+        """The model of a name, alias or reference. Raises NotFound, or another HeliosError where that can't be told."""
         ...
 
     async def set_policy(self, name: str, *, min_replicas: int, max_replicas: int) -> ModelEntry:
@@ -41,40 +62,84 @@ class CatalogueStore(Protocol):
 class RegistrySession:
     """A ModelSource, and the feed of the catalogue."""
 
-    def __init__(self, client: RegistryClient, quick: RegistryClient, runtime: Runtime, store: CatalogueStore) -> None:
-        """Takes two clients: one for the watch and policies, and one with a short timeout for requests that wait."""
-        self._client = client
-        self._quick = quick
+    def __init__(self, clients: RegistryClients, runtime: Runtime, store: CatalogueStore) -> None:
+        self._clients = clients
         self._runtime = runtime
         self._store = store
+        self._entries: dict[str, set[str]] = {}
+        self._spelled: dict[str, dict[str, Revision]] = {}
 
     async def find(self, name: str) -> ModelEntry:
         """Asks the registry."""
-        return entry_from_model(await self._quick.get_model(name))
+        if "@" not in name:
+            model = await self._clients.quick.get_model(name)
+            return entries_of(model, self._spelled.get(model.name, {}))[0]
+        resolved = await self._clients.versions.resolve(name)
+        spelled = self._spelled.setdefault(resolved.model.name, {})
+        if is_by_digest(name):
+            while len(spelled) >= MAX_SPELLINGS:
+                del spelled[next(iter(spelled))]
+            spelled[name] = resolved.revision
+        entries = entries_of(resolved.model, spelled)
+        entry = next(entry for entry in entries if entry.revision == resolved.revision.digest)
+        self._entries.setdefault(resolved.model.name, set()).add(entry.name)
+        return entry
 
     async def set_policy(self, name: str, *, min_replicas: int, max_replicas: int) -> ModelEntry:
         """Writes through to the registry."""
-        return entry_from_model(await self._client.update_policy(name, ModelPolicy(min_replicas, max_replicas)))
+        model = await self._clients.steady.update_policy(name, ModelPolicy(min_replicas, max_replicas))
+        return entries_of(model, self._spelled.get(model.name, {}))[0]
 
     async def watch(self) -> None:
         """Feeds the catalogue until the watch breaks. Raises HeliosError then; call it again."""
-        core = self._runtime.core
         try:
-            async with aclosing(self._client.watch_models()) as events:
+            async with aclosing(self._clients.steady.watch_models()) as events:
                 async for event in events:
-                    now = time.monotonic()
                     match event:
                         case ModelSnapshot(models):
-                            entries = [entry_from_model(model) for model in models]
-                            self._runtime.apply(core.models_replaced(entries, now, is_synced=True))
-                            log.info("catalogue in step with the registry", models=len(entries))
+                            await self._replace(models)
                         case ModelUpserted(model):
-                            self._runtime.apply(core.model_upserted(entry_from_model(model), now))
+                            await self._upsert(model)
                         case ModelDeleted(name):
-                            self._runtime.apply(core.model_deleted(name, now))
+                            self._delete(name)
                     self._store.mark_changed()
         finally:
-            core.catalogue.is_synced = False
+            self._runtime.core.catalogue.is_synced = False
+
+    async def _replace(self, models: Iterable[Model]) -> None:
+        found = {model.name: entries_of(model, await self._check_spelled(model)) for model in models}
+        self._entries = {name: {entry.name for entry in entries} for name, entries in found.items()}
+        for name in self._spelled.keys() - found.keys():
+            del self._spelled[name]
+        entries = [entry for entries in found.values() for entry in entries]
+        self._runtime.apply(self._runtime.core.models_replaced(entries, time.monotonic(), is_synced=True))
+        log.info("catalogue in step with the registry", models=len(found))
+
+    async def _upsert(self, model: Model) -> None:
+        entries = entries_of(model, await self._check_spelled(model))
+        # What is new comes first: an alias that moves is never without an owner.
+        for entry in entries:
+            self._runtime.apply(self._runtime.core.model_upserted(entry, time.monotonic()))
+        names = {entry.name for entry in entries}
+        for gone in self._entries.get(model.name, set()) - names:
+            self._runtime.apply(self._runtime.core.model_deleted(gone, time.monotonic()))
+        self._entries[model.name] = names
+
+    def _delete(self, name: str) -> None:
+        self._spelled.pop(name, None)
+        for gone in {name} | self._entries.pop(name, set()):
+            self._runtime.apply(self._runtime.core.model_deleted(gone, time.monotonic()))
+
+    async def _check_spelled(self, model: Model) -> dict[str, Revision]:
+        """Returns the references by digest that requests have used of a model, without those of deleted revisions."""
+        spelled = self._spelled.get(model.name, {})
+        for digest in {revision.digest for revision in spelled.values()}:
+            try:
+                await self._clients.versions.resolve(f"{model.name}@{digest}")
+            except NotFound:
+                for reference in [name for name, revision in spelled.items() if revision.digest == digest]:
+                    del spelled[reference]
+        return spelled
 
 
 class NoRegistry:
@@ -90,27 +155,3 @@ class NoRegistry:
 
     def _unavailable(self) -> HeliosError:
         return Unavailable("no registry is configured", reason="REGISTRY_UNAVAILABLE")
-
-
-def entry_from_model(model: Model) -> ModelEntry:
-    """The catalogue's form of a registry's model."""
-    profile = model.revision.profile
-    return ModelEntry(
-        name=model.name,
-        revision=model.revision.digest,
-        aliases=model.aliases,
-        weights_bytes=profile.weights_bytes,
-        kv_bytes_per_token=profile.kv_bytes_per_token,
-        max_context_tokens=profile.max_context_tokens,
-        parameter_count=profile.parameter_count,
-        layer_count=profile.layer_count,
-        vocabulary_size=profile.vocabulary_size,
-        base_model=profile.base_model,
-        dtype=profile.dtype,
-        architecture=profile.architecture,
-        source=model.revision.source,
-        created_at=int(model.revision.created_at.timestamp()),
-        min_replicas=model.policy.min_replicas,
-        max_replicas=model.policy.max_replicas,
-        engine_settings=model.engine_settings.document,
-    )

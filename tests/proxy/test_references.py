@@ -1,0 +1,184 @@
+"""Tags and digests in requests: which entry a reference means, and a proxy's copy that follows a real registry."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helios.mesh.errors import ModelNotFound, NotFound, RevisionNotFound
+from helios.proxy.catalog.addressed import addressed_name, entries_of
+from helios.proxy.catalog.session import RegistryClients, RegistrySession
+from helios.proxy.catalogue import ModelEntry, is_by_digest
+from helios.proxy.core import Core
+from helios.registry.client import EngineSettings, ModelPolicy, RegistryClient, VersionClient
+from helios.registry.names import Reference, parse_reference
+from tests.proxy.support import core, entry
+from tests.registry.support import Mesh, Parts, open_parts, serve
+from tests.registry.test_store import A, B, C, new
+
+OTHER = f"m@{A[7:19]}"
+
+
+@dataclass
+class Runtime:
+    """Lets a session change a core, and sends nothing."""
+
+    core: Core
+
+    def apply(self, _: Iterable[object]) -> None: ...
+
+
+class NoStore:
+    def mark_changed(self) -> None: ...
+
+
+@dataclass
+class World:
+    """A real registry, and a core that a session feeds from it."""
+
+    parts: Parts
+    session: RegistrySession
+    core: Core
+
+    def found(self, name: str) -> ModelEntry | None:
+        return self.core.catalogue.find(name)
+
+    async def until(self, holds: Callable[[], Any]) -> None:
+        async with asyncio.timeout(20):
+            while not holds():
+                await asyncio.sleep(0.01)
+
+    async def follows(self) -> None:
+        """Waits until a change that is made now has arrived."""
+        name = f"mark{len(self.core.catalogue)}"
+        await self.parts.catalog.put_model(name, (), new("f"))
+        await self.until(lambda: self.found(name))
+
+
+@pytest.fixture
+async def world(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    mesh = Mesh(tmp_path_factory.mktemp("pki"))
+    async with open_parts(tmp_path / "registry") as parts, serve(parts, mesh) as address:
+        for seed in "ab":
+            await parts.catalog.put_model("m", ("x",), new(seed))
+        async with mesh.dialer(address, "proxy") as dialer:
+            registry = RegistryClient(dialer)
+            subject = core()
+            clients = RegistryClients(registry, registry, VersionClient(dialer))
+            session = RegistrySession(clients, Runtime(subject), NoStore())  # type: ignore[arg-type]
+            async with watching(session):
+                world = World(parts, session, subject)
+                await world.until(lambda: subject.catalogue.is_synced)
+                yield world
+
+
+@asynccontextmanager
+async def watching(session: RegistrySession) -> AsyncIterator[None]:
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(session.watch(), name="watch")
+        yield
+        task.cancel()
+
+
+async def test_a_tag_is_found_once_the_watch_told_it_and_moves_at_once(world: World) -> None:
+    versions = world.parts.versions
+    with pytest.raises(ModelNotFound):
+        world.core.resolve("m@prod")
+    await versions.put_tag(parse_reference("m"), "prod")
+    await world.until(lambda: world.found("m@prod"))
+    # What is served has one entry, whatever it is called.
+    assert world.found("m@prod") == world.found("x@prod") == world.found("m")
+    await versions.put_tag(Reference("m", digest=A), "prod")
+    await world.until(lambda: world.found(OTHER))
+    assert world.found("m@prod") == world.found("x@prod") == world.found(OTHER)
+    assert (world.found("m@prod") or entry()).revision == A
+    assert (world.found("m") or entry()).revision == B
+    await versions.delete_tag("m", "prod")
+    await world.follows()
+    assert world.found("m@prod") is None
+    assert world.found(OTHER) is None
+    with pytest.raises(ModelNotFound):
+        world.core.resolve("m@prod")
+
+
+async def test_a_digest_is_asked_for_and_stays_as_long_as_its_revision(world: World) -> None:
+    reference = f"m@{A[7:15]}"
+    assert world.core.resolve(reference) is None
+    found = await world.session.find(reference)
+    assert (found.name, found.revision, found.aliases) == (OTHER, A, (reference,))
+    world.core.model_upserted(found, 0.0)
+    assert world.core.resolve(reference) == found
+    # A change of the model leaves it; another spelling joins it.
+    await world.parts.catalog.update_policy("m", ModelPolicy(1, 2))
+    await world.follows()
+    kept = world.found(reference)
+    assert kept is not None
+    assert (kept.name, kept.min_replicas, kept.max_replicas) == (OTHER, 0, 2)
+    again = await world.session.find(f"x@{A}")
+    assert again.aliases == (reference, f"x@{A}")
+    await world.parts.versions.delete_revision(Reference("m", digest=A))
+    await world.follows()
+    assert world.found(OTHER) is None
+    with pytest.raises(RevisionNotFound):
+        await world.session.find(reference)
+
+
+async def test_a_digest_of_what_is_served_is_the_model_itself(world: World) -> None:
+    found = await world.session.find(f"m@{B}")
+    assert (found.name, found.revision) == ("m", B)
+    assert found.aliases == ("x", f"m@{B}")
+
+
+async def test_what_can_not_be_is_not_asked_for(world: World) -> None:
+    for name in (f"other@{A}", "m@prod", "m@", "m@sha256:", "m@abc", "m@XYZXYZ"):
+        with pytest.raises(ModelNotFound):
+            world.core.resolve(name)
+    with pytest.raises(NotFound):
+        await world.session.find("m@000000")
+
+
+async def test_a_model_that_goes_takes_its_revisions_along(world: World) -> None:
+    await world.parts.versions.put_tag(Reference("m", digest=A), "prod")
+    await world.until(lambda: world.found("m@prod"))
+    await world.parts.catalog.delete_model("m")
+    await world.follows()
+    assert [one.name for one in world.core.catalogue.models() if one.name.startswith("m@") or one.name == "m"] == []
+
+
+async def test_a_watch_that_breaks_forgets_no_reference(world: World) -> None:
+    world.core.model_upserted(await world.session.find(f"m@{A[7:15]}"), 0.0)
+    await world.parts.versions.put_tag(Reference("m", digest=A), "prod")
+    await world.until(lambda: world.found("m@prod"))
+    world.core.models_replaced([], 0.0, is_synced=False)
+    async with watching(world.session):
+        await world.until(lambda: world.found("m@prod"))
+        assert world.found(f"m@{A[7:15]}") == world.found("m@prod")
+
+
+async def test_other_revisions_have_no_adapters(world: World) -> None:
+    """A name of an adapter means one thing: the adapter beside what its model serves."""
+    await world.parts.catalog.put_model("adapter", (), new("d"))
+    settings = '{"lora": {"adapters": [{"model": "adapter", "name": "fine"}], "max_rank": 8}}'
+    await world.parts.catalog.update_engine_settings("m", EngineSettings(settings))
+    await world.parts.versions.put_tag(Reference("m", digest=A), "prod")
+    model = await world.parts.store.get_model("m")
+    own, other = entries_of(model, {})
+    assert (own.adapters, other.adapters) == (("fine",), ())
+    assert '"max_rank": 8' in other.engine_settings
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [(f"m@{A}", True), ("a/b@0123ab", True), ("m@sha256:0123ab", True), ("m@prod", False), ("m@0123a", False),
+     ("0123ab", False), ("m@0123AB", False), (f"m@{A}0", False)],
+)  # fmt: skip
+def test_what_reads_like_a_digest(name: str, expected: bool) -> None:
+    assert is_by_digest(name) == expected
+
+
+def test_an_entry_of_another_revision_is_named_by_its_digest() -> None:
+    assert addressed_name("org/m", C) == f"org/m@{C[7:19]}"
