@@ -8,6 +8,16 @@ ENGINE ?= auto
 JOBS ?= 2
 BIN := .venv/bin
 NODE := tests/scenarios/node
+# Some environments, containers above all, forbid Python to keep compiled modules, and uv installs none: every process
+# would compile anew what it imports, which for vLLM takes longer than to load it.
+unexport PYTHONDONTWRITEBYTECODE
+# Its wrapper asks PyPI for a newer version at each run.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+PYTEST := $(BIN)/python -m pytest
+FAST := not soak and not slow and not real_model and not scenario
+SLOW := not soak and (slow or real_model or scenario)
+# With ARGS="-k name" one of the two parts may have no such test.
+OR_NONE = $(if $(ARGS),|| [ $$? -eq 5 ])
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,8 +30,8 @@ up: setup ## Start the whole mesh on this machine; ARGS="--detach" and so on are
 
 test: setup node ## Everything CI runs: static checks, then all tests with real processes and the real model
 	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target --keep-going static
-	@mkdir -p build
-	@$(BIN)/python -m pytest --junit-xml=build/junit.xml $(ARGS)
+	@$(MAKE) --no-print-directory fast
+	@$(PYTEST) -m "$(SLOW)" --junit-xml=build/junit.xml $(ARGS) $(OR_NONE)
 
 check: setup ## Static checks and the fast tests
 	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target --keep-going static fast
@@ -31,7 +41,7 @@ bench: setup ## Run the benchmarks, write build/bench.json, compare with tests/b
 
 soak: setup node ## The long forms of fault and cycle tests
 	@mkdir -p build
-	@$(BIN)/python -m pytest -m soak --timeout 3600 --junit-xml=build/soak.xml $(ARGS)
+	@$(PYTEST) -m soak --timeout 3600 --junit-xml=build/soak.xml $(ARGS)
 
 gen: setup ## Regenerate gen/ from proto/
 	@$(BIN)/python -m proto.generate
@@ -65,7 +75,8 @@ imports:
 	@$(BIN)/lint-imports --no-logo > build/imports.txt 2>&1 || { cat build/imports.txt; exit 1; }
 
 fast:
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not soak and not slow and not real_model and not scenario" -p no:cacheprovider
+	@mkdir -p build
+	@$(PYTEST) -q -n $(JOBS) --dist worksteal -m "$(FAST)" -p no:cacheprovider --junit-xml=build/junit-fast.xml $(ARGS) $(OR_NONE)
 
 node: setup $(NODE)/node_modules/.package-lock.json
 

@@ -10,6 +10,7 @@ import asyncio
 import fcntl
 import gc
 import inspect
+import re
 import subprocess
 import sys
 import tempfile
@@ -54,17 +55,38 @@ def pytest_configure(config: pytest.Config) -> None:
     grpc.aio.init_grpc_aio()
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves files alone of which ``-m`` wants nothing: importing some brings torch, seconds of each process."""
+    expression = config.option.markexpr
+    unwanted = set() if " or " in expression else set(re.findall(r"\bnot (\w+)", expression))
+    return True if unwanted & set(_marks_of(collection_path)) else None
+
+
+def pytest_collection_finish() -> None:
+    """Keeps the garbage collector off what imports made, which lasts: the leak check collects after many tests."""
+    gc.collect()
+    gc.freeze()
+
+
 # First, because pytest deselects by marker in the same hook.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks scenarios and slow files by where they are; asynchronous tests get the check for leaked tasks."""
+    """Marks files by where they are and what they are called; asynchronous tests get the check for leaked tasks."""
     for item in items:
-        if ROOT / "tests" / "scenarios" in item.path.parents:
-            item.add_marker("scenario")
-        if str(item.path.relative_to(ROOT / "tests")) in SLOW_FILES:
-            item.add_marker("slow")
+        for mark in _marks_of(item.path):
+            item.add_marker(mark)
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(inspect.unwrap(item.obj)):
             item.fixturenames.insert(_wider_scope_count(item), "leaves_no_task")
+
+
+def _marks_of(path: Path) -> Iterator[str]:
+    """Yields the marks that all tests of a file or folder have."""
+    if path.is_relative_to(ROOT / "tests" / "scenarios"):
+        yield "scenario"
+    if path.name.endswith("_real.py"):
+        yield "real_model"
+    if path.is_relative_to(ROOT / "tests") and str(path.relative_to(ROOT / "tests")) in SLOW_FILES:
+        yield "slow"
 
 
 def _wider_scope_count(item: pytest.Function) -> int:
@@ -152,7 +174,17 @@ def _descriptors() -> set[str]:
 
 
 def _children() -> set[str]:
+    if not _may_have_children():
+        return set()
     return {name for child in psutil.Process().children() if (name := _living(child))}
+
+
+def _may_have_children() -> bool:
+    """Asks the kernel; psutil reads the entry of every process of the machine, milliseconds before and after a test."""
+    try:
+        return any((task / "children").read_bytes() for task in Path("/proc/self/task").iterdir())
+    except OSError:  # a thread has just ended, or the kernel has no such file
+        return True
 
 
 def _living(process: psutil.Process) -> str:

@@ -18,11 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 from helios.cli.certificates import identity_of
 from helios.cli.children import ChildSpec
 from helios.cli.state import StateDirectory
-from helios.mesh.envoy.admin import EnvoyAdmin
 from helios.mesh.envoy.process import command
 from helios.mesh.envoy.settings import EdgeSettings, Limits
 from helios.mesh.errors import InvalidRequest, Unavailable
-from helios.mesh.settings import to_arguments
 
 if TYPE_CHECKING:
     from helios.cli.up import UpOptions
@@ -70,6 +68,8 @@ async def drain_envoy(state: StateDirectory, deadline: float) -> None:
     """Lets Envoy take no new connections and returns when its requests have ended, at the deadline
     (``time.monotonic()``) otherwise.
     """
+    from helios.mesh.envoy.admin import EnvoyAdmin  # noqa: PLC0415 - see _envoy
+
     with contextlib.suppress(Unavailable, TimeoutError):
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())), EnvoyAdmin(_envoy_admin(state)) as admin:
             await admin.drain()
@@ -125,6 +125,8 @@ def _apply(settings: Settings, override: str) -> None:
 
 
 def _python_process(state: StateDirectory, name: str, settings: Mapping[str, Any]) -> ChildSpec:
+    from helios.mesh.settings import to_arguments  # noqa: PLC0415 - see _envoy
+
     ready = state.run / f"{name}.ready.json"
     flags = to_arguments(deepcopy(dict(settings)))
     arguments = [sys.executable, "-m", f"helios.{name}", f"--ready-file={ready}", *flags]
@@ -140,6 +142,10 @@ def _python_process(state: StateDirectory, name: str, settings: Mapping[str, Any
 
 
 def _envoy(state: StateDirectory, settings: Settings, options: "UpOptions") -> ChildSpec:
+    # Most of a second of every command (aiohttp, Envoy's messages, pydantic), for what only `up` needs.
+    from helios.mesh.envoy.admin import EnvoyAdmin  # noqa: PLC0415
+    from helios.mesh.envoy.bootstrap import install  # noqa: PLC0415
+
     edge = EdgeSettings(
         directory=state.component("envoy"),
         envoy_admin=_envoy_admin(state),
@@ -161,9 +167,6 @@ def _envoy(state: StateDirectory, settings: Settings, options: "UpOptions") -> C
     async def is_serving() -> bool:
         async with EnvoyAdmin(_envoy_admin(state)) as admin:
             return await admin.is_ready()
-
-    # Half a second of every command, for what only `up` needs.
-    from helios.mesh.envoy.bootstrap import install  # noqa: PLC0415
 
     return ChildSpec(
         "envoy",
