@@ -1,7 +1,9 @@
 """A materializer without a mesh: manifests from a shelf, tiers in directories, a clock that tests set."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -67,6 +69,14 @@ async def local_agent(
     ]
     async with open_materializer(opened, ShelfManifests(shelf), clock=clock or SetClock(), upkeep=upkeep) as agent:
         yield agent
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory in memory where there is such a place."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="helios-", dir=memory if os.access(memory, os.W_OK) else None) as path:
+        yield Path(path)
 
 
 async def lend(agent: Materializer, revision: str) -> Loan:

@@ -17,8 +17,8 @@ def _kill(directory: Path, *, seed: int, count: int, timeout_seconds: float) -> 
     assert done.stdout.count("right") == count
 
 
-def test_a_kill_at_any_point_is_repaired(tmp_path: Path) -> None:
-    _kill(tmp_path, seed=1, count=25, timeout_seconds=120)
+def test_a_kill_at_any_point_is_repaired(scratch_path: Path) -> None:
+    _kill(scratch_path, seed=1, count=25, timeout_seconds=120)
 
 
 @pytest.mark.soak

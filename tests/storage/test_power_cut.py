@@ -83,11 +83,11 @@ class Scenario:
 
 @pytest.mark.parametrize("is_link_allowed", [False, True])
 async def test_no_power_failure_leaves_a_wrong_byte_or_loses_what_was_lent(
-    tmp_path: Path, is_link_allowed: bool
+    scratch_path: Path, is_link_allowed: bool
 ) -> None:
-    scenario = Scenario(tmp_path)
+    scenario = Scenario(scratch_path)
     files = scenario.disk("disk")
-    async with local_agent(tmp_path, scenario.shelf, DISK, files=files, is_link_allowed=is_link_allowed) as agent:
+    async with local_agent(scratch_path, scenario.shelf, DISK, files=files, is_link_allowed=is_link_allowed) as agent:
         old = await lend(agent, scenario.old)
         scenario.promise(files, SHARED, OLD)
         await use(agent, scenario.new)
@@ -101,15 +101,15 @@ async def test_no_power_failure_leaves_a_wrong_byte_or_loses_what_was_lent(
     await scenario.check(files, is_index_lost=True)
 
 
-async def test_what_a_kill_left_and_a_start_adopted_survives_a_power_failure(tmp_path: Path) -> None:
+async def test_what_a_kill_left_and_a_start_adopted_survives_a_power_failure(scratch_path: Path) -> None:
     """The start read the right bytes from memory; that they are on the disk is for it to see to."""
-    scenario = Scenario(tmp_path)
+    scenario = Scenario(scratch_path)
     files = scenario.disk("disk")
     for content in (SHARED, NEW):
-        path = tmp_path / "disk" / "blobs" / "sha256" / digest_of(content).hash[:2] / digest_of(content).hash
+        path = scratch_path / "disk" / "blobs" / "sha256" / digest_of(content).hash[:2] / digest_of(content).hash
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    async with local_agent(tmp_path, scenario.shelf, DISK, files=files) as agent:
+    async with local_agent(scratch_path, scenario.shelf, DISK, files=files) as agent:
         assert len(agent.rooms[0].tier.inventory.strays()) == 2
         scenario.promise(files, SHARED, NEW)
         assert (await lend(agent, scenario.new)).fetched_bytes == 0
@@ -117,12 +117,14 @@ async def test_what_a_kill_left_and_a_start_adopted_survives_a_power_failure(tmp
     await scenario.check(files, is_index_lost=False)
 
 
-async def test_a_power_failure_during_a_promotion_spares_the_source_and_leaves_no_wrong_copy(tmp_path: Path) -> None:
-    scenario = Scenario(tmp_path)
+async def test_a_power_failure_during_a_promotion_spares_the_source_and_leaves_no_wrong_copy(
+    scratch_path: Path,
+) -> None:
+    scenario = Scenario(scratch_path)
     files = scenario.disk("fast")
-    async with local_agent(tmp_path, scenario.shelf, DISK) as agent:
+    async with local_agent(scratch_path, scenario.shelf, DISK) as agent:
         await use(agent, scenario.new, times=3)
-    async with local_agent(tmp_path, scenario.shelf, DISK, FAST, files=files) as agent:
+    async with local_agent(scratch_path, scenario.shelf, DISK, FAST, files=files) as agent:
         await agent.mover.look()
         assert tiers_of(agent, scenario.new) == ("fast", "disk")
         scenario.promise(files, SHARED, NEW)
@@ -130,27 +132,29 @@ async def test_a_power_failure_during_a_promotion_spares_the_source_and_leaves_n
     assert await scenario.check(files, is_index_lost=False) > files.operation_count
 
 
-async def test_a_power_failure_while_a_bad_blob_is_replaced_leaves_the_bad_one_or_the_good_one(tmp_path: Path) -> None:
+async def test_a_power_failure_while_a_bad_blob_is_replaced_leaves_the_bad_one_or_the_good_one(
+    scratch_path: Path,
+) -> None:
     """The bad one can be there again after the failure: nobody promised more, and the next scrub finds it again."""
-    scenario = Scenario(tmp_path)
-    async with local_agent(tmp_path, scenario.shelf, DISK) as agent:
+    scenario = Scenario(scratch_path)
+    async with local_agent(scratch_path, scenario.shelf, DISK) as agent:
         await use(agent, scenario.new)
-    blob = tmp_path / "disk" / "blobs" / "sha256" / digest_of(NEW).hash[:2] / digest_of(NEW).hash
+    blob = scratch_path / "disk" / "blobs" / "sha256" / digest_of(NEW).hash[:2] / digest_of(NEW).hash
     bad = bytes([NEW[0] ^ 1]) + NEW[1:]
     blob.chmod(0o644)
     blob.write_bytes(bad)
     blob.chmod(0o444)
-    before = tmp_path / "before"
-    (tmp_path / "disk").rename(before)
-    files = _resume(before, tmp_path)
-    async with local_agent(tmp_path, scenario.shelf, DISK, files=files) as agent:
+    before = scratch_path / "before"
+    (scratch_path / "disk").rename(before)
+    files = _resume(before, scratch_path)
+    async with local_agent(scratch_path, scenario.shelf, DISK, files=files) as agent:
         loan = await lend(agent, scenario.new)
         found = [step async for step in agent.scrubber.scrub_all(bytes_per_second=0)][-1].found
         assert [(bad.is_lent, bad.is_healed) for bad in found] == [(True, True)]
         assert (loan.path / "new").read_bytes() == NEW
     files.close()
     for cut in files.cuts:
-        directory = tmp_path / "after" / cut.root.name
+        directory = scratch_path / "after" / cut.root.name
         _copy(cut.root, directory / "disk")
         async with local_agent(directory, scenario.shelf) as agent:
             path = agent.rooms[0].tier.store.blob_path(digest_of(NEW).hash)

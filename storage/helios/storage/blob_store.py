@@ -21,10 +21,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from helios.mesh.errors import DigestMismatch, DiskFull, HeliosError, PreconditionFailed, Unavailable
 from helios.storage.file_system import FileSystem, LocalFileSystem, make_durable_directory, remove_tree
 from helios.storage.manifest import Digest, Manifest, is_hash, revision_hash
 from helios.storage.tiers import DiskRoom
+
+log = structlog.get_logger()
 
 BLOB_MODE = 0o444
 """Read-only for everybody: replicas may run as other users, and a blob never changes."""
@@ -144,9 +148,16 @@ class BlobStore:
             self.discard_temporary(temporary)
 
     def discard_temporary(self, temporary: Path) -> None:
-        """Removes an unfinished file. Idempotent."""
-        with suppress(FileNotFoundError):
+        """Removes an unfinished file. Idempotent.
+
+        Where the disk refuses it is left to the next start: whoever cleans up has an error to tell already.
+        """
+        try:
             self.files.remove(temporary)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log.warning("unfinished file left to the next start", path=str(temporary), error=str(error))
 
     def remove_blob(self, hash_: str) -> None:
         """Unlinks a blob; processes that have it mapped keep it until they let go. Idempotent.
@@ -157,16 +168,19 @@ class BlobStore:
             self.files.remove(self.blob_path(hash_))
 
     def make_view(self, manifest: Manifest) -> Path:
-        """Makes the directory of a revision whose blobs are all here. Idempotent: a view that stands is kept.
+        """Makes the directory of a revision whose blobs are all here. Idempotent: a view that is right is kept.
 
         Raises:
-            DiskFull: No room for the links.
+            HeliosError: DiskFull (no room for the links), Unavailable (TIER_FAILED).
         """
         final = self.view_path(manifest.revision)
-        if final.is_dir():
-            return final
         building = self.new_temporary()
         try:
+            if final.is_dir():
+                if self._is_intact(final, manifest):
+                    return final
+                # One that could not be removed when its revision went: its links may lead to files that are no blobs.
+                self._discard(final)
             self.files.make_directory(building)
             for entry in manifest.entries:
                 link = building / entry.path
@@ -193,8 +207,7 @@ class BlobStore:
                     self._link(self.blob_path(digest.hash), link)
                     self.files.rename(link, view / entry.path)
                 except OSError as error:
-                    with suppress(OSError):
-                        self.discard_temporary(link)
+                    self.discard_temporary(link)
                     raise write_error(error, link) from error
 
     def remove_view(self, revision: str) -> None:

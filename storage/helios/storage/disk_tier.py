@@ -25,7 +25,7 @@ import structlog
 
 from helios.mesh.errors import HeliosError
 from helios.mesh.transfer.engine import Downloader
-from helios.storage.blob_store import BlobStore
+from helios.storage.blob_store import BlobStore, write_error
 from helios.storage.eviction import EvictionPlan
 from helios.storage.fetch import BlobFetcher, BlobSource, DirectorySource, FetchToken
 from helios.storage.file_system import FileSystem
@@ -87,9 +87,13 @@ class DiskTier:
 
         Raises:
             PreconditionFailed: ROOT_IN_USE.
+            HeliosError: DiskFull, Unavailable (TIER_FAILED), when the disk does not let it.
         """
         try:
             await self._disk.run(self._start)
+        except OSError as error:
+            await self.__aexit__(None, None, None)
+            raise write_error(error, self.store.root) from error
         except BaseException:
             await self.__aexit__(None, None, None)
             raise
@@ -205,7 +209,12 @@ class DiskTier:
         await self._disk.run(work)
 
     async def drop(self, make_plan: Callable[[], EvictionPlan], reason: EvictionReason) -> EvictionPlan:
-        """Makes a plan of the inventory as it stands, carries it out and returns it."""
+        """Makes a plan of the inventory as it stands, carries it out and returns it.
+
+        Raises:
+            Unavailable: TIER_FAILED, when files could not be removed. They count for nothing any more: the next start
+                hashes those that are still there.
+        """
         async with self._dropping:
             plan = make_plan()
             self.inventory.clock = max(self.inventory.clock, plan.clock)
@@ -306,14 +315,21 @@ class DiskTier:
     def _delete(self, plan: EvictionPlan) -> None:
         # Files first: on a full disk the index may have no room before they are gone, and a crash in between leaves
         # rows without files, which the next start drops.
-        for revision in plan.revisions:
-            self.store.remove_view(revision)
-        for blob in plan.blobs:
-            self.store.remove_blob(blob.hash)
+        failures: list[OSError] = []
+        for remove, name in (
+            *((self.store.remove_view, revision) for revision in plan.revisions),
+            *((self.store.remove_blob, blob.hash) for blob in plan.blobs),
+        ):
+            try:
+                remove(name)
+            except OSError as error:
+                failures.append(error)
         try:
             self._opened.delete(revisions=plan.revisions, blobs=plan.blobs, clock=plan.clock)
         except HeliosError as error:
             log.warning("index is behind the disk until the next start", error=error.message)
+        if failures:
+            raise write_error(failures[0], self.store.root) from failures[0]
 
     def _save_facts(self) -> None:
         facts = {

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import structlog
 
-from helios.mesh.errors import Corrupted, DiskFull, HeliosError, PreconditionFailed
+from helios.mesh.errors import Corrupted, DiskFull, HeliosError, PreconditionFailed, Unavailable
 from helios.storage import metrics
 from helios.storage.clock import Clock, steady_clock
 from helios.storage.disk_tier import DiskTier
@@ -323,21 +323,22 @@ class Materializer:
         manifest, source = await self._manifests.get_manifest(revision)
         check_fits_somewhere(manifest, [room.tier.options for room in self.rooms])
         disks = [room for room in self.rooms if room.tier.options.kind is not TierKind.MEMORY]
-        refusals: list[DiskFull] = []
+        refusals: list[HeliosError] = []
         for room in disks:
             try:
                 fetched_bytes = await self._bring_to(room, manifest, source)
-            except DiskFull as error:
-                refusals.append(error)
-                continue
             except HeliosError as error:
+                # Another tier may have what this one lacks: room, or a disk that works.
+                if isinstance(error, DiskFull) or error.reason == "TIER_FAILED":
+                    refusals.append(error)
+                    continue
                 log.warning("revision not materialised", revision=revision, reason=error.reason, error=error.message)
                 raise
             finally:
                 self._show()
             log.info("revision materialised", revision=revision, tier=room.name, fetched_bytes=fetched_bytes)
             return fetched_bytes
-        log.warning("no tier has room", revision=revision, errors=[error.message for error in refusals])
+        log.warning("no tier takes the revision", revision=revision, errors=[error.message for error in refusals])
         raise refusals[0]
 
     async def _bring_to(self, room: Room, manifest: Manifest, source: BlobSource) -> int:
@@ -453,9 +454,18 @@ async def open_materializer(
 
     Raises:
         PreconditionFailed: ROOT_IN_USE.
+        HeliosError: DiskFull, Unavailable (TIER_FAILED), when the first tier can't be opened; others are left out.
     """
     async with AsyncExitStack() as stack:
-        opened = [await stack.enter_async_context(tier) for tier in tiers]
+        opened: list[DiskTier] = []
+        for tier in tiers:
+            try:
+                opened.append(await stack.enter_async_context(tier))
+            except (DiskFull, Unavailable) as error:
+                # A disk that died takes its tier along, not the node. The first one has what the node is told to keep.
+                if not opened:
+                    raise
+                log.warning("tier left out", tier=tier.name, reason=error.reason, error=error.message)
         blobs = await stack.enter_async_context(Flights[None]("fetch blob"))
         revisions = await stack.enter_async_context(Flights[int]("materialise"))
         yield Materializer(

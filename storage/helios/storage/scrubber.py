@@ -159,7 +159,9 @@ class Scrubber:
             is_healed = is_lent and await self._replace(room, blob)
             if not is_healed:
                 await self._end_leases(room, users)
-                await tier.drop(lambda: plan_drop_blob(tier.inventory, blob), EvictionReason.CORRUPT)
+                with contextlib.suppress(Unavailable):
+                    # What can't be removed is not lent either: it is out of the inventory.
+                    await tier.drop(lambda: plan_drop_blob(tier.inventory, blob), EvictionReason.CORRUPT)
         finally:
             self._healing.pop(blob).set()
         log.error(
