@@ -1,14 +1,18 @@
 """A real agent process: killed at the worst moment, restarted, and out of room."""
 
 import asyncio
+import json
 import os
 import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from helios.mesh.errors import DiskFull, NotFound, PreconditionFailed, Unavailable
 from helios.storage.client import StorageClient
@@ -146,3 +150,31 @@ async def _patiently_evict(client: StorageClient, revision: str) -> int:
                 return await client.evict(revision)
             except Unavailable:
                 await asyncio.sleep(0.05)
+
+
+async def test_a_copy_in_memory_outlives_the_agent_and_the_stock_library_maps_it(
+    mesh: Mesh, scratch_path: Path
+) -> None:
+    """A tier of a tmpfs by a flag: filled by use, found again after a kill, lent to who loads by path."""
+    weights = np.arange(1 << 20, dtype=np.float32)
+    revision = mesh.shelf.add({"model.safetensors": save({"w": weights})})
+    tier = {"name": "ram", "kind": "memory", "path": str(scratch_path / "ram"), "capacity_bytes": 64 * MIB}
+    async with (
+        agent_process(mesh, "--tier.links=never", f"--tiers={json.dumps(tier)}") as agent,
+        mesh.dial(agent.address) as dialer,
+    ):
+        client = StorageClient(dialer)
+        for _ in range(3):
+            async with client.materialize(revision, holder="t"):
+                pass
+        async with asyncio.timeout(60):
+            while (await client.residency()).revisions[0].tiers != ("ram", "disk"):
+                await asyncio.sleep(0.1)
+        agent.kill()
+        await agent.start()
+        async with client.materialize(revision, holder="t") as lent:
+            assert Path(lent.path).is_relative_to(scratch_path)
+            with safe_open(Path(lent.path) / "model.safetensors", framework="numpy") as opened:
+                assert np.array_equal(opened.get_tensor("w"), weights)
+        memory, disk = (await client.statistics()).tiers
+        assert (memory.tier.kind, memory.hit_count, disk.hit_count) == ("memory", 1, 0)

@@ -18,9 +18,10 @@ NOW = datetime(2030, 1, 1, tzinfo=UTC)
 ONE, OTHER = b"one" * 1000, b"other" * 1000
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "tier"
+@pytest.fixture(params=["disk", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, scratch_path: Path) -> Path:
+    """Of a tier on a disk, and of one in memory: all that follows is true of both."""
+    return (tmp_path if request.param == "disk" else scratch_path) / "tier"
 
 
 def tier(root: Path) -> DiskTier:

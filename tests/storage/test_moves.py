@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helios.mesh.errors import DiskFull, PreconditionFailed
+from helios.mesh.errors import DiskFull, PreconditionFailed, Unavailable
 from helios.storage.statistics import EvictionReason
 from helios.storage.tiers import DiskRoom, TierKind, TierOptions
 from tests.storage.harness import Shelf, digest_of, make_shelf
@@ -221,8 +221,36 @@ async def test_a_flipped_bit_in_the_slow_tier_is_not_promoted(tmp_path: Path, sh
         path = agent.rooms[1].tier.store.blob_path(digest_of(content).hash)
         flip(path)
         await agent.mover.look()
+        # Nobody held it: the bad blob went with its revision, and the next want has a good one.
+        assert tiers_of(agent, revision) == ()
+        assert agent.rooms[1].tier.statistics.corrupt_count == 1
+        check_consistent(agent)
+        assert ((await lend(agent, revision)).path / "w").read_bytes() == content
+
+
+async def test_a_move_that_failed_is_not_tried_again_and_again(
+    tmp_path: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revision, clock = model(shelf, 40), SetClock()
+    async with local_agent(tmp_path, shelf, SLOW, MEMORY, clock=clock) as agent:
+        await use(agent, revision, times=9)
+        memory, tries = agent.rooms[0].tier, 0
+
+        async def fail(*_: object, **__: object) -> None:
+            nonlocal tries
+            tries += 1
+            raise Unavailable("no", reason="TIER_FAILED")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "fetch", fail)
+            for _ in range(3):
+                await agent.mover.look()
+        assert tries == 1
+        await agent.mover.look()
         assert tiers_of(agent, revision) == ("slow",)
-        assert not list((tmp_path / "memory" / "tmp").iterdir())
+        clock.advance(601)
+        await agent.mover.look()
+        assert tiers_of(agent, revision) == ("memory", "slow")
 
 
 def flip(path: Path) -> None:

@@ -154,6 +154,20 @@ async def test_what_is_due_is_found_oldest_first_and_one_scrub_runs_at_a_time(tm
         assert await scrub(agent) == []
 
 
+async def test_a_tier_is_measured_once(tmp_path: Path, shelf: Shelf) -> None:
+    large = os.urandom(16 * MIB)
+    async with local_agent(tmp_path, shelf) as agent:
+        tier = agent.rooms[0].tier
+        await use(agent, shelf.add({"a": BASE}))
+        await agent.scrubber.measure()
+        assert tier.statistics.scrubbed_bytes == 0
+        await use(agent, shelf.add({"w": large}))
+        for _ in range(2):
+            await agent.scrubber.measure()
+        assert tier.statistics.read.bytes_per_second > MIB
+        assert tier.statistics.scrubbed_bytes == 16 * MIB
+
+
 def test_reading_keeps_to_its_limit_and_is_cancelled_at_once(tmp_path: Path) -> None:
     path = tmp_path / "blob"
     content = os.urandom(12 * MIB + 77)

@@ -125,9 +125,6 @@ class Materializer:
         self._fetching: dict[str, tuple[Manifest, Room]] = {}
         self._counts = _ByteCounts()
         self.miss_count = 0
-        self.mover = Mover(
-            self.rooms, hold=self._hold, busy=self._busy_revisions, clock=clock, forecast=upkeep.forecast
-        )
         self.scrubber = Scrubber(
             self.rooms,
             clock=clock,
@@ -135,6 +132,14 @@ class Materializer:
             end_leases=self._end_leases,
             bytes_per_second=upkeep.scrub_bytes_per_second,
             period=upkeep.scrub_period,
+        )
+        self.mover = Mover(
+            self.rooms,
+            hold=self._hold,
+            busy=self._busy_revisions,
+            suspect=self.scrubber.scrub_one,
+            clock=clock,
+            forecast=upkeep.forecast,
         )
         self._show()
 

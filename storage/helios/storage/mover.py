@@ -6,9 +6,10 @@ slower tier has room to spare; what has none is given up, for the registry has i
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from functools import partial
 
 import structlog
@@ -17,11 +18,15 @@ from helios.mesh.errors import Corrupted, HeliosError
 from helios.storage.clock import Clock
 from helios.storage.eviction import EvictionPlan, Forecast, no_forecast, plan_evict_one
 from helios.storage.inventory import Resident
+from helios.storage.manifest import Digest
 from helios.storage.room import Room
 from helios.storage.statistics import EvictionReason
 from helios.storage.tiers import TierKind, excess_bytes, plan_promotion, spare_bytes
 
 log = structlog.get_logger()
+
+_PATIENCE = timedelta(minutes=10)
+"""How long a revision that could not be moved is left alone: whatever was in the way, trying wears the disk."""
 
 _LOOK_SECONDS = 5.0
 """How often marks and heat are looked at: a disk of 1 GB/s moves 0.25 % of 2 TB meanwhile."""
@@ -45,16 +50,23 @@ class Mover:
         *,
         hold: Callable[[str], AbstractContextManager[None]],
         busy: Callable[[], set[str]],
+        suspect: Callable[[Room, Digest], Awaitable[object]],
         clock: Clock,
         forecast: Forecast = no_forecast,
     ) -> None:
-        """Takes what keeps a revision in all tiers for a block, and which ones are lent or wanted."""
+        """Takes what keeps a revision in all tiers for a block, which ones are lent or wanted, and who looks at a blob
+        that a move found bad.
+        """
         self._rooms = rooms
+        self._suspect = suspect
+        # Revisions that could not be moved, and until when they are left alone.
+        self._refused: dict[str, datetime] = {}
         self._hold = hold
         self._busy = busy
         self._clock = clock
         self._forecast = forecast
         self._task: asyncio.Task[bool] | None = None
+        self._found: Digest | None = None
         self.move: Move | None = None
 
     async def run(self) -> None:
@@ -118,6 +130,8 @@ class Mover:
 
     async def _promote_one(self) -> bool:
         """Promotes the hottest revision that is worth it; returns whether there was one."""
+        now = self._clock()
+        self._refused = {revision: until for revision, until in self._refused.items() if until > now}
         for index, target in enumerate(self._rooms):
             disk = await target.tier.disk_room()
             spare = spare_bytes(target.tier.options, target.tier.inventory.used_bytes, disk)
@@ -128,7 +142,7 @@ class Mover:
                     source.tier.inventory,
                     target.tier.inventory,
                     spare,
-                    busy=self._busy(),
+                    busy=self._busy() | self._refused.keys(),
                     kept=target.kept(),
                     now=self._clock(),
                     forecast=self._forecast,
@@ -152,21 +166,27 @@ class Mover:
             is_done = not self._task.cancelled() and self._task.result()
         finally:
             self.move = self._task = None
+        if self._found is not None:
+            bad, self._found = self._found, None
+            await self._suspect(source, bad)
         if is_done:
             log.info("revision moved", revision=resident.revision, source=source.name, target=target.name)
         return is_done
 
     async def _transfer(self, resident: Resident, source: Room, target: Room) -> bool:
+        reading: Digest | None = None
         try:
             with self._hold(resident.revision):
                 blobs = source.tier.source()
                 async with target.want(resident.manifest, blobs, reason=EvictionReason.DISPLACED) as missing:
-                    for blob in missing:
-                        await target.tier.fetch(blobs, blob, lambda _: None, label=source.name)
+                    for reading in missing:
+                        await target.tier.fetch(blobs, reading, lambda _: None, label=source.name)
                     await target.tier.add_revision(resident.manifest, self._clock(), like=resident)
         except HeliosError as error:
-            is_corrupt = isinstance(error, Corrupted)
-            log.warning("revision not moved", revision=resident.revision, reason=error.reason, is_corrupt=is_corrupt)
+            log.warning("revision not moved", revision=resident.revision, target=target.name, reason=error.reason)
+            self._refused[resident.revision] = self._clock() + _PATIENCE
+            if isinstance(error, Corrupted):
+                self._found = reading
             return False
         return True
 

@@ -25,6 +25,9 @@ from helios.storage.statistics import EvictionReason
 
 log = structlog.get_logger()
 
+_MEASURED_BYTES = 16 << 20
+"""A smaller read says more of the first access than of the bandwidth."""
+
 _LOOK_SECONDS = 60.0
 """How often it is looked whether a blob is due."""
 
@@ -84,8 +87,20 @@ class Scrubber:
         """
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
+            await self.measure()
             while self._period > timedelta(0) and (due := self.find_due()) is not None:
                 await self.scrub_one(*due, bytes_per_second=self._bytes_per_second)
+
+    async def measure(self) -> None:
+        """Reads one blob of each tier whose bandwidth is not known, the smallest that is large enough, once.
+
+        Raises:
+            HeliosError: Unavailable (TIER_FAILED).
+        """
+        for room in self._rooms:
+            large = [blob for blob in room.tier.inventory.blobs() if blob.size_bytes >= _MEASURED_BYTES]
+            if large and room.tier.statistics.read.bytes_per_second == 0:
+                await self.scrub_one(room, min(large, key=lambda blob: (blob.size_bytes, blob.hash)))
 
     async def scrub_all(self, *, bytes_per_second: float) -> AsyncGenerator[ScrubProgress, None]:
         """Scrubs every blob now, no faster than the limit (0: none); yields after each blob.
@@ -108,7 +123,7 @@ class Scrubber:
         finally:
             self._is_scrubbing = False
 
-    async def scrub_one(self, room: Room, blob: Digest, *, bytes_per_second: float) -> Found | None:
+    async def scrub_one(self, room: Room, blob: Digest, *, bytes_per_second: float = 0.0) -> Found | None:
         """Compares one blob with its name; mends or drops it where it is bad, and says so.
 
         Raises:
