@@ -64,6 +64,17 @@ async def require_model(connection: AsyncConnection, name: str) -> Model:
     return found[0]
 
 
+async def find_model(connection: AsyncConnection, name: str) -> Model:
+    """Returns a model by its name or an alias, in as few statements as one by its name. Raises ModelNotFound."""
+    meant = union(
+        select(models.c.name).where(models.c.name == name), select(aliases.c.model).where(aliases.c.alias == name)
+    )
+    found = await select_models(connection, models.c.name.in_(meant))
+    if not found:
+        raise no_model(name)
+    return found[0]
+
+
 async def resolve(connection: AsyncConnection, name: str) -> str:
     """Returns the name of the model with a name or alias. Raises ModelNotFound."""
     query = union(
@@ -88,7 +99,7 @@ async def is_model(connection: AsyncConnection, name: str) -> bool:
     return (await connection.execute(query)).scalar_one_or_none() is not None
 
 
-async def require_revision(connection: AsyncConnection, model: str, reference: Reference) -> Revision:
+async def require_revision(connection: AsyncConnection, model: Model, reference: Reference) -> Revision:
     """Returns the revision of a model that a reference means.
 
     Raises:
@@ -96,36 +107,35 @@ async def require_revision(connection: AsyncConnection, model: str, reference: R
         RevisionNotFound: The model has no revision that begins so.
         InvalidRequest: AMBIGUOUS_REVISION, it has several.
     """
-    if reference.tag:
-        condition = revisions.c.digest == await require_tag(connection, model, reference.tag)
-    elif reference.digest:
-        # "g" sorts after every hexadecimal digit.
-        condition = _lies(revisions.c.digest, reference.digest, reference.digest + "g")
-        condition &= revisions.c.digest.in_(select(model_revisions.c.revision).where(model_revisions.c.model == model))
-    else:
-        served = select(models.c.revision).where(models.c.name == model).scalar_subquery()
-        condition = revisions.c.digest == served
-    found = (await connection.execute(select(revisions).where(condition).limit(2))).all()
+    if not reference.digest:
+        return require_tag(model, reference.tag) if reference.tag else model.revision
+    # "g" sorts after every hexadecimal digit.
+    is_meant = _lies(revisions.c.digest, reference.digest, reference.digest + "g")
+    known = select(model_revisions.c.revision).where(model_revisions.c.model == model.name)
+    query = select(revisions).where(is_meant & revisions.c.digest.in_(known)).limit(2)
+    found = (await connection.execute(query)).all()
     if len(found) > 1:
         raise InvalidRequest(
-            f"several revisions of {model!r} begin with {reference.digest}; give more digits",
+            f"several revisions of {model.name!r} begin with {reference.digest}; give more digits",
             reason="AMBIGUOUS_REVISION",
             metadata={"param": "revision"},
         )
     if not found:
         raise RevisionNotFound(
-            f"{model!r} has no revision {reference.digest}", metadata={"model": model, "revision": reference.digest}
+            f"{model.name!r} has no revision {reference.digest}",
+            metadata={"model": model.name, "revision": reference.digest},
         )
     return revision_of(found[0])
 
 
-async def require_tag(connection: AsyncConnection, model: str, tag: str) -> str:
+def require_tag(model: Model, tag: str) -> Revision:
     """Returns the revision that a model's tag names. Raises NotFound (TAG_NOT_FOUND)."""
-    query = select(tags.c.revision).where(tags.c.model == model, tags.c.tag == tag)
-    found: str | None = (await connection.execute(query)).scalar_one_or_none()
-    if found is None:
-        raise NotFound(f"{model!r} has no tag {tag!r}", reason="TAG_NOT_FOUND", metadata={"model": model, "tag": tag})
-    return found
+    for one in model.tags:
+        if one.name == tag:
+            return one.revision
+    raise NotFound(
+        f"{model.name!r} has no tag {tag!r}", reason="TAG_NOT_FOUND", metadata={"model": model.name, "tag": tag}
+    )
 
 
 def revision_of(row: Any) -> Revision:

@@ -22,6 +22,7 @@ from helios.registry.history import Cause
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.model_rows import (
     alias_target,
+    find_model,
     is_model,
     no_model,
     require_model,
@@ -124,7 +125,7 @@ class Store:
     async def get_model(self, name: str) -> Model:
         """Returns a model by name or alias. Raises ModelNotFound."""
         async with self._database.snapshot() as connection:
-            return await require_model(connection, await resolve(connection, name))
+            return await find_model(connection, name)
 
     async def resolve(self, reference: Reference) -> ResolvedModel:
         """Returns the model and the revision that a reference means.
@@ -136,8 +137,8 @@ class Store:
             InvalidRequest: AMBIGUOUS_REVISION.
         """
         async with self._database.snapshot() as connection:
-            model = await require_model(connection, await resolve(connection, reference.name))
-            revision = await require_revision(connection, model.name, reference)
+            model = await find_model(connection, reference.name)
+            revision = await require_revision(connection, model, reference)
             return ResolvedModel(model, revision, reference.tag)
 
     async def check_names(self, name: str, new_aliases: Collection[str]) -> None:

@@ -17,7 +17,7 @@ from helios.registry.changes import ChangeLog, Write
 from helios.registry.database import Database
 from helios.registry.events import PLAIN, EventKind, Mutation
 from helios.registry.history import Cause, Move, rollback_target, stack_of
-from helios.registry.model_rows import require_model, require_revision, require_tag, resolve
+from helios.registry.model_rows import find_model, require_model, require_revision, require_tag, resolve
 from helios.registry.moments import to_us
 from helios.registry.names import Reference
 from helios.registry.pointers import delete_tag, move_of, move_pointer, moves_of
@@ -44,19 +44,22 @@ class TagStore:
                 ``Store.resolve``, of ``target``.
             PreconditionFailed: TOO_MANY_TAGS.
         """
-        async with self._write(target.name, now, mutation, "put_tag", tag, target.tag, target.digest) as (write, model):
+        async with self._write(target.name, now, mutation, "put_tag", tag, target.tag, target.digest) as (
+            write,
+            before,
+        ):
             if not write.is_repeat:
-                revision = await require_revision(write.connection, model, target)
-                await move_pointer(write, model, tag, revision.digest, Cause.TAG)
-            return await require_model(write.connection, model)
+                revision = await require_revision(write.connection, before, target)
+                await move_pointer(write, before.name, tag, revision.digest, Cause.TAG)
+            return await require_model(write.connection, before.name)
 
     async def delete_tag(self, name: str, tag: str, now: datetime, mutation: Mutation = PLAIN) -> Model:
         """Removes a tag. Raises ModelNotFound, NotFound (TAG_NOT_FOUND)."""
-        async with self._write(name, now, mutation, "delete_tag", tag) as (write, model):
+        async with self._write(name, now, mutation, "delete_tag", tag) as (write, before):
             if not write.is_repeat:
-                await require_tag(write.connection, model, tag)
-                await delete_tag(write, model, tag)
-            return await require_model(write.connection, model)
+                require_tag(before, tag)
+                await delete_tag(write, before.name, tag)
+            return await require_model(write.connection, before.name)
 
     async def roll_back(
         self, name: str, tag: str, now: datetime, mutation: Mutation = PLAIN, *, to: Reference | None = None
@@ -68,24 +71,24 @@ class TagStore:
             PreconditionFailed: NOTHING_TO_ROLL_BACK_TO, it had no other one, or not the named one.
         """
         wanted = to.digest if to is not None else ""
-        async with self._write(name, now, mutation, "roll_back", tag, wanted) as (write, model):
+        async with self._write(name, now, mutation, "roll_back", tag, wanted) as (write, before):
             if not write.is_repeat:
                 if tag:
-                    await require_tag(write.connection, model, tag)
-                past = await moves_of(write, model, tag)
+                    require_tag(before, tag)
+                past = await moves_of(write, before.name, tag)
                 if to is None:
-                    digest = rollback_target(past, await _revisions_of(write.connection, model))
+                    digest = rollback_target(past, await _revisions_of(write.connection, before.name))
                 else:
-                    digest = (await require_revision(write.connection, model, to)).digest
+                    digest = (await require_revision(write.connection, before, to)).digest
                 if digest is None or digest not in stack_of(past)[:-1]:
-                    pointer = f"{model}@{tag}" if tag else model
+                    pointer = f"{before.name}@{tag}" if tag else before.name
                     raise PreconditionFailed(
                         f"{pointer!r} has not been at {'that' if to else 'another'} revision before",
                         reason="NOTHING_TO_ROLL_BACK_TO",
-                        metadata={"model": model, "tag": tag},
+                        metadata={"model": before.name, "tag": tag},
                     )
-                await move_pointer(write, model, tag, digest, Cause.ROLLBACK)
-            return await require_model(write.connection, model)
+                await move_pointer(write, before.name, tag, digest, Cause.ROLLBACK)
+            return await require_model(write.connection, before.name)
 
     async def list_moves(self, name: str, *, tag: str | None, before: int | None, limit: int) -> list[Move]:
         """Returns the moves of one pointer, or of all where ``tag`` is None, the newest first. Raises ModelNotFound."""
@@ -112,26 +115,25 @@ class TagStore:
             )
         async with self._write(target.name, now, mutation, "put_pin", target.tag, target.digest, reason) as (
             write,
-            model,
+            before,
         ):
             if not write.is_repeat:
-                digest = (await require_revision(write.connection, model, target)).digest
-                before = await require_model(write.connection, model)
+                digest = (await require_revision(write.connection, before, target)).digest
                 if digest not in {pin.revision for pin in before.pins}:
-                    row = {"model": model, "revision": digest, "reason": reason, "created_at_us": to_us(now)}
+                    row = {"model": before.name, "revision": digest, "reason": reason, "created_at_us": to_us(now)}
                     await write.connection.execute(insert(pins).values(row))
-                    await write.record(EventKind.REVISION_PINNED, model, revision=digest, reason=reason)
-            return await require_model(write.connection, model)
+                    await write.record(EventKind.REVISION_PINNED, before.name, revision=digest, reason=reason)
+            return await require_model(write.connection, before.name)
 
     async def delete_pin(self, target: Reference, now: datetime, mutation: Mutation = PLAIN) -> Model:
         """Takes a pin back; one that is not there is no error. Raises as ``put_tag``."""
-        async with self._write(target.name, now, mutation, "delete_pin", target.tag, target.digest) as (write, model):
+        async with self._write(target.name, now, mutation, "delete_pin", target.tag, target.digest) as (write, before):
             if not write.is_repeat:
-                digest = (await require_revision(write.connection, model, target)).digest
-                statement = delete(pins).where(pins.c.model == model, pins.c.revision == digest)
+                digest = (await require_revision(write.connection, before, target)).digest
+                statement = delete(pins).where(pins.c.model == before.name, pins.c.revision == digest)
                 if (await write.connection.execute(statement)).rowcount:
-                    await write.record(EventKind.REVISION_UNPINNED, model, revision=digest)
-            return await require_model(write.connection, model)
+                    await write.record(EventKind.REVISION_UNPINNED, before.name, revision=digest)
+            return await require_model(write.connection, before.name)
 
     async def delete_revision(self, target: Reference, now: datetime, mutation: Mutation = PLAIN) -> Model:
         """Removes a revision of a model, with its artifacts if no other model has it. The history keeps its digest.
@@ -139,25 +141,25 @@ class TagStore:
         Raises:
             As ``put_tag``; PreconditionFailed: REVISION_IN_USE, it is served, tagged or pinned.
         """
-        async with self._write(target.name, now, mutation, "delete_revision", target.digest) as (write, model):
+        async with self._write(target.name, now, mutation, "delete_revision", target.digest) as (write, before):
             if not write.is_repeat:
-                digest = (await require_revision(write.connection, model, target)).digest
-                _refuse_used(await require_model(write.connection, model), digest)
-                is_it = (model_revisions.c.model == model) & (model_revisions.c.revision == digest)
+                digest = (await require_revision(write.connection, before, target)).digest
+                _refuse_used(before, digest)
+                is_it = (model_revisions.c.model == before.name) & (model_revisions.c.revision == digest)
                 await write.connection.execute(delete(model_revisions).where(is_it))
-                await write.record(EventKind.REVISION_DELETED, model, revision=digest)
+                await write.record(EventKind.REVISION_DELETED, before.name, revision=digest)
                 await delete_unused_revisions(write.connection)
-            return await require_model(write.connection, model)
+            return await require_model(write.connection, before.name)
 
     @asynccontextmanager
     async def _write(
         self, name: str, now: datetime, mutation: Mutation, call: str, *arguments: str
-    ) -> AsyncIterator[tuple[Write, str]]:
-        """Yields a transaction and the model's name, once its version is found to be the expected one."""
+    ) -> AsyncIterator[tuple[Write, Model]]:
+        """Yields a transaction and the model as it is, once its version is found to be the expected one."""
         async with self._changes.write(mutation, now, call, name, *arguments) as write:
-            model = await resolve(write.connection, name)
+            model = await find_model(write.connection, name)
             if not write.is_repeat:
-                await write.require_version(model)
+                await write.require_version(model.name)
             yield write, model
 
 
