@@ -13,9 +13,11 @@ from proto.openapi import openapi_document
 NATIVE_ONLY = {
     "helios.api.fleet.v1.FleetService": "a session between processes",
     "helios.api.worker.v1.SupervisorService": "a session between processes",
+    "helios.api.storage.v1.BlobService": "between storage agents",
     "helios.api.storage.v1.StorageService": "between processes of a node; operators evict through AdminService",
     "helios.api.inference.v1.InferenceService": "the typed twin of the OpenAI calls, for gRPC clients",
     "helios.api.inference.v1.PrefillService": "between replicas",
+    "helios.api.registry.v1.ChunkService": "for storage agents",
     "helios.api.registry.v1.ArtifactService.PutArtifact": "from workers, which alone may",
     "helios.api.registry.v1.RegistryService.WatchModels": "a stream without end, for proxies",
 }

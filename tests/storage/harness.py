@@ -10,12 +10,14 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 
 from helios.api.registry.v1 import registry_service_pb2 as registry_pb
+from helios.api.registry.v1.chunk_service_pb2_grpc import ChunkServiceServicer, add_ChunkServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import (
     RegistryServiceServicer,
     add_RegistryServiceServicer_to_server,
@@ -27,18 +29,23 @@ from helios.mesh.errors import HeliosError, RevisionNotFound
 from helios.mesh.identity import CertificateAuthority, IdentityFiles
 from helios.mesh.server import MeshServer
 from helios.mesh.status import error_from_rpc
-from helios.storage.__main__ import HOLDERS, OPERATORS, OPTIONS, POLICY
+from helios.storage.__main__ import HOLDERS, OPERATORS, OPTIONS, POLICY, blob_places, local_blobs
+from helios.storage.blob_servicer import SERVICE_NAME as BLOB_SERVICE
+from helios.storage.blob_servicer import BlobServicer
+from helios.storage.chunk_source import RegistryChunks
 from helios.storage.client import StorageClient
 from helios.storage.clock import Clock
 from helios.storage.disk_tier import DiskTier
 from helios.storage.manifest import Digest, ManifestEntry, manifest_digest
 from helios.storage.manifest_source import RegistryManifests
 from helios.storage.materializer import Materializer, Upkeep, open_materializer
+from helios.storage.peers import PeerFinder
 from helios.storage.servicer import SERVICE_NAME, StorageServicer
 from helios.storage.tiers import TierOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTRY_SERVICE = "helios.api.registry.v1.RegistryService"
+CHUNK_SERVICE = "helios.api.registry.v1.ChunkService"
 MEDIA_TYPE = "application/vnd.cncf.model.weight.v1.raw"
 START_SECONDS = 30.0
 
@@ -106,9 +113,15 @@ def make_shelf(base: Path) -> Shelf:
 
 
 @asynccontextmanager
-async def serve_registry(shelf: Shelf, identity: IdentityFiles) -> AsyncIterator[str]:
-    server = MeshServer(listen="127.0.0.1:0", identity=identity, policy={REGISTRY_SERVICE: frozenset({"storage"})})
+async def serve_registry(
+    shelf: Shelf, identity: IdentityFiles, chunks: ChunkServiceServicer | None = None
+) -> AsyncIterator[str]:
+    callers = frozenset({"storage"})
+    policy = {REGISTRY_SERVICE: callers, CHUNK_SERVICE: callers}
+    server = MeshServer(listen="127.0.0.1:0", identity=identity, policy=policy)
     add_RegistryServiceServicer_to_server(shelf, server.grpc)
+    if chunks is not None:
+        add_ChunkServiceServicer_to_server(chunks, server.grpc)
     server.serve(REGISTRY_SERVICE)
     async with server:
         yield server.address
@@ -149,6 +162,8 @@ class Mesh:
         listen: str = "127.0.0.1:0",
         more: Sequence[TierOptions] = (),
         upkeep: Upkeep | None = None,
+        peers: Sequence[str] = (),
+        max_reads: int = 16,
     ) -> AsyncIterator[Agent]:
         """Serves an agent with a tier `disk`, and more tiers whose roots are directories named for them beside it."""
         identity = self.identity("storage")
@@ -161,12 +176,20 @@ class Mesh:
         ]
         async with (
             Dialer(self.registry_address, identity=identity, peer="registry") as registry,
-            open_materializer(tiers, RegistryManifests(registry), clock=clock, upkeep=upkeep) as materializer,
+            PeerFinder(peers, identity=identity) as finder,
+            BlobServicer(partial(blob_places, tiers), max_reads=max_reads) as blobs,
+            open_materializer(
+                tiers,
+                RegistryManifests(registry, chunks=RegistryChunks(registry, partial(local_blobs, tiers)), peers=finder),
+                clock=clock,
+                upkeep=upkeep,
+            ) as materializer,
         ):
             server = MeshServer(listen=listen, identity=identity, policy=POLICY, options=OPTIONS)
             servicer = StorageServicer(materializer, holders=HOLDERS, operators=OPERATORS, clock=clock)
             add_StorageServiceServicer_to_server(servicer, server.grpc)
-            server.serve(SERVICE_NAME)
+            blobs.add_to(server.grpc)
+            server.serve(SERVICE_NAME, BLOB_SERVICE)
             async with server, self.dial(server.address) as dialer:
                 yield Agent(server.address, root, materializer, StorageClient(dialer), dialer)
 

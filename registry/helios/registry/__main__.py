@@ -6,6 +6,7 @@ from functools import partial
 import structlog
 
 from helios.api.registry.v1.artifact_service_pb2_grpc import add_ArtifactServiceServicer_to_server
+from helios.api.registry.v1.chunk_service_pb2_grpc import add_ChunkServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
 from helios.api.registry.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
 from helios.mesh.process import Lifetime, run
@@ -16,6 +17,9 @@ from helios.registry.artifact_servicer import ArtifactServicer
 from helios.registry.artifact_store import ArtifactStore
 from helios.registry.blobs import BlobStore
 from helios.registry.catalog import Catalog
+from helios.registry.chunk_indexer import ChunkIndexer
+from helios.registry.chunk_servicer import ChunkServicer
+from helios.registry.chunk_store import ChunkStore
 from helios.registry.database import Database
 from helios.registry.ingest import Ingester
 from helios.registry.servicer import RegistryServicer
@@ -63,12 +67,17 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         add_ArtifactServiceServicer_to_server(ArtifactServicer(uploads), server.grpc)
         versions = Versions(catalog, TagStore(database, store.changes))
         add_VersionServiceServicer_to_server(VersionServicer(versions, store), server.grpc)
-        server.serve(access.SERVICE, access.ARTIFACT_SERVICE, access.VERSION_SERVICE)
+        chunks = ChunkStore(database)
+        add_ChunkServiceServicer_to_server(ChunkServicer(chunks), server.grpc)
+        server.serve(access.SERVICE, access.ARTIFACT_SERVICE, access.CHUNK_SERVICE, access.VERSION_SERVICE)
         await stack.enter_async_context(server)
         await stack.enter_async_context(ingester)
         stack.callback(hub.close)
         metrics.MODELS.set(await store.count_models())
         await uploads.measure()
+        indexer = ChunkIndexer(chunks, lambda hash_: blobs.path(hash_).open("rb"))
+        indexing = lifetime.group.create_task(keep_running("index chunks", indexer.run), name="index chunks")
+        stack.callback(indexing.cancel)
         if database.is_shared:
             follow = partial(catalog.follow, settings.watch_poll_seconds)
             following = lifetime.group.create_task(keep_running("follow changes", follow), name="follow changes")

@@ -14,12 +14,14 @@ from helios.registry.events import Mutation
 
 SERVICE: Final = "helios.api.registry.v1.RegistryService"
 ARTIFACT_SERVICE: Final = "helios.api.registry.v1.ArtifactService"
+CHUNK_SERVICE: Final = "helios.api.registry.v1.ChunkService"
 VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
 # A storage agent and a proxy read; the admin edge acts for people.
 POLICY: Final = {
     SERVICE: frozenset({"storage", "proxy", "admin-edge"}),
     ARTIFACT_SERVICE: frozenset({"worker", "admin-edge"}),
     # A proxy resolves the references that requests name.
+    CHUNK_SERVICE: frozenset({"storage"}),
     VERSION_SERVICE: frozenset({"proxy", "storage", "admin-edge"}),
 }
 

@@ -14,6 +14,7 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -46,6 +47,17 @@ blobs = Table(
     Column("hash", text(64), primary_key=True),
     Column("size_bytes", BigInteger, nullable=False),
     CheckConstraint("size_bytes >= 0", name="blobs_size"),
+)
+
+# How a blob is cut into chunks; computed from it. Packed, because an index is read whole and never searched.
+chunk_indexes = Table(
+    "chunk_indexes",
+    metadata,
+    Column("blob", ForeignKey("blobs.hash", ondelete="CASCADE"), primary_key=True),
+    # Big-endian 32-bit numbers.
+    Column("lengths", LargeBinary, nullable=False),
+    # 32 bytes a chunk.
+    Column("blake3", LargeBinary, nullable=False),
 )
 
 revisions = Table(

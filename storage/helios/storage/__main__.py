@@ -2,16 +2,23 @@
 
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
 from helios.api.storage.v1.storage_service_pb2_grpc import add_StorageServiceServicer_to_server
 from helios.mesh.channel import Dialer
 from helios.mesh.process import Lifetime, run
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.tasks import keep_running
+from helios.storage.blob_servicer import SERVICE_NAME as BLOB_SERVICE
+from helios.storage.blob_servicer import BlobServicer
+from helios.storage.chunk_source import RegistryChunks
 from helios.storage.clock import steady_clock
 from helios.storage.disk_tier import DiskTier
+from helios.storage.manifest import Digest
 from helios.storage.manifest_source import RegistryManifests
 from helios.storage.materializer import Upkeep, open_materializer
+from helios.storage.peers import PeerFinder
 from helios.storage.servicer import SERVICE_NAME, StorageServicer
 from helios.storage.settings import StorageSettings
 from helios.storage.sources import Sources
@@ -22,7 +29,7 @@ HOLDERS = frozenset({"worker"})
 OPERATORS = HOLDERS | {"admin-edge"}
 """Who may evict, pin and scrub, none of which takes anything from a holder."""
 
-POLICY = {SERVICE_NAME: OPERATORS}
+POLICY = {SERVICE_NAME: OPERATORS, BLOB_SERVICE: frozenset({"storage"})}
 """The servicer refuses the admin edge what is only for holders."""
 
 OPTIONS = ServerOptions(drain_seconds=1.0)
@@ -39,10 +46,14 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
             scrub_bytes_per_second=settings.scrub.bytes_per_second,
             scrub_period=timedelta(seconds=settings.scrub.period_seconds),
         )
-        manifests = RegistryManifests(dialer, Sources(settings.fetch.stores.reveal()))
-        materializer = await stack.enter_async_context(
-            open_materializer(make_tiers(settings), manifests, clock=clock, upkeep=upkeep)
+        tiers = make_tiers(settings)
+        chunks = RegistryChunks(dialer, partial(local_blobs, tiers))
+        peers = await stack.enter_async_context(PeerFinder(settings.peers.targets, identity=identity))
+        manifests = RegistryManifests(dialer, Sources(settings.fetch.stores.reveal()), chunks, peers)
+        blobs = await stack.enter_async_context(
+            BlobServicer(partial(blob_places, tiers), max_reads=settings.peers.max_reads)
         )
+        materializer = await stack.enter_async_context(open_materializer(tiers, manifests, clock=clock, upkeep=upkeep))
         for name, work in (
             ("expire leases", materializer.expire_leases),
             ("move revisions", materializer.mover.run),
@@ -59,11 +70,22 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
                 clock=clock,
             )
             add_StorageServiceServicer_to_server(servicer, server.grpc)
-            server.serve(SERVICE_NAME)
+            blobs.add_to(server.grpc)
+            server.serve(SERVICE_NAME, BLOB_SERVICE)
             await stack.enter_async_context(server)
             addresses.append(server.address)
         lifetime.mark_ready(address=addresses[0], addresses=addresses)
         await lifetime.wait_stop()
+
+
+def local_blobs(tiers: list[DiskTier]) -> dict[Digest, Path]:
+    """Where the blobs of this node are; of one that several tiers have, the first tier's."""
+    return {blob: tier.store.blob_path(blob.hash) for tier in reversed(tiers) for blob in tier.inventory.blobs()}
+
+
+def blob_places(tiers: list[DiskTier], hash_: str) -> list[Path]:
+    """Where a blob may be on this node."""
+    return [tier.store.blob_path(hash_) for tier in tiers]
 
 
 def make_tiers(settings: StorageSettings) -> list[DiskTier]:

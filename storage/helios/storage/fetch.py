@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -55,6 +56,15 @@ class BlobReader(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class RangedBlob:
+    """A blob for the transfer engine."""
+
+    source: RangeSource
+    part_lengths: tuple[int, ...] = ()
+    """The parts that must be read whole, because the source verifies them; empty: any."""
+
+
 class BlobSource(Protocol):
     """Where blobs come from: a directory, an object store, a peer. Blocking, thread-safe, and never trusted."""
 
@@ -70,7 +80,7 @@ class BlobSource(Protocol):
         """A local, read-only file that holds the blob and will never be written to; None when there is none."""
         ...
 
-    def ranged(self, digest: Digest) -> RangeSource | None:
+    def ranged(self, digest: Digest) -> RangedBlob | None:
         """The blob for the transfer engine, of a source across a network; None: `open` reads it best.
 
         Raises:
@@ -134,7 +144,7 @@ class DirectorySource:
         is_immutable = stat.S_ISREG(state.st_mode) and stat.S_IMODE(state.st_mode) == BLOB_MODE
         return path if is_immutable else None
 
-    def ranged(self, digest: Digest) -> RangeSource | None:
+    def ranged(self, digest: Digest) -> RangedBlob | None:
         """A local file is copied by one reader: more of them wait for the same disk."""
         del digest
         return None
@@ -213,7 +223,7 @@ class BlobFetcher:
         finally:
             self._store.discard_temporary(temporary)
 
-    def _fetch_ranged(self, source: RangeSource, digest: Digest, token: FetchToken) -> None:
+    def _fetch_ranged(self, blob: RangedBlob, digest: Digest, token: FetchToken) -> None:
         told_bytes = 0
 
         def tell(progress: TransferProgress) -> None:
@@ -223,7 +233,12 @@ class BlobFetcher:
 
         try:
             path, fetched = self._partial.fetch(
-                self._downloader, source, digest, check=lambda: token.advance(0), on_progress=tell
+                self._downloader,
+                blob.source,
+                digest,
+                check=lambda: token.advance(0),
+                on_progress=tell,
+                part_lengths=blob.part_lengths,
             )
             self._store.commit(path, digest, fetched.sha256)
         except BlobNotFound as error:

@@ -7,8 +7,10 @@ from helios.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from helios.mesh.status import error_from_rpc
-from helios.storage.fetch import BlobSource
+from helios.storage.chunk_source import ChunkedSource, RegistryChunks
+from helios.storage.fetch import BlobSource, DirectorySource
 from helios.storage.manifest import Digest, Manifest, ManifestEntry, make_manifest
+from helios.storage.peers import PeerFinder
 from helios.storage.sources import BlobLocation, Sources
 
 _TIMEOUT_SECONDS = 10.0
@@ -18,9 +20,19 @@ _TIMEOUT_SECONDS = 10.0
 class RegistryManifests:
     """Asks a registry; a `ManifestSource`."""
 
-    def __init__(self, dialer: Dialer, sources: Sources | None = None) -> None:
-        """Takes an open dialer to the registry, and what opens the stores that it names."""
+    def __init__(
+        self,
+        dialer: Dialer,
+        sources: Sources | None = None,
+        chunks: RegistryChunks | None = None,
+        peers: PeerFinder | None = None,
+    ) -> None:
+        """Takes an open dialer to the registry, what opens the stores that it names, what knows of chunks, and who else
+        has blobs.
+        """
         self._dialer = dialer
+        self._chunks = chunks
+        self._peers = peers or PeerFinder((), identity=None)
         self._sources = sources or Sources()
 
     async def get_manifest(self, revision: str) -> tuple[Manifest, BlobSource]:
@@ -47,7 +59,12 @@ class RegistryManifests:
                 ) from rpc_error
             raise error from rpc_error
         source = self._sources.open([BlobLocation(response.blob_store_url)])
-        return manifest_from_proto(revision, response.manifest), source
+        manifest = manifest_from_proto(revision, response.manifest)
+        if self._chunks is not None and not isinstance(source, DirectorySource):
+            known = await self._chunks.find(manifest.blobs)
+            holders = await self._peers.find(sorted(known))
+            source = ChunkedSource(source, known, holders, self._peers.source)
+        return manifest, source
 
 
 def manifest_from_proto(revision: str, manifest: pb.Manifest) -> Manifest:

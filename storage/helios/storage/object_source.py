@@ -11,6 +11,7 @@ from typing import Any
 
 from helios.mesh.errors import Unsupported
 from helios.mesh.transfer.source import RangeSource, SourceState
+from helios.storage.fetch import RangedBlob
 from helios.storage.manifest import Digest
 
 
@@ -24,7 +25,7 @@ class ObjectStoreSource:
         self._lock = threading.Lock()
         self._store: Any = None
 
-    def ranged(self, digest: Digest) -> RangeSource:
+    def ranged(self, digest: Digest) -> RangedBlob:
         """Blocks while the store is opened.
 
         Raises:
@@ -37,10 +38,10 @@ class ObjectStoreSource:
             raise Unsupported(
                 "object stores need the package obstore: pip install 'helios-llm[cloud]'", reason="NOT_INSTALLED"
             ) from error
-        return ObjectSource(self._open_store(), f"sha256/{digest.hash[:2]}/{digest.hash}")
+        return RangedBlob(ObjectSource(self._open_store(), f"sha256/{digest.hash[:2]}/{digest.hash}"))
 
     def open(self, digest: Digest) -> "RangeReader":
-        return RangeReader(self.ranged(digest))
+        return RangeReader(self.ranged(digest).source)
 
     def linkable_path(self, digest: Digest) -> Path | None:
         """Nothing there is a file of this machine."""

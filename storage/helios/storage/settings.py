@@ -95,6 +95,18 @@ class StoreSettings(BaseModel):
         }
 
 
+class PeerSettings(BaseModel):
+    """Storage agents of other nodes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    targets: tuple[str, ...] = ()
+    """Their addresses, ``host:port``. A blob that some of them have is read from them, verified chunk by chunk; the
+    registry's store is read where none has it. This node's own address among them does no harm."""
+    max_reads: int = Field(default=16, ge=1, le=1024)
+    """Ranges that are read for peers at a time; more are refused and asked elsewhere. 16: two peers' fetches."""
+
+
 class FetchSettings(BaseModel):
     """Fetching."""
 
@@ -141,6 +153,8 @@ class StorageSettings(ProcessSettings):
     """Reading blobs in the background."""
     fetch: FetchSettings = FetchSettings()
     """Fetching."""
+    peers: PeerSettings = Field(default_factory=PeerSettings)
+    """Storage agents of other nodes."""
 
     @model_validator(mode="after")
     def _check_tiers(self) -> Self:

@@ -1,0 +1,154 @@
+"""Other nodes' storage agents as sources.
+
+gRPC's synchronous client, for the transfer engine reads in threads: bytes that came through the event loop would pass a
+thread's border twice. A channel is made for each blob, so it has the certificate of the hour.
+"""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from typing import Any, Final, Self
+
+import grpc
+import grpc.aio
+import structlog
+
+from helios.api.storage.v1 import blob_service_pb2 as pb
+from helios.api.storage.v1.blob_service_pb2_grpc import BlobServiceStub
+from helios.mesh.channel import Dialer
+from helios.mesh.errors import BlobNotFound, HeliosError
+from helios.mesh.identity import IdentityFiles, server_name
+from helios.mesh.status import error_from_rpc
+from helios.mesh.transfer.source import Sink, SourceState, source_unavailable
+from helios.storage.blob_messages import decode_piece
+from helios.storage.blob_servicer import SERVICE_NAME
+from helios.storage.manifest import Digest
+
+log = structlog.get_logger()
+
+_FIND_SECONDS: Final = 2.0
+"""A start waits for it; a peer that is this late would be a slow source."""
+
+_READ_SECONDS: Final = 60.0
+"""One range: 8 MiB at 140 kB/s. A peer that is slower is none."""
+
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.enable_http_proxy", 0),
+    # Each blob has a connection of its own: one for all would carry all of a node's fetches in one TLS stream.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+class PeerFinder:
+    """Asks the peers that are configured which blobs they have. An async context manager."""
+
+    def __init__(self, targets: Sequence[str], *, identity: IdentityFiles | None) -> None:
+        """Takes the addresses of the storage agents of other nodes; this node's own among them does no harm."""
+        self._targets = targets
+        self._identity = identity
+        self._dialers: list[Dialer] = []
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        for target in self._targets:
+            dialer = Dialer(target, identity=self._identity, peer="storage")
+            self._dialers.append(await self._stack.enter_async_context(dialer))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def find(self, hashes: Sequence[str]) -> dict[str, list[str]]:
+        """Returns the addresses that have each blob. Never fails: a peer that does not answer soon has nothing."""
+        holders: dict[str, list[str]] = {}
+
+        async def ask(dialer: Dialer) -> None:
+            try:
+                request = pb.FindBlobsRequest(hashes=hashes)
+                response = await dialer.stub(BlobServiceStub).FindBlobs(request, timeout=_FIND_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                log.info("peer does not answer", peer=dialer.target, code=str(error.code()))
+                return
+            for hash_ in set(response.hashes).intersection(hashes):
+                holders.setdefault(hash_, []).append(dialer.target)
+
+        if hashes:
+            async with asyncio.TaskGroup() as group:
+                for dialer in self._dialers:
+                    group.create_task(ask(dialer), name=f"find blobs {dialer.target}")
+        return holders
+
+    def source(self, target: str, digest: Digest) -> "PeerSource":
+        """A blob of a peer."""
+        return PeerSource(target, digest, identity=self._identity)
+
+
+class PeerSource:
+    """One blob of one peer; a `RangeSource`. It has no ETag, so it wants verifying chunk by chunk."""
+
+    def __init__(self, target: str, digest: Digest, *, identity: IdentityFiles | None) -> None:
+        """Takes the peer's address; without an identity it is dialled without TLS."""
+        self._target = target
+        self._digest = digest
+        self._identity = identity
+        self._lock = threading.Lock()
+        self._channel: grpc.Channel | None = None
+        self._calls: set[Any] = set()
+
+    def describe(self) -> SourceState:
+        """The name says how large it is; whether it is there, reading tells."""
+        return SourceState(self._digest.size_bytes)
+
+    def read(self, state: SourceState, offset: int, length: int, sink: Sink) -> None:
+        del state
+        request = pb.ReadBlobRequest(hash=self._digest.hash, offset=offset, limit=length)
+        call = self._open_call(request)
+        try:
+            for message in call:
+                sink(decode_piece(message))
+        except grpc.RpcError as error:
+            raise _error_of(error, self._target) from error
+        finally:
+            call.cancel()
+            with self._lock:
+                self._calls.discard(call)
+
+    def close(self) -> None:
+        with self._lock:
+            channel, self._channel = self._channel, None
+            calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+        if channel is not None:
+            channel.close()
+
+    def _open_call(self, request: pb.ReadBlobRequest) -> Any:
+        with self._lock:
+            if self._channel is None:
+                self._channel = self._connect()
+            method: Any = self._channel.unary_stream(
+                f"/{SERVICE_NAME}/ReadBlob", request_serializer=pb.ReadBlobRequest.SerializeToString
+            )
+            call = method(request, timeout=_READ_SECONDS)
+            self._calls.add(call)
+            return call
+
+    def _connect(self) -> grpc.Channel:
+        if self._identity is None:
+            return grpc.insecure_channel(self._target, options=_OPTIONS)
+        try:
+            pem = self._identity.read()
+        except OSError as error:
+            raise source_unavailable(f"the certificate can't be read: {error.strerror}") from error
+        credentials = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate)
+        options = (*_OPTIONS, ("grpc.ssl_target_name_override", server_name("storage")))
+        return grpc.secure_channel(self._target, credentials, options=options)
+
+
+def _error_of(error: Any, target: str) -> HeliosError:
+    if error.code() is grpc.StatusCode.NOT_FOUND:
+        return BlobNotFound(f"{target} does not have the blob")
+    known = error_from_rpc(error)
+    return source_unavailable(f"{target}: {known.message}", retry_after_seconds=known.retry_after_seconds)

@@ -1,0 +1,144 @@
+"""Blobs from other agents: verified, several at once, and never more than what the object store could have given."""
+
+import asyncio
+from pathlib import Path
+
+import grpc.aio
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from helios.api.storage.v1 import blob_service_pb2 as pb
+from helios.api.storage.v1.blob_service_pb2_grpc import BlobServiceStub
+from helios.mesh.status import error_from_rpc
+from helios.storage.blob_messages import decode_piece, encode_piece
+from helios.storage.blob_servicer import PIECE_BYTES
+from tests.mesh.transfer.blob_server import BlobServer, serve_blob
+from tests.storage.harness import Agent, Mesh, digest_of
+from tests.storage.test_chunk_source import BASE, TUNED, indexed_mesh
+
+DIGEST = digest_of(BASE)
+
+
+@given(data=st.binary(max_size=300) | st.binary(min_size=1, max_size=3).map(lambda b: b * 100_000))
+def test_a_message_is_what_protobuf_writes(data: bytes) -> None:
+    message = pb.ReadBlobResponse(data=data).SerializeToString()
+    # Protobuf leaves an empty field out; a reader can't tell.
+    assert encode_piece(data) == message or not data
+    assert decode_piece(encode_piece(data)) == data
+    assert decode_piece(message) == data
+    # A field of a newer Helios, before or after.
+    assert decode_piece(b"\x10\x05" + message) == data
+    assert decode_piece(message + b"\x10\x05") == data
+
+
+async def _bring(mesh: Mesh, agent: Agent, server: BlobServer, content: bytes = BASE) -> None:
+    revision = mesh.shelf.add({"model.safetensors": content})
+    mesh.shelf.url = server.url.removesuffix("/blob")
+    async with agent.client.materialize(revision, holder="test") as lent:
+        assert Path(lent.path, "model.safetensors").read_bytes() == content
+
+
+def _asked_bytes(server: BlobServer) -> int:
+    return sum(last + 1 - first for first, last in server.ranges)
+
+
+def _blob(root: Path) -> Path:
+    return root / "blobs" / "sha256" / DIGEST.hash[:2] / DIGEST.hash
+
+
+async def test_a_node_reads_from_its_peers_what_they_have(tmp_path: Path) -> None:
+    async with (
+        indexed_mesh(tmp_path, BASE, TUNED) as mesh,
+        mesh.agent(name="one") as one,
+        mesh.agent(name="two") as two,
+    ):
+        with serve_blob(BASE) as server:
+            await _bring(mesh, one, server)
+            await _bring(mesh, two, server)
+            assert _asked_bytes(server) == 2 * len(BASE)
+            server.requests.clear()
+            peers = (one.address, two.address, "127.0.0.1:1")
+            async with mesh.agent(name="three", peers=peers) as three:
+                await _bring(mesh, three, server)
+                assert _asked_bytes(server) == 0
+                server.content = TUNED
+                await _bring(mesh, three, server, TUNED)
+                assert 0 < _asked_bytes(server) < len(TUNED) // 3, "what nobody has comes from the store"
+
+
+async def test_a_peer_that_lies_costs_no_byte_of_the_blob(tmp_path: Path) -> None:
+    async with indexed_mesh(tmp_path, BASE) as mesh, mesh.agent(name="one") as one:
+        with serve_blob(BASE) as server:
+            await _bring(mesh, one, server)
+            _blob(one.root).chmod(0o644)
+            _blob(one.root).write_bytes(BASE[::-1])
+            server.requests.clear()
+            async with mesh.agent(name="two", peers=(one.address,)) as two:
+                await _bring(mesh, two, server)
+                assert _blob(two.root).read_bytes() == BASE
+            assert _asked_bytes(server) == len(BASE)
+
+
+async def test_a_peer_that_is_busy_is_no_obstacle(tmp_path: Path) -> None:
+    async with indexed_mesh(tmp_path, BASE) as mesh, mesh.agent(name="one", max_reads=1) as one:
+        with serve_blob(BASE) as server:
+            await _bring(mesh, one, server)
+            async with mesh.dial(one.address, "storage") as dialer:
+                reading = dialer.stub(BlobServiceStub).ReadBlob(pb.ReadBlobRequest(hash=DIGEST.hash), timeout=20.0)
+                assert await reading.read() is not grpc.aio.EOF
+                async with mesh.agent(name="two", peers=(one.address,)) as two:
+                    await _bring(mesh, two, server)
+                reading.cancel()
+
+
+async def test_ranges(mesh: Mesh) -> None:
+    revision = mesh.shelf.add({"model.safetensors": BASE})
+    async with (
+        mesh.agent() as agent,
+        agent.client.materialize(revision, holder="test"),
+        mesh.dial(agent.address, "storage") as dialer,
+    ):
+
+        async def read(offset: int, limit: int) -> list[bytes]:
+            request = pb.ReadBlobRequest(hash=DIGEST.hash, offset=offset, limit=limit)
+            return [piece.data async for piece in dialer.stub(BlobServiceStub).ReadBlob(request, timeout=10.0)]
+
+        assert b"".join(await read(0, 0)) == BASE
+        assert max(map(len, await read(0, 0))) == PIECE_BYTES
+        assert b"".join(await read(100, PIECE_BYTES + 1)) == BASE[100 : 101 + PIECE_BYTES]
+        assert b"".join(await read(len(BASE) - 1, 100)) == BASE[-1:]
+        assert await read(len(BASE), 0) == []
+        found = await dialer.stub(BlobServiceStub).FindBlobs(
+            pb.FindBlobsRequest(hashes=[DIGEST.hash, "0" * 64]), timeout=10.0
+        )
+        assert list(found.hashes) == [DIGEST.hash]
+
+
+async def test_a_blob_that_is_evicted_is_sent_to_its_end(mesh: Mesh) -> None:
+    revision = mesh.shelf.add({"model.safetensors": BASE})
+    async with mesh.agent() as agent, mesh.dial(agent.address, "storage") as dialer:
+        async with agent.client.materialize(revision, holder="test"):
+            pass
+        call = dialer.stub(BlobServiceStub).ReadBlob(pb.ReadBlobRequest(hash=DIGEST.hash), timeout=20.0)
+        pieces = [(await call.read()).data]
+        await agent.client.evict(revision)
+        assert not _blob(agent.root).exists()
+        while (message := await call.read()) is not grpc.aio.EOF:
+            pieces.append(message.data)
+        assert b"".join(pieces) == BASE
+
+
+@pytest.mark.parametrize(
+    ("component", "request_", "reason"),
+    [
+        ("storage", pb.ReadBlobRequest(hash="0" * 64), "BLOB_NOT_FOUND"),
+        ("storage", pb.ReadBlobRequest(hash="../../etc/passwd"), "INVALID_DIGEST"),
+        ("worker", pb.ReadBlobRequest(hash="0" * 64), "PERMISSION_DENIED"),
+    ],
+)
+async def test_what_is_refused(mesh: Mesh, component: str, request_: pb.ReadBlobRequest, reason: str) -> None:
+    async with mesh.agent() as agent, mesh.dial(agent.address, component) as dialer, asyncio.timeout(20.0):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await dialer.stub(BlobServiceStub).ReadBlob(request_, timeout=10.0).read()
+        assert error_from_rpc(caught.value).reason == reason
