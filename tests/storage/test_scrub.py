@@ -3,12 +3,14 @@
 import asyncio
 import os
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from helios.mesh.errors import NotFound, PreconditionFailed
+from helios.mesh.tasks import task_scope
+from helios.storage import scrubber as scrubber_module
 from helios.storage.fetch import FetchCancelled, FetchToken
 from helios.storage.materializer import Materializer, Upkeep
 from helios.storage.scrub import read_blob
@@ -152,6 +154,24 @@ async def test_what_is_due_is_found_oldest_first_and_one_scrub_runs_at_a_time(tm
         assert raised.value.reason == "SCRUB_RUNS"
         await first.aclose()
         assert await scrub(agent) == []
+
+
+async def test_a_scrub_of_a_large_blob_ends_with_its_task(
+    tmp_path: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent is asked to stop: at the rate of the background this would go on for eight seconds."""
+    monkeypatch.setattr(scrubber_module, "_LOOK_SECONDS", 0.0)
+    clock = SetClock()
+    upkeep = Upkeep(scrub_bytes_per_second=MIB)
+    async with local_agent(tmp_path, shelf, clock=clock, upkeep=upkeep) as agent:
+        await use(agent, shelf.add({"w": bytes(8 * MIB)}))
+        clock.now = datetime.now(UTC) + timedelta(days=8)
+        async with task_scope() as group:
+            group.create_task(agent.scrubber.run(), name="scrub")
+            await asyncio.sleep(0.2)
+            started = time.monotonic()
+        assert time.monotonic() - started < 2
+        assert agent.rooms[0].tier.statistics.scrubbed_bytes == 0
 
 
 async def test_a_tier_is_measured_once(tmp_path: Path, shelf: Shelf) -> None:

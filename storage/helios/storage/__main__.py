@@ -9,7 +9,7 @@ from helios.api.storage.v1.storage_service_pb2_grpc import add_StorageServiceSer
 from helios.mesh.channel import Dialer
 from helios.mesh.process import Lifetime, run
 from helios.mesh.server import MeshServer, ServerOptions
-from helios.mesh.tasks import keep_running
+from helios.mesh.tasks import keep_running, task_scope
 from helios.storage.blob_servicer import SERVICE_NAME as BLOB_SERVICE
 from helios.storage.blob_servicer import BlobServicer
 from helios.storage.chunk_source import RegistryChunks
@@ -54,12 +54,14 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
             BlobServicer(partial(blob_places, tiers), max_reads=settings.peers.max_reads)
         )
         materializer = await stack.enter_async_context(open_materializer(tiers, manifests, clock=clock, upkeep=upkeep))
+        # Ends before the tiers close: a scrub of a large blob, or a move, is cancelled rather than waited for.
+        background = await stack.enter_async_context(task_scope())
         for name, work in (
             ("expire leases", materializer.expire_leases),
             ("move revisions", materializer.mover.run),
             ("scrub blobs", materializer.scrubber.run),
         ):
-            lifetime.group.create_task(keep_running(name, work), name=name)
+            background.create_task(keep_running(name, work), name=name)
         addresses = []
         for listen in filter(None, (settings.listen, settings.second_listen)):
             server = MeshServer(listen=listen, identity=identity, policy=POLICY, options=OPTIONS)

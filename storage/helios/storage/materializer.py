@@ -167,7 +167,8 @@ class Materializer:
                 self.miss_count += 1
                 fetched_bytes = await self._revision_flights.join(revision, partial(self._bring, revision))
                 room = self._find(revision)
-                assert room is not None, "what was brought is held"
+                if room is None:
+                    raise Corrupted("a blob of the model was found corrupt as soon as it was here; try again")
             else:
                 self._count_hit(room, revision)
             lease = await self._grant(room.tier, revision, holder, ttl)
