@@ -8,6 +8,7 @@ ENGINE ?= auto
 JOBS ?= 2
 BIN := .venv/bin
 NODE := tests/scenarios/node
+EMULATORS := tests/emulators/node
 # Some environments, containers above all, forbid Python to keep compiled modules, and uv installs none: every process
 # would compile anew what it imports, which for vLLM takes longer than to load it.
 unexport PYTHONDONTWRITEBYTECODE
@@ -53,7 +54,7 @@ openapi: setup ## Write build/openapi.json from the contracts
 	@$(BIN)/python -m proto.openapi
 
 clean: ## Remove what was built; .venv stays (rm -r .venv removes it)
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis $(NODE)/node_modules
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis $(NODE)/node_modules $(EMULATORS)/node_modules
 	find proto gen proxy worker storage registry mesh tests requirements -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The parts of `test` and `check`; --output-sync prints each one's output in one piece.

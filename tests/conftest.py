@@ -25,6 +25,9 @@ import psutil
 import pytest
 
 from helios.registry.sources.embedded import EMBEDDED, find_embedded
+from tests.emulators.fixtures import azurite_bucket, azurite_server, seaweedfs_bucket, seaweedfs_server
+
+__all__ = ["azurite_bucket", "azurite_server", "seaweedfs_bucket", "seaweedfs_server"]
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_DIRECTORY = ROOT / "build" / "models" / "smollm2-135m-instruct"

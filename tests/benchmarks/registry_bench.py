@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from helios.registry.artifact_store import ArtifactStore
-from helios.registry.blobs import BlobStore
+from helios.registry.blobs import Blobs
 from helios.registry.catalog import Catalog
 from helios.registry.database import Database
+from helios.registry.directory_store import DirectoryStore
 from helios.registry.ingest import Ingester
 from helios.registry.records import IngestSpec
 from helios.registry.sources.conversion import Converter
@@ -80,8 +81,9 @@ async def registry(directory: Path) -> AsyncIterator[Ingester]:
         state = stack.enter_context(StateDirectory(directory).owned())
         database = await Database.open(state.database)
         stack.push_async_callback(database.close)
-        blobs = BlobStore(state.blobs, reserve_bytes=0)
-        blobs.prepare({})
+        blob_store = DirectoryStore(state.blobs)
+        blob_store.prepare({})
+        blobs = Blobs(blob_store, disk=state.root, reserve_bytes=0)
         hub = WatchHub(16)
         stack.callback(hub.close)
         converter = Converter(timeout_seconds=60, require_space=blobs.require_space)

@@ -14,14 +14,16 @@ from helios.mesh.server import MeshServer, ServerOptions
 from helios.registry import access
 from helios.registry.artifact_servicer import ArtifactServicer
 from helios.registry.artifact_store import ArtifactStore
-from helios.registry.blobs import BlobStore
+from helios.registry.blobs import Blobs, BlobStore
 from helios.registry.catalog import Catalog
 from helios.registry.client import ArtifactClient, RegistryClient, VersionClient
+from helios.registry.collector import Collector
 from helios.registry.database import Database
+from helios.registry.directory_store import DirectoryStore
 from helios.registry.ingest import Ingester
 from helios.registry.records import IngestDone, IngestEvent, IngestSpec
 from helios.registry.servicer import RegistryServicer
-from helios.registry.settings import ArtifactSettings
+from helios.registry.settings import ArtifactSettings, CollectionSettings
 from helios.registry.sources.conversion import Converter
 from helios.registry.state import StateDirectory
 from helios.registry.store import Store
@@ -40,11 +42,13 @@ class Parts:
 
     state: StateDirectory
     store: Store
-    blobs: BlobStore
+    blobs: Blobs
+    directory: DirectoryStore
     hub: WatchHub
     catalog: Catalog
     ingester: Ingester
     uploads: Uploads
+    collector: Collector
     versions: Versions
 
     async def ingest(self, name: str, source: Path | str, **more: object) -> IngestDone:
@@ -79,6 +83,7 @@ async def open_parts(
     convert_module: str = "helios.registry.convert",
     convert_timeout_seconds: float = 120.0,
     artifacts: ArtifactSettings | None = None,
+    blob_store: BlobStore | None = None,
 ) -> AsyncIterator[Parts]:
     """Opens a registry without its server."""
     async with AsyncExitStack() as stack:
@@ -86,8 +91,10 @@ async def open_parts(
         database = await Database.open(state.database)
         stack.push_async_callback(database.close)
         store, artifact_store = Store(database), ArtifactStore(database)
-        blobs = BlobStore(state.blobs, reserve_bytes=reserve_bytes)
-        blobs.prepare(await store.referenced_blobs())
+        directory = DirectoryStore(state.blobs)
+        directory.prepare(await store.referenced_blobs())
+        blobs = Blobs(blob_store or directory, disk=root, reserve_bytes=reserve_bytes)
+        blobs.know_sizes((await store.referenced_blobs()).values())
         hub = WatchHub(queue_size)
         catalog = Catalog(store, blobs, hub, artifact_store)
         converter = Converter(
@@ -98,7 +105,8 @@ async def open_parts(
         stack.callback(hub.close)
         uploads = Uploads(catalog, artifact_store, state, artifacts or ArtifactSettings())
         versions = Versions(catalog, TagStore(database, store.changes))
-        yield Parts(state, store, blobs, hub, catalog, ingester, uploads, versions)
+        collector = Collector(store, blobs, CollectionSettings())
+        yield Parts(state, store, blobs, directory, hub, catalog, ingester, uploads, collector, versions)
 
 
 class Mesh:
@@ -146,7 +154,7 @@ async def serve(parts: Parts, mesh: Mesh) -> AsyncIterator[str]:
         policy=access.POLICY,
         options=ServerOptions(drain_seconds=1.0),
     )
-    add_RegistryServiceServicer_to_server(RegistryServicer(parts.catalog, parts.ingester), server.grpc)
+    add_RegistryServiceServicer_to_server(RegistryServicer(parts.catalog, parts.ingester, parts.collector), server.grpc)
     add_ArtifactServiceServicer_to_server(ArtifactServicer(parts.uploads), server.grpc)
     add_VersionServiceServicer_to_server(VersionServicer(parts.versions, parts.store), server.grpc)
     server.serve(access.SERVICE, access.ARTIFACT_SERVICE, access.VERSION_SERVICE)

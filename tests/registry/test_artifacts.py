@@ -105,7 +105,7 @@ async def test_an_artifact_is_stored_once_and_found_by_its_name(parts: Parts, me
             located = await registry.get_manifest(stored.digest)
         assert located.revision is None
         for entry in located.manifest.entries:
-            assert parts.blobs.path(entry.digest.hash).read_bytes() == files[entry.path].read_bytes()
+            assert parts.directory.path(entry.digest.hash).read_bytes() == files[entry.path].read_bytes()
     assert metrics.ARTIFACT_BYTES._value.get() == stored.size_bytes
 
 
@@ -268,7 +268,7 @@ async def test_artifacts_outlive_a_restart_and_what_a_crash_left_does_not(
     async with open_parts(tmp_path / "registry") as parts:
         revision = (await parts.ingest("m", model_directory)).model.revision.digest
         stored = await put(parts, revision, b"kept")
-        stray = parts.blobs.path("f" * 64)
+        stray = parts.directory.path("f" * 64)
         stray.parent.mkdir(parents=True, exist_ok=True)
         stray.write_bytes(b"left by a crash")
     async with open_parts(tmp_path / "registry") as parts:

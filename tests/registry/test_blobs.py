@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from helios.mesh.errors import Conflict, DigestMismatch, DiskFull
-from helios.registry.blobs import BUFFER_BYTES, BlobStore
+from helios.registry.blobs import Blobs
+from helios.registry.directory_store import DirectoryStore
+from helios.registry.hashing import BUFFER_BYTES
 from tests.registry.tiny import sha256
 
 
@@ -21,12 +23,20 @@ def ignore(_: int) -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> BlobStore:
-    root = tmp_path / "blobs"
-    root.mkdir()
-    blobs = BlobStore(root, reserve_bytes=0)
-    blobs.prepare({})
-    return blobs
+def directory(tmp_path: Path) -> DirectoryStore:
+    directory = DirectoryStore(tmp_path / "blobs")
+    directory.prepare({})
+    return directory
+
+
+@pytest.fixture
+def store(directory: DirectoryStore, tmp_path: Path) -> Blobs:
+    return Blobs(directory, disk=tmp_path, reserve_bytes=0)
+
+
+async def nothing() -> set[str]:
+    """Reads the rows of a registry that has none."""
+    return set()
 
 
 @pytest.fixture
@@ -36,8 +46,13 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def files_of(store: BlobStore) -> list[Path]:
-    return [path for path in store.path("00").parents[2].rglob("*") if path.is_file()]
+def path_of(store: Blobs, hash_: str) -> Path:
+    assert isinstance(store.store, DirectoryStore)
+    return store.store.path(hash_)
+
+
+def files_of(store: Blobs) -> list[Path]:
+    return [path for path in path_of(store, "00").parents[2].rglob("*") if path.is_file()]
 
 
 @contextmanager
@@ -51,7 +66,7 @@ def largest_file(size_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-async def test_stores_a_file_once(store: BlobStore, source: Path) -> None:
+async def test_stores_a_file_once(store: Blobs, source: Path) -> None:
     seen: list[int] = []
     with store.hold() as hold:
         first = await hold.put(source, on_bytes=seen.append)
@@ -60,30 +75,30 @@ async def test_stores_a_file_once(store: BlobStore, source: Path) -> None:
     assert (first.digest.hash, first.digest.size_bytes) == (sha256(source), size)
     assert (first.new_bytes, second.new_bytes) == (size, 0)
     assert sum(seen) == size
-    path = store.path(first.digest.hash)
+    path = path_of(store, first.digest.hash)
     assert path.read_bytes() == source.read_bytes()
     assert stat.S_IMODE(path.stat().st_mode) == 0o444
     assert files_of(store) == [path]
 
 
-async def test_a_blob_does_not_change_with_its_source(store: BlobStore, source: Path) -> None:
+async def test_a_blob_does_not_change_with_its_source(store: Blobs, source: Path) -> None:
     with store.hold() as hold:
         stored = await hold.put(source, on_bytes=ignore)
     with source.open("r+b") as file:
         file.write(b"changed in place")
-    assert sha256(store.path(stored.digest.hash)) == stored.digest.hash
+    assert sha256(path_of(store, stored.digest.hash)) == stored.digest.hash
 
 
-async def test_an_owned_file_is_moved(store: BlobStore, source: Path) -> None:
+async def test_an_owned_file_is_moved(store: Blobs, source: Path) -> None:
     digest = sha256(source)
     inode = source.stat().st_ino
     with store.hold() as hold:
         await hold.put(source, is_owned=True, on_bytes=ignore)
     assert not source.exists()
-    assert store.path(digest).stat().st_ino == inode
+    assert path_of(store, digest).stat().st_ino == inode
 
 
-async def test_another_file_of_a_known_size_is_stored_and_progress_adds_up(store: BlobStore, tmp_path: Path) -> None:
+async def test_another_file_of_a_known_size_is_stored_and_progress_adds_up(store: Blobs, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_bytes(b"a" * 100)
     two.write_bytes(b"b" * 100)
@@ -95,33 +110,33 @@ async def test_another_file_of_a_known_size_is_stored_and_progress_adds_up(store
     assert sum(seen) == 100
 
 
-async def test_a_full_disk_leaves_nothing(store: BlobStore, source: Path) -> None:
+async def test_a_full_disk_leaves_nothing(store: Blobs, source: Path) -> None:
     with store.hold() as hold, largest_file(1 << 20), pytest.raises(DiskFull):
         await hold.put(source, on_bytes=ignore)
     assert files_of(store) == []
 
 
 def test_full_is_what_disks_and_quotas_say() -> None:
-    from helios.registry.blobs import _translate  # noqa: PLC0415
+    from helios.registry.directory_store import _translate  # noqa: PLC0415
 
     for code in (errno.ENOSPC, errno.EDQUOT):
         assert isinstance(_translate(OSError(code, "full"), Path("x")), DiskFull)
 
 
 async def test_keeps_the_reserve(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, reserve_bytes=1 << 60)
+    store = Blobs(DirectoryStore(tmp_path), disk=tmp_path, reserve_bytes=1 << 60)
     with pytest.raises(DiskFull) as caught:
         store.require_space(1)
     assert caught.value.metadata["needed_bytes"] == "1"
 
 
-async def test_a_file_of_another_digest_is_refused(store: BlobStore, source: Path) -> None:
+async def test_a_file_of_another_digest_is_refused(store: Blobs, source: Path) -> None:
     with store.hold() as hold, pytest.raises(DigestMismatch):
         await hold.put(source, expected="0" * 64, on_bytes=ignore)
     assert files_of(store) == []
 
 
-async def test_a_file_that_changes_while_it_is_read_is_refused(store: BlobStore, source: Path) -> None:
+async def test_a_file_that_changes_while_it_is_read_is_refused(store: Blobs, source: Path) -> None:
     def grow(_: int) -> None:
         with source.open("ab") as file:
             file.write(b"more")
@@ -132,12 +147,12 @@ async def test_a_file_that_changes_while_it_is_read_is_refused(store: BlobStore,
     assert files_of(store) == []
 
 
-async def test_a_missing_source_is_a_conflict(store: BlobStore, tmp_path: Path) -> None:
+async def test_a_missing_source_is_a_conflict(store: Blobs, tmp_path: Path) -> None:
     with store.hold() as hold, pytest.raises(Conflict):
         await hold.put(tmp_path / "nothing", on_bytes=ignore)
 
 
-async def test_cancelling_stops_the_copy_and_leaves_nothing(store: BlobStore, tmp_path: Path) -> None:
+async def test_cancelling_stops_the_copy_and_leaves_nothing(store: Blobs, tmp_path: Path) -> None:
     source = tmp_path / "big"
     with source.open("wb") as file:
         file.truncate(2 << 30)
@@ -152,23 +167,20 @@ async def test_cancelling_stops_the_copy_and_leaves_nothing(store: BlobStore, tm
     assert files_of(store) == []
 
 
-async def test_never_deletes_a_held_blob(store: BlobStore, source: Path) -> None:
+async def test_never_deletes_a_held_blob(store: Blobs, source: Path) -> None:
     digest = sha256(source)
     with store.hold() as first:
         await first.put(source, on_bytes=ignore)
         with store.hold() as second:
             await second.put(source, on_bytes=ignore)
-            async with store.collecting() as delete:
-                assert await delete([digest]) == 0
-        async with store.collecting() as delete:
-            assert await delete([digest]) == 0
-        assert store.path(digest).exists()
-    async with store.collecting() as delete:
-        assert await delete([digest]) == source.stat().st_size
+            assert await store.collect([digest], nothing) == set()
+        assert await store.collect([digest], nothing) == set()
+        assert path_of(store, digest).exists()
+    assert await store.collect([digest], nothing) == {digest}
     assert files_of(store) == []
 
 
-async def test_start_clears_away_what_a_crash_left(store: BlobStore, tmp_path: Path) -> None:
+async def test_start_clears_away_what_a_crash_left(store: Blobs, tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("kept", "orphan", "torn", "lost")]
     referenced: dict[str, int] = {}
     with store.hold() as hold:
@@ -177,7 +189,7 @@ async def test_start_clears_away_what_a_crash_left(store: BlobStore, tmp_path: P
             digest = (await hold.put(path, on_bytes=ignore)).digest
             if path.name != "orphan":
                 referenced[digest.hash] = digest.size_bytes
-    torn, lost = store.path(sha256(paths[2])), store.path(sha256(paths[3]))
+    torn, lost = path_of(store, sha256(paths[2])), path_of(store, sha256(paths[3]))
     torn.chmod(0o644)
     torn.write_bytes(b"half")
     lost.unlink()
@@ -185,16 +197,65 @@ async def test_start_clears_away_what_a_crash_left(store: BlobStore, tmp_path: P
     temporary.write_bytes(b"x" * 10)
 
     root = tmp_path / "blobs"
-    freed_bytes, missing = BlobStore(root, reserve_bytes=0).prepare(referenced)
+    freed_bytes, missing = DirectoryStore(root).prepare(referenced)
     assert freed_bytes == 10 + len("orphan") * 100 + 4
     assert set(missing) == {torn.name, lost.name}
-    assert files_of(store) == [store.path(sha256(paths[0]))]
+    assert files_of(store) == [path_of(store, sha256(paths[0]))]
 
 
-async def test_says_which_blobs_are_missing(store: BlobStore, source: Path) -> None:
+async def test_says_which_blobs_are_missing(store: Blobs, source: Path) -> None:
     with store.hold() as hold:
         digest = (await hold.put(source, on_bytes=ignore)).digest
-        assert store.missing([digest]) == []
-        store.path(digest.hash).unlink()
-        assert store.missing([digest]) == [digest]
+        assert await store.missing([digest]) == []
+        path_of(store, digest.hash).unlink()
+        assert await store.missing([digest]) == [digest]
         assert not await hold.take([digest])
+
+
+async def test_an_ingest_waits_for_a_blob_that_is_being_deleted(store: Blobs, source: Path) -> None:
+    with store.hold() as hold:
+        digest = (await hold.put(source, on_bytes=ignore)).digest
+    is_reading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def read_rows() -> set[str]:
+        is_reading.set()
+        await go_on.wait()
+        return set()
+
+    with store.hold() as hold:
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            collecting = group.create_task(store.collect([digest.hash], read_rows), name="collect")
+            await is_reading.wait()
+            putting = group.create_task(hold.put(source, on_bytes=ignore), name="put")
+            await asyncio.sleep(0.05)
+            assert not putting.done()
+            go_on.set()
+        assert collecting.result() == {digest.hash}
+        # It was gone, so it was stored anew.
+        assert putting.result().new_bytes == digest.size_bytes
+        assert await store.missing([digest]) == []
+
+
+async def test_a_collection_that_is_cancelled_lets_go(store: Blobs, source: Path) -> None:
+    with store.hold() as hold:
+        digest = (await hold.put(source, on_bytes=ignore)).digest
+    is_reading = asyncio.Event()
+
+    async def read_rows() -> set[str]:
+        is_reading.set()
+        await asyncio.sleep(60)
+        return set()
+
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        collecting = group.create_task(store.collect([digest.hash], read_rows), name="collect")
+        await is_reading.wait()
+        collecting.cancel()
+    with store.hold() as hold:
+        assert (await hold.put(source, on_bytes=ignore)).new_bytes == 0
+
+
+async def test_two_ingests_of_a_file_store_it_once(store: Blobs, source: Path) -> None:
+    with store.hold() as one, store.hold() as two:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(hold.put(source, on_bytes=ignore), name="put") for hold in (one, two)]
+    assert sorted(task.result().new_bytes for task in tasks) == [0, source.stat().st_size]

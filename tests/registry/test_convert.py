@@ -54,7 +54,7 @@ async def test_the_same_gguf_gives_the_same_revision(tmp_path: Path, gguf_file: 
         # A blob that is lost is brought back.
         manifest, _ = await one.store.get_manifest(first.model.revision.digest)
         lost = next(entry.digest for entry in manifest.entries if entry.path == "config.json")
-        one.blobs.path(lost.hash).unlink()
+        one.directory.path(lost.hash).unlink()
         assert (await one.ingest("m", gguf_file)).new_bytes == lost.size_bytes
         await check_weights(one, first.model.revision.digest)
 
@@ -64,7 +64,7 @@ async def check_weights(parts: Parts, digest: str) -> None:
     manifest, revision = await parts.store.get_manifest(digest)
     assert revision.profile.kv_bytes_per_token == tiny.KV_BYTES_PER_TOKEN
     assert revision.profile.dtype == "bfloat16"
-    blobs = {entry.path: parts.blobs.path(entry.digest.hash) for entry in manifest.entries}
+    blobs = {entry.path: parts.directory.path(entry.digest.hash) for entry in manifest.entries}
     config = json.loads(blobs["config.json"].read_text())
     assert "quantization_config" not in config
     assert (config["num_hidden_layers"], config["num_key_value_heads"]) == (tiny.LAYERS, tiny.KV_HEADS)

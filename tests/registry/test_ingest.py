@@ -52,7 +52,7 @@ async def test_a_directory_becomes_a_model(parts: Parts, model_directory: Path) 
     assert done.model.aliases == ("x",)
     assert done.model.revision.source == f"dir:{model_directory}"
     located = await parts.catalog.locate(done.model.revision.digest)
-    assert {entry.path: parts.blobs.path(entry.digest.hash).read_bytes() for entry in located.manifest.entries} == {
+    assert {entry.path: parts.directory.path(entry.digest.hash).read_bytes() for entry in located.manifest.entries} == {
         path.name: path.read_bytes() for path in model_directory.iterdir()
     }
     assert located.blob_store_url == parts.state.blobs.as_uri()
@@ -182,7 +182,7 @@ async def test_a_bad_directory_is_refused_and_leaves_nothing(
     "source",
     [
         "", "relative/path", "/nothing/here", "/dev/null", "/etc/passwd", "embedded:unknown", "embedded:", "a\0b",
-        "https://example.com/model", "/" + "x" * 5000, "embedded:../../etc",
+        "ftp://example.com/model", "/" + "x" * 5000, "embedded:../../etc",
     ],
 )  # fmt: skip
 async def test_refuses_sources(parts: Parts, source: str) -> None:

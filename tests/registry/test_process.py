@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @asynccontextmanager
-async def running(root: Path, mesh: Mesh, *flags: str) -> AsyncIterator[tuple[Process, str]]:
+async def running(
+    root: Path, mesh: Mesh, *flags: str, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[tuple[Process, str]]:
     """Runs a registry on a directory; yields the process and its address, and stops it at the end."""
     ready = root.with_name(f"{root.name}-ready.json")
     ready.unlink(missing_ok=True)
@@ -38,7 +40,7 @@ async def running(root: Path, mesh: Mesh, *flags: str) -> AsyncIterator[tuple[Pr
         cwd=ROOT,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
-        env={"PYTHONPATH": os.pathsep.join(sys.path)},
+        env={"PYTHONPATH": os.pathsep.join(sys.path)} | dict(environment or {}),
     )
     try:
         async with asyncio.timeout(30):

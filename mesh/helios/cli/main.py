@@ -15,6 +15,8 @@ from rich.text import Text
 from helios.cli import cache as cache_commands
 from helios.cli import commands, model_versions
 from helios.cli import why as explanations
+from helios.cli.models_gc import CollectOptions
+from helios.cli.models_gc import models_gc as models_gc_command
 from helios.cli.models_set import models_set as models_set_command
 from helios.cli.state import StateDirectory
 from helios.cli.topology import EMBEDDED_MODEL, default_state_directory
@@ -218,6 +220,21 @@ def models_rm(
 ) -> None:
     """Remove a model, its replicas and its bytes, or one revision that nothing points at."""
     _run(model_versions.remove(_state(state_dir), console, name, is_forced=force, is_json=is_json))
+
+
+@models.command("gc")
+def models_gc(
+    state_dir: StateOption,
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    grace: Annotated[
+        float | None, typer.Option(help="Keep what is younger than this many seconds.", show_default="the registry's")
+    ] = None,
+    is_json: JsonOption = False,
+) -> None:
+    """Remove blobs that no model and no artifact uses, and unfinished uploads."""
+    options = CollectOptions(is_dry_run=dry_run, grace_seconds=grace, is_json=is_json)
+    _run(models_gc_command(_state(state_dir), console, options))
 
 
 @models.command("show")

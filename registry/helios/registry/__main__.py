@@ -1,5 +1,6 @@
 """``python -m helios.registry``: the composition root of the registry process."""
 
+import os
 from contextlib import AsyncExitStack
 from functools import partial
 
@@ -15,12 +16,15 @@ from helios.mesh.tasks import keep_running
 from helios.registry import access, metrics, offload
 from helios.registry.artifact_servicer import ArtifactServicer
 from helios.registry.artifact_store import ArtifactStore
-from helios.registry.blobs import BlobStore
+from helios.registry.blob_stores import open_store
+from helios.registry.blobs import Blobs
 from helios.registry.catalog import Catalog
 from helios.registry.chunk_indexer import ChunkIndexer
 from helios.registry.chunk_servicer import ChunkServicer
 from helios.registry.chunk_store import ChunkStore
+from helios.registry.collector import Collector
 from helios.registry.database import Database
+from helios.registry.directory_store import DirectoryStore
 from helios.registry.ingest import Ingester
 from helios.registry.servicer import RegistryServicer
 from helios.registry.settings import RegistrySettings
@@ -42,13 +46,16 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
     Closing runs backwards: watches end, ingests are cancelled and clean up, the server drains, the database closes, and
     only then another registry may have the directory.
     """
+    # Credentials of clouds, by the names that their own tools have; obstore reads them there, too.
+    environment = dict(os.environ)  # noqa: TID251
     async with AsyncExitStack() as stack:
         state = stack.enter_context(StateDirectory(settings.state_directory).owned())
         url = settings.database_url.get_secret_value()
         database = await Database.open(url or state.database)
         stack.push_async_callback(database.close)
         store, artifacts = Store(database), ArtifactStore(database)
-        blobs = BlobStore(state.blobs, reserve_bytes=settings.ingest.reserve_bytes)
+        blob_store = stack.enter_context(open_store(settings.blob_store, state, environment))
+        blobs = Blobs(blob_store, disk=state.root, reserve_bytes=settings.ingest.reserve_bytes)
         await _repair(store, blobs)
         hub = WatchHub(settings.watch_queue_size)
         catalog = Catalog(store, blobs, hub, artifacts)
@@ -62,7 +69,8 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
             options=ServerOptions(drain_seconds=settings.drain_seconds),
         )
         ingester = Ingester(catalog, state, converter, max_concurrent=settings.ingest.max_concurrent)
-        add_RegistryServiceServicer_to_server(RegistryServicer(catalog, ingester), server.grpc)
+        collector = Collector(store, blobs, settings.collection)
+        add_RegistryServiceServicer_to_server(RegistryServicer(catalog, ingester, collector), server.grpc)
         uploads = Uploads(catalog, artifacts, state, settings.artifacts)
         add_ArtifactServiceServicer_to_server(ArtifactServicer(uploads), server.grpc)
         versions = Versions(catalog, TagStore(database, store.changes))
@@ -75,9 +83,10 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         stack.callback(hub.close)
         metrics.MODELS.set(await store.count_models())
         await uploads.measure()
-        indexer = ChunkIndexer(chunks, lambda hash_: blobs.path(hash_).open("rb"))
+        indexer = ChunkIndexer(chunks, blobs.store.open)
         indexing = lifetime.group.create_task(keep_running("index chunks", indexer.run), name="index chunks")
         stack.callback(indexing.cancel)
+        await stack.enter_async_context(collector.running())
         if database.is_shared:
             follow = partial(catalog.follow, settings.watch_poll_seconds)
             following = lifetime.group.create_task(keep_running("follow changes", follow), name="follow changes")
@@ -87,10 +96,14 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         await server.set_serving(is_serving=False)
 
 
-async def _repair(store: Store, blobs: BlobStore) -> None:
-    """Clears away what a crash left, and says which blobs are gone."""
+async def _repair(store: Store, blobs: Blobs) -> None:
+    """Clears away what a crash left, and says which blobs are gone; in a bucket that is the collector's."""
     referenced = await store.referenced_blobs()
-    freed_bytes, missing = await offload.run(lambda _: blobs.prepare(referenced))
+    blobs.know_sizes(referenced.values())
+    directory = blobs.store
+    if not isinstance(directory, DirectoryStore):
+        return
+    freed_bytes, missing = await offload.run(lambda _: directory.prepare(referenced))
     if freed_bytes:
         log.info("unfinished ingests cleared away", freed_bytes=freed_bytes)
     if missing:

@@ -1,43 +1,104 @@
-"""The blob store: a directory in which every file is complete, verified and named by its sha256.
+"""The blobs of the registry: whole, verified, named by their sha256, and kept for as long as something refers to them.
 
-    <root>/sha256/<first two>/<hash>     mode 0444, never changed after its rename
-    <root>/tmp/<random>                  bytes on their way, swept at start
+Where the bytes are is a ``BlobStore``'s affair: a directory (``directory_store``), or an object store
+(``object_store``). What this module adds is the same for all: which blobs an ingest holds and which ones are being
+deleted (``claims``), one upload of a blob at a time, and room on this machine's disk.
 
-A blob appears by one rename after its bytes are written, hashed and fsynced, so a reader never sees half a blob and a
-crash leaves at most a file in ``tmp``, or a complete blob that nothing refers to: both go at the next start.
+    stage (the sha256 becomes known) → hold → already there? else commit → rows → release
 
-Sources are copied, never hard-linked: a directory belongs to its user, who may change a file in place, and the blob
-would change with it. Files that the registry made itself (a conversion's output) are moved.
-
-A ``Hold`` protects the blobs of a running ingest from deletion until their rows are committed. Deciding and deleting
-happen under one lock, and so do finding a blob and taking hold of it; copying happens outside.
+Stores block, and run in threads; nothing here holds a lock while one does.
 """
 
 import asyncio
-import errno
-import hashlib
-import os
-import secrets
 import shutil
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Literal, Protocol
+from weakref import WeakValueDictionary
 
-from helios.mesh.errors import Conflict, DigestMismatch, DiskFull
+from helios.mesh.errors import DigestMismatch, DiskFull
 from helios.registry import offload
+from helios.registry.claims import Claims
+from helios.registry.collection import StoredBlob
+from helios.registry.hashing import OnBytes, hash_file, size_of
 from helios.registry.manifest import Digest
 
-# 8 MiB: large enough that system calls don't count, small enough to stop within milliseconds.
-BUFFER_BYTES: Final = 8 << 20
-_BLOB_MODE: Final = 0o444
-# EFBIG: a limit on file sizes, as containers set it, is a full disk to the caller.
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
-OnBytes = Callable[[int], None]
+class Staged(Protocol):
+    """A file whose sha256 is known and that nobody sees under it yet."""
+
+    @property
+    def digest(self) -> Digest:
+        """What it is."""
+        ...
+
+    def commit(self, on_bytes: OnBytes, stop: offload.Stop) -> None:
+        """Makes it a blob: all of its bytes under its name, durable, or nothing. Blocks; called at most once.
+
+        Raises:
+            Conflict: SOURCE_CHANGED.
+            Unavailable: BLOB_STORE_UNAVAILABLE; what was sent is not lost if it is tried again.
+        """
+        ...
+
+
+class BlobStore(Protocol):
+    """Where blobs are. Blocking and thread-safe; errors are the mesh's.
+
+    A blob is never seen before it is whole and its sha256 was found right. Nothing of a blob changes afterwards.
+    Storing one again is no error and changes nothing. What a crash leaves is invisible, and goes with ``sweep``.
+    """
+
+    @property
+    def url(self) -> str:
+        """Base of the store; the blob with hash h is at ``<url>/sha256/<first two of h>/<h>``."""
+        ...
+
+    @property
+    def options(self) -> Mapping[str, str]:
+        """How the store is reached where its URL does not say it; no secrets."""
+        ...
+
+    def stage(
+        self, source: Path, *, is_owned: bool, on_bytes: OnBytes, stop: offload.Stop
+    ) -> AbstractContextManager[Staged]:
+        """Yields a file staged; what is not committed by the end of the block leaves nothing.
+
+        Args:
+            source: The file.
+            is_owned: It is the registry's own, and may be moved.
+            on_bytes: Told of each buffer's length; ``commit`` may take back what was counted, and count again.
+            stop: Asked at every buffer.
+
+        Raises:
+            Conflict: SOURCE_CHANGED, the file was changed or removed while it was read.
+            DiskFull: There is no room.
+        """
+        ...
+
+    def size(self, hash_: str) -> int:
+        """Returns a blob's size, -1 if it is not there. Raises Unavailable."""
+        ...
+
+    def open(self, hash_: str) -> BinaryIO:
+        """Opens a blob for reading, seekable. Raises BlobNotFound, Unavailable."""
+        ...
+
+    def scan(self) -> Iterator[StoredBlob]:
+        """Yields all blobs, in any order. Raises Unavailable."""
+        ...
+
+    def delete(self, hashes: Collection[str]) -> None:
+        """Removes blobs. Idempotent. Raises Unavailable; then any of them may be gone."""
+        ...
+
+    def sweep(self, *, before: datetime, is_dry_run: bool = False) -> int:
+        """Removes what unfinished uploads that began before this moment left; returns how many. Raises Unavailable."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,53 +109,51 @@ class Stored:
     new_bytes: int
 
 
-class BlobStore:
-    """The blobs under one directory. One process owns it (``state.StateDirectory`` holds the lock)."""
+@dataclass(frozen=True, slots=True)
+class BlobFile:
+    """A blob as something that can be opened, like a path."""
 
-    def __init__(self, root: Path, *, reserve_bytes: int) -> None:
-        """Takes a directory; ``reserve_bytes`` of its disk are left free for others."""
-        self._root = root
+    store: BlobStore
+    hash: str
+
+    def open(self, mode: Literal["rb"] = "rb") -> BinaryIO:
+        """Opens it for reading."""
+        del mode
+        return self.store.open(self.hash)
+
+
+class Blobs:
+    """The blobs of one registry process: a store, and the claims on its blobs."""
+
+    def __init__(self, store: BlobStore, *, disk: Path, reserve_bytes: int) -> None:
+        """Takes a store, and the directory of this machine whose disk keeps ``reserve_bytes`` free for others."""
+        self.store = store
+        self._disk = disk
         self._reserve_bytes = reserve_bytes
-        self._lock = asyncio.Lock()
-        self._held: Counter[str] = Counter()
+        self._claims = Claims()
+        # Set, and replaced, when doomed blobs are free again.
+        self._settled = asyncio.Event()
+        # One upload of a blob at a time; a lock lives for as long as somebody waits for it.
+        self._uploads: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         # Sizes of blobs that are or were here; a stale one costs a needless hash, nothing else.
         self._sizes: set[int] = set()
-        self._directory = root / "sha256"
-        self._temporary = root / "tmp"
 
     @property
-    def url(self) -> str:
-        """Base of the store as a ``file://`` URL."""
-        return self._root.absolute().as_uri()
+    def is_local(self) -> bool:
+        """Whether blobs are files of this machine."""
+        return self.store.url.startswith("file:")
 
-    def path(self, hash_: str) -> Path:
-        """Returns where the blob with this hash is, or would be."""
-        return self._directory / hash_[:2] / hash_
+    def know_sizes(self, sizes: Collection[int]) -> None:
+        """Takes note of sizes that blobs of the store have."""
+        self._sizes.update(sizes)
 
-    def prepare(self, referenced: dict[str, int]) -> tuple[int, list[str]]:
-        """Brings the directory into order at start, before anything else uses it.
-
-        Removes what a crash left: files in ``tmp``, blobs that no revision refers to, blobs of the wrong size.
-
-        Returns:
-            Bytes that were freed, and the hashes of referenced blobs that are missing.
-        """
-        freed = sum(_remove(path) for path in _files(self._temporary))
-        self._temporary.mkdir(parents=True, exist_ok=True)
-        self._directory.mkdir(exist_ok=True)
-        for path in _files(self._directory):
-            if referenced.get(path.name) != path.stat().st_size or path != self.path(path.name):
-                freed += _remove(path)
-        self._sizes.update(referenced.values())
-        return freed, [value for value in referenced if not self.path(value).exists()]
-
-    def missing(self, digests: Collection[Digest]) -> list[Digest]:
-        """Returns those of the blobs that are not in the store with their size."""
-        return [digest for digest in digests if _size(self.path(digest.hash)) != digest.size_bytes]
+    def file(self, hash_: str) -> BlobFile:
+        """Returns a blob as something to open."""
+        return BlobFile(self.store, hash_)
 
     def require_space(self, needed_bytes: int) -> None:
-        """Raises DiskFull unless the disk can take this much and still has its reserve."""
-        free = shutil.disk_usage(self._root).free
+        """Raises DiskFull unless this machine's disk can take this much and still has its reserve."""
+        free = shutil.disk_usage(self._disk).free
         if needed_bytes + self._reserve_bytes > free:
             raise DiskFull(
                 f"the registry's disk has {free >> 20} MiB free; {needed_bytes >> 20} MiB are needed and"
@@ -104,7 +163,13 @@ class BlobStore:
 
     def require_space_for(self, sizes: Collection[int]) -> None:
         """Raises DiskFull unless there is room for files of these sizes, as far as none of them is known yet."""
-        self.require_space(sum(size for size in sizes if size not in self._sizes))
+        if self.is_local:
+            self.require_space(sum(size for size in sizes if size not in self._sizes))
+
+    async def missing(self, digests: Collection[Digest]) -> list[Digest]:
+        """Returns those of the blobs that are not in the store with their size. Raises Unavailable."""
+        store = self.store
+        return await offload.run(lambda _: [each for each in digests if store.size(each.hash) != each.size_bytes])
 
     @contextmanager
     def hold(self) -> Iterator["Hold"]:
@@ -113,66 +178,91 @@ class BlobStore:
         try:
             yield hold
         finally:
-            self._held.subtract(hold.hashes)
-            self._held += Counter()
+            self._claims.release(hold.hashes)
 
-    @asynccontextmanager
-    async def collecting(self) -> AsyncIterator[Callable[[Collection[str]], Awaitable[int]]]:
-        """Yields a function that deletes blobs (held ones apart) and returns the freed bytes.
+    def held(self, hashes: Collection[str]) -> frozenset[str]:
+        """Returns those of the blobs that an ingest holds now."""
+        return frozenset(value for value in hashes if self._claims.is_held(value))
 
-        While the block runs no blob is added, so what the caller finds unreferenced stays so.
+    async def collect(
+        self, candidates: Collection[str], read_reachable: Callable[[], Awaitable[Collection[str]]]
+    ) -> frozenset[str]:
+        """Deletes those of the blobs that nothing refers to and nobody holds; returns them.
+
+        Args:
+            candidates: Blobs that may go.
+            read_reachable: Reads what rows refer to; called after the candidates were doomed, which is what makes this
+                safe beside ingests (``claims``).
+
+        Raises:
+            Unavailable: BLOB_STORE_UNAVAILABLE; some may be gone, and the next collection finds the rest.
         """
-        async with self._lock:
-            yield self._delete
+        doomed = self._claims.doom(candidates)
+        try:
+            reachable = doomed.intersection(await read_reachable())
+            self._settle(reachable)
+            # Not settled twice: another collection may have doomed them again.
+            doomed -= reachable
+            if doomed:
+                gone = doomed
+                await offload.run(lambda _: self.store.delete(gone))
+            return doomed
+        finally:
+            self._settle(doomed)
 
-    async def _delete(self, hashes: Collection[str]) -> int:
-        doomed = [self.path(value) for value in hashes if value not in self._held]
-        return await offload.run(lambda _: sum(_remove(path) for path in doomed))
+    def _settle(self, hashes: Collection[str]) -> None:
+        self._claims.settle(hashes)
+        self._settled.set()
+        self._settled = asyncio.Event()
 
     async def _put(self, hold: "Hold", source: Path, *, is_owned: bool, expected: str, on_bytes: OnBytes) -> Stored:
-        temporary = self._temporary / secrets.token_hex(16)
-        try:
-            # A blob has this size: hashing first may save the copy.
-            if not is_owned and _size(source) in self._sizes:
-                digest = await offload.run(partial(hash_file, source, on_bytes))
-                if (not expected or digest.hash == expected) and await self._take_hold(hold, digest):
-                    return Stored(digest, 0)
-                # The bytes are read again: progress goes back rather than beyond the end.
-                on_bytes(-digest.size_bytes)
-            digest = await offload.run(partial(_fill, source, temporary, is_owned, on_bytes))
-            if expected and digest.hash != expected:
-                raise _mismatch(source, expected, digest)
-            return await self._commit(hold, temporary, digest)
-        except OSError as error:
-            raise _translate(error, source) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    async def _commit(self, hold: "Hold", temporary: Path, digest: Digest) -> Stored:
-        async with self._lock:
-            self._held[digest.hash] += 1
-            hold.hashes.append(digest.hash)
-            target = self.path(digest.hash)
-            if _size(target) == digest.size_bytes:
+        # A blob has this size: hashing first may save the copy.
+        if self.is_local and not is_owned and size_of(source) in self._sizes:
+            digest = await offload.run(partial(hash_file, source, on_bytes))
+            if (not expected or digest.hash == expected) and await self._take_hold(hold, digest):
                 return Stored(digest, 0)
-            await offload.run(lambda _: _rename(temporary, target))
+            # The bytes are read again: progress goes back rather than beyond the end.
+            on_bytes(-digest.size_bytes)
+        with ExitStack() as stack:
+
+            def stage(stop: offload.Stop) -> Staged:
+                # Entered in the thread: a cancelled caller, who waits but gets no result, leaves it all the same.
+                staging = self.store.stage(source, is_owned=is_owned, on_bytes=on_bytes, stop=stop)
+                return stack.enter_context(staging)
+
+            staged = await offload.run(stage)
+            if expected and staged.digest.hash != expected:
+                raise _mismatch(source, expected, staged.digest)
+            return await self._commit(hold, staged, on_bytes)
+
+    async def _commit(self, hold: "Hold", staged: Staged, on_bytes: OnBytes) -> Stored:
+        digest = staged.digest
+        await self._hold(hold, digest.hash)
+        async with self._uploads.setdefault(digest.hash, asyncio.Lock()):
+            if await self._has(digest):
+                return Stored(digest, 0)
+            await offload.run(partial(staged.commit, on_bytes))
             self._sizes.add(digest.size_bytes)
             return Stored(digest, digest.size_bytes)
 
     async def _take_hold(self, hold: "Hold", digest: Digest) -> bool:
-        async with self._lock:
-            if _size(self.path(digest.hash)) != digest.size_bytes:
-                return False
-            self._held[digest.hash] += 1
-            hold.hashes.append(digest.hash)
-            return True
+        await self._hold(hold, digest.hash)
+        return await self._has(digest)
+
+    async def _hold(self, hold: "Hold", hash_: str) -> None:
+        while not self._claims.hold(hash_):
+            await self._settled.wait()
+        hold.hashes.append(hash_)
+
+    async def _has(self, digest: Digest) -> bool:
+        return await offload.run(lambda _: self.store.size(digest.hash)) == digest.size_bytes
 
 
 class Hold:
     """The blobs of one ingest: they are not deleted while it lasts."""
 
-    def __init__(self, store: BlobStore) -> None:
-        self._store = store
+    def __init__(self, blobs: Blobs) -> None:
+        self._blobs = blobs
         self.hashes: list[str] = []
 
     async def put(self, source: Path, *, is_owned: bool = False, expected: str = "", on_bytes: OnBytes) -> Stored:
@@ -180,7 +270,7 @@ class Hold:
 
         Args:
             source: The file.
-            is_owned: The file is the registry's own, on the store's disk, and is moved.
+            is_owned: The file is the registry's own, and may be moved.
             expected: The sha256 that it must have, in hexadecimal; empty for any.
             on_bytes: Told of each buffer's length, from another thread.
 
@@ -188,91 +278,13 @@ class Hold:
             DigestMismatch: The file is not what was expected.
             DiskFull: There is no room; nothing is left behind.
             Conflict: SOURCE_CHANGED, the file was changed or removed while it was read.
+            Unavailable: BLOB_STORE_UNAVAILABLE; what an object store has of it is used by the next try.
         """
-        return await self._store._put(self, source, is_owned=is_owned, expected=expected, on_bytes=on_bytes)
+        return await self._blobs._put(self, source, is_owned=is_owned, expected=expected, on_bytes=on_bytes)
 
     async def take(self, digests: Collection[Digest]) -> bool:
         """Holds blobs that are in the store; returns False if one is missing."""
-        return all([await self._store._take_hold(self, digest) for digest in digests])
-
-
-def hash_file(path: Path, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
-    """Returns a file's digest, telling ``on_bytes`` of each buffer's length. Blocking; raises OSError."""
-    with path.open("rb", buffering=0) as file:
-        return _pump(file, None, on_bytes, stop)
-
-
-def _fill(source: Path, temporary: Path, is_owned: bool, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
-    if is_owned:
-        source.rename(temporary)
-        with temporary.open("rb", buffering=0) as file:
-            digest = _pump(file, None, on_bytes, stop)
-            os.fsync(file.fileno())
-    else:
-        with source.open("rb", buffering=0) as file, temporary.open("xb", buffering=0) as target:
-            before = os.fstat(file.fileno())
-            digest = _pump(file, target, on_bytes, stop)
-            os.fsync(target.fileno())
-            if _identity(os.fstat(file.fileno())) != _identity(before):
-                raise _changed(source)
-    temporary.chmod(_BLOB_MODE)
-    return digest
-
-
-def _pump(source: BinaryIO, target: BinaryIO | None, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
-    hasher, size = hashlib.sha256(), 0
-    # A file that grows as fast as it is read would never end.
-    limit = os.fstat(source.fileno()).st_size
-    buffer = memoryview(bytearray(BUFFER_BYTES))
-    while count := source.readinto(buffer):  # type: ignore[attr-defined]
-        stop.check()
-        part = buffer[:count]
-        hasher.update(part)
-        while target is not None and part:
-            part = part[target.write(part) :]
-        size += count
-        if size > limit:
-            raise _changed(source.name)
-        on_bytes(count)
-    return Digest(hasher.hexdigest(), size)
-
-
-def _rename(temporary: Path, target: Path) -> None:
-    target.parent.mkdir(exist_ok=True)
-    temporary.rename(target)
-    # The rename is durable only with the directory, and the directory only with its parent.
-    for directory in (target.parent, target.parent.parent):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _files(directory: Path) -> Iterator[Path]:
-    return (path for path in directory.rglob("*") if not path.is_dir()) if directory.is_dir() else iter(())
-
-
-def _remove(path: Path) -> int:
-    size = _size(path)
-    path.unlink(missing_ok=True)
-    return max(size, 0)
-
-
-def _size(path: Path) -> int:
-    """Returns a file's size, -1 if it is not there."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return -1
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
-
-
-def _changed(source: object) -> Conflict:
-    return Conflict(f"{source} changed while it was read; ingest it again", reason="SOURCE_CHANGED")
+        return all([await self._blobs._take_hold(self, digest) for digest in digests])
 
 
 def _mismatch(source: Path, expected: str, digest: Digest) -> DigestMismatch:
@@ -280,11 +292,3 @@ def _mismatch(source: Path, expected: str, digest: Digest) -> DigestMismatch:
         f"{source.name} has sha256 {digest.hash}, expected {expected}",
         metadata={"expected": expected, "found": digest.hash},
     )
-
-
-def _translate(error: OSError, source: Path) -> Exception:
-    if error.errno in _FULL:
-        return DiskFull("the registry's disk is full; remove a model or free some space")
-    if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
-        return Conflict(f"{source} could not be read: {error.strerror}", reason="SOURCE_CHANGED")
-    return error

@@ -9,18 +9,21 @@ Rows go before files: a crash in between leaves unreferenced files, which the ne
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping
 from contextlib import ExitStack, aclosing
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from helios.mesh.errors import Corrupted
+import structlog
+
+from helios.mesh.errors import Corrupted, Unavailable
 from helios.registry import metrics, offload
 from helios.registry.artifact_store import ArtifactStore
-from helios.registry.blobs import BlobStore
+from helios.registry.blobs import Blobs
 from helios.registry.engine_settings import EngineSettings
 from helios.registry.events import PLAIN, Mutation
 from helios.registry.records import (
+    BlobLocation,
     LocatedManifest,
     Model,
     ModelPolicy,
@@ -30,13 +33,15 @@ from helios.registry.records import (
 from helios.registry.store import NewRevision, Store
 from helios.registry.watch import WatchHub
 
+log = structlog.get_logger()
+
 T = TypeVar("T")
 
 
 class Catalog:
     """Models with their blobs and watchers. ``store`` is for reading; every write goes through a method here."""
 
-    def __init__(self, store: Store, blobs: BlobStore, hub: WatchHub, artifacts: ArtifactStore) -> None:
+    def __init__(self, store: Store, blobs: Blobs, hub: WatchHub, artifacts: ArtifactStore) -> None:
         self.store = store
         self._artifacts = artifacts
         self.blobs = blobs
@@ -59,9 +64,9 @@ class Catalog:
         _, freed_bytes = await self.write_and_collect(write)
         return freed_bytes
 
-    async def discard(self, hashes: Collection[str]) -> int:
+    async def discard(self, hashes: Collection[str]) -> None:
         """Deletes those of the blobs that nothing refers to; what a failed ingest or upload calls."""
-        return await self.write(lambda: self.collect(hashes))
+        await offload.uninterrupted(self._collect(dict.fromkeys(hashes, 0)))
 
     async def put_alias(self, alias: str, name: str, mutation: Mutation = PLAIN) -> Model:
         """Points an alias at a model. Raises as ``Store.put_alias``."""
@@ -94,14 +99,17 @@ class Catalog:
             manifest, revision = await self.store.get_manifest(digest)
         else:
             manifest = artifact
-        missing = self.blobs.missing([entry.digest for entry in manifest.entries])
+        # A bucket would be asked for each blob, at every start of a replica; the collector looks at all of them.
+        digests = [entry.digest for entry in manifest.entries]
+        missing = await self.blobs.missing(digests) if self.blobs.is_local else []
         if missing:
             raise Corrupted(
                 f"blob {missing[0]} of {digest} is not in the blob store any more; ingest the model again",
                 reason="BLOB_MISSING",
                 metadata={"blob": str(missing[0]), "revision": digest},
             )
-        return LocatedManifest(manifest, self.blobs.url, revision)
+        store = self.blobs.store
+        return LocatedManifest(manifest, (BlobLocation(store.url, store.options),), revision)
 
     async def watch(self, after: int | None = None) -> AsyncGenerator[WatchEvent, None]:
         """Yields all models, or what changed after a version if that is known, then every change.
@@ -146,14 +154,17 @@ class Catalog:
             return await offload.uninterrupted(alone())
 
     async def write_and_collect(self, work: Callable[[], Coroutine[Any, Any, T]]) -> tuple[T, int]:
-        """Runs a write as ``write`` does, then deletes the blobs that nothing refers to; returns their bytes."""
+        """Runs a write, as ``write`` does, then deletes the blobs that nothing refers to any more; returns their bytes."""
 
         async def both() -> tuple[T, int]:
-            before = await self.store.referenced_blobs()
-            result = await work()
-            return result, await self.collect(before)
+            async with self._writing:
+                await self._begin()
+                before = await self.store.referenced_blobs()
+                result = await work()
+                await self._tell()
+            return result, await self._collect(before)
 
-        return await self.write(both)
+        return await offload.uninterrupted(both())
 
     async def _begin(self) -> None:
         """Notes up to where watchers know the registry, before the first change."""
@@ -176,8 +187,15 @@ class Catalog:
             metrics.MODELS.set(await self.store.count_models())
         self.hub.announce()
 
-    async def collect(self, candidates: Collection[str]) -> int:
-        """Deletes those of the blobs that no row refers to; only within ``write``. Returns the bytes."""
-        async with self.blobs.collecting() as delete:
+    async def _collect(self, candidates: Mapping[str, int]) -> int:
+        """Deletes those of the blobs (by hash, with their sizes) that no row refers to; returns the bytes.
+
+        The rows are gone already, so a store that fails now fails nobody: the collector finds what is left.
+        """
+        try:
             referenced = await self.store.referenced_blobs()
-            return await delete([value for value in candidates if value not in referenced])
+            gone = await self.blobs.collect(candidates.keys() - referenced.keys(), self.store.referenced_blobs)
+        except Unavailable as error:
+            log.warning("blobs are left for the next collection", count=len(candidates), error=str(error))
+            return 0
+        return sum(candidates[value] for value in gone)

@@ -7,6 +7,7 @@ begin with the new snapshot.
 
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
+from datetime import timedelta
 from typing import Any, Final, TypeVar
 
 import grpc.aio
@@ -18,12 +19,15 @@ from helios.mesh.status import error_from_rpc
 from helios.registry import wire
 from helios.registry.artifact_client import ArtifactClient
 from helios.registry.artifacts import Artifact
+from helios.registry.collection import CollectionReport
+from helios.registry.collection_wire import collection_report_from_proto, collection_to_proto
 from helios.registry.engine_settings import EngineSettings
 from helios.registry.events import Event, EventKind, EventsMissed
 from helios.registry.history import Cause, Move
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
 from helios.registry.records import (
+    BlobLocation,
     IngestDone,
     IngestEvent,
     IngestPhase,
@@ -47,6 +51,8 @@ from helios.registry.version_client import VersionClient
 __all__ = [
     "Artifact",
     "ArtifactClient",
+    "BlobLocation",
+    "CollectionReport",
     "Cause",
     "Digest",
     "EngineSettings",
@@ -88,6 +94,8 @@ RESTART_SECONDS: Final = 6.0
 DELETE_TIMEOUT_SECONDS: Final = 60.0
 # A large model off a slow disk; the registry's own limits end an ingest that hangs.
 INGEST_TIMEOUT_SECONDS: Final = 4 * 3600.0
+# A million objects are listed in a thousand requests.
+COLLECT_TIMEOUT_SECONDS: Final = 600.0
 PAGE_SIZE: Final = 1_000
 
 
@@ -173,6 +181,17 @@ class RegistryClient:
         request = pb.DeleteModelRequest(name=name, force=is_forced)
         response = await _call(self._stub().DeleteModel(request, timeout=DELETE_TIMEOUT_SECONDS))
         return response.freed_bytes
+
+    async def collect_blobs(self, *, is_dry_run: bool = False, grace: timedelta | None = None) -> CollectionReport:
+        """Removes blobs that nothing refers to, or says which would go; None: the registry's own grace period.
+
+        Raises:
+            Conflict: COLLECTION_RUNNING.
+            Unavailable: BLOB_STORE_UNAVAILABLE, BLOB_STORE_DENIED.
+        """
+        request = collection_to_proto(is_dry_run=is_dry_run, grace=grace)
+        response = await _call(self._stub().CollectBlobs(request, timeout=COLLECT_TIMEOUT_SECONDS))
+        return collection_report_from_proto(response)
 
     async def ingest(
         self,

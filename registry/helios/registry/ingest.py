@@ -248,7 +248,7 @@ class _Ingest:
         self, manifest: Manifest, source: Source, converted_from: tuple[str, str] | None
     ) -> NewRevision:
         blobs = self._catalog.blobs
-        files = {entry.path: blobs.path(entry.digest.hash) for entry in manifest.entries}
+        files = {entry.path: blobs.file(entry.digest.hash) for entry in manifest.entries}
         profile = await offload.run(lambda _: inspect_model(files))
         return NewRevision(manifest, profile, source.origin, converted_from)
 

@@ -5,8 +5,7 @@ only those can't change any more.
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final, Literal, Protocol
 
 from helios.registry.profile import ModelProfile, build_adapter_profile, build_profile, check_shards, read_weight_map
 from helios.registry.safetensors_header import LENGTH_BYTES, SafetensorsHeader, header_length, parse_header
@@ -24,7 +23,15 @@ _MAX_CONFIG_BYTES: Final = 8 << 20
 _MAX_INDEX_BYTES: Final = 128 << 20
 
 
-def inspect_model(files: Mapping[str, Path]) -> ModelProfile:
+class Readable(Protocol):
+    """What can be opened for reading: a path, or a blob, wherever it is."""
+
+    def open(self, mode: Literal["rb"]) -> BinaryIO:
+        """Opens it; the file can seek."""
+        ...
+
+
+def inspect_model(files: Mapping[str, Readable]) -> ModelProfile:
     """Returns the profile of the model that these files are. Blocking.
 
     Args:
@@ -45,7 +52,7 @@ def inspect_model(files: Mapping[str, Path]) -> ModelProfile:
     return build_profile(parse_object(_read_bounded(files[CONFIG], _MAX_CONFIG_BYTES, CONFIG), CONFIG), headers)
 
 
-def read_header(location: Path, what: str) -> SafetensorsHeader:
+def read_header(location: Readable, what: str) -> SafetensorsHeader:
     """Reads and checks the header of a safetensors file. Raises InvalidRequest, OSError."""
     with location.open("rb") as file:
         file_bytes = file.seek(0, 2)
@@ -54,7 +61,7 @@ def read_header(location: Path, what: str) -> SafetensorsHeader:
         return parse_header(file.read(length), file_bytes, what)
 
 
-def read_index(location: Path) -> dict[str, str]:
+def read_index(location: Readable) -> dict[str, str]:
     """Reads the weight map of an index. Raises InvalidRequest, OSError."""
     return read_weight_map(parse_object(_read_bounded(location, _MAX_INDEX_BYTES, INDEX), INDEX))
 
@@ -79,7 +86,7 @@ def select_weights(names: Iterable[str], weight_map: Mapping[str, str] | None) -
     return found
 
 
-def _read_bounded(location: Path, limit: int, what: str) -> bytes:
+def _read_bounded(location: Readable, limit: int, what: str) -> bytes:
     with location.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:

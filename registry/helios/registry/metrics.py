@@ -20,3 +20,6 @@ INGEST_SECONDS: Final = Histogram(
 NEW_BYTES: Final = Counter("helios_registry_new_bytes_total", "Bytes that ingests brought to the blob store.")
 WATCHERS: Final = Gauge("helios_registry_watchers", "Components that watch the models.")
 ARTIFACT_BYTES: Final = Gauge("helios_registry_artifact_bytes", "What start-up artifacts take of the blob store.")
+COLLECTED_BYTES: Final = Counter(
+    "helios_registry_collected_bytes_total", "Bytes of blobs that nothing referred to any more and that were removed."
+)

@@ -1,5 +1,6 @@
 """What the registry says about models, as values. Other components get these types through ``client``."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -87,15 +88,28 @@ class ResolvedModel:
 
 
 @dataclass(frozen=True, slots=True)
-class LocatedManifest:
-    """A manifest; the blob with hash h is at ``<blob_store_url>/sha256/<first two of h>/<h>``.
+class BlobLocation:
+    """A store that has blobs: its URL, and how it is reached beyond that, by obstore's names. Holds no secret."""
 
-    ``revision`` is None for an artifact's.
+    url: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedManifest:
+    """A manifest; the blob with hash h is at ``<url>/sha256/<first two of h>/<h>`` of every location.
+
+    ``revision`` is None for an artifact's; ``locations`` has at least one, best first.
     """
 
     manifest: Manifest
-    blob_store_url: str
+    locations: tuple[BlobLocation, ...]
     revision: Revision | None
+
+    @property
+    def blob_store_url(self) -> str:
+        """The best location's URL."""
+        return self.locations[0].url
 
 
 @dataclass(frozen=True, slots=True)

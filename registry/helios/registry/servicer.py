@@ -9,6 +9,8 @@ from helios.api.registry.v1.registry_service_pb2_grpc import RegistryServiceServ
 from helios.mesh.errors import HeliosError, InvalidRequest
 from helios.registry import access, metrics, wire
 from helios.registry.catalog import Catalog
+from helios.registry.collection_wire import collection_report_to_proto, grace_from_proto
+from helios.registry.collector import Collector
 from helios.registry.ingest import Ingester
 from helios.registry.manifest import parse_revision
 from helios.registry.names import check_name
@@ -19,9 +21,10 @@ from helios.registry.records import IngestPhase, IngestProgress
 class RegistryServicer(RegistryServiceServicer):
     """Answers the contract. Errors are raised; the server's interceptor ends the call with them."""
 
-    def __init__(self, catalog: Catalog, ingester: Ingester) -> None:
+    def __init__(self, catalog: Catalog, ingester: Ingester, collector: Collector) -> None:
         self._catalog = catalog
         self._ingester = ingester
+        self._collector = collector
 
     async def IngestModel(self, request: pb.IngestModelRequest, context: Any) -> AsyncIterator[pb.IngestModelResponse]:
         """Streams an ingest; a caller that goes away cancels it unless another one follows it too."""
@@ -123,6 +126,12 @@ class RegistryServicer(RegistryServiceServicer):
         mutation = access.mutation_of(context, request.request_id, request.expected_version)
         model = await self._catalog.update_engine_settings(name, settings, mutation)
         return pb.UpdateEngineSettingsResponse(model=wire.model_to_proto(model))
+
+    async def CollectBlobs(self, request: pb.CollectBlobsRequest, context: Any) -> pb.CollectBlobsResponse:
+        """Removes blobs that nothing refers to."""
+        access.check_may_write(context)
+        report = await self._collector.collect(is_dry_run=request.dry_run, grace=grace_from_proto(request))
+        return collection_report_to_proto(report)
 
     async def WatchModels(self, request: pb.WatchModelsRequest, context: Any) -> AsyncIterator[pb.WatchModelsResponse]:
         """Streams all models, or what changed since a version, then changes."""

@@ -37,6 +37,44 @@ class ArtifactSettings(BaseModel):
     """An upload that takes longer is given up. 600: the largest one at 4 MB/s."""
 
 
+class BlobStoreSettings(BaseModel):
+    """Where blobs are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    url: str = ""
+    """``s3://bucket/prefix``, ``gs://bucket/prefix``, ``az://container/prefix``, or an absolute directory. Empty: the
+    directory ``blobs`` of the state directory. Credentials, endpoint and region come from the environment, by the names
+    that obstore and the clouds' own tools have: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``,
+    ``AWS_REGION``, ``AWS_ENDPOINT_URL`` (any S3), ``AWS_ALLOW_HTTP``; ``GOOGLE_APPLICATION_CREDENTIALS``;
+    ``AZURE_STORAGE_ACCOUNT_NAME``, ``AZURE_STORAGE_ACCOUNT_KEY``, ``AZURE_STORAGE_SAS_KEY``, ``AZURE_STORAGE_ENDPOINT``."""
+    options: dict[str, SecretStr] = Field(default_factory=dict)
+    """The same settings, by the same names in lower case (``aws_region``); they go before the environment's. Shown by
+    no one, whatever they are; not for the command line, which other users of the machine can read."""
+    part_bytes: int = Field(default=16 << 20, ge=5 << 20, le=1 << 30)
+    """Blobs above this are uploaded in parts of this size (larger ones where that were more than 10,000), and a crash
+    costs at most the parts that were on their way. 16 MiB: best in the measurements; S3 takes none below 5 MiB."""
+    concurrency: int = Field(default=4, ge=1, le=64)
+    """Parts of a blob that are on their way at once; memory is this times ``part_bytes`` for each ingest. 4: fills 1
+    Gbit/s at 50 ms."""
+    request_seconds: float = Field(default=60.0, gt=0)
+    """A request that takes longer has failed, and is tried again. 60: a part of 16 MiB at 0.3 MB/s."""
+    retry_seconds: float = Field(default=60.0, ge=0)
+    """How long a request is tried again, with growing pauses, before the ingest fails. 60: a store that restarts."""
+
+
+class CollectionSettings(BaseModel):
+    """When blobs that nothing refers to go. Those of a deleted model go at once; this is for what a crash left."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    interval_seconds: float = Field(default=6 * 3600.0, ge=0)
+    """Pause between collections; each lists the whole store. 0: only when somebody asks (``helios models gc``)."""
+    grace_seconds: float = Field(default=24 * 3600.0, ge=0)
+    """What was stored less than this ago stays, and so do uploads that were begun since. A day: longer than the longest
+    ingest of another registry that has the same store, whose ingests this one can't see."""
+
+
 class RegistrySettings(ProcessSettings):
     """Everything that can be set for ``python -m helios.registry``."""
 
@@ -61,6 +99,10 @@ class RegistrySettings(ProcessSettings):
     """Bounds of ingests."""
     artifacts: ArtifactSettings = Field(default_factory=ArtifactSettings)
     """Bounds of start-up artifacts."""
+    blob_store: BlobStoreSettings = Field(default_factory=BlobStoreSettings)
+    """Where blobs are kept."""
+    collection: CollectionSettings = Field(default_factory=CollectionSettings)
+    """When blobs that nothing refers to go."""
 
     @property
     def stop_limit_seconds(self) -> float:

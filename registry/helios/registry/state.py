@@ -1,7 +1,8 @@
 """The registry's directory: one process owns it, and what an earlier one left half done is cleared away.
 
 registry.db     models, revisions, aliases, policies
-blobs/          the blob store
+blobs/          the blob store, where it is a directory
+uploads/        which parts of unfinished uploads an object store has
 work/           conversions on their way; empty at start
 lock            held while a registry runs on the directory
 """
@@ -33,6 +34,11 @@ class StateDirectory:
     def blobs(self) -> Path:
         """Root of the blob store."""
         return self.root / "blobs"
+
+    @property
+    def uploads(self) -> Path:
+        """Journals of uploads to an object store; they outlive the process."""
+        return self.root / "uploads"
 
     @property
     def work(self) -> Path:

@@ -102,13 +102,7 @@ class Uploads:
 
     async def delete(self, kind: str, key: str, *, digest: str = "") -> int:
         """Removes an artifact, where it has this digest if one is given; returns the bytes freed. Idempotent."""
-
-        async def write() -> int:
-            before = await self._catalog.store.referenced_blobs()
-            await self.store.delete(kind, key, digest=digest)
-            return await self._catalog.collect(before)
-
-        freed_bytes = await self._catalog.write(write)
+        _, freed_bytes = await self._catalog.write_and_collect(lambda: self.store.delete(kind, key, digest=digest))
         await self.measure()
         return freed_bytes
 
@@ -134,14 +128,11 @@ class Uploads:
             raise
 
     async def _commit(self, new: NewArtifact) -> tuple[Artifact, bool]:
-        async def write() -> tuple[Artifact, bool]:
-            before = await self._catalog.store.referenced_blobs()
-            stored = await self.store.put(new, datetime.now(UTC), quota_bytes=self._settings.quota_bytes)
-            # Those of artifacts that made room; this upload's own are held.
-            await self._catalog.collect(before)
-            return stored
-
-        return await self._catalog.write(write)
+        # What is collected is that of artifacts that made room; this upload's own blobs are held.
+        stored, _ = await self._catalog.write_and_collect(
+            lambda: self.store.put(new, datetime.now(UTC), quota_bytes=self._settings.quota_bytes)
+        )
+        return stored
 
 
 async def _write_blobs(manifest: Manifest, chunks: AsyncIterator[bytes], directory: Path) -> list[tuple[Digest, Path]]:

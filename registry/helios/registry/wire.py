@@ -14,6 +14,7 @@ from helios.registry.engine_settings import EngineSettings
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
 from helios.registry.records import (
+    BlobLocation,
     IngestDone,
     IngestEvent,
     IngestPhase,
@@ -187,13 +188,17 @@ def located_manifest_to_proto(located: LocatedManifest) -> pb.GetManifestRespons
         manifest=manifest_to_proto(located.manifest),
         blob_store_url=located.blob_store_url,
         revision=revision_to_proto(located.revision) if located.revision is not None else None,
+        locations=[pb.BlobLocation(url=each.url, options=dict(each.options)) for each in located.locations],
     )
 
 
 def located_manifest_from_proto(message: pb.GetManifestResponse) -> LocatedManifest:
     """Reads a manifest and where its blobs are. Raises InvalidRequest (INVALID_MANIFEST)."""
     revision = revision_from_proto(message.revision) if message.HasField("revision") else None
-    return LocatedManifest(manifest_from_proto(message.manifest), message.blob_store_url, revision)
+    # A registry of an earlier version says the URL alone.
+    locations = tuple(BlobLocation(each.url, dict(each.options)) for each in message.locations)
+    locations = locations or (BlobLocation(message.blob_store_url),)
+    return LocatedManifest(manifest_from_proto(message.manifest), locations, revision)
 
 
 def ingest_spec_to_proto(spec: IngestSpec) -> pb.IngestModelRequest:

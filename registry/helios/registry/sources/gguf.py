@@ -11,7 +11,7 @@ from typing import Final
 
 from helios.mesh.errors import Conflict, DigestMismatch, InvalidRequest
 from helios.registry import offload
-from helios.registry.blobs import hash_file
+from helios.registry.hashing import hash_file
 from helios.registry.manifest import Digest
 from helios.registry.progress import ProgressLog
 from helios.registry.records import IngestPhase

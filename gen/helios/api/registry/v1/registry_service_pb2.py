@@ -23,17 +23,20 @@ _sym_db = _symbol_database.Default()
 
 
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from helios.api.engine.v1 import engine_settings_pb2 as helios_dot_api_dot_engine_dot_v1_dot_engine__settings__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-helios/api/registry/v1/registry_service.proto\x12\x16helios.api.registry.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a*helios/api/engine/v1/engine_settings.proto\"\xb6\x03\n\x05Model\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n\x07\x61liases\x18\x02 \x03(\tR\x07\x61liases\x12<\n\x08revision\x18\x03 \x01(\x0b\x32 .helios.api.registry.v1.RevisionR\x08revision\x12;\n\x06policy\x18\x04 \x01(\x0b\x32#.helios.api.registry.v1.ModelPolicyR\x06policy\x12\x39\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcreatedAt\x12M\n\x0f\x65ngine_settings\x18\x06 \x01(\x0b\x32$.helios.api.engine.v1.EngineSettingsR\x0e\x65ngineSettings\x12/\n\x04tags\x18\x07 \x03(\x0b\x32\x1b.helios.api.registry.v1.TagR\x04tags\x12/\n\x04pins\x18\x08 \x03(\x0b\x32\x1b.helios.api.registry.v1.PinR\x04pins\x12\x18\n\x07version\x18\t \x01(\x04R\x07version\"\x8e\x01\n\x03Tag\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12<\n\x08revision\x18\x02 \x01(\x0b\x32 .helios.api.registry.v1.RevisionR\x08revision\x12\x35\n\x08moved_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07movedAt\"t\n\x03Pin\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\x12\x39\n\ncreated_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcreatedAt\"\xd4\x01\n\x08Revision\x12\x16\n\x06\x64igest\x18\x01 \x01(\tR\x06\x64igest\x12>\n\x07profile\x18\x02 \x01(\x0b\x32$.helios.api.registry.v1.ModelProfileR\x07profile\x12\x16\n\x06source\x18\x03 \x01(\tR\x06source\x12\x1d\n\nsize_bytes\x18\x04 \x01(\x04R\tsizeBytes\x12\x39\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcreatedAt\"\xda\x02\n\x0cModelProfile\x12\"\n\x0c\x61rchitecture\x18\x01 \x01(\tR\x0c\x61rchitecture\x12\'\n\x0fparameter_count\x18\x02 \x01(\x04R\x0eparameterCount\x12#\n\rweights_bytes\x18\x03 \x01(\x04R\x0cweightsBytes\x12\x14\n\x05\x64type\x18\x04 \x01(\tR\x05\x64type\x12+\n\x12kv_bytes_per_token\x18\x05 \x01(\x04R\x0fkvBytesPerToken\x12,\n\x12max_context_tokens\x18\x06 \x01(\rR\x10maxContextTokens\x12\x1f\n\x0blayer_count\x18\x07 \x01(\rR\nlayerCount\x12\'\n\x0fvocabulary_size\x18\x08 \x01(\rR\x0evocabularySize\x12\x1d\n\nbase_model\x18\t \x01(\tR\tbaseModel\"S\n\x0bModelPolicy\x12!\n\x0cmin_replicas\x18\x01 \x01(\rR\x0bminReplicas\x12!\n\x0cmax_replicas\x18\x02 \x01(\rR\x0bmaxReplicas\"Y\n\x06\x44igest\x12\x1c\n\talgorithm\x18\x01 \x01(\tR\talgorithm\x12\x12\n\x04hash\x18\x02 \x01(\tR\x04hash\x12\x1d\n\nsize_bytes\x18\x03 \x01(\x04R\tsizeBytes\"z\n\rManifestEntry\x12\x12\n\x04path\x18\x01 \x01(\tR\x04path\x12\x36\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x1e.helios.api.registry.v1.DigestR\x06\x64igest\x12\x1d\n\nmedia_type\x18\x03 \x01(\tR\tmediaType\"K\n\x08Manifest\x12?\n\x07\x65ntries\x18\x01 \x03(\x0b\x32%.helios.api.registry.v1.ManifestEntryR\x07\x65ntries\"\x87\x02\n\x12IngestModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n\x06source\x18\x02 \x01(\tR\x06source\x12\x18\n\x07\x61liases\x18\x03 \x03(\tR\x07\x61liases\x12\'\n\x0f\x65xpected_sha256\x18\x04 \x01(\tR\x0e\x65xpectedSha256\x12M\n\x0f\x65ngine_settings\x18\x05 \x01(\x0b\x32$.helios.api.engine.v1.EngineSettingsR\x0e\x65ngineSettings\x12\x12\n\x04tags\x18\x0c \x03(\tR\x04tags\x12\x1f\n\x0bkeep_served\x18\r \x01(\x08R\nkeepServed\"\xdb\x01\n\x13IngestModelResponse\x12\x44\n\x08progress\x18\x01 \x01(\x0b\x32&.helios.api.registry.v1.IngestProgressH\x00R\x08progress\x12\x38\n\x04\x64one\x18\x02 \x01(\x0b\x32\".helios.api.registry.v1.IngestDoneH\x00R\x04\x64one\x12;\n\x05\x65rror\x18\x03 \x01(\x0b\x32#.helios.api.registry.v1.IngestErrorH\x00R\x05\x65rrorB\x07\n\x05\x65vent\"t\n\x0bIngestError\x12\x18\n\x07message\x18\x01 \x01(\tR\x07message\x12\x12\n\x04type\x18\x02 \x01(\tR\x04type\x12\x19\n\x05param\x18\x03 \x01(\tH\x00R\x05param\x88\x01\x01\x12\x12\n\x04\x63ode\x18\x04 \x01(\tR\x04\x63odeB\x08\n\x06_param\"f\n\x0eIngestProgress\x12\x14\n\x05phase\x18\x01 \x01(\tR\x05phase\x12\x1d\n\ndone_bytes\x18\x02 \x01(\x04R\tdoneBytes\x12\x1f\n\x0btotal_bytes\x18\x03 \x01(\x04R\ntotalBytes\"^\n\nIngestDone\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\x12\x1b\n\tnew_bytes\x18\x02 \x01(\x04R\x08newBytes\"O\n\x11ListModelsRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\"s\n\x12ListModelsResponse\x12\x35\n\x06models\x18\x01 \x03(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x06models\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"%\n\x0fGetModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\"G\n\x10GetModelResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\x88\x01\n\x12\x44\x65leteModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x03 \x01(\x04R\x0f\x65xpectedVersion\x12\x14\n\x05\x66orce\x18\x04 \x01(\x08R\x05\x66orce\"6\n\x13\x44\x65leteModelResponse\x12\x1f\n\x0b\x66reed_bytes\x18\x01 \x01(\x04R\nfreedBytes\"f\n\x14ListRevisionsRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n\tpage_size\x18\x02 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x03 \x01(\tR\tpageToken\"\x7f\n\x15ListRevisionsResponse\x12>\n\trevisions\x18\x01 \x03(\x0b\x32 .helios.api.registry.v1.RevisionR\trevisions\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"0\n\x12GetManifestRequest\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\"\xb7\x01\n\x13GetManifestResponse\x12<\n\x08manifest\x18\x01 \x01(\x0b\x32 .helios.api.registry.v1.ManifestR\x08manifest\x12$\n\x0e\x62lob_store_url\x18\x02 \x01(\tR\x0c\x62lobStoreUrl\x12<\n\x08revision\x18\x03 \x01(\x0b\x32 .helios.api.registry.v1.RevisionR\x08revision\"\x87\x01\n\x0fPutAliasRequest\x12\x14\n\x05\x61lias\x18\x01 \x01(\tR\x05\x61lias\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x04 \x01(\x04R\x0f\x65xpectedVersion\"G\n\x10PutAliasResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"I\n\x12\x44\x65leteAliasRequest\x12\x14\n\x05\x61lias\x18\x01 \x01(\tR\x05\x61lias\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\"\x15\n\x13\x44\x65leteAliasResponse\"\xb0\x01\n\x13UpdatePolicyRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12;\n\x06policy\x18\x02 \x01(\x0b\x32#.helios.api.registry.v1.ModelPolicyR\x06policy\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x04 \x01(\x04R\x0f\x65xpectedVersion\"K\n\x14UpdatePolicyResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\xbd\x01\n\x1bUpdateEngineSettingsRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12@\n\x08settings\x18\x02 \x01(\x0b\x32$.helios.api.engine.v1.EngineSettingsR\x08settings\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x04 \x01(\x04R\x0f\x65xpectedVersion\"S\n\x1cUpdateEngineSettingsResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"P\n\x12WatchModelsRequest\x12(\n\rafter_version\x18\x01 \x01(\x04H\x00R\x0c\x61\x66terVersion\x88\x01\x01\x42\x10\n\x0e_after_version\"\xd6\x01\n\x13WatchModelsResponse\x12\x43\n\x08snapshot\x18\x01 \x01(\x0b\x32%.helios.api.registry.v1.ModelSnapshotH\x00R\x08snapshot\x12;\n\x08upserted\x18\x02 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelH\x00R\x08upserted\x12\x1a\n\x07\x64\x65leted\x18\x03 \x01(\tH\x00R\x07\x64\x65leted\x12\x18\n\x07version\x18\x04 \x01(\x04R\x07versionB\x07\n\x05\x65vent\"F\n\rModelSnapshot\x12\x35\n\x06models\x18\x01 \x03(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x06models2\xae\x0c\n\x0fRegistryService\x12\x8c\x01\n\x0bIngestModel\x12*.helios.api.registry.v1.IngestModelRequest\x1a+.helios.api.registry.v1.IngestModelResponse\"\"\x82\xd3\xe4\x93\x02\x1c\"\x17/admin/v1/models:ingest:\x01*0\x01\x12}\n\nListModels\x12).helios.api.registry.v1.ListModelsRequest\x1a*.helios.api.registry.v1.ListModelsResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/admin/v1/models\x12\x81\x01\n\x08GetModel\x12\'.helios.api.registry.v1.GetModelRequest\x1a(.helios.api.registry.v1.GetModelResponse\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/admin/v1/models/{name=**}\x12\x8a\x01\n\x0b\x44\x65leteModel\x12*.helios.api.registry.v1.DeleteModelRequest\x1a+.helios.api.registry.v1.DeleteModelResponse\"\"\x82\xd3\xe4\x93\x02\x1c*\x1a/admin/v1/models/{name=**}\x12\x93\x01\n\rListRevisions\x12,.helios.api.registry.v1.ListRevisionsRequest\x1a-.helios.api.registry.v1.ListRevisionsResponse\"%\x82\xd3\xe4\x93\x02\x1f\x12\x1d/admin/v1/revisions/{name=**}\x12\x8e\x01\n\x0bGetManifest\x12*.helios.api.registry.v1.GetManifestRequest\x1a+.helios.api.registry.v1.GetManifestResponse\"&\x82\xd3\xe4\x93\x02 \x12\x1e/admin/v1/manifests/{revision}\x12\x86\x01\n\x08PutAlias\x12\'.helios.api.registry.v1.PutAliasRequest\x1a(.helios.api.registry.v1.PutAliasResponse\"\'\x82\xd3\xe4\x93\x02!\x1a\x1c/admin/v1/aliases/{alias=**}:\x01*\x12\x8c\x01\n\x0b\x44\x65leteAlias\x12*.helios.api.registry.v1.DeleteAliasRequest\x1a+.helios.api.registry.v1.DeleteAliasResponse\"$\x82\xd3\xe4\x93\x02\x1e*\x1c/admin/v1/aliases/{alias=**}\x12\x97\x01\n\x0cUpdatePolicy\x12+.helios.api.registry.v1.UpdatePolicyRequest\x1a,.helios.api.registry.v1.UpdatePolicyResponse\",\x82\xd3\xe4\x93\x02&\x1a\x1c/admin/v1/policies/{name=**}:\x06policy\x12\xb8\x01\n\x14UpdateEngineSettings\x12\x33.helios.api.registry.v1.UpdateEngineSettingsRequest\x1a\x34.helios.api.registry.v1.UpdateEngineSettingsResponse\"5\x82\xd3\xe4\x93\x02/\x1a#/admin/v1/engine-settings/{name=**}:\x08settings\x12h\n\x0bWatchModels\x12*.helios.api.registry.v1.WatchModelsRequest\x1a+.helios.api.registry.v1.WatchModelsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-helios/api/registry/v1/registry_service.proto\x12\x16helios.api.registry.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a*helios/api/engine/v1/engine_settings.proto\"\xb6\x03\n\x05Model\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n\x07\x61liases\x18\x02 \x03(\tR\x07\x61liases\x12<\n\x08revision\x18\x03 \x01(\x0b\x32 .helios.api.registry.v1.RevisionR\x08revision\x12;\n\x06policy\x18\x04 \x01(\x0b\x32#.helios.api.registry.v1.ModelPolicyR\x06policy\x12\x39\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcreatedAt\x12M\n\x0f\x65ngine_settings\x18\x06 \x01(\x0b\x32$.helios.api.engine.v1.EngineSettingsR\x0e\x65ngineSettings\x12/\n\x04tags\x18\x07 \x03(\x0b\x32\x1b.helios.api.registry.v1.TagR\x04tags\x12/\n\x04pins\x18\x08 \x03(\x0b\x32\x1b.helios.api.registry.v1.PinR\x04pins\x12\x18\n\x07version\x18\t \x01(\x04R\x07version\"\x8e\x01\n\x03Tag\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12<\n\x08revision\x18\x02 \x01(\x0b\x32 .helios.api.registry.v1.RevisionR\x08revision\x12\x35\n\x08moved_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07movedAt\"t\n\x03Pin\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\x12\x39\n\ncreated_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcreatedAt\"\xd4\x01\n\x08Revision\x12\x16\n\x06\x64igest\x18\x01 \x01(\tR\x06\x64igest\x12>\n\x07profile\x18\x02 \x01(\x0b\x32$.helios.api.registry.v1.ModelProfileR\x07profile\x12\x16\n\x06source\x18\x03 \x01(\tR\x06source\x12\x1d\n\nsize_bytes\x18\x04 \x01(\x04R\tsizeBytes\x12\x39\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcreatedAt\"\xda\x02\n\x0cModelProfile\x12\"\n\x0c\x61rchitecture\x18\x01 \x01(\tR\x0c\x61rchitecture\x12\'\n\x0fparameter_count\x18\x02 \x01(\x04R\x0eparameterCount\x12#\n\rweights_bytes\x18\x03 \x01(\x04R\x0cweightsBytes\x12\x14\n\x05\x64type\x18\x04 \x01(\tR\x05\x64type\x12+\n\x12kv_bytes_per_token\x18\x05 \x01(\x04R\x0fkvBytesPerToken\x12,\n\x12max_context_tokens\x18\x06 \x01(\rR\x10maxContextTokens\x12\x1f\n\x0blayer_count\x18\x07 \x01(\rR\nlayerCount\x12\'\n\x0fvocabulary_size\x18\x08 \x01(\rR\x0evocabularySize\x12\x1d\n\nbase_model\x18\t \x01(\tR\tbaseModel\"S\n\x0bModelPolicy\x12!\n\x0cmin_replicas\x18\x01 \x01(\rR\x0bminReplicas\x12!\n\x0cmax_replicas\x18\x02 \x01(\rR\x0bmaxReplicas\"Y\n\x06\x44igest\x12\x1c\n\talgorithm\x18\x01 \x01(\tR\talgorithm\x12\x12\n\x04hash\x18\x02 \x01(\tR\x04hash\x12\x1d\n\nsize_bytes\x18\x03 \x01(\x04R\tsizeBytes\"z\n\rManifestEntry\x12\x12\n\x04path\x18\x01 \x01(\tR\x04path\x12\x36\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x1e.helios.api.registry.v1.DigestR\x06\x64igest\x12\x1d\n\nmedia_type\x18\x03 \x01(\tR\tmediaType\"K\n\x08Manifest\x12?\n\x07\x65ntries\x18\x01 \x03(\x0b\x32%.helios.api.registry.v1.ManifestEntryR\x07\x65ntries\"\x87\x02\n\x12IngestModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n\x06source\x18\x02 \x01(\tR\x06source\x12\x18\n\x07\x61liases\x18\x03 \x03(\tR\x07\x61liases\x12\'\n\x0f\x65xpected_sha256\x18\x04 \x01(\tR\x0e\x65xpectedSha256\x12M\n\x0f\x65ngine_settings\x18\x05 \x01(\x0b\x32$.helios.api.engine.v1.EngineSettingsR\x0e\x65ngineSettings\x12\x12\n\x04tags\x18\x0c \x03(\tR\x04tags\x12\x1f\n\x0bkeep_served\x18\r \x01(\x08R\nkeepServed\"\xdb\x01\n\x13IngestModelResponse\x12\x44\n\x08progress\x18\x01 \x01(\x0b\x32&.helios.api.registry.v1.IngestProgressH\x00R\x08progress\x12\x38\n\x04\x64one\x18\x02 \x01(\x0b\x32\".helios.api.registry.v1.IngestDoneH\x00R\x04\x64one\x12;\n\x05\x65rror\x18\x03 \x01(\x0b\x32#.helios.api.registry.v1.IngestErrorH\x00R\x05\x65rrorB\x07\n\x05\x65vent\"t\n\x0bIngestError\x12\x18\n\x07message\x18\x01 \x01(\tR\x07message\x12\x12\n\x04type\x18\x02 \x01(\tR\x04type\x12\x19\n\x05param\x18\x03 \x01(\tH\x00R\x05param\x88\x01\x01\x12\x12\n\x04\x63ode\x18\x04 \x01(\tR\x04\x63odeB\x08\n\x06_param\"f\n\x0eIngestProgress\x12\x14\n\x05phase\x18\x01 \x01(\tR\x05phase\x12\x1d\n\ndone_bytes\x18\x02 \x01(\x04R\tdoneBytes\x12\x1f\n\x0btotal_bytes\x18\x03 \x01(\x04R\ntotalBytes\"^\n\nIngestDone\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\x12\x1b\n\tnew_bytes\x18\x02 \x01(\x04R\x08newBytes\"O\n\x11ListModelsRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\"s\n\x12ListModelsResponse\x12\x35\n\x06models\x18\x01 \x03(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x06models\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"%\n\x0fGetModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\"G\n\x10GetModelResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\x88\x01\n\x12\x44\x65leteModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x03 \x01(\x04R\x0f\x65xpectedVersion\x12\x14\n\x05\x66orce\x18\x04 \x01(\x08R\x05\x66orce\"6\n\x13\x44\x65leteModelResponse\x12\x1f\n\x0b\x66reed_bytes\x18\x01 \x01(\x04R\nfreedBytes\"f\n\x14ListRevisionsRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n\tpage_size\x18\x02 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x03 \x01(\tR\tpageToken\"\x7f\n\x15ListRevisionsResponse\x12>\n\trevisions\x18\x01 \x03(\x0b\x32 .helios.api.registry.v1.RevisionR\trevisions\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"0\n\x12GetManifestRequest\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\"\xfb\x01\n\x13GetManifestResponse\x12<\n\x08manifest\x18\x01 \x01(\x0b\x32 .helios.api.registry.v1.ManifestR\x08manifest\x12$\n\x0e\x62lob_store_url\x18\x02 \x01(\tR\x0c\x62lobStoreUrl\x12<\n\x08revision\x18\x03 \x01(\x0b\x32 .helios.api.registry.v1.RevisionR\x08revision\x12\x42\n\tlocations\x18\x04 \x03(\x0b\x32$.helios.api.registry.v1.BlobLocationR\tlocations\"\xa9\x01\n\x0c\x42lobLocation\x12\x10\n\x03url\x18\x01 \x01(\tR\x03url\x12K\n\x07options\x18\x02 \x03(\x0b\x32\x31.helios.api.registry.v1.BlobLocation.OptionsEntryR\x07options\x1a:\n\x0cOptionsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"\x87\x01\n\x0fPutAliasRequest\x12\x14\n\x05\x61lias\x18\x01 \x01(\tR\x05\x61lias\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x04 \x01(\x04R\x0f\x65xpectedVersion\"G\n\x10PutAliasResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"I\n\x12\x44\x65leteAliasRequest\x12\x14\n\x05\x61lias\x18\x01 \x01(\tR\x05\x61lias\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\"\x15\n\x13\x44\x65leteAliasResponse\"\xb0\x01\n\x13UpdatePolicyRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12;\n\x06policy\x18\x02 \x01(\x0b\x32#.helios.api.registry.v1.ModelPolicyR\x06policy\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x04 \x01(\x04R\x0f\x65xpectedVersion\"K\n\x14UpdatePolicyResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\xbd\x01\n\x1bUpdateEngineSettingsRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12@\n\x08settings\x18\x02 \x01(\x0b\x32$.helios.api.engine.v1.EngineSettingsR\x08settings\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x04 \x01(\x04R\x0f\x65xpectedVersion\"S\n\x1cUpdateEngineSettingsResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"n\n\x13\x43ollectBlobsRequest\x12\x17\n\x07\x64ry_run\x18\x01 \x01(\x08R\x06\x64ryRun\x12\x34\n\x05grace\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00R\x05grace\x88\x01\x01\x42\x08\n\x06_grace\"\xbd\x02\n\x14\x43ollectBlobsResponse\x12#\n\rremoved_count\x18\x01 \x01(\x04R\x0cremovedCount\x12#\n\rremoved_bytes\x18\x02 \x01(\x04R\x0cremovedBytes\x12!\n\x0cspared_count\x18\x03 \x01(\x04R\x0bsparedCount\x12!\n\x0cspared_bytes\x18\x04 \x01(\x04R\x0bsparedBytes\x12\'\n\x0freachable_count\x18\x05 \x01(\x04R\x0ereachableCount\x12\'\n\x0freachable_bytes\x18\x06 \x01(\x04R\x0ereachableBytes\x12)\n\x10unfinished_count\x18\x07 \x01(\x04R\x0funfinishedCount\x12\x18\n\x07missing\x18\x08 \x03(\tR\x07missing\"P\n\x12WatchModelsRequest\x12(\n\rafter_version\x18\x01 \x01(\x04H\x00R\x0c\x61\x66terVersion\x88\x01\x01\x42\x10\n\x0e_after_version\"\xd6\x01\n\x13WatchModelsResponse\x12\x43\n\x08snapshot\x18\x01 \x01(\x0b\x32%.helios.api.registry.v1.ModelSnapshotH\x00R\x08snapshot\x12;\n\x08upserted\x18\x02 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelH\x00R\x08upserted\x12\x1a\n\x07\x64\x65leted\x18\x03 \x01(\tH\x00R\x07\x64\x65leted\x12\x18\n\x07version\x18\x04 \x01(\x04R\x07versionB\x07\n\x05\x65vent\"F\n\rModelSnapshot\x12\x35\n\x06models\x18\x01 \x03(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x06models2\xbe\r\n\x0fRegistryService\x12\x8c\x01\n\x0bIngestModel\x12*.helios.api.registry.v1.IngestModelRequest\x1a+.helios.api.registry.v1.IngestModelResponse\"\"\x82\xd3\xe4\x93\x02\x1c\"\x17/admin/v1/models:ingest:\x01*0\x01\x12}\n\nListModels\x12).helios.api.registry.v1.ListModelsRequest\x1a*.helios.api.registry.v1.ListModelsResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/admin/v1/models\x12\x81\x01\n\x08GetModel\x12\'.helios.api.registry.v1.GetModelRequest\x1a(.helios.api.registry.v1.GetModelResponse\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/admin/v1/models/{name=**}\x12\x8a\x01\n\x0b\x44\x65leteModel\x12*.helios.api.registry.v1.DeleteModelRequest\x1a+.helios.api.registry.v1.DeleteModelResponse\"\"\x82\xd3\xe4\x93\x02\x1c*\x1a/admin/v1/models/{name=**}\x12\x93\x01\n\rListRevisions\x12,.helios.api.registry.v1.ListRevisionsRequest\x1a-.helios.api.registry.v1.ListRevisionsResponse\"%\x82\xd3\xe4\x93\x02\x1f\x12\x1d/admin/v1/revisions/{name=**}\x12\x8e\x01\n\x0bGetManifest\x12*.helios.api.registry.v1.GetManifestRequest\x1a+.helios.api.registry.v1.GetManifestResponse\"&\x82\xd3\xe4\x93\x02 \x12\x1e/admin/v1/manifests/{revision}\x12\x86\x01\n\x08PutAlias\x12\'.helios.api.registry.v1.PutAliasRequest\x1a(.helios.api.registry.v1.PutAliasResponse\"\'\x82\xd3\xe4\x93\x02!\x1a\x1c/admin/v1/aliases/{alias=**}:\x01*\x12\x8c\x01\n\x0b\x44\x65leteAlias\x12*.helios.api.registry.v1.DeleteAliasRequest\x1a+.helios.api.registry.v1.DeleteAliasResponse\"$\x82\xd3\xe4\x93\x02\x1e*\x1c/admin/v1/aliases/{alias=**}\x12\x97\x01\n\x0cUpdatePolicy\x12+.helios.api.registry.v1.UpdatePolicyRequest\x1a,.helios.api.registry.v1.UpdatePolicyResponse\",\x82\xd3\xe4\x93\x02&\x1a\x1c/admin/v1/policies/{name=**}:\x06policy\x12\xb8\x01\n\x14UpdateEngineSettings\x12\x33.helios.api.registry.v1.UpdateEngineSettingsRequest\x1a\x34.helios.api.registry.v1.UpdateEngineSettingsResponse\"5\x82\xd3\xe4\x93\x02/\x1a#/admin/v1/engine-settings/{name=**}:\x08settings\x12\x8d\x01\n\x0c\x43ollectBlobs\x12+.helios.api.registry.v1.CollectBlobsRequest\x1a,.helios.api.registry.v1.CollectBlobsResponse\"\"\x82\xd3\xe4\x93\x02\x1c\"\x17/admin/v1/blobs:collect:\x01*\x12h\n\x0bWatchModels\x12*.helios.api.registry.v1.WatchModelsRequest\x1a+.helios.api.registry.v1.WatchModelsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'helios.api.registry.v1.registry_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_BLOBLOCATION_OPTIONSENTRY']._loaded_options = None
+  _globals['_BLOBLOCATION_OPTIONSENTRY']._serialized_options = b'8\001'
   _globals['_REGISTRYSERVICE'].methods_by_name['IngestModel']._loaded_options = None
   _globals['_REGISTRYSERVICE'].methods_by_name['IngestModel']._serialized_options = b'\202\323\344\223\002\034\"\027/admin/v1/models:ingest:\001*'
   _globals['_REGISTRYSERVICE'].methods_by_name['ListModels']._loaded_options = None
@@ -54,76 +57,86 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTRYSERVICE'].methods_by_name['UpdatePolicy']._serialized_options = b'\202\323\344\223\002&\032\034/admin/v1/policies/{name=**}:\006policy'
   _globals['_REGISTRYSERVICE'].methods_by_name['UpdateEngineSettings']._loaded_options = None
   _globals['_REGISTRYSERVICE'].methods_by_name['UpdateEngineSettings']._serialized_options = b'\202\323\344\223\002/\032#/admin/v1/engine-settings/{name=**}:\010settings'
-  _globals['_MODEL']._serialized_start=181
-  _globals['_MODEL']._serialized_end=619
-  _globals['_TAG']._serialized_start=622
-  _globals['_TAG']._serialized_end=764
-  _globals['_PIN']._serialized_start=766
-  _globals['_PIN']._serialized_end=882
-  _globals['_REVISION']._serialized_start=885
-  _globals['_REVISION']._serialized_end=1097
-  _globals['_MODELPROFILE']._serialized_start=1100
-  _globals['_MODELPROFILE']._serialized_end=1446
-  _globals['_MODELPOLICY']._serialized_start=1448
-  _globals['_MODELPOLICY']._serialized_end=1531
-  _globals['_DIGEST']._serialized_start=1533
-  _globals['_DIGEST']._serialized_end=1622
-  _globals['_MANIFESTENTRY']._serialized_start=1624
-  _globals['_MANIFESTENTRY']._serialized_end=1746
-  _globals['_MANIFEST']._serialized_start=1748
-  _globals['_MANIFEST']._serialized_end=1823
-  _globals['_INGESTMODELREQUEST']._serialized_start=1826
-  _globals['_INGESTMODELREQUEST']._serialized_end=2089
-  _globals['_INGESTMODELRESPONSE']._serialized_start=2092
-  _globals['_INGESTMODELRESPONSE']._serialized_end=2311
-  _globals['_INGESTERROR']._serialized_start=2313
-  _globals['_INGESTERROR']._serialized_end=2429
-  _globals['_INGESTPROGRESS']._serialized_start=2431
-  _globals['_INGESTPROGRESS']._serialized_end=2533
-  _globals['_INGESTDONE']._serialized_start=2535
-  _globals['_INGESTDONE']._serialized_end=2629
-  _globals['_LISTMODELSREQUEST']._serialized_start=2631
-  _globals['_LISTMODELSREQUEST']._serialized_end=2710
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2712
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2827
-  _globals['_GETMODELREQUEST']._serialized_start=2829
-  _globals['_GETMODELREQUEST']._serialized_end=2866
-  _globals['_GETMODELRESPONSE']._serialized_start=2868
-  _globals['_GETMODELRESPONSE']._serialized_end=2939
-  _globals['_DELETEMODELREQUEST']._serialized_start=2942
-  _globals['_DELETEMODELREQUEST']._serialized_end=3078
-  _globals['_DELETEMODELRESPONSE']._serialized_start=3080
-  _globals['_DELETEMODELRESPONSE']._serialized_end=3134
-  _globals['_LISTREVISIONSREQUEST']._serialized_start=3136
-  _globals['_LISTREVISIONSREQUEST']._serialized_end=3238
-  _globals['_LISTREVISIONSRESPONSE']._serialized_start=3240
-  _globals['_LISTREVISIONSRESPONSE']._serialized_end=3367
-  _globals['_GETMANIFESTREQUEST']._serialized_start=3369
-  _globals['_GETMANIFESTREQUEST']._serialized_end=3417
-  _globals['_GETMANIFESTRESPONSE']._serialized_start=3420
-  _globals['_GETMANIFESTRESPONSE']._serialized_end=3603
-  _globals['_PUTALIASREQUEST']._serialized_start=3606
-  _globals['_PUTALIASREQUEST']._serialized_end=3741
-  _globals['_PUTALIASRESPONSE']._serialized_start=3743
-  _globals['_PUTALIASRESPONSE']._serialized_end=3814
-  _globals['_DELETEALIASREQUEST']._serialized_start=3816
-  _globals['_DELETEALIASREQUEST']._serialized_end=3889
-  _globals['_DELETEALIASRESPONSE']._serialized_start=3891
-  _globals['_DELETEALIASRESPONSE']._serialized_end=3912
-  _globals['_UPDATEPOLICYREQUEST']._serialized_start=3915
-  _globals['_UPDATEPOLICYREQUEST']._serialized_end=4091
-  _globals['_UPDATEPOLICYRESPONSE']._serialized_start=4093
-  _globals['_UPDATEPOLICYRESPONSE']._serialized_end=4168
-  _globals['_UPDATEENGINESETTINGSREQUEST']._serialized_start=4171
-  _globals['_UPDATEENGINESETTINGSREQUEST']._serialized_end=4360
-  _globals['_UPDATEENGINESETTINGSRESPONSE']._serialized_start=4362
-  _globals['_UPDATEENGINESETTINGSRESPONSE']._serialized_end=4445
-  _globals['_WATCHMODELSREQUEST']._serialized_start=4447
-  _globals['_WATCHMODELSREQUEST']._serialized_end=4527
-  _globals['_WATCHMODELSRESPONSE']._serialized_start=4530
-  _globals['_WATCHMODELSRESPONSE']._serialized_end=4744
-  _globals['_MODELSNAPSHOT']._serialized_start=4746
-  _globals['_MODELSNAPSHOT']._serialized_end=4816
-  _globals['_REGISTRYSERVICE']._serialized_start=4819
-  _globals['_REGISTRYSERVICE']._serialized_end=6401
+  _globals['_REGISTRYSERVICE'].methods_by_name['CollectBlobs']._loaded_options = None
+  _globals['_REGISTRYSERVICE'].methods_by_name['CollectBlobs']._serialized_options = b'\202\323\344\223\002\034\"\027/admin/v1/blobs:collect:\001*'
+  _globals['_MODEL']._serialized_start=213
+  _globals['_MODEL']._serialized_end=651
+  _globals['_TAG']._serialized_start=654
+  _globals['_TAG']._serialized_end=796
+  _globals['_PIN']._serialized_start=798
+  _globals['_PIN']._serialized_end=914
+  _globals['_REVISION']._serialized_start=917
+  _globals['_REVISION']._serialized_end=1129
+  _globals['_MODELPROFILE']._serialized_start=1132
+  _globals['_MODELPROFILE']._serialized_end=1478
+  _globals['_MODELPOLICY']._serialized_start=1480
+  _globals['_MODELPOLICY']._serialized_end=1563
+  _globals['_DIGEST']._serialized_start=1565
+  _globals['_DIGEST']._serialized_end=1654
+  _globals['_MANIFESTENTRY']._serialized_start=1656
+  _globals['_MANIFESTENTRY']._serialized_end=1778
+  _globals['_MANIFEST']._serialized_start=1780
+  _globals['_MANIFEST']._serialized_end=1855
+  _globals['_INGESTMODELREQUEST']._serialized_start=1858
+  _globals['_INGESTMODELREQUEST']._serialized_end=2121
+  _globals['_INGESTMODELRESPONSE']._serialized_start=2124
+  _globals['_INGESTMODELRESPONSE']._serialized_end=2343
+  _globals['_INGESTERROR']._serialized_start=2345
+  _globals['_INGESTERROR']._serialized_end=2461
+  _globals['_INGESTPROGRESS']._serialized_start=2463
+  _globals['_INGESTPROGRESS']._serialized_end=2565
+  _globals['_INGESTDONE']._serialized_start=2567
+  _globals['_INGESTDONE']._serialized_end=2661
+  _globals['_LISTMODELSREQUEST']._serialized_start=2663
+  _globals['_LISTMODELSREQUEST']._serialized_end=2742
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2744
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2859
+  _globals['_GETMODELREQUEST']._serialized_start=2861
+  _globals['_GETMODELREQUEST']._serialized_end=2898
+  _globals['_GETMODELRESPONSE']._serialized_start=2900
+  _globals['_GETMODELRESPONSE']._serialized_end=2971
+  _globals['_DELETEMODELREQUEST']._serialized_start=2974
+  _globals['_DELETEMODELREQUEST']._serialized_end=3110
+  _globals['_DELETEMODELRESPONSE']._serialized_start=3112
+  _globals['_DELETEMODELRESPONSE']._serialized_end=3166
+  _globals['_LISTREVISIONSREQUEST']._serialized_start=3168
+  _globals['_LISTREVISIONSREQUEST']._serialized_end=3270
+  _globals['_LISTREVISIONSRESPONSE']._serialized_start=3272
+  _globals['_LISTREVISIONSRESPONSE']._serialized_end=3399
+  _globals['_GETMANIFESTREQUEST']._serialized_start=3401
+  _globals['_GETMANIFESTREQUEST']._serialized_end=3449
+  _globals['_GETMANIFESTRESPONSE']._serialized_start=3452
+  _globals['_GETMANIFESTRESPONSE']._serialized_end=3703
+  _globals['_BLOBLOCATION']._serialized_start=3706
+  _globals['_BLOBLOCATION']._serialized_end=3875
+  _globals['_BLOBLOCATION_OPTIONSENTRY']._serialized_start=3817
+  _globals['_BLOBLOCATION_OPTIONSENTRY']._serialized_end=3875
+  _globals['_PUTALIASREQUEST']._serialized_start=3878
+  _globals['_PUTALIASREQUEST']._serialized_end=4013
+  _globals['_PUTALIASRESPONSE']._serialized_start=4015
+  _globals['_PUTALIASRESPONSE']._serialized_end=4086
+  _globals['_DELETEALIASREQUEST']._serialized_start=4088
+  _globals['_DELETEALIASREQUEST']._serialized_end=4161
+  _globals['_DELETEALIASRESPONSE']._serialized_start=4163
+  _globals['_DELETEALIASRESPONSE']._serialized_end=4184
+  _globals['_UPDATEPOLICYREQUEST']._serialized_start=4187
+  _globals['_UPDATEPOLICYREQUEST']._serialized_end=4363
+  _globals['_UPDATEPOLICYRESPONSE']._serialized_start=4365
+  _globals['_UPDATEPOLICYRESPONSE']._serialized_end=4440
+  _globals['_UPDATEENGINESETTINGSREQUEST']._serialized_start=4443
+  _globals['_UPDATEENGINESETTINGSREQUEST']._serialized_end=4632
+  _globals['_UPDATEENGINESETTINGSRESPONSE']._serialized_start=4634
+  _globals['_UPDATEENGINESETTINGSRESPONSE']._serialized_end=4717
+  _globals['_COLLECTBLOBSREQUEST']._serialized_start=4719
+  _globals['_COLLECTBLOBSREQUEST']._serialized_end=4829
+  _globals['_COLLECTBLOBSRESPONSE']._serialized_start=4832
+  _globals['_COLLECTBLOBSRESPONSE']._serialized_end=5149
+  _globals['_WATCHMODELSREQUEST']._serialized_start=5151
+  _globals['_WATCHMODELSREQUEST']._serialized_end=5231
+  _globals['_WATCHMODELSRESPONSE']._serialized_start=5234
+  _globals['_WATCHMODELSRESPONSE']._serialized_end=5448
+  _globals['_MODELSNAPSHOT']._serialized_start=5450
+  _globals['_MODELSNAPSHOT']._serialized_end=5520
+  _globals['_REGISTRYSERVICE']._serialized_start=5523
+  _globals['_REGISTRYSERVICE']._serialized_end=7249
 # @@protoc_insertion_point(module_scope)

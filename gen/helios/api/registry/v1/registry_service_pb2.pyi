@@ -5,6 +5,7 @@ Registry: the truth about models."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -799,8 +800,11 @@ class GetManifestResponse(_message.Message):
     MANIFEST_FIELD_NUMBER: _builtins.int
     BLOB_STORE_URL_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    LOCATIONS_FIELD_NUMBER: _builtins.int
     blob_store_url: _builtins.str
-    """Base of the blob store: the blob with hash h is at `<base>/sha256/<first two of h>/<h>`. `file://` URL."""
+    """Base of the blob store: the blob with hash h is at `<base>/sha256/<first two of h>/<h>`. A `file://` URL, or one of
+    an object store.
+    """
     @_builtins.property
     def manifest(self) -> Global___Manifest:
         """The files."""
@@ -809,20 +813,77 @@ class GetManifestResponse(_message.Message):
     def revision(self) -> Global___Revision:
         """The revision; unset for an artifact."""
 
+    @_builtins.property
+    def locations(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlobLocation]:
+        """The stores that have the blobs, best first; at least one. The first one's URL is `blob_store_url`."""
+
     def __init__(
         self,
         *,
         manifest: Global___Manifest | None = ...,
         blob_store_url: _builtins.str = ...,
         revision: Global___Revision | None = ...,
+        locations: _abc.Iterable[Global___BlobLocation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "revision", b"revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_store_url", b"blob_store_url", "manifest", b"manifest", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_store_url", b"blob_store_url", "locations", b"locations", "manifest", b"manifest", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetManifestResponse: _TypeAlias = GetManifestResponse  # noqa: Y015
+
+@_typing.final
+class BlobLocation(_message.Message):
+    """BlobLocation is a store that has the blobs of a manifest. It holds no credentials: whoever reads has its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class OptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    URL_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """`file:///directory`, `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`; the blob with hash h is
+    at `<url>/sha256/<first two of h>/<h>`.
+    """
+    @_builtins.property
+    def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """How that store is reached where the URL does not say it, by the names of obstore's configuration: `aws_endpoint`,
+        `aws_region`, `azure_storage_account_name`. None of them is a secret.
+        """
+
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlobLocation: _TypeAlias = BlobLocation  # noqa: Y015
 
 @_typing.final
 class PutAliasRequest(_message.Message):
@@ -1052,6 +1113,90 @@ class UpdateEngineSettingsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpdateEngineSettingsResponse: _TypeAlias = UpdateEngineSettingsResponse  # noqa: Y015
+
+@_typing.final
+class CollectBlobsRequest(_message.Message):
+    """CollectBlobsRequest says what to collect."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    GRACE_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """Only say what would go."""
+    @_builtins.property
+    def grace(self) -> _duration_pb2.Duration:
+        """What is younger stays. Unset: the registry's setting (`collection.grace_seconds`). 0 is safe where one registry has
+        the store; of several, each knows its own ingests only.
+        """
+
+    def __init__(
+        self,
+        *,
+        dry_run: _builtins.bool = ...,
+        grace: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grace", b"_grace", "grace", b"grace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace", b"_grace", "dry_run", b"dry_run", "grace", b"grace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__grace: _TypeAlias = _typing.Literal["grace"]  # noqa: Y015
+    _WhichOneofArgType__grace: _TypeAlias = _typing.Literal["_grace", b"_grace"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grace) -> _WhichOneofReturnType__grace | None: ...
+
+Global___CollectBlobsRequest: _TypeAlias = CollectBlobsRequest  # noqa: Y015
+
+@_typing.final
+class CollectBlobsResponse(_message.Message):
+    """CollectBlobsResponse says what went, or would go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REMOVED_COUNT_FIELD_NUMBER: _builtins.int
+    REMOVED_BYTES_FIELD_NUMBER: _builtins.int
+    SPARED_COUNT_FIELD_NUMBER: _builtins.int
+    SPARED_BYTES_FIELD_NUMBER: _builtins.int
+    REACHABLE_COUNT_FIELD_NUMBER: _builtins.int
+    REACHABLE_BYTES_FIELD_NUMBER: _builtins.int
+    UNFINISHED_COUNT_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    removed_count: _builtins.int
+    """Blobs that nothing refers to."""
+    removed_bytes: _builtins.int
+    """Their bytes."""
+    spared_count: _builtins.int
+    """Blobs that nothing refers to and that stay, because they are young or an ingest uses them."""
+    spared_bytes: _builtins.int
+    """Their bytes."""
+    reachable_count: _builtins.int
+    """Blobs that something refers to."""
+    reachable_bytes: _builtins.int
+    """Their bytes."""
+    unfinished_count: _builtins.int
+    """Uploads that were never finished, and temporary objects, that went."""
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Blobs that something refers to and that are not in the store with their size: at most 100 of them, `sha256:<hex>`."""
+
+    def __init__(
+        self,
+        *,
+        removed_count: _builtins.int = ...,
+        removed_bytes: _builtins.int = ...,
+        spared_count: _builtins.int = ...,
+        spared_bytes: _builtins.int = ...,
+        reachable_count: _builtins.int = ...,
+        reachable_bytes: _builtins.int = ...,
+        unfinished_count: _builtins.int = ...,
+        missing: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing", "reachable_bytes", b"reachable_bytes", "reachable_count", b"reachable_count", "removed_bytes", b"removed_bytes", "removed_count", b"removed_count", "spared_bytes", b"spared_bytes", "spared_count", b"spared_count", "unfinished_count", b"unfinished_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CollectBlobsResponse: _TypeAlias = CollectBlobsResponse  # noqa: Y015
 
 @_typing.final
 class WatchModelsRequest(_message.Message):

@@ -88,6 +88,11 @@ class RegistryServiceStub:
                 request_serializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdateEngineSettingsRequest.SerializeToString,
                 response_deserializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdateEngineSettingsResponse.FromString,
                 _registered_method=True)
+        self.CollectBlobs = channel.unary_unary(
+                '/helios.api.registry.v1.RegistryService/CollectBlobs',
+                request_serializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.CollectBlobsRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.CollectBlobsResponse.FromString,
+                _registered_method=True)
         self.WatchModels = channel.unary_stream(
                 '/helios.api.registry.v1.RegistryService/WatchModels',
                 request_serializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.WatchModelsRequest.SerializeToString,
@@ -184,6 +189,16 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CollectBlobs(self, request, context):
+        """CollectBlobs removes what the blob store holds and nothing refers to: blobs of deleted revisions and failed ingests,
+        and unfinished uploads. What is younger than the grace period stays, and so does what a running ingest uses.
+        Idempotent. Errors: PERMISSION_DENIED, ABORTED (COLLECTION_RUNNING), UNAVAILABLE (BLOB_STORE_UNAVAILABLE),
+        INVALID_ARGUMENT (INVALID_GRACE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchModels(self, request, context):
         """WatchModels sends all models at once, then every change, for as long as the caller stays. A caller that comes back
         with the version of the last message that it got is sent what changed since, if that is still known, and all models
@@ -245,6 +260,11 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.UpdateEngineSettings,
                     request_deserializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdateEngineSettingsRequest.FromString,
                     response_serializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdateEngineSettingsResponse.SerializeToString,
+            ),
+            'CollectBlobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectBlobs,
+                    request_deserializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.CollectBlobsRequest.FromString,
+                    response_serializer=helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.CollectBlobsResponse.SerializeToString,
             ),
             'WatchModels': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchModels,
@@ -526,6 +546,33 @@ class RegistryService:
             '/helios.api.registry.v1.RegistryService/UpdateEngineSettings',
             helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdateEngineSettingsRequest.SerializeToString,
             helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UpdateEngineSettingsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectBlobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.registry.v1.RegistryService/CollectBlobs',
+            helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.CollectBlobsRequest.SerializeToString,
+            helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.CollectBlobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

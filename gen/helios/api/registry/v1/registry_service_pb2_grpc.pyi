@@ -58,6 +58,12 @@ class RegistryServiceStub:
     """UpdateEngineSettings replaces the engine settings of a model; replicas that are started from then on have them.
     Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_ENGINE_SETTINGS).
     """
+    CollectBlobs: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.CollectBlobsRequest, _registry_service_pb2.CollectBlobsResponse]
+    """CollectBlobs removes what the blob store holds and nothing refers to: blobs of deleted revisions and failed ingests,
+    and unfinished uploads. What is younger than the grace period stays, and so does what a running ingest uses.
+    Idempotent. Errors: PERMISSION_DENIED, ABORTED (COLLECTION_RUNNING), UNAVAILABLE (BLOB_STORE_UNAVAILABLE),
+    INVALID_ARGUMENT (INVALID_GRACE).
+    """
     WatchModels: _aio.UnaryStreamMultiCallable[_registry_service_pb2.WatchModelsRequest, _registry_service_pb2.WatchModelsResponse]
     """WatchModels sends all models at once, then every change, for as long as the caller stays. A caller that comes back
     with the version of the last message that it got is sent what changed since, if that is still known, and all models
@@ -167,6 +173,18 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_registry_service_pb2.UpdateEngineSettingsResponse]:
         """UpdateEngineSettings replaces the engine settings of a model; replicas that are started from then on have them.
         Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_ENGINE_SETTINGS).
+        """
+
+    @_abc_1.abstractmethod
+    def CollectBlobs(
+        self,
+        request: _registry_service_pb2.CollectBlobsRequest,
+        context: _aio.ServicerContext[_registry_service_pb2.CollectBlobsRequest, _abc.Awaitable[_registry_service_pb2.CollectBlobsResponse]],
+    ) -> _abc.Awaitable[_registry_service_pb2.CollectBlobsResponse]:
+        """CollectBlobs removes what the blob store holds and nothing refers to: blobs of deleted revisions and failed ingests,
+        and unfinished uploads. What is younger than the grace period stays, and so does what a running ingest uses.
+        Idempotent. Errors: PERMISSION_DENIED, ABORTED (COLLECTION_RUNNING), UNAVAILABLE (BLOB_STORE_UNAVAILABLE),
+        INVALID_ARGUMENT (INVALID_GRACE).
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,223 @@
+"""The blob store that is a directory, in which every file is complete, verified and named by its sha256.
+
+    <root>/sha256/<first two>/<hash>     mode 0444, never changed after its rename
+    <root>/tmp/<random>                  bytes on their way, swept at start
+    <root>/lock                          held while a registry uses a directory that is not in its state directory
+
+A blob appears by one rename after its bytes are written, hashed and fsynced, so a reader never sees half a blob and a
+crash leaves at most a file in ``tmp``, or a complete blob that nothing refers to: both go at the next start. Agents on
+the same machine take blobs by hard link.
+
+Sources are copied, never hard-linked: a directory belongs to its user, who may change a file in place, and the blob
+would change with it. Files that the registry made itself (a conversion's output) are moved.
+"""
+
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from helios.mesh.errors import BlobNotFound, Conflict, DiskFull, PreconditionFailed
+from helios.registry import offload
+from helios.registry.blobs import Staged
+from helios.registry.collection import StoredBlob
+from helios.registry.hashing import OnBytes, changed, identity, pump, size_of
+from helios.registry.manifest import Digest
+
+_BLOB_MODE: Final = 0o444
+# EFBIG: a limit on file sizes, as containers set it, is a full disk to the caller.
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class DirectoryStore:
+    """The blobs under one directory; a ``BlobStore``. One process has it (``owned``)."""
+
+    options: Mapping[str, str] = {}
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._directory = root / "sha256"
+        self._temporary = root / "tmp"
+
+    @property
+    def url(self) -> str:
+        """Base of the store as a ``file://`` URL."""
+        return self._root.absolute().as_uri()
+
+    def path(self, hash_: str) -> Path:
+        """Returns where the blob with this hash is, or would be."""
+        return self._directory / hash_[:2] / hash_
+
+    @contextmanager
+    def owned(self) -> Iterator["DirectoryStore"]:
+        """Makes the directory this process's for the length of the block.
+
+        Raises:
+            PreconditionFailed: BLOB_STORE_IN_USE: another registry would take its blobs for garbage.
+        """
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(exist_ok=True)
+        # The kernel drops the lock with the process, however it ends.
+        descriptor = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield self
+        except BlockingIOError as error:
+            raise PreconditionFailed(
+                f"another registry keeps its blobs in {self._root}; give this one a directory of its own",
+                reason="BLOB_STORE_IN_USE",
+            ) from error
+        finally:
+            os.close(descriptor)
+
+    def prepare(self, referenced: Mapping[str, int]) -> tuple[int, list[str]]:
+        """Brings the directory into order at start, before anything else uses it.
+
+        Removes what a crash left: files in ``tmp``, blobs that nothing refers to, blobs of the wrong size. Without a
+        grace period, because the directory is this process's alone.
+
+        Returns:
+            Bytes that were freed, and the hashes of referenced blobs that are missing.
+        """
+        freed = sum(_remove(path) for path in _files(self._temporary))
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(exist_ok=True)
+        for path in _files(self._directory):
+            if referenced.get(path.name) != path.stat().st_size or path != self.path(path.name):
+                freed += _remove(path)
+        return freed, [value for value in referenced if not self.path(value).exists()]
+
+    @contextmanager
+    def stage(self, source: Path, *, is_owned: bool, on_bytes: OnBytes, stop: offload.Stop) -> Iterator[Staged]:
+        """Yields a copy of a file, or the file itself where it is owned, complete on disk under a temporary name."""
+        temporary = self._temporary / secrets.token_hex(16)
+        try:
+            try:
+                digest = _fill(source, temporary, is_owned, on_bytes, stop)
+            except OSError as error:
+                raise _translate(error, source) from error
+            yield _StagedFile(digest, temporary, self.path(digest.hash))
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def size(self, hash_: str) -> int:
+        """Returns a blob's size, -1 if it is not there."""
+        return size_of(self.path(hash_))
+
+    def open(self, hash_: str) -> BinaryIO:
+        """Opens a blob for reading. Raises BlobNotFound."""
+        try:
+            return self.path(hash_).open("rb")
+        except FileNotFoundError as error:
+            raise BlobNotFound(f"blob sha256:{hash_} is not in the blob store", metadata={"blob": hash_}) from error
+
+    def scan(self) -> Iterator[StoredBlob]:
+        """Yields all blobs. One that goes meanwhile is left out."""
+        for path in _files(self._directory):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            yield StoredBlob(path.name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+
+    def delete(self, hashes: Collection[str]) -> None:
+        """Removes blobs."""
+        for value in hashes:
+            self.path(value).unlink(missing_ok=True)
+
+    def sweep(self, *, before: datetime, is_dry_run: bool = False) -> int:
+        """Removes temporary files that were last written before this moment."""
+        stale = [path for path in _files(self._temporary) if _written_at(path) < before]
+        if not is_dry_run:
+            for path in stale:
+                path.unlink(missing_ok=True)
+        return len(stale)
+
+
+@dataclass(frozen=True, slots=True)
+class _StagedFile:
+    digest: Digest
+    temporary: Path
+    target: Path
+
+    def commit(self, on_bytes: OnBytes, stop: offload.Stop) -> None:
+        del on_bytes, stop
+        try:
+            self.target.parent.mkdir(exist_ok=True)
+            self.temporary.rename(self.target)
+            # The rename is durable only with the directory, and the directory only with its parent.
+            for directory in (self.target.parent, self.target.parent.parent):
+                _fsync(directory)
+        except OSError as error:
+            raise _translate(error, self.target) from error
+
+
+def _fill(source: Path, temporary: Path, is_owned: bool, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
+    if not (is_owned and _move(source, temporary)):
+        return _copy(source, temporary, on_bytes, stop)
+    with temporary.open("rb", buffering=0) as file:
+        digest = pump(file, None, on_bytes, stop)
+        os.fsync(file.fileno())
+    temporary.chmod(_BLOB_MODE)
+    return digest
+
+
+def _copy(source: Path, temporary: Path, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
+    with source.open("rb", buffering=0) as file, temporary.open("xb", buffering=0) as target:
+        before = identity(file)
+        digest = pump(file, target, on_bytes, stop)
+        os.fsync(target.fileno())
+        if identity(file) != before:
+            raise changed(source)
+    temporary.chmod(_BLOB_MODE)
+    return digest
+
+
+def _move(source: Path, target: Path) -> bool:
+    """Moves a file; returns False where the store is on another disk, and the file has to be copied."""
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            return False
+        raise
+    return True
+
+
+def _fsync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path for path in directory.rglob("*") if not path.is_dir()) if directory.is_dir() else iter(())
+
+
+def _remove(path: Path) -> int:
+    size = size_of(path)
+    path.unlink(missing_ok=True)
+    return max(size, 0)
+
+
+def _written_at(path: Path) -> datetime:
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    except FileNotFoundError:
+        return datetime.max.replace(tzinfo=UTC)
+
+
+def _translate(error: OSError, source: Path) -> Exception:
+    if error.errno in _FULL:
+        return DiskFull("the registry's disk is full; remove a model or free some space")
+    if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+        return Conflict(f"{source} could not be read: {error.strerror}", reason="SOURCE_CHANGED")
+    return error
