@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.utils.logging import disable_progress_bar
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -37,7 +38,7 @@ def make_llama(directory: Path, tokenizer: Path, *, heads: int = 8, layers: int 
     )
     torch.manual_seed(7)
     # Its bars come with a thread that never ends.
-    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bar()
     model: Any = transformers.LlamaForCausalLM(config)
     model.to(torch.float32).save_pretrained(directory)
     for name in _TOKENIZER:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from google.api.httpbody_pb2 import HttpBody
 from numpy.typing import NDArray
+from transformers.utils.logging import disable_progress_bar
 
 from helios.api.inference.v1 import inference_service_pb2 as pb
 from helios.api.inference.v1 import inference_service_pb2_grpc, openai_service_pb2_grpc
@@ -71,7 +72,7 @@ def vectors(answer: Any) -> NDArray[np.float32]:
 def reference(texts: list[str]) -> tuple[NDArray[np.float32], int]:
     """Returns the mean of the last layer's vectors, normalised, by transformers; and how many tokens there are."""
     # Its bars come with a thread that never ends.
-    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_directory())
     model = transformers.AutoModel.from_pretrained(model_directory(), dtype=torch.float32).eval()
     tokens = tokenizer(texts, padding=True, return_tensors="pt")
