@@ -332,8 +332,17 @@ async def test_a_lease_that_can_not_be_resumed_is_reported_lost(mesh: Mesh) -> N
 
 async def test_a_renewed_lease_outlives_its_time_to_live(mesh: Mesh) -> None:
     revision = mesh.shelf.add(FILES)
-    async with mesh.agent() as agent, agent.client.materialize(revision, holder="t", ttl_seconds=5) as lent:
-        await asyncio.sleep(6)
+    now = [datetime(2030, 1, 1, tzinfo=UTC)]
+    async with (
+        mesh.agent(clock=lambda: now[0]) as agent,
+        agent.client.materialize(revision, holder="t", ttl_seconds=5) as lent,
+    ):
+        for _ in range(2):
+            before = lent.expires_at
+            now[0] += timedelta(seconds=3)
+            async with asyncio.timeout(10):
+                while lent.expires_at == before:
+                    await asyncio.sleep(0.01)
         assert not lent.lost.is_set()
         assert (await agent.client.residency()).revisions[0].lease_count == 1
 
