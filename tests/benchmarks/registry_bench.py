@@ -23,9 +23,13 @@ from helios.registry.blobs import Blobs
 from helios.registry.catalog import Catalog
 from helios.registry.database import Database
 from helios.registry.directory_store import DirectoryStore
+from helios.registry.downloads import open_downloads
 from helios.registry.ingest import Ingester
 from helios.registry.records import IngestSpec
 from helios.registry.sources.conversion import Converter
+from helios.registry.sources.remote_sources import Sources
+from helios.registry.sources.settings import SourceSettings
+from helios.registry.sources.web import Web
 from helios.registry.state import StateDirectory
 from helios.registry.store import Store
 from helios.registry.watch import WatchHub
@@ -88,7 +92,11 @@ async def registry(directory: Path) -> AsyncIterator[Ingester]:
         stack.callback(hub.close)
         converter = Converter(timeout_seconds=60, require_space=blobs.require_space)
         catalog = Catalog(Store(database), blobs, hub, ArtifactStore(database))
-        yield await stack.enter_async_context(Ingester(catalog, state, converter))
+        web = await stack.enter_async_context(Web())
+        settings = SourceSettings()
+        sources = Sources(converter, web, settings)
+        downloads = open_downloads(state.downloads, blobs, settings.downloads)
+        yield await stack.enter_async_context(Ingester(catalog, state, sources, downloads))
 
 
 def write_model(directory: Path) -> Path:

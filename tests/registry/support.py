@@ -20,11 +20,15 @@ from helios.registry.client import ArtifactClient, RegistryClient, VersionClient
 from helios.registry.collector import Collector
 from helios.registry.database import Database
 from helios.registry.directory_store import DirectoryStore
+from helios.registry.downloads import open_downloads
 from helios.registry.ingest import Ingester
 from helios.registry.records import IngestDone, IngestEvent, IngestSpec
 from helios.registry.servicer import RegistryServicer
 from helios.registry.settings import ArtifactSettings, CollectionSettings
 from helios.registry.sources.conversion import Converter
+from helios.registry.sources.remote_sources import Sources
+from helios.registry.sources.settings import SourceSettings
+from helios.registry.sources.web import Web
 from helios.registry.state import StateDirectory
 from helios.registry.store import Store
 from helios.registry.tag_store import TagStore
@@ -84,6 +88,7 @@ async def open_parts(
     convert_timeout_seconds: float = 120.0,
     artifacts: ArtifactSettings | None = None,
     blob_store: BlobStore | None = None,
+    source_settings: SourceSettings | None = None,
 ) -> AsyncIterator[Parts]:
     """Opens a registry without its server."""
     async with AsyncExitStack() as stack:
@@ -100,12 +105,16 @@ async def open_parts(
         converter = Converter(
             timeout_seconds=convert_timeout_seconds, require_space=blobs.require_space, module=convert_module
         )
-        ingester = Ingester(catalog, state, converter, max_concurrent=max_concurrent)
+        settings = source_settings or SourceSettings()
+        web = await stack.enter_async_context(Web(attempts=4))
+        downloads = open_downloads(state.downloads, blobs, settings.downloads)
+        sources = Sources(converter, web, settings)
+        ingester = Ingester(catalog, state, sources, downloads, max_concurrent=max_concurrent)
         await stack.enter_async_context(ingester)
         stack.callback(hub.close)
         uploads = Uploads(catalog, artifact_store, state, artifacts or ArtifactSettings())
-        versions = Versions(catalog, TagStore(database, store.changes))
         collector = Collector(store, blobs, CollectionSettings())
+        versions = Versions(catalog, TagStore(database, store.changes))
         yield Parts(state, store, blobs, directory, hub, catalog, ingester, uploads, collector, versions)
 
 

@@ -2,15 +2,19 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from helios.mesh.errors import HeliosError, InvalidRequest
+from helios.mesh.settings import load_settings
 from helios.registry.model_card import read_license
+from helios.registry.settings import RegistrySettings
 from helios.registry.sources.architectures import check_architecture, known_architectures
 from helios.registry.sources.http_directory import parse_sums
+from helios.registry.sources.hugging_face import read_token
 from helios.registry.sources.oci import read_layers
 from helios.registry.sources.patterns import Selection
 from helios.registry.sources.reference import (
@@ -21,6 +25,7 @@ from helios.registry.sources.reference import (
     suggest_name,
 )
 from helios.registry.sources.remote import RemoteFile, fingerprint, git_blob_sha1
+from helios.registry.sources.settings import HuggingFaceSettings
 from helios.registry.sources.web import origin, redirected, without_credentials
 
 HEX = "0123456789abcdef" * 4
@@ -211,3 +216,21 @@ def test_the_engines_list_holds_the_common_ones() -> None:
     common = {"LlamaForCausalLM", "Qwen3ForCausalLM", "MixtralForCausalLM", "BertModel", "Gemma3ForCausalLM"}
     assert common <= known_architectures()
     check_architecture(json.loads('{"architectures": ["LlamaForCausalLM"]}'), "hf:org/m", is_any=False)
+
+
+def test_one_setting_of_a_hub_leaves_the_others_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HELIOS_REGISTRY__SOURCES__HUGGING_FACE__TOKEN", "hf_secret")
+    monkeypatch.setenv("HELIOS_REGISTRY__SOURCES__OCI__CREDENTIALS", '{"h:5000": "user:pw"}')
+    settings = load_settings(RegistrySettings, [f"--state-directory={tmp_path}", "--mesh.tls=off"])
+    assert settings.sources.hugging_face.endpoint == "https://huggingface.co"
+    assert read_token(settings.sources.hugging_face) == "hf_secret"
+    shown = json.dumps(settings.model_dump(mode="json"), default=str)
+    assert "hf_secret" not in shown
+    assert "pw" not in shown
+
+
+def test_a_token_file_is_read_anew_and_need_not_be_there(tmp_path: Path) -> None:
+    settings = HuggingFaceSettings(token_file=tmp_path / "token")
+    assert read_token(settings) == ""
+    settings.token_file.write_text("hf_one\n")  # type: ignore[union-attr]
+    assert read_token(settings) == "hf_one"

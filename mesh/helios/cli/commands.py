@@ -16,7 +16,6 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -34,11 +33,12 @@ from helios.cli.children import child_environment, kill_leftovers
 from helios.cli.edge import open_admin, open_edge
 from helios.cli.greeting import greeting
 from helios.cli.log_files import read_lines, tail
-from helios.cli.models_set import changed_settings, settings_of
+from helios.cli.models_add import size
+from helios.cli.models_set import settings_of
 from helios.cli.state import MeshRecord, StateDirectory, find_running, read_mesh
 from helios.cli.up import Mesh, UpOptions, run_mesh
 from helios.mesh.errors import DeadlineExceeded, InvalidRequest, PreconditionFailed, Unavailable
-from helios.registry.client import Artifact, ArtifactClient, IngestProgress, RegistryClient
+from helios.registry.client import Artifact, ArtifactClient, RegistryClient
 
 _CALL_SECONDS: Final = 15.0
 _DETACHED_START_SECONDS: Final = 600.0
@@ -172,46 +172,6 @@ async def models_list(state: StateDirectory, console: Console, *, is_json: bool)
         console.print_json(json.dumps(_plain(response)["data"]))
     else:
         console.print(_model_table(response.data))
-
-
-async def models_add(
-    state: StateDirectory,
-    console: Console,
-    name: str,
-    path: str,
-    *,
-    aliases: tuple[str, ...],
-    sha256: str,
-    assignments: tuple[str, ...] = (),
-) -> None:
-    """Adds a model from a directory or a file of this machine; ``assignments`` change its engine settings."""
-    source = path if path.startswith("embedded:") else str(Path(path).expanduser().absolute())
-    if not path.startswith("embedded:") and not Path(source).exists():
-        raise InvalidRequest(f"{source} does not exist", reason="INVALID_SOURCE")
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-    async with open_admin(state) as dialer:
-        registry = RegistryClient(dialer)
-        settings = await changed_settings(registry, name, assignments) if assignments else None
-        with bar:
-            task = bar.add_task("inspect", total=None)
-            async for event in registry.ingest(
-                name, source, aliases=aliases, expected_sha256=sha256, engine_settings=settings
-            ):
-                if isinstance(event, IngestProgress):
-                    bar.update(
-                        task, description=event.phase, completed=event.done_bytes, total=event.total_bytes or None
-                    )
-                else:
-                    revision, new = event.model.revision.digest[:19], _size(event.new_bytes)
-                    console.print(f"{name} is {revision}…, {new} new; the first request starts it")
 
 
 async def models_show(state: StateDirectory, console: Console, name: str, *, is_json: bool) -> None:
@@ -369,14 +329,6 @@ def _plain(message: Message) -> dict[str, Any]:
     return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return ""
-
-
 def _table(*columns: str) -> Table:
     """A table whose cells are never cut: names are there to be copied."""
     table = Table(box=box.SIMPLE_HEAD)
@@ -398,12 +350,12 @@ def _worker_table(response: admin_pb.ListWorkersResponse) -> Table:
     for worker in response.workers:
         for device in worker.devices:
             slots = f"{worker.replica_count}/{worker.slot_count}"
-            booked, memory = _size(device.booked_bytes), _size(device.memory_bytes)
+            booked, memory = size(device.booked_bytes), size(device.memory_bytes)
             name = f"{device.device_id} {device.mig_profile or device.name}".strip()
             table.add_row(worker.worker_id, worker.node, slots, name, booked, memory, *_telemetry(device))
         if worker.host_memory.memory_bytes:
             host = worker.host_memory
-            sizes = _size(host.booked_bytes), _size(host.memory_bytes)
+            sizes = size(host.booked_bytes), size(host.memory_bytes)
             table.add_row(worker.worker_id, worker.node, "", f"staged: {len(worker.staged)}", *sizes, "", "")
     return table
 
@@ -418,14 +370,14 @@ def _telemetry(device: fleet_service_pb2.Device) -> tuple[str, str]:
         f"{measured.uncorrected_error_count} errors" if measured.uncorrected_error_count else "",
         "" if health == "unspecified" else f"{health} {device.health_message}",
     )
-    return _size(measured.used_bytes) if measured.HasField("used_bytes") else "", " ".join(filter(None, state)).strip()
+    return size(measured.used_bytes) if measured.HasField("used_bytes") else "", " ".join(filter(None, state)).strip()
 
 
 def _model_table(models: Any) -> Table:
     table = _table("model", "state", "ready", "starting", "asleep", "staged", "weights", "memory", "context", "aliases")
     for model in models:
         name = catalog_pb.ModelState.Name(model.state).removeprefix("MODEL_STATE_").lower()
-        sizes = _size(model.resources.weights_bytes), _size(model.resources.memory_bytes)
+        sizes = size(model.resources.weights_bytes), size(model.resources.memory_bytes)
         replicas = model.replicas
         counts = (str(n) for n in (replicas.ready, replicas.starting, replicas.asleep, replicas.staged))
         table.add_row(model.id, name, *counts, *sizes, str(model.max_context_tokens), ", ".join(model.aliases))
@@ -448,7 +400,7 @@ def _replica_table(response: admin_pb.ListReplicasResponse) -> Table:
             name = f"{name}, {form}"
         seconds = sum(phase.duration.ToMilliseconds() for phase in replica.phases) / 1000
         running = str(replica.load.running_requests)
-        sizes = _size(replica.memory_bytes), _size(replica.measured_bytes) if replica.measured_bytes else ""
+        sizes = size(replica.memory_bytes), size(replica.measured_bytes) if replica.measured_bytes else ""
         where = entry.worker_id, replica.address
         table.add_row(replica.replica_id, replica.model, name, *where, running, *sizes, f"{seconds:.1f} s")
     return table

@@ -15,6 +15,8 @@ from rich.text import Text
 from helios.cli import cache as cache_commands
 from helios.cli import commands, model_versions
 from helios.cli import why as explanations
+from helios.cli.models_add import Addition
+from helios.cli.models_add import models_add as models_add_command
 from helios.cli.models_gc import CollectOptions
 from helios.cli.models_gc import models_gc as models_gc_command
 from helios.cli.models_set import models_set as models_set_command
@@ -54,6 +56,13 @@ StateOption = Annotated[
 SettingOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Engine setting, such as max_context_tokens=4096. May be repeated."),
+]
+TagOption = Annotated[
+    list[str] | None, typer.Option(help="Tag to point at the revision; MODEL@TAG reaches it. May be repeated.")
+]
+KeepServedOption = Annotated[
+    bool,
+    typer.Option("--keep-served", help="Go on serving the revision that the model serves; MODEL@TAG tries this one."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -117,26 +126,67 @@ def models_list(state_dir: StateOption, *, is_json: JsonOption = False) -> None:
 
 
 @models.command("add")
-def models_add(
+def models_add(  # noqa: PLR0913 - one for each option
     name: Annotated[str, typer.Argument(help="Name that requests will use.")],
-    path: Annotated[str, typer.Argument(help="Directory with safetensors, a .gguf file, or embedded:NAME.")],
+    path: Annotated[
+        str, typer.Argument(help="Directory with safetensors, a .gguf file, embedded:NAME, or a source as pull has it.")
+    ],
     state_dir: StateOption,
     *,
     alias: Annotated[list[str] | None, typer.Option(help="Another name for it. May be repeated.")] = None,
     sha256: Annotated[str, typer.Option(help="Expected sha256 of a .gguf file.")] = "",
     setting: SettingOption = None,
+    tag: TagOption = None,
+    keep_served: KeepServedOption = False,
+    is_json: JsonOption = False,
 ) -> None:
     """Add a model, or a new revision of one."""
-    work = commands.models_add(
-        _state(state_dir),
-        console,
+    wanted = Addition(
         name,
         path,
         aliases=tuple(alias or ()),
         sha256=sha256,
         assignments=tuple(setting or ()),
+        tags=tuple(tag or ()),
+        keep_served=keep_served,
     )
-    _run(work)
+    _run(models_add_command(_state(state_dir), console, wanted, is_json=is_json))
+
+
+@models.command("pull")
+def models_pull(  # noqa: PLR0913 - one for each option
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="hf:ORG/NAME, hf:ORG/NAME@REVISION, ms:ORG/NAME, https://HOST/DIRECTORY, s3://BUCKET/PREFIX, gs://…, "
+            "az://…, oci://HOST/REPOSITORY:TAG, or what add takes."
+        ),
+    ],
+    state_dir: StateOption,
+    *,
+    name: Annotated[str, typer.Option(help="Name that requests will use. Default: the last part of the source.")] = "",
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit of a hub; tag of an OCI registry.")] = "",
+    include: Annotated[
+        list[str] | None, typer.Option(help="Only files that match, such as '*Q8_0.gguf'. May be repeated.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="No files that match. May be repeated.")] = None,
+    setting: SettingOption = None,
+    tag: TagOption = None,
+    keep_served: KeepServedOption = False,
+    is_json: JsonOption = False,
+) -> None:
+    """Download a model and add it: verified, resumed where an earlier try stopped, and only what is not here yet."""
+    wanted = Addition(
+        name,
+        source,
+        revision,
+        assignments=tuple(setting or ()),
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        tags=tuple(tag or ()),
+        keep_served=keep_served,
+    )
+    _run(models_add_command(_state(state_dir), console, wanted, is_json=is_json))
 
 
 @models.command("set")

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from helios.cli.edge import open_admin
+from helios.cli.models_add import size
 from helios.cli.state import StateDirectory
 from helios.mesh.errors import InvalidRequest
 from helios.registry.client import Model, RegistryClient, VersionClient
@@ -92,7 +93,7 @@ async def remove(state: StateDirectory, console: Console, reference: str, *, is_
     if is_json:
         console.print_json(json.dumps({"removed": reference, "freed_bytes": freed}))
     else:
-        console.print(f"{reference} removed, {freed / 1e6:.1f} MB freed", markup=False, highlight=False)
+        console.print(f"{reference} removed, {size(freed)} freed", markup=False, highlight=False)
 
 
 def versions_of(model: Model) -> dict[str, Any]:

@@ -25,10 +25,13 @@ from helios.registry.chunk_store import ChunkStore
 from helios.registry.collector import Collector
 from helios.registry.database import Database
 from helios.registry.directory_store import DirectoryStore
+from helios.registry.downloads import open_downloads
 from helios.registry.ingest import Ingester
 from helios.registry.servicer import RegistryServicer
 from helios.registry.settings import RegistrySettings
 from helios.registry.sources.conversion import Converter
+from helios.registry.sources.remote_sources import Sources
+from helios.registry.sources.web import Web
 from helios.registry.state import StateDirectory
 from helios.registry.store import Store
 from helios.registry.tag_store import TagStore
@@ -68,7 +71,10 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
             policy=access.POLICY,
             options=ServerOptions(drain_seconds=settings.drain_seconds),
         )
-        ingester = Ingester(catalog, state, converter, max_concurrent=settings.ingest.max_concurrent)
+        web = await stack.enter_async_context(Web())
+        sources = Sources(converter, web, settings.sources)
+        downloads = open_downloads(state.downloads, blobs, settings.sources.downloads)
+        ingester = Ingester(catalog, state, sources, downloads, max_concurrent=settings.ingest.max_concurrent)
         collector = Collector(store, blobs, settings.collection)
         add_RegistryServiceServicer_to_server(RegistryServicer(catalog, ingester, collector), server.grpc)
         uploads = Uploads(catalog, artifacts, state, settings.artifacts)
@@ -83,10 +89,11 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         stack.callback(hub.close)
         metrics.MODELS.set(await store.count_models())
         await uploads.measure()
-        indexer = ChunkIndexer(chunks, blobs.store.open)
-        indexing = lifetime.group.create_task(keep_running("index chunks", indexer.run), name="index chunks")
-        stack.callback(indexing.cancel)
         await stack.enter_async_context(collector.running())
+        indexing = lifetime.group.create_task(
+            keep_running("index chunks", ChunkIndexer(chunks, blobs.store.open).run), name="index chunks"
+        )
+        stack.callback(indexing.cancel)
         if database.is_shared:
             follow = partial(catalog.follow, settings.watch_poll_seconds)
             following = lifetime.group.create_task(keep_running("follow changes", follow), name="follow changes")

@@ -201,6 +201,8 @@ class RegistryClient:
         aliases: Sequence[str] = (),
         expected_sha256: str = "",
         engine_settings: EngineSettings | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
         timeout_seconds: float = INGEST_TIMEOUT_SECONDS,
     ) -> AsyncGenerator[IngestEvent, None]:
         """Ingests a model; yields progress, and IngestDone last. Leaving the iteration early cancels the ingest.
@@ -208,7 +210,9 @@ class RegistryClient:
         Raises:
             HeliosError: As IngestModel in the contract.
         """
-        spec = IngestSpec(name, source, tuple(aliases), expected_sha256, engine_settings)
+        spec = IngestSpec(
+            name, source, tuple(aliases), expected_sha256, engine_settings, tuple(include), tuple(exclude)
+        )
         async with aclosing(self.ingest_spec(spec, timeout_seconds=timeout_seconds)) as events:
             async for event in events:
                 yield event

@@ -1,10 +1,11 @@
 """Ingest: from a source to a served revision, all or nothing.
 
-    inspect → (convert) → store → commit        each step can be cancelled; the commit, once begun, is finished
+    inspect → (fetch) → (convert) → store → commit      each step can be cancelled; the commit, once begun, is finished
 
 Single flight per model name: a second caller with the same request follows the ingest that runs, one with another
 request is refused. An ingest is cancelled when its last follower leaves. Whatever ends it early, its blobs are
 discarded unless a revision refers to them, and its workspace is removed; after a crash the next start does the same.
+Only what was downloaded stays for a while (``downloads``): the next ingest of it goes on where this one stopped.
 
 The ingester is an async context manager that owns the tasks; leaving it cancels and awaits them.
 """
@@ -20,17 +21,19 @@ from typing import Final, Self
 
 import structlog
 
-from helios.mesh.errors import Conflict, Draining, HeliosError, InvalidRequest, Overloaded
+from helios.mesh.errors import Conflict, Draining, HeliosError, InvalidRequest, ModelNotFound, Overloaded
 from helios.registry import metrics, offload
 from helios.registry.blobs import Hold
 from helios.registry.catalog import Catalog
+from helios.registry.downloads import Downloads
+from helios.registry.engine_settings import EngineSettings
 from helios.registry.inspection import inspect_model
 from helios.registry.manifest import Entry, Manifest
 from helios.registry.names import check_aliases, check_name, check_tag
 from helios.registry.progress import ProgressLog, news
 from helios.registry.records import IngestDone, IngestEvent, IngestPhase, IngestProgress, IngestSpec, Model
-from helios.registry.sources.conversion import Converter
-from helios.registry.sources.resolve import resolve_source
+from helios.registry.sources.patterns import Selection
+from helios.registry.sources.remote_sources import Sources
 from helios.registry.sources.source import FileSet, Source
 from helios.registry.state import StateDirectory
 from helios.registry.store import NewRevision
@@ -46,11 +49,18 @@ class Ingester:
     """Runs ingests. ``ingest`` is the only call; bounds: one a model name, ``max_concurrent`` in all."""
 
     def __init__(
-        self, catalog: Catalog, state: StateDirectory, converter: Converter, *, max_concurrent: int = 2
+        self,
+        catalog: Catalog,
+        state: StateDirectory,
+        sources: Sources,
+        downloads: Downloads,
+        *,
+        max_concurrent: int = 2,
     ) -> None:
         self._catalog = catalog
         self._state = state
-        self._converter = converter
+        self._sources = sources
+        self._downloads = downloads
         self._max_concurrent = max_concurrent
         self._flights: dict[str, _Flight] = {}
         self._group = asyncio.TaskGroup()
@@ -128,7 +138,7 @@ class Ingester:
         """Runs one ingest. What it raises goes to its followers, not to the task group, which would end the others."""
         try:
             with metrics.INGESTS_RUNNING.track_inprogress():
-                return await _Ingest(flight.spec, flight.progress, self._catalog, self._state, self._converter).run()
+                return await _Ingest(flight, self._catalog, self._state, self._sources, self._downloads).run()
         except Exception as error:  # noqa: BLE001 - raised to the followers, where the server logs what nobody foresaw
             return error
 
@@ -184,39 +194,51 @@ class _Ingest:
     """The steps of one ingest."""
 
     def __init__(
-        self, spec: IngestSpec, progress: ProgressLog, catalog: Catalog, state: StateDirectory, converter: Converter
+        self, flight: _Flight, catalog: Catalog, state: StateDirectory, sources: Sources, downloads: Downloads
     ) -> None:
-        self._spec = spec
-        self._progress = progress
+        self._spec = flight.spec
+        self._progress = flight.progress
         self._catalog = catalog
         self._state = state
-        self._converter = converter
+        self._sources = sources
+        self._downloads = downloads
 
     async def run(self) -> IngestDone:
         """Runs all steps; on failure nothing is left."""
         self._progress.begin(IngestPhase.INSPECT)
         await self._catalog.store.check_names(self._spec.name, self._spec.aliases)
-        source = await offload.run(lambda _: resolve_source(self._spec.source, self._converter))
         held: list[str] = []
         try:
             with ExitStack() as stack:
                 hold = stack.enter_context(self._catalog.blobs.hold())
                 held = hold.hashes
+                fetcher = stack.enter_context(self._downloads.session(hold))
+                source = await self._sources.open(self._spec, await self._engine_settings(), fetcher)
                 workspace = stack.enter_context(self._state.workspace())
                 converted_from = await source.fingerprint(self._spec.expected_sha256, self._progress)
-                known = await self._find_known(source, converted_from, hold)
-                if known is not None:
-                    return IngestDone(await self._commit(known), 0)
-                files = await source.files(workspace, self._progress)
-                for name, why in files.ignored:
-                    log.info("file left out", model=self._spec.name, file=name, why=why)
-                manifest, new_bytes = await self._store(files, hold)
-                revision = await self._describe(manifest, source, converted_from)
-                return IngestDone(await self._commit(revision), new_bytes)
+                revision, new_bytes = await self._find_known(source, converted_from, hold), 0
+                if revision is None:
+                    files = await source.files(workspace, self._progress)
+                    for name, why in files.ignored:
+                        log.info("file left out", model=self._spec.name, file=name, why=why)
+                    manifest, new_bytes = await self._store(files, hold)
+                    revision = await self._describe(manifest, source, converted_from)
+                done = IngestDone(await self._commit(revision), new_bytes)
+                await offload.run(lambda _: fetcher.remove())
+                return done
         except BaseException:
             # Also after a commit that failed, or one whose caller went away: what a revision refers to stays.
             await offload.uninterrupted(self._catalog.discard(held))
             raise
+
+    async def _engine_settings(self) -> EngineSettings | None:
+        """Returns the settings that the model will have; None where nobody has said any."""
+        if self._spec.engine_settings is not None:
+            return self._spec.engine_settings
+        try:
+            return (await self._catalog.store.get_model(self._spec.name)).engine_settings
+        except ModelNotFound:
+            return None
 
     async def _find_known(
         self, source: Source, converted_from: tuple[str, str] | None, hold: Hold
@@ -235,11 +257,16 @@ class _Ingest:
     async def _store(self, files: FileSet, hold: Hold) -> tuple[Manifest, int]:
         if not files.is_owned:
             self._catalog.blobs.require_space_for([file.size_bytes for file in files.files])
-        self._progress.begin(IngestPhase.STORE, files.size_bytes)
+        self._progress.begin(IngestPhase.STORE, files.new_bytes)
         entries: list[Entry] = []
         new_bytes = 0
         for file in files.files:
-            stored = await hold.put(file.location, is_owned=files.is_owned, on_bytes=self._progress.advance)
+            if file.known is not None:
+                entries.append(Entry(file.path, file.known, file.media_type))
+                continue
+            stored = await hold.put(
+                file.location, is_owned=files.is_owned, expected=file.sha256, on_bytes=self._progress.advance
+            )
             entries.append(Entry(file.path, stored.digest, file.media_type))
             new_bytes += stored.new_bytes
         return Manifest.of(entries), new_bytes
@@ -271,6 +298,7 @@ def check_spec(spec: IngestSpec) -> IngestSpec:
         )
     if spec.engine_settings is not None:
         spec.engine_settings.check()
+    Selection(spec.include, spec.exclude).check()
     aliases = check_aliases(spec.name, spec.aliases)
     tags = tuple(sorted({check_tag(tag, param="tags") for tag in spec.tags}))
     return dataclasses.replace(spec, aliases=aliases, expected_sha256=expected, tags=tags)

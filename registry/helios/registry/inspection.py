@@ -5,8 +5,10 @@ only those can't change any more.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import BinaryIO, Final, Literal, Protocol
 
+from helios.registry.model_card import CARD, MAX_CARD_BYTES, read_license
 from helios.registry.profile import ModelProfile, build_adapter_profile, build_profile, check_shards, read_weight_map
 from helios.registry.safetensors_header import LENGTH_BYTES, SafetensorsHeader, header_length, parse_header
 from helios.registry.strict_json import malformed, parse_object
@@ -43,13 +45,15 @@ def inspect_model(files: Mapping[str, Readable]) -> ModelProfile:
     """
     if ADAPTER_CONFIG in files and CONFIG not in files:
         adapter = parse_object(_read_bounded(files[ADAPTER_CONFIG], _MAX_CONFIG_BYTES, ADAPTER_CONFIG), ADAPTER_CONFIG)
-        return build_adapter_profile(adapter, read_header(files[ADAPTER_WEIGHTS], ADAPTER_WEIGHTS))
+        profile = build_adapter_profile(adapter, read_header(files[ADAPTER_WEIGHTS], ADAPTER_WEIGHTS))
+        return replace(profile, license=_license(files))
     if CONFIG not in files:
         raise malformed("config.json is missing")
     headers = {path: read_header(files[path], path) for path in sorted(files) if path.endswith(WEIGHT_SUFFIX)}
     weight_map = read_index(files[INDEX]) if INDEX in files else None
     check_shards(weight_map, headers)
-    return build_profile(parse_object(_read_bounded(files[CONFIG], _MAX_CONFIG_BYTES, CONFIG), CONFIG), headers)
+    config = parse_object(_read_bounded(files[CONFIG], _MAX_CONFIG_BYTES, CONFIG), CONFIG)
+    return replace(build_profile(config, headers), license=_license(files))
 
 
 def read_header(location: Readable, what: str) -> SafetensorsHeader:
@@ -84,6 +88,13 @@ def select_weights(names: Iterable[str], weight_map: Mapping[str, str] | None) -
     if SINGLE in found:
         return {SINGLE}
     return found
+
+
+def _license(files: Mapping[str, Readable]) -> str:
+    if CARD not in files:
+        return ""
+    with files[CARD].open("rb") as file:
+        return read_license(file.read(MAX_CARD_BYTES))
 
 
 def _read_bounded(location: Readable, limit: int, what: str) -> bytes:

@@ -147,6 +147,7 @@ class IngestPhase(StrEnum):
     """What an ingest is doing; phases come in this order, and those that have nothing to do are left out."""
 
     INSPECT = "inspect"
+    FETCH = "fetch"
     CONVERT = "convert"
     STORE = "store"
     COMMIT = "commit"
@@ -157,7 +158,8 @@ class IngestSpec:
     """What to ingest.
 
     ``expected_sha256`` is empty where nothing is expected; without ``engine_settings`` a model keeps those it has.
-    ``tags`` are to point at the revision; with ``keep_served`` a model that exists goes on serving what it serves.
+    ``include`` and ``exclude`` are patterns of files, for sources that are reached by a network. ``tags`` are to point
+    at the revision; with ``keep_served`` a model that exists goes on serving what it serves.
     """
 
     name: str
@@ -165,17 +167,24 @@ class IngestSpec:
     aliases: tuple[str, ...] = ()
     expected_sha256: str = ""
     engine_settings: EngineSettings | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     keep_served: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class IngestProgress:
-    """Where an ingest stands; ``total_bytes`` 0: unknown."""
+    """Where an ingest stands; ``total_bytes`` 0: unknown.
+
+    The rate is of the last seconds, 0 before anything can be said; ``remaining_seconds`` is what is left at that rate.
+    """
 
     phase: IngestPhase
     done_bytes: int = 0
     total_bytes: int = 0
+    bytes_per_second: float = field(default=0.0, compare=False)
+    remaining_seconds: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

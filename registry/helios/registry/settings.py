@@ -6,6 +6,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from helios.mesh.settings import CLOSE_SECONDS, ProcessSettings
+from helios.registry.sources.settings import SourceSettings
 
 
 class IngestSettings(BaseModel):
@@ -103,6 +104,8 @@ class RegistrySettings(ProcessSettings):
     """Where blobs are kept."""
     collection: CollectionSettings = Field(default_factory=CollectionSettings)
     """When blobs that nothing refers to go."""
+    sources: SourceSettings = Field(default_factory=SourceSettings)
+    """Places that models are pulled from."""
 
     @property
     def stop_limit_seconds(self) -> float:

@@ -2,6 +2,7 @@
 
 registry.db     models, revisions, aliases, policies
 blobs/          the blob store, where it is a directory
+downloads/      files on their way here, as far as they came; they outlive the process
 uploads/        which parts of unfinished uploads an object store has
 work/           conversions on their way; empty at start
 lock            held while a registry runs on the directory
@@ -39,6 +40,11 @@ class StateDirectory:
     def uploads(self) -> Path:
         """Journals of uploads to an object store; they outlive the process."""
         return self.root / "uploads"
+
+    @property
+    def downloads(self) -> Path:
+        """Unfinished downloads: on the blobs' disk, so that they become blobs by renames."""
+        return self.root / "downloads"
 
     @property
     def work(self) -> Path:

@@ -52,6 +52,7 @@ def profile_to_proto(profile: ModelProfile) -> pb.ModelProfile:
         layer_count=profile.layer_count,
         vocabulary_size=profile.vocabulary_size,
         base_model=profile.base_model,
+        license=profile.license,
     )
 
 
@@ -67,6 +68,7 @@ def profile_from_proto(message: pb.ModelProfile) -> ModelProfile:
         layer_count=message.layer_count,
         vocabulary_size=message.vocabulary_size,
         base_model=message.base_model,
+        license=message.license,
     )
 
 
@@ -210,6 +212,8 @@ def ingest_spec_to_proto(spec: IngestSpec) -> pb.IngestModelRequest:
         aliases=spec.aliases,
         expected_sha256=spec.expected_sha256,
         engine_settings=engine_settings_to_proto(settings) if settings is not None else None,
+        include=spec.include,
+        exclude=spec.exclude,
         tags=spec.tags,
         keep_served=spec.keep_served,
     )
@@ -224,8 +228,10 @@ def ingest_spec_from_proto(message: pb.IngestModelRequest) -> IngestSpec:
         tuple(message.aliases),
         message.expected_sha256,
         settings,
-        tags=tuple(message.tags),
-        keep_served=message.keep_served,
+        tuple(message.include),
+        tuple(message.exclude),
+        tuple(message.tags),
+        message.keep_served,
     )
 
 
@@ -235,8 +241,13 @@ def ingest_event_to_proto(event: IngestEvent) -> pb.IngestModelResponse:
         done = pb.IngestDone(model=model_to_proto(event.model), new_bytes=event.new_bytes)
         return pb.IngestModelResponse(done=done)
     progress = pb.IngestProgress(
-        phase=event.phase.value, done_bytes=max(0, event.done_bytes), total_bytes=event.total_bytes
+        phase=event.phase.value,
+        done_bytes=max(0, event.done_bytes),
+        total_bytes=event.total_bytes,
+        bytes_per_second=event.bytes_per_second,
     )
+    if event.remaining_seconds is not None:
+        progress.remaining.FromNanoseconds(round(event.remaining_seconds * 1e9))
     return pb.IngestModelResponse(progress=progress)
 
 
@@ -253,7 +264,13 @@ def ingest_event_from_proto(message: pb.IngestModelResponse) -> IngestEvent | No
     if not message.HasField("progress"):
         return None
     progress = message.progress
-    return IngestProgress(IngestPhase(progress.phase), progress.done_bytes, progress.total_bytes)
+    if progress.phase not in set(IngestPhase):
+        # A newer registry's.
+        return None
+    remaining = progress.remaining.ToNanoseconds() / 1e9 if progress.HasField("remaining") else None
+    return IngestProgress(
+        IngestPhase(progress.phase), progress.done_bytes, progress.total_bytes, progress.bytes_per_second, remaining
+    )
 
 
 def watch_event_to_proto(event: WatchEvent) -> pb.WatchModelsResponse:

@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from helios.worker.engines.vllm import compat_adapters, compat_config, compat_pooling
 from helios.worker.engines.vllm.ranks import rank_cores
+from tests.worker.engines import architectures
 from tests.worker.engines.contracts import contract, parameters
 
 
@@ -41,6 +42,15 @@ def vectors_come_from_a_class_that_is_called_with_a_request() -> None:
 def the_class_of_berts_that_make_vectors_is_the_one_that_the_registry_names() -> None:
     named: Any = registry._EMBEDDING_MODELS["BertModel"]
     assert named == ("bert", compat_pooling.BertEmbeddingModel.__name__)
+
+
+@contract
+def the_registrys_list_of_architectures_is_the_engines() -> None:
+    """Where this fails after an upgrade: `python -m tests.worker.engines.architectures` writes the list anew."""
+    listed = {line for line in architectures.FILE.read_text().splitlines() if not line.startswith("#")}
+    own = architectures.own_architectures()
+    assert own - listed == set()
+    assert listed - own <= architectures.transformers_names()
 
 
 @contract

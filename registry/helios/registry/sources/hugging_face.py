@@ -22,7 +22,7 @@ from helios.mesh.transfer.source import RangeSource
 from helios.registry.sources.reference import HubReference
 from helios.registry.sources.remote import Listing, RemoteFile, changed
 from helios.registry.sources.settings import HubSettings
-from helios.registry.sources.web import Refused, Web, origin, redirected, shown, unavailable
+from helios.registry.sources.web import Refused, Web, origin, redirected, shown, unavailable, without_credentials
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _NEXT: Final = re.compile(r'<([^>]+)>;\s*rel="next"')
@@ -92,9 +92,10 @@ class HuggingFaceRepository:
 
     async def _tree(self, url: str) -> list[Mapping[str, Any]]:
         entries: list[Mapping[str, Any]] = []
+        headers = self._headers
         for _ in range(_MAX_PAGES):
             try:
-                answer = await self._web.request("GET", url, headers=self._headers)
+                answer = await self._web.request("GET", url, headers=headers)
             except Refused as error:
                 raise self._translate(error) from error
             page = answer.document()
@@ -106,7 +107,8 @@ class HuggingFaceRepository:
                 return entries
             url = redirected(url, following[1])
             if origin(url) != origin(self._endpoint):
-                raise unavailable(url, "is a next page outside the hub")
+                # A mirror that passes the hub's own links on.
+                headers = without_credentials(headers)
         raise InvalidRequest(f"{self._access.source} has too many files to be one model", reason="UNSUPPORTED_FORMAT")
 
     async def _document(self, url: str) -> Any:

@@ -1,4 +1,4 @@
-"""From the text that a person wrote to a source."""
+"""From the text that a person wrote to a source of this machine."""
 
 from pathlib import Path
 from typing import Final
@@ -11,7 +11,7 @@ from helios.registry.sources.gguf import GgufSource
 from helios.registry.sources.source import Source
 
 # PATH_MAX; the text is stored and shown.
-_MAX_SOURCE_CHARS: Final = 4096
+MAX_SOURCE_CHARS: Final = 4096
 
 
 def resolve_source(text: str, converter: Converter) -> Source:
@@ -25,7 +25,7 @@ def resolve_source(text: str, converter: Converter) -> Source:
     Raises:
         InvalidRequest: INVALID_SOURCE.
     """
-    if len(text) > _MAX_SOURCE_CHARS or not text.isprintable():
+    if len(text) > MAX_SOURCE_CHARS or not text.isprintable():
         raise _invalid("a source is printable text of at most 4,096 characters")
     kind, separator, rest = text.partition(":")
     if separator and kind == "embedded":
@@ -34,7 +34,8 @@ def resolve_source(text: str, converter: Converter) -> Source:
     if not path.is_absolute():
         raise _invalid(
             f"{text!r} is not a source: an absolute path of a directory with safetensors or of a .gguf file on the"
-            " registry's machine, or embedded:<name>"
+            " registry's machine, embedded:NAME, hf:ORGANISATION/NAME, ms:ORGANISATION/NAME, https://…, s3://…, gs://…,"
+            " az://… or oci://…"
         )
     try:
         if path.is_dir():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
+_HTTP = r"^https?://[^?#]+$"
 _CONFIG = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
@@ -12,12 +13,28 @@ class HubSettings(BaseModel):
 
     model_config = _CONFIG
 
-    endpoint: str = Field(pattern=r"^https?://[^?#]+$")
+    endpoint: str = Field(pattern=_HTTP)
     """Base URL. Only this address gets the token; requests can't name another one."""
     token: SecretStr = SecretStr("")
     """Access token. Give it in the environment: flags are seen by every user of the machine. Empty: ``token_file``."""
     token_file: Path | None = None
     """File with a token, read anew at every pull. None, and a file that is not there: no token is sent."""
+
+
+class HuggingFaceSettings(HubSettings):
+    """The Hugging Face hub, or a service that speaks as it does."""
+
+    endpoint: str = Field(default="https://huggingface.co", pattern=_HTTP)
+    """Base URL; a mirror's, or a company's own. Only this address gets the token; requests can't name another one."""
+    token_file: Path | None = Path("~/.cache/huggingface/token")
+    """File with a token, read anew at every pull: where ``hf auth login`` writes one. One that is not there: none."""
+
+
+class ModelScopeSettings(HubSettings):
+    """ModelScope."""
+
+    endpoint: str = Field(default="https://www.modelscope.cn", pattern=_HTTP)
+    """Base URL; https://www.modelscope.ai is the one outside China."""
 
 
 class StoreSettings(BaseModel):
@@ -56,6 +73,8 @@ class DownloadSettings(BaseModel):
     """Ranges of a file that are fetched at a time. 8: best on two cores; over a long way 16 to 64 are faster."""
     chunk_bytes: int = Field(default=8 << 20, ge=1 << 16, le=1 << 30)
     """One range, in bytes."""
+    sync_bytes: int = Field(default=64 << 20, ge=1)
+    """What a crash may cost: so many bytes are written before they are synced and noted as there."""
     bytes_per_second: int = Field(default=0, ge=0)
     """Bound of all downloads together. 0: none."""
     keep_seconds: float = Field(default=86_400.0, ge=0)
@@ -67,11 +86,9 @@ class SourceSettings(BaseModel):
 
     model_config = _CONFIG
 
-    hugging_face: HubSettings = HubSettings(
-        endpoint="https://huggingface.co", token_file=Path("~/.cache/huggingface/token")
-    )
-    """``hf:``. The token file is where ``hf auth login`` writes."""
-    modelscope: HubSettings = HubSettings(endpoint="https://www.modelscope.cn")
+    hugging_face: HuggingFaceSettings = Field(default_factory=HuggingFaceSettings)
+    """``hf:``."""
+    modelscope: ModelScopeSettings = Field(default_factory=ModelScopeSettings)
     """``ms:``."""
     stores: StoreSettings = Field(default_factory=StoreSettings)
     """``s3:``, ``gs:``, ``az:``."""

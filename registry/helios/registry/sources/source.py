@@ -4,17 +4,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from helios.registry.manifest import Digest
 from helios.registry.progress import ProgressLog
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file of a revision and where its bytes are now."""
+    """A file of a revision and where its bytes are now.
+
+    Attributes:
+        known: The blob that the bytes are, which the ingest holds; they are not at ``location`` then.
+        sha256: What the bytes had when they came, in hexadecimal, and must have when they are stored; empty: any.
+    """
 
     path: str
     location: Path
     size_bytes: int
     media_type: str
+    known: Digest | None = None
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +39,9 @@ class FileSet:
     ignored: tuple[tuple[str, str], ...] = ()
 
     @property
-    def size_bytes(self) -> int:
-        """Sum of the sizes of the files."""
-        return sum(file.size_bytes for file in self.files)
+    def new_bytes(self) -> int:
+        """Sum of the sizes of the files that are not blobs yet."""
+        return sum(file.size_bytes for file in self.files if file.known is None)
 
 
 class Source(Protocol):
@@ -46,7 +54,10 @@ class Source(Protocol):
     origin: str
 
     async def fingerprint(self, expected_sha256: str, progress: ProgressLog) -> tuple[str, str] | None:
-        """Returns the sha256 of the source file and the converter's version; None where nothing is converted.
+        """Returns what stands for the source's content, and for what makes a model's files of it.
+
+        That is a GGUF file's sha256 and the converter's version, or the fingerprint of a listing: where both are known,
+        the revision that they became is known. None where there is no telling without reading it all.
 
         Raises:
             InvalidRequest: INVALID_SOURCE, UNSUPPORTED_FORMAT.

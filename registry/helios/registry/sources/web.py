@@ -23,8 +23,11 @@ import aiohttp
 from helios.mesh.errors import Unavailable
 from helios.registry.strict_json import malformed
 
-# Hubs answer in well under a second; a page of a thousand files takes one.
-_REQUEST_SECONDS: Final = 30.0
+# Hubs answer in well under a second; a page of a thousand files takes one. A wait for bytes, not for all of them.
+_WAIT_SECONDS: Final = 30.0
+_CONNECT_SECONDS: Final = 10.0
+# Some 8 MiB at 14 kB/s: whoever is slower only drips.
+_REQUEST_SECONDS: Final = 600.0
 _ATTEMPTS: Final = 6
 _SHORT_ATTEMPTS: Final = 3
 _BACKOFF_SECONDS: Final = 0.25
@@ -79,9 +82,9 @@ class Refused(Exception):
 class Web:
     """One HTTP session. An async context manager."""
 
-    def __init__(self, *, attempts: int = _ATTEMPTS, request_seconds: float = _REQUEST_SECONDS) -> None:
+    def __init__(self, *, attempts: int = _ATTEMPTS, wait_seconds: float = _WAIT_SECONDS) -> None:
         self._attempts = attempts
-        self._request_seconds = request_seconds
+        self._wait_seconds = wait_seconds
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -90,7 +93,9 @@ class Web:
             trust_env=True,
             auto_decompress=False,
             headers={"accept-encoding": "identity", "user-agent": "helios-registry"},
-            timeout=aiohttp.ClientTimeout(total=self._request_seconds),
+            timeout=aiohttp.ClientTimeout(
+                total=_REQUEST_SECONDS, sock_connect=_CONNECT_SECONDS, sock_read=self._wait_seconds
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         return self

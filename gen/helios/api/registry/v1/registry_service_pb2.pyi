@@ -212,6 +212,7 @@ class ModelProfile(_message.Message):
     LAYER_COUNT_FIELD_NUMBER: _builtins.int
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
+    LICENSE_FIELD_NUMBER: _builtins.int
     architecture: _builtins.str
     """Model class, such as "LlamaForCausalLM"."""
     parameter_count: _builtins.int
@@ -232,6 +233,8 @@ class ModelProfile(_message.Message):
     """Of a LoRA adapter (architecture "LoraAdapter"): what it was made for, as its adapter_config.json names it. Empty: a
     whole model.
     """
+    license: _builtins.str
+    """Licence, as the model card (README.md) names it, such as "apache-2.0". Empty: it does not say."""
     def __init__(
         self,
         *,
@@ -244,10 +247,11 @@ class ModelProfile(_message.Message):
         layer_count: _builtins.int = ...,
         vocabulary_size: _builtins.int = ...,
         base_model: _builtins.str = ...,
+        license: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "base_model", b"base_model", "dtype", b"dtype", "kv_bytes_per_token", b"kv_bytes_per_token", "layer_count", b"layer_count", "max_context_tokens", b"max_context_tokens", "parameter_count", b"parameter_count", "vocabulary_size", b"vocabulary_size", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "base_model", b"base_model", "dtype", b"dtype", "kv_bytes_per_token", b"kv_bytes_per_token", "layer_count", b"layer_count", "license", b"license", "max_context_tokens", b"max_context_tokens", "parameter_count", b"parameter_count", "vocabulary_size", b"vocabulary_size", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -378,11 +382,15 @@ class IngestModelRequest(_message.Message):
     ENGINE_SETTINGS_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     KEEP_SERVED_FIELD_NUMBER: _builtins.int
+    INCLUDE_FIELD_NUMBER: _builtins.int
+    EXCLUDE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name that the model will have."""
     source: _builtins.str
-    """Where it is: an absolute path of a directory with safetensors or of a `.gguf` file on the registry's machine, or
-    `embedded:<name>` for a model that comes with the software.
+    """Where it is: an absolute path of a directory with safetensors or of a `.gguf` file on the registry's machine;
+    `embedded:<name>` for a model that comes with the software; `hf:<organisation>/<name>[@<revision>]` on the Hugging
+    Face hub, `ms:…` on ModelScope; `https://<host>/<directory>`; `s3://<bucket>/<prefix>`, `gs://…`, `az://…`;
+    `oci://<host>/<repository>:<tag>` by CNCF ModelPack.
     """
     expected_sha256: _builtins.str
     """For a single file: its sha256 in hexadecimal, checked before anything is stored."""
@@ -400,6 +408,16 @@ class IngestModelRequest(_message.Message):
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tags to point at the revision, `canary` for one; VersionService says what a tag is."""
 
+    @_builtins.property
+    def include(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of a source that is reached by a network: only files that match one of these patterns (`*` also matches `/`). Empty:
+        all.
+        """
+
+    @_builtins.property
+    def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of such a source: no file that matches one of these."""
+
     def __init__(
         self,
         *,
@@ -410,10 +428,12 @@ class IngestModelRequest(_message.Message):
         engine_settings: _engine_settings_pb2.EngineSettings | None = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
         keep_served: _builtins.bool = ...,
+        include: _abc.Iterable[_builtins.str] | None = ...,
+        exclude: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine_settings", b"engine_settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "engine_settings", b"engine_settings", "expected_sha256", b"expected_sha256", "keep_served", b"keep_served", "name", b"name", "source", b"source", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "engine_settings", b"engine_settings", "exclude", b"exclude", "expected_sha256", b"expected_sha256", "include", b"include", "keep_served", b"keep_served", "name", b"name", "source", b"source", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -504,22 +524,32 @@ class IngestProgress(_message.Message):
     PHASE_FIELD_NUMBER: _builtins.int
     DONE_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    REMAINING_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
-    """What is being done: "inspect", "convert", "store", "commit"."""
+    """What is being done: "inspect", "fetch", "convert", "store", "commit"."""
     done_bytes: _builtins.int
     """Bytes done in this phase."""
     total_bytes: _builtins.int
     """Bytes of this phase in all; 0: unknown."""
+    bytes_per_second: _builtins.float
+    """Rate over the last seconds, in bytes per second. 0: it can't be said yet."""
+    @_builtins.property
+    def remaining(self) -> _duration_pb2.Duration:
+        """How long the phase will go on at that rate. Unset: unknown."""
+
     def __init__(
         self,
         *,
         phase: _builtins.str = ...,
         done_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
+        bytes_per_second: _builtins.float = ...,
+        remaining: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["remaining", b"remaining"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "phase", b"phase", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "done_bytes", b"done_bytes", "phase", b"phase", "remaining", b"remaining", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -110,9 +110,12 @@ class RegistryServiceServicer:
     def IngestModel(self, request, context):
         """IngestModel reads a model from a source, stores its blobs and makes a revision the served one. Progress is streamed;
         the last message is `done`. Idempotent: the same bytes give the same revision, and blobs that are known are not
-        stored again. A failed ingest leaves nothing behind; where it fails after the first message, the last message is
-        `error`. Errors: INVALID_ARGUMENT (INVALID_MODEL_NAME, INVALID_SOURCE, UNSUPPORTED_FORMAT), ALREADY_EXISTS
-        (ALIAS_TAKEN), DATA_LOSS (DIGEST_MISMATCH), RESOURCE_EXHAUSTED (DISK_FULL).
+        stored again. A failed ingest leaves nothing behind but what it had downloaded, with which the next one goes on;
+        where it fails after the first message, the last message is `error`. Errors: INVALID_ARGUMENT (INVALID_MODEL_NAME,
+        INVALID_SOURCE, INVALID_PATTERN, AMBIGUOUS_SOURCE, UNSUPPORTED_FORMAT, UNSUPPORTED_ARCHITECTURE), NOT_FOUND
+        (SOURCE_NOT_FOUND, SOURCE_REVISION_NOT_FOUND), FAILED_PRECONDITION (SOURCE_TOKEN_MISSING, SOURCE_TOKEN_INVALID),
+        PERMISSION_DENIED (SOURCE_GATED, SOURCE_ACCESS_DENIED), ABORTED (SOURCE_CHANGED), UNAVAILABLE (SOURCE_UNAVAILABLE),
+        ALREADY_EXISTS (ALIAS_TAKEN), DATA_LOSS (DIGEST_MISMATCH), RESOURCE_EXHAUSTED (DISK_FULL).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

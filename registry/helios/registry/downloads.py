@@ -1,0 +1,247 @@
+"""Bytes on their way to the registry: files that a crash, or a caller who left, does not cost.
+
+    <state>/downloads/<key>             a file as far as it came, written in ranges
+    <state>/downloads/<key>.journal     which ranges are there, and their hashes
+
+The key is the content's identity (its sha256 where the source says it), so the next ingest of the same content goes on
+where this one stopped, whoever asks for it and from wherever. Ranges, retries, resuming, checking and fairness are the
+mesh's transfer engine's. What is not asked for again goes after a while, and at once where its room is needed.
+"""
+
+import asyncio
+import errno
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Final, Protocol
+
+import structlog
+
+from helios.mesh.errors import (
+    BlobNotFound,
+    DiskFull,
+    HeliosError,
+    InvalidRequest,
+    PermissionDenied,
+    Unauthenticated,
+)
+from helios.mesh.transfer.engine import Downloader
+from helios.mesh.transfer.gate import DownloadGate, Priority
+from helios.mesh.transfer.journal import discard, journal_path
+from helios.mesh.transfer.order import Transfer, TransferOptions, Transferred, Wanted
+from helios.mesh.transfer.progress import TransferProgress
+from helios.registry import offload
+from helios.registry.blobs import Hold
+from helios.registry.hashing import hash_file, size_of
+from helios.registry.manifest import Digest
+from helios.registry.sources.remote import RemoteFile, Repository, git_blob_sha1, mismatch
+from helios.registry.sources.settings import DownloadSettings
+
+log = structlog.get_logger()
+
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# For sources that don't speak HTTP.
+_STATUS: Final[dict[type[HeliosError], int]] = {Unauthenticated: 401, PermissionDenied: 403, BlobNotFound: 404}
+# st_blocks counts in these, whatever the file system's own size is.
+_BLOCK_BYTES: Final = 512
+
+
+class Room(Protocol):
+    """The disk that downloads take room of."""
+
+    def require_space(self, needed_bytes: int) -> None:
+        """Raises DiskFull unless the disk can take this much."""
+        ...
+
+
+class Downloads:
+    """The downloads of one registry. Belongs to the event loop."""
+
+    def __init__(self, directory: Path, downloader: Downloader, room: Room, *, keep_seconds: float) -> None:
+        """Takes a directory of its own, on the disk of the registry's state."""
+        self._directory = directory
+        self._downloader = downloader
+        self._room = room
+        self._keep_seconds = keep_seconds
+        self._users: dict[str, DownloadSession] = {}
+
+    @contextmanager
+    def session(self, hold: Hold) -> Iterator["DownloadSession"]:
+        """Yields what one ingest fetches with; a file that it has begun is its own until the block ends."""
+        self._directory.mkdir(exist_ok=True)
+        self.tidy(self._keep_seconds)
+        session = DownloadSession(self, hold)
+        try:
+            yield session
+        finally:
+            self._users = {key: user for key, user in self._users.items() if user is not session}
+            session.ended.set()
+
+    def tidy(self, age_seconds: float) -> None:
+        """Removes downloads that nobody has gone on with for this long."""
+        now = datetime.now(UTC).timestamp()
+        for path in self._directory.iterdir():
+            key = path.name.partition(".")[0]
+            if key not in self._users and path.stat().st_mtime <= now - age_seconds:
+                log.info("unfinished download removed", file=path.name)
+                path.unlink(missing_ok=True)
+
+    def path(self, file: RemoteFile) -> Path:
+        """Returns where a file is downloaded to."""
+        return self._directory / _key(file)
+
+    async def reserve(self, file: RemoteFile, session: "DownloadSession") -> bool:
+        """Makes a file this session's; returns whether another one had it before, and so may have finished it."""
+        key, has_waited = _key(file), False
+        while (user := self._users.get(key, session)) is not session:
+            has_waited = True
+            await user.ended.wait()
+        self._users[key] = session
+        return has_waited
+
+    def require_space(self, files: Iterable[RemoteFile]) -> None:
+        """Raises DiskFull unless the files fit, what is there of them counted; old downloads make room first."""
+        needed_bytes = sum(max(0, file.size_bytes - _allocated_bytes(self.path(file))) for file in files)
+        try:
+            self._room.require_space(needed_bytes)
+        except DiskFull:
+            wanted = {_key(file) for file in files}
+            for path in self._directory.iterdir():
+                key = path.name.partition(".")[0]
+                if key not in wanted and key not in self._users:
+                    path.unlink(missing_ok=True)
+            self._room.require_space(needed_bytes)
+
+    def transfer(self, order: Transfer) -> Transferred:
+        """Fetches a file. Blocks."""
+        return self._downloader.fetch(order)
+
+
+def open_downloads(directory: Path, room: Room, settings: DownloadSettings) -> Downloads:
+    """Returns the downloads of a directory, set as the settings say."""
+    options = TransferOptions(
+        chunk_bytes=settings.chunk_bytes, in_flight=settings.in_flight, sync_bytes=settings.sync_bytes
+    )
+    # All ingests together get as many slots as one may have: beyond that more requests bring no more bytes.
+    gate = DownloadGate(slot_count=settings.in_flight, bytes_per_second=settings.bytes_per_second)
+    return Downloads(directory, Downloader(options, gate), room, keep_seconds=settings.keep_seconds)
+
+
+class DownloadSession:
+    """What one ingest fetches with; a ``pulled.Fetcher``."""
+
+    def __init__(self, downloads: Downloads, hold: Hold) -> None:
+        self._downloads = downloads
+        self._hold = hold
+        self._targets: list[Path] = []
+        self.ended = asyncio.Event()
+
+    async def have(self, digest: Digest) -> bool:
+        """Returns whether the registry has this blob, which then stays at least until the ingest's end."""
+        return await self._hold.take([digest])
+
+    def require_space(self, files: Iterable[RemoteFile]) -> None:
+        """Raises DiskFull unless there is room for these files."""
+        self._downloads.require_space(tuple(files))
+
+    async def fetch(
+        self, file: RemoteFile, repository: Repository, on_bytes: Callable[[int], None]
+    ) -> tuple[Path | None, str]:
+        """Fetches a file, or what is missing of it. Cancel-safe: what came is kept.
+
+        Returns:
+            The file, complete, on the disk and checked, which the caller may move; None if it has become a blob
+            meanwhile. And its sha256.
+
+        Raises:
+            HeliosError: The source refuses it, is not to be reached, or has other bytes than it promised.
+            DiskFull: There is no room.
+        """
+        has_waited = await self._downloads.reserve(file, self)
+        if has_waited and file.sha256 and await self.have(Digest(file.sha256, file.size_bytes)):
+            on_bytes(file.size_bytes)
+            return None, file.sha256
+        target = self._downloads.path(file)
+        self._targets.append(target)
+        try:
+            done = await offload.run(partial(self._transfer, file, repository, target, on_bytes))
+        except (BlobNotFound, InvalidRequest, PermissionDenied, Unauthenticated) as error:
+            status = int(error.metadata.get("status", _STATUS.get(type(error), 400)))
+            raise repository.explain(status, error.message) from error
+        except OSError as error:
+            if error.errno in _FULL:
+                raise DiskFull("the registry's disk is full; remove a model or free some space") from error
+            raise
+        return target, done.sha256
+
+    def remove(self) -> None:
+        """Removes what was fetched and has not been moved. Blocks."""
+        for target in self._targets:
+            discard(target)
+
+    def _transfer(
+        self,
+        file: RemoteFile,
+        repository: Repository,
+        target: Path,
+        on_bytes: Callable[[int], None],
+        stop: offload.Stop,
+    ) -> Transferred:
+        told_bytes = 0
+
+        def tell(progress: TransferProgress) -> None:
+            nonlocal told_bytes
+            on_bytes(progress.done_bytes - told_bytes)
+            told_bytes = progress.done_bytes
+
+        whole = _check_whole(file, target, on_bytes, stop)
+        if whole is not None:
+            return whole
+        order = Transfer(
+            repository.open(file),
+            target,
+            Wanted(file.size_bytes, file.sha256),
+            priority=Priority.INGEST,
+            check=stop.check,
+            on_progress=tell,
+        )
+        done = self._downloads.transfer(order)
+        on_bytes(done.size_bytes - told_bytes)
+        if file.git_sha1:
+            # Git keeps no large files as they are, or hubs don't let it: this is read into memory.
+            found = git_blob_sha1(target.read_bytes())
+            if found != file.git_sha1:
+                discard(target)
+                raise mismatch(file.path, file.git_sha1, found)
+        return done
+
+
+def _check_whole(
+    file: RemoteFile, target: Path, on_bytes: Callable[[int], None], stop: offload.Stop
+) -> Transferred | None:
+    """Returns a file that was complete when its ingest ended early, hashed anew; None where there is none.
+
+    A transfer removes its journal when it is complete, so what has none is.
+    """
+    if journal_path(target).exists() or size_of(target) != file.size_bytes:
+        return None
+    found = hash_file(target, on_bytes, stop)
+    if file.sha256 in {"", found.hash}:
+        return Transferred(file.size_bytes, found.hash, etag="", fetched_bytes=0, resumed_bytes=file.size_bytes)
+    on_bytes(-file.size_bytes)
+    discard(target)
+    return None
+
+
+def _key(file: RemoteFile) -> str:
+    return hashlib.sha256(f"{file.identity or file.place} {file.size_bytes}".encode()).hexdigest()
+
+
+def _allocated_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * _BLOCK_BYTES if journal_path(path).exists() else 0
+    except FileNotFoundError:
+        return 0
