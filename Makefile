@@ -1,6 +1,6 @@
 # Everything a person or CI does here is a target; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup up test check bench soak gen lock openapi clean node static format lint types pyright imports fast
+.PHONY: help setup up test check bench soak gen lock openapi clean node static format lint types pyright imports fast debian
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # auto: a GPU engine where there is a GPU. `make setup ENGINE=cpu` overrules it.
@@ -8,6 +8,7 @@ ENGINE ?= auto
 JOBS ?= 2
 BIN := .venv/bin
 NODE := tests/scenarios/node
+DEBIAN := build/debian
 EMULATORS := tests/emulators/node
 # Some environments, containers above all, forbid Python to keep compiled modules, and uv installs none: every process
 # would compile anew what it imports, which for vLLM takes longer than to load it.
@@ -29,7 +30,7 @@ setup: ## Create .venv and install everything that is locked (instant when nothi
 up: setup ## Start the whole mesh on this machine; ARGS="--detach" and so on are passed on
 	@$(BIN)/helios up $(ARGS)
 
-test: setup node ## Everything CI runs: static checks, then all tests with real processes and the real model
+test: setup node debian ## Everything CI runs: static checks, then all tests with real processes and the real model
 	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target --keep-going static
 	@$(MAKE) --no-print-directory fast
 	@$(PYTEST) -m "$(SLOW)" --junit-xml=build/junit.xml $(ARGS) $(OR_NONE)
@@ -78,6 +79,14 @@ imports:
 fast:
 	@mkdir -p build
 	@$(PYTEST) -q -n $(JOBS) --dist worksteal -m "$(FAST)" -p no:cacheprovider --junit-xml=build/junit-fast.xml $(ARGS) $(OR_NONE)
+
+debian: $(DEBIAN)/usr/bin/docker-registry
+
+# Servers that no other place has, unpacked without being installed. Lists of packages may be missing in a container.
+$(DEBIAN)/usr/bin/docker-registry:
+	@mkdir -p $(DEBIAN)
+	@cd $(DEBIAN) && { apt-get -qq download docker-registry || { apt-get -qq update && apt-get -qq download docker-registry; }; } 2> apt.log \
+	  && dpkg -x docker-registry_*.deb . || { cat apt.log; exit 1; }
 
 node: setup $(NODE)/node_modules/.package-lock.json
 
