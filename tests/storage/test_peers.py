@@ -1,6 +1,7 @@
 """Blobs from other agents: verified, several at once, and never more than what the object store could have given."""
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 import grpc.aio
@@ -11,7 +12,7 @@ from hypothesis import given
 from helios.api.storage.v1 import blob_service_pb2 as pb
 from helios.api.storage.v1.blob_service_pb2_grpc import BlobServiceStub
 from helios.mesh.status import error_from_rpc
-from helios.storage.blob_messages import decode_piece, encode_piece
+from helios.storage.blob_messages import HEADER_BYTES, decode_piece, encode_piece
 from helios.storage.blob_servicer import PIECE_BYTES
 from tests.mesh.transfer.blob_server import BlobServer, serve_blob
 from tests.storage.harness import Agent, Mesh, digest_of
@@ -23,9 +24,10 @@ DIGEST = digest_of(BASE)
 @given(data=st.binary(max_size=300) | st.binary(min_size=1, max_size=3).map(lambda b: b * 100_000))
 def test_a_message_is_what_protobuf_writes(data: bytes) -> None:
     message = pb.ReadBlobResponse(data=data).SerializeToString()
+    encoded = encode_piece(bytearray(HEADER_BYTES) + data + b"left over", len(data))
     # Protobuf leaves an empty field out; a reader can't tell.
-    assert encode_piece(data) == message or not data
-    assert decode_piece(encode_piece(data)) == data
+    assert encoded == message or not data
+    assert decode_piece(encoded) == data
     assert decode_piece(message) == data
     # A field of a newer Helios, before or after.
     assert decode_piece(b"\x10\x05" + message) == data
@@ -37,6 +39,11 @@ async def _bring(mesh: Mesh, agent: Agent, server: BlobServer, content: bytes = 
     mesh.shelf.url = server.url.removesuffix("/blob")
     async with agent.client.materialize(revision, holder="test") as lent:
         assert Path(lent.path, "model.safetensors").read_bytes() == content
+
+
+async def _came_from(agent: Agent) -> Mapping[str, int]:
+    """What the agent says it brought, by source."""
+    return (await agent.client.statistics()).tiers[0].written_bytes
 
 
 def _asked_bytes(server: BlobServer) -> int:
@@ -62,9 +69,13 @@ async def test_a_node_reads_from_its_peers_what_they_have(tmp_path: Path) -> Non
             async with mesh.agent(name="three", peers=peers) as three:
                 await _bring(mesh, three, server)
                 assert _asked_bytes(server) == 0
+                assert await _came_from(three) == {"peer": len(BASE)}
                 server.content = TUNED
                 await _bring(mesh, three, server, TUNED)
                 assert 0 < _asked_bytes(server) < len(TUNED) // 3, "what nobody has comes from the store"
+                came = await _came_from(three)
+                assert came["store"] == _asked_bytes(server)
+                assert came["store"] + came["node"] + came["peer"] == len(BASE) + len(TUNED)
 
 
 async def test_a_peer_that_lies_costs_no_byte_of_the_blob(tmp_path: Path) -> None:

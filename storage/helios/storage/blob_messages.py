@@ -11,15 +11,24 @@ _TAG = 0x0A
 """Field 1, length-delimited. Source: https://protobuf.dev/programming-guides/encoding/"""
 
 
-def encode_piece(data: bytes) -> bytes:
-    """A message with these bytes."""
-    length = len(data)
+HEADER_BYTES = 11
+"""The longest header: a tag, and ten bytes for a length."""
+
+
+def encode_piece(buffer: bytearray, length: int) -> bytes:
+    """A message with the `length` bytes that the buffer has from HEADER_BYTES on; what is before them is overwritten.
+
+    The header is written in front of the bytes where they lie, so that the message is the only copy.
+    """
     header = bytearray((_TAG,))
-    while length > 0x7F:
-        header.append(length & 0x7F | 0x80)
-        length >>= 7
-    header.append(length)
-    return b"".join((header, data))
+    rest = length
+    while rest > 0x7F:
+        header.append(rest & 0x7F | 0x80)
+        rest >>= 7
+    header.append(rest)
+    start = HEADER_BYTES - len(header)
+    buffer[start:HEADER_BYTES] = header
+    return bytes(memoryview(buffer)[start : HEADER_BYTES + length])
 
 
 def decode_piece(message: bytes) -> memoryview:
