@@ -8,7 +8,8 @@ these is tried:
 - nothing of it reached the disk;
 - all names did and no bytes: files have their size and are full of zeros (blocks allocated, never written);
 - all of it did, which is what SIGKILL leaves;
-- the names of one directory did and those of no other, for each directory that has changed.
+- the names of one directory did and those of no other, for each directory that has changed;
+- all names and the bytes of one file, for each file that was written to: a journal without what it tells of.
 
 States that look alike are kept once.
 """
@@ -85,9 +86,9 @@ class PowerCutFileSystem(LocalFileSystem):
             os.close(directory.descriptor)
 
     def sync_file(self, descriptor: int) -> None:
+        """Also what `os.fsync` is for code that writes without the port."""
         with self._lock:
             self._cut("sync file")
-            super().sync_file(descriptor)
             state = os.fstat(descriptor)
             self._look(self._root)
             known = self._files[state.st_ino]
@@ -97,7 +98,6 @@ class PowerCutFileSystem(LocalFileSystem):
     def sync_directory(self, directory: Path) -> None:
         with self._lock:
             self._cut(f"sync {self._label(directory)}")
-            super().sync_directory(directory)
             if directory == self._root or self._root in directory.parents:
                 self._directory(directory).names = self._names_now(directory)
 
@@ -131,16 +131,19 @@ class PowerCutFileSystem(LocalFileSystem):
             if path.is_dir() and self._directory(path).names != self._names_now(path)
         ]
         every = set(self._root.rglob("*")) | {self._root}
-        self._write(operation, "nothing", set(), is_content=False)
-        self._write(operation, "names without bytes", every, is_content=False)
-        self._write(operation, "everything", every, is_content=True)
+        dirty = {inode for inode, file in self._files.items() if file.content != _read(file.descriptor)}
+        self._write(operation, "nothing", set(), written=set())
+        self._write(operation, "names without bytes", every, written=set())
+        self._write(operation, "everything", every, written=set(self._files))
         for path in changed:
-            self._write(operation, f"names of {self._label(path)}", {path}, is_content=False)
+            self._write(operation, f"names of {self._label(path)}", {path}, written=set())
+        for inode in sorted(dirty):
+            self._write(operation, "names, and the bytes of one file", every, written={inode})
 
-    def _write(self, operation: str, survived: str, fresh: set[Path], *, is_content: bool) -> None:
+    def _write(self, operation: str, survived: str, fresh: set[Path], *, written: set[int]) -> None:
         """Writes one disk: names as they are now for `fresh` directories and durable for others."""
         paths = {path.stat().st_ino: path for path in (self._root, *self._root.rglob("*")) if not path.is_symlink()}
-        listing = list(self._tree(self._root.stat().st_ino, Path(), paths, fresh, is_content=is_content))
+        listing = list(self._tree(self._root.stat().st_ino, Path(), paths, fresh, written))
         indexes = {name.name: name.read_bytes() for name in self._root.glob("index.db*") if name.suffix != ".db-shm"}
         identity = hashlib.sha256(repr((listing, indexes)).encode()).hexdigest()
         if identity in self._seen:
@@ -164,18 +167,18 @@ class PowerCutFileSystem(LocalFileSystem):
         self.cuts.append(Cut(operation, survived, target))
 
     def _tree(
-        self, inode: int, relative: Path, paths: dict[int, Path], fresh: set[Path], *, is_content: bool
+        self, inode: int, relative: Path, paths: dict[int, Path], fresh: set[Path], written: set[int]
     ) -> Iterator[tuple[Path, int, bytes | None, int]]:
         yield relative, inode, None, 0
         path = paths.get(inode)
         names = self._names_now(path) if path is not None and path in fresh else self._directories[inode].names
         for name, child in sorted(names.items()):
             if child in self._directories:
-                yield from self._tree(child, relative / name, paths, fresh, is_content=is_content)
+                yield from self._tree(child, relative / name, paths, fresh, written)
                 continue
             known = self._files[child]
             now = _read(known.descriptor)
-            if is_content:
+            if child in written:
                 yield relative / name, child, now, stat.S_IMODE(os.fstat(known.descriptor).st_mode)
             else:
                 yield relative / name, child, bytes(len(now)) if known.content is None else known.content, known.mode

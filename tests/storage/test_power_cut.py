@@ -1,18 +1,25 @@
 """The power fails before each operation of fetch, lend, promote, evict and mend: what the next start makes of it."""
 
 import hashlib
+import random
 import shutil
 from pathlib import Path
 
 import pytest
 
+from helios.mesh.transfer.engine import Downloader
+from helios.mesh.transfer.order import TransferOptions
+from helios.storage.disk_tier import DiskTier
 from helios.storage.manifest import Digest
 from helios.storage.materializer import Materializer
+from helios.storage.object_source import ObjectStoreSource
 from helios.storage.tiers import TierKind, TierOptions
+from tests.mesh.transfer.blob_server import serve_blob
 from tests.storage.harness import Shelf, digest_of, make_shelf
 from tests.storage.local import check_consistent, lend, local_agent, tiers_of, use
 from tests.storage.power_cut import Cut, PowerCutFileSystem
 
+CHUNK = 64 << 10
 SHARED, OLD, NEW = b"shared" * 500, b"old" * 700, b"new" * 900
 CONTENTS = {digest_of(content): content for content in (SHARED, OLD, NEW)}
 DISK, FAST = TierOptions("disk"), TierOptions("fast", TierKind.NVME, low_ratio=1.0, high_ratio=1.0)
@@ -115,6 +122,31 @@ async def test_what_a_kill_left_and_a_start_adopted_survives_a_power_failure(scr
         assert (await lend(agent, scenario.new)).fetched_bytes == 0
     files.close()
     await scenario.check(files, is_index_lost=False)
+
+
+async def test_no_power_failure_makes_bytes_from_a_network_wrong(
+    scratch_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written by the transfer engine, some chunks at a time; what was begun is gone on with."""
+    scenario = Scenario(scratch_path)
+    files = scenario.disk("disk")
+    content = random.Random(3).randbytes(5 * CHUNK + 7)
+    blob = digest_of(content)
+    monkeypatch.setattr("os.fsync", files.sync_file)
+    downloader = Downloader(TransferOptions(chunk_bytes=CHUNK, in_flight=1, sync_bytes=CHUNK))
+    with serve_blob(content) as server:
+        store = ObjectStoreSource(server.url.removesuffix("/blob"), {})
+        async with DiskTier(scratch_path / "disk", fetch_thread_count=1, files=files, downloader=downloader) as tier:
+            await tier.fetch(store, blob, lambda _: None)
+        files.close()
+        monkeypatch.setattr("os.fsync", lambda _: None)
+        assert any(cut.operation == "sync file" and "partial" in str(list(cut.root.iterdir())) for cut in files.cuts)
+        for cut in files.cuts:
+            async with DiskTier(cut.root, fetch_thread_count=1, downloader=downloader) as tier:
+                assert tier.inventory.blobs() in ([], [blob])
+                if not tier.inventory.has_blob(blob):
+                    await tier.fetch(store, blob, lambda _: None)
+                assert tier.store.blob_path(blob.hash).read_bytes() == content, cut
 
 
 async def test_a_power_failure_during_a_promotion_spares_the_source_and_leaves_no_wrong_copy(

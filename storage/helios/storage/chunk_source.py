@@ -123,11 +123,19 @@ class ChunkedSource:
         if ranged is None or known is None or known.index.size_bytes != digest.size_bytes:
             return ranged
         source: RangeSource = VerifiedSource(ranged.source, known.index)
-        if holders := self._holders.get(digest.hash):
+        swarm: Swarm | None = None
+        holders = self._holders.get(digest.hash, ())
+        if holders:
             peers = [VerifiedSource(self._open_peer(holder, digest), known.index) for holder in holders]
             members = [Member(name, peer, _PEER_RANK) for name, peer in zip(holders, peers, strict=True)]
-            source = Swarm([*members, Member("store", source, _STORE_RANK)], digest.size_bytes)
-        return RangedBlob(LocalFirst(source, known.index, known.copies), known.index.lengths)
+            source = swarm = Swarm([*members, Member("store", source, _STORE_RANK)], digest.size_bytes)
+        local = LocalFirst(source, known.index, known.copies)
+
+        def bytes_elsewhere() -> dict[str, int]:
+            read_bytes = swarm.read_bytes() if swarm is not None else {}
+            return {"node": local.copied_bytes, "peer": sum(read_bytes.get(holder, 0) for holder in holders)}
+
+        return RangedBlob(local, known.index.lengths, bytes_elsewhere)
 
 
 def known_from_proto(digest: Digest, response: pb.GetChunkIndexResponse, paths: Mapping[str, Path]) -> KnownChunks:

@@ -150,7 +150,7 @@ class DiskTier:
             source: Where it comes from.
             digest: Which one.
             on_bytes: Called in a thread with the count of bytes that came.
-            label: What the source is called in statistics.
+            label: What a local source is called in statistics; others are counted by what they are.
 
         Raises:
             HeliosError: As `BlobFetcher.fetch`.
@@ -160,12 +160,13 @@ class DiskTier:
         token = FetchToken(on_bytes)
         asked_at = time.monotonic()
         is_committed = False
+        counts: dict[str, int] = {}
 
         def work() -> None:
             nonlocal is_committed
             started_at = time.monotonic()
             self.statistics.waited(started_at - asked_at)
-            self._fetcher.fetch(source, digest, token)
+            counts.update(self._fetcher.fetch(source, digest, token))
             is_committed = True
             if self._is_copy(digest):
                 self.statistics.write.add(digest.size_bytes, time.monotonic() - started_at)
@@ -175,7 +176,7 @@ class DiskTier:
         finally:
             if is_committed:
                 self.inventory.add_blob(digest)
-                self.statistics.written_bytes[label] += digest.size_bytes
+                self.statistics.written_bytes.update(counts or {label: digest.size_bytes})
                 verified_at = datetime.now(UTC).timestamp()
                 self.scrub_times[digest.hash] = verified_at
                 await self._disk.run(self._opened.put_blob, digest, verified_at)

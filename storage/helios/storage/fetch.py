@@ -12,7 +12,7 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -63,6 +63,8 @@ class RangedBlob:
     source: RangeSource
     part_lengths: tuple[int, ...] = ()
     """The parts that must be read whole, because the source verifies them; empty: any."""
+    bytes_elsewhere: Callable[[], Mapping[str, int]] = dict
+    """What came from elsewhere than the store by now, by where from: `peer`, `node` (copied from its other blobs)."""
 
 
 class BlobSource(Protocol):
@@ -196,10 +198,14 @@ class BlobFetcher:
         self._hashing = hashing
         self._is_link_allowed = is_link_allowed
 
-    def fetch(self, source: BlobSource, digest: Digest, token: FetchToken) -> None:
+    def fetch(self, source: BlobSource, digest: Digest, token: FetchToken) -> dict[str, int]:
         """Fetches one blob; afterwards it is there, verified, or it is not there at all. Blocks.
 
         What came over a network is kept for the next try, out of sight, unless it was wrong.
+
+        Returns:
+            Bytes that came over a network, or in place of that, by where from: `store`, `peer`, `node`, and `resumed`
+            of an earlier try. Empty for a local source.
 
         Raises:
             DigestMismatch: The source has other bytes under this name.
@@ -208,8 +214,7 @@ class BlobFetcher:
         """
         ranged = source.ranged(digest)
         if ranged is not None:
-            self._fetch_ranged(ranged, digest, token)
-            return
+            return self._fetch_ranged(ranged, digest, token)
         temporary = self._store.new_temporary()
         try:
             if self._is_link_allowed and self._link(source, digest, temporary):
@@ -222,8 +227,9 @@ class BlobFetcher:
             raise write_error(error, temporary) from error
         finally:
             self._store.discard_temporary(temporary)
+        return {}
 
-    def _fetch_ranged(self, blob: RangedBlob, digest: Digest, token: FetchToken) -> None:
+    def _fetch_ranged(self, blob: RangedBlob, digest: Digest, token: FetchToken) -> dict[str, int]:
         told_bytes = 0
 
         def tell(progress: TransferProgress) -> None:
@@ -245,6 +251,9 @@ class BlobFetcher:
             raise _source_error(FileNotFoundError(), digest) from error
         except OSError as error:
             raise write_error(error, self._store.root) from error
+        counts = {**blob.bytes_elsewhere(), "resumed": fetched.resumed_bytes}
+        counts["store"] = max(0, fetched.fetched_bytes - sum(blob.bytes_elsewhere().values()))
+        return {name: count for name, count in counts.items() if count}
 
     def _link(self, source: BlobSource, digest: Digest, temporary: Path) -> bool:
         path = source.linkable_path(digest)

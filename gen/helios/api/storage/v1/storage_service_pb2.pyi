@@ -604,7 +604,10 @@ class TierStatistics(_message.Message):
 
     @_builtins.property
     def written_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Bytes of blobs that were committed to it, by source: "registry", "repair", or the tier that they were copied from."""
+        """Bytes of blobs that were committed to it, by source: "registry" (a directory of this machine), "store" (over a
+        network), "peer" (another node's agent), "node" (chunks of other blobs here), "resumed" (an earlier try's),
+        "repair", or the tier that they were copied from.
+        """
 
     @_builtins.property
     def evicted_count(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
