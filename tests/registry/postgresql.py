@@ -116,7 +116,8 @@ def _as_nobody() -> tuple[str, ...]:
 
 def _readable(package: Path, directory: Path) -> Path:
     """Returns the server's files where nobody can run them."""
-    command = [str(package / "pginstall" / "bin" / "postgres"), "--version"]
+    # It loads a library of the package's: what setpriv starts may be open to it still, what that reads is not.
+    command = [str(package / "pginstall" / "bin" / "initdb"), "--version"]
     done = subprocess.run([*_as_nobody(), *command], check=False, capture_output=True, timeout=_START_SECONDS, cwd="/")
     if done.returncode != 0:
         # With the libraries beside the package: the binaries look for them there.
