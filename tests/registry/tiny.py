@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save, save_file
@@ -106,6 +105,9 @@ def write_big(directory: Path, size_bytes: int) -> Path:
 
 def write_gguf(path: Path, *, tokenizer: bool = True, merges: tuple[str, ...] = ("a b", "c d")) -> Path:
     """Writes the model as a GGUF file; returns the path."""
+    # It brings OpenCV and others along: a third of what all fast tests import, in each process.
+    import gguf  # noqa: PLC0415
+
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(HIDDEN)
