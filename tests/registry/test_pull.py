@@ -266,6 +266,22 @@ async def test_several_gguf_files_are_named_for_a_choice(place: Place) -> None:
     assert caught.value.reason == "AMBIGUOUS_SOURCE"
 
 
+@pytest.mark.slow
+async def test_a_gguf_file_is_fetched_once_and_converted(place: Place, gguf_file: Path) -> None:
+    content = gguf_file.read_bytes()
+    place.hub.repository("org/g", {"a-Q4.gguf": b"GGUF\x03\0\0\0", "deep/a-F16.gguf": content, "README.md": CARD})
+    done = await place.parts.ingest("m", "hf:org/g", include=("*F16.gguf",))
+    assert done.model.revision.profile.architecture == "LlamaForCausalLM"
+    assert place.downloads() == []
+    again = await place.parts.ingest("n", gguf_file)
+    assert again.model.revision.digest == done.model.revision.digest
+    before = place.fetched_bytes()
+    known = await place.parts.ingest("o", "hf:org/g", include=("deep/",), expected_sha256=tiny.sha256(gguf_file))
+    assert known.model.revision.digest == done.model.revision.digest
+    # Its first bytes say what it is; its sha256 is the hub's.
+    assert place.fetched_bytes() - before == 8
+
+
 FAULTS: dict[str, Callable[[], list[faults.Fault]]] = {
     "500": lambda: [
         faults.status(500, part="/api/"),

@@ -12,7 +12,7 @@ import asyncio
 import errno
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -85,9 +85,11 @@ class Downloads:
         now = datetime.now(UTC).timestamp()
         for path in self._directory.iterdir():
             key = path.name.partition(".")[0]
-            if key not in self._users and path.stat().st_mtime <= now - age_seconds:
-                log.info("unfinished download removed", file=path.name)
-                path.unlink(missing_ok=True)
+            # An ingest that ends at this moment moves its own away.
+            with suppress(FileNotFoundError):
+                if key not in self._users and path.stat().st_mtime <= now - age_seconds:
+                    path.unlink()
+                    log.info("unfinished download removed", file=path.name)
 
     def path(self, file: RemoteFile) -> Path:
         """Returns where a file is downloaded to."""
