@@ -11,6 +11,7 @@ from helios.mesh.errors import Unavailable
 from helios.storage import index as index_module
 from helios.storage.index import Index
 from helios.storage.leases import Lease
+from helios.storage.manifest import Digest, ManifestEntry, manifest_digest
 
 LEASE = Lease("id", "sha256:" + "a" * 64, "worker", timedelta(seconds=60), datetime(2030, 1, 1, tzinfo=UTC))
 
@@ -36,6 +37,34 @@ def test_an_index_that_is_locked_is_an_error_and_keeps_its_leases(path: Path, mo
         with pytest.raises(Unavailable, match="locked"):
             Index(path)
     assert leases(path) == [LEASE]
+
+
+def test_an_index_of_the_version_before_keeps_what_it_has(tmp_path: Path) -> None:
+    """A node that is upgraded neither hashes its blobs again nor loses its leases."""
+    old = tmp_path / "old.db"
+    blob = Digest("b" * 64, 3)
+    entries = [ManifestEntry("w", blob, "raw")]
+    revision = manifest_digest(entries)
+    with closing(sqlite3.connect(old)) as connection, connection:
+        connection.executescript(index_module._SCHEMA_1 + "PRAGMA user_version = 1;")
+        connection.execute("INSERT INTO blobs VALUES (?, ?)", (blob.hash, blob.size_bytes))
+        connection.execute("INSERT INTO revisions VALUES (?, 1000.0)", (revision,))
+        connection.execute("INSERT INTO entries VALUES (?, 'w', ?, 3, 'raw')", (revision, blob.hash))
+        connection.execute("INSERT INTO leases VALUES ('id', ?, 'worker', 60.0, 2000.0)", (revision,))
+    for _ in range(2):
+        with closing(Index(old)) as index:
+            assert index.load_blobs() == [blob]
+            assert index.load_scrub_times() == {blob.hash: 0.0}
+            (resident,) = index.load_revisions()
+            assert (resident.revision, resident.use_count, resident.clock) == (revision, 1, 0.0)
+            assert [lease.id for lease in index.load_leases()] == ["id"]
+            assert (index.load_pins(), index.load_facts()) == ([], {})
+
+
+def test_an_index_of_a_version_to_come_is_replaced(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    assert leases(path) == []
 
 
 def test_an_index_that_is_damaged_is_replaced(path: Path) -> None:

@@ -1,7 +1,10 @@
 """Revisions between tiers: where they go, what makes them move, and what never happens meanwhile."""
 
 import asyncio
+import ctypes
+import mmap
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +83,33 @@ async def test_what_is_used_often_is_copied_to_memory_and_lent_from_there(tmp_pa
         check_consistent(agent)
     async with local_agent(tmp_path, shelf, SLOW, MEMORY) as agent:
         assert tiers_of(agent, hot) == ("memory", "slow")
+
+
+async def test_what_is_in_memory_is_there_once(tmp_path: Path, shelf: Shelf) -> None:
+    """Copying reads the disk's file, whose pages would stay as long as nobody needs the memory."""
+    content = os.urandom(1024 * KIB)
+    hot = shelf.add({"w": content})
+    async with local_agent(tmp_path, shelf, SLOW, replace(MEMORY, capacity_bytes=2048 * KIB)) as agent:
+        await use(agent, hot, times=2)
+        path = agent.rooms[1].tier.store.blob_path(digest_of(content).hash)
+        assert path.read_bytes() == content
+        assert pages_in_memory(path) == 256
+        await agent.mover.look()
+        assert tiers_of(agent, hot) == ("memory", "slow")
+        assert pages_in_memory(path) == 0
+
+
+def pages_in_memory(path: Path) -> int:
+    """How many pages of a file are in the page cache."""
+    libc = ctypes.CDLL(None)
+    size = path.stat().st_size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE) as mapped:
+        states = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), states) == 0, os.strerror(
+            ctypes.get_errno()
+        )
+        return sum(state & 1 for state in states)
 
 
 async def test_one_copy_in_memory_for_all_holders(tmp_path: Path, shelf: Shelf) -> None:

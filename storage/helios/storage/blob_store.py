@@ -111,6 +111,15 @@ class BlobStore:
         # What only root may use counts as used.
         return DiskRoom((state.f_blocks - state.f_bfree) * state.f_frsize + free_bytes, free_bytes)
 
+    def drop_pages(self, hash_: str) -> None:
+        """Has the kernel forget a blob's pages; those that somebody maps stay. Best effort."""
+        with suppress(OSError):
+            descriptor = os.open(self.blob_path(hash_), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
     def link_count(self, hash_: str) -> int:
         """How many names a blob's file has, its own, those in views and those outside of this tier; 0: it is gone."""
         try:

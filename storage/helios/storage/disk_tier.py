@@ -131,6 +131,15 @@ class DiskTier:
         free_bytes = min(disk.free_bytes, psutil.virtual_memory().available)
         return DiskRoom(disk.total_bytes - disk.free_bytes + free_bytes, free_bytes)
 
+    async def drop_pages(self, manifest: Manifest) -> None:
+        """Has the kernel forget the pages of a revision that is in a faster memory now."""
+
+        def work() -> None:
+            for blob in manifest.blobs:
+                self.store.drop_pages(blob.hash)
+
+        await self._disk.run(work)
+
     async def borrowed_revisions(self) -> set[str]:
         """Revisions that share every byte with files outside of this tier: giving them up frees nothing on the disk."""
         return await self._disk.run(self._find_borrowed, self.inventory.revisions())

@@ -182,6 +182,9 @@ class Mover:
                     for reading in missing:
                         await target.tier.fetch(blobs, reading, lambda _: None, label=source.name)
                     await target.tier.add_revision(resident.manifest, self._clock(), like=resident)
+                    if target.tier.options.kind is TierKind.MEMORY:
+                        # Reading it has left a second copy in memory.
+                        await source.tier.drop_pages(resident.manifest)
         except HeliosError as error:
             log.warning("revision not moved", revision=resident.revision, target=target.name, reason=error.reason)
             self._refused[resident.revision] = self._clock() + _PATIENCE
