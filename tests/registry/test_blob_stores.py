@@ -90,7 +90,7 @@ def emulated_subject(server: Emulator, bucket: str, state: StateDirectory) -> It
     ],
 )
 def kind(request: pytest.FixtureRequest) -> tuple[str, Emulator | None, str]:
-    """Names an implementation, its server and bucket; of the session's scope, so that no test is blamed for a server."""
+    """Names an implementation, its server and bucket; for the session, so that no test is blamed for a server."""
     server = {"s3": "seaweedfs", "azure": "azurite"}.get(request.param)
     if server is None:
         return request.param, None, ""

@@ -10,7 +10,7 @@ import hashlib
 import os
 import random
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from helios.mesh.errors import HeliosError
+from helios.mesh.errors import Unavailable
 from helios.registry.client import RegistryClient
 from tests.emulators.buckets import s3_client
 from tests.emulators.faulty_proxy import FaultyProxy
@@ -101,26 +101,35 @@ def write_large(directory: Path) -> Path:
 
 async def kill_after(process: Any, proxy: FaultyProxy, count: int, pause_seconds: float) -> None:
     """Kills the registry once its store has been asked this often."""
-    deadline = asyncio.get_running_loop().time() + 60
-    while len(proxy.requests) < count and process.returncode is None:
-        assert asyncio.get_running_loop().time() < deadline, "the upload does not go on"
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(pause_seconds)
+    async with asyncio.timeout(60):
+        while len(proxy.requests) < count:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(pause_seconds)
     process.kill()
+
+
+async def ingest_and_die(
+    process: Any, client: RegistryClient, source: Path, killing: Coroutine[Any, Any, None]
+) -> None:
+    """Ingests until the registry is killed, or to the end where that comes first; then it is killed all the same."""
+    async with asyncio.TaskGroup() as group:
+        killer = group.create_task(killing, name="kill")
+        with suppress(Unavailable):
+            await ingest(client, "m", source)
+        killer.cancel()
+    with suppress(ProcessLookupError):
+        process.kill()
     await process.wait()
 
 
-async def check_kill(tmp_path: Path, mesh: Mesh, server: Emulator, proxy: FaultyProxy, bucket: str, seed: int) -> None:
+async def check_kill(seed: int, tmp_path: Path, mesh: Mesh, proxy: FaultyProxy, bucket: Bucket) -> None:
     chance = random.Random(seed)
+    when = (chance.randrange(REQUESTS), chance.random() * 0.03)
     root, source = tmp_path / "registry", write_large(tmp_path / "model")
     through = bucket.server.through(proxy.address)
     proxy.requests.clear()
     async with registry(root, mesh, through, bucket.url) as (process, client):
-        when = (chance.randrange(REQUESTS), chance.random() * 0.03)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(kill_after(process, proxy, *when), name="kill")
-            with suppress(HeliosError):
-                await ingest(client, "m", source)
+        await ingest_and_die(process, client, source, kill_after(process, proxy, *when))
     for key, hash_ in bucket.objects().items():
         assert key.rsplit("/", 1)[1] == hash_, f"a wrong object after seed {seed}"
     noted = {path.stem: path.read_bytes().count(b"\n") - 1 for path in (root / "uploads").glob("*.jsonl")}

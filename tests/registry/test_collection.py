@@ -92,7 +92,7 @@ class Flaky(MemoryStore):
     def delete(self, paths: object) -> None:
         if self.is_down:
             raise Unavailable("down", reason="BLOB_STORE_UNAVAILABLE")
-        super().delete(paths)  # type: ignore[arg-type]
+        super().delete(paths)
 
 
 async def test_a_model_is_deleted_though_its_bucket_fails(tmp_path: Path, model_directory: Path) -> None:

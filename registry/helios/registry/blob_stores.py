@@ -8,8 +8,8 @@
 | ``gs://bucket/prefix`` | Google Cloud Storage | ``GOOGLE_APPLICATION_CREDENTIALS``, … |
 | ``az://container/prefix`` | Azure Blob Storage | ``AZURE_STORAGE_ACCOUNT_NAME``, ``AZURE_STORAGE_ACCOUNT_KEY`` |
 
-Endpoint and region have environment variables too (``AWS_ENDPOINT_URL``, ``AWS_REGION``); the names are obstore's, which
-are those of the clouds' own tools. Whatever is set in ``blob_store.options`` under the same names goes first.
+Endpoint and region have environment variables too (``AWS_ENDPOINT_URL``, ``AWS_REGION``); the names are obstore's,
+which are those of the clouds' own tools. Whatever is set in ``blob_store.options`` under the same names goes first.
 """
 
 from collections.abc import Iterator, Mapping
@@ -46,6 +46,7 @@ _PUBLIC: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
         ("azure_storage_endpoint", "azure_endpoint", "endpoint"),
     ),
 }
+_CLOUDS: Final = {"s3": "aws", "gs": "google", "az": "azure"}
 _CONNECT_SECONDS: Final = 5
 
 
@@ -126,19 +127,19 @@ def _open_bucket(
     from helios.registry.object_store import ObjectStore  # noqa: PLC0415
 
     kind = {"s3": obstore.store.S3Store, "gs": obstore.store.GCSStore, "az": obstore.store.AzureStore}[place.scheme]
-    # A client's option to obstore, although its environment variable is one of the cloud's.
-    plain_http = {name for name in options.explicit if name.endswith("allow_http")}
+    # An option of the client to obstore, which reads those from no environment.
+    allow_http = options.find(f"{_CLOUDS[place.scheme]}_allow_http", "allow_http")
     client_options: dict[str, Any] = {
         "timeout": timedelta(seconds=settings.request_seconds),
         "connect_timeout": timedelta(seconds=_CONNECT_SECONDS),
     }
-    if plain_http:
-        client_options["allow_http"] = any(options.explicit[name].lower() == "true" for name in plain_http)
+    if allow_http is not None:
+        client_options["allow_http"] = allow_http.lower() in ("true", "1")
     try:
         store: Any = kind(
             place.bucket,
             prefix=place.prefix or None,
-            config={name: value for name, value in options.explicit.items() if name not in plain_http},
+            config={name: value for name, value in options.explicit.items() if not name.endswith("allow_http")},
             client_options=client_options,
             retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=settings.retry_seconds)},
         )

@@ -154,7 +154,7 @@ class Catalog:
             return await offload.uninterrupted(alone())
 
     async def write_and_collect(self, work: Callable[[], Coroutine[Any, Any, T]]) -> tuple[T, int]:
-        """Runs a write, as ``write`` does, then deletes the blobs that nothing refers to any more; returns their bytes."""
+        """Runs a write, as ``write`` does, then deletes blobs that nothing refers to any more; returns their bytes."""
 
         async def both() -> tuple[T, int]:
             async with self._writing:

@@ -76,7 +76,7 @@ class Collector:
         plan = plan_collection(stored, reachable, now=now, grace=grace)
         sizes = {blob.hash: blob.size_bytes for blob in plan.doomed}
         if is_dry_run:
-            removed = sizes.keys() - self._blobs.held(sizes)
+            removed = frozenset(sizes) - self._blobs.held(sizes)
         else:
             removed = await self._blobs.collect(sizes, self._store.referenced_blobs)
         unfinished = await offload.run(lambda _: store.sweep(before=now - grace, is_dry_run=is_dry_run))

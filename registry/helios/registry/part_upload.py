@@ -60,7 +60,8 @@ class Unfinished:
 class PartStore(Protocol):
     """Uploads in parts, as a store has them. Blocking, thread-safe; retries by itself what may be retried.
 
-    Every method raises Unavailable (BLOB_STORE_UNAVAILABLE, BLOB_STORE_DENIED), and UploadGone where it names an upload.
+    Every method raises Unavailable (BLOB_STORE_UNAVAILABLE, BLOB_STORE_DENIED), and UploadGone where it names an
+    upload.
     """
 
     def begin(self, key: str) -> str:

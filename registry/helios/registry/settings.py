@@ -46,9 +46,10 @@ class BlobStoreSettings(BaseModel):
     url: str = ""
     """``s3://bucket/prefix``, ``gs://bucket/prefix``, ``az://container/prefix``, or an absolute directory. Empty: the
     directory ``blobs`` of the state directory. Credentials, endpoint and region come from the environment, by the names
-    that obstore and the clouds' own tools have: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``,
-    ``AWS_REGION``, ``AWS_ENDPOINT_URL`` (any S3), ``AWS_ALLOW_HTTP``; ``GOOGLE_APPLICATION_CREDENTIALS``;
-    ``AZURE_STORAGE_ACCOUNT_NAME``, ``AZURE_STORAGE_ACCOUNT_KEY``, ``AZURE_STORAGE_SAS_KEY``, ``AZURE_STORAGE_ENDPOINT``."""
+    that obstore and the clouds' own tools have: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
+    ``AWS_SESSION_TOKEN``, ``AWS_REGION``, ``AWS_ENDPOINT_URL`` (any S3), ``AWS_ALLOW_HTTP``;
+    ``GOOGLE_APPLICATION_CREDENTIALS``; ``AZURE_STORAGE_ACCOUNT_NAME``, ``AZURE_STORAGE_ACCOUNT_KEY``,
+    ``AZURE_STORAGE_SAS_KEY``, ``AZURE_STORAGE_ENDPOINT``."""
     options: dict[str, SecretStr] = Field(default_factory=dict)
     """The same settings, by the same names in lower case (``aws_region``); they go before the environment's. Shown by
     no one, whatever they are; not for the command line, which other users of the machine can read."""
