@@ -1,7 +1,7 @@
 """``helios models add`` and ``pull``: one ingest, from this machine or from a place that is reached by a network."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -77,7 +77,15 @@ async def models_add(state: StateDirectory, console: Console, wanted: Addition, 
                 if isinstance(event, IngestProgress):
                     shown.progress(event)
                 else:
-                    shown.done(name, event)
+                    shown.done(*reached(wanted, name, event))
+
+
+def reached(wanted: Addition, name: str, done: IngestDone) -> tuple[str, IngestDone]:
+    """Returns what reaches the new revision, a tag where the model serves another, and the result with that one."""
+    tag = next((one for one in done.model.tags if wanted.keep_served and one.name in wanted.tags), None)
+    if tag is None:
+        return name, done
+    return f"{name}@{tag.name}", replace(done, model=replace(done.model, revision=tag.revision))
 
 
 def resolve(wanted: Addition) -> str:
