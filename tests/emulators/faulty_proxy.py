@@ -212,7 +212,12 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: _Server
+
+    @property
+    def proxy(self) -> FaultyProxy:
+        """The proxy that this connection came to."""
+        assert isinstance(self.server, _Server)
+        return self.server.proxy
 
     def handle_one_request(self) -> None:
         """Answers one request, whatever its method."""
@@ -221,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.raw_requestline or not self.parse_request():
             return
         self.close_connection = True
-        fault = self.server.proxy.take(self.command, self.path)
+        fault = self.proxy.take(self.command, self.path)
         if fault is not None and fault.is_request_reset:
             self.rfile.read(1)
             self._reset()
@@ -248,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._forward(body, fault)
 
     def _forward(self, body: bytes, fault: Fault | None) -> None:
-        upstream = http.client.HTTPConnection(self.server.proxy.upstream, timeout=_UPSTREAM_SECONDS)
+        upstream = http.client.HTTPConnection(self.proxy.upstream, timeout=_UPSTREAM_SECONDS)
         try:
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():

@@ -1,6 +1,7 @@
 """Garbage collection: the plan, the collector on a registry, and the call."""
 
 import hashlib
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -89,7 +90,7 @@ class Flaky(MemoryStore):
 
     is_down = False
 
-    def delete(self, paths: object) -> None:
+    def delete(self, paths: str | Sequence[str]) -> None:
         if self.is_down:
             raise Unavailable("down", reason="BLOB_STORE_UNAVAILABLE")
         super().delete(paths)

@@ -1,6 +1,5 @@
 """Messages of garbage collection as values and back, for servicer and client alike."""
 
-import dataclasses
 from datetime import timedelta
 from typing import Final
 
@@ -33,8 +32,16 @@ def grace_from_proto(message: pb.CollectBlobsRequest) -> timedelta | None:
 
 def collection_report_to_proto(report: CollectionReport) -> pb.CollectBlobsResponse:
     """Returns a report on the wire."""
-    missing = [f"sha256:{value}" for value in report.missing[:_MAX_MISSING]]
-    return pb.CollectBlobsResponse(**dataclasses.asdict(report) | {"missing": missing})
+    return pb.CollectBlobsResponse(
+        removed_count=report.removed_count,
+        removed_bytes=report.removed_bytes,
+        spared_count=report.spared_count,
+        spared_bytes=report.spared_bytes,
+        reachable_count=report.reachable_count,
+        reachable_bytes=report.reachable_bytes,
+        unfinished_count=report.unfinished_count,
+        missing=[f"sha256:{value}" for value in report.missing[:_MAX_MISSING]],
+    )
 
 
 def collection_report_from_proto(message: pb.CollectBlobsResponse) -> CollectionReport:
