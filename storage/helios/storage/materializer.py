@@ -1,14 +1,12 @@
-"""Materialising revisions: who wants what, what is held, where it goes, and the leases.
+"""Materialising revisions: who wants what, what is held, where it is lent from, and the leases.
 
-One fetch serves everybody who wants a revision, and one fetch of a blob serves all revisions that have it. From the
-moment a revision is wanted until its lease is granted it is *held*: as good as leased, so that nothing can be evicted
-between the end of a fetch and the grant. While a revision is lent from a tier, all who want it get it from there: one
-copy in the host's memory for any number of replicas. This module decides with the inventories and the lease table, all
-in memory; tiers carry out.
+From the moment a revision is wanted until its lease is granted it is *held*: as good as leased, so that nothing can be
+evicted between the end of a fetch and the grant. While a revision is lent from a tier, all who want it get it from
+there: one copy in the host's memory for any number of replicas. This module decides with the inventories and the lease
+table, all in memory; tiers carry out.
 """
 
 import asyncio
-import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -16,7 +14,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import structlog
 
@@ -25,32 +22,21 @@ from helios.storage import metrics
 from helios.storage.clock import Clock, steady_clock
 from helios.storage.disk_tier import DiskTier
 from helios.storage.eviction import EvictionPlan, Forecast, no_forecast, plan_evict_one
-from helios.storage.fetch import BlobSource, is_leftover_unwanted
+from helios.storage.fetch import BlobSource
+from helios.storage.fetches import Fetches, FetchProgress, ManifestSource
 from helios.storage.leases import Lease, LeaseTable, check_ttl, restore
-from helios.storage.manifest import Digest, Manifest, revision_hash
+from helios.storage.manifest import Digest, revision_hash
 from helios.storage.mover import Mover
 from helios.storage.room import Room
 from helios.storage.scrubber import Scrubber
 from helios.storage.statistics import EvictionReason
 from helios.storage.threads import Flights
-from helios.storage.tiers import TierKind, check_fits_somewhere, in_speed_order
+from helios.storage.tiers import in_speed_order
 
 log = structlog.get_logger()
 
 _EXPIRY_SECONDS = 1.0
 """How late an ended lease may be collected; until then it counts for nothing anyway."""
-
-
-class ManifestSource(Protocol):
-    """Where manifests come from."""
-
-    async def get_manifest(self, revision: str) -> tuple[Manifest, BlobSource]:
-        """Returns a checked manifest and the source that has its blobs.
-
-        Raises:
-            HeliosError: RevisionNotFound, InvalidRequest (INVALID_MANIFEST), Unavailable (SOURCE_UNAVAILABLE).
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +46,6 @@ class Loan:
     lease: Lease
     path: Path
     fetched_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class FetchProgress:
-    """How far the fetch of a revision is."""
-
-    done_bytes: int
-    total_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +93,11 @@ class Materializer:
         # Leases are kept where their revision is; pins, which may be of what is nowhere yet, in the first tier.
         self._home = tiers[0]
         self._manifests = manifests
-        self._revision_flights = revisions
-        self._blob_flights = blobs
         self._clock = clock
         persisted = [lease for tier in tiers for lease in tier.persisted_leases]
         self._leases = LeaseTable(restore(persisted, clock()))
         self._pins = set(self._home.persisted_pins)
         self._held: Counter[str] = Counter()
-        self._fetching: dict[str, tuple[Manifest, Room]] = {}
-        self._counts = _ByteCounts()
         self.miss_count = 0
         self.scrubber = Scrubber(
             self.rooms,
@@ -140,6 +114,10 @@ class Materializer:
             suspect=self.scrubber.scrub_one,
             clock=clock,
             forecast=upkeep.forecast,
+        )
+        # Somebody waits for a fetch: what is only useful later gives the disk away.
+        self._fetches = Fetches(
+            self.rooms, manifests, revisions=revisions, blobs=blobs, clock=clock, make_way=self.mover.cancel
         )
         self._show()
 
@@ -165,7 +143,7 @@ class Materializer:
             room = await self._find_good(revision)
             if room is None:
                 self.miss_count += 1
-                fetched_bytes = await self._revision_flights.join(revision, partial(self._bring, revision))
+                fetched_bytes = await self._fetches.bring(revision)
                 room = self._find(revision)
                 if room is None:
                     raise Corrupted("a blob of the model was found corrupt as soon as it was here; try again")
@@ -176,12 +154,7 @@ class Materializer:
 
     def progress(self, revision: str) -> FetchProgress | None:
         """How far the fetch of a revision is; None while there is none, or its manifest is not known yet."""
-        if revision not in self._fetching:
-            return None
-        manifest, room = self._fetching[revision]
-        here = room.tier.inventory
-        done = sum(b.size_bytes if here.has_blob(b) else self._counts.get(b) for b in manifest.blobs)
-        return FetchProgress(done, manifest.size_bytes)
+        return self._fetches.progress(revision)
 
     async def renew(self, lease_id: str) -> Lease:
         """Renews a lease.
@@ -322,76 +295,6 @@ class Materializer:
             log.error("leases of a corrupt revision ended", holders=sorted({lease.holder for lease in lost}))
             await room.tier.delete_leases(lost)
 
-    async def _bring(self, revision: str) -> int:
-        """Fetches what is missing and makes the revision resident; returns the bytes that were fetched."""
-        # Somebody waits: what is only useful later gives the disk away.
-        await self.mover.cancel()
-        manifest, source = await self._manifests.get_manifest(revision)
-        check_fits_somewhere(manifest, [room.tier.options for room in self.rooms])
-        disks = [room for room in self.rooms if room.tier.options.kind is not TierKind.MEMORY]
-        refusals: list[HeliosError] = []
-        for room in disks:
-            try:
-                fetched_bytes = await self._bring_to(room, manifest, source)
-            except HeliosError as error:
-                # Another tier may have what this one lacks: room, or a disk that works.
-                if isinstance(error, DiskFull) or error.reason == "TIER_FAILED":
-                    refusals.append(error)
-                    continue
-                log.warning("revision not materialised", revision=revision, reason=error.reason, error=error.message)
-                raise
-            finally:
-                self._show()
-            log.info("revision materialised", revision=revision, tier=room.name, fetched_bytes=fetched_bytes)
-            return fetched_bytes
-        log.warning("no tier takes the revision", revision=revision, errors=[error.message for error in refusals])
-        raise refusals[0]
-
-    async def _bring_to(self, room: Room, manifest: Manifest, source: BlobSource) -> int:
-        tier = room.tier
-        self._fetching[manifest.revision] = manifest, room
-        try:
-            async with room.want(manifest, source) as missing:
-                try:
-                    await self._fetch_all(room, source, missing)
-                except DiskFull:
-                    # The disk said so, whatever it had told before: somebody else fills it as well.
-                    if not await room.evict_for(sum(blob.size_bytes for blob in missing), EvictionReason.ROOM):
-                        raise
-                    await self._fetch_all(room, source, tier.inventory.missing(manifest))
-                if lost := tier.inventory.missing(manifest):
-                    raise Corrupted(f"{len(lost)} blob(s) of the model were found corrupt meanwhile; try again")
-                await tier.add_revision(manifest, self._clock())
-        except HeliosError as error:
-            if is_leftover_unwanted(error):
-                await room.drop_leftovers(manifest)
-            raise
-        finally:
-            del self._fetching[manifest.revision]
-        return sum(blob.size_bytes for blob in missing)
-
-    async def _fetch_all(self, room: Room, source: BlobSource, missing: list[Digest]) -> None:
-        try:
-            async with asyncio.TaskGroup() as group:
-                for blob in missing:
-                    key = f"{room.name}/{blob.hash}"
-                    work = self._blob_flights.join(key, partial(self._fetch_one, room, source, blob))
-                    group.create_task(work, name=f"want blob {blob.hash}")
-        except BaseExceptionGroup as errors:
-            # The group's siblings are cancelled and cleaned up by now; one error says why.
-            expected, _ = errors.split(HeliosError)
-            if expected is None:
-                raise
-            raise _first(expected) from errors
-
-    async def _fetch_one(self, room: Room, source: BlobSource, blob: Digest) -> None:
-        # Another flight may have brought it between the look and the turn.
-        if room.tier.inventory.has_blob(blob):
-            return
-        with self._counts.counting(blob):
-            await room.tier.fetch(source, blob, partial(self._counts.add, blob), label="registry")
-        metrics.FETCHED_BYTES.inc(blob.size_bytes)
-
     async def _find_sources(self, blob: Digest) -> list[BlobSource]:
         """Where a good copy of a blob of the node may be had: the registry, as far as it answers."""
         for room in self.rooms:
@@ -477,32 +380,3 @@ async def open_materializer(
         yield Materializer(
             opened, manifests, revisions, blobs, clock=clock or steady_clock(), upkeep=upkeep or Upkeep()
         )
-
-
-class _ByteCounts:
-    """Bytes that came for each blob; added by threads, read by the loop."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: dict[Digest, int] = {}
-
-    def add(self, blob: Digest, count: int) -> None:
-        with self._lock:
-            self._counts[blob] = self._counts.get(blob, 0) + count
-
-    def get(self, blob: Digest) -> int:
-        return self._counts.get(blob, 0)
-
-    @contextmanager
-    def counting(self, blob: Digest) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._counts.pop(blob, None)
-
-
-def _first(group: BaseExceptionGroup[HeliosError]) -> HeliosError:
-    error = group.exceptions[0]
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

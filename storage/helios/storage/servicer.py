@@ -20,8 +20,9 @@ from helios.mesh.errors import HeliosError, InvalidRequest
 from helios.mesh.server import check_peer
 from helios.storage.clock import Clock, steady_clock
 from helios.storage.disk_tier import DiskTier
+from helios.storage.fetches import FetchProgress
 from helios.storage.leases import Lease
-from helios.storage.materializer import FetchProgress, Loan, Materializer
+from helios.storage.materializer import Loan, Materializer
 from helios.storage.scrubber import ScrubProgress
 from helios.storage.session import (
     Action,

@@ -1,0 +1,185 @@
+"""Bringing revisions to the node: which tier takes one, room for it, and its blobs.
+
+One fetch serves everybody who wants a revision, and one fetch of a blob serves all revisions that have it.
+"""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import structlog
+
+from helios.mesh.errors import Corrupted, DiskFull, HeliosError
+from helios.storage import metrics
+from helios.storage.clock import Clock
+from helios.storage.fetch import BlobSource, is_leftover_unwanted
+from helios.storage.manifest import Digest, Manifest
+from helios.storage.room import Room
+from helios.storage.statistics import EvictionReason
+from helios.storage.threads import Flights
+from helios.storage.tiers import TierKind, check_fits_somewhere
+
+log = structlog.get_logger()
+
+
+class ManifestSource(Protocol):
+    """Where manifests come from."""
+
+    async def get_manifest(self, revision: str) -> tuple[Manifest, BlobSource]:
+        """Returns a checked manifest and the source that has its blobs.
+
+        Raises:
+            HeliosError: RevisionNotFound, InvalidRequest (INVALID_MANIFEST), Unavailable (SOURCE_UNAVAILABLE).
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FetchProgress:
+    """How far the fetch of a revision is."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+class Fetches:
+    """Fetches of revisions into a node's tiers, the fastest first; used on one event loop."""
+
+    def __init__(
+        self,
+        rooms: Sequence[Room],
+        manifests: ManifestSource,
+        *,
+        revisions: Flights[int],
+        blobs: Flights[None],
+        clock: Clock,
+        make_way: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Takes what ends work that can wait, which is called before each fetch."""
+        self._rooms = rooms
+        self._manifests = manifests
+        self._revision_flights = revisions
+        self._blob_flights = blobs
+        self._clock = clock
+        self._make_way = make_way
+        self._fetching: dict[str, tuple[Manifest, Room]] = {}
+        self._counts = _ByteCounts()
+
+    async def bring(self, revision: str) -> int:
+        """Has a revision be resident in a disk tier; returns the bytes that were fetched for it.
+
+        Joins a fetch that goes on; ends it when the last who wants it has left.
+
+        Raises:
+            HeliosError: RevisionNotFound, InvalidRequest (INVALID_MANIFEST), DigestMismatch, DiskFull, Unavailable.
+        """
+        return await self._revision_flights.join(revision, partial(self._bring, revision))
+
+    def progress(self, revision: str) -> FetchProgress | None:
+        """How far the fetch of a revision is; None while there is none, or its manifest is not known yet."""
+        if revision not in self._fetching:
+            return None
+        manifest, room = self._fetching[revision]
+        here = room.tier.inventory
+        done = sum(b.size_bytes if here.has_blob(b) else self._counts.get(b) for b in manifest.blobs)
+        return FetchProgress(done, manifest.size_bytes)
+
+    async def _bring(self, revision: str) -> int:
+        """Fetches what is missing and makes the revision resident; returns the bytes that were fetched."""
+        await self._make_way()
+        manifest, source = await self._manifests.get_manifest(revision)
+        check_fits_somewhere(manifest, [room.tier.options for room in self._rooms])
+        disks = [room for room in self._rooms if room.tier.options.kind is not TierKind.MEMORY]
+        refusals: list[HeliosError] = []
+        for room in disks:
+            try:
+                fetched_bytes = await self._bring_to(room, manifest, source)
+            except HeliosError as error:
+                # Another tier may have what this one lacks: room, or a disk that works.
+                if isinstance(error, DiskFull) or error.reason == "TIER_FAILED":
+                    refusals.append(error)
+                    continue
+                log.warning("revision not materialised", revision=revision, reason=error.reason, error=error.message)
+                raise
+            log.info("revision materialised", revision=revision, tier=room.name, fetched_bytes=fetched_bytes)
+            return fetched_bytes
+        log.warning("no tier takes the revision", revision=revision, errors=[error.message for error in refusals])
+        raise refusals[0]
+
+    async def _bring_to(self, room: Room, manifest: Manifest, source: BlobSource) -> int:
+        tier = room.tier
+        self._fetching[manifest.revision] = manifest, room
+        try:
+            async with room.want(manifest, source) as missing:
+                try:
+                    await self._fetch_all(room, source, missing)
+                except DiskFull:
+                    # The disk said so, whatever it had told before: somebody else fills it as well.
+                    if not await room.evict_for(sum(blob.size_bytes for blob in missing), EvictionReason.ROOM):
+                        raise
+                    await self._fetch_all(room, source, tier.inventory.missing(manifest))
+                if lost := tier.inventory.missing(manifest):
+                    raise Corrupted(f"{len(lost)} blob(s) of the model were found corrupt meanwhile; try again")
+                await tier.add_revision(manifest, self._clock())
+        except HeliosError as error:
+            if is_leftover_unwanted(error):
+                await room.drop_leftovers(manifest)
+            raise
+        finally:
+            del self._fetching[manifest.revision]
+        return sum(blob.size_bytes for blob in missing)
+
+    async def _fetch_all(self, room: Room, source: BlobSource, missing: list[Digest]) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for blob in missing:
+                    key = f"{room.name}/{blob.hash}"
+                    work = self._blob_flights.join(key, partial(self._fetch_one, room, source, blob))
+                    group.create_task(work, name=f"want blob {blob.hash}")
+        except BaseExceptionGroup as errors:
+            # The group's siblings are cancelled and cleaned up by now; one error says why.
+            expected, _ = errors.split(HeliosError)
+            if expected is None:
+                raise
+            raise _first(expected) from errors
+
+    async def _fetch_one(self, room: Room, source: BlobSource, blob: Digest) -> None:
+        # Another flight may have brought it between the look and the turn.
+        if room.tier.inventory.has_blob(blob):
+            return
+        with self._counts.counting(blob):
+            await room.tier.fetch(source, blob, partial(self._counts.add, blob), label="registry")
+        metrics.FETCHED_BYTES.inc(blob.size_bytes)
+
+
+class _ByteCounts:
+    """Bytes that came for each blob; added by threads, read by the loop."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[Digest, int] = {}
+
+    def add(self, blob: Digest, count: int) -> None:
+        with self._lock:
+            self._counts[blob] = self._counts.get(blob, 0) + count
+
+    def get(self, blob: Digest) -> int:
+        return self._counts.get(blob, 0)
+
+    @contextmanager
+    def counting(self, blob: Digest) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._counts.pop(blob, None)
+
+
+def _first(group: BaseExceptionGroup[HeliosError]) -> HeliosError:
+    error = group.exceptions[0]
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
