@@ -132,8 +132,8 @@ class Catalog:
     async def follow(self, poll_seconds: float) -> None:
         """Tells watchers of what other registries change, for ever. Raises what the database raises.
 
-        Asking rather than LISTEN: that needs a connection of its own, which PgBouncer does not pass on, and asking for
-        one row costs next to nothing.
+        Asking rather than LISTEN: that takes a connection for good, whose end has to be noticed and made up for, and
+        asking for one row costs next to nothing.
         """
         while True:
             await asyncio.sleep(poll_seconds)

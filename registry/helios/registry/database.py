@@ -12,7 +12,7 @@ two reads of one method see different states.
 
 PostgreSQL: an advisory lock is the writers' queue (READ COMMITTED sees what the one before has committed), snapshots
 are REPEATABLE READ. psycopg rather than asyncpg: it is libpq, so a URL may name several hosts, certificates or a
-service as any other client's, and it works behind PgBouncer; asyncpg's speed shows in bulk reads, which there are none.
+service as any other client's; asyncpg's speed shows in bulk reads, of which there are none.
 """
 
 from collections.abc import AsyncIterator
@@ -42,7 +42,7 @@ _POSTGRESQL_TIMEOUTS: Final = {
     "idle_in_transaction_session_timeout": "60s",
 }
 _CONNECT_SECONDS: Final = 10
-# A migration may rewrite a large table, and the replicas that start beside it wait for it.
+# A migration may rewrite a large table. Who starts meanwhile waits as a writer does, and then is started again.
 _MIGRATION_TIMEOUT: Final = "30min"
 _POOL_SECONDS: Final = 10.0
 
