@@ -41,6 +41,7 @@ from helios.storage.manifest_source import RegistryManifests
 from helios.storage.materializer import Materializer, Upkeep, open_materializer
 from helios.storage.peers import PeerFinder
 from helios.storage.servicer import SERVICE_NAME, StorageServicer
+from helios.storage.sources import Sources
 from helios.storage.tiers import TierOptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +68,8 @@ class Shelf(RegistryServiceServicer):
     call_count: int = 0
     url: str = ""
     """Where it says that its blobs are; empty: in its directory."""
+    locations: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    """Where else, with options."""
 
     def add(self, files: Mapping[str, bytes]) -> str:
         """Stores files as a revision."""
@@ -104,7 +107,9 @@ class Shelf(RegistryServiceServicer):
         if request.revision not in self.manifests:
             raise RevisionNotFound("no such revision")
         return registry_pb.GetManifestResponse(
-            manifest=self.manifests[request.revision], blob_store_url=self.url or self.base.as_uri()
+            manifest=self.manifests[request.revision],
+            blob_store_url=self.url or self.base.as_uri(),
+            locations=[registry_pb.BlobLocation(url=url, options=options) for url, options in self.locations],
         )
 
 
@@ -164,6 +169,7 @@ class Mesh:
         upkeep: Upkeep | None = None,
         peers: Sequence[str] = (),
         max_reads: int = 16,
+        credentials: Mapping[str, Mapping[str, str]] | None = None,
     ) -> AsyncIterator[Agent]:
         """Serves an agent with a tier `disk`, and more tiers whose roots are directories named for them beside it."""
         identity = self.identity("storage")
@@ -180,7 +186,12 @@ class Mesh:
             BlobServicer(partial(blob_places, tiers), max_reads=max_reads) as blobs,
             open_materializer(
                 tiers,
-                RegistryManifests(registry, chunks=RegistryChunks(registry, partial(local_blobs, tiers)), peers=finder),
+                RegistryManifests(
+                    registry,
+                    Sources(credentials),
+                    chunks=RegistryChunks(registry, partial(local_blobs, tiers)),
+                    peers=finder,
+                ),
                 clock=clock,
                 upkeep=upkeep,
             ) as materializer,

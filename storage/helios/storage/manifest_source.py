@@ -58,7 +58,9 @@ class RegistryManifests:
                     retry_after_seconds=1.0,
                 ) from rpc_error
             raise error from rpc_error
-        source = self._sources.open([BlobLocation(response.blob_store_url)])
+        locations = [BlobLocation(location.url, dict(location.options)) for location in response.locations]
+        # A registry of an older Helios names one store only.
+        source = self._sources.open(locations or [BlobLocation(response.blob_store_url)])
         manifest = manifest_from_proto(revision, response.manifest)
         if self._chunks is not None and not isinstance(source, DirectorySource):
             known = await self._chunks.find(manifest.blobs)

@@ -26,6 +26,9 @@ _REQUEST_SECONDS = 120.0
 _STATUS = re.compile(r"status code: (\d{3})")
 """How object_store words it; it has no field for it."""
 
+_ALLOW_HTTP = "allow_http"
+"""A client option to obstore, which panics when it finds it (`aws_allow_http`) among a store's own."""
+
 _ERRORS = (exceptions.BaseError, FileNotFoundError)
 """obstore says that an object is not there in Python's own way."""
 
@@ -83,15 +86,17 @@ def open_object_store(
     Raises:
         InvalidRequest: INVALID_LOCATION, when the URL or an option makes no sense.
     """
+    given = options or {}
     client_options: Any = {
         "connect_timeout": timedelta(seconds=_CONNECT_SECONDS),
         "read_timeout": timedelta(seconds=_READ_SECONDS),
         "timeout": timedelta(seconds=_REQUEST_SECONDS),
+        _ALLOW_HTTP: any(name.endswith(_ALLOW_HTTP) and value == "true" for name, value in given.items()),
         **(client or {}),
     }
     retry: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=_REQUEST_SECONDS)}
     try:
-        config: Any = dict(options or {})
+        config: Any = {name: value for name, value in given.items() if not name.endswith(_ALLOW_HTTP)}
         return from_url(url, config=config, client_options=client_options, retry_config=retry)
     except (exceptions.BaseError, ValueError, TypeError) as error:
         raise InvalidRequest(
