@@ -184,6 +184,7 @@ async def test_rest_of_the_proxys_services(
         ("DELETE", "/admin/v1/models/org/name", "DeleteModel", {"name": "org/name"}),
         ("GET", "/admin/v1/revisions/org/name", "ListRevisions", {"name": "org/name"}),
         ("GET", "/admin/v1/manifests/sha256:abc", "GetManifest", {"revision": "sha256:abc"}),
+        ("POST", "/admin/v1/blobs:collect", "CollectBlobs", {"dry_run": True}),
         ("PUT", "/admin/v1/aliases/team/best", "PutAlias", {"alias": "team/best", "model": "org/name"}),
         ("DELETE", "/admin/v1/aliases/team/best", "DeleteAlias", {"alias": "team/best"}),
         ("PUT", "/admin/v1/policies/org/name", "UpdatePolicy", {"name": "org/name"}),
@@ -195,6 +196,7 @@ async def test_rest_of_the_registry(
 ) -> None:
     bodies = {
         "IngestModel": {"name": "m", "source": "dir:/x"},
+        "CollectBlobs": {"dry_run": True, "grace": "60s"},
         "PutAlias": {"model": "org/name"},
         "UpdatePolicy": {"min_replicas": 1},
         "UpdateEngineSettings": {
