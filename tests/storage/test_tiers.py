@@ -144,6 +144,7 @@ def test_tiers_come_from_settings(tmp_path: Path) -> None:
         ({"tiers": [{"name": "disk", "path": "/a"}]}, "one name"),
         ({"tiers": [{"name": "a", "path": "/state"}]}, "one path"),
         ({"tier": {"kind": "memory"}}, "is a disk"),
+        ({"tiers": [{"name": "a", "path": "/a", "kind": "memory"}]}, "needs capacity_bytes"),
         ({"tier": {"low_ratio": 0.9, "high_ratio": 0.8}}, "above high_ratio"),
         ({"tier": {"name": "A B"}}, "pattern"),
     ],

@@ -50,7 +50,14 @@ class MoreTierSettings(TierSettings):
 
     path: Path
     """Root of the tier, with its blobs, views and index; made when it is not there. One tier a root. For ``memory`` a
-    directory in a tmpfs, which outlives a restart of the agent and not one of the machine."""
+    directory in a tmpfs, which outlives a restart of the agent and not one of the machine; it needs a capacity, for
+    what a tmpfs may grow to is no memory that is there."""
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> Self:
+        if self.kind is TierKind.MEMORY and self.capacity_bytes == 0:
+            raise ValueError("a tier in memory needs capacity_bytes")
+        return self
 
 
 class ScrubSettings(BaseModel):
