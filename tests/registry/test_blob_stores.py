@@ -5,6 +5,7 @@ speaks the XML interface that obstore uses; its path is the streamed write that 
 """
 
 import errno
+import json
 import os
 import secrets
 import threading
@@ -28,6 +29,7 @@ from helios.registry.offload import Stop, Stopped
 from helios.registry.part_upload import UploadLimits
 from helios.registry.settings import BlobStoreSettings
 from helios.registry.state import StateDirectory
+from tests.emulators.faulty_proxy import FaultyProxy, status
 from tests.emulators.servers import Emulator
 from tests.registry.tiny import sha256
 
@@ -340,3 +342,18 @@ def test_settings_show_no_secret() -> None:
     settings = BlobStoreSettings(url="s3://b", options={"aws_secret_access_key": SecretStr("hidden")})
     assert "hidden" not in settings.model_dump_json()
     assert "hidden" not in repr(settings)
+
+
+def test_google_is_asked_below_the_prefix(tmp_path: Path) -> None:
+    with FaultyProxy("127.0.0.1:1") as server:
+        server.inject(status(404, times=10))
+        account = {"gcs_base_url": f"http://{server.address}", "disable_oauth": True}
+        account |= {"client_email": "", "private_key": "", "private_key_id": ""}
+        options = {"google_service_account_key": SecretStr(json.dumps(account)), "google_allow_http": SecretStr("true")}
+        settings = BlobStoreSettings(url="gs://bucket/some/models", options=options, retry_seconds=1)
+        with open_store(settings, StateDirectory(tmp_path), {}) as store:
+            assert (store.url, store.options) == ("gs://bucket/some/models", {})
+            assert store.size(MISSING) == -1
+            assert store.sweep(before=datetime.now(UTC)) == 0
+        del store
+        assert server.requests == [("HEAD", f"/bucket/some%2Fmodels%2F{key_of(MISSING).replace('/', '%2F')}")]
