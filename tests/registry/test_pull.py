@@ -403,6 +403,29 @@ async def test_two_names_share_one_download(place: Place) -> None:
     assert place.fetched_bytes() <= len(place.weights) + 2 * (128 << 10) + 2
 
 
+async def test_ingests_that_want_the_same_files_in_another_order_do_not_wait_for_each_other(place: Place) -> None:
+    one, two = hashlib.shake_256(b"1").digest(9 << 20), hashlib.shake_256(b"2").digest(9 << 20)
+    small = {path: place.files[path] for path in ("config.json", "model.safetensors", "tokenizer.json")}
+    # Vocabularies of that size are no small files.
+    place.hub.repository("org/a", small | {"vocab.json": one, "vocab.txt": two})
+    other = place.weights[:-1] + bytes([place.weights[-1] ^ 1])
+    place.hub.repository("org/b", small | {"model.safetensors": other, "vocab.json": two, "vocab.txt": one})
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        first = group.create_task(place.parts.ingest("a", "hf:org/a"))
+        second = group.create_task(place.parts.ingest("b", "hf:org/b"))
+    for path, task in (("vocab.json", first), ("vocab.txt", second)):
+        assert (await place.stored(task.result().model.revision.digest))[path] == one
+
+
+async def test_files_of_the_same_content_are_one_blob(place: Place) -> None:
+    large = hashlib.shake_256(b"1").digest(9 << 20)
+    place.hub.repository("org/twins", place.files | {"vocab.json": large, "vocab.txt": large})
+    done = await place.parts.ingest("m", "hf:org/twins")
+    stored = await place.stored(done.model.revision.digest)
+    assert stored["vocab.json"] == stored["vocab.txt"] == large
+    assert place.downloads() == []
+
+
 async def test_old_downloads_go_and_young_ones_only_for_room(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = place.parts.state.downloads
     directory.mkdir()

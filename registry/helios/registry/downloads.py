@@ -11,7 +11,7 @@ mesh's transfer engine's. What is not asked for again goes after a while, and at
 import asyncio
 import errno
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -95,16 +95,20 @@ class Downloads:
         """Returns where a file is downloaded to."""
         return self._directory / _key(file)
 
-    async def reserve(self, file: RemoteFile, session: "DownloadSession") -> bool:
-        """Makes a file this session's; returns whether another one had it before, and so may have finished it."""
-        key, has_waited = _key(file), False
-        while (user := self._users.get(key, session)) is not session:
-            has_waited = True
-            await user.ended.wait()
-        self._users[key] = session
+    async def reserve(self, files: Collection[RemoteFile], session: "DownloadSession") -> bool:
+        """Makes files a session's; returns whether another one had any of them before, and so may have finished it.
+
+        In one order for all sessions, so that no two wait for each other.
+        """
+        has_waited = False
+        for key in sorted(map(_key, files)):
+            while (user := self._users.get(key, session)) is not session:
+                has_waited = True
+                await user.ended.wait()
+            self._users[key] = session
         return has_waited
 
-    def require_space(self, files: Iterable[RemoteFile]) -> None:
+    def require_space(self, files: Collection[RemoteFile]) -> None:
         """Raises DiskFull unless the files fit, what is there of them counted; old downloads make room first."""
         needed_bytes = sum(max(0, file.size_bytes - _allocated_bytes(self.path(file))) for file in files)
         try:
@@ -139,15 +143,22 @@ class DownloadSession:
         self._downloads = downloads
         self._hold = hold
         self._targets: list[Path] = []
+        self._has_waited = False
         self.ended = asyncio.Event()
 
     async def have(self, digest: Digest) -> bool:
         """Returns whether the registry has this blob, which then stays at least until the ingest's end."""
         return await self._hold.take([digest])
 
-    def require_space(self, files: Iterable[RemoteFile]) -> None:
-        """Raises DiskFull unless there is room for these files."""
-        self._downloads.require_space(tuple(files))
+    async def begin(self, files: Iterable[RemoteFile]) -> None:
+        """Makes these files this ingest's to fetch; waits for another one that fetches any of them.
+
+        Raises:
+            DiskFull: There is no room for what is missing of them.
+        """
+        wanted = tuple(files)
+        self._has_waited = await self._downloads.reserve(wanted, self)
+        self._downloads.require_space(wanted)
 
     async def fetch(
         self, file: RemoteFile, repository: Repository, on_bytes: Callable[[int], None]
@@ -162,8 +173,7 @@ class DownloadSession:
             HeliosError: The source refuses it, is not to be reached, or has other bytes than it promised.
             DiskFull: There is no room.
         """
-        has_waited = await self._downloads.reserve(file, self)
-        if has_waited and file.sha256 and await self.have(Digest(file.sha256, file.size_bytes)):
+        if self._has_waited and file.sha256 and await self.have(Digest(file.sha256, file.size_bytes)):
             on_bytes(file.size_bytes)
             return None, file.sha256
         target = self._downloads.path(file)
@@ -226,12 +236,13 @@ def _check_whole(
 ) -> Transferred | None:
     """Returns a file that was complete when its ingest ended early, hashed anew; None where there is none.
 
-    A transfer removes its journal when it is complete, so what has none is.
+    A transfer removes its journal when it is complete. That there is none proves nothing after a power failure, so only
+    a sha256 is believed.
     """
-    if journal_path(target).exists() or size_of(target) != file.size_bytes:
+    if not file.sha256 or journal_path(target).exists() or size_of(target) != file.size_bytes:
         return None
     found = hash_file(target, on_bytes, stop)
-    if file.sha256 in {"", found.hash}:
+    if file.sha256 == found.hash:
         return Transferred(file.size_bytes, found.hash, etag="", fetched_bytes=0, resumed_bytes=file.size_bytes)
     on_bytes(-file.size_bytes)
     discard(target)

@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Final, Self
 
 import structlog
@@ -28,7 +29,7 @@ from helios.registry.catalog import Catalog
 from helios.registry.downloads import Downloads
 from helios.registry.engine_settings import EngineSettings
 from helios.registry.inspection import inspect_model
-from helios.registry.manifest import Entry, Manifest
+from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.names import check_aliases, check_name, check_tag
 from helios.registry.progress import ProgressLog, news
 from helios.registry.records import IngestDone, IngestEvent, IngestPhase, IngestProgress, IngestSpec, Model
@@ -260,15 +261,17 @@ class _Ingest:
         self._progress.begin(IngestPhase.STORE, files.new_bytes)
         entries: list[Entry] = []
         new_bytes = 0
+        # Files of the same content may be one at their place, which is moved when it is stored.
+        digests: dict[Path, Digest] = {}
         for file in files.files:
-            if file.known is not None:
-                entries.append(Entry(file.path, file.known, file.media_type))
-                continue
-            stored = await hold.put(
-                file.location, is_owned=files.is_owned, expected=file.sha256, on_bytes=self._progress.advance
-            )
-            entries.append(Entry(file.path, stored.digest, file.media_type))
-            new_bytes += stored.new_bytes
+            digest = file.known or digests.get(file.location)
+            if digest is None:
+                stored = await hold.put(
+                    file.location, is_owned=files.is_owned, expected=file.sha256, on_bytes=self._progress.advance
+                )
+                digest = digests[file.location] = stored.digest
+                new_bytes += stored.new_bytes
+            entries.append(Entry(file.path, digest, file.media_type))
         return Manifest.of(entries), new_bytes
 
     async def _describe(

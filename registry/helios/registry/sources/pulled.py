@@ -70,7 +70,8 @@ class Fetcher(Protocol):
     async def fetch(
         self, file: RemoteFile, repository: Repository, on_bytes: Callable[[int], None]
     ) -> tuple[Path | None, str]:
-        """Returns a file with the bytes, complete and checked, and its sha256. The caller may move the file.
+        """Returns a file with the bytes, complete and checked, and its sha256. The caller may move the file, which is
+        the same one for files of the same content.
 
         None in its place: the registry has got the blob meanwhile, as ``have`` would say.
 
@@ -79,8 +80,12 @@ class Fetcher(Protocol):
         """
         ...
 
-    def require_space(self, files: Iterable[RemoteFile]) -> None:
-        """Raises DiskFull unless there is room for what is missing of these."""
+    async def begin(self, files: Iterable[RemoteFile]) -> None:
+        """Makes these files this ingest's to fetch; waits for another one that fetches any of them. Called once.
+
+        Raises:
+            DiskFull: There is no room for what is missing of them.
+        """
         ...
 
 
@@ -148,7 +153,7 @@ class PulledSource:
         remote = {file.path: file for file in self._files}
         known = {file.path: await self._known(remote[file.path]) for file in found.files if file.path in holes}
         missing = [remote[path] for path, digest in known.items() if digest is None]
-        self._fetcher.require_space(missing)
+        await self._fetcher.begin(missing)
         progress.begin(IngestPhase.FETCH, sum(file.size_bytes for file in missing))
         places: dict[str, Path] = {}
         sums = self._sums
@@ -213,7 +218,7 @@ class PulledSource:
         return await offload.run(lambda _: scan_directory(output, is_owned=True))
 
     async def _fetch_gguf(self, file: RemoteFile, progress: ProgressLog) -> str:
-        self._fetcher.require_space([file])
+        await self._fetcher.begin([file])
         progress.begin(IngestPhase.FETCH, file.size_bytes)
         self._fetched, sha256 = await self._fetcher.fetch(file, self._repository, progress.advance)
         return sha256
