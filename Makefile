@@ -86,7 +86,7 @@ debian: $(DEBIAN)/usr/bin/docker-registry
 $(DEBIAN)/usr/bin/docker-registry:
 	@mkdir -p $(DEBIAN)
 	@cd $(DEBIAN) && { apt-get -qq download docker-registry || { apt-get -qq update && apt-get -qq download docker-registry; }; } 2> apt.log \
-	  && dpkg -x docker-registry_*.deb . || { cat apt.log; exit 1; }
+	  && dpkg -x docker-registry_*.deb . || { cat apt.log; echo "debian: one test that needs docker-registry will fail"; }
 
 node: setup $(NODE)/node_modules/.package-lock.json
 
