@@ -1,6 +1,6 @@
 # Everything a person or CI does here is a target; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup up test check bench soak gen lock openapi clean node static format lint types pyright imports fast debian
+.PHONY: help setup up test check bench soak gen lock openapi clean node emulators static format lint types pyright imports fast debian
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # auto: a GPU engine where there is a GPU. `make setup ENGINE=cpu` overrules it.
@@ -41,7 +41,7 @@ check: setup ## Static checks and the fast tests
 bench: setup ## Run the benchmarks, write build/bench.json, compare with tests/benchmarks/bars.toml
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
-soak: setup node ## The long forms of fault and cycle tests
+soak: setup node emulators ## The long forms of fault and cycle tests
 	@mkdir -p build
 	@$(PYTEST) -m soak --timeout 3600 --junit-xml=build/soak.xml $(ARGS)
 
@@ -90,6 +90,9 @@ $(DEBIAN)/usr/bin/docker-registry:
 
 node: setup $(NODE)/node_modules/.package-lock.json
 
-$(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
-	@cd $(NODE) && PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --silent
+# Azurite brings 245 MB; what needs it is among the long forms.
+emulators: setup $(EMULATORS)/node_modules/.package-lock.json
+
+%/node_modules/.package-lock.json: %/package-lock.json
+	@cd $* && PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --silent
 	@touch $@
