@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -454,6 +455,17 @@ async def test_a_full_disk_is_told_before_bytes_are_fetched(tmp_path: Path) -> N
         with pytest.raises(DiskFull):
             await place.parts.ingest("m", "hf:org/m")
         assert place.fetched_bytes() <= 128 << 10
+
+
+async def test_a_limit_on_the_size_of_files_is_a_full_disk(place: Place) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(DiskFull, match="can't hold"):
+            await place.parts.ingest("m", "hf:org/m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert place.parts.files() == set()
 
 
 async def test_a_hub_that_is_away_is_said_to_be(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ remembered with what it became: pulled again, unchanged, nothing is fetched at a
 """
 
 import asyncio
+import errno
 import hashlib
 import re
 from collections.abc import Awaitable, Callable, Iterable
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
-from helios.mesh.errors import DigestMismatch, InvalidRequest
+from helios.mesh.errors import DigestMismatch, DiskFull, InvalidRequest
 from helios.registry import offload
 from helios.registry.inspection import (
     ADAPTER_CONFIG,
@@ -56,6 +57,7 @@ _MAX_LOOKED_INTO_BYTES: Final = 128 << 20
 _HEADER_GUESS_BYTES: Final = 128 << 10
 # Requests at a time: several round trips to a far hub overlap, none of its limits is near.
 _PARALLEL: Final = 8
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _GGUF_SUFFIX: Final = ".gguf"
 _MODULE: Final = re.compile(r"[0-9][^/]*_[^/]*/[^/]+")
 
@@ -148,8 +150,14 @@ class PulledSource:
             return await self._convert(self._gguf, workspace, progress)
         probe = workspace / "probe"
         probe.mkdir()
-        holes = await self._probe(probe)
-        found = await offload.run(partial(_check_probe, probe))
+        try:
+            holes = await self._probe(probe)
+            found = await offload.run(partial(_check_probe, probe))
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            # A hole takes no room, but no limit lets a file be larger than it.
+            raise DiskFull(f"the registry's disk can't hold the files of {self._text}: {error.strerror}") from error
         remote = {file.path: file for file in self._files}
         known = {file.path: await self._known(remote[file.path]) for file in found.files if file.path in holes}
         missing = [remote[path] for path, digest in known.items() if digest is None]
