@@ -33,12 +33,13 @@ from helios.cli.children import child_environment, kill_leftovers
 from helios.cli.edge import open_admin, open_edge
 from helios.cli.greeting import greeting
 from helios.cli.log_files import read_lines, tail
+from helios.cli.model_versions import versions_of
 from helios.cli.models_add import size
 from helios.cli.models_set import settings_of
 from helios.cli.state import MeshRecord, StateDirectory, find_running, read_mesh
 from helios.cli.up import Mesh, UpOptions, run_mesh
 from helios.mesh.errors import DeadlineExceeded, InvalidRequest, PreconditionFailed, Unavailable
-from helios.registry.client import Artifact, ArtifactClient, RegistryClient
+from helios.registry.client import Artifact, ArtifactClient, VersionClient
 
 _CALL_SECONDS: Final = 15.0
 _DETACHED_START_SECONDS: Final = 600.0
@@ -180,10 +181,11 @@ async def models_show(state: StateDirectory, console: Console, name: str, *, is_
         stub = dialer.stub(ModelServiceStub)
         response = await stub.GetModel(catalog_pb.GetModelRequest(model=name), timeout=_CALL_SECONDS)
     async with open_admin(state) as dialer:
-        found = await RegistryClient(dialer).get_model(name)
+        found = await VersionClient(dialer).resolve(name)
         artifacts = await ArtifactClient(dialer).list_artifacts(revision=found.revision.digest)
-    settings = engine_settings.flatten(settings_of(found))
-    fields = _plain(response) | {"engine_settings": settings, "artifacts": list(map(_artifact, artifacts))}
+    settings = engine_settings.flatten(settings_of(found.model))
+    fields = _plain(response) | {"engine_settings": settings, "versions": versions_of(found.model)}
+    fields["artifacts"] = list(map(_artifact, artifacts))
     if is_json:
         console.print_json(json.dumps(fields))
         return

@@ -289,9 +289,12 @@ def models_gc(
 
 @models.command("show")
 def models_show(
-    name: Annotated[str, typer.Argument(help="Name or alias.")], state_dir: StateOption, *, is_json: JsonOption = False
+    name: Annotated[str, typer.Argument(help="Name or alias; MODEL@TAG for a tag's revision.")],
+    state_dir: StateOption,
+    *,
+    is_json: JsonOption = False,
 ) -> None:
-    """Show one model: state, revision, resources."""
+    """Show one model: state, revision, resources, tags."""
     _run(commands.models_show(_state(state_dir), console, name, is_json=is_json))
 
 
