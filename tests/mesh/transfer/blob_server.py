@@ -59,9 +59,7 @@ class BlobServer:
 def serve_blob(content: bytes, **fields: Any) -> Iterator[BlobServer]:
     """Serves until the context ends."""
     blob = BlobServer(content, **fields)
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), type("Handler", (_Handler,), {"blob": blob, "lock": threading.Lock()})
-    )
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"blob": blob, "lock": threading.Lock()}))
     blob.url = f"http://127.0.0.1:{server.server_address[1]}/blob"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, name="blob server")
     thread.start()
@@ -72,6 +70,11 @@ def serve_blob(content: bytes, **fields: Any) -> Iterator[BlobServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """Clients that are killed reset their connections."""
 
 
 class _Handler(BaseHTTPRequestHandler):
