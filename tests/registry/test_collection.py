@@ -1,6 +1,8 @@
 """Garbage collection: the plan, the collector on a registry, and the call."""
 
+import asyncio
 import hashlib
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -64,6 +66,30 @@ async def test_collects_what_nothing_refers_to(parts: Parts, model_directory: Pa
     report = await parts.collector.collect(grace=timedelta(0))
     assert report == CollectionReport(1, 15, 0, 0, len(kept), done.model.revision.size_bytes, 0, ())
     assert {blob.hash for blob in parts.directory.scan()} == kept
+
+
+async def test_of_a_shared_store_goes_what_was_free_for_long(parts: Parts, model_directory: Path) -> None:
+    parts.blobs.is_shared = True
+    await parts.ingest("model", model_directory)
+    for blob in parts.directory.scan():
+        os.utime(parts.directory.path(blob.hash), (0, 0))
+    # Another registry may be ingesting a model with the same files.
+    assert await parts.catalog.delete_model("model") == 0
+    first = await parts.collector.collect(grace=timedelta(seconds=0.2))
+    assert first.removed_count == 0
+    assert first.spared_count == len(list(parts.directory.scan())) > 0
+    await asyncio.sleep(0.2)
+    assert (await parts.collector.collect(grace=timedelta(seconds=0.2))).removed_count == first.spared_count
+
+
+@given(age=st.integers(0, 100), free=st.integers(0, 100), grace=st.integers(0, 100))
+def test_the_later_moment_counts(age: int, free: int, grace: int) -> None:
+    blob = StoredBlob("a", 1, NOW - timedelta(seconds=age))
+    since = {"a": NOW - timedelta(seconds=free)}
+    plan = plan_collection([blob], {}, now=NOW, grace=timedelta(seconds=grace), free_since=since)
+    assert (plan.doomed == (blob,)) == (min(age, free) >= grace)
+    unseen = plan_collection([blob], {}, now=NOW, grace=timedelta(seconds=grace), free_since={})
+    assert (unseen.doomed == (blob,)) == (grace == 0)
 
 
 async def test_says_what_is_missing(parts: Parts, model_directory: Path) -> None:

@@ -58,7 +58,8 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         stack.push_async_callback(database.close)
         store, artifacts = Store(database), ArtifactStore(database)
         blob_store = stack.enter_context(open_store(settings.blob_store, state, environment))
-        blobs = Blobs(blob_store, disk=state.root, reserve_bytes=settings.ingest.reserve_bytes)
+        reserve_bytes = settings.ingest.reserve_bytes
+        blobs = Blobs(blob_store, disk=state.root, reserve_bytes=reserve_bytes, is_shared=database.is_shared)
         await _repair(store, blobs)
         hub = WatchHub(settings.watch_queue_size)
         catalog = Catalog(store, blobs, hub, artifacts)

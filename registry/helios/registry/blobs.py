@@ -125,9 +125,15 @@ class BlobFile:
 class Blobs:
     """The blobs of one registry process: a store, and the claims on its blobs."""
 
-    def __init__(self, store: BlobStore, *, disk: Path, reserve_bytes: int) -> None:
-        """Takes a store, and the directory of this machine whose disk keeps ``reserve_bytes`` free for others."""
+    def __init__(self, store: BlobStore, *, disk: Path, reserve_bytes: int, is_shared: bool = False) -> None:
+        """Takes a store, and the directory of this machine whose disk keeps ``reserve_bytes`` free for others.
+
+        Where the store is shared with other registries, whose claims are not known here, nothing is deleted but by the
+        collector, which waits.
+        """
         self.store = store
+        # A directory has one registry, whatever its database.
+        self.is_shared = is_shared and not self.is_local
         self._disk = disk
         self._reserve_bytes = reserve_bytes
         self._claims = Claims()

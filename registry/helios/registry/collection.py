@@ -1,8 +1,9 @@
 """Which blobs go: what nothing refers to and what is old enough. Pure.
 
 The grace period is for what this registry can't know: another registry that ingests into the same store, a reader that
-was told of a revision a moment before it was deleted. What this registry itself is ingesting is protected by claims
-(``claims``), whatever its age.
+was told of a revision a moment before it was deleted. Of a store that several registries have, a blob must also have
+been without a reference for that long, as far as the collector has seen: another one's ingest may have found it. What
+this registry itself is ingesting is protected by claims (``claims``), whatever its age.
 """
 
 from collections.abc import Iterable, Mapping
@@ -53,7 +54,12 @@ class CollectionReport:
 
 
 def plan_collection(
-    stored: Iterable[StoredBlob], reachable: Mapping[str, int], *, now: datetime, grace: timedelta
+    stored: Iterable[StoredBlob],
+    reachable: Mapping[str, int],
+    *,
+    now: datetime,
+    grace: timedelta,
+    free_since: Mapping[str, datetime] | None = None,
 ) -> CollectionPlan:
     """Sorts blobs into those that go and those that stay.
 
@@ -63,13 +69,16 @@ def plan_collection(
             meanwhile only stays until the next time.
         now: The time by the store's clock, as far as it is known.
         grace: What is younger stays; nothing that is exactly as old.
+        free_since: Where given, what nothing refers to must have been so for as long: since then, by its hash, and only
+            from now on if it is not named.
     """
     doomed: list[StoredBlob] = []
     young: list[StoredBlob] = []
     whole: dict[str, int] = {}
     for blob in stored:
         if blob.hash not in reachable:
-            (doomed if now - blob.modified_at >= grace else young).append(blob)
+            since = blob.modified_at if free_since is None else max(blob.modified_at, free_since.get(blob.hash, now))
+            (doomed if now - since >= grace else young).append(blob)
         elif reachable[blob.hash] == blob.size_bytes:
             whole[blob.hash] = blob.size_bytes
     missing = tuple(sorted(reachable.keys() - whole.keys()))

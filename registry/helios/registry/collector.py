@@ -32,6 +32,8 @@ class Collector:
         self._blobs = blobs
         self._settings = settings
         self._running = asyncio.Lock()
+        # Of a shared store: since when a blob was seen without a reference.
+        self._free_since: dict[str, datetime] = {}
 
     async def collect(self, *, is_dry_run: bool = False, grace: timedelta | None = None) -> CollectionReport:
         """Removes what nothing refers to and is older than the grace period; None: the settings'.
@@ -73,7 +75,10 @@ class Collector:
         store = self._blobs.store
         stored = await offload.run(partial(_scan, store))
         reachable = await self._store.referenced_blobs()
-        plan = plan_collection(stored, reachable, now=now, grace=grace)
+        free = {blob.hash: self._free_since.get(blob.hash, now) for blob in stored if blob.hash not in reachable}
+        self._free_since = free if self._blobs.is_shared else {}
+        free_since = self._free_since if self._blobs.is_shared else None
+        plan = plan_collection(stored, reachable, now=now, grace=grace, free_since=free_since)
         sizes = {blob.hash: blob.size_bytes for blob in plan.doomed}
         if is_dry_run:
             removed = frozenset(sizes) - self._blobs.held(sizes)
