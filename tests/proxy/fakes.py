@@ -395,7 +395,7 @@ class FakeRegistry(RegistryServiceServicer):
     async def _unused(self, request: Any, context: Any) -> Any:
         raise NotImplementedError
 
-    ListModels = DeleteModel = ListRevisions = GetManifest = PutAlias = DeleteAlias = _unused
+    ListModels = DeleteModel = ListRevisions = GetManifest = PutAlias = DeleteAlias = CollectBlobs = _unused
 
     def _tell(self, message: registry_pb.WatchModelsResponse) -> None:
         for watcher in self._watchers:
