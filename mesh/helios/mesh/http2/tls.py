@@ -70,7 +70,10 @@ def auth_context(connection: ssl.SSLObject | None) -> AuthContext:
     if connection is None:
         return {}
     certificate: Any = connection.getpeercert() or {}
+    # Never None: nobody gets this far without a certificate.
+    encoded = connection.getpeercert(binary_form=True) or b""
     return {
         "transport_security_type": [b"ssl"],
+        "x509_pem_cert": [ssl.DER_cert_to_PEM_cert(encoded).encode()],
         "x509_subject_alternative_name": [value.encode() for _, value in certificate.get("subjectAltName", ())],
     }
