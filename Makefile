@@ -1,6 +1,6 @@
 # Everything a person or CI does here is a target; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup up test check bench soak gen lock openapi clean node emulators static format lint types pyright imports fast debian
+.PHONY: help setup up test check bench soak gen lock openapi clean node emulators static format lint types pyright imports fast light debian
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # auto: a GPU engine where there is a GPU. `make setup ENGINE=cpu` overrules it.
@@ -16,8 +16,9 @@ unexport PYTHONDONTWRITEBYTECODE
 # Its wrapper asks PyPI for a newer version at each run.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 PYTEST := $(BIN)/python -m pytest
-FAST := not soak and not slow and not real_model and not scenario
-SLOW := not soak and (slow or real_model or scenario)
+# What loads a model or starts a mesh uses all cores and has the machine to itself; the rest runs in several processes.
+LIGHT := not soak and not real_model and not scenario
+HEAVY := not soak and (real_model or scenario)
 # With ARGS="-k name" one of the two parts may have no such test.
 OR_NONE = $(if $(ARGS),|| [ $$? -eq 5 ])
 
@@ -32,11 +33,12 @@ up: setup ## Start the whole mesh on this machine; ARGS="--detach" and so on are
 
 test: setup node debian ## Everything CI runs: static checks, then all tests with real processes and the real model
 	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target --keep-going static
-	@$(MAKE) --no-print-directory fast
-	@$(PYTEST) -m "$(SLOW)" --junit-xml=build/junit.xml $(ARGS) $(OR_NONE)
+	@$(MAKE) --no-print-directory light
+	@$(PYTEST) -m "$(HEAVY)" --junit-xml=build/junit.xml $(ARGS) $(OR_NONE)
 
+# The tests first: they wait about as much as they compute, and the static checks take what they leave.
 check: setup ## Static checks and the fast tests
-	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target --keep-going static fast
+	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target --keep-going fast static
 
 bench: setup ## Run the benchmarks, write build/bench.json, compare with tests/benchmarks/bars.toml
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
@@ -76,9 +78,11 @@ pyright:
 imports:
 	@$(BIN)/lint-imports --no-logo > build/imports.txt 2>&1 || { cat build/imports.txt; exit 1; }
 
-fast:
+fast: MARKS := $(LIGHT) and not slow
+light: MARKS := $(LIGHT)
+fast light:
 	@mkdir -p build
-	@$(PYTEST) -q -n $(JOBS) --dist worksteal -m "$(FAST)" -p no:cacheprovider --junit-xml=build/junit-fast.xml $(ARGS) $(OR_NONE)
+	@$(PYTEST) -q -n $(JOBS) --dist worksteal -m "$(MARKS)" -p no:cacheprovider --junit-xml=build/junit-light.xml $(ARGS) $(OR_NONE)
 
 debian: $(DEBIAN)/usr/bin/docker-registry
 

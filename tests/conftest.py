@@ -31,16 +31,19 @@ __all__ = ["azurite_bucket", "azurite_server", "seaweedfs_bucket", "seaweedfs_se
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_DIRECTORY = ROOT / "build" / "models" / "smollm2-135m-instruct"
-# Whole files of tests that start heavy processes one after another; `make check` leaves them out.
+# Whole files of tests that start heavy processes one after another, or move large bodies; `make check` leaves them out.
 SLOW_FILES = (
     "proxy/test_gateway.py",
+    "proxy/test_main.py",
     "proxy/test_process.py",
     "registry/test_convert.py",
     "registry/test_process.py",
     "storage/test_agent_process.py",
     "wire/test_changes.py",
+    "wire/test_large_bodies.py",
     "worker/engines/test_compat.py",
     "worker/engines/test_engines.py",
+    "worker/launcher/test_launcher.py",
     "worker/launcher/test_launchers.py",
     "worker/supervisor/test_worker_process.py",
 )

@@ -20,6 +20,8 @@ SOURCES = [
     Path(__file__).with_name(f"{name}_contracts.py".removeprefix("_"))
     for name in ("", "kind", "setting", "sleep", "weight", "output")
 ]
+# Two processes of tests would each import vLLM once.
+pytestmark = pytest.mark.real_model
 # On a busy machine, importing takes several times as long.
 SECONDS = 200
 
