@@ -212,6 +212,8 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # A part of an upload has megabytes.
+    rbufsize = 1 << 20
 
     @property
     def proxy(self) -> FaultyProxy:

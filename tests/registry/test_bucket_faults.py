@@ -96,21 +96,28 @@ def parts_sent(proxy: FaultyProxy) -> list[str]:
     return [target for method, target in proxy.requests if method == "PUT" and "partNumber=" in target]
 
 
+LONG = pytest.mark.soak
+AT_ONCE = 1_000
+
+
 @pytest.mark.parametrize(
-    "fault",
+    ("size_bytes", "fault"),
     [
-        pytest.param(status(500, method="PUT", times=2), id="500"),
-        pytest.param(status(503, method="PUT", times=2), id="503"),
-        pytest.param(status(429, retry_after=1, method="PUT"), id="429"),
-        pytest.param(reset_request(method="PUT"), id="reset-while-sending"),
-        pytest.param(lost_answer(method="PUT"), id="answer-lost"),
-        pytest.param(lost_answer(method="POST", part="uploadId="), id="answer-to-complete-lost"),
-        pytest.param(status(500, method="POST", part="uploads"), id="500-at-the-beginning"),
+        pytest.param(AT_ONCE, status(500, method="PUT", times=2), id="small-500"),
+        pytest.param(AT_ONCE, status(429, retry_after=1, method="PUT"), id="small-429"),
+        pytest.param(AT_ONCE, reset_request(method="PUT"), id="small-reset-while-sending"),
+        pytest.param(AT_ONCE, lost_answer(method="PUT"), id="small-answer-lost"),
+        pytest.param(LARGE_BYTES, status(429, retry_after=1, method="PUT"), id="429", marks=LONG),
+        pytest.param(LARGE_BYTES, reset_request(method="PUT"), id="reset-while-sending"),
+        pytest.param(LARGE_BYTES, lost_answer(method="POST", part="uploadId="), id="answer-to-complete-lost"),
+        pytest.param(LARGE_BYTES, status(500, method="PUT", times=2), id="500", marks=LONG),
+        pytest.param(LARGE_BYTES, status(503, method="PUT", times=2), id="503", marks=LONG),
+        pytest.param(LARGE_BYTES, lost_answer(method="PUT"), id="answer-lost", marks=LONG),
+        pytest.param(LARGE_BYTES, status(500, method="POST", part="uploads"), id="500-at-the-beginning", marks=LONG),
     ],
 )
-@pytest.mark.parametrize("size_bytes", [1_000, LARGE_BYTES], ids=["small", "large"])
 def test_what_passes_is_passed_over(
-    fault: Fault, size_bytes: int, opened: Opened, proxy: FaultyProxy, tmp_path: Path
+    size_bytes: int, fault: Fault, opened: Opened, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
     source = write(tmp_path / "source", size_bytes)
     with opened() as store:

@@ -149,7 +149,7 @@ async def check_kill(seed: int, tmp_path: Path, mesh: Mesh, proxy: FaultyProxy, 
     assert not list((root / "uploads").glob("*"))
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [1])
 async def test_kill_9_at_a_random_point_of_an_upload(
     seed: int, tmp_path: Path, mesh: Mesh, proxy: FaultyProxy, bucket: Bucket
 ) -> None:
