@@ -16,7 +16,9 @@ def greeting(state: StateDirectory, *, edge: str, admin: str, model: str) -> str
     token_file = shlex.quote(str(state.admin_token_file))
     where = f" --state-dir {shlex.quote(str(state.root))}"
     question = "What is the capital of France?"
-    body = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": question}]})
+    # Greedy: a small model that samples may go on for thousands of tokens now and then.
+    messages = [{"role": "user", "content": question}]
+    body = json.dumps({"model": model, "stream": True, "temperature": 0, "messages": messages})
     return f"""\
 The mesh serves {model} (and whatever you add) on http://{edge}/v1
 
@@ -27,12 +29,12 @@ Python (pip install openai):
   from openai import OpenAI
   client = OpenAI(base_url="http://{edge}/v1", api_key="none")
   messages = [{{"role": "user", "content": "What is the capital of France?"}}]
-  for chunk in client.chat.completions.create(model="{model}", stream=True, messages=messages):
+  for chunk in client.chat.completions.create(model="{model}", stream=True, temperature=0, messages=messages):
       print(chunk.choices[0].delta.content or "", end="", flush=True)
 
 gRPC:
-  {grpcurl} -plaintext -d '{{"model": "{model}", "messages": [{{"role": "ROLE_USER", "content": "Hi"}}]}}' \
-{edge} helios.api.inference.v1.InferenceService/Chat
+  {grpcurl} -plaintext -d '{{"model": "{model}", "messages": [{{"role": "ROLE_USER", "content": "Hi"}}], \
+"sampling": {{"temperature": 0}}}}' {edge} helios.api.inference.v1.InferenceService/Chat
 
 gRPC, administration:
   TOKEN=$(cat {token_file}) {grpcurl} -plaintext -expand-headers -H 'authorization: Bearer ${{TOKEN}}' \
