@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from sqlalchemy import delete, insert
 
 from helios.api.registry.v1 import chunk_service_pb2 as pb
-from helios.mesh.errors import InvalidRequest, NotFound
+from helios.mesh.errors import InvalidRequest, NotFound, Unavailable
 from helios.registry.chunk_indexer import ChunkIndexer
 from helios.registry.chunk_servicer import ChunkServicer
 from helios.registry.chunk_store import ChunkStore
@@ -119,6 +119,24 @@ async def test_small_blobs_and_missing_ones_have_no_index(place: Place) -> None:
         with pytest.raises(NotFound) as caught:
             await place.ask(blob)
         assert caught.value.reason == "CHUNK_INDEX_NOT_FOUND"
+
+
+async def test_a_bucket_that_was_away_costs_no_index(place: Place) -> None:
+    content = weights(1)
+    blob = await place.add(content)
+    is_away = True
+
+    def open_blob(hash_: str) -> BinaryIO:
+        if is_away:
+            raise Unavailable("the bucket is away")
+        return (place.directory / hash_).open("rb")
+
+    indexer = ChunkIndexer(place.store, open_blob)
+    with pytest.raises(Unavailable):
+        await indexer.index_some()
+    is_away = False
+    assert await indexer.index_some() == 1
+    assert sum((await place.ask(blob)).lengths) == len(content)
 
 
 async def test_an_index_goes_with_its_blob(place: Place) -> None:

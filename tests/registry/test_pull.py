@@ -101,7 +101,9 @@ class Place:
 
 
 @asynccontextmanager
-async def open_place(root: Path, *, token: str = "", reserve_bytes: int = 0) -> AsyncIterator[Place]:
+async def open_place(
+    root: Path, *, token: str = "", reserve_bytes: int = 0, convert_module: str = "helios.registry.convert"
+) -> AsyncIterator[Place]:
     async with hugging_face() as hub:
         files = model_files(root / "model")
         hub.repository("org/m", files)
@@ -112,7 +114,12 @@ async def open_place(root: Path, *, token: str = "", reserve_bytes: int = 0) -> 
                 ),
                 downloads=DownloadSettings(chunk_bytes=CHUNK, in_flight=4),
             )
-            async with open_parts(root / "registry", source_settings=settings, reserve_bytes=reserve_bytes) as parts:
+            async with open_parts(
+                root / "registry",
+                source_settings=settings,
+                reserve_bytes=reserve_bytes,
+                convert_module=convert_module,
+            ) as parts:
                 yield Place(parts, hub, proxy, files, root)
         assert hub.leaked == []
 
@@ -219,6 +226,33 @@ async def test_a_token_that_may_opens_what_is_gated(tmp_path: Path) -> None:
         place.hub.repository("org/gated", place.files, is_gated=True, is_private=True, tokens=frozenset({"good"}))
         done = await place.parts.ingest("m", "hf:org/gated")
         assert (await place.stored(done.model.revision.digest))["model.safetensors"] == place.weights
+
+
+@pytest.mark.parametrize("token", ["", "good"])
+async def test_passwords_of_netrc_are_shown_to_nobody(
+    tmp_path: Path, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login somebody password secret\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    async with open_place(tmp_path, token=token) as place:
+        # What comes with credentials that are none of these is refused.
+        place.hub.tokens = {"good"}
+        done = await place.parts.ingest("m", "hf:org/m")
+        assert (await place.stored(done.model.revision.digest))["model.safetensors"] == place.weights
+
+
+async def test_a_conversion_that_fails_does_not_cost_the_download(tmp_path: Path) -> None:
+    content = b"GGUF\x03\0\0\0" + hashlib.shake_256(b"noise").digest(2 * CHUNK)
+    async with open_place(tmp_path, convert_module="tests.registry.broken_converter") as place:
+        place.hub.repository("org/g", {"a-Q8.gguf": content})
+        with pytest.raises(InvalidRequest):
+            await place.parts.ingest("m", "hf:org/g")
+        before = place.fetched_bytes()
+        assert before >= len(content)
+        with pytest.raises(InvalidRequest):
+            await place.parts.ingest("m", "hf:org/g")
+        assert place.fetched_bytes() - before == 8, "only its first bytes, which say what it is"
 
 
 async def test_pickles_are_refused_with_the_reason_before_they_are_fetched(place: Place) -> None:

@@ -30,6 +30,8 @@ _RETRY: Final = urllib3.Retry(
     status_forcelist=(408, 429, 500, 502, 503, 504),
     allowed_methods=None,
     raise_on_status=False,
+    # Slept through in one piece, up to six hours, which nobody could cancel.
+    respect_retry_after_header=False,
 )
 # The version in which everything used here is known; SAS tokens and conditional block lists are older.
 _VERSION: Final = "2021-12-02"

@@ -13,7 +13,7 @@ from typing import BinaryIO, Final
 import structlog
 from blake3 import blake3
 
-from helios.mesh.errors import Conflict, HeliosError, InvalidRequest
+from helios.mesh.errors import Conflict, HeliosError, InvalidRequest, Unavailable
 from helios.registry import offload
 from helios.registry.chunk_store import ChunkIndex, ChunkStore
 from helios.registry.chunks import plan_chunks, tensor_starts
@@ -45,7 +45,7 @@ class ChunkIndexer:
                 await asyncio.sleep(_POLL_SECONDS)
 
     async def index_some(self) -> int:
-        """Indexes some blobs; returns how many."""
+        """Indexes some blobs; returns how many. Raises Unavailable: the bucket or the database is away."""
         count = 0
         for blob, size_bytes in await self._store.missing(MIN_BYTES, _BATCH + len(self._failed)):
             if blob in self._failed:
@@ -56,6 +56,9 @@ class ChunkIndexer:
             except Conflict:
                 # It was deleted meanwhile.
                 continue
+            except Unavailable:
+                # That says nothing of the blob, which is begun again when whoever runs this does.
+                raise
             except (HeliosError, OSError) as error:
                 self._failed.add(blob)
                 log.warning("blob can't be indexed", blob=blob, error=str(error))

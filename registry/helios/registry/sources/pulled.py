@@ -216,10 +216,10 @@ class PulledSource:
     async def _convert(self, file: RemoteFile, workspace: Path, progress: ProgressLog) -> FileSet:
         if self._fetched is None:
             await self._fetch_gguf(file, progress)
-        # transformers goes by the name's end. Moved, so that it goes with the workspace.
+        # transformers goes by the name's end. Not moved: a conversion that fails does not cost the download.
         model, output = workspace / f"model{_GGUF_SUFFIX}", workspace / "converted"
         assert self._fetched is not None, "a GGUF file never becomes a blob"
-        self._fetched.rename(model)
+        model.hardlink_to(self._fetched)
         output.mkdir()
         progress.begin(IngestPhase.CONVERT)
         await self._converter.convert(model, output, progress)

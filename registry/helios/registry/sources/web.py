@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, Self
 from urllib.parse import urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -88,9 +89,8 @@ class Web:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        """Opens the session; proxies are those of the environment, as for every other program."""
+        """Opens the session."""
         self._session = aiohttp.ClientSession(
-            trust_env=True,
             auto_decompress=False,
             headers={"accept-encoding": "identity", "user-agent": "helios-registry"},
             timeout=aiohttp.ClientTimeout(
@@ -189,7 +189,9 @@ class Web:
         assert self._session is not None, "the session is open"
         sent = dict(headers)
         for _ in range(_MAX_REDIRECTS + 1):
-            async with self._session.request(method, url, headers=sent, data=body, allow_redirects=False) as response:
+            async with self._session.request(
+                method, url, headers=sent, data=body, allow_redirects=False, proxy=_proxy(url)
+            ) as response:
                 # Those of the registries may come with several of a name; none that is read here does.
                 found = {name.lower(): value for name, value in response.headers.items()}
                 if is_following and response.status in _REDIRECTS and "location" in found:
@@ -219,6 +221,16 @@ async def _read(response: aiohttp.ClientResponse, limit: _Limit) -> bytes:
                 return bytes(content[: limit.size_bytes])
             raise malformed(f"{shown(str(response.url))} answers with more than {limit.size_bytes} bytes")
     return bytes(content)
+
+
+def _proxy(url: str) -> str | None:
+    """Returns the environment's proxy for a URL, None where it is asked directly.
+
+    Not by aiohttp's trust_env, which also shows the passwords of ~/.netrc to whatever host has an entry there, after a
+    redirect too, and fails where a token is sent to such a host.
+    """
+    parts = urlsplit(url)
+    return None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
 
 
 def origin(url: str) -> tuple[str, str, int | None]:
