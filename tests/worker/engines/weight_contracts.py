@@ -50,6 +50,8 @@ INPUTS = PackedInputs(revision="r", flags={}, engine_version="", torch_version="
 class Tiny(torch.nn.Module):
     """A model with all kinds of tensors: tied, packed, a buffer that a checkpoint fills, and one that it does not."""
 
+    filled: torch.Tensor
+
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.embedding = torch.nn.Embedding(32, width, dtype=torch.bfloat16)
