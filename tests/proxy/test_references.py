@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from helios.proxy.catalog.addressed import addressed_name, entries_of
 from helios.proxy.catalog.session import RegistryClients, RegistrySession
 from helios.proxy.catalogue import ModelEntry, is_by_digest
 from helios.proxy.core import Core
-from helios.registry.client import EngineSettings, ModelPolicy, RegistryClient, VersionClient
+from helios.registry.client import EngineSettings, ModelPolicy, RegistryClient, ResolvedModel, VersionClient
 from helios.registry.names import Reference, parse_reference
 from tests.proxy.support import core, entry
 from tests.registry.support import Mesh, Parts, open_parts, serve
@@ -131,6 +131,42 @@ async def test_a_digest_of_what_is_served_is_the_model_itself(world: World) -> N
     found = await world.session.find(f"m@{B}")
     assert (found.name, found.revision) == ("m", B)
     assert found.aliases == ("x", f"m@{B}")
+
+
+async def test_an_answer_that_is_older_than_the_watch_moves_no_tag_back(world: World) -> None:
+    await world.parts.versions.put_tag(Reference("m", digest=A), "prod")
+    await world.until(lambda: world.found(OTHER))
+    clients, asked = world.session._clients, []
+
+    class Late:
+        async def resolve(self, name: str) -> ResolvedModel:
+            found = await clients.versions.resolve(name)
+            asked.append(name)
+            if len(asked) == 1:
+                await world.parts.versions.put_tag(Reference("m", digest=B), "prod")
+                await world.until(lambda: (world.found("m@prod") or entry()).revision == B)
+            return found
+
+    world.session._clients = replace(clients, versions=Late())  # type: ignore[arg-type]
+    world.core.model_upserted(await world.session.find(f"m@{A[7:15]}"), 0.0)
+    assert (world.found("m@prod") or entry()).revision == B
+    assert (world.found(f"m@{A[7:15]}") or entry()).revision == A
+
+
+async def test_a_model_that_went_while_it_was_asked_for_stays_away(world: World) -> None:
+    clients, asked = world.session._clients, []
+
+    class Late:
+        async def resolve(self, name: str) -> ResolvedModel:
+            found = await clients.versions.resolve(name)
+            asked.append(name)
+            await world.parts.catalog.delete_model("m")
+            await world.until(lambda: world.found("m") is None)
+            return found
+
+    world.session._clients = replace(clients, versions=Late())  # type: ignore[arg-type]
+    with pytest.raises(ModelNotFound):
+        await world.session.find(f"m@{A[7:15]}")
 
 
 async def test_what_can_not_be_is_not_asked_for(world: World) -> None:

@@ -5,7 +5,7 @@ marked out of step, so that an unknown name is asked for and not refused.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
@@ -68,6 +68,8 @@ class RegistrySession:
         self._store = store
         self._entries: dict[str, set[str]] = {}
         self._spelled: dict[str, dict[str, Revision]] = {}
+        # Numbers of the last changes that the watch told, by model.
+        self._versions: dict[str, int] = {}
 
     async def find(self, name: str) -> ModelEntry:
         """Asks the registry."""
@@ -75,8 +77,12 @@ class RegistrySession:
             model = await self._clients.quick.get_model(name)
             return entries_of(model, self._spelled.get(model.name, {}))[0]
         resolved = await self._clients.versions.resolve(name)
+        if resolved.model.version < self._versions.get(resolved.model.name, 0):
+            # The watch was faster than the answer, which would bring back where tags have been.
+            resolved = await self._clients.versions.resolve(name)
         spelled = self._spelled.setdefault(resolved.model.name, {})
         if is_by_digest(name):
+            spelled.pop(name, None)
             while len(spelled) >= MAX_SPELLINGS:
                 del spelled[next(iter(spelled))]
             spelled[name] = resolved.revision
@@ -106,9 +112,10 @@ class RegistrySession:
         finally:
             self._runtime.core.catalogue.is_synced = False
 
-    async def _replace(self, models: Iterable[Model]) -> None:
+    async def _replace(self, models: Collection[Model]) -> None:
         found = {model.name: entries_of(model, await self._check_spelled(model)) for model in models}
         self._entries = {name: {entry.name for entry in entries} for name, entries in found.items()}
+        self._versions = {model.name: model.version for model in models}
         for name in self._spelled.keys() - found.keys():
             del self._spelled[name]
         entries = [entry for entries in found.values() for entry in entries]
@@ -116,6 +123,7 @@ class RegistrySession:
         log.info("catalogue in step with the registry", models=len(found))
 
     async def _upsert(self, model: Model) -> None:
+        self._versions[model.name] = model.version
         entries = entries_of(model, await self._check_spelled(model))
         # What is new comes first: an alias that moves is never without an owner.
         for entry in entries:
@@ -127,6 +135,8 @@ class RegistrySession:
 
     def _delete(self, name: str) -> None:
         self._spelled.pop(name, None)
+        # Its deletion has a number of its own.
+        self._versions[name] = self._versions.get(name, 0) + 1
         for gone in {name} | self._entries.pop(name, set()):
             self._runtime.apply(self._runtime.core.model_deleted(gone, time.monotonic()))
 
