@@ -12,7 +12,7 @@ import base64
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import Final
+from typing import Final, Literal
 from xml.sax.saxutils import escape
 
 import urllib3
@@ -40,7 +40,7 @@ _VERSION: Final = "2021-12-02"
 class AzureParts:
     """The block uploads of one container; a ``PartStore``."""
 
-    def __init__(self, sign: Callable[[str, str, timedelta], str], *, request_seconds: float) -> None:
+    def __init__(self, sign: Callable[[Literal["PUT"], str, timedelta], str], *, request_seconds: float) -> None:
         """Takes what signs a method and a key for a time, obstore's ``sign``."""
         self._sign = sign
         timeout = urllib3.Timeout(connect=_CONNECT_SECONDS, read=request_seconds)

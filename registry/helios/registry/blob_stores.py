@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import unquote, urlsplit
 
 from pydantic import SecretStr
@@ -171,7 +171,7 @@ def _parts_of(place: _Place, store: Any, options: StoreOptions, settings: BlobSt
 
         from helios.registry.azure_parts import AzureParts  # noqa: PLC0415
 
-        def sign(method: str, key: str, expires: timedelta) -> str:
+        def sign(method: Literal["PUT"], key: str, expires: timedelta) -> str:
             return str(obstore.sign(store, method, key, expires))
 
         return AzureParts(sign, request_seconds=settings.request_seconds)
