@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from helios.mesh.errors import DiskFull, PreconditionFailed, Unavailable
+from helios.storage.fetch import DirectorySource
 from helios.storage.statistics import EvictionReason
 from helios.storage.tiers import DiskRoom, TierKind, TierOptions
 from tests.storage.harness import Shelf, digest_of, make_shelf
@@ -158,6 +159,25 @@ async def test_a_disk_that_others_fill_is_relieved_of_what_nobody_uses(
         monkeypatch.setattr(agent.rooms[0].tier.store, "disk_room", lambda: DiskRoom(1000 * KIB, 50 * KIB))
         await agent.mover.look()
         assert [tiers_of(agent, r) for r in (unused, leased, pinned)] == [(), ("disk",), ("disk",)]
+        check_consistent(agent)
+
+
+async def test_a_disk_that_others_fill_is_relieved_of_blobs_that_no_revision_has(
+    tmp_path: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = TierOptions("disk", high_ratio=0.9, low_ratio=0.8)
+    revision = shelf.add({"a": bytes(40 * KIB)})
+    async with local_agent(tmp_path, shelf, disk) as agent:
+        tier = agent.rooms[0].tier
+        content = b"s" * 150 * KIB
+        shelf.put(content)
+        await use(agent, revision)
+        await tier.fetch(DirectorySource(shelf.base), digest_of(content), lambda _: None)
+        assert tier.inventory.strays() == [digest_of(content)]
+        monkeypatch.setattr(tier.store, "disk_room", lambda: DiskRoom(1000 * KIB, 50 * KIB))
+        await agent.mover.look()
+        assert tier.inventory.strays() == []
+        assert tiers_of(agent, revision) == ("disk",)
         check_consistent(agent)
 
 

@@ -1,6 +1,8 @@
 """Blobs from other agents: verified, several at once, and never more than what the object store could have given."""
 
 import asyncio
+import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,38 @@ from helios.api.storage.v1 import blob_service_pb2 as pb
 from helios.api.storage.v1.blob_service_pb2_grpc import BlobServiceStub
 from helios.mesh.status import error_from_rpc
 from helios.storage.blob_messages import HEADER_BYTES, decode_piece, encode_piece
-from helios.storage.blob_servicer import PIECE_BYTES
+from helios.storage.blob_servicer import PIECE_BYTES, BlobServicer
 from tests.mesh.transfer.blob_server import BlobServer, serve_blob
 from tests.storage.harness import Agent, Mesh, digest_of
 from tests.storage.test_chunk_source import BASE, TUNED, indexed_mesh
 
 DIGEST = digest_of(BASE)
+
+
+async def test_a_reader_that_leaves_while_a_blob_is_opened_leaves_no_open_file(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"blob")
+    asked, may_answer = threading.Event(), threading.Event()
+
+    def places(_: str) -> list[Path]:
+        asked.set()
+        may_answer.wait(10)
+        return [tmp_path / "blob"]
+
+    async with BlobServicer(places, max_reads=1) as servicer:
+
+        async def read() -> bytes:
+            return await anext(servicer.ReadBlob(pb.ReadBlobRequest(hash=DIGEST.hash), None))
+
+        reader = asyncio.get_running_loop().create_task(read())
+        assert await asyncio.to_thread(asked.wait, 10)
+        reader.cancel()
+        await asyncio.sleep(0)
+        may_answer.set()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+    state = (tmp_path / "blob").stat()
+    numbers = [int(path.name) for path in Path("/proc/self/fd").iterdir() if path.exists()]
+    assert not any(os.path.samestat(os.fstat(number), state) for number in numbers)
 
 
 @given(data=st.binary(max_size=300) | st.binary(min_size=1, max_size=3).map(lambda b: b * 100_000))

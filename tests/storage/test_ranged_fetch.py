@@ -96,6 +96,24 @@ async def test_a_fetch_goes_on_after_a_failure_and_a_restart(server: BlobServer,
     assert _partial(tmp_path) == []
 
 
+async def test_what_was_begun_has_its_room_already_and_others_give_theirs_way(
+    server: BlobServer, tmp_path: Path
+) -> None:
+    """Otherwise a fetch that ended early would keep the disk too full for the one that goes on with it."""
+    server.script = lambda request: Answer(status=404 if request.first >= 8 * CHUNK else 0)
+    other = digest_of(b"other")
+    async with _tier(tmp_path) as tier:
+        assert await tier.copied_bytes(_store(server), [DIGEST]) == len(CONTENT)
+        with pytest.raises(Unavailable):
+            await tier.fetch(_store(server), DIGEST, lambda _: None)
+        assert await tier.copied_bytes(_store(server), [DIGEST, other]) == other.size_bytes
+        await tier.drop_unfinished([DIGEST])
+        assert _partial(tmp_path) == [DIGEST.hash, f"{DIGEST.hash}.journal"]
+        await tier.drop_unfinished([other])
+        assert _partial(tmp_path) == []
+        assert await tier.copied_bytes(_store(server), [DIGEST]) == len(CONTENT)
+
+
 async def test_wrong_bytes_leave_nothing(server: BlobServer, tmp_path: Path) -> None:
     server.content = CONTENT[::-1]
     async with _tier(tmp_path) as tier:

@@ -94,6 +94,33 @@ async def test_a_bad_blob_that_is_lent_is_replaced_under_its_holders(tmp_path: P
         check_consistent(agent)
 
 
+async def test_two_scrubs_that_find_the_same_bad_blob_mend_it_once(
+    tmp_path: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one in the background and one that was asked for; two fetches of a blob would write to one file."""
+    revision = shelf.add({"b": OTHER})
+    async with local_agent(tmp_path, shelf) as agent:
+        loan = await lend(agent, revision)
+        room, blob = agent.rooms[0], digest_of(OTHER)
+        flip(blob_of(agent, OTHER))
+        fetch, count = room.tier.fetch, 0
+
+        async def slow_fetch(*args: object, **options: object) -> None:
+            nonlocal count
+            count += 1
+            await asyncio.sleep(0.3)
+            await fetch(*args, **options)  # type: ignore[arg-type]  # passed on as they came
+
+        monkeypatch.setattr(room.tier, "fetch", slow_fetch)
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            scrubs = [group.create_task(agent.scrubber.scrub_one(room, blob), name=f"scrub {n}") for n in range(2)]
+        assert [found for task in scrubs if (found := task.result())] == [
+            Found("disk", blob, is_lent=True, is_healed=True)
+        ]
+        assert count == 1
+        assert (loan.path / "b").read_bytes() == OTHER
+
+
 async def test_where_no_source_has_good_bytes_leases_end_and_nothing_bad_is_lent(tmp_path: Path, shelf: Shelf) -> None:
     revision = shelf.add({"a": BASE, "b": OTHER})
     async with local_agent(tmp_path, shelf, is_link_allowed=True) as agent:

@@ -76,28 +76,27 @@ class BlobServicer(BlobServiceServicer):
         if self._reads >= self._max_reads:
             raise Overloaded("this node serves as many peers as it may", retry_after_seconds=_RETRY_SECONDS)
         self._reads += 1
+        # A reader that leaves while the blob is opened gets no answer from the thread, and must close it all the same.
+        opened: list[int] = []
         try:
             # Held open, so that an eviction in the middle does not end it.
-            descriptor, size_bytes = await self._pool.run(self._open, _check_hash(request.hash))
-            try:
-                if request.offset > size_bytes:
-                    raise InvalidRequest("the range begins behind the blob's end", reason="INVALID_RANGE")
-                end = min(size_bytes, request.offset + request.limit) if request.limit else size_bytes
-                buffer = bytearray(HEADER_BYTES + min(PIECE_BYTES, max(0, end - request.offset)))
-                for offset in range(request.offset, end, _HOP_BYTES):
-                    for message in await self._pool.run(
-                        _read, descriptor, offset, min(end, offset + _HOP_BYTES), buffer
-                    ):
-                        yield message
-            finally:
-                os.close(descriptor)
+            descriptor, size_bytes = await self._pool.run(self._open, _check_hash(request.hash), opened)
+            if request.offset > size_bytes:
+                raise InvalidRequest("the range begins behind the blob's end", reason="INVALID_RANGE")
+            end = min(size_bytes, request.offset + request.limit) if request.limit else size_bytes
+            buffer = bytearray(HEADER_BYTES + min(PIECE_BYTES, max(0, end - request.offset)))
+            for offset in range(request.offset, end, _HOP_BYTES):
+                for message in await self._pool.run(_read, descriptor, offset, min(end, offset + _HOP_BYTES), buffer):
+                    yield message
         finally:
+            for descriptor in opened:
+                os.close(descriptor)
             self._reads -= 1
 
     def _find(self, hashes: list[str]) -> list[str]:
         return [hash_ for hash_ in hashes if any(path.is_file() for path in self._places(hash_))]
 
-    def _open(self, hash_: str) -> tuple[int, int]:
+    def _open(self, hash_: str, opened: list[int]) -> tuple[int, int]:
         for path in self._places(hash_):
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -105,6 +104,7 @@ class BlobServicer(BlobServiceServicer):
                 continue
             except OSError as error:
                 raise Unavailable(f"the blob can't be read: {error.strerror}", reason="TIER_FAILED") from error
+            opened.append(descriptor)
             return descriptor, os.fstat(descriptor).st_size
         raise BlobNotFound("the blob is not here", metadata={"hash": hash_})
 

@@ -145,8 +145,19 @@ class DiskTier:
         return await self._disk.run(self._find_borrowed, self.inventory.revisions())
 
     async def copied_bytes(self, source: BlobSource, blobs: Iterable[Digest]) -> int:
-        """How much a fetch of these blobs would write: those that can be linked take no room."""
+        """How much more room a fetch of these blobs takes: none for what can be linked, or was begun before."""
         return await self._disk.run(self._count_copied, source, list(blobs))
+
+    async def drop_unfinished(self, keep: Iterable[Digest]) -> None:
+        """Removes what earlier fetches of other blobs have left.
+
+        Raises:
+            Unavailable: TIER_FAILED.
+        """
+        try:
+            await self._disk.run(self._fetcher.drop_unfinished, list(keep))
+        except OSError as error:
+            raise write_error(error, self.store.root) from error
 
     async def fetch(
         self, source: BlobSource, digest: Digest, on_bytes: Callable[[int], None], *, label: str = "source"
@@ -363,7 +374,7 @@ class DiskTier:
 
     def _count_copied(self, source: BlobSource, blobs: list[Digest]) -> int:
         if not self._is_link_allowed:
-            return sum(blob.size_bytes for blob in blobs)
+            return sum(blob.size_bytes - self._fetcher.held_bytes(blob) for blob in blobs)
         device = self.store.root.stat().st_dev
         count = 0
         for blob in blobs:
@@ -373,5 +384,5 @@ class DiskTier:
             except (HeliosError, OSError):
                 # Whatever is wrong with the source, the fetch says it.
                 is_linked = False
-            count += 0 if is_linked else blob.size_bytes
+            count += 0 if is_linked else blob.size_bytes - self._fetcher.held_bytes(blob)
         return count

@@ -12,7 +12,7 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -228,6 +228,18 @@ class BlobFetcher:
         finally:
             self._store.discard_temporary(temporary)
         return {}
+
+    def held_bytes(self, digest: Digest) -> int:
+        """What an earlier fetch of a blob has left on the disk, for the next one to go on with."""
+        return min(digest.size_bytes, self._partial.held_bytes(digest))
+
+    def drop_unfinished(self, keep: Iterable[Digest]) -> None:
+        """Removes what earlier fetches of other blobs have left.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        self._partial.tidy(0.0, keep={digest.hash for digest in keep})
 
     def _fetch_ranged(self, blob: RangedBlob, digest: Digest, token: FetchToken) -> dict[str, int]:
         told_bytes = 0

@@ -101,6 +101,7 @@ class Mover:
         # What only borrows its bytes frees nothing.
         borrowed = await tier.borrowed_revisions()
         plan = room.plan(excess)
+        await tier.drop(partial(self._plan_strays, room, plan), EvictionReason.WATER_MARK)
         for revision in plan.revisions:
             resident = tier.inventory.find(revision)
             if resident is None or revision in borrowed:
@@ -109,6 +110,11 @@ class Mover:
             if not is_lower and not await self._demote(resident, room, slower):
                 return
             await tier.drop(partial(self._plan_one, room, revision, plan), EvictionReason.WATER_MARK)
+
+    @staticmethod
+    def _plan_strays(room: Room, plan: EvictionPlan) -> EvictionPlan:
+        unused = set(room.tier.inventory.strays()) - room.wanted()
+        return EvictionPlan(blobs=tuple(blob for blob in plan.blobs if blob in unused), clock=room.tier.inventory.clock)
 
     @staticmethod
     def _plan_one(room: Room, revision: str, plan: EvictionPlan) -> EvictionPlan:

@@ -9,7 +9,7 @@ comes from then. What nobody has gone on with for a day goes, and at once where 
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -78,14 +78,22 @@ class PartialFiles:
         finally:
             self._in_use.discard(digest.hash)
 
-    def tidy(self, age_seconds: float) -> int:
-        """Removes what nobody has gone on with for so long; returns how many files went."""
+    def held_bytes(self, digest: Digest) -> int:
+        """What the unfinished file of a blob has of the disk already: all of its room, once it was begun."""
+        try:
+            return (self._directory / digest.hash).lstat().st_blocks * 512
+        except OSError:
+            return 0
+
+    def tidy(self, age_seconds: float, *, keep: Collection[str] = ()) -> int:
+        """Removes what nobody has gone on with for so long, but for blobs to keep; returns how many files went."""
         # The file system's times are of the wall clock.
         before = time.time() - age_seconds  # noqa: TID251
         count = 0
         with suppress(FileNotFoundError):
             for path in list(self._directory.iterdir()):
-                if path.name.partition(".")[0] not in self._in_use and path.lstat().st_mtime <= before:
+                hash_ = path.name.partition(".")[0]
+                if hash_ not in self._in_use and hash_ not in keep and path.lstat().st_mtime <= before:
                     self._files.remove(path)
                     count += 1
         if count:

@@ -93,6 +93,9 @@ class Room:
                 },
             )
         copied_bytes = await self.tier.copied_bytes(source, missing)
+        if copied_bytes > (await self.tier.disk_room()).free_bytes:
+            # The beginnings of others are worth less than what is whole.
+            await self.tier.drop_unfinished(missing)
         if copied_bytes > (free_bytes := (await self.tier.disk_room()).free_bytes):
             await self.evict_for(copied_bytes - free_bytes, reason)
             free_bytes = (await self.tier.disk_room()).free_bytes

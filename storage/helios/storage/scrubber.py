@@ -137,6 +137,10 @@ class Scrubber:
             if error.metadata.get("errno") not in ("EIO", "ENOENT", "ELOOP"):
                 raise
             is_good = False
+        if self.is_mending(frozenset((blob,))):
+            # Another scrub found it before: two that fetch it at once would write to one file.
+            await self.wait_mended(frozenset((blob,)))
+            return None
         if not room.tier.inventory.has_blob(blob):
             return None
         if is_good:

@@ -23,7 +23,13 @@ class PartFile:
 
     def __init__(self, path: Path, size_bytes: int) -> None:
         """Opens or makes the file, and takes all its room: a full disk says so before gigabytes were read."""
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            self._descriptor = os.open(path, flags, 0o600)
+        except PermissionError:
+            # Whole, and made read-only by a process that was killed before it gave the file its name.
+            path.chmod(0o600)
+            self._descriptor = os.open(path, flags, 0o600)
         try:
             if os.fstat(self._descriptor).st_size > size_bytes:
                 os.ftruncate(self._descriptor, size_bytes)

@@ -63,8 +63,11 @@ class ArtifactWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._unfinished.__exit__(kind, error, trace)
+        try:
+            # On a full disk it fails once more: what it held back can't be written.
+            self._file.close()
+        finally:
+            self._unfinished.__exit__(kind, error, trace)
 
     def append(self, data: memoryview) -> int:
         """Writes bytes to the beginning of a page; returns their offset."""
