@@ -28,6 +28,7 @@ from helios.mesh.errors import (
     PreconditionFailed,
     Unavailable,
 )
+from helios.registry.downloads import open_downloads
 from helios.registry.engine_settings import EngineSettings
 from helios.registry.records import IngestPhase, IngestProgress, IngestSpec
 from helios.registry.sources.settings import DownloadSettings, HuggingFaceSettings, SourceSettings
@@ -98,6 +99,12 @@ class Place:
         """Files of the directory of downloads."""
         directory = self.parts.state.downloads
         return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+
+
+class Room:
+    """A disk without end."""
+
+    def require_space(self, needed_bytes: int) -> None: ...
 
 
 @asynccontextmanager
@@ -253,6 +260,21 @@ async def test_a_conversion_that_fails_does_not_cost_the_download(tmp_path: Path
         with pytest.raises(InvalidRequest):
             await place.parts.ingest("m", "hf:org/g")
         assert place.fetched_bytes() - before == 8, "only its first bytes, which say what it is"
+
+
+async def test_old_downloads_go_without_another_ingest(tmp_path: Path) -> None:
+    directory = tmp_path / "downloads"
+    downloads = open_downloads(directory, Room(), DownloadSettings())
+    directory.mkdir()
+    for name, age_seconds in (("old", 90_000), ("old.journal", 90_000), ("new", 80_000)):
+        path = directory / name
+        path.write_bytes(b"x")
+        written = path.stat().st_mtime - age_seconds
+        os.utime(path, (written, written))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await downloads.keep_tidy()
+    assert [path.name for path in directory.iterdir()] == ["new"]
 
 
 async def test_pickles_are_refused_with_the_reason_before_they_are_fetched(place: Place) -> None:

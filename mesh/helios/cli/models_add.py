@@ -54,7 +54,8 @@ class Addition:
 async def models_add(state: StateDirectory, console: Console, wanted: Addition, *, is_json: bool = False) -> None:
     """Adds a model, or a new revision of one; shows how far it is.
 
-    Ctrl-C gives it up. What was downloaded by then is kept for a day, and the same command goes on with it.
+    Ctrl-C gives it up. What was downloaded by then, and not yet being stored, is kept for a day, and the same command
+    goes on with it.
     """
     source = resolve(wanted)
     name = wanted.name or suggest_name(source)

@@ -91,14 +91,12 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         metrics.MODELS.set(await store.count_models())
         await uploads.measure()
         await stack.enter_async_context(collector.running())
-        indexing = lifetime.group.create_task(
-            keep_running("index chunks", ChunkIndexer(chunks, blobs.store.open).run), name="index chunks"
-        )
-        stack.callback(indexing.cancel)
+        chores = {"index chunks": ChunkIndexer(chunks, blobs.store.open).run, "tidy downloads": downloads.keep_tidy}
         if database.is_shared:
-            follow = partial(catalog.follow, settings.watch_poll_seconds)
-            following = lifetime.group.create_task(keep_running("follow changes", follow), name="follow changes")
-            stack.callback(following.cancel)
+            chores["follow changes"] = partial(catalog.follow, settings.watch_poll_seconds)
+        for name, chore in chores.items():
+            task = lifetime.group.create_task(keep_running(name, chore), name=name)
+            stack.callback(task.cancel)
         lifetime.mark_ready(address=server.address)
         await lifetime.wait_stop()
         await server.set_serving(is_serving=False)

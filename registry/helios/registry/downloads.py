@@ -45,6 +45,8 @@ log = structlog.get_logger()
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # For sources that don't speak HTTP.
 _STATUS: Final[dict[type[HeliosError], int]] = {Unauthenticated: 401, PermissionDenied: 403, BlobNotFound: 404}
+# An hour beside the day for which unfinished downloads are kept.
+_TIDY_SECONDS: Final = 3600.0
 # st_blocks counts in these, whatever the file system's own size is.
 _BLOCK_BYTES: Final = 512
 
@@ -79,6 +81,13 @@ class Downloads:
         finally:
             self._users = {key: user for key, user in self._users.items() if user is not session}
             session.ended.set()
+
+    async def keep_tidy(self) -> None:
+        """Removes downloads that nobody has gone on with, for ever: a registry may have no next ingest."""
+        while True:
+            if self._directory.is_dir():
+                self.tidy(self._keep_seconds)
+            await asyncio.sleep(_TIDY_SECONDS)
 
     def tidy(self, age_seconds: float) -> None:
         """Removes downloads that nobody has gone on with for this long."""

@@ -45,7 +45,8 @@ class BlobStoreSettings(BaseModel):
 
     url: str = ""
     """``s3://bucket/prefix``, ``gs://bucket/prefix``, ``az://container/prefix``, or an absolute directory. Empty: the
-    directory ``blobs`` of the state directory. Credentials, endpoint and region come from the environment, by the names
+    directory ``blobs`` of the state directory. A prefix belongs to one database: what that does not name is collected,
+    whoever put it there. Credentials, endpoint and region come from the environment, by the names
     that obstore and the clouds' own tools have: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
     ``AWS_SESSION_TOKEN``, ``AWS_REGION``, ``AWS_ENDPOINT_URL`` (any S3), ``AWS_ALLOW_HTTP``;
     ``GOOGLE_APPLICATION_CREDENTIALS``; ``AZURE_STORAGE_ACCOUNT_NAME``, ``AZURE_STORAGE_ACCOUNT_KEY``,
