@@ -202,9 +202,12 @@ class BookRules(RuleBasedStateMachine):
             self.book.succeeded(index)
             self.failures[index] = 0 if self.failures[index] < 3 else 3
         elif how == "failed":
-            self.failures[index] += 1
-            self.resting[index] = self.now + 0.5 * 2.0 ** (self.failures[index] - 1)
-            assert self.book.failed(index, self.now) == (self.failures[index] >= 3 or index in self.liars)
+            was_dropped = index in self.liars or self.failures[index] >= 3
+            if self.resting.get(index, 0.0) <= self.now:
+                self.failures[index] += 1
+                self.resting[index] = self.now + 0.5 * 2.0 ** (self.failures[index] - 1)
+            is_dropped = self.failures[index] >= 3 and not was_dropped
+            assert self.book.failed(index, self.now) == is_dropped
         elif how == "lied":
             self.liars.add(index)
             self.book.lied(index)
@@ -221,3 +224,16 @@ class BookRules(RuleBasedStateMachine):
 
 
 TestSourceBook = BookRules.TestCase
+
+
+def test_reads_that_fail_together_are_one_failure() -> None:
+    """A store that resets all of a node's connections at once is asked again."""
+    book = SourceBook((1,))
+    for _ in range(8):
+        book.begin(0)
+    assert [book.failed(0, 10.0) for _ in range(8)] == [False] * 8
+    assert book.pick(10.5) == 0
+    for now, is_dropped in ((10.5, False), (11.5, True)):
+        book.begin(0)
+        assert book.failed(0, now) is is_dropped
+    assert book.pick(20.0) is None

@@ -22,6 +22,7 @@ from helios.storage.peers import PeerFinder
 from helios.storage.servicer import SERVICE_NAME, StorageServicer
 from helios.storage.settings import StorageSettings
 from helios.storage.sources import Sources
+from helios.storage.tiers import in_speed_order
 
 HOLDERS = frozenset({"worker"})
 """Who may materialise."""
@@ -50,8 +51,9 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
         chunks = RegistryChunks(dialer, partial(local_blobs, tiers))
         peers = await stack.enter_async_context(PeerFinder(settings.peers.targets, identity=identity))
         manifests = RegistryManifests(dialer, Sources(settings.fetch.stores.reveal()), chunks, peers)
+        fastest_first = [tiers[position] for position in in_speed_order([tier.options for tier in tiers])]
         blobs = await stack.enter_async_context(
-            BlobServicer(partial(blob_places, tiers), max_reads=settings.peers.max_reads)
+            BlobServicer(partial(blob_places, fastest_first), max_reads=settings.peers.max_reads)
         )
         materializer = await stack.enter_async_context(open_materializer(tiers, manifests, clock=clock, upkeep=upkeep))
         # Ends before the tiers close: a scrub of a large blob, or a move, is cancelled rather than waited for.
@@ -86,7 +88,7 @@ def local_blobs(tiers: list[DiskTier]) -> dict[Digest, Path]:
 
 
 def blob_places(tiers: list[DiskTier], hash_: str) -> list[Path]:
-    """Where a blob may be on this node."""
+    """Where a blob may be on this node, in the order of the tiers."""
     return [tier.store.blob_path(hash_) for tier in tiers]
 
 

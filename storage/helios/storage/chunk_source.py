@@ -35,6 +35,9 @@ _MAX_LOCAL: Final = 4_096
 """Blobs that the registry compares at a time; of more, the largest."""
 
 _TIMEOUT_SECONDS: Final = 10.0
+_ALL_SECONDS: Final = 30.0
+"""For all blobs of a manifest, which may be thousands: a start waits for it."""
+
 _AT_A_TIME: Final = 4
 
 _PEER_RANK: Final = 0
@@ -76,9 +79,12 @@ class RegistryChunks:
             if known is not None:
                 found[digest.hash] = known
 
-        async with asyncio.TaskGroup() as group:
-            for digest in wanted:
-                group.create_task(ask(digest), name=f"chunk index {digest.hash}")
+        try:
+            async with asyncio.timeout(_ALL_SECONDS), asyncio.TaskGroup() as group:
+                for digest in wanted:
+                    group.create_task(ask(digest), name=f"chunk index {digest.hash}")
+        except TimeoutError:
+            log.warning("chunk indexes came too slowly", wanted=len(wanted), found=len(found))
         return found
 
     async def _ask(self, digest: Digest, paths: Mapping[str, Path]) -> KnownChunks | None:

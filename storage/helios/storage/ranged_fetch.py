@@ -3,8 +3,9 @@
     <root>/partial/<hash>             what came so far
     <root>/partial/<hash>.journal     which parts of it, with their hashes
 
-They are not swept at start, as everything else unfinished is: the next fetch of the blob goes on with them, whatever it
-comes from then. What nobody has gone on with for a day goes, and at once where its room is needed.
+They are not swept at start, as everything else unfinished is: the next fetch of the blob goes on with them, as long as
+it cuts the blob in the same way and the source has the same ETag (peers, and all that is verified by an index, have
+none). What nobody has gone on with for a day goes with the next fetch, and at once where its room is needed.
 """
 
 import errno

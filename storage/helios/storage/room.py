@@ -5,7 +5,7 @@ From the moment a revision is wanted here until it is resident, its bytes count 
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 from helios.mesh.errors import DiskFull
@@ -54,10 +54,21 @@ class Room:
         with ExitStack() as wanted:
             # One at a time: two that make room at once would each see the other's wish and both give up.
             async with self._making:
-                wanted.enter_context(self._count(manifest))
+                wanted.enter_context(self.keep(manifest.blobs))
                 missing = self.tier.inventory.missing(manifest)
                 await self._make(source, missing, reason)
             yield missing
+
+    @contextmanager
+    def keep(self, blobs: Iterable[Digest]) -> Iterator[None]:
+        """Has blobs stay for the block: something is about to use them."""
+        listed = list(blobs)
+        self._wanted.update(listed)
+        try:
+            yield
+        finally:
+            self._wanted.subtract(listed)
+            self._wanted = +self._wanted
 
     async def evict_for(self, needed_bytes: int, reason: EvictionReason) -> int:
         """Gives up what is worth least; returns how many bytes that freed, which may be less than needed."""
@@ -118,12 +129,3 @@ class Room:
             return 0
         coming = sum(blob.size_bytes for blob in self.wanted() if not here.has_blob(blob))
         return here.used_bytes + coming - self.tier.options.capacity_bytes
-
-    @contextmanager
-    def _count(self, manifest: Manifest) -> Iterator[None]:
-        self._wanted.update(manifest.blobs)
-        try:
-            yield
-        finally:
-            self._wanted.subtract(manifest.blobs)
-            self._wanted = +self._wanted

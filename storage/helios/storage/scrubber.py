@@ -175,7 +175,9 @@ class Scrubber:
         try:
             users = {r.revision for r in tier.inventory.revisions() if blob in r.manifest.blobs}
             is_lent = not users.isdisjoint(room.kept()) or blob in room.wanted()
-            is_healed = is_lent and await self._replace(room, blob)
+            with room.keep([blob]):
+                # Its last lease may end meanwhile; an eviction would take the file that is about to come.
+                is_healed = is_lent and await self._replace(room, blob)
             if not is_healed:
                 await self._end_leases(room, users)
                 with contextlib.suppress(Unavailable):

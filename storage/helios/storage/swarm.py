@@ -18,7 +18,7 @@ from helios.mesh.transfer.source import ChunkMismatch, Interrupted, RangeSource,
 log = structlog.get_logger()
 
 _MAX_FAILURES: Final = 3
-"""In a row; then a source is dropped for the rest of the transfer."""
+"""In a row, each after a rest; then a source is dropped for the rest of the transfer."""
 
 _REST_SECONDS: Final = 0.5
 """After a first failure; twice as long after each further one."""
@@ -65,10 +65,15 @@ class SourceBook:
         """Notes a failure; returns whether the source is dropped for it."""
         standing = self._standings[index]
         standing.reads -= 1
+        if now < standing.rests_until:
+            # Several reads were under way when it failed, or it is all that is left: that is one failure.
+            return False
         standing.failures += 1
         standing.rests_until = now + _REST_SECONDS * 2.0 ** (standing.failures - 1)
-        standing.is_dropped = standing.is_dropped or standing.failures >= _MAX_FAILURES
-        return standing.is_dropped
+        if standing.is_dropped or standing.failures < _MAX_FAILURES:
+            return False
+        standing.is_dropped = True
+        return True
 
     def lied(self, index: int) -> None:
         """Its bytes were wrong, or it does not have what it said it had: it is dropped."""
