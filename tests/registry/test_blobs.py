@@ -7,6 +7,7 @@ import resource
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from helios.mesh.errors import Conflict, DigestMismatch, DiskFull
 from helios.registry.blobs import Blobs
 from helios.registry.directory_store import DirectoryStore
 from helios.registry.hashing import BUFFER_BYTES
+from helios.registry.offload import Stop
 from tests.registry.tiny import sha256
 
 
@@ -64,6 +66,19 @@ def largest_file(size_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_sweep_leaves_what_is_being_stored(directory: DirectoryStore, source: Path, tmp_path: Path) -> None:
+    # It was written long ago, as far as the file system knows: a download that is stored by a move.
+    os.utime(source, (0, 0))
+    left = tmp_path / "blobs" / "tmp" / "left"
+    left.write_bytes(b"by a crash")
+    content = source.read_bytes()
+    with directory.stage(source, is_owned=True, on_bytes=ignore, stop=Stop()) as staged:
+        assert directory.sweep(before=datetime.now(UTC) + timedelta(hours=1)) == 1
+        staged.commit(ignore, Stop())
+    assert directory.path(staged.digest.hash).read_bytes() == content
+    assert not left.exists()
 
 
 async def test_stores_a_file_once(store: Blobs, source: Path) -> None:

@@ -44,6 +44,8 @@ class DirectoryStore:
         self._root = root
         self._directory = root / "sha256"
         self._temporary = root / "tmp"
+        # What is being staged now: a file that was moved here keeps the time at which it was written.
+        self._staging: set[Path] = set()
 
     @property
     def url(self) -> str:
@@ -97,6 +99,7 @@ class DirectoryStore:
     def stage(self, source: Path, *, is_owned: bool, on_bytes: OnBytes, stop: offload.Stop) -> Iterator[Staged]:
         """Yields a copy of a file, or the file itself where it is owned, complete on disk under a temporary name."""
         temporary = self._temporary / secrets.token_hex(16)
+        self._staging.add(temporary)
         try:
             try:
                 digest = _fill(source, temporary, is_owned, on_bytes, stop)
@@ -105,6 +108,7 @@ class DirectoryStore:
             yield _StagedFile(digest, temporary, self.path(digest.hash))
         finally:
             temporary.unlink(missing_ok=True)
+            self._staging.discard(temporary)
 
     def size(self, hash_: str) -> int:
         """Returns a blob's size, -1 if it is not there."""
@@ -132,8 +136,9 @@ class DirectoryStore:
             self.path(value).unlink(missing_ok=True)
 
     def sweep(self, *, before: datetime, is_dry_run: bool = False) -> int:
-        """Removes temporary files that were last written before this moment."""
-        stale = [path for path in _files(self._temporary) if _written_at(path) < before]
+        """Removes temporary files that were last written before this moment, but for those that are in use."""
+        found = [path for path in _files(self._temporary) if path not in self._staging]
+        stale = [path for path in found if _written_at(path) < before]
         if not is_dry_run:
             for path in stale:
                 path.unlink(missing_ok=True)
