@@ -13,7 +13,7 @@ from helios.storage.file_system import LocalFileSystem
 from helios.storage.materializer import Materializer
 from helios.storage.tiers import TierKind, TierOptions
 from tests.storage.harness import Shelf, make_shelf
-from tests.storage.local import check_consistent, lend, local_agent, tiers_of, use
+from tests.storage.local import SetClock, check_consistent, lend, local_agent, tiers_of, use
 from tests.storage.test_moves import flip
 
 SHARED, OLD, NEW = b"shared" * 500, b"old" * 700, b"new" * 900
@@ -169,3 +169,28 @@ async def test_a_view_that_could_not_be_removed_is_not_taken_for_a_new_one(scrat
         store.files = working
         assert agent.residency() == []
         assert ((await lend(agent, revision)).path / "new").read_bytes() == NEW
+
+
+@pytest.mark.parametrize("error", [DiskFull("full"), Unavailable("read-only", reason="TIER_FAILED")])
+async def test_a_disk_that_takes_no_renewal_ends_no_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    shelf, clock = make_shelf(tmp_path / "shelf"), SetClock()
+    revision = shelf.add({"old": OLD})
+    async with local_agent(tmp_path, shelf, clock=clock) as agent:
+        loan = await lend(agent, revision)
+
+        def refuse(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr("helios.storage.index.Index.put_lease", refuse)
+        clock.advance(10)
+        renewed = await agent.renew(loan.lease.id)
+        assert renewed.ends_at > loan.lease.ends_at
+        clock.advance(10)
+        resumed = await agent.materialize(revision, holder="test", ttl=None, lease_id=loan.lease.id)
+        assert resumed.path == loan.path
+        assert resumed.lease.ends_at > renewed.ends_at
+        with pytest.raises(type(error)):
+            await lend(agent, revision)
+        assert agent.residency()[0].lease_count == 1

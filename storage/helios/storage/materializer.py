@@ -135,9 +135,8 @@ class Materializer:
         check_ttl(ttl)
         if lease_id:
             lease = self._leases.resume(lease_id, revision, ttl=ttl, now=self._clock())
-            tier = self._room(lease.tier).tier
-            await tier.put_lease(lease)
-            return Loan(lease, tier.view_path(revision), 0)
+            await self._persist_renewal(lease)
+            return Loan(lease, self._room(lease.tier).tier.view_path(revision), 0)
         with self._hold(revision):
             fetched_bytes = 0
             room = await self._find_good(revision)
@@ -163,7 +162,7 @@ class Materializer:
             NotFound: LEASE_NOT_FOUND.
         """
         lease = self._leases.renew(lease_id, self._clock())
-        await self._room(lease.tier).tier.put_lease(lease)
+        await self._persist_renewal(lease)
         return lease
 
     async def release(self, lease_id: str) -> None:
@@ -279,6 +278,13 @@ class Materializer:
             raise
         self._show()
         return lease
+
+    async def _persist_renewal(self, lease: Lease) -> None:
+        """Writes a lease's new end; a disk that is full or read-only costs it a restart of the agent, not its life."""
+        try:
+            await self._room(lease.tier).tier.put_lease(lease)
+        except (DiskFull, Unavailable) as error:
+            log.warning("renewal not persisted", tier=lease.tier, reason=error.reason, error=error.message)
 
     async def _forget(self, ended: list[Lease]) -> None:
         now = self._clock()
