@@ -194,3 +194,24 @@ async def test_a_disk_that_takes_no_renewal_ends_no_lease(
         with pytest.raises(type(error)):
             await lend(agent, revision)
         assert agent.residency()[0].lease_count == 1
+
+
+async def test_a_blob_that_can_not_be_read_is_no_reason_against_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = make_shelf(tmp_path / "shelf")
+    revision = shelf.add({"old": OLD})
+    async with local_agent(tmp_path, shelf) as agent:
+        await use(agent, revision)
+        index = agent.rooms[0].tier.store.root / "index.db"
+    index.unlink()
+
+    def refuse(_: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("helios.storage.blob_store.hash_file", refuse)
+        async with local_agent(tmp_path, shelf) as agent:
+            assert agent.rooms[0].tier.inventory.blobs() == []
+            await use(agent, revision)
+            check_consistent(agent)

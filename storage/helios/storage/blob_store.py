@@ -237,7 +237,7 @@ class BlobStore:
             digest = known.get(path.name)
             size = path.lstat().st_size
             is_good = digest is not None and size == digest.size_bytes and not path.is_symlink()
-            if not is_good and digest is None and self._is_named_right(path) and hash_file(path) == path.name:
+            if not is_good and digest is None and self._is_named_right(path) and _has_its_hash(path):
                 # What is in memory was verified; the index must not outlive bytes that never reached the disk.
                 self._set_mode(path)
                 self.files.sync_directory(path.parent)
@@ -319,6 +319,16 @@ def hash_file(path: Path) -> str:
     """The sha256 of a file, in lower-case hexadecimal."""
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _has_its_hash(path: Path) -> bool:
+    try:
+        return hash_file(path) == path.name
+    except OSError as error:
+        # A sector that can't be read is a bad blob, and no reason against a start.
+        if error.errno != errno.EIO:
+            raise
+        return False
 
 
 def digest_mismatch(digest: Digest, *, actual_hash: str, actual_bytes: int) -> DigestMismatch:

@@ -18,7 +18,6 @@ from helios.mesh.errors import (
     Unavailable,
 )
 from helios.mesh.transfer.engine import Downloader
-from helios.mesh.transfer.files import FileSource
 from helios.mesh.transfer.gate import DownloadGate, Priority
 from helios.mesh.transfer.http import HttpSource
 from helios.mesh.transfer.journal import journal_path
@@ -48,7 +47,7 @@ def server() -> Iterator[BlobServer]:
         yield blob
 
 
-def _fetch(source: HttpSource | FileSource, target: Path, wanted: Wanted = WANTED, **fields: object) -> object:
+def _fetch(source: HttpSource, target: Path, wanted: Wanted = WANTED, **fields: object) -> object:
     return Downloader(OPTIONS).fetch(Transfer(source, target, wanted, **fields))  # type: ignore[arg-type]
 
 
@@ -103,14 +102,6 @@ def test_a_server_without_ranges_is_read_as_a_whole(tmp_path: Path) -> None:
     with serve_blob(CONTENT, is_ranged=False) as blob:
         result = Downloader(OPTIONS).fetch(Transfer(HttpSource(blob.url), tmp_path / "blob", WANTED))
     assert result.sha256 == SHA256
-
-
-def test_a_file_is_a_source(tmp_path: Path) -> None:
-    (tmp_path / "source").write_bytes(CONTENT)
-    result = Downloader(OPTIONS).fetch(Transfer(FileSource(tmp_path / "source"), tmp_path / "blob", WANTED))
-    assert result.sha256 == SHA256
-    with pytest.raises(BlobNotFound):
-        Downloader(OPTIONS).fetch(Transfer(FileSource(tmp_path / "nothing"), tmp_path / "other", WANTED))
 
 
 @pytest.mark.parametrize(
