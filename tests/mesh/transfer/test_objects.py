@@ -49,6 +49,13 @@ def test_an_object_that_is_replaced_is_not_mixed() -> None:
         source.read(state, 0, 10, lambda _: None)
 
 
+def test_an_option_that_makes_no_sense_is_not_quoted() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        open_object_store("gs://bucket", options={"google_service_account_key": '"secret"'})
+    assert "secret" not in str(caught.value)
+    assert caught.value.__suppress_context__, "a log would have the cause's text"
+
+
 def test_errors_are_the_meshs() -> None:
     with pytest.raises(BlobNotFound):
         ObjectSource(MemoryStore(), "nothing").describe()

@@ -99,9 +99,12 @@ def open_object_store(
         config: Any = {name: value for name, value in given.items() if not name.endswith(_ALLOW_HTTP)}
         return from_url(url, config=config, client_options=client_options, retry_config=retry)
     except (exceptions.BaseError, ValueError, TypeError) as error:
+        # Its text quotes options, a malformed key of a service account for one.
         raise InvalidRequest(
-            f"the object store can't be opened: {error}", reason="INVALID_LOCATION", metadata={"url": url[:200]}
-        ) from error
+            f"the object store can't be opened, its URL or options make no sense ({type(error).__name__})",
+            reason="INVALID_LOCATION",
+            metadata={"url": url[:200]},
+        ) from None
 
 
 def error_of_object(error: Exception, path: str) -> HeliosError:
