@@ -1,19 +1,20 @@
 """Chunk indexes in SQL: one row a blob, packed, because an index is read whole and never searched."""
 
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from sqlalchemy import select
 
 from helios.mesh.errors import NotFound
+from helios.registry import offload
 from helios.registry.database import Database, upsert
 from helios.registry.tables import blobs, chunk_indexes
 
 BLAKE3_BYTES: Final = 32
-# SQLite takes 32,766 variables in a statement.
-_BATCH: Final = 1_000
+# Indexes in memory at once: of large blobs some hundred kilobytes each.
+_BATCH: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +56,8 @@ class ChunkStore:
             wanted.setdefault(key, []).append(number)
         copies: list[ChunkCopy] = []
         for start in range(0, len(among), _BATCH):
-            for blob, other in (await self._load(among[start : start + _BATCH])).items():
-                offset = 0
-                for key in zip(other.hashes, other.lengths, strict=True):
-                    copies += [ChunkCopy(number, blob, offset) for number in wanted.pop(key, ())]
-                    offset += key[1]
+            others = await self._load(among[start : start + _BATCH])
+            copies += await offload.run(lambda _, others=others: _take_copies(wanted, others))  # type: ignore[misc]
         return sorted(copies, key=lambda copy: copy.index)
 
     async def put(self, blob: str, index: ChunkIndex) -> None:
@@ -88,7 +86,18 @@ class ChunkStore:
         query = select(chunk_indexes).where(chunk_indexes.c.blob.in_(hashes))
         async with self._database.snapshot() as connection:
             rows = (await connection.execute(query)).all()
-        return {row.blob: _unpack(row.lengths, row.blake3) for row in rows}
+        return await offload.run(lambda _: {row.blob: _unpack(row.lengths, row.blake3) for row in rows})
+
+
+def _take_copies(wanted: dict[tuple[bytes, int], list[int]], others: Mapping[str, ChunkIndex]) -> list[ChunkCopy]:
+    """Returns where wanted chunks are in other blobs, and takes those out that were found."""
+    copies: list[ChunkCopy] = []
+    for blob, other in others.items():
+        offset = 0
+        for key in zip(other.hashes, other.lengths, strict=True):
+            copies += [ChunkCopy(number, blob, offset) for number in wanted.pop(key, ())]
+            offset += key[1]
+    return copies
 
 
 def _unpack(lengths: bytes, hashes: bytes) -> ChunkIndex:
