@@ -250,15 +250,15 @@ class BlobFetcher:
             told_bytes = progress.done_bytes
 
         try:
-            path, fetched = self._partial.fetch(
+            with self._partial.fetch(
                 self._downloader,
                 blob.source,
                 digest,
                 check=lambda: token.advance(0),
                 on_progress=tell,
                 part_lengths=blob.part_lengths,
-            )
-            self._store.commit(path, digest, fetched.sha256)
+            ) as (path, fetched):
+                self._store.commit(path, digest, fetched.sha256)
         except BlobNotFound as error:
             raise _source_error(FileNotFoundError(), digest) from error
         except OSError as error:

@@ -10,8 +10,8 @@ none). What nobody has gone on with for a day goes with the next fetch, and at o
 
 import errno
 import time
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -41,6 +41,7 @@ class PartialFiles:
         self._files = files
         self._in_use: set[str] = set()
 
+    @contextmanager
     def fetch(
         self,
         downloader: Downloader,
@@ -50,8 +51,9 @@ class PartialFiles:
         check: Callable[[], None],
         on_progress: Callable[[TransferProgress], None],
         part_lengths: tuple[int, ...] = (),
-    ) -> tuple[Path, Transferred]:
-        """Fetches a blob, or what is missing of it; returns a file that is whole, verified and synced.
+    ) -> Iterator[tuple[Path, Transferred]]:
+        """Fetches a blob, or what is missing of it; gives a file that is whole, verified and synced, the caller's to
+        rename within the block: afterwards it may go.
 
         Raises:
             HeliosError: As `Downloader.fetch`.
@@ -70,12 +72,14 @@ class PartialFiles:
         )
         self._in_use.add(digest.hash)
         try:
-            return target, downloader.fetch(order)
-        except OSError as error:
-            # Others' beginnings are worth less than this blob.
-            if error.errno not in _NO_ROOM or not self.tidy(0.0):
-                raise
-            return target, downloader.fetch(order)
+            try:
+                fetched = downloader.fetch(order)
+            except OSError as error:
+                # Others' beginnings are worth less than this blob.
+                if error.errno not in _NO_ROOM or not self.tidy(0.0):
+                    raise
+                fetched = downloader.fetch(order)
+            yield target, fetched
         finally:
             self._in_use.discard(digest.hash)
 
