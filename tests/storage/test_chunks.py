@@ -14,7 +14,7 @@ from helios.mesh.transfer.engine import Downloader
 from helios.mesh.transfer.machine import RetryPolicy
 from helios.mesh.transfer.order import Transfer, TransferOptions, Wanted
 from helios.mesh.transfer.source import ChunkMismatch, RangeSource, Sink, SourceState
-from helios.storage.chunk_index import ChunkIndex, find_copies
+from helios.storage.chunk_index import ChunkIndex
 from helios.storage.swarm import Member, SourceBook, Swarm
 from helios.storage.verified_source import LocalFirst, VerifiedSource
 from tests.storage.harness import digest_of
@@ -139,10 +139,7 @@ def test_a_fine_tune_fetches_only_what_its_base_does_not_have(tmp_path: Path) ->
     base = bytearray(CONTENT)
     base[5 * CHUNK : 7 * CHUNK] = bytes(2 * CHUNK)
     (tmp_path / "base").write_bytes(base)
-    copies = {
-        hash_: (tmp_path / name, offset)
-        for hash_, (name, offset) in find_copies(INDEX, {"base": index_of(bytes(base))}).items()
-    }
+    copies = {chunk.blake3: (tmp_path / "base", chunk.offset) for chunk in index_of(bytes(base)).chunks}
     remote = Bytes()
     source = LocalFirst(VerifiedSource(remote, INDEX), INDEX, copies)
     _fetch(source, tmp_path / "blob")

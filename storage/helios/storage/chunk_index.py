@@ -4,7 +4,7 @@ With an index a chunk is worth something before the whole blob is there: it may 
 be copied from another blob of this node. The blob's sha256 stays its identity, and is checked in the end all the same.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -62,14 +62,3 @@ class ChunkIndex:
             yield chunk
             offset, index = chunk.offset + chunk.length, index + 1
         assert offset == end, "a range holds whole chunks"
-
-
-def find_copies(wanted: ChunkIndex, others: Mapping[str, ChunkIndex]) -> dict[bytes, tuple[str, int]]:
-    """Where chunks are found in other blobs: by BLAKE3, the other blob's hash and the offset in it."""
-    needed = {chunk.blake3: chunk.length for chunk in wanted.chunks}
-    copies: dict[bytes, tuple[str, int]] = {}
-    for hash_, index in others.items():
-        for chunk in index.chunks:
-            if needed.get(chunk.blake3) == chunk.length:
-                copies.setdefault(chunk.blake3, (hash_, chunk.offset))
-    return copies

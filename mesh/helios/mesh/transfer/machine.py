@@ -10,7 +10,7 @@ order behind them is then still in memory. Nothing here knows threads, clocks or
 """
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -191,10 +191,6 @@ class TransferMachine:
         if retry_after_seconds:
             self._not_before = max(self._not_before, now + retry_after_seconds)
         return True
-
-    def missing(self) -> Iterator[Chunk]:
-        """The chunks that are not written."""
-        return (chunk for chunk in self._chunks if self._states[chunk.index] is not ChunkState.WRITTEN)
 
     @property
     def _size_bytes(self) -> int:
