@@ -22,6 +22,7 @@ from helios.mesh.errors import (
 from helios.registry.catalog import Catalog
 from helios.registry.client import (
     Cause,
+    EngineSettings,
     Event,
     EventKind,
     EventsMissed,
@@ -153,6 +154,17 @@ async def test_calls_of_the_registry_are_refused_when_stale_and_made_once(
     assert used.value.reason == "MODEL_IN_USE"
     await registry.delete_model("org/m", is_forced=True)
     assert await registry.list_models() == ()
+
+
+async def test_settings_that_another_has_changed_meanwhile_are_not_replaced(registry: RegistryClient) -> None:
+    seen = await registry.get_model("org/m")
+    first = EngineSettings('{"max_context_tokens": 1024}')
+    changed = await registry.update_engine_settings("org/m", first, expected_version=seen.version)
+    with pytest.raises(Conflict) as caught:
+        await registry.update_engine_settings("org/m", EngineSettings(), expected_version=seen.version)
+    assert caught.value.reason == "STALE_VERSION"
+    assert (await registry.get_model("org/m")).engine_settings == first
+    await registry.update_engine_settings("org/m", EngineSettings(), expected_version=changed.version)
 
 
 async def test_an_ingest_can_leave_alone_what_is_served(

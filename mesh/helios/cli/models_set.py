@@ -22,7 +22,8 @@ async def models_set(
         model = await registry.get_model(name)
         if assignments or removals:
             settings = engine_settings.change(settings_of(model), assignments, removals)
-            model = await registry.update_engine_settings(model.name, _kept(settings))
+            # They are replaced as a whole: what another person has set meanwhile would be gone.
+            model = await registry.update_engine_settings(model.name, _kept(settings), expected_version=model.version)
     for key, value in engine_settings.flatten(settings_of(model)).items():
         console.print(f"{key}={value}", markup=False, highlight=False, soft_wrap=True)
     if assignments or removals:

@@ -155,9 +155,17 @@ class RegistryClient:
         response = await _call(stub.UpdatePolicy(request, timeout=RESTART_SECONDS, wait_for_ready=True))
         return wire.model_from_proto(response.model)
 
-    async def update_engine_settings(self, name: str, settings: EngineSettings) -> Model:
-        """Replaces a model's engine settings. Raises ModelNotFound, InvalidRequest (INVALID_ENGINE_SETTINGS)."""
-        request = pb.UpdateEngineSettingsRequest(name=name, settings=wire.engine_settings_to_proto(settings))
+    async def update_engine_settings(self, name: str, settings: EngineSettings, *, expected_version: int = 0) -> Model:
+        """Replaces a model's engine settings.
+
+        Raises:
+            ModelNotFound: No such model.
+            InvalidRequest: INVALID_ENGINE_SETTINGS.
+            Conflict: STALE_VERSION, the model does not have the expected version, if one is given, any more.
+        """
+        request = pb.UpdateEngineSettingsRequest(
+            name=name, settings=wire.engine_settings_to_proto(settings), expected_version=expected_version
+        )
         response = await _call(self._stub().UpdateEngineSettings(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
