@@ -33,11 +33,14 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL_DIRECTORY = ROOT / "build" / "models" / "smollm2-135m-instruct"
 # Whole files of tests that start heavy processes one after another, or move large bodies; `make check` leaves them out.
 SLOW_FILES = (
+    "mesh/cli/test_stopping.py",
     "proxy/test_gateway.py",
     "proxy/test_main.py",
     "proxy/test_process.py",
     "registry/test_convert.py",
     "registry/test_process.py",
+    "registry/test_pull.py",
+    "registry/test_pull_places.py",
     "storage/test_agent_process.py",
     "wire/test_changes.py",
     "wire/test_large_bodies.py",
