@@ -33,8 +33,8 @@ up: setup ## Start the whole mesh on this machine; ARGS="--detach" and so on are
 
 test: setup node debian ## Everything CI runs: static checks, then all tests with real processes and the real model
 	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target --keep-going static
-	@$(MAKE) --no-print-directory light
-	@$(PYTEST) -m "$(HEAVY)" --junit-xml=build/junit.xml $(ARGS) $(OR_NONE)
+	@lights=0; $(MAKE) --no-print-directory light || lights=$$?; \
+	  { $(PYTEST) -m "$(HEAVY)" --junit-xml=build/junit.xml $(ARGS) $(OR_NONE); } && exit $$lights
 
 # The tests first: they wait about as much as they compute, and the static checks take what they leave.
 check: setup ## Static checks and the fast tests
