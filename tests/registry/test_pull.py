@@ -547,7 +547,7 @@ async def test_the_command_says_how_far_it_is_and_when_it_will_be_done(
                 yield dialer
 
         monkeypatch.setattr(models_add, "open_admin", open_admin)
-        wanted = models_add.Addition("", "hf:org/m", "main", exclude=("README.md",))
+        wanted = models_add.Addition(None, "hf:org/m", "main", exclude=("README.md",))
         await models_add.models_add(StateDirectory(place.root), Console(file=output), wanted, is_json=True)
     documents = [json.loads(line) for line in output.getvalue().splitlines()]
     done = documents[-1]["done"]

@@ -164,7 +164,9 @@ def models_pull(  # noqa: PLR0913 - one for each option
     ],
     state_dir: StateOption,
     *,
-    name: Annotated[str, typer.Option(help="Name that requests will use. Default: the last part of the source.")] = "",
+    name: Annotated[
+        str | None, typer.Option(help="Name that requests will use. Default: the last part of the source.")
+    ] = None,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of a hub; tag of an OCI registry.")] = "",
     include: Annotated[
         list[str] | None, typer.Option(help="Only files that match, such as '*Q8_0.gguf'. May be repeated.")

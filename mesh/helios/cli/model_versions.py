@@ -85,6 +85,10 @@ async def pin(
 async def remove(state: StateDirectory, console: Console, reference: str, *, is_forced: bool, is_json: bool) -> None:
     """Removes a model, or one revision of it where its digest is named."""
     name, mark, _ = reference.partition("@")
+    if mark and is_forced:
+        raise InvalidRequest(
+            "--force is for whole models; take the revision's tag or pin back", reason="INVALID_ARGUMENT"
+        )
     async with open_admin(state) as dialer:
         if mark:
             _, freed = await VersionClient(dialer).delete_revision(reference, request_id=uuid4().hex)

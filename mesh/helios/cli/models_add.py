@@ -31,7 +31,7 @@ class Addition:
     """What is to be added.
 
     Attributes:
-        name: Name of the model; empty: taken from the source.
+        name: Name of the model; None: taken from the source.
         source: A path of this machine, ``embedded:NAME``, or any other source.
         revision: Branch, tag or commit of a hub's repository, tag of an OCI registry's.
         assignments: ``FIELD=VALUE`` of engine settings.
@@ -39,7 +39,7 @@ class Addition:
         keep_served: A model that exists goes on serving what it serves.
     """
 
-    name: str
+    name: str | None
     source: str
     revision: str = ""
     aliases: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ async def models_add(state: StateDirectory, console: Console, wanted: Addition, 
     goes on with it.
     """
     source = resolve(wanted)
-    name = wanted.name or suggest_name(source)
+    name = suggest_name(source) if wanted.name is None else wanted.name
     async with open_admin(state) as dialer:
         registry = RegistryClient(dialer)
         settings = await changed_settings(registry, name, wanted.assignments) if wanted.assignments else None
