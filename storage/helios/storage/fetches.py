@@ -69,6 +69,11 @@ class Fetches:
         self._fetching: dict[str, tuple[Manifest, Room]] = {}
         self._counts = _ByteCounts()
 
+    @property
+    def is_fetching(self) -> bool:
+        """Whether somebody waits for bytes."""
+        return bool(self._fetching)
+
     async def bring(self, revision: str) -> int:
         """Has a revision be resident in a disk tier; returns the bytes that were fetched for it.
 

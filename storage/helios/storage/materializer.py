@@ -112,6 +112,7 @@ class Materializer:
             hold=self._hold,
             busy=self._busy_revisions,
             suspect=self.scrubber.scrub_one,
+            is_fetching=lambda: self._fetches.is_fetching,
             clock=clock,
             forecast=upkeep.forecast,
         )

@@ -51,12 +51,14 @@ class Mover:
         hold: Callable[[str], AbstractContextManager[None]],
         busy: Callable[[], set[str]],
         suspect: Callable[[Room, Digest], Awaitable[object]],
+        is_fetching: Callable[[], bool],
         clock: Clock,
         forecast: Forecast = no_forecast,
     ) -> None:
-        """Takes what keeps a revision in all tiers for a block, which ones are lent or wanted, and who looks at a blob
-        that a move found bad.
+        """Takes what keeps a revision in all tiers for a block, which ones are lent or wanted, who looks at a blob
+        that a move found bad, and whether somebody waits for bytes, who has the disks then.
         """
+        self._is_fetching = is_fetching
         self._rooms = rooms
         self._suspect = suspect
         # Revisions that could not be moved, and until when they are left alone.
@@ -83,7 +85,7 @@ class Mover:
         """
         for room in self._rooms:
             await self._relieve(room)
-        while await self._promote_one():
+        while not self._is_fetching() and await self._promote_one():
             pass
 
     async def cancel(self, revision: str | None = None) -> None:
@@ -100,11 +102,11 @@ class Mover:
             return
         # What only borrows its bytes frees nothing.
         borrowed = await tier.borrowed_revisions()
-        plan = room.plan(excess)
+        plan = room.plan(excess, spared=borrowed)
         await tier.drop(partial(self._plan_strays, room, plan), EvictionReason.WATER_MARK)
         for revision in plan.revisions:
             resident = tier.inventory.find(revision)
-            if resident is None or revision in borrowed:
+            if resident is None:
                 continue
             is_lower = any(other.tier.inventory.find(revision) for other in slower)
             if not is_lower and not await self._demote(resident, room, slower):

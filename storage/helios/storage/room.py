@@ -5,7 +5,7 @@ From the moment a revision is wanted here until it is resident, its bytes count 
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 from helios.mesh.errors import DiskFull
@@ -75,11 +75,10 @@ class Room:
         plan = await self.tier.drop(lambda: self.plan(needed_bytes), reason)
         return plan.freed_bytes
 
-    def plan(self, needed_bytes: int) -> EvictionPlan:
-        """Plans to give up what is worth least."""
-        return plan_eviction(
-            self.tier.inventory, needed_bytes, held=self.kept(), keep=self.wanted(), forecast=self._forecast
-        )
+    def plan(self, needed_bytes: int, *, spared: Collection[str] = ()) -> EvictionPlan:
+        """Plans to give up what is worth least, and none of the revisions that are spared."""
+        held = self.kept().union(spared)
+        return plan_eviction(self.tier.inventory, needed_bytes, held=held, keep=self.wanted(), forecast=self._forecast)
 
     async def drop_leftovers(self, manifest: Manifest) -> None:
         """Drops what a failed fetch brought, unless somebody else wants it."""

@@ -8,10 +8,11 @@ hold a task group across its yields.
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import grpc.aio
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from helios.api.storage.v1 import storage_service_pb2 as pb
@@ -266,13 +267,21 @@ def event_from_proto(request: pb.MaterializeRequest) -> Event:
     match request.WhichOneof("message"):
         case "want":
             want = request.want
-            ttl = want.ttl.ToTimedelta() if want.HasField("ttl") else None
+            ttl = _ttl_from_proto(want.ttl) if want.HasField("ttl") else None
             return Want(want.revision, ttl, want.lease_id, want.holder[:_MAX_HOLDER_CHARACTERS])
         case "renew":
             return Renew()
         case "release":
             return Release()
     return Failed(InvalidRequest("the message is empty, or of a newer version", reason="WANT_EXPECTED"))
+
+
+def _ttl_from_proto(ttl: Duration) -> timedelta:
+    try:
+        return ttl.ToTimedelta()
+    except OverflowError:
+        # Out of bounds, which is said where bounds are checked.
+        return timedelta.max
 
 
 def ready_to_proto(loan: Loan) -> pb.Ready:

@@ -124,8 +124,12 @@ class HttpSource:
                 return answer
             location = answer.response.getheader("Location", "")
             self._connections.give_back(answer)
-            url = urljoin(url, location)
-            _split(url)
+            try:
+                url = urljoin(url, location)
+                # Asking for the port looks whether it is one.
+                _ = _split(url).port
+            except ValueError as error:
+                raise source_unavailable(f"{_shown(self._url)} redirects to what is no URL") from error
         raise source_unavailable(f"{_shown(self._url)} redirects without end")
 
     def _request_headers(self, url: str, first: int, last: int) -> dict[str, str]:
