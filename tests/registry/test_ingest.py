@@ -308,6 +308,15 @@ async def test_ingests_are_bounded(tmp_path: Path, gguf_file: Path) -> None:
         assert caught.value.retry_after_seconds
 
 
+SHARED_SERVERS = ("weed", "postgres", "setpriv")
+
+
+def converters() -> list[psutil.Process]:
+    """This process's converters and their children; it also has servers that other tests share."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.is_running() and child.name() not in SHARED_SERVERS]
+
+
 async def test_leaving_during_a_conversion_kills_its_whole_process_group(tmp_path: Path, gguf_file: Path) -> None:
     source = tmp_path / "slow.gguf"
     source.write_bytes(gguf_file.read_bytes())
@@ -317,11 +326,11 @@ async def test_leaving_during_a_conversion_kills_its_whole_process_group(tmp_pat
             async for _ in events:
                 if pids.exists() and pids.read_text():
                     break
-                if not psutil.Process().children():
+                if not converters():
                     continue
                 await until(lambda: pids.exists() and pids.read_text())
                 break
-        assert psutil.Process().children(recursive=True) == []
+        assert converters() == []
         grandchild = json.loads(pids.read_text())[0]
         await until(lambda: not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == "zombie")
         await assert_nothing_left(parts)
@@ -336,7 +345,7 @@ async def test_a_conversion_that_takes_too_long_is_killed(tmp_path: Path, gguf_f
         with pytest.raises(DeadlineExceeded) as caught:
             await parts.ingest("m", source)
         assert caught.value.reason == "CONVERSION_TIMEOUT"
-        assert psutil.Process().children() == []
+        assert converters() == []
         await assert_nothing_left(parts)
 
 
@@ -369,7 +378,7 @@ async def test_stopping_the_registry_ends_its_ingests(tmp_path: Path, gguf_file:
         group.create_task(ingest(parts), name="ingest")
         await until(lambda: source.with_suffix(".pids").exists())
     assert len(caught) == 1
-    assert psutil.Process().children() == []
+    assert converters() == []
     assert parts.files() == set()
 
 

@@ -1,6 +1,8 @@
 """``python -m helios.registry``: the composition root of the registry process."""
 
+import asyncio
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
 
@@ -51,6 +53,9 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
     """
     # Credentials of clouds, by the names that their own tools have; obstore reads them there, too.
     environment = dict(os.environ)  # noqa: TID251
+    # Downloads hold threads for hours; what a start asks for must not wait for them.
+    threads = ThreadPoolExecutor(16 + settings.ingest.max_concurrent, thread_name_prefix="work")
+    asyncio.get_running_loop().set_default_executor(threads)
     async with AsyncExitStack() as stack:
         state = stack.enter_context(StateDirectory(settings.state_directory).owned())
         url = settings.database_url.get_secret_value()

@@ -20,8 +20,8 @@ VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
 POLICY: Final = {
     SERVICE: frozenset({"storage", "proxy", "admin-edge"}),
     ARTIFACT_SERVICE: frozenset({"worker", "admin-edge"}),
-    # A proxy resolves the references that requests name.
     CHUNK_SERVICE: frozenset({"storage"}),
+    # A proxy resolves the references that requests name.
     VERSION_SERVICE: frozenset({"proxy", "storage", "admin-edge"}),
 }
 

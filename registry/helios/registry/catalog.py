@@ -198,7 +198,7 @@ class Catalog:
         try:
             referenced = await self.store.referenced_blobs()
             gone = await self.blobs.collect(candidates.keys() - referenced.keys(), self.store.referenced_blobs)
-        except Unavailable as error:
+        except (Unavailable, OSError) as error:
             log.warning("blobs are left for the next collection", count=len(candidates), error=str(error))
             return 0
         return sum(candidates[value] for value in gone)

@@ -62,9 +62,9 @@ class Collector:
             await asyncio.sleep(self._settings.interval_seconds)
             try:
                 await self.collect()
-            except HeliosError as error:
+            except (HeliosError, OSError) as error:
                 # The next time finds what this one left.
-                log.warning("collection failed", reason=error.reason, error=str(error))
+                log.warning("collection failed", reason=getattr(error, "reason", "DISK"), error=str(error))
 
     @property
     def _grace(self) -> timedelta:

@@ -94,8 +94,8 @@ class Downloads:
         now = datetime.now(UTC).timestamp()
         for path in self._directory.iterdir():
             key = path.name.partition(".")[0]
-            # An ingest that ends at this moment moves its own away.
-            with suppress(FileNotFoundError):
+            # An ingest that ends at this moment moves its own away; a disk that fails is for who needs it to say.
+            with suppress(OSError):
                 if key not in self._users and path.stat().st_mtime <= now - age_seconds:
                     path.unlink()
                     log.info("unfinished download removed", file=path.name)
@@ -264,6 +264,6 @@ def _key(file: RemoteFile) -> str:
 
 def _allocated_bytes(path: Path) -> int:
     try:
-        return path.stat().st_blocks * _BLOCK_BYTES if journal_path(path).exists() else 0
+        return path.stat().st_blocks * _BLOCK_BYTES
     except FileNotFoundError:
         return 0

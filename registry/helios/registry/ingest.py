@@ -22,7 +22,15 @@ from typing import Final, Self
 
 import structlog
 
-from helios.mesh.errors import Conflict, Draining, HeliosError, InvalidRequest, ModelNotFound, Overloaded
+from helios.mesh.errors import (
+    Conflict,
+    Draining,
+    HeliosError,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    RevisionNotFound,
+)
 from helios.registry import metrics, offload
 from helios.registry.blobs import Hold
 from helios.registry.catalog import Catalog
@@ -250,7 +258,11 @@ class _Ingest:
         digest = await self._catalog.store.find_conversion(*converted_from)
         if digest is None:
             return None
-        manifest, revision = await self._catalog.store.get_manifest(digest)
+        try:
+            manifest, revision = await self._catalog.store.get_manifest(digest)
+        except RevisionNotFound:
+            # Its model was deleted meanwhile.
+            return None
         if not await hold.take([entry.digest for entry in manifest.entries]):
             return None
         return NewRevision(manifest, revision.profile, source.origin, converted_from)

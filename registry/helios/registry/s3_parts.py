@@ -130,9 +130,9 @@ def _mapped() -> Iterator[None]:
     except ClientError as error:
         code = str(error.response.get("Error", {}).get("Code", ""))
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        if code == "NoSuchUpload":
+        if code in ("NoSuchUpload", "ConditionalRequestConflict"):
             raise UploadGone("the store knows the upload no more") from error
-        if code in ("PreconditionFailed", "ConditionalRequestConflict") or status == 412:
+        if code == "PreconditionFailed" or status == 412:
             raise _Exists from error
         raise (denied if status in _DENIED else unavailable)(code or f"HTTP {status}") from error
     except BotoCoreError as error:

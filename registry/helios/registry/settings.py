@@ -63,7 +63,8 @@ class BlobStoreSettings(BaseModel):
     request_seconds: float = Field(default=60.0, gt=0)
     """A request that takes longer has failed, and is tried again. 60: a part of 16 MiB at 0.3 MB/s."""
     retry_seconds: float = Field(default=60.0, ge=0)
-    """How long a request is tried again, with growing pauses, before the ingest fails. 60: a store that restarts."""
+    """How long a request other than an upload's is tried again, with growing pauses, before it fails. 60: a store that
+    restarts. Uploads are tried a few times, within seconds; the next ingest goes on with what arrived."""
 
 
 class CollectionSettings(BaseModel):

@@ -143,6 +143,9 @@ class RegistrySession:
     async def _check_spelled(self, model: Model) -> dict[str, Revision]:
         """Returns the references by digest that requests have used of a model, without those of deleted revisions."""
         spelled = self._spelled.get(model.name, {})
+        names = {model.name, *model.aliases}
+        for reference in [one for one in spelled if one.partition("@")[0] not in names]:
+            del spelled[reference]
         for digest in {revision.digest for revision in spelled.values()}:
             try:
                 await self._clients.versions.resolve(f"{model.name}@{digest}")

@@ -142,7 +142,9 @@ class PulledSource:
                 metadata={"param": "expected_sha256"},
             )
         stands_for = fingerprint(self._files)
-        return (stands_for, _CHOICE) if stands_for else None
+        # What was taken for an engine without a list was not held to one.
+        choice = f"{_CHOICE}-any" if self._is_any_architecture else _CHOICE
+        return (stands_for, choice) if stands_for else None
 
     async def files(self, workspace: Path, progress: ProgressLog) -> FileSet:
         """Probes the model, then fetches what the registry does not have."""
