@@ -31,7 +31,7 @@ setup: ## Create .venv and install everything that is locked (instant when nothi
 up: setup ## Start the whole mesh on this machine; ARGS="--detach" and so on are passed on
 	@$(BIN)/helios up $(ARGS)
 
-test: setup node debian ## Everything CI runs: static checks, then all tests with real processes and the real model
+test: setup node emulators debian ## Everything CI runs: static checks, then all tests with real processes and the real model
 	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target --keep-going static
 	@lights=0; $(MAKE) --no-print-directory light || lights=$$?; \
 	  { $(PYTEST) -m "$(HEAVY)" --junit-xml=build/junit.xml $(ARGS) $(OR_NONE); } && exit $$lights
