@@ -31,23 +31,44 @@ __all__ = ["azurite_bucket", "azurite_server", "seaweedfs_bucket", "seaweedfs_se
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_DIRECTORY = ROOT / "build" / "models" / "smollm2-135m-instruct"
-# Whole files of tests that start heavy processes one after another, or move large bodies; `make check` leaves them out.
+# Whole files of tests that start processes or servers for each test, or move large bodies, 3 to 25 s each: `make check`
+# leaves them out, so that it stays below its 90 s.
 SLOW_FILES = (
     "mesh/cli/test_stopping.py",
+    "mesh/http2/test_bad_peers.py",
+    "mesh/http2/test_contract.py",
+    "mesh/test_process.py",
+    "mesh/test_server.py",
+    "mesh/transfer/test_engine.py",
+    "proxy/test_explain_process.py",
     "proxy/test_gateway.py",
     "proxy/test_main.py",
     "proxy/test_process.py",
     "registry/test_convert.py",
+    "registry/test_database.py",
+    "registry/test_ingest.py",
     "registry/test_process.py",
     "registry/test_pull.py",
     "registry/test_pull_places.py",
     "storage/test_agent_process.py",
+    "storage/test_kill.py",
+    "storage/test_power_cut.py",
+    "storage/test_service.py",
+    "wire/test_admin.py",
     "wire/test_changes.py",
+    "wire/test_grpc.py",
     "wire/test_large_bodies.py",
+    "wire/test_request_id.py",
+    "wire/test_rest.py",
+    "wire/test_strip.py",
+    "worker/artifacts/test_keeper.py",
+    "worker/artifacts/test_packed_artifacts.py",
     "worker/engines/test_compat.py",
     "worker/engines/test_engines.py",
     "worker/launcher/test_launcher.py",
     "worker/launcher/test_launchers.py",
+    "worker/supervisor/test_staging.py",
+    "worker/supervisor/test_supervisor.py",
     "worker/supervisor/test_worker_process.py",
 )
 # A child that was sent SIGTERM may flush and fsync; sockets of gRPC are closed by its own threads.
