@@ -162,7 +162,15 @@ async def leaves_no_task(leaves_nothing: None) -> AsyncIterator[None]:
 
 @pytest.fixture(scope="session")
 def smollm2_directory() -> Path:
-    """The embedded model as safetensors; converted once for all runs, because the same package gives the same files."""
+    """The embedded model as safetensors."""
+    return embedded_model()
+
+
+def embedded_model() -> Path:
+    """Returns the embedded model as safetensors; converted once for all, because the same package gives the same files.
+
+    Whoever asks while another converts it waits.
+    """
     MODEL_DIRECTORY.parent.mkdir(parents=True, exist_ok=True)
     with (MODEL_DIRECTORY.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # runs of pytest may start together

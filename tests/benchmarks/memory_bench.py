@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import MODEL_DIRECTORY
+from tests.conftest import embedded_model
 from tests.worker.replica.memory import CASES, Case, measure_ratio
 from tests.worker.replica.support import Launcher, Leaves
 
@@ -39,7 +39,7 @@ def run() -> list[dict[str, Any]]:
 
 def _ratio(launcher: Launcher, leaves: Leaves, directory: Path, case: Case) -> float:
     directory.mkdir()
-    return measure_ratio(launcher, leaves, MODEL_DIRECTORY, directory, case)
+    return measure_ratio(launcher, leaves, embedded_model(), directory, case)
 
 
 if __name__ == "__main__":
