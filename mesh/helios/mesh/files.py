@@ -1,4 +1,4 @@
-"""Files that hold secrets: never readable by others, never seen half written."""
+"""Files that must survive: secrets, never seen by others nor half written; names that outlive a power cut."""
 
 import os
 import secrets
@@ -18,3 +18,12 @@ def write_private(path: Path, content: bytes) -> None:
     finally:
         # A full disk must not be filled further by what could not be written.
         temporary.unlink(missing_ok=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes a directory's names durable: a file that was synced may still lose its own. Blocking; raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from helios.mesh.errors import BlobNotFound, Conflict, DiskFull, PreconditionFailed
+from helios.mesh.files import sync_directory
 from helios.registry import offload
 from helios.registry.blobs import Staged
 from helios.registry.collection import StoredBlob
@@ -158,7 +159,7 @@ class _StagedFile:
             self.temporary.rename(self.target)
             # The rename is durable only with the directory, and the directory only with its parent.
             for directory in (self.target.parent, self.target.parent.parent):
-                _fsync(directory)
+                sync_directory(directory)
         except OSError as error:
             raise _translate(error, self.target) from error
 
@@ -193,14 +194,6 @@ def _move(source: Path, target: Path) -> bool:
             return False
         raise
     return True
-
-
-def _fsync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from helios.mesh.files import sync_directory
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -73,7 +75,7 @@ class JournalFile:
             os.ftruncate(self._descriptor, 0)
         header = {"store": upload.store, "key": upload.key, "upload": upload.upload, "part_bytes": upload.part_bytes}
         self._append(header)
-        _fsync(self._path.parent)
+        sync_directory(self._path.parent)
 
     def remove(self) -> None:
         """Forgets the upload."""
@@ -138,11 +140,3 @@ def parse_journal(content: bytes) -> Upload | None:
         except (ValueError, KeyError, TypeError):
             break
     return header
-
-
-def _fsync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

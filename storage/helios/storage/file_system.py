@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from helios.mesh.files import sync_directory
+
 
 class FileSystem(Protocol):
     """Changes to files and directories. All calls block, are atomic to other processes, and raise OSError.
@@ -50,11 +52,7 @@ class LocalFileSystem:
         os.fsync(descriptor)
 
     def sync_directory(self, directory: Path) -> None:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_directory(directory)
 
     def rename(self, source: Path, target: Path) -> None:
         source.rename(target)
