@@ -109,8 +109,10 @@ class Traffic:
 
     def prompt_sent(self, entry: ModelEntry, replica_id: str, blocks: Blocks) -> None:
         """A prompt is on its way to a replica, which will have it in its cache."""
+        if not blocks:
+            return
         replica = self.fleet.replica(replica_id)
-        if replica is None or not blocks:
+        if replica is None:
             return
         needs = needs_of(entry.engine_settings)
         token_bytes = needs.kv_bytes_per_token(entry.kv_bytes_per_token, entry.dtype)
