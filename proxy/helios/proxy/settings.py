@@ -132,7 +132,7 @@ class RoutingSettings(BaseModel):
     next turn of a conversation goes where the last one was until requests queue there. 0: prompts are not looked
     at, which saves one exchange with Envoy a request."""
     prefix_blocks: PositiveInt = 500_000
-    """Blocks of 256 bytes of prompts that are remembered, of all replicas. 500,000: some 125 MiB of this process once
+    """Blocks of 256 bytes of prompts that are remembered, of all replicas. 500,000: 91 MiB of this process once
     they are full; a thousand replicas have 500 each then, which is 32,000 tokens."""
 
 

@@ -60,7 +60,7 @@ class PrefixIndex:
     """
 
     def __init__(self, max_blocks: int) -> None:
-        """``max_blocks`` bounds what is kept of all replicas; a block of one takes some 250 bytes."""
+        """``max_blocks`` bounds what is kept of all replicas; a block of one takes 190 bytes."""
         self._max_blocks = max_blocks
         self._held: dict[str, _Held] = {}
         self._replica_of: dict[int, str] = {}
