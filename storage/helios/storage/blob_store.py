@@ -92,9 +92,11 @@ class BlobStore:
             self._lock = None
 
     def blob_path(self, hash_: str) -> Path:
+        """Where a blob of this sha256 (hex) is, or would be."""
         return self._blobs / hash_[:2] / hash_
 
     def view_path(self, revision: str) -> Path:
+        """Where the view of a revision is, or would be."""
         return self._views / revision_hash(revision)
 
     def disk_room(self) -> DiskRoom:

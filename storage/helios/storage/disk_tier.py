@@ -112,6 +112,7 @@ class DiskTier:
         self.store.close()
 
     def view_path(self, revision: str) -> Path:
+        """Where the view of a revision is, or would be."""
         return self.store.view_path(revision)
 
     def source(self) -> BlobSource:

@@ -88,6 +88,7 @@ class Index:
         self._connection.close()
 
     def load_blobs(self) -> list[Digest]:
+        """All blobs that the index knows."""
         return [Digest(hash_, size) for hash_, size in self._rows("SELECT hash, size_bytes FROM blobs")]
 
     def load_revisions(self) -> list[Resident]:
@@ -119,6 +120,7 @@ class Index:
         return dict(self._rows("SELECT hash, scrubbed_at FROM blobs"))
 
     def load_leases(self) -> list[Lease]:
+        """All leases that were kept."""
         rows = self._rows("SELECT id, revision, holder, ttl_seconds, ends_at FROM leases")
         return [
             Lease(id_, revision, holder, timedelta(seconds=ttl), datetime.fromtimestamp(ends_at, UTC))
@@ -152,6 +154,7 @@ class Index:
             transaction.execute("DELETE FROM pins WHERE revision = ?", (revision,))
 
     def put_revision(self, resident: Resident) -> None:
+        """Notes a revision with all its entries, in one transaction."""
         revision = resident.revision
         rows = [(revision, e.path, e.digest.hash, e.digest.size_bytes, e.media_type) for e in resident.manifest.entries]
         with self._transaction() as transaction:

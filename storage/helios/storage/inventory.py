@@ -59,15 +59,19 @@ class Inventory:
         return self._used_bytes
 
     def has_blob(self, digest: Digest) -> bool:
+        """Whether the tier has a blob."""
         return self._blobs.get(digest.hash) == digest
 
     def blobs(self) -> list[Digest]:
+        """All blobs of the tier."""
         return list(self._blobs.values())
 
     def revisions(self) -> list[Resident]:
+        """All revisions of the tier."""
         return list(self._revisions.values())
 
     def find(self, revision: str) -> Resident | None:
+        """A revision of the tier; None where it is not here."""
         return self._revisions.get(revision)
 
     def missing(self, manifest: Manifest) -> list[Digest]:
@@ -89,11 +93,13 @@ class Inventory:
         return [blob for blob in resident.manifest.blobs if blob not in others and self.has_blob(blob)]
 
     def add_blob(self, digest: Digest) -> None:
+        """Notes a blob that the disk has."""
         if digest.hash not in self._blobs:
             self._blobs[digest.hash] = digest
             self._used_bytes += digest.size_bytes
 
     def add_revision(self, resident: Resident) -> None:
+        """Notes a revision whose blobs are all here."""
         assert not self.missing(resident.manifest), "a resident revision has all of its blobs"
         self._revisions[resident.revision] = resident
 
@@ -114,8 +120,10 @@ class Inventory:
         return touched
 
     def remove_revision(self, revision: str) -> None:
+        """Forgets a revision; its blobs stay."""
         self._revisions.pop(revision, None)
 
     def remove_blob(self, digest: Digest) -> None:
+        """Forgets a blob that the disk is about to lose."""
         if self._blobs.pop(digest.hash, None) is not None:
             self._used_bytes -= digest.size_bytes

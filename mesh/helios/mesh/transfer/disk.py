@@ -89,4 +89,5 @@ class PartFile:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
+        """Closes the file; what was not synced may be lost."""
         os.close(self._descriptor)

@@ -68,6 +68,7 @@ class GatePolicy:
         return flow
 
     def close(self, flow: Flow) -> None:
+        """The flow's transfer has ended. Raises ValueError where it was never opened."""
         self._flows.remove(flow)
 
     def ask(self, flow: Flow, count: int) -> Ticket:

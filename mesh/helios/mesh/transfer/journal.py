@@ -66,6 +66,7 @@ class Journal:
         _append(self._descriptor, b"".join(_RECORD.pack(index, blake3) for index, blake3 in claims.items()))
 
     def close(self) -> None:
+        """Closes the file, which stays."""
         os.close(self._descriptor)
 
 

@@ -132,6 +132,7 @@ class TransferMachine:
 
     @property
     def chunk_count(self) -> int:
+        """How many chunks there are."""
         return len(self._chunks)
 
     @property
@@ -142,9 +143,11 @@ class TransferMachine:
 
     @property
     def is_finished(self) -> bool:
+        """Whether every chunk is written."""
         return self._first_unwritten == len(self._chunks)
 
     def state(self, index: int) -> ChunkState:
+        """Where a chunk stands."""
         return self._states[index]
 
     def next_job(self, now: float) -> Job:
