@@ -25,7 +25,7 @@ from helios.mesh.settings import to_arguments
 from tests.benchmarks import edge_peers
 from tests.benchmarks.children import Children
 from tests.benchmarks.open_loop import Connections
-from tests.wire.gateway import free_port
+from tests.ports import free_port
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 ROUNDS: Final = 24

@@ -10,8 +10,8 @@ from typing import Final
 import psutil
 
 from tests.benchmarks.children import Children
+from tests.ports import free_port
 from tests.scenarios.running_mesh import MODEL
-from tests.wire.gateway import free_port
 
 # Holds the context of the model (8,192 tokens) and 64 streams.
 KV_CACHE_BYTES: Final = 256 << 20

@@ -30,8 +30,8 @@ import psutil
 from tests.benchmarks.children import Children, cpu_seconds
 from tests.benchmarks.stock import EAGER, KV_CACHE_BYTES, is_listening, listener, start_stock
 from tests.benchmarks.streams import stream_all
+from tests.ports import free_port
 from tests.scenarios.running_mesh import HELIOS, MODEL
-from tests.wire.gateway import free_port
 
 # Streams → rounds: short ones are noisier.
 ROUNDS: Final = {1: 6, 8: 10, 32: 8, 64: 6}

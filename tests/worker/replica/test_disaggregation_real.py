@@ -20,7 +20,8 @@ from helios.api.inference.v1 import (
 )
 from helios.mesh.names import PREFILL_ENDPOINT_HEADER
 from helios.worker.replica.settings import EngineSettings, Role
-from tests.worker.replica.support import MODEL, REVISION, Launcher, Leaves, RunningReplica, free_port
+from tests.ports import free_port
+from tests.worker.replica.support import MODEL, REVISION, Launcher, Leaves, RunningReplica
 from tests.worker.replica.test_replica_real import START_SECONDS, details, read, refusal
 from tests.worker.replica.test_settings_real import running
 
