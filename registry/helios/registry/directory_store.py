@@ -28,7 +28,7 @@ from helios.mesh.files import sync_directory
 from helios.registry import offload
 from helios.registry.blobs import Staged
 from helios.registry.collection import StoredBlob
-from helios.registry.hashing import OnBytes, changed, identity, pump, size_of
+from helios.registry.hashing import OnBytes, changed, copy_file, identity, pump, size_of
 from helios.registry.manifest import Digest
 
 _BLOB_MODE: Final = 0o444
@@ -175,10 +175,9 @@ def _fill(source: Path, temporary: Path, is_owned: bool, on_bytes: OnBytes, stop
 
 
 def _copy(source: Path, temporary: Path, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
-    with source.open("rb", buffering=0) as file, temporary.open("xb", buffering=0) as target:
+    with source.open("rb", buffering=0) as file:
         before = identity(file)
-        digest = pump(file, target, on_bytes, stop)
-        os.fsync(target.fileno())
+        digest = copy_file(file, temporary, on_bytes, stop)
         if identity(file) != before:
             raise changed(source)
     temporary.chmod(_BLOB_MODE)

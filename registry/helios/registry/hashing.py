@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from helios.mesh.errors import Conflict
+from helios.mesh.transfer.disk import PartFile
 from helios.registry import offload
 from helios.registry.manifest import Digest
 
 OnBytes = Callable[[int], None]
 
-# 8 MiB: large enough that system calls don't count, small enough to stop within milliseconds.
-BUFFER_BYTES: Final = 8 << 20
+# 1 MiB: fits a core's cache, so that what was read to be hashed is still there when it is written.
+BUFFER_BYTES: Final = 1 << 20
+# How much is written before the kernel is asked to bring it to the disk: large enough for the disk to stream.
+_WRITE_BACK_BYTES: Final = 8 << 20
 
 
 def hash_file(path: Path, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
@@ -22,26 +25,44 @@ def hash_file(path: Path, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
         return pump(file, None, on_bytes, stop)
 
 
-def pump(source: BinaryIO, target: BinaryIO | None, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
+def copy_file(source: BinaryIO, target: Path, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
+    """Copies a file to a new one and syncs that; returns its digest.
+
+    The bytes are read once, and go to the disk while later ones are hashed. All room is taken first: a full disk says
+    so before gigabytes were read, and the file is not scattered.
+
+    Raises:
+        Conflict: SOURCE_CHANGED, it grew.
+        OSError: It can't be read, or the target can't be written.
+    """
+    with PartFile(target, os.fstat(source.fileno()).st_size) as file:
+        digest = pump(source, file, on_bytes, stop)
+        file.sync()
+        return digest
+
+
+def pump(source: BinaryIO, target: PartFile | None, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
     """Reads a file to its end, copying it where there is a target; returns its digest.
 
     Raises:
         Conflict: SOURCE_CHANGED, it grew.
         OSError: It can't be read, or the target can't be written.
     """
-    hasher, size = hashlib.sha256(), 0
+    hasher, size, settled = hashlib.sha256(), 0, 0
     # A file that grows as fast as it is read would never end.
     limit = os.fstat(source.fileno()).st_size
     buffer = memoryview(bytearray(BUFFER_BYTES))
     while count := source.readinto(buffer):  # type: ignore[attr-defined]
         stop.check()
-        part = buffer[:count]
-        hasher.update(part)
-        while target is not None and part:
-            part = part[target.write(part) :]
+        hasher.update(buffer[:count])
+        if target is not None:
+            target.write(size, buffer[:count])
         size += count
         if size > limit:
             raise changed(source.name)
+        if target is not None and size - settled >= _WRITE_BACK_BYTES:
+            target.start_writeback(settled, size - settled)
+            settled = size
         on_bytes(count)
     return Digest(hasher.hexdigest(), size)
 

@@ -40,6 +40,14 @@ head = Table(
     Column("version", BigInteger, nullable=False),
 )
 
+# One row: which database this is, from the moment it was made. A blob store that names it is this database's.
+identity = Table(
+    "identity",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("database_id", String(32), nullable=False),
+)
+
 # A row says that the blob is complete on disk: rows are written after the rename, in the transaction that uses them.
 blobs = Table(
     "blobs",
@@ -47,6 +55,7 @@ blobs = Table(
     Column("hash", text(64), primary_key=True),
     Column("size_bytes", BigInteger, nullable=False),
     CheckConstraint("size_bytes >= 0", name="blobs_size"),
+    Index("blobs_by_size", "size_bytes"),
 )
 
 # How a blob is cut into chunks; computed from it. Packed, because an index is read whole and never searched.
@@ -79,6 +88,7 @@ conversions = Table(
     Column("source_sha256", text(64), primary_key=True),
     Column("converter", text(), primary_key=True),
     Column("revision", ForeignKey("revisions.digest", ondelete="CASCADE"), nullable=False),
+    Index("conversions_by_revision", "revision"),
 )
 
 entries = Table(
