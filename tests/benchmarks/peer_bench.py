@@ -72,7 +72,7 @@ def run() -> list[dict[str, Any]]:
 
 def _fetch(address: str, identity: IdentityFiles, target: Path, digest: Digest, index: ChunkIndex) -> None:
     source = VerifiedSource(PeerSource(address, digest, identity=identity), index)
-    Downloader().fetch(Transfer(source, target, Wanted(digest.size_bytes, digest.hash, index.lengths)))
+    Downloader().fetch(Transfer(source, target, Wanted(digest.size_bytes, digest.hash, index.lengths, index.hashes)))
     target.unlink()
 
 

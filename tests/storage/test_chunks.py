@@ -61,7 +61,7 @@ class Bytes:
 
 
 def _fetch(source: RangeSource, target: Path) -> int:
-    wanted = Wanted(DIGEST.size_bytes, DIGEST.hash, INDEX.lengths)
+    wanted = Wanted(DIGEST.size_bytes, DIGEST.hash, INDEX.lengths, INDEX.hashes)
     return Downloader(OPTIONS).fetch(Transfer(source, target, wanted)).fetched_bytes
 
 

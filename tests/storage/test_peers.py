@@ -50,6 +50,21 @@ async def test_a_reader_that_leaves_while_a_blob_is_opened_leaves_no_open_file(t
     assert not any(os.path.samestat(os.fstat(number), state) for number in numbers)
 
 
+@pytest.mark.parametrize("is_in_memory", [True, False])
+async def test_a_range_is_the_same_from_memory_and_from_the_disk(tmp_path: Path, is_in_memory: bool) -> None:
+    path = tmp_path / "blob"
+    path.write_bytes(BASE)
+    if not is_in_memory:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    async with BlobServicer(lambda _: [path], max_reads=1) as servicer:
+        request = pb.ReadBlobRequest(hash=DIGEST.hash, offset=1000, limit=PIECE_BYTES + 500)
+        messages = [message async for message in servicer.ReadBlob(request, None)]
+    assert [len(decode_piece(message)) for message in messages] == [PIECE_BYTES, 500]
+    assert b"".join(map(decode_piece, messages)) == BASE[1000 : 1000 + PIECE_BYTES + 500]
+
+
 @given(data=st.binary(max_size=300) | st.binary(min_size=1, max_size=3).map(lambda b: b * 100_000))
 def test_a_message_is_what_protobuf_writes(data: bytes) -> None:
     message = pb.ReadBlobResponse(data=data).SerializeToString()

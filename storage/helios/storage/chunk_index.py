@@ -53,6 +53,11 @@ class ChunkIndex:
         """The lengths of the chunks, in order."""
         return tuple(chunk.length for chunk in self.chunks)
 
+    @property
+    def hashes(self) -> tuple[bytes, ...]:
+        """The BLAKE3 of the chunks, in order."""
+        return tuple(chunk.blake3 for chunk in self.chunks)
+
     def within(self, offset: int, length: int) -> Iterator[IndexedChunk]:
         """The chunks of a range that begins and ends where chunks do."""
         index = self._by_offset[offset]

@@ -65,6 +65,8 @@ class RangedBlob:
     """The parts that must be read whole, because the source verifies them; empty: any."""
     bytes_elsewhere: Callable[[], Mapping[str, int]] = dict
     """What came from elsewhere than the store by now, by where from: `peer`, `node` (copied from its other blobs)."""
+    part_hashes: tuple[bytes, ...] = ()
+    """The BLAKE3 that it compares each part with."""
 
 
 class BlobSource(Protocol):
@@ -257,6 +259,7 @@ class BlobFetcher:
                 check=lambda: token.advance(0),
                 on_progress=tell,
                 part_lengths=blob.part_lengths,
+                part_hashes=blob.part_hashes,
             ) as (path, fetched):
                 self._store.commit(path, digest, fetched.sha256)
         except BlobNotFound as error:

@@ -51,6 +51,7 @@ class PartialFiles:
         check: Callable[[], None],
         on_progress: Callable[[TransferProgress], None],
         part_lengths: tuple[int, ...] = (),
+        part_hashes: tuple[bytes, ...] = (),
     ) -> Iterator[tuple[Path, Transferred]]:
         """Fetches a blob, or what is missing of it; gives a file that is whole, verified and synced, the caller's to
         rename within the block: afterwards it may go.
@@ -65,7 +66,7 @@ class PartialFiles:
         order = Transfer(
             source,
             target,
-            Wanted(digest.size_bytes, digest.hash, part_lengths),
+            Wanted(digest.size_bytes, digest.hash, part_lengths, part_hashes),
             priority=Priority.START,
             check=check,
             on_progress=on_progress,

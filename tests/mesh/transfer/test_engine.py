@@ -1,5 +1,6 @@
 """The engine with real sockets, real files and every fault that a source may have."""
 
+import dataclasses
 import hashlib
 import random
 import threading
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from helios.mesh.errors import (
     BlobNotFound,
@@ -31,6 +33,8 @@ CHUNK = 64 << 10
 CONTENT = random.Random(4).randbytes(10 * CHUNK + 77)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 WANTED = Wanted(len(CONTENT), SHA256)
+PARTS = [CONTENT[at : at + CHUNK // 2] for at in range(0, len(CONTENT), CHUNK // 2)]
+KNOWN = Wanted(len(CONTENT), SHA256, tuple(map(len, PARTS)), tuple(blake3(part).digest() for part in PARTS))
 OPTIONS = TransferOptions(
     chunk_bytes=CHUNK,
     in_flight=4,
@@ -223,29 +227,44 @@ def test_what_was_complete_when_its_process_died_is_not_fetched_again(server: Bl
     assert (tmp_path / "blob").read_bytes() == CONTENT
 
 
-def test_a_transfer_goes_on_where_an_earlier_one_failed(server: BlobServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", [WANTED, KNOWN], ids=["journal", "index"])
+def test_a_transfer_goes_on_where_an_earlier_one_failed(server: BlobServer, tmp_path: Path, wanted: Wanted) -> None:
     server.script = lambda request: Answer(status=404 if request.first >= 6 * CHUNK else 0)
     with pytest.raises(BlobNotFound):
-        _fetch(HttpSource(server.url), tmp_path / "blob")
+        _fetch(HttpSource(server.url), tmp_path / "blob", wanted)
     assert journal_path(tmp_path / "blob").exists()
     server.script = lambda _: Answer()
-    result = Downloader(OPTIONS).fetch(Transfer(HttpSource(server.url), tmp_path / "blob", WANTED))
+    result = Downloader(OPTIONS).fetch(Transfer(HttpSource(server.url), tmp_path / "blob", wanted))
     assert result.resumed_bytes >= 2 * CHUNK
     assert result.resumed_bytes + result.fetched_bytes == len(CONTENT)
     assert (tmp_path / "blob").read_bytes() == CONTENT
 
 
-def test_what_was_damaged_between_two_transfers_is_fetched_again(server: BlobServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", [WANTED, KNOWN], ids=["journal", "index"])
+def test_what_was_damaged_between_two_transfers_is_fetched_again(
+    server: BlobServer, tmp_path: Path, wanted: Wanted
+) -> None:
     server.script = lambda request: Answer(status=404 if request.first >= 6 * CHUNK else 0)
     with pytest.raises(BlobNotFound):
-        _fetch(HttpSource(server.url), tmp_path / "blob")
+        _fetch(HttpSource(server.url), tmp_path / "blob", wanted)
     with (tmp_path / "blob").open("r+b") as file:
         file.seek(10)
         file.write(b"flipped")
     server.script = lambda _: Answer()
-    result = Downloader(OPTIONS).fetch(Transfer(HttpSource(server.url), tmp_path / "blob", WANTED))
+    result = Downloader(OPTIONS).fetch(Transfer(HttpSource(server.url), tmp_path / "blob", wanted))
     assert 0 < result.resumed_bytes < len(CONTENT)
     assert (tmp_path / "blob").read_bytes() == CONTENT
+
+
+def test_what_an_index_says_is_believed_over_a_journal(server: BlobServer, tmp_path: Path) -> None:
+    server.script = lambda request: Answer(status=404 if request.first >= 6 * CHUNK else 0)
+    with pytest.raises(BlobNotFound):
+        _fetch(HttpSource(server.url), tmp_path / "blob", Wanted(len(CONTENT), SHA256, KNOWN.part_lengths))
+    other = dataclasses.replace(KNOWN, part_hashes=(b"\0" * 32, *KNOWN.part_hashes[1:]))
+    server.script = lambda _: Answer()
+    asked_count = len(server.ranges)
+    _fetch(HttpSource(server.url), tmp_path / "blob", other)
+    assert (0, CHUNK - 1) in server.ranges[asked_count:], "its bytes are not what the index says"
 
 
 def test_bytes_of_another_state_without_an_etag_are_found_by_the_whole(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from helios.mesh.transfer.machine import (
     Verify,
     Wait,
     aligned_chunks,
+    parts_of_chunks,
     uniform_chunks,
 )
 
@@ -42,6 +43,10 @@ def test_parts_are_never_cut(lengths: list[int], chunk_bytes: int) -> None:
     assert sum(chunk.length for chunk in chunks) == sum(lengths)
     assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
     assert all(chunk.length <= chunk_bytes or chunk.length in lengths for chunk in chunks)
+    parts = parts_of_chunks(chunks, lengths, [bytes([index % 256]) for index in range(len(lengths))])
+    assert [sum(part.length for part in of_chunk) for of_chunk in parts] == [chunk.length for chunk in chunks]
+    assert [part.offset for of_chunk in parts for part in of_chunk] == offsets[:-1]
+    assert [part.blake3[0] for of_chunk in parts for part in of_chunk] == [n % 256 for n in range(len(lengths))]
 
 
 @given(

@@ -14,7 +14,7 @@ from helios.mesh.errors import DeadlineExceeded, DigestMismatch, Unavailable
 from helios.mesh.transfer.disk import PartFile
 from helios.mesh.transfer.gate import DownloadGate
 from helios.mesh.transfer.journal import Journal, JournalHeader, discard, journal_path
-from helios.mesh.transfer.machine import Chunk, TransferMachine, aligned_chunks, uniform_chunks
+from helios.mesh.transfer.machine import Chunk, TransferMachine, aligned_chunks, parts_of_chunks, uniform_chunks
 from helios.mesh.transfer.order import Transfer, TransferOptions, Transferred, Wanted
 from helios.mesh.transfer.run import Run
 from helios.mesh.transfer.source import SourceChanged, SourceState
@@ -99,6 +99,7 @@ class Downloader:
                 file=file,
                 journal=journal,
                 admit=lambda count, check: self._gate.admit(flow, count, check),
+                parts=parts_of_chunks(chunks, wanted.part_lengths, wanted.part_hashes) if wanted.part_hashes else (),
             )
             sha256 = run.execute()
         return Transferred(state.size_bytes, sha256, state.etag, run.fetched_bytes, run.resumed_bytes)

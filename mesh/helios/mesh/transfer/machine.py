@@ -10,9 +10,11 @@ order behind them is then still in memory. Nothing here knows threads, clocks or
 """
 
 import heapq
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import accumulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,15 @@ class Chunk:
     index: int
     offset: int
     length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A range of a chunk, and the BLAKE3 that its bytes are known to have."""
+
+    offset: int
+    length: int
+    blake3: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +117,19 @@ def aligned_chunks(lengths: Sequence[int], chunk_bytes: int) -> list[Chunk]:
             offset, joined_bytes = offset + joined_bytes, 0
         joined_bytes += length
     return [*chunks, Chunk(len(chunks), offset, joined_bytes)] if joined_bytes else chunks
+
+
+def parts_of_chunks(chunks: Sequence[Chunk], lengths: Sequence[int], hashes: Sequence[bytes]) -> list[tuple[Part, ...]]:
+    """The parts of each chunk; every chunk begins and ends where parts do."""
+    ends = accumulate(lengths)
+    parts = deque(Part(end - length, length, hash_) for end, length, hash_ in zip(ends, lengths, hashes, strict=True))
+    found: list[tuple[Part, ...]] = []
+    for chunk in chunks:
+        own: list[Part] = []
+        while parts and parts[0].offset < chunk.offset + chunk.length:
+            own.append(parts.popleft())
+        found.append(tuple(own))
+    return found
 
 
 class TransferMachine:

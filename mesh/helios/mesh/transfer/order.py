@@ -43,6 +43,9 @@ class Wanted:
     """In lower-case hexadecimal. Empty at a first ingest, where the answer's sha256 becomes the identity."""
     part_lengths: tuple[int, ...] = ()
     """How the blob is cut into parts that must be read whole, because the source verifies them. Empty: anyhow."""
+    part_hashes: tuple[bytes, ...] = ()
+    """The BLAKE3 of each part. A read of the source that ends without an error has compared them, so the engine does
+    not hash these bytes for a second time; what an earlier transfer left is compared with them too. Empty: unknown."""
 
 
 @dataclass(frozen=True, slots=True)

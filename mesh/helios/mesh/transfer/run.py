@@ -1,6 +1,6 @@
 """One try of one transfer, with its threads.
 
-    workers (in_flight of them)   gate ─▶ read a range ─▶ BLAKE3 and pwrite, piece by piece ─▶ written
+    workers (in_flight of them)   gate ─▶ read a range ─▶ BLAKE3 (unless an index has it) and pwrite, by pieces ─▶ written
     hashing thread                follows the contiguous frontier: sha256 of what is in the page cache
     syncing thread                each `sync_bytes`: fsync, then the journal gains the chunks that this covered
 
@@ -11,7 +11,7 @@ import hashlib
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TypeVar
@@ -21,7 +21,7 @@ from blake3 import blake3
 from helios.mesh.errors import DeadlineExceeded, HeliosError, Unavailable
 from helios.mesh.transfer.disk import PartFile
 from helios.mesh.transfer.journal import Journal
-from helios.mesh.transfer.machine import Chunk, Fetch, Finished, TransferMachine, Verify, Wait
+from helios.mesh.transfer.machine import Chunk, Fetch, Finished, Part, TransferMachine, Verify, Wait
 from helios.mesh.transfer.order import Transfer, TransferOptions
 from helios.mesh.transfer.progress import RateMeter, StallWatch
 from helios.mesh.transfer.source import ChunkMismatch, Interrupted, SourceChanged, SourceFault, SourceState
@@ -53,7 +53,9 @@ class Run:
         file: PartFile,
         journal: Journal,
         admit: Admit,
+        parts: Sequence[tuple[Part, ...]] = (),
     ) -> None:
+        """`parts`: what each chunk's bytes are known to be; empty where nobody knows."""
         self._transfer = transfer
         self._state = state
         self._machine = machine
@@ -61,6 +63,7 @@ class Run:
         self._file = file
         self._journal = journal
         self._admit = admit
+        self._parts = parts
         # Guards the machine and all below.
         self._changed = threading.Condition()
         self._error: BaseException | None = None
@@ -130,7 +133,9 @@ class Run:
 
     def _verify(self, job: Verify) -> None:
         chunk = job.chunk
-        is_true = self._file.blake3(chunk.offset, chunk.length) == job.blake3
+        # What an index says is worth more than what a journal says of the same bytes.
+        parts = self._parts[chunk.index] if self._parts else (Part(chunk.offset, chunk.length, job.blake3),)
+        is_true = all(self._file.blake3(part.offset, part.length) == part.blake3 for part in parts)
         with self._changed:
             if is_true:
                 self._machine.written(chunk.index)
@@ -142,7 +147,7 @@ class Run:
 
     def _fetch(self, chunk: Chunk) -> None:
         with self._admit(chunk.length, self._check):
-            writer = _ChunkWriter(self._file, chunk, self._options, self._arrived)
+            writer = _ChunkWriter(self._file, chunk, self._options, self._arrived, is_hashed=not self._parts)
             error = self._read(writer)
         if error is not None:
             with self._changed:
@@ -158,9 +163,10 @@ class Run:
                 raise error
             return
         self._file.start_writeback(chunk.offset, chunk.length)
+        claim = _claim_of(self._parts[chunk.index]) if self._parts else writer.blake3()
         with self._changed:
             self._machine.written(chunk.index)
-            self._unsynced[chunk.index] = writer.blake3()
+            self._unsynced[chunk.index] = claim
             self._unsynced_bytes += chunk.length
             self._changed.notify_all()
 
@@ -243,15 +249,31 @@ class _StoppedError(Exception):
     """Another thread of the transfer failed first; `__cause__` is why."""
 
 
+def _claim_of(parts: tuple[Part, ...]) -> bytes:
+    """What a journal notes of a chunk whose parts are known: that it was written. Its bytes are looked at all the same,
+    and compared with the parts, not with this.
+    """
+    return blake3(b"".join(part.blake3 for part in parts)).digest()
+
+
 class _ChunkWriter:
     """Takes the pieces of one chunk. Used by one thread."""
 
-    def __init__(self, file: PartFile, chunk: Chunk, options: TransferOptions, on_bytes: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        file: PartFile,
+        chunk: Chunk,
+        options: TransferOptions,
+        on_bytes: Callable[[int], None],
+        *,
+        is_hashed: bool,
+    ) -> None:
+        """`is_hashed` False: the source has compared the bytes, and nobody asks for their BLAKE3."""
         self.chunk = chunk
         self.count = 0
         self._file = file
         self._on_bytes = on_bytes
-        self._hasher = blake3()
+        self._hasher = blake3() if is_hashed else None
         self._watch = StallWatch(
             time.monotonic(), interval_seconds=options.stall_seconds, min_bytes=options.stall_bytes
         )
@@ -276,6 +298,8 @@ class _ChunkWriter:
             )
 
     def blake3(self) -> bytes:
+        """Of what came."""
+        assert self._hasher is not None, "only what is hashed has a hash"
         return self._hasher.digest()
 
     def _take(self, piece: memoryview) -> None:
@@ -284,6 +308,7 @@ class _ChunkWriter:
         if self._watch.is_stalled(time.monotonic(), len(piece)):
             raise SourceFault("the source sends too slowly")
         self._on_bytes(len(piece))
-        self._hasher.update(piece)
+        if self._hasher is not None:
+            self._hasher.update(piece)
         self._file.write(self.chunk.offset + self.count, piece)
         self.count += len(piece)
