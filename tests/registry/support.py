@@ -7,6 +7,7 @@ from pathlib import Path
 
 from helios.api.registry.v1.artifact_service_pb2_grpc import add_ArtifactServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
+from helios.api.registry.v1.rollout_service_pb2_grpc import add_RolloutServiceServicer_to_server
 from helios.api.registry.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
 from helios.mesh.channel import Dialer
 from helios.mesh.identity import CertificateAuthority, IdentityFiles
@@ -23,6 +24,8 @@ from helios.registry.directory_store import DirectoryStore
 from helios.registry.downloads import open_downloads
 from helios.registry.ingest import Ingester
 from helios.registry.records import IngestDone, IngestEvent, IngestSpec
+from helios.registry.rollout.servicer import RolloutServicer
+from helios.registry.rollout.store import RolloutStore
 from helios.registry.servicer import RegistryServicer
 from helios.registry.settings import ArtifactSettings, CollectionSettings
 from helios.registry.sources.conversion import Converter
@@ -54,6 +57,7 @@ class Parts:
     uploads: Uploads
     collector: Collector
     versions: Versions
+    rollouts: RolloutStore
 
     async def ingest(self, name: str, source: Path | str, **more: object) -> IngestDone:
         """Ingests to the end."""
@@ -115,7 +119,8 @@ async def open_parts(
         uploads = Uploads(catalog, artifact_store, state, artifacts or ArtifactSettings())
         collector = Collector(store, blobs, CollectionSettings())
         versions = Versions(catalog, TagStore(database, store.changes))
-        yield Parts(state, store, blobs, directory, hub, catalog, ingester, uploads, collector, versions)
+        rollouts = RolloutStore(database, store.changes)
+        yield Parts(state, store, blobs, directory, hub, catalog, ingester, uploads, collector, versions, rollouts)
 
 
 class Mesh:
@@ -166,6 +171,7 @@ async def serve(parts: Parts, mesh: Mesh) -> AsyncIterator[str]:
     add_RegistryServiceServicer_to_server(RegistryServicer(parts.catalog, parts.ingester, parts.collector), server.grpc)
     add_ArtifactServiceServicer_to_server(ArtifactServicer(parts.uploads), server.grpc)
     add_VersionServiceServicer_to_server(VersionServicer(parts.versions, parts.store), server.grpc)
+    add_RolloutServiceServicer_to_server(RolloutServicer(parts.catalog, parts.rollouts), server.grpc)
     server.serve(access.SERVICE, access.ARTIFACT_SERVICE, access.VERSION_SERVICE)
     async with server:
         try:

@@ -11,6 +11,7 @@ import structlog
 from helios.api.registry.v1.artifact_service_pb2_grpc import add_ArtifactServiceServicer_to_server
 from helios.api.registry.v1.chunk_service_pb2_grpc import add_ChunkServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
+from helios.api.registry.v1.rollout_service_pb2_grpc import add_RolloutServiceServicer_to_server
 from helios.api.registry.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
 from helios.mesh.process import Lifetime, run
 from helios.mesh.server import MeshServer, ServerOptions
@@ -29,6 +30,8 @@ from helios.registry.database import Database
 from helios.registry.directory_store import DirectoryStore
 from helios.registry.downloads import open_downloads
 from helios.registry.ingest import Ingester
+from helios.registry.rollout.servicer import RolloutServicer
+from helios.registry.rollout.store import RolloutStore
 from helios.registry.servicer import RegistryServicer
 from helios.registry.settings import RegistrySettings
 from helios.registry.sources.conversion import Converter
@@ -87,9 +90,11 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         add_ArtifactServiceServicer_to_server(ArtifactServicer(uploads), server.grpc)
         versions = Versions(catalog, TagStore(database, store.changes))
         add_VersionServiceServicer_to_server(VersionServicer(versions, store), server.grpc)
+        rollouts = RolloutStore(database, store.changes)
+        add_RolloutServiceServicer_to_server(RolloutServicer(catalog, rollouts), server.grpc)
         chunks = ChunkStore(database)
         add_ChunkServiceServicer_to_server(ChunkServicer(chunks), server.grpc)
-        server.serve(access.SERVICE, access.ARTIFACT_SERVICE, access.CHUNK_SERVICE, access.VERSION_SERVICE)
+        server.serve(*access.POLICY)
         await stack.enter_async_context(server)
         await stack.enter_async_context(ingester)
         stack.callback(hub.close)

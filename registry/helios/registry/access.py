@@ -16,6 +16,7 @@ SERVICE: Final = "helios.api.registry.v1.RegistryService"
 ARTIFACT_SERVICE: Final = "helios.api.registry.v1.ArtifactService"
 CHUNK_SERVICE: Final = "helios.api.registry.v1.ChunkService"
 VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
+ROLLOUT_SERVICE: Final = "helios.api.registry.v1.RolloutService"
 # A storage agent and a proxy read; the admin edge acts for people.
 POLICY: Final = {
     SERVICE: frozenset({"storage", "proxy", "admin-edge"}),
@@ -23,6 +24,7 @@ POLICY: Final = {
     CHUNK_SERVICE: frozenset({"storage"}),
     # A proxy resolves the references that requests name.
     VERSION_SERVICE: frozenset({"proxy", "storage", "admin-edge"}),
+    ROLLOUT_SERVICE: frozenset({"admin-edge"}),
 }
 
 _WRITERS: Final = frozenset({"admin-edge"})

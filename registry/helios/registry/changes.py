@@ -19,7 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from helios.mesh.errors import Conflict, InvalidRequest
 from helios.registry.database import Database
 from helios.registry.events import Event, EventKind, Mutation
+from helios.registry.model_rows import find_model
 from helios.registry.moments import from_us, to_us
+from helios.registry.records import Model
 from helios.registry.tables import events, head, models, requests
 
 # Some megabytes; at a change a second, three hours in which a watcher may be away.
@@ -108,6 +110,23 @@ class ChangeLog:
                 fingerprint = hashlib.sha256(text.encode()).hexdigest()
                 write.is_repeat = await _remember(connection, mutation.request_id, fingerprint, now)
             yield write
+
+    @asynccontextmanager
+    async def write_model(
+        self, name: str, now: datetime, mutation: Mutation, call: str, *arguments: str
+    ) -> AsyncIterator[tuple[Write, Model]]:
+        """Yields a transaction and the model as it is, once its version is found to be the expected one.
+
+        Raises:
+            ModelNotFound: No model has this name or alias.
+            Conflict: STALE_VERSION.
+            InvalidRequest: As ``write``.
+        """
+        async with self.write(mutation, now, call, name, *arguments) as write:
+            model = await find_model(write.connection, name)
+            if not write.is_repeat:
+                await write.require_version(model.name)
+            yield write, model
 
     async def version(self) -> int:
         """Returns the number of the last change."""

@@ -43,9 +43,12 @@ from helios.registry.records import (
     Pin,
     ResolvedModel,
     Revision,
+    Rollout,
     Tag,
     WatchEvent,
 )
+from helios.registry.rollout.client import RolloutClient
+from helios.registry.rollout.steps import RolloutStep
 from helios.registry.version_client import VersionClient
 
 __all__ = [
@@ -79,6 +82,9 @@ __all__ = [
     "RegistryClient",
     "ResolvedModel",
     "Revision",
+    "Rollout",
+    "RolloutClient",
+    "RolloutStep",
     "Tag",
     "VersionClient",
     "WatchEvent",

@@ -27,6 +27,8 @@ class EventKind(StrEnum):
     SETTINGS_CHANGED = "settings_changed"
     REVISION_PINNED = "revision_pinned"
     REVISION_UNPINNED = "revision_unpinned"
+    ROLLOUT_MOVED = "rollout_moved"
+    ROLLOUT_ENDED = "rollout_ended"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ class Cause(StrEnum):
     TAG = "tag"
     ROLLBACK = "rollback"
     DELETE = "delete"
+    PROMOTION = "promotion"
 
 
 @dataclass(frozen=True, slots=True)

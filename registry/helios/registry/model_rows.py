@@ -12,8 +12,8 @@ from helios.registry.engine_settings import EngineSettings
 from helios.registry.moments import from_us
 from helios.registry.names import Reference
 from helios.registry.profile import ModelProfile
-from helios.registry.records import Model, ModelPolicy, Pin, Revision, Tag
-from helios.registry.tables import aliases, model_revisions, models, pins, revisions, tags
+from helios.registry.records import Model, ModelPolicy, Pin, Revision, Rollout, Tag
+from helios.registry.tables import aliases, model_revisions, models, pins, revisions, rollouts, tags
 
 
 async def select_models(connection: AsyncConnection, condition: Any, limit: int | None = None) -> list[Model]:
@@ -40,6 +40,7 @@ async def select_models(connection: AsyncConnection, condition: Any, limit: int 
     kept = select(pins).where(_lies(pins.c.model, first, last)).order_by(pins.c.revision)
     for row in await connection.execute(kept):
         pinned[row.model].append(Pin(row.revision, row.reason, from_us(row.created_at_us)))
+    rolled_out = await _rollouts(connection, first, last)
     return [
         Model(
             name=row.name,
@@ -50,6 +51,7 @@ async def select_models(connection: AsyncConnection, condition: Any, limit: int 
             engine_settings=EngineSettings(row.engine_settings),
             tags=tuple(tagged[row.name]),
             pins=tuple(pinned[row.name]),
+            rollout=rolled_out.get(row.name),
             version=row.version,
         )
         for row in rows
@@ -170,3 +172,15 @@ async def _tags(connection: AsyncConnection, first: str, last: str) -> dict[str,
     for row in await connection.execute(query):
         found[row.model].append(Tag(row.tag, revision_of(row), from_us(row.moved_at_us)))
     return found
+
+
+async def _rollouts(connection: AsyncConnection, first: str, last: str) -> dict[str, Rollout]:
+    query = (
+        select(rollouts.c.model, rollouts.c.weight_percent, rollouts.c.started_at_us, *revisions.c)
+        .join(revisions, revisions.c.digest == rollouts.c.revision)
+        .where(_lies(rollouts.c.model, first, last))
+    )
+    return {
+        row.model: Rollout(revision_of(row), row.weight_percent, from_us(row.started_at_us))
+        for row in await connection.execute(query)
+    }

@@ -34,6 +34,15 @@ def read_token(token: str, kind: str) -> str:
     return position
 
 
+def read_number(token: str, kind: str) -> int | None:
+    """Returns the number that is a token's position; None for no token. Raises InvalidRequest (INVALID_PAGE_TOKEN)."""
+    position = read_token(token, kind)
+    # 18 digits: an integer of SQL holds them.
+    if position and not (position.isascii() and position.isdecimal() and len(position) <= 18):
+        raise bad_token()
+    return int(position) if position else None
+
+
 def bad_token() -> InvalidRequest:
     """Returns the error of a token that was not given out."""
     return InvalidRequest(

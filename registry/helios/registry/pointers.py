@@ -9,6 +9,8 @@ from helios.registry.events import EventKind
 from helios.registry.history import Cause, Move
 from helios.registry.moments import from_us, to_us
 from helios.registry.names import MAX_TAGS
+from helios.registry.rollout import rows as rollouts
+from helios.registry.rollout.steps import Act
 from helios.registry.tables import models, moves, tags
 
 # Moves that are remembered of a pointer; a rollback goes no further back.
@@ -39,6 +41,9 @@ async def move_pointer(write: Write, model: str, tag: str, digest: str, cause: C
         kind = EventKind.SERVED_MOVED
     await write.record(kind, model, tag=tag, revision=digest, cause=cause.value)
     await _remember(write, model, tag, digest, cause)
+    if not tag:
+        # What is served has no share beside itself.
+        await rollouts.end(write, model, Act.PROMOTE, canary=digest)
 
 
 async def delete_tag(write: Write, model: str, tag: str) -> None:

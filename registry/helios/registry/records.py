@@ -61,6 +61,15 @@ class Pin:
 
 
 @dataclass(frozen=True, slots=True)
+class Rollout:
+    """A revision, the *canary*, that a share of its model's requests goes to, in percent; since when."""
+
+    revision: Revision
+    weight_percent: int
+    started_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A named model and its served revision. Aliases are sorted, tags by name, pins by revision.
 
@@ -75,6 +84,7 @@ class Model:
     engine_settings: EngineSettings = NO_SETTINGS
     tags: tuple[Tag, ...] = ()
     pins: tuple[Pin, ...] = ()
+    rollout: Rollout | None = None
     version: int = field(default=0, compare=False)
 
 

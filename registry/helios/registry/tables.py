@@ -176,6 +176,33 @@ moves = Table(
     Index("moves_by_pointer", "model", "tag", "version"),
 )
 
+# Revisions that a share of their model's requests goes to instead of the served one; at most one a model.
+rollouts = Table(
+    "rollouts",
+    metadata,
+    Column("model", text(), primary_key=True),
+    Column("revision", text(71), nullable=False),
+    Column("weight_percent", Integer, nullable=False),
+    Column("started_at_us", BigInteger, nullable=False),
+    ForeignKeyConstraint(
+        ["model", "revision"], ["model_revisions.model", "model_revisions.revision"], ondelete="CASCADE"
+    ),
+)
+
+# What was done to a model's rollouts, in order; the oldest go. A revision that was deleted stays here.
+rollout_steps = Table(
+    "rollout_steps",
+    metadata,
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("model", ForeignKey("models.name", ondelete="CASCADE"), nullable=False),
+    Column("revision", text(71), nullable=False),
+    Column("weight_percent", Integer, nullable=False),
+    Column("act", String(31), nullable=False),
+    Column("actor", String, nullable=False),
+    Column("at_us", BigInteger, nullable=False),
+    Index("rollout_steps_by_model", "model", "version"),
+)
+
 # Every change of a model, for watchers; the oldest go.
 events = Table(
     "events",

@@ -4,8 +4,6 @@ Every method takes a model by name or alias, and, where it writes, refuses a mod
 looked (Conflict, STALE_VERSION) and does nothing for a request that was carried out before.
 """
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Final
 
@@ -13,11 +11,11 @@ from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from helios.mesh.errors import InvalidRequest, PreconditionFailed
-from helios.registry.changes import ChangeLog, Write
+from helios.registry.changes import ChangeLog
 from helios.registry.database import Database
 from helios.registry.events import PLAIN, EventKind, Mutation
 from helios.registry.history import Cause, Move, rollback_target, stack_of
-from helios.registry.model_rows import find_model, require_model, require_revision, require_tag, resolve
+from helios.registry.model_rows import require_model, require_revision, require_tag, resolve
 from helios.registry.moments import to_us
 from helios.registry.names import Reference
 from helios.registry.pointers import delete_tag, move_of, move_pointer, moves_of
@@ -44,7 +42,7 @@ class TagStore:
                 ``Store.resolve``, of ``target``.
             PreconditionFailed: TOO_MANY_TAGS.
         """
-        async with self._write(target.name, now, mutation, "put_tag", tag, target.tag, target.digest) as (
+        async with self._changes.write_model(target.name, now, mutation, "put_tag", tag, target.tag, target.digest) as (
             write,
             before,
         ):
@@ -55,7 +53,7 @@ class TagStore:
 
     async def delete_tag(self, name: str, tag: str, now: datetime, mutation: Mutation = PLAIN) -> Model:
         """Removes a tag. Raises ModelNotFound, NotFound (TAG_NOT_FOUND)."""
-        async with self._write(name, now, mutation, "delete_tag", tag) as (write, before):
+        async with self._changes.write_model(name, now, mutation, "delete_tag", tag) as (write, before):
             if not write.is_repeat:
                 require_tag(before, tag)
                 await delete_tag(write, before.name, tag)
@@ -71,7 +69,7 @@ class TagStore:
             PreconditionFailed: NOTHING_TO_ROLL_BACK_TO, it had no other one, or not the named one.
         """
         wanted = to.digest if to is not None else ""
-        async with self._write(name, now, mutation, "roll_back", tag, wanted) as (write, before):
+        async with self._changes.write_model(name, now, mutation, "roll_back", tag, wanted) as (write, before):
             if not write.is_repeat:
                 if tag:
                     require_tag(before, tag)
@@ -113,7 +111,9 @@ class TagStore:
                 reason="INVALID_REASON",
                 metadata={"param": "reason"},
             )
-        async with self._write(target.name, now, mutation, "put_pin", target.tag, target.digest, reason) as (
+        async with self._changes.write_model(
+            target.name, now, mutation, "put_pin", target.tag, target.digest, reason
+        ) as (
             write,
             before,
         ):
@@ -127,7 +127,10 @@ class TagStore:
 
     async def delete_pin(self, target: Reference, now: datetime, mutation: Mutation = PLAIN) -> Model:
         """Takes a pin back; one that is not there is no error. Raises as ``put_tag``."""
-        async with self._write(target.name, now, mutation, "delete_pin", target.tag, target.digest) as (write, before):
+        async with self._changes.write_model(target.name, now, mutation, "delete_pin", target.tag, target.digest) as (
+            write,
+            before,
+        ):
             if not write.is_repeat:
                 digest = (await require_revision(write.connection, before, target)).digest
                 statement = delete(pins).where(pins.c.model == before.name, pins.c.revision == digest)
@@ -139,9 +142,12 @@ class TagStore:
         """Removes a revision of a model, with its artifacts if no other model has it. The history keeps its digest.
 
         Raises:
-            As ``put_tag``; PreconditionFailed: REVISION_IN_USE, it is served, tagged or pinned.
+            As ``put_tag``; PreconditionFailed: REVISION_IN_USE, it is served, tagged, pinned or rolled out.
         """
-        async with self._write(target.name, now, mutation, "delete_revision", target.digest) as (write, before):
+        async with self._changes.write_model(target.name, now, mutation, "delete_revision", target.digest) as (
+            write,
+            before,
+        ):
             if not write.is_repeat:
                 digest = (await require_revision(write.connection, before, target)).digest
                 _refuse_used(before, digest)
@@ -150,17 +156,6 @@ class TagStore:
                 await write.record(EventKind.REVISION_DELETED, before.name, revision=digest)
                 await delete_unused_revisions(write.connection)
             return await require_model(write.connection, before.name)
-
-    @asynccontextmanager
-    async def _write(
-        self, name: str, now: datetime, mutation: Mutation, call: str, *arguments: str
-    ) -> AsyncIterator[tuple[Write, Model]]:
-        """Yields a transaction and the model as it is, once its version is found to be the expected one."""
-        async with self._changes.write(mutation, now, call, name, *arguments) as write:
-            model = await find_model(write.connection, name)
-            if not write.is_repeat:
-                await write.require_version(model.name)
-            yield write, model
 
 
 async def _revisions_of(connection: AsyncConnection, model: str) -> frozenset[str]:
@@ -171,6 +166,8 @@ async def _revisions_of(connection: AsyncConnection, model: str) -> frozenset[st
 def _refuse_used(model: Model, digest: str) -> None:
     users = ["it is served"] if model.revision.digest == digest else []
     users += [f"tag {tag.name!r} names it" for tag in model.tags if tag.revision.digest == digest]
+    if model.rollout is not None and model.rollout.revision.digest == digest:
+        users.append(f"{model.rollout.weight_percent} % of the requests are its rollout's")
     users += [f"it is pinned ({pin.reason or 'no reason given'})" for pin in model.pins if pin.revision == digest]
     if users:
         raise PreconditionFailed(

@@ -10,7 +10,7 @@ from helios.mesh.errors import InvalidRequest
 from helios.registry import access, version_wire, wire
 from helios.registry.events import EventsMissed
 from helios.registry.names import Reference, check_name, check_tag, parse_digest, parse_reference
-from helios.registry.pages import bad_token, make_token, page_size, read_token
+from helios.registry.pages import make_token, page_size, read_number
 from helios.registry.store import Store
 from helios.registry.versions import Versions
 
@@ -58,17 +58,12 @@ class VersionServicer(VersionServiceServicer):
         """Lists where a model's pointers have been, the newest move first."""
         del context
         size = page_size(request.page_size)
-        token = read_token(request.page_token, "moves")
-        # 18 digits: an integer of SQL holds them.
-        if token and not (token.isascii() and token.isdecimal() and len(token) <= 18):
-            raise bad_token()
+        before = read_number(request.page_token, "moves")
         tag = request.tag if request.HasField("tag") else None
         if tag:
             check_tag(tag)
         name = check_name(request.model, param="model")
-        found = await self._versions.store.list_moves(
-            name, tag=tag, before=int(token) if token else None, limit=size + 1
-        )
+        found = await self._versions.store.list_moves(name, tag=tag, before=before, limit=size + 1)
         page = found[:size]
         next_token = make_token("moves", str(page[-1].version)) if len(found) > size else ""
         return pb.ListMovesResponse(moves=map(version_wire.move_to_proto, page), next_page_token=next_token)

@@ -14,6 +14,7 @@ _CAUSES: Final = {
     Cause.TAG: pb.MOVE_CAUSE_TAG,
     Cause.ROLLBACK: pb.MOVE_CAUSE_ROLLBACK,
     Cause.DELETE: pb.MOVE_CAUSE_DELETE,
+    Cause.PROMOTION: pb.MOVE_CAUSE_PROMOTION,
 }
 _CAUSES_BACK: Final = {number: cause for cause, number in _CAUSES.items()}
 

@@ -28,6 +28,7 @@ from helios.registry.records import (
     ModelUpserted,
     Pin,
     Revision,
+    Rollout,
     Tag,
     WatchEvent,
 )
@@ -133,6 +134,7 @@ def model_to_proto(model: Model) -> pb.Model:
             for pin in model.pins
         ],
         version=model.version,
+        rollout=_rollout_to_proto(model.rollout) if model.rollout is not None else None,
     )
 
 
@@ -150,6 +152,7 @@ def model_from_proto(message: pb.Model) -> Model:
         ),
         pins=tuple(Pin(pin.revision, pin.reason, pin.created_at.ToDatetime(UTC)) for pin in message.pins),
         version=message.version,
+        rollout=_rollout_from_proto(message.rollout) if message.HasField("rollout") else None,
     )
 
 
@@ -294,3 +297,19 @@ def watch_event_from_proto(message: pb.WatchModelsResponse) -> WatchEvent | None
             return ModelDeleted(message.deleted, message.version)
         case _:
             return None
+
+
+def _rollout_to_proto(rollout: Rollout) -> pb.Rollout:
+    return pb.Rollout(
+        revision=revision_to_proto(rollout.revision),
+        weight_percent=rollout.weight_percent,
+        started_at=timestamp_to_proto(rollout.started_at),
+    )
+
+
+def _rollout_from_proto(message: pb.Rollout) -> Rollout:
+    return Rollout(
+        revision=revision_from_proto(message.revision),
+        weight_percent=message.weight_percent,
+        started_at=message.started_at.ToDatetime(UTC),
+    )

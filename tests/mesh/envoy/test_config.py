@@ -82,6 +82,7 @@ def test_the_edge_knows_no_admin_service(tmp_path: Path) -> None:
         "RegistryService",
         "ArtifactService",
         "VersionService",
+        "RolloutService",
         "SupervisorService",
         "FleetService",
         "StorageService",

@@ -36,6 +36,7 @@ class Model(_message.Message):
     TAGS_FIELD_NUMBER: _builtins.int
     PINS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name: 1 to 200 characters of letters, digits, `.`, `_`, `-` and `/`, beginning with a letter or digit."""
     version: _builtins.int
@@ -68,6 +69,10 @@ class Model(_message.Message):
     def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pin]:
         """Revisions that are not to be deleted, by digest."""
 
+    @_builtins.property
+    def rollout(self) -> Global___Rollout:
+        """Where a share of its requests goes instead of the served revision. Unset: nowhere."""
+
     def __init__(
         self,
         *,
@@ -80,14 +85,49 @@ class Model(_message.Message):
         tags: _abc.Iterable[Global___Tag] | None = ...,
         pins: _abc.Iterable[Global___Pin] | None = ...,
         version: _builtins.int = ...,
+        rollout: Global___Rollout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "engine_settings", b"engine_settings", "policy", b"policy", "revision", b"revision"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "engine_settings", b"engine_settings", "policy", b"policy", "revision", b"revision", "rollout", b"rollout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created_at", b"created_at", "engine_settings", b"engine_settings", "name", b"name", "pins", b"pins", "policy", b"policy", "revision", b"revision", "tags", b"tags", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created_at", b"created_at", "engine_settings", b"engine_settings", "name", b"name", "pins", b"pins", "policy", b"policy", "revision", b"revision", "rollout", b"rollout", "tags", b"tags", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Rollout(_message.Message):
+    """Rollout is a share of a model's requests for another revision; RolloutService changes it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    WEIGHT_PERCENT_FIELD_NUMBER: _builtins.int
+    STARTED_AT_FIELD_NUMBER: _builtins.int
+    weight_percent: _builtins.int
+    """Its share in percent, 0 to 100."""
+    @_builtins.property
+    def revision(self) -> Global___Revision:
+        """The canary."""
+
+    @_builtins.property
+    def started_at(self) -> _timestamp_pb2.Timestamp:
+        """Since when there is this rollout, at whatever weight."""
+
+    def __init__(
+        self,
+        *,
+        revision: Global___Revision | None = ...,
+        weight_percent: _builtins.int = ...,
+        started_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "started_at", b"started_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "started_at", b"started_at", "weight_percent", b"weight_percent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rollout: _TypeAlias = Rollout  # noqa: Y015
 
 @_typing.final
 class Tag(_message.Message):

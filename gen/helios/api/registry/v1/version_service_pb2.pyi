@@ -37,6 +37,8 @@ class _MoveCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MoveCause.V
     """RollBackModel."""
     MOVE_CAUSE_DELETE: _MoveCause.ValueType  # 4
     """DeleteTag."""
+    MOVE_CAUSE_PROMOTION: _MoveCause.ValueType  # 5
+    """PromoteRollout."""
 
 class MoveCause(_MoveCause, metaclass=_MoveCauseEnumTypeWrapper):
     """MoveCause is why a pointer moved."""
@@ -51,6 +53,8 @@ MOVE_CAUSE_ROLLBACK: MoveCause.ValueType  # 3
 """RollBackModel."""
 MOVE_CAUSE_DELETE: MoveCause.ValueType  # 4
 """DeleteTag."""
+MOVE_CAUSE_PROMOTION: MoveCause.ValueType  # 5
+"""PromoteRollout."""
 Global___MoveCause: _TypeAlias = MoveCause  # noqa: Y015
 
 class _EventKind:
@@ -87,6 +91,10 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     """A revision is kept: `revision`, `reason`."""
     EVENT_KIND_REVISION_UNPINNED: _EventKind.ValueType  # 13
     """A revision is kept no more: `revision`."""
+    EVENT_KIND_ROLLOUT_MOVED: _EventKind.ValueType  # 14
+    """A share of the requests goes to another revision: `revision`, `weight_percent`."""
+    EVENT_KIND_ROLLOUT_ENDED: _EventKind.ValueType  # 15
+    """All requests go to the served revision: `revision` (the canary), `act` (promote, abort, replace)."""
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper):
     """EventKind is what happened to a model."""
@@ -119,6 +127,10 @@ EVENT_KIND_REVISION_PINNED: EventKind.ValueType  # 12
 """A revision is kept: `revision`, `reason`."""
 EVENT_KIND_REVISION_UNPINNED: EventKind.ValueType  # 13
 """A revision is kept no more: `revision`."""
+EVENT_KIND_ROLLOUT_MOVED: EventKind.ValueType  # 14
+"""A share of the requests goes to another revision: `revision`, `weight_percent`."""
+EVENT_KIND_ROLLOUT_ENDED: EventKind.ValueType  # 15
+"""All requests go to the served revision: `revision` (the canary), `act` (promote, abort, replace)."""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 @_typing.final

@@ -167,7 +167,7 @@ class VersionServiceServicer:
 
     def DeleteRevision(self, request, context):
         """DeleteRevision removes a revision of a model, and what was made of it, unless another model has it too. Errors: those
-        of ResolveModel, FAILED_PRECONDITION (REVISION_IN_USE: it is served, tagged or pinned), ABORTED (STALE_VERSION),
+        of ResolveModel, FAILED_PRECONDITION (REVISION_IN_USE: it is served, tagged, pinned or rolled out), ABORTED (STALE_VERSION),
         INVALID_ARGUMENT (INVALID_REQUEST_ID, REQUEST_ID_REUSED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

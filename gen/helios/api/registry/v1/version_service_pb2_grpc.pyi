@@ -59,7 +59,7 @@ class VersionServiceStub:
     """DeletePin takes a pin back; a revision that is not pinned is no error. Idempotent. Errors: as PutPin."""
     DeleteRevision: _aio.UnaryUnaryMultiCallable[_version_service_pb2.DeleteRevisionRequest, _version_service_pb2.DeleteRevisionResponse]
     """DeleteRevision removes a revision of a model, and what was made of it, unless another model has it too. Errors: those
-    of ResolveModel, FAILED_PRECONDITION (REVISION_IN_USE: it is served, tagged or pinned), ABORTED (STALE_VERSION),
+    of ResolveModel, FAILED_PRECONDITION (REVISION_IN_USE: it is served, tagged, pinned or rolled out), ABORTED (STALE_VERSION),
     INVALID_ARGUMENT (INVALID_REQUEST_ID, REQUEST_ID_REUSED).
     """
     WatchEvents: _aio.UnaryStreamMultiCallable[_version_service_pb2.WatchEventsRequest, _version_service_pb2.WatchEventsResponse]
@@ -161,7 +161,7 @@ class VersionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_version_service_pb2.DeleteRevisionRequest, _abc.Awaitable[_version_service_pb2.DeleteRevisionResponse]],
     ) -> _abc.Awaitable[_version_service_pb2.DeleteRevisionResponse]:
         """DeleteRevision removes a revision of a model, and what was made of it, unless another model has it too. Errors: those
-        of ResolveModel, FAILED_PRECONDITION (REVISION_IN_USE: it is served, tagged or pinned), ABORTED (STALE_VERSION),
+        of ResolveModel, FAILED_PRECONDITION (REVISION_IN_USE: it is served, tagged, pinned or rolled out), ABORTED (STALE_VERSION),
         INVALID_ARGUMENT (INVALID_REQUEST_ID, REQUEST_ID_REUSED).
         """
 
