@@ -1230,6 +1230,7 @@ class CollectBlobsResponse(_message.Message):
     REACHABLE_BYTES_FIELD_NUMBER: _builtins.int
     UNFINISHED_COUNT_FIELD_NUMBER: _builtins.int
     MISSING_FIELD_NUMBER: _builtins.int
+    MISSING_COUNT_FIELD_NUMBER: _builtins.int
     removed_count: _builtins.int
     """Blobs that nothing refers to."""
     removed_bytes: _builtins.int
@@ -1244,6 +1245,8 @@ class CollectBlobsResponse(_message.Message):
     """Their bytes."""
     unfinished_count: _builtins.int
     """Uploads that were never finished, and temporary objects, that went."""
+    missing_count: _builtins.int
+    """How many such blobs there are."""
     @_builtins.property
     def missing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Blobs that something refers to and that are not in the store with their size: at most 100 of them, `sha256:<hex>`."""
@@ -1259,10 +1262,11 @@ class CollectBlobsResponse(_message.Message):
         reachable_bytes: _builtins.int = ...,
         unfinished_count: _builtins.int = ...,
         missing: _abc.Iterable[_builtins.str] | None = ...,
+        missing_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing", "reachable_bytes", b"reachable_bytes", "reachable_count", b"reachable_count", "removed_bytes", b"removed_bytes", "removed_count", b"removed_count", "spared_bytes", b"spared_bytes", "spared_count", b"spared_count", "unfinished_count", b"unfinished_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing", "missing_count", b"missing_count", "reachable_bytes", b"reachable_bytes", "reachable_count", b"reachable_count", "removed_bytes", b"removed_bytes", "removed_count", b"removed_count", "spared_bytes", b"spared_bytes", "spared_count", b"spared_count", "unfinished_count", b"unfinished_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
