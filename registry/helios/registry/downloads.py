@@ -30,12 +30,11 @@ from helios.mesh.errors import (
 )
 from helios.mesh.transfer.engine import Downloader
 from helios.mesh.transfer.gate import DownloadGate, Priority
-from helios.mesh.transfer.journal import discard, journal_path
+from helios.mesh.transfer.journal import discard
 from helios.mesh.transfer.order import Transfer, TransferOptions, Transferred, Wanted
 from helios.mesh.transfer.progress import TransferProgress
 from helios.registry import offload
 from helios.registry.blobs import Hold
-from helios.registry.hashing import hash_file, size_of
 from helios.registry.manifest import Digest
 from helios.registry.sources.remote import RemoteFile, Repository, git_blob_sha1, mismatch
 from helios.registry.sources.settings import DownloadSettings
@@ -218,9 +217,6 @@ class DownloadSession:
             on_bytes(progress.done_bytes - told_bytes)
             told_bytes = progress.done_bytes
 
-        whole = _check_whole(file, target, on_bytes, stop)
-        if whole is not None:
-            return whole
         order = Transfer(
             repository.open(file),
             target,
@@ -238,24 +234,6 @@ class DownloadSession:
                 discard(target)
                 raise mismatch(file.path, file.git_sha1, found)
         return done
-
-
-def _check_whole(
-    file: RemoteFile, target: Path, on_bytes: Callable[[int], None], stop: offload.Stop
-) -> Transferred | None:
-    """Returns a file that was complete when its ingest ended early, hashed anew; None where there is none.
-
-    A transfer removes its journal when it is complete. That there is none proves nothing after a power failure, so only
-    a sha256 is believed.
-    """
-    if not file.sha256 or journal_path(target).exists() or size_of(target) != file.size_bytes:
-        return None
-    found = hash_file(target, on_bytes, stop)
-    if file.sha256 == found.hash:
-        return Transferred(file.size_bytes, found.hash, etag="", fetched_bytes=0, resumed_bytes=file.size_bytes)
-    on_bytes(-file.size_bytes)
-    discard(target)
-    return None
 
 
 def _key(file: RemoteFile) -> str:

@@ -220,8 +220,11 @@ def test_wrong_bytes_are_refused_and_leave_nothing(server: BlobServer, tmp_path:
 def test_what_was_complete_when_its_process_died_is_not_fetched_again(server: BlobServer, tmp_path: Path) -> None:
     _fetch(HttpSource(server.url), tmp_path / "blob")
     count = len(server.requests)
-    result = Downloader(OPTIONS).fetch(Transfer(HttpSource(server.url), tmp_path / "blob", WANTED))
+    seen: list[TransferProgress] = []
+    transfer = Transfer(HttpSource(server.url), tmp_path / "blob", WANTED, on_progress=seen.append)
+    result = Downloader(OPTIONS).fetch(transfer)
     assert (result.fetched_bytes, result.resumed_bytes, len(server.requests)) == (0, len(CONTENT), count)
+    assert (seen[-1].done_bytes, seen[-1].total_bytes) == (len(CONTENT), len(CONTENT)), "hashing is progress too"
     (tmp_path / "blob").write_bytes(CONTENT[:-1] + b"!")
     _fetch(HttpSource(server.url), tmp_path / "blob")
     assert (tmp_path / "blob").read_bytes() == CONTENT

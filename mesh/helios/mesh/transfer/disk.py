@@ -73,15 +73,15 @@ class PartFile:
             offset += count
         return hasher.digest()
 
-    def sha256(self, size_bytes: int, check: Callable[[], None]) -> str:
-        """Hashes the file from its beginning; `check` is called now and then, and ends it by raising."""
+    def sha256(self, size_bytes: int, on_hashed: Callable[[int], None]) -> str:
+        """Hashes the file from its beginning; `on_hashed` gets how far it is, and ends it by raising."""
         hasher = hashlib.sha256()
         buffer = memoryview(bytearray(min(_READ_BYTES, max(1, size_bytes))))
         offset = 0
         while offset < size_bytes and (count := self.read_into(offset, buffer[: size_bytes - offset])):
-            check()
             hasher.update(buffer[:count])
             offset += count
+            on_hashed(offset)
         return hasher.hexdigest()
 
     def sync(self) -> None:

@@ -16,6 +16,7 @@ from helios.mesh.transfer.gate import DownloadGate
 from helios.mesh.transfer.journal import Journal, JournalHeader, discard, journal_path
 from helios.mesh.transfer.machine import Chunk, TransferMachine, aligned_chunks, parts_of_chunks, uniform_chunks
 from helios.mesh.transfer.order import Transfer, TransferOptions, Transferred, Wanted
+from helios.mesh.transfer.progress import ProgressTeller
 from helios.mesh.transfer.run import Run
 from helios.mesh.transfer.source import SourceChanged, SourceState
 
@@ -119,13 +120,23 @@ class Downloader:
 
 
 def _take_whole(transfer: Transfer) -> Transferred | None:
-    """What an earlier transfer completed before its process died: it has no journal any more. Verified anew."""
+    """What an earlier transfer completed before its process died: it has no journal any more. Verified anew: that there
+    is none proves nothing after a power failure.
+    """
     target, wanted = transfer.target, transfer.wanted
     if not wanted.sha256 or journal_path(target).exists() or not target.exists():
         return None
     size_bytes = target.stat().st_size
+    if wanted.size_bytes not in (None, size_bytes):
+        return None
+    teller = ProgressTeller(transfer.on_progress, size_bytes, time.monotonic())
+
+    def on_hashed(count: int) -> None:
+        transfer.check()
+        teller.observe(time.monotonic(), count, is_told=count == size_bytes)
+
     with PartFile(target, size_bytes) as file:
-        sha256 = file.sha256(size_bytes, transfer.check)
+        sha256 = file.sha256(size_bytes, on_hashed)
         if sha256 == wanted.sha256:
             file.sync()
             return Transferred(size_bytes, sha256, etag="", fetched_bytes=0, resumed_bytes=size_bytes)

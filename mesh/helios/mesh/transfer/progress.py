@@ -1,12 +1,14 @@
 """How fast a transfer is, when it will be done, and whether it stands still. Pure: time is passed in."""
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 _WINDOW_SECONDS = 5.0
 """Long enough that the ends of single chunks don't show, short enough that a change of speed does."""
 
 _SAMPLE_SECONDS = 0.1
+_TELL_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,42 @@ class RateMeter:
             self._samples.popleft()
 
     def progress(self, now: float, done_bytes: int, total_bytes: int) -> TransferProgress:
-        started, first_bytes = self._samples[0]
+        """Asked at any time, also while no byte comes: a transfer that stands still gets slower, and has no end when
+        nothing came during the whole window.
+        """
+        started, first_bytes = self._base(now)
         rate = max(0.0, (done_bytes - first_bytes) / (now - started)) if now > started else 0.0
         remaining = (total_bytes - done_bytes) / rate if rate > 0 else None
         return TransferProgress(done_bytes, total_bytes, rate, remaining)
+
+    def _base(self, now: float) -> tuple[float, int]:
+        """The newest sample that is as old as the window, or the oldest."""
+        before = [sample for sample in self._samples if sample[0] <= now - _WINDOW_SECONDS]
+        return before[-1] if before else self._samples[0]
+
+
+class ProgressTeller:
+    """Tells somebody how far a transfer is, some times a second. Not thread-safe."""
+
+    def __init__(self, tell: Callable[[TransferProgress], None], total_bytes: int, now: float) -> None:
+        self._tell = tell
+        self._total_bytes = total_bytes
+        self._meter = RateMeter(now)
+        self._told_at = 0.0
+        self._found_bytes = 0
+
+    def found(self, count: int) -> None:
+        """Notes bytes of an earlier transfer: they are no part of the rate."""
+        self._found_bytes += count
+
+    def observe(self, now: float, done_bytes: int, *, is_told: bool = False) -> None:
+        """Notes how many bytes are here; tells of them if it is time, and at once where `is_told`."""
+        moved_bytes = done_bytes - self._found_bytes
+        self._meter.observe(now, moved_bytes)
+        if is_told or now - self._told_at >= _TELL_SECONDS:
+            self._told_at = now
+            progress = self._meter.progress(now, moved_bytes, self._total_bytes - self._found_bytes)
+            self._tell(replace(progress, done_bytes=done_bytes, total_bytes=self._total_bytes))
 
 
 class StallWatch:

@@ -1,6 +1,6 @@
 """One try of one transfer, with its threads.
 
-    workers (in_flight of them)   gate ─▶ read a range ─▶ BLAKE3 (unless an index has it) and pwrite, by pieces ─▶ written
+    workers (in_flight of them)   gate ─▶ read a range ─▶ BLAKE3 (or an index has it) and pwrite, by pieces ─▶ written
     hashing thread                follows the contiguous frontier: sha256 of what is in the page cache
     syncing thread                each `sync_bytes`: fsync, then the journal gains the chunks that this covered
 
@@ -23,15 +23,13 @@ from helios.mesh.transfer.disk import PartFile
 from helios.mesh.transfer.journal import Journal
 from helios.mesh.transfer.machine import Chunk, Fetch, Finished, Part, TransferMachine, Verify, Wait
 from helios.mesh.transfer.order import Transfer, TransferOptions
-from helios.mesh.transfer.progress import RateMeter, StallWatch
+from helios.mesh.transfer.progress import ProgressTeller, StallWatch
 from helios.mesh.transfer.source import ChunkMismatch, Interrupted, SourceChanged, SourceFault, SourceState
 
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.2
 """How late a thread that waits may notice that the transfer was cancelled."""
-
-_PROGRESS_SECONDS = 0.25
 
 _HASH_BYTES = 1 << 20
 """1 MiB: fits a core's cache, so that what is copied out of the page cache is hashed there."""
@@ -70,8 +68,7 @@ class Run:
         self._unsynced: dict[int, bytes] = {}
         self._unsynced_bytes = 0
         self._done_bytes = 0
-        self._meter = RateMeter(time.monotonic())
-        self._told_at = 0.0
+        self._teller = ProgressTeller(transfer.on_progress, state.size_bytes, time.monotonic())
         self.fetched_bytes = 0
         self.resumed_bytes = 0
 
@@ -96,7 +93,7 @@ class Run:
             if self._error is not None:
                 raise self._error
             sha256 = hashing.result()
-        self._tell(time.monotonic())
+        self._teller.observe(time.monotonic(), self._done_bytes, is_told=True)
         return sha256
 
     def _guarded(self, work: Callable[[], T]) -> T:
@@ -140,6 +137,7 @@ class Run:
             if is_true:
                 self._machine.written(chunk.index)
                 self.resumed_bytes += chunk.length
+                self._teller.found(chunk.length)
                 self._done_bytes += chunk.length
             else:
                 self._machine.refuted(chunk.index)
@@ -195,13 +193,7 @@ class Run:
         with self._changed:
             self._done_bytes += count
             self.fetched_bytes += count
-            self._meter.observe(now, self._done_bytes)
-            if now - self._told_at >= _PROGRESS_SECONDS:
-                self._tell(now)
-
-    def _tell(self, now: float) -> None:
-        self._told_at = now
-        self._transfer.on_progress(self._meter.progress(now, self._done_bytes, self._state.size_bytes))
+            self._teller.observe(now, self._done_bytes)
 
     def _check(self) -> None:
         if self._error is not None:
