@@ -10,6 +10,7 @@ import structlog
 
 from helios.api.registry.v1.artifact_service_pb2_grpc import add_ArtifactServiceServicer_to_server
 from helios.api.registry.v1.chunk_service_pb2_grpc import add_ChunkServiceServicer_to_server
+from helios.api.registry.v1.key_service_pb2_grpc import add_KeyServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
 from helios.api.registry.v1.rollout_service_pb2_grpc import add_RolloutServiceServicer_to_server
 from helios.api.registry.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
@@ -30,6 +31,9 @@ from helios.registry.database import Database
 from helios.registry.directory_store import DirectoryStore
 from helios.registry.downloads import open_downloads
 from helios.registry.ingest import Ingester
+from helios.registry.keys.keys import Keys
+from helios.registry.keys.servicer import KeyServicer
+from helios.registry.keys.store import KeyStore
 from helios.registry.rollout.servicer import RolloutServicer
 from helios.registry.rollout.store import RolloutStore
 from helios.registry.servicer import RegistryServicer
@@ -92,12 +96,15 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         add_VersionServiceServicer_to_server(VersionServicer(versions, store), server.grpc)
         rollouts = RolloutStore(database, store.changes)
         add_RolloutServiceServicer_to_server(RolloutServicer(catalog, rollouts), server.grpc)
+        keys = Keys(KeyStore(database), poll_seconds=settings.watch_poll_seconds if database.is_shared else 0.0)
+        add_KeyServiceServicer_to_server(KeyServicer(keys), server.grpc)
         chunks = ChunkStore(database)
         add_ChunkServiceServicer_to_server(ChunkServicer(chunks), server.grpc)
         server.serve(*access.POLICY)
         await stack.enter_async_context(server)
         await stack.enter_async_context(ingester)
         stack.callback(hub.close)
+        stack.callback(keys.close)
         metrics.MODELS.set(await store.count_models())
         await uploads.measure()
         await stack.enter_async_context(collector.running())

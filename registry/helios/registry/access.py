@@ -16,6 +16,7 @@ SERVICE: Final = "helios.api.registry.v1.RegistryService"
 ARTIFACT_SERVICE: Final = "helios.api.registry.v1.ArtifactService"
 CHUNK_SERVICE: Final = "helios.api.registry.v1.ChunkService"
 VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
+KEY_SERVICE: Final = "helios.api.registry.v1.KeyService"
 ROLLOUT_SERVICE: Final = "helios.api.registry.v1.RolloutService"
 # A storage agent and a proxy read; the admin edge acts for people.
 POLICY: Final = {
@@ -24,12 +25,15 @@ POLICY: Final = {
     CHUNK_SERVICE: frozenset({"storage"}),
     # A proxy resolves the references that requests name.
     VERSION_SERVICE: frozenset({"proxy", "storage", "admin-edge"}),
+    # People make and end keys, proxies know them by their hashes.
+    KEY_SERVICE: frozenset({"proxy", "admin-edge"}),
     ROLLOUT_SERVICE: frozenset({"admin-edge"}),
 }
 
 _WRITERS: Final = frozenset({"admin-edge"})
 _POLICY_WRITERS: Final = frozenset({"admin-edge", "proxy"})
 _PUBLISHERS: Final = frozenset({"worker"})
+_KEY_WATCHERS: Final = frozenset({"proxy"})
 
 
 def check_may_write(context: Any) -> None:
@@ -45,6 +49,16 @@ def check_may_set_policy(context: Any) -> None:
 def check_may_publish(context: Any) -> None:
     """Raises PermissionDenied unless the caller may store artifacts."""
     _check(context, _PUBLISHERS, "store artifacts")
+
+
+def check_may_manage_keys(context: Any) -> None:
+    """Raises PermissionDenied unless the caller may make, list and end keys."""
+    _check(context, _WRITERS, "manage keys")
+
+
+def check_may_watch_keys(context: Any) -> None:
+    """Raises PermissionDenied unless the caller may know what recognises keys."""
+    _check(context, _KEY_WATCHERS, "watch keys")
 
 
 def mutation_of(context: Any, request_id: str, expected_version: int = 0) -> Mutation:

@@ -24,6 +24,7 @@ from helios.registry.collection_wire import collection_report_from_proto, collec
 from helios.registry.engine_settings import EngineSettings
 from helios.registry.events import Event, EventKind, EventsMissed
 from helios.registry.history import Cause, Move
+from helios.registry.keys.client import SECRET_PREFIX, ApiKey, KeyClient, KeySpec, Priority, StoredKey, hash_secret
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
 from helios.registry.records import (
@@ -52,6 +53,8 @@ from helios.registry.rollout.steps import RolloutStep
 from helios.registry.version_client import VersionClient
 
 __all__ = [
+    "SECRET_PREFIX",
+    "ApiKey",
     "Artifact",
     "ArtifactClient",
     "BlobLocation",
@@ -68,6 +71,8 @@ __all__ = [
     "IngestPhase",
     "IngestProgress",
     "IngestSpec",
+    "KeyClient",
+    "KeySpec",
     "LocatedManifest",
     "Manifest",
     "Model",
@@ -79,15 +84,18 @@ __all__ = [
     "ModelUpserted",
     "Move",
     "Pin",
+    "Priority",
     "RegistryClient",
     "ResolvedModel",
     "Revision",
     "Rollout",
     "RolloutClient",
     "RolloutStep",
+    "StoredKey",
     "Tag",
     "VersionClient",
     "WatchEvent",
+    "hash_secret",
 ]
 
 T = TypeVar("T")

@@ -134,6 +134,26 @@ aliases = Table(
     Index("aliases_by_model", "model"),
 )
 
+# API keys; the secret itself is nowhere.
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", text(32), primary_key=True),
+    Column("name", text(63), nullable=False),
+    Column("sha256", LargeBinary, nullable=False),
+    Column("tenant", text(63), nullable=False),
+    # JSON array of globs: read whole, never searched.
+    Column("models", String, nullable=False),
+    Column("requests_per_minute", BigInteger, nullable=False),
+    Column("tokens_per_minute", BigInteger, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("weight", Integer, nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("expires_at_us", BigInteger),
+    Column("revoked_at_us", BigInteger),
+    Index("api_keys_by_name", "name"),
+)
+
 # Names of revisions within a model, such as `prod`.
 tags = Table(
     "tags",

@@ -53,9 +53,10 @@ REGISTRY_SERVICE: Final = "helios.api.registry.v1.RegistryService"
 ARTIFACT_SERVICE: Final = "helios.api.registry.v1.ArtifactService"
 VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
 ROLLOUT_SERVICE: Final = "helios.api.registry.v1.RolloutService"
+KEY_SERVICE: Final = "helios.api.registry.v1.KeyService"
 HEALTH_SERVICE: Final = "grpc.health.v1.Health"
 EDGE_REST_SERVICES: Final = (OPENAI_SERVICE, MODEL_SERVICE)
-REGISTRY_SERVICES: Final = (REGISTRY_SERVICE, ARTIFACT_SERVICE, VERSION_SERVICE, ROLLOUT_SERVICE)
+REGISTRY_SERVICES: Final = (REGISTRY_SERVICE, ARTIFACT_SERVICE, VERSION_SERVICE, ROLLOUT_SERVICE, KEY_SERVICE)
 ADMIN_REST_SERVICES: Final = (MODEL_SERVICE, ADMIN_SERVICE, *REGISTRY_SERVICES)
 
 CORS_FILTER: Final = "envoy.filters.http.cors"

@@ -1,0 +1,1 @@
+"""API keys: made, listed, revoked, and told to the proxies that check requests by them."""
