@@ -1,5 +1,6 @@
 """An HTTP server with one blob at any path, with ranges, ETags, and whatever fault a test scripts."""
 
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +47,8 @@ class BlobServer:
     is_ranged: bool = True
     script: Callable[[Request], Answer] = lambda _: Answer()
     requests: list[Request] = field(default_factory=list)
+    tls: ssl.SSLContext | None = None
+    """None: plain HTTP."""
     stopped: threading.Event = field(default_factory=threading.Event)
     url: str = ""
 
@@ -60,7 +63,9 @@ def serve_blob(content: bytes, **fields: Any) -> Iterator[BlobServer]:
     """Serves until the context ends."""
     blob = BlobServer(content, **fields)
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"blob": blob, "lock": threading.Lock()}))
-    blob.url = f"http://127.0.0.1:{server.server_address[1]}/blob"
+    if blob.tls is not None:
+        server.socket = blob.tls.wrap_socket(server.socket, server_side=True)
+    blob.url = f"http{'s' if blob.tls else ''}://127.0.0.1:{server.server_address[1]}/blob"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, name="blob server")
     thread.start()
     try:

@@ -2,7 +2,7 @@
 
 Shared by the storage agent (blobs of a revision) and the registry (files of a hub), which may not import each other.
 
-    source      RangeSource, what bytes come from; adapters: objects (obstore), http
+    source      RangeSource, what bytes come from; adapters: objects (obstore), http (proxies: of the environment)
     machine     which chunk next, what is retried when, how far the bytes are contiguous; pure
     gate        who may read next: slots, a cap on bandwidth, a start before a prefetch; the decision is pure
     progress    rate, time left, stalls; pure

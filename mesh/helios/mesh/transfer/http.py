@@ -20,6 +20,14 @@ from typing import Final
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from helios.mesh.errors import BlobNotFound, HeliosError, InvalidRequest, PermissionDenied, Unauthenticated
+from helios.mesh.transfer.proxies import (
+    Proxy,
+    environment_proxy,
+    error_of_connection,
+    open_connection,
+    parse_proxy,
+    proxy_refusal,
+)
 from helios.mesh.transfer.source import Sink, SourceChanged, SourceFault, SourceState, source_unavailable
 
 _PIECE_BYTES = 256 << 10
@@ -47,6 +55,7 @@ class HttpSource:
         headers: Callable[[], Mapping[str, str]] = _no_headers,
         tls: ssl.SSLContext | None = None,
         timeout_seconds: float = _TIMEOUT_SECONDS,
+        proxy_for: Callable[[str], str | None] = environment_proxy,
     ) -> None:
         """Takes an absolute URL.
 
@@ -55,6 +64,8 @@ class HttpSource:
             headers: Asked for every request, so that a token may be renewed; sent to the URL's own origin only.
             tls: None: the system's roots.
             timeout_seconds: For connecting, and for each wait for bytes.
+            proxy_for: Asked for the URL of the proxy of each URL that is read, where a redirect leads to included;
+                None: it is asked directly.
 
         Raises:
             InvalidRequest: INVALID_LOCATION.
@@ -62,14 +73,18 @@ class HttpSource:
         _split(url)
         self._url = url
         self._headers = headers
-        self._connections = _Connections(tls, timeout_seconds)
+        self._connections = _Connections(tls, timeout_seconds, proxy_for)
         self._resolved = url
 
     def describe(self) -> SourceState:
         # A GET of one byte, not HEAD: signed URLs allow one method, and only this tells whether ranges work.
         with self._get(0, 0) as answer:
             if answer.status == HTTPStatus.PARTIAL_CONTENT:
-                _, _, size_bytes = _content_range(answer.response)
+                first, last, size_bytes = _content_range(answer.response)
+                if first == last == 0:
+                    # Read to its end, so that the connection is kept: through TLS, another one costs more than a byte.
+                    while answer.read(_PIECE_BYTES):
+                        pass
                 return SourceState(size_bytes, etag=answer.etag)
             if answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 return SourceState(0, etag=answer.etag)
@@ -172,9 +187,12 @@ class _Answer:
 class _Connections:
     """Connections that are kept, by origin. Thread-safe."""
 
-    def __init__(self, tls: ssl.SSLContext | None, timeout_seconds: float) -> None:
+    def __init__(
+        self, tls: ssl.SSLContext | None, timeout_seconds: float, proxy_for: Callable[[str], str | None]
+    ) -> None:
         self._tls = tls
         self._timeout_seconds = timeout_seconds
+        self._proxy_for = proxy_for
         self._lock = threading.Lock()
         self._idle: list[tuple[tuple[str, str], http.client.HTTPConnection]] = []
         self._busy: set[http.client.HTTPConnection] = set()
@@ -184,20 +202,33 @@ class _Connections:
 
         Raises:
             Unavailable: SOURCE_UNAVAILABLE.
+            InvalidRequest: INVALID_PROXY, PROXY_REFUSED.
         """
         parts = _split(url)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        origin = _origin(url)
+        origin, shown = _origin(url), parts.netloc.rpartition("@")[2]
+        proxy_url = self._proxy_for(url)
+        proxy = parse_proxy(proxy_url) if proxy_url else None
+        sent = dict(headers)
+        if proxy is not None and parts.scheme == "http":
+            # Not in a tunnel: the proxy reads the request, and so the whole URL and its own credentials.
+            target = f"http://{shown}{target}"
+            sent |= proxy.headers
         while True:
-            connection, is_kept = self._take(origin, parts)
+            connection, is_kept = self._take(origin, parts, proxy)
             try:
-                connection.request("GET", target, headers=dict(headers))
-                return _Answer(connection, connection.getresponse(), origin)
+                connection.request("GET", target, headers=sent)
+                answer = _Answer(connection, connection.getresponse(), origin)
             except (OSError, http.client.HTTPException) as error:
                 self._drop(connection)
                 # A server may close a connection that rests at any time; a fresh one says what is true.
                 if not is_kept:
-                    raise source_unavailable(f"{parts.netloc} can't be reached: {error}") from error
+                    raise error_of_connection(error, shown, proxy) from error
+                continue
+            if proxy is not None and answer.status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+                self.give_back(answer)
+                raise proxy_refusal(shown, proxy, answer.status)
+            return answer
 
     def give_back(self, answer: _Answer) -> None:
         """Keeps a connection whose answer was read to its end, and closes any other."""
@@ -223,19 +254,16 @@ class _Connections:
             if sock is not None:
                 _shut_down(sock)
 
-    def _take(self, origin: tuple[str, str], parts: SplitResult) -> tuple[http.client.HTTPConnection, bool]:
+    def _take(
+        self, origin: tuple[str, str], parts: SplitResult, proxy: Proxy | None
+    ) -> tuple[http.client.HTTPConnection, bool]:
         with self._lock:
             for number, (kept_origin, connection) in enumerate(self._idle):
                 if kept_origin == origin:
                     del self._idle[number]
                     self._busy.add(connection)
                     return connection, True
-        host = parts.hostname or ""
-        if parts.scheme == "https":
-            context = self._tls or ssl.create_default_context()
-            connection = http.client.HTTPSConnection(host, parts.port, timeout=self._timeout_seconds, context=context)
-        else:
-            connection = http.client.HTTPConnection(host, parts.port, timeout=self._timeout_seconds)
+        connection = open_connection(parts, proxy, tls=self._tls, timeout_seconds=self._timeout_seconds)
         with self._lock:
             self._busy.add(connection)
         return connection, False

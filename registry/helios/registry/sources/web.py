@@ -17,11 +17,11 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, Self
 from urllib.parse import urljoin, urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
 from helios.mesh.errors import Unavailable
+from helios.mesh.transfer.proxies import environment_proxy
 from helios.registry.strict_json import malformed
 
 # Hubs answer in well under a second; a page of a thousand files takes one. A wait for bytes, not for all of them.
@@ -190,7 +190,7 @@ class Web:
         sent = dict(headers)
         for _ in range(_MAX_REDIRECTS + 1):
             async with self._session.request(
-                method, url, headers=sent, data=body, allow_redirects=False, proxy=_proxy(url)
+                method, url, headers=sent, data=body, allow_redirects=False, proxy=environment_proxy(url)
             ) as response:
                 # Those of the registries may come with several of a name; none that is read here does.
                 found = {name.lower(): value for name, value in response.headers.items()}
@@ -221,16 +221,6 @@ async def _read(response: aiohttp.ClientResponse, limit: _Limit) -> bytes:
                 return bytes(content[: limit.size_bytes])
             raise malformed(f"{shown(str(response.url))} answers with more than {limit.size_bytes} bytes")
     return bytes(content)
-
-
-def _proxy(url: str) -> str | None:
-    """Returns the environment's proxy for a URL, None where it is asked directly.
-
-    Not by aiohttp's trust_env, which also shows the passwords of ~/.netrc to whatever host has an entry there, after a
-    redirect too, and fails where a token is sent to such a host.
-    """
-    parts = urlsplit(url)
-    return None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
 
 
 def origin(url: str) -> tuple[str, str, int | None]:
