@@ -133,13 +133,15 @@ async def fill(database: Database) -> None:
         for table, values in rows.items():
             await connection.execute(insert(table), values)
         await connection.execute(
-            text(f"INSERT INTO blobs {series} SELECT printf('%064x', i), 1 FROM n"),
+            text(f"INSERT INTO blobs {series} SELECT printf('%02x%062x', i % 256, i), 1 FROM n"),
             {"count": MODELS * FILES_OF_A_MODEL},
         )
         await connection.execute(
             text(
                 f"INSERT INTO entries (revision, path, blob, media_type) {series} SELECT digest, 'part-' || n.i, "
-                "printf('%064x', (revisions.rowid - 1) * :count + n.i), 'application/vnd.cncf.model.weight.v1.raw' "
+                "printf('%02x%062x', ((revisions.rowid - 1) * :count + n.i) % 256, "
+                "(revisions.rowid - 1) * :count + n.i), "
+                "'application/vnd.cncf.model.weight.v1.raw' "
                 "FROM revisions, n"
             ),
             {"count": FILES_OF_A_MODEL},

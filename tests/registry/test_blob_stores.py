@@ -10,6 +10,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -19,13 +20,14 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from helios.mesh.errors import BlobNotFound, Conflict, HeliosError, InvalidRequest
+from helios.mesh.errors import BlobNotFound, Conflict, HeliosError, InvalidRequest, PreconditionFailed
 from helios.registry.blob_stores import StoreOptions, open_store
-from helios.registry.blobs import BlobStore
+from helios.registry.collection import prefixes
 from helios.registry.directory_store import DirectoryStore
 from helios.registry.manifest import Digest
 from helios.registry.object_store import ObjectStore, key_of
 from helios.registry.offload import Stop, Stopped
+from helios.registry.ownership import Claim
 from helios.registry.part_upload import UploadLimits
 from helios.registry.settings import BlobStoreSettings
 from helios.registry.state import StateDirectory
@@ -43,7 +45,7 @@ MISSING = "f" * 64
 class Subject:
     """A store under test, and its keys as an outsider lists them."""
 
-    store: BlobStore
+    store: DirectoryStore | ObjectStore
     keys: Callable[[], set[str]]
 
     def put(self, source: Path, on_bytes: Callable[[int], None] = lambda _: None, stop: Stop | None = None) -> Digest:
@@ -55,7 +57,7 @@ class Subject:
 
 def directory_subject(root: Path) -> Subject:
     store = DirectoryStore(root)
-    store.prepare({})
+    store.prepare()
     return Subject(store, lambda: {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()})
 
 
@@ -261,6 +263,58 @@ def test_sweeps_nothing_that_is_young(subject: Subject, source: Path) -> None:
     subject.put(source)
     assert subject.store.sweep(before=datetime.now(UTC) - timedelta(hours=1)) == 0
     assert subject.keys() == {key_of(sha256(source))}
+
+
+def test_lists_by_the_beginning_of_hashes(subject: Subject, tmp_path: Path) -> None:
+    path, hashes = tmp_path / "blob", set[str]()
+    for number in range(12):
+        path.write_bytes(str(number).encode())
+        hashes.add(subject.put(path).hash)
+    for count in (0, 5_000, 100_000):
+        portions = [{blob.hash for blob in subject.store.scan(prefix)} for prefix in prefixes(count)]
+        assert sum(map(len, portions)) == len(hashes)
+        assert set().union(*portions) == hashes
+    some = min(hashes)
+    assert {blob.hash for blob in subject.store.scan(some[:2])} == {each for each in hashes if each[:2] == some[:2]}
+
+
+def test_a_store_is_one_database_s(subject: Subject) -> None:
+    now = datetime.now(UTC)
+    one, two = Claim(subject.store, "one"), Claim(subject.store, "two")
+    for _ in range(2):
+        one.require(now)
+    for name in ("", "two", "three"):
+        with pytest.raises(PreconditionFailed, match="belong to the database one") as caught:
+            two.require(now, take_over_from=name)
+        assert caught.value.reason == "BLOB_STORE_OWNED"
+    for _ in range(2):
+        two.require(now, take_over_from="one")
+    with pytest.raises(PreconditionFailed, match="two"):
+        one.require(now)
+    assert list(subject.store.scan()) == []
+
+
+def test_of_two_databases_that_start_together_one_has_the_store(subject: Subject) -> None:
+    winners: list[str] = []
+
+    def start(name: str) -> None:
+        with suppress(PreconditionFailed):
+            Claim(subject.store, name).require(datetime.now(UTC))
+            winners.append(name)
+
+    threads = [threading.Thread(target=start, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(winners) == 1 or isinstance(subject.store, DirectoryStore), "a directory is locked beforehand"
+    assert json.loads(subject.store.read_owner() or b"")["database"] in winners
+
+
+def test_an_owner_that_nobody_can_read_is_somebody(subject: Subject) -> None:
+    subject.store.replace_owner(b"\xff torn")
+    with pytest.raises(PreconditionFailed, match="unknown"):
+        Claim(subject.store, "one").require(datetime.now(UTC))
 
 
 def test_other_files_of_the_bucket_are_left_alone(tmp_path: Path) -> None:

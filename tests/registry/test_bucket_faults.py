@@ -68,7 +68,7 @@ def opened(
     """Opens the store behind the proxy, as a registry that starts anew does."""
     options = {name: SecretStr(value) for name, value in seaweedfs_server.through(proxy.address).options.items()}
 
-    def open_it(**more: float) -> AbstractContextManager[BlobStore]:
+    def open_it(**more: Any) -> AbstractContextManager[BlobStore]:
         settings = BlobStoreSettings(
             url=f"s3://{seaweedfs_bucket}/{prefix}/models",
             options=options,

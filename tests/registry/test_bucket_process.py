@@ -21,6 +21,7 @@ import pytest
 
 from helios.mesh.errors import Unavailable
 from helios.registry.client import RegistryClient
+from helios.registry.ownership import OWNER_FILE
 from tests.emulators.buckets import s3_client
 from tests.emulators.faulty_proxy import FaultyProxy
 from tests.emulators.servers import Emulator
@@ -58,7 +59,7 @@ class Bucket:
     def objects(self) -> dict[str, str]:
         """Returns the sha256 of every object, by its key."""
         listed = self.client.list_objects_v2(Bucket=self.name, Prefix=self.prefix).get("Contents", [])
-        keys = [each["Key"] for each in listed]
+        keys = [each["Key"] for each in listed if not each["Key"].endswith(OWNER_FILE)]
         return {key: hashlib.sha256(self._get(key)).hexdigest() for key in keys}
 
     def unfinished(self) -> list[str]:

@@ -106,13 +106,13 @@ async def test_deleting_removes_what_only_this_model_used(parts: Parts) -> None:
     await parts.catalog.put_model("m", (), revision("2"))
     await parts.catalog.put_model("n", (), revision("2"))
     await parts.catalog.delete_model("m")
-    assert set(await parts.store.referenced_blobs()) == {"2" * 64, SHARED.hash}
+    assert set(await parts.store.blobs.read()) == {"2" * 64, SHARED.hash}
     with pytest.raises(RevisionNotFound):
         await parts.store.get_manifest(revision("1").manifest.digest())
     with pytest.raises(ModelNotFound):
         await parts.store.get_model("x")
     await parts.catalog.delete_model("n")
-    assert await parts.store.referenced_blobs() == {}
+    assert await parts.store.blobs.read() == {}
     with pytest.raises(ModelNotFound):
         await parts.catalog.delete_model("n")
 
@@ -251,7 +251,7 @@ async def test_a_transaction_that_fails_changes_nothing(parts: Parts) -> None:
     with pytest.raises(TypeError):
         await parts.catalog.put_model("m", ("x",), bad)
     assert await parts.store.list_models() == []
-    assert await parts.store.referenced_blobs() == {}
+    assert await parts.store.blobs.read() == {}
 
 
 async def test_many_models_in_pages(parts: Parts) -> None:

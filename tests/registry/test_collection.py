@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from obstore.store import MemoryStore
 
 from helios.cli.models_gc import describe
-from helios.mesh.errors import Conflict, InvalidRequest, PermissionDenied, Unavailable
+from helios.mesh.errors import Conflict, InvalidRequest, PermissionDenied, PreconditionFailed, Unavailable
 from helios.registry.collection import CollectionReport, StoredBlob, plan_collection
 from helios.registry.object_store import ObjectStore, key_of
+from helios.registry.ownership import Claim
 from helios.registry.part_upload import UploadLimits
 from tests.registry.support import Mesh, Parts, open_parts, serve
 
@@ -38,9 +39,9 @@ def test_everything_is_in_one_part_of_the_plan(
     assert not doomed & young
     assert all(stored[value][1] >= grace for value in doomed)
     assert all(stored[value][1] < grace for value in young)
-    whole = {value for value, size in reachable.items() if value in stored and stored[value][0] == size}
-    assert set(plan.missing) == reachable.keys() - whole
-    assert (plan.reachable_count, plan.reachable_bytes) == (len(whole), sum(reachable[value] for value in whole))
+    assert plan.whole == {
+        value: size for value, size in reachable.items() if value in stored and stored[value][0] == size
+    }
 
 
 async def stray(parts: Parts, content: bytes) -> str:
@@ -92,11 +93,26 @@ def test_the_later_moment_counts(age: int, free: int, grace: int) -> None:
     assert (unseen.doomed == (blob,)) == (grace == 0)
 
 
+async def test_a_collector_whose_store_was_taken_over_deletes_nothing(parts: Parts, model_directory: Path) -> None:
+    await parts.ingest("model", model_directory)
+    await stray(parts, b"left by a crash")
+    before = parts.files()
+    claim = Claim(parts.directory, await parts.store.blobs.owner())
+    claim.require(NOW)
+    parts.blobs._require_ownership = lambda: claim.require(NOW)
+    parts.directory.replace_owner(b'{"database": "another", "since": "today"}')
+    with pytest.raises(PreconditionFailed, match="another"):
+        await parts.collector.collect(grace=timedelta(0))
+    assert await parts.catalog.delete_model("model") == 0
+    assert before <= parts.files()
+
+
 async def test_says_what_is_missing(parts: Parts, model_directory: Path) -> None:
     done = await parts.ingest("model", model_directory)
     entry = (await parts.catalog.locate(done.model.revision.digest)).manifest.entries[0]
     parts.directory.path(entry.digest.hash).unlink()
-    assert (await parts.collector.collect()).missing == (entry.digest.hash,)
+    report = await parts.collector.collect()
+    assert (report.missing, report.missing_count) == ((entry.digest.hash,), 1)
 
 
 async def test_what_an_ingest_holds_stays_whatever_the_grace(parts: Parts, tmp_path: Path) -> None:
@@ -173,7 +189,7 @@ async def test_people_collect_over_the_wire(parts: Parts, mesh: Mesh) -> None:
 
 
 def test_the_report_in_words() -> None:
-    report = CollectionReport(2, 3 << 20, 1, 10, 4, 5 << 30, 1, ("ab" * 32,))
+    report = CollectionReport(2, 3 << 20, 1, 10, 4, 5 << 30, 1, ("ab" * 32,), 1)
     assert describe(report, is_dry_run=True) == [
         "2 blob(s), 3.0 MiB, and 1 unfinished upload(s) would be removed",
         "4 blob(s), 5.0 GiB, are in use; 1, 10 B, are young or being ingested",

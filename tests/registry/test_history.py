@@ -125,7 +125,7 @@ class Pointers(RuleBasedStateMachine):
         blobs = {
             entry.digest.hash for seed in SEEDS if digest(seed) in self.known for entry in new(seed).manifest.entries
         }
-        assert set(self.run(self.store.referenced_blobs())) == blobs
+        assert set(self.run(self.store.blobs.read())) == blobs
 
     @invariant()
     def every_change_has_the_next_number(self) -> None:

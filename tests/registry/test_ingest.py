@@ -34,7 +34,7 @@ from tests.registry.support import Parts, done_of, open_parts
 async def assert_nothing_left(parts: Parts) -> None:
     assert parts.files() == set()
     assert await parts.store.list_models() == []
-    assert await parts.store.referenced_blobs() == {}
+    assert await parts.store.blobs.read() == {}
 
 
 async def test_a_directory_becomes_a_model(parts: Parts, model_directory: Path) -> None:

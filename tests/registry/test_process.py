@@ -15,6 +15,7 @@ import pytest
 
 from helios.mesh.errors import HeliosError
 from helios.registry.client import IngestDone, IngestProgress, RegistryClient
+from helios.registry.ownership import OWNER_FILE
 from tests.registry import tiny
 from tests.registry.support import Mesh
 
@@ -56,7 +57,8 @@ async def running(
 
 
 def leftovers(root: Path) -> list[str]:
-    return [str(path) for part in ("blobs", "work") for path in (root / part).rglob("*") if path.is_file()]
+    files = (path for part in ("blobs", "work") for path in (root / part).rglob("*") if path.is_file())
+    return [str(path) for path in files if path.name != OWNER_FILE]
 
 
 async def ingest(client: RegistryClient, name: str, source: Path) -> IngestDone:
@@ -153,3 +155,19 @@ async def test_sigterm_in_the_middle_of_a_conversion_stops_at_once_and_leaves_no
         async with asyncio.timeout(10):
             assert await process.wait() == 0
     assert leftovers(root) == []
+
+
+async def test_a_store_of_another_database_is_refused_and_taken_over_by_its_name(tmp_path: Path, mesh: Mesh) -> None:
+    blobs = tmp_path / "blobs"
+    place = f"--blob-store.url={blobs}"
+    async with running(tmp_path / "one", mesh, place):
+        pass
+    with pytest.raises(AssertionError, match="the registry ended with"):
+        async with running(tmp_path / "two", mesh, place):
+            pass
+    owner = json.loads((blobs / OWNER_FILE).read_text())["database"]
+    # Whoever restarts it leaves the flag there.
+    for _ in range(2):
+        async with running(tmp_path / "two", mesh, place, f"--blob-store.take-over-from={owner}"):
+            pass
+    assert json.loads((blobs / OWNER_FILE).read_text())["database"] != owner

@@ -207,7 +207,7 @@ async def test_a_revision_that_something_points_at_is_not_deleted(store: Store, 
             await tags.delete_revision(Reference("m", digest=used), NOW)
         assert caught.value.reason == "REVISION_IN_USE"
     await tags.delete_revision(Reference("m", digest=C), NOW)
-    assert set(await store.referenced_blobs()) == {"a" * 64, "b" * 64, "e" * 64, SHARED.hash}
+    assert set(await store.blobs.read()) == {"a" * 64, "b" * 64, "e" * 64, SHARED.hash}
     with pytest.raises(RevisionNotFound):
         await store.get_manifest(C)
     # What was deleted is passed over on the way back; the history still knows it.
@@ -236,7 +236,7 @@ async def test_pins_hold_revision_and_model(store: Store, tags: TagStore) -> Non
     for _ in range(2):
         assert (await tags.delete_pin(parse_reference(f"m@{A}"), NOW)).pins == ()
     await store.delete_model("m", NOW, is_forced=False)
-    assert await store.referenced_blobs() == {}
+    assert await store.blobs.read() == {}
 
 
 async def test_a_model_that_settings_of_another_name_is_deleted_by_force_only(store: Store) -> None:
@@ -435,7 +435,7 @@ async def test_artifacts_end_with_their_revision(database: Database, store: Stor
     await put(store, "m", "a", "b")
     manifest = Manifest.of([Entry("graph.bin", Digest("f" * 64, 5), MEDIA_ARTIFACT)])
     made = NewArtifact("compile-cache", "e" * 64, "{}", A, "worker-1", manifest)
-    assert (await artifacts.put(made, NOW, quota_bytes=100))[1]
+    assert (await artifacts.put(made, NOW, quota_bytes=100))[0][1]
     assert not (await artifacts.put(made, NOW, quota_bytes=100))[1]
     assert await artifacts.used_bytes() == 5
     await artifacts.note_use(
@@ -446,7 +446,7 @@ async def test_artifacts_end_with_their_revision(database: Database, store: Stor
     assert await artifacts.find_manifest(manifest.digest()) == manifest
     await tags.delete_revision(Reference("m", digest=A), NOW)
     assert await artifacts.find("compile-cache", "e" * 64) is None
-    assert "f" * 64 not in await store.referenced_blobs()
+    assert "f" * 64 not in await store.blobs.read()
 
 
 async def test_an_alias_is_taken_once(store: Store) -> None:
@@ -454,4 +454,4 @@ async def test_an_alias_is_taken_once(store: Store) -> None:
     for name, aliases in (("x", ()), ("n", ("x",)), ("o", ("m",))):
         with pytest.raises(AlreadyExists):
             await store.put_model(name, aliases, new("b"), NOW)
-    assert set(await store.referenced_blobs()) == {"a" * 64, SHARED.hash}
+    assert set(await store.blobs.read()) == {"a" * 64, SHARED.hash}

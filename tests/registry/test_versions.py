@@ -81,7 +81,7 @@ async def test_every_call_of_the_contract(versions: VersionClient, registry: Reg
     assert (await versions.delete_tag("org/m", "prod")).tags == ()
     assert (await versions.delete_pin("org/m")).pins == ()
     assert (await versions.delete_revision(f"org/m@{C}"))[0].revision.digest == A
-    assert "d" * 64 not in await parts.store.referenced_blobs()
+    assert "d" * 64 not in await parts.store.blobs.read()
     moves = await versions.list_moves("org/m", tag="")
     assert [(move.revision, move.cause, move.actor) for move in moves] == [
         (A, Cause.ROLLBACK, "admin-edge"),

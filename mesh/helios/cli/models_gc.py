@@ -52,7 +52,7 @@ def describe(report: CollectionReport, *, is_dry_run: bool) -> list[str]:
     ]
     if report.missing:
         shown = ", ".join(value[:12] for value in report.missing[:5])
-        lines.append(f"{len(report.missing)} blob(s) are MISSING ({shown}…): add their models again")
+        lines.append(f"{report.missing_count} blob(s) are MISSING ({shown}…): add their models again")
     return lines
 
 

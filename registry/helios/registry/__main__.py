@@ -4,7 +4,9 @@ import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -23,12 +25,14 @@ from helios.registry.artifact_store import ArtifactStore
 from helios.registry.blob_stores import open_store
 from helios.registry.blobs import Blobs
 from helios.registry.catalog import Catalog
+from helios.registry.blob_rows import BlobRows
 from helios.registry.chunk_indexer import ChunkIndexer
 from helios.registry.chunk_servicer import ChunkServicer
 from helios.registry.chunk_store import ChunkStore
 from helios.registry.collector import Collector
 from helios.registry.database import Database
 from helios.registry.directory_store import DirectoryStore
+from helios.registry.collection import prefixes
 from helios.registry.downloads import open_downloads
 from helios.registry.ingest import Ingester
 from helios.registry.keys.keys import Keys
@@ -37,6 +41,7 @@ from helios.registry.keys.store import KeyStore
 from helios.registry.rollout.servicer import RolloutServicer
 from helios.registry.rollout.store import RolloutStore
 from helios.registry.servicer import RegistryServicer
+from helios.registry.ownership import Claim
 from helios.registry.settings import RegistrySettings
 from helios.registry.sources.conversion import Converter
 from helios.registry.sources.remote_sources import Sources
@@ -59,6 +64,9 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
     only then another registry may have the directory.
     """
     # Credentials of clouds, by the names that their own tools have; obstore reads them there, too.
+if TYPE_CHECKING:
+    from helios.registry.object_store import ObjectStore
+
     environment = dict(os.environ)  # noqa: TID251
     # Downloads hold threads for hours; what a start asks for must not wait for them.
     threads = ThreadPoolExecutor(16 + settings.ingest.max_concurrent, thread_name_prefix="work")
@@ -70,9 +78,7 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         stack.push_async_callback(database.close)
         store, artifacts = Store(database), ArtifactStore(database)
         blob_store = stack.enter_context(open_store(settings.blob_store, state, environment))
-        reserve_bytes = settings.ingest.reserve_bytes
-        blobs = Blobs(blob_store, disk=state.root, reserve_bytes=reserve_bytes, is_shared=database.is_shared)
-        await _repair(store, blobs)
+        blobs = await _open_blobs(settings, state, blob_store, store.blobs, is_shared=database.is_shared)
         hub = WatchHub(settings.watch_queue_size)
         catalog = Catalog(store, blobs, hub, artifacts)
         converter = Converter(
@@ -88,7 +94,7 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         sources = Sources(converter, web, settings.sources)
         downloads = open_downloads(state.downloads, blobs, settings.sources.downloads)
         ingester = Ingester(catalog, state, sources, downloads, max_concurrent=settings.ingest.max_concurrent)
-        collector = Collector(store, blobs, settings.collection)
+        collector = Collector(store.blobs, blobs, settings.collection)
         add_RegistryServiceServicer_to_server(RegistryServicer(catalog, ingester, collector), server.grpc)
         uploads = Uploads(catalog, artifacts, state, settings.artifacts)
         add_ArtifactServiceServicer_to_server(ArtifactServicer(uploads), server.grpc)
@@ -119,14 +125,41 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         await server.set_serving(is_serving=False)
 
 
-async def _repair(store: Store, blobs: Blobs) -> None:
+async def _open_blobs(
+    settings: RegistrySettings,
+    state: StateDirectory,
+    store: "DirectoryStore | ObjectStore",
+    rows: BlobRows,
+    *,
+    is_shared: bool,
+) -> Blobs:
+    """Finds that the store is this database's, and brings it into order."""
+    claim = Claim(store, await rows.owner())
+    take_over_from = settings.blob_store.take_over_from
+    await offload.run(lambda _: claim.require(datetime.now(UTC), take_over_from=take_over_from))
+    blobs = Blobs(
+        store,
+        rows,
+        disk=state.root,
+        reserve_bytes=settings.ingest.reserve_bytes,
+        is_shared=is_shared,
+        require_ownership=lambda: claim.require(datetime.now(UTC)),
+    )
+    await _repair(rows, blobs)
+    return blobs
+
+
+async def _repair(rows: BlobRows, blobs: Blobs) -> None:
     """Clears away what a crash left, and says which blobs are gone; in a bucket that is the collector's."""
-    referenced = await store.referenced_blobs()
-    blobs.know_sizes(referenced.values())
     directory = blobs.store
     if not isinstance(directory, DirectoryStore):
         return
-    freed_bytes, missing = await offload.run(lambda _: directory.prepare(referenced))
+    freed_bytes, missing = await offload.run(lambda _: directory.prepare()), list[str]()
+    for prefix in prefixes(await rows.count()):
+        referenced = await rows.read(prefix)
+        freed, lost = await offload.run(lambda _: directory.repair(prefix, referenced))  # noqa: B023 - it is awaited
+        freed_bytes += freed
+        missing += lost
     if freed_bytes:
         log.info("unfinished ingests cleared away", freed_bytes=freed_bytes)
     if missing:

@@ -8,9 +8,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from helios.mesh.errors import NotFound, RevisionNotFound
 from helios.registry.artifacts import MAX_COUNT, Artifact, NewArtifact, Use, plan_eviction
+from helios.registry.blob_rows import batches, delete_unused_blobs
 from helios.registry.database import Database, upsert
 from helios.registry.manifest import Digest, Entry, Manifest
-from helios.registry.store import batches, delete_unused_blobs, from_us, to_us
+from helios.registry.moments import from_us, to_us
 from helios.registry.tables import artifact_entries, artifacts, blobs, revisions
 
 
@@ -53,11 +54,14 @@ class ArtifactStore:
         async with self._database.snapshot() as connection:
             return [_artifact(row) for row in await connection.execute(query)]
 
-    async def put(self, new: NewArtifact, now: datetime, *, quota_bytes: int) -> tuple[Artifact, bool]:
+    async def put(
+        self, new: NewArtifact, now: datetime, *, quota_bytes: int
+    ) -> tuple[tuple[Artifact, bool], dict[str, int]]:
         """Stores an artifact whose blobs are on disk; the first of a name stays. Others go where the quota is full.
 
         Returns:
-            The one that has the name now, and whether it is this one.
+            The one that has the name now, and whether it is this one; hash and size of the blobs that nothing refers to
+            since.
 
         Raises:
             RevisionNotFound: The revision that it was made of is not there, or not any more.
@@ -65,24 +69,31 @@ class ArtifactStore:
         async with self._database.transaction() as connection:
             found = await _find(connection, new.kind, new.key)
             if found is not None:
-                return found, False
+                return (found, False), {}
             is_known = select(func.count()).select_from(revisions).where(revisions.c.digest == new.revision)
             if not (await connection.execute(is_known)).scalar_one():
                 raise RevisionNotFound(f"there is no revision {new.revision}", metadata={"revision": new.revision})
-            await _make_room(connection, new.manifest.size_bytes, quota_bytes)
+            suspects = await _make_room(connection, new.manifest.size_bytes, quota_bytes)
             await _insert(connection, new, now)
+            # After the new rows, which may share blobs with those that went.
+            gone = await delete_unused_blobs(connection, suspects)
             stored = await _find(connection, new.kind, new.key)
             assert stored is not None
-            return stored, True
+            return (stored, True), gone
 
-    async def delete(self, kind: str, key: str, *, digest: str = "") -> None:
-        """Removes an artifact, where it has this digest if one is given. Idempotent."""
+    async def delete(self, kind: str, key: str, *, digest: str = "") -> dict[str, int]:
+        """Removes an artifact, where it has this digest if one is given. Idempotent.
+
+        Returns:
+            Hash and size of the blobs that nothing refers to since.
+        """
         condition = _is_named(kind, key)
         if digest:
             condition &= artifacts.c.digest == digest
         async with self._database.transaction() as connection:
+            suspects = await _blobs_of(connection, kind, key)
             await connection.execute(delete(artifacts).where(condition))
-            await delete_unused_blobs(connection)
+            return await delete_unused_blobs(connection, suspects)
 
     async def find_manifest(self, digest: str) -> Manifest | None:
         """Returns the manifest of an artifact with this digest, None where there is none."""
@@ -113,13 +124,22 @@ async def _find(connection: AsyncConnection, kind: str, key: str) -> Artifact | 
     return None if row is None else _artifact(row)
 
 
-async def _make_room(connection: AsyncConnection, needed_bytes: int, quota_bytes: int) -> None:
+async def _blobs_of(connection: AsyncConnection, kind: str, key: str) -> list[str]:
+    query = select(artifact_entries.c.blob).where(artifact_entries.c.kind == kind, artifact_entries.c.key == key)
+    return list((await connection.execute(query)).scalars())
+
+
+async def _make_room(connection: AsyncConnection, needed_bytes: int, quota_bytes: int) -> set[str]:
+    """Removes artifacts until there is room; returns the blobs that they had."""
+    suspects: set[str] = set()
     rows = await connection.execute(
         select(artifacts.c.kind, artifacts.c.key, artifacts.c.size_bytes, artifacts.c.used_at_us)
     )
     uses = [Use(row.kind, row.key, row.size_bytes, from_us(row.used_at_us)) for row in rows]
     for kind, key in plan_eviction(uses, needed_bytes=needed_bytes, quota_bytes=quota_bytes, max_count=MAX_COUNT):
+        suspects.update(await _blobs_of(connection, kind, key))
         await connection.execute(delete(artifacts).where(_is_named(kind, key)))
+    return suspects
 
 
 async def _insert(connection: AsyncConnection, new: NewArtifact, now: datetime) -> None:
@@ -140,7 +160,7 @@ async def _insert(connection: AsyncConnection, new: NewArtifact, now: datetime) 
         "used_at_us": to_us(now),
     }
     await connection.execute(insert(artifacts).values(row))
-    files = [
+    files: list[dict[str, object]] = [
         {
             "kind": new.kind,
             "key": new.key,
@@ -152,8 +172,6 @@ async def _insert(connection: AsyncConnection, new: NewArtifact, now: datetime) 
     ]
     for batch in batches(files):
         await connection.execute(insert(artifact_entries).values(batch))
-    # After the new rows, which may share blobs with those that went.
-    await delete_unused_blobs(connection)
 
 
 def _is_named(kind: str, key: str) -> Any:

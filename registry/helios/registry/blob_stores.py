@@ -23,7 +23,6 @@ from urllib.parse import unquote, urlsplit
 from pydantic import SecretStr
 
 from helios.mesh.errors import InvalidRequest, PreconditionFailed
-from helios.registry.blobs import BlobStore
 from helios.registry.directory_store import DirectoryStore
 from helios.registry.part_upload import PartStore, PartUploader, UploadLimits
 from helios.registry.settings import BlobStoreSettings
@@ -74,7 +73,7 @@ class StoreOptions:
 @contextmanager
 def open_store(
     settings: BlobStoreSettings, state: StateDirectory, environment: Mapping[str, str]
-) -> Iterator[BlobStore]:
+) -> Iterator["DirectoryStore | ObjectStore"]:
     """Yields the blob store of a registry; ``environment`` is the process's, where obstore looks too.
 
     Raises:

@@ -11,21 +11,24 @@ Stores block, and run in threads; nothing here holds a lock while one does.
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol
+from typing import BinaryIO, Final, Literal, Protocol
 from weakref import WeakValueDictionary
 
-from helios.mesh.errors import DigestMismatch, DiskFull
+from helios.mesh.errors import BlobNotFound, DigestMismatch, DiskFull
 from helios.registry import offload
 from helios.registry.claims import Claims
 from helios.registry.collection import StoredBlob
-from helios.registry.hashing import OnBytes, hash_file, size_of
+from helios.registry.hashing import OnBytes, hash_file, looks_alike, size_of
 from helios.registry.manifest import Digest
+
+# Fine-tunes of one model have files of the same sizes; beyond so many a file that is known is copied to be told.
+_MAX_LOOKALIKES: Final = 8
 
 
 class Staged(Protocol):
@@ -88,8 +91,8 @@ class BlobStore(Protocol):
         """Opens a blob for reading, seekable. Raises BlobNotFound, Unavailable."""
         ...
 
-    def scan(self) -> Iterator[StoredBlob]:
-        """Yields all blobs, in any order. Raises Unavailable."""
+    def scan(self, prefix: str = "") -> Generator[StoredBlob, None, None]:
+        """Yields the blobs whose hashes begin so (at most two digits), in any order. Raises Unavailable."""
         ...
 
     def delete(self, hashes: Collection[str]) -> None:
@@ -98,6 +101,18 @@ class BlobStore(Protocol):
 
     def sweep(self, *, before: datetime, is_dry_run: bool = False) -> int:
         """Removes what unfinished uploads that began before this moment left; returns how many. Raises Unavailable."""
+        ...
+
+
+class KnownBlobs(Protocol):
+    """What is known of the blobs that something refers to."""
+
+    async def of_size(self, size_bytes: int, limit: int) -> Sequence[str]:
+        """Returns the hashes of some of them that have this size."""
+        ...
+
+    async def sizes_among(self, sizes: Collection[int]) -> frozenset[int]:
+        """Returns those of the sizes that some of them have."""
         ...
 
 
@@ -125,15 +140,26 @@ class BlobFile:
 class Blobs:
     """The blobs of one registry process: a store, and the claims on its blobs."""
 
-    def __init__(self, store: BlobStore, *, disk: Path, reserve_bytes: int, is_shared: bool = False) -> None:
+    def __init__(
+        self,
+        store: BlobStore,
+        known: KnownBlobs,
+        *,
+        disk: Path,
+        reserve_bytes: int,
+        is_shared: bool = False,
+        require_ownership: Callable[[], None] = lambda: None,
+    ) -> None:
         """Takes a store, and the directory of this machine whose disk keeps ``reserve_bytes`` free for others.
 
         Where the store is shared with other registries, whose claims are not known here, nothing is deleted but by the
-        collector, which waits.
+        collector, which waits. Nowhere is anything deleted where ``require_ownership`` raises, which may block.
         """
         self.store = store
+        self._require_ownership = require_ownership
         # A directory has one registry, whatever its database.
         self.is_shared = is_shared and not self.is_local
+        self._known = known
         self._disk = disk
         self._reserve_bytes = reserve_bytes
         self._claims = Claims()
@@ -141,17 +167,11 @@ class Blobs:
         self._settled = asyncio.Event()
         # One upload of a blob at a time; a lock lives for as long as somebody waits for it.
         self._uploads: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        # Sizes of blobs that are or were here; a stale one costs a needless hash, nothing else.
-        self._sizes: set[int] = set()
 
     @property
     def is_local(self) -> bool:
         """Whether blobs are files of this machine."""
         return self.store.url.startswith("file:")
-
-    def know_sizes(self, sizes: Collection[int]) -> None:
-        """Takes note of sizes that blobs of the store have."""
-        self._sizes.update(sizes)
 
     def file(self, hash_: str) -> BlobFile:
         """Returns a blob as something to open."""
@@ -167,10 +187,11 @@ class Blobs:
                 metadata={"free_bytes": str(free), "needed_bytes": str(needed_bytes)},
             )
 
-    def require_space_for(self, sizes: Collection[int]) -> None:
-        """Raises DiskFull unless there is room for files of these sizes, as far as none of them is known yet."""
+    async def require_space_for(self, sizes: Collection[int]) -> None:
+        """Raises DiskFull unless there is room for files of these sizes, as far as no blob has them already."""
         if self.is_local:
-            self.require_space(sum(size for size in sizes if size not in self._sizes))
+            known = await self._known.sizes_among(sizes)
+            self.require_space(sum(size for size in sizes if size not in known))
 
     async def missing(self, digests: Collection[Digest]) -> list[Digest]:
         """Returns those of the blobs that are not in the store with their size. Raises Unavailable."""
@@ -191,30 +212,34 @@ class Blobs:
         return frozenset(value for value in hashes if self._claims.is_held(value))
 
     async def collect(
-        self, candidates: Collection[str], read_reachable: Callable[[], Awaitable[Collection[str]]]
+        self, candidates: Collection[str], read_reachable: Callable[[Collection[str]], Awaitable[Collection[str]]]
     ) -> frozenset[str]:
         """Deletes those of the blobs that nothing refers to and nobody holds; returns them.
 
         Args:
             candidates: Blobs that may go.
-            read_reachable: Reads what rows refer to; called after the candidates were doomed, which is what makes this
-                safe beside ingests (``claims``).
+            read_reachable: Reads which of some blobs rows refer to; called after the candidates were doomed, which is
+                what makes this safe beside ingests (``claims``).
 
         Raises:
             Unavailable: BLOB_STORE_UNAVAILABLE; some may be gone, and the next collection finds the rest.
+            PreconditionFailed: BLOB_STORE_OWNED; the store was taken over, and nothing is gone.
         """
         doomed = self._claims.doom(candidates)
         try:
-            reachable = doomed.intersection(await read_reachable())
+            reachable = doomed.intersection(await read_reachable(doomed))
             self._settle(reachable)
             # Not settled twice: another collection may have doomed them again.
             doomed -= reachable
             if doomed:
-                gone = doomed
-                await offload.run(lambda _: self.store.delete(gone))
+                await offload.run(partial(self._delete, doomed))
             return doomed
         finally:
             self._settle(doomed)
+
+    def _delete(self, hashes: Collection[str], _: offload.Stop) -> None:
+        self._require_ownership()
+        self.store.delete(hashes)
 
     def _settle(self, hashes: Collection[str]) -> None:
         self._claims.settle(hashes)
@@ -222,8 +247,8 @@ class Blobs:
         self._settled = asyncio.Event()
 
     async def _put(self, hold: "Hold", source: Path, *, is_owned: bool, expected: str, on_bytes: OnBytes) -> Stored:
-        # A blob has this size: hashing first may save the copy.
-        if self.is_local and not is_owned and size_of(source) in self._sizes:
+        # Hashing first saves the copy.
+        if self.is_local and not is_owned and await self._is_probably_known(source):
             digest = await offload.run(partial(hash_file, source, on_bytes))
             if (not expected or digest.hash == expected) and await self._take_hold(hold, digest):
                 return Stored(digest, 0)
@@ -241,6 +266,22 @@ class Blobs:
                 raise _mismatch(source, expected, staged.digest)
             return await self._commit(hold, staged, on_bytes)
 
+    async def _is_probably_known(self, source: Path) -> bool:
+        """Returns whether a file looks like a blob, to tell a model that comes again from one of the same shape."""
+        candidates = await self._known.of_size(size_of(source), _MAX_LOOKALIKES)
+        if not candidates:
+            return False
+
+        def look(_: offload.Stop) -> bool:
+            for hash_ in candidates:
+                # Whatever can't be read is told when it is stored.
+                with suppress(OSError, BlobNotFound), source.open("rb") as file, self.store.open(hash_) as blob:
+                    if looks_alike(file, blob):
+                        return True
+            return False
+
+        return await offload.run(look)
+
     async def _commit(self, hold: "Hold", staged: Staged, on_bytes: OnBytes) -> Stored:
         digest = staged.digest
         await self._hold(hold, digest.hash)
@@ -248,7 +289,6 @@ class Blobs:
             if await self._has(digest):
                 return Stored(digest, 0)
             await offload.run(partial(staged.commit, on_bytes))
-            self._sizes.add(digest.size_bytes)
             return Stored(digest, digest.size_bytes)
 
     async def _take_hold(self, hold: "Hold", digest: Digest) -> bool:

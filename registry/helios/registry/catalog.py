@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from helios.mesh.errors import Corrupted, Unavailable
+from helios.mesh.errors import Corrupted, PreconditionFailed, Unavailable
 from helios.registry import metrics, offload
 from helios.registry.artifact_store import ArtifactStore
 from helios.registry.blobs import Blobs
@@ -58,8 +58,8 @@ class Catalog:
     async def delete_model(self, name: str, mutation: Mutation = PLAIN, *, is_forced: bool = False) -> int:
         """Removes a model and what only it used; returns the bytes of blobs that were freed. Raises as the store."""
 
-        async def write() -> None:
-            await self.store.delete_model(name, datetime.now(UTC), mutation, is_forced=is_forced)
+        async def write() -> tuple[None, Mapping[str, int]]:
+            return None, await self.store.delete_model(name, datetime.now(UTC), mutation, is_forced=is_forced)
 
         _, freed_bytes = await self.write_and_collect(write)
         return freed_bytes
@@ -153,16 +153,21 @@ class Catalog:
             await self._begin()
             return await offload.uninterrupted(alone())
 
-    async def write_and_collect(self, work: Callable[[], Coroutine[Any, Any, T]]) -> tuple[T, int]:
-        """Runs a write, as ``write`` does, then deletes blobs that nothing refers to any more; returns their bytes."""
+    async def write_and_collect(
+        self, work: Callable[[], Coroutine[Any, Any, tuple[T, Mapping[str, int]]]]
+    ) -> tuple[T, int]:
+        """Runs a write, as ``write`` does, then deletes the blobs that it says nothing refers to since.
+
+        Returns:
+            The write's result, and the bytes of the blobs that are gone.
+        """
 
         async def both() -> tuple[T, int]:
             async with self._writing:
                 await self._begin()
-                before = await self.store.referenced_blobs()
-                result = await work()
+                result, gone = await work()
                 await self._tell()
-            return result, await self._collect(before)
+            return result, await self._collect(gone)
 
         return await offload.uninterrupted(both())
 
@@ -196,9 +201,10 @@ class Catalog:
         if self.blobs.is_shared:
             return 0
         try:
-            referenced = await self.store.referenced_blobs()
-            gone = await self.blobs.collect(candidates.keys() - referenced.keys(), self.store.referenced_blobs)
-        except (Unavailable, OSError) as error:
+            # Not to keep others from blobs that stay.
+            free = candidates.keys() - await self.store.blobs.referenced(candidates.keys())
+            gone = await self.blobs.collect(free, self.store.blobs.referenced)
+        except (Unavailable, PreconditionFailed, OSError) as error:
             log.warning("blobs are left for the next collection", count=len(candidates), error=str(error))
             return 0
         return sum(candidates[value] for value in gone)

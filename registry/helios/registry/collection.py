@@ -9,6 +9,14 @@ this registry itself is ingesting is protected by claims (``claims``), whatever 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import product
+from string import hexdigits
+from typing import Final
+
+# A megabyte of names and sizes.
+_PORTION: Final = 4096
+MAX_NAMED: Final = 100
+"""Missing blobs that a report names: enough to know which models to ingest again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +35,17 @@ class CollectionPlan:
     Attributes:
         doomed: Nothing refers to them and they are old enough.
         young: Nothing refers to them either, not yet perhaps.
-        reachable_count: Blobs that something refers to and that are there whole.
-        reachable_bytes: Their bytes.
-        missing: Hashes that something refers to and that are not there with their size.
+        whole: Hash and size of what something refers to and is there with its size.
     """
 
     doomed: tuple[StoredBlob, ...]
     young: tuple[StoredBlob, ...]
-    reachable_count: int
-    reachable_bytes: int
-    missing: tuple[str, ...]
+    whole: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class CollectionReport:
-    """What a collection did, or would do; the fields are the contract's."""
+    """What a collection did, or would do; the fields are the contract's. ``missing`` names the first of them only."""
 
     removed_count: int
     removed_bytes: int
@@ -51,6 +55,16 @@ class CollectionReport:
     reachable_bytes: int
     unfinished_count: int
     missing: tuple[str, ...]
+    missing_count: int = 0
+
+
+def prefixes(blob_count: int) -> list[str]:
+    """Returns beginnings of hashes, each hash having one, that so many blobs are looked at by: some thousands a time.
+
+    What is known of blobs is never in memory for all of them; small registries are read at once.
+    """
+    digits = 0 if blob_count <= _PORTION else 1 if blob_count <= 16 * _PORTION else 2
+    return ["".join(each) for each in product(hexdigits[:16], repeat=digits)]
 
 
 def plan_collection(
@@ -64,9 +78,9 @@ def plan_collection(
     """Sorts blobs into those that go and those that stay.
 
     Args:
-        stored: All that the store has.
-        reachable: Hash and size of what something refers to, read *after* ``stored`` was: a blob whose rows went
-            meanwhile only stays until the next time.
+        stored: Blobs of the store.
+        reachable: Hash and size of those of them, at least, that something refers to. What changed since it was read is
+            looked at again before a blob goes (``claims``).
         now: The time by the store's clock, as far as it is known.
         grace: What is younger stays; nothing that is exactly as old.
         free_since: Where given, what nothing refers to must have been so for as long: since then, by its hash, and only
@@ -81,5 +95,4 @@ def plan_collection(
             (doomed if now - since >= grace else young).append(blob)
         elif reachable[blob.hash] == blob.size_bytes:
             whole[blob.hash] = blob.size_bytes
-    missing = tuple(sorted(reachable.keys() - whole.keys()))
-    return CollectionPlan(tuple(doomed), tuple(young), len(whole), sum(whole.values()), missing)
+    return CollectionPlan(tuple(doomed), tuple(young), whole)

@@ -7,8 +7,6 @@ from helios.api.registry.v1 import registry_service_pb2 as pb
 from helios.mesh.errors import InvalidRequest
 from helios.registry.collection import CollectionReport
 
-# Enough to know which models to ingest again.
-_MAX_MISSING: Final = 100
 _MAX_GRACE: Final = timedelta(days=3650)
 
 
@@ -40,7 +38,8 @@ def collection_report_to_proto(report: CollectionReport) -> pb.CollectBlobsRespo
         reachable_count=report.reachable_count,
         reachable_bytes=report.reachable_bytes,
         unfinished_count=report.unfinished_count,
-        missing=[f"sha256:{value}" for value in report.missing[:_MAX_MISSING]],
+        missing=[f"sha256:{value}" for value in report.missing],
+        missing_count=report.missing_count,
     )
 
 
@@ -55,4 +54,5 @@ def collection_report_from_proto(message: pb.CollectBlobsResponse) -> Collection
         reachable_bytes=message.reachable_bytes,
         unfinished_count=message.unfinished_count,
         missing=tuple(value.removeprefix("sha256:") for value in message.missing),
+        missing_count=message.missing_count,
     )

@@ -2,6 +2,7 @@
 
     <root>/sha256/<first two>/<hash>     mode 0444, never changed after its rename
     <root>/tmp/<random>                  bytes on their way, swept at start
+    <root>/owner.json                    which database's it is
     <root>/lock                          held while a registry uses a directory that is not in its state directory
 
 A blob appears by one rename after its bytes are written, hashed and fsynced, so a reader never sees half a blob and a
@@ -15,8 +16,9 @@ would change with it. Files that the registry made itself (a conversion's output
 import errno
 import fcntl
 import os
+import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,14 +26,18 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from helios.mesh.errors import BlobNotFound, Conflict, DiskFull, PreconditionFailed
-from helios.mesh.files import sync_directory
+from helios.mesh.files import sync_directory, write_private
 from helios.registry import offload
 from helios.registry.blobs import Staged
 from helios.registry.collection import StoredBlob
 from helios.registry.hashing import OnBytes, changed, copy_file, identity, pump, size_of
 from helios.registry.manifest import Digest
+from helios.registry.ownership import OWNER_FILE
 
 _BLOB_MODE: Final = 0o444
+_HASH: Final = re.compile(r"[0-9a-f]{64}")
+# The first two digits of a hash name its directory.
+_FAN_DIGITS: Final = 2
 # EFBIG: a limit on file sizes, as containers set it, is a full disk to the caller.
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -79,22 +85,51 @@ class DirectoryStore:
         finally:
             os.close(descriptor)
 
-    def prepare(self, referenced: Mapping[str, int]) -> tuple[int, list[str]]:
-        """Brings the directory into order at start, before anything else uses it.
+    def prepare(self) -> int:
+        """Makes the directory and removes temporary files at start, before anything else uses it; returns their bytes.
 
-        Removes what a crash left: files in ``tmp``, blobs that nothing refers to, blobs of the wrong size. Without a
-        grace period, because the directory is this process's alone.
+        Without a grace period, because the directory is this process's alone.
+        """
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(exist_ok=True)
+        return sum(_remove(path) for path in self._temporary.iterdir())
+
+    def repair(self, prefix: str, referenced: Mapping[str, int]) -> tuple[int, list[str]]:
+        """Removes, at start, blobs that nothing refers to or that have the wrong size: what a crash left.
+
+        Args:
+            prefix: Begins the hashes of the blobs that are looked at: at most two digits.
+            referenced: Hash and size of what something refers to, among these.
 
         Returns:
             Bytes that were freed, and the hashes of referenced blobs that are missing.
         """
-        freed = sum(_remove(path) for path in _files(self._temporary))
-        self._temporary.mkdir(parents=True, exist_ok=True)
-        self._directory.mkdir(exist_ok=True)
-        for path in _files(self._directory):
-            if referenced.get(path.name) != path.stat().st_size or path != self.path(path.name):
-                freed += _remove(path)
-        return freed, [value for value in referenced if not self.path(value).exists()]
+        freed, missing = 0, set(referenced)
+        for blob in self.scan(prefix):
+            if referenced.get(blob.hash) == blob.size_bytes:
+                missing.discard(blob.hash)
+            else:
+                freed += _remove(self.path(blob.hash))
+        return freed, sorted(missing)
+
+    def read_owner(self) -> bytes | None:
+        """Returns what says whose the directory is."""
+        try:
+            return (self._root / OWNER_FILE).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def create_owner(self, content: bytes) -> bool:
+        """Writes whose the directory is, unless that is said; nobody else writes, for the directory is locked."""
+        if self.read_owner() is not None:
+            return False
+        self.replace_owner(content)
+        return True
+
+    def replace_owner(self, content: bytes) -> None:
+        """Writes whose the directory is."""
+        write_private(self._root / OWNER_FILE, content)
+        sync_directory(self._root)
 
     @contextmanager
     def stage(self, source: Path, *, is_owned: bool, on_bytes: OnBytes, stop: offload.Stop) -> Iterator[Staged]:
@@ -122,14 +157,18 @@ class DirectoryStore:
         except FileNotFoundError as error:
             raise BlobNotFound(f"blob sha256:{hash_} is not in the blob store", metadata={"blob": hash_}) from error
 
-    def scan(self) -> Iterator[StoredBlob]:
-        """Yields all blobs. One that goes meanwhile is left out."""
-        for path in _files(self._directory):
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                continue
-            yield StoredBlob(path.name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+    def scan(self, prefix: str = "") -> Generator[StoredBlob, None, None]:
+        """Yields the blobs whose hashes begin so. One that goes meanwhile is left out; what is no blob's name, too."""
+        for directory in self._directory.glob(f"{prefix}*" if len(prefix) < _FAN_DIGITS else prefix):
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    if not _HASH.fullmatch(entry.name) or entry.name[:_FAN_DIGITS] != directory.name:
+                        continue
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+                    yield StoredBlob(entry.name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
     def delete(self, hashes: Collection[str]) -> None:
         """Removes blobs."""
@@ -138,7 +177,7 @@ class DirectoryStore:
 
     def sweep(self, *, before: datetime, is_dry_run: bool = False) -> int:
         """Removes temporary files that were last written before this moment, but for those that are in use."""
-        found = [path for path in _files(self._temporary) if path not in self._staging]
+        found = [path for path in self._temporary.iterdir() if path not in self._staging]
         stale = [path for path in found if _written_at(path) < before]
         if not is_dry_run:
             for path in stale:
@@ -193,10 +232,6 @@ def _move(source: Path, target: Path) -> bool:
             return False
         raise
     return True
-
-
-def _files(directory: Path) -> Iterator[Path]:
-    return (path for path in directory.rglob("*") if not path.is_dir()) if directory.is_dir() else iter(())
 
 
 def _remove(path: Path) -> int:

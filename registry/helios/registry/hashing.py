@@ -17,6 +17,9 @@ OnBytes = Callable[[int], None]
 BUFFER_BYTES: Final = 1 << 20
 # How much is written before the kernel is asked to bring it to the disk: large enough for the disk to stream.
 _WRITE_BACK_BYTES: Final = 8 << 20
+# A page at each of 64 places: that takes no time, and finds a fine-tune that changed a tenth of its weights.
+_SAMPLES: Final = 64
+_SAMPLE_BYTES: Final = 4096
 
 
 def hash_file(path: Path, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
@@ -65,6 +68,16 @@ def pump(source: BinaryIO, target: PartFile | None, on_bytes: OnBytes, stop: off
             settled = size
         on_bytes(count)
     return Digest(hasher.hexdigest(), size)
+
+
+def looks_alike(one: BinaryIO, other: BinaryIO) -> bool:
+    """Returns whether two files of one size are the same at some places; then they may be. Blocking; raises OSError."""
+    size = os.fstat(one.fileno()).st_size
+    step = max(_SAMPLE_BYTES, size // _SAMPLES)
+    return all(
+        os.pread(one.fileno(), _SAMPLE_BYTES, at) == os.pread(other.fileno(), _SAMPLE_BYTES, at)
+        for at in range(0, size, step)
+    )
 
 
 def size_of(path: Path) -> int:

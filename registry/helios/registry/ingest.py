@@ -269,7 +269,7 @@ class _Ingest:
 
     async def _store(self, files: FileSet, hold: Hold) -> tuple[Manifest, int]:
         if not files.is_owned:
-            self._catalog.blobs.require_space_for([file.size_bytes for file in files.files])
+            await self._catalog.blobs.require_space_for([file.size_bytes for file in files.files])
         self._progress.begin(IngestPhase.STORE, files.new_bytes)
         entries: list[Entry] = []
         new_bytes = 0

@@ -1,6 +1,7 @@
 """The blob store that is a bucket: S3, Google Cloud Storage, Azure, through obstore.
 
     <prefix>/sha256/<first two>/<hash>       an object, whole, or nothing
+    <prefix>/owner.json                      which database's the prefix is
 
 There are no temporary keys: S3 copies no object above 5 GiB in one piece, so a blob is never moved to its name. It is
 written there by an operation that makes it appear at once and only after its sha256 was found right:
@@ -17,8 +18,9 @@ obstore's synchronous calls are used, in threads: its asynchronous ones can abor
 import hashlib
 import io
 import re
+import string
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,6 +35,7 @@ from helios.registry.blobs import Staged
 from helios.registry.collection import StoredBlob
 from helios.registry.hashing import OnBytes, changed, hash_file
 from helios.registry.manifest import Digest
+from helios.registry.ownership import OWNER_FILE
 from helios.registry.part_upload import PartUploader, UploadGone, UploadLimits
 from helios.registry.store_errors import BlobStoreDenied, mapped
 
@@ -122,14 +125,15 @@ class ObjectStore:
             raise BlobNotFound(f"blob sha256:{hash_} is not in the blob store", metadata={"blob": hash_})
         return cast("BinaryIO", io.BufferedReader(_Ranges(self._store, key_of(hash_), size), _READ_BYTES))
 
-    def scan(self) -> Iterator[StoredBlob]:
-        """Yields all blobs; what else is below the prefix is not the registry's and is left alone."""
-        with mapped():
-            for batch in self._store.list("sha256", chunk_size=_BATCH):
-                for each in batch:
-                    match = _KEY.search(each["path"])
-                    if match is not None:
-                        yield StoredBlob(match[2], int(each["size"]), each["last_modified"])
+    def scan(self, prefix: str = "") -> Generator[StoredBlob, None, None]:
+        """Yields the blobs whose hashes begin so; what else is there is not the registry's and is left alone."""
+        for directory in _directories(prefix):
+            with mapped():
+                for batch in self._store.list(directory, chunk_size=_BATCH):
+                    for each in batch:
+                        match = _KEY.search(each["path"])
+                        if match is not None:
+                            yield StoredBlob(match[2], int(each["size"]), each["last_modified"])
 
     def delete(self, hashes: Collection[str]) -> None:
         """Removes blobs, many in a request where the store can."""
@@ -140,6 +144,23 @@ class ObjectStore:
     def sweep(self, *, before: datetime, is_dry_run: bool = False) -> int:
         """Drops uploads that were begun and left before this moment."""
         return 0 if self._uploader is None else self._uploader.sweep(before=before, is_dry_run=is_dry_run)
+
+    def read_owner(self) -> bytes | None:
+        """Returns what says whose the prefix is."""
+        try:
+            with mapped():
+                return bytes(self._store.get(OWNER_FILE).bytes())
+        except FileNotFoundError:
+            return None
+
+    def create_owner(self, content: bytes) -> bool:
+        """Writes whose the prefix is, unless that is said."""
+        return self._create(OWNER_FILE, content)
+
+    def replace_owner(self, content: bytes) -> None:
+        """Writes whose the prefix is."""
+        with mapped():
+            self._store.put(OWNER_FILE, content, use_multipart=False)
 
     def close(self) -> None:
         """Closes connections."""
@@ -163,22 +184,27 @@ class ObjectStore:
         data = source.read_bytes()
         if hashlib.sha256(data).hexdigest() != digest.hash:
             raise changed(source)
+        # Where it is there another registry was faster, or an answer was lost; its size is looked at next.
+        self._create(key, data)
+        on_bytes(len(data))
+
+    def _create(self, key: str, data: bytes) -> bool:
+        """Writes an object where there is none; returns False where there is one, of an earlier try perhaps."""
         for pause_seconds in (*_PAUSES_SECONDS, None):
             try:
                 with mapped():
                     self._store.put(key, data, mode="create", use_multipart=False)
-                break
+                return True
             except exceptions.AlreadyExistsError:
-                # Another registry was faster, or the answer to the try before was lost; its size is looked at next.
-                break
+                return False
             except BlobStoreDenied:
                 raise
             except Unavailable:
-                # obstore sends a conditional write once; this one may be sent again, for its bytes are its name.
+                # obstore sends a conditional write once; what is sent again can at worst be found there.
                 if pause_seconds is None:
                     raise
                 time.sleep(pause_seconds)
-        on_bytes(len(data))
+        raise AssertionError("the last try returns or raises")
 
     def _put_parts(
         self, uploader: PartUploader, source: Path, digest: Digest, on_bytes: OnBytes, stop: offload.Stop
@@ -276,6 +302,13 @@ class _Ranges(io.RawIOBase):
 def key_of(hash_: str) -> str:
     """Returns the key of a blob below the prefix."""
     return f"sha256/{hash_[:2]}/{hash_}"
+
+
+def _directories(prefix: str) -> list[str]:
+    """Returns what to list for the blobs whose hashes begin so: obstore lists by whole parts of a key."""
+    if not prefix:
+        return ["sha256"]
+    return [f"sha256/{prefix}"] if len(prefix) > 1 else [f"sha256/{prefix}{digit}" for digit in string.hexdigits[:16]]
 
 
 def _verified(source: Path, digest: Digest, size_bytes: int, on_bytes: OnBytes, stop: offload.Stop) -> Iterator[bytes]:

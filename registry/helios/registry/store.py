@@ -6,14 +6,14 @@ blob store delete what nothing refers to any more. Tags, pins and history are ``
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from datetime import datetime
-from typing import Any, Final
 
 from sqlalchemy import delete, func, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from helios.mesh.errors import AlreadyExists, NotFound, PreconditionFailed, RevisionNotFound
+from helios.registry.blob_rows import BlobRows, batches, delete_unused_revisions
 from helios.registry.changes import DEFAULT_KEPT_EVENTS, ChangeLog, Write, changed_since, read_version
 from helios.registry.database import Database, upsert
 from helios.registry.engine_settings import EngineSettings, refuse
@@ -31,7 +31,7 @@ from helios.registry.model_rows import (
     revision_of,
     select_models,
 )
-from helios.registry.moments import from_us, to_us
+from helios.registry.moments import to_us
 from helios.registry.names import Reference
 from helios.registry.pointers import move_pointer
 from helios.registry.profile import ModelProfile
@@ -47,7 +47,6 @@ from helios.registry.records import (
 )
 from helios.registry.tables import (
     aliases,
-    artifact_entries,
     blobs,
     conversions,
     entries,
@@ -57,10 +56,7 @@ from helios.registry.tables import (
     revisions,
 )
 
-__all__ = ["NewRevision", "Store", "batches", "delete_unused_blobs", "from_us", "to_us"]
-
-# SQLite takes 32,766 variables in a statement; several columns share one statement.
-_BATCH: Final = 1_000
+__all__ = ["NewRevision", "Store"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,6 +84,7 @@ class Store:
 
     def __init__(self, database: Database, *, kept_events: int = DEFAULT_KEPT_EVENTS) -> None:
         self._database = database
+        self.blobs = BlobRows(database)
         self.changes = ChangeLog(database, kept_events=kept_events)
 
     async def list_models(self, *, after: str = "", limit: int | None = None) -> list[Model]:
@@ -179,8 +176,13 @@ class Store:
                 await _put_alias(write, alias, name)
             return await require_model(connection, name)
 
-    async def delete_model(self, name: str, now: datetime, mutation: Mutation = PLAIN, *, is_forced: bool) -> None:
+    async def delete_model(
+        self, name: str, now: datetime, mutation: Mutation = PLAIN, *, is_forced: bool
+    ) -> dict[str, int]:
         """Removes a model, its aliases, tags and history, and the revisions that no other model has.
+
+        Returns:
+            Hash and size of the blobs that nothing refers to since.
 
         Raises:
             ModelNotFound: No model has this name.
@@ -190,16 +192,18 @@ class Store:
         """
         async with self.changes.write(mutation, now, "delete_model", name, str(is_forced)) as write:
             if write.is_repeat:
-                return
+                return {}
             connection = write.connection
             await write.require_version(name)
             if not await is_model(connection, name):
                 raise no_model(name)
             if not is_forced:
                 await _refuse_used(connection, name)
+            theirs = select(model_revisions.c.revision).where(model_revisions.c.model == name)
+            had = (await connection.execute(theirs)).scalars().all()
             await connection.execute(delete(models).where(models.c.name == name))
             await write.record(EventKind.MODEL_DELETED, name)
-            await delete_unused_revisions(connection)
+            return await delete_unused_revisions(connection, had)
 
     async def list_revisions(self, name: str, *, before: int | None, limit: int) -> list[tuple[int, Revision]]:
         """Returns a model's revisions, newest first, with the ordinal to continue from. Raises ModelNotFound."""
@@ -307,25 +311,6 @@ class Store:
                 await _set_engine_settings(write, model, settings)
             return await require_model(write.connection, model)
 
-    async def referenced_blobs(self) -> dict[str, int]:
-        """Returns hash and size of every blob that a revision or an artifact uses."""
-        async with self._database.snapshot() as connection:
-            rows = await connection.execute(select(blobs.c.hash, blobs.c.size_bytes))
-            return {row.hash: row.size_bytes for row in rows}
-
-
-async def delete_unused_revisions(connection: AsyncConnection) -> None:
-    """Removes the revisions that no model has, and the rows of blobs that were only theirs."""
-    used = select(model_revisions.c.revision)
-    await connection.execute(delete(revisions).where(revisions.c.digest.not_in(used)))
-    await delete_unused_blobs(connection)
-
-
-async def delete_unused_blobs(connection: AsyncConnection) -> None:
-    """Removes the rows of blobs that neither a revision nor an artifact uses."""
-    is_used = blobs.c.hash.in_(select(entries.c.blob)) | blobs.c.hash.in_(select(artifact_entries.c.blob))
-    await connection.execute(delete(blobs).where(~is_used))
-
 
 async def _check_names(connection: AsyncConnection, name: str, new_aliases: Collection[str]) -> None:
     target = await alias_target(connection, name)
@@ -420,7 +405,7 @@ async def _insert_revision(connection: AsyncConnection, digest: str, revision: N
             "profile": json.dumps(dataclasses.asdict(revision.profile), sort_keys=True),
         }
         await connection.execute(insert(revisions).values(row))
-        files = [
+        files: list[dict[str, object]] = [
             {"revision": digest, "path": entry.path, "blob": entry.digest.hash, "media_type": entry.media_type}
             for entry in revision.manifest.entries
         ]
@@ -451,11 +436,6 @@ async def _add_to_history(connection: AsyncConnection, name: str, digest: str, *
             statement.on_conflict_do_update(index_elements=["model", "revision"], set_={"ordinal": ordinal})
         )
     return is_new
-
-
-def batches(rows: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
-    """Returns rows in portions that one statement takes."""
-    return (rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH))
 
 
 def _taken(alias: str, message: str) -> AlreadyExists:

@@ -11,6 +11,7 @@ from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from helios.mesh.errors import InvalidRequest, PreconditionFailed
+from helios.registry.blob_rows import delete_unused_revisions
 from helios.registry.changes import ChangeLog
 from helios.registry.database import Database
 from helios.registry.events import PLAIN, EventKind, Mutation
@@ -20,7 +21,6 @@ from helios.registry.moments import to_us
 from helios.registry.names import Reference
 from helios.registry.pointers import delete_tag, move_of, move_pointer, moves_of
 from helios.registry.records import Model
-from helios.registry.store import delete_unused_revisions
 from helios.registry.tables import model_revisions, moves, pins
 
 # For people, on one line.
@@ -138,8 +138,13 @@ class TagStore:
                     await write.record(EventKind.REVISION_UNPINNED, before.name, revision=digest)
             return await require_model(write.connection, before.name)
 
-    async def delete_revision(self, target: Reference, now: datetime, mutation: Mutation = PLAIN) -> Model:
+    async def delete_revision(
+        self, target: Reference, now: datetime, mutation: Mutation = PLAIN
+    ) -> tuple[Model, dict[str, int]]:
         """Removes a revision of a model, with its artifacts if no other model has it. The history keeps its digest.
+
+        Returns:
+            The model, and hash and size of the blobs that nothing refers to since.
 
         Raises:
             As ``put_tag``; PreconditionFailed: REVISION_IN_USE, it is served, tagged, pinned or rolled out.
@@ -148,14 +153,15 @@ class TagStore:
             write,
             before,
         ):
+            gone: dict[str, int] = {}
             if not write.is_repeat:
                 digest = (await require_revision(write.connection, before, target)).digest
                 _refuse_used(before, digest)
                 is_it = (model_revisions.c.model == before.name) & (model_revisions.c.revision == digest)
                 await write.connection.execute(delete(model_revisions).where(is_it))
                 await write.record(EventKind.REVISION_DELETED, before.name, revision=digest)
-                await delete_unused_revisions(write.connection)
-            return await require_model(write.connection, before.name)
+                gone = await delete_unused_revisions(write.connection, [digest])
+            return await require_model(write.connection, before.name), gone
 
 
 async def _revisions_of(connection: AsyncConnection, model: str) -> frozenset[str]:

@@ -6,7 +6,7 @@ committed, as an ingest does it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -102,7 +102,11 @@ class Uploads:
 
     async def delete(self, kind: str, key: str, *, digest: str = "") -> int:
         """Removes an artifact, where it has this digest if one is given; returns the bytes freed. Idempotent."""
-        _, freed_bytes = await self._catalog.write_and_collect(lambda: self.store.delete(kind, key, digest=digest))
+
+        async def write() -> tuple[None, Mapping[str, int]]:
+            return None, await self.store.delete(kind, key, digest=digest)
+
+        _, freed_bytes = await self._catalog.write_and_collect(write)
         await self.measure()
         return freed_bytes
 
