@@ -52,6 +52,7 @@ SLOW_FILES = (
     "registry/test_pull_places.py",
     "storage/test_agent_process.py",
     "storage/test_kill.py",
+    "storage/test_memory_process.py",
     "storage/test_power_cut.py",
     "storage/test_service.py",
     "wire/test_admin.py",

@@ -11,7 +11,7 @@ from safetensors.numpy import save
 from tests.storage.harness import Mesh
 
 # Opens the file with the stock library, reads every byte, says so, and waits.
-_REPLICA = """
+REPLICA = """
 import sys
 from safetensors import safe_open
 with safe_open(sys.argv[1], framework="numpy") as weights:
@@ -25,7 +25,7 @@ with safe_open(sys.argv[1], framework="numpy") as weights:
 """
 
 
-def _memory(pid: int, inode: int) -> tuple[int, int]:
+def memory_of(pid: int, inode: int) -> tuple[int, int]:
     """Rss and Pss, in KiB, of the process's mappings of one file."""
     rss = pss = 0
     is_ours = False
@@ -44,7 +44,7 @@ async def test_two_processes_share_the_pages_of_a_materialised_file(mesh: Mesh) 
     revision = mesh.shelf.add({"model.safetensors": save({"w": weights})})
     async with mesh.agent() as agent, agent.client.materialize(revision, holder="t") as lent:
         path = Path(lent.path) / "model.safetensors"
-        command = [sys.executable, "-c", _REPLICA, str(path)]
+        command = [sys.executable, "-c", REPLICA, str(path)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         replicas = [subprocess.Popen(command, **pipes) for _ in range(2)]  # type: ignore[call-overload]  # noqa: ASYNC220
         try:
@@ -52,7 +52,7 @@ async def test_two_processes_share_the_pages_of_a_materialised_file(mesh: Mesh) 
             assert len(said) == 1
             assert said.pop().startswith(b"[4194304]")
             for replica in replicas:
-                rss, pss = _memory(replica.pid, path.stat().st_ino)
+                rss, pss = memory_of(replica.pid, path.stat().st_ino)
                 assert rss >= 16 << 10
                 assert pss < 0.6 * rss
         finally:

@@ -129,13 +129,16 @@ def test_two_models_never_take_turns(here: list[tuple[int, int]], spare: int, co
 
 def test_tiers_come_from_settings(tmp_path: Path) -> None:
     more = {"name": "fast", "kind": "nvme", "path": tmp_path / "fast", "capacity_bytes": 5, "high_ratio": 0.9}
+    memory = {"name": "memory", "kind": "memory", "capacity_bytes": 7}
     settings = StorageSettings.model_validate(
-        {"state_directory": tmp_path / "state", "registry_target": "x:1", "tiers": [more]}
+        {"state_directory": tmp_path / "state", "registry_target": "x:1", "tiers": [more, memory]}
     )
-    home, fast = make_tiers(settings)
+    home, fast, sealed = make_tiers(settings)
     assert home.options == TierOptions("disk", TierKind.SSD, 0, 0.95, 0.85)
     assert fast.options == TierOptions("fast", TierKind.NVME, 5, 0.9, 0.85)
     assert fast.store.root == tmp_path / "fast"
+    assert sealed.store.is_sealed
+    assert sealed.store.root == tmp_path / "state" / "memory" / "memory"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +148,7 @@ def test_tiers_come_from_settings(tmp_path: Path) -> None:
         ({"tiers": [{"name": "a", "path": "/state"}]}, "one path"),
         ({"tier": {"kind": "memory"}}, "is a disk"),
         ({"tiers": [{"name": "a", "path": "/a", "kind": "memory"}]}, "needs capacity_bytes"),
+        ({"tiers": [{"name": "a", "kind": "nvme"}]}, "needs a path"),
         ({"tier": {"low_ratio": 0.9, "high_ratio": 0.8}}, "above high_ratio"),
         ({"tier": {"name": "A B"}}, "pattern"),
     ],

@@ -1,5 +1,6 @@
 """Composition root of the storage agent: `python -m helios.storage`."""
 
+import os
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from helios.api.storage.v1.storage_service_pb2_grpc import add_StorageServiceServicer_to_server
 from helios.mesh.channel import Dialer
 from helios.mesh.process import Lifetime, run
+from helios.mesh.sealed import DescriptorListener
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.tasks import keep_running, task_scope
 from helios.storage.blob_servicer import SERVICE_NAME as BLOB_SERVICE
@@ -18,9 +20,11 @@ from helios.storage.disk_tier import DiskTier
 from helios.storage.manifest import Digest
 from helios.storage.manifest_source import RegistryManifests
 from helios.storage.materializer import Upkeep, open_materializer
+from helios.storage.memory.descriptor_server import DescriptorServer
+from helios.storage.memory.memory_tier import MemoryTier
 from helios.storage.peers import PeerFinder
 from helios.storage.servicer import SERVICE_NAME, StorageServicer
-from helios.storage.settings import StorageSettings
+from helios.storage.settings import StorageSettings, TierSettings
 from helios.storage.sources import Sources
 from helios.storage.tiers import in_speed_order
 
@@ -48,13 +52,19 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
             scrub_period=timedelta(seconds=settings.scrub.period_seconds),
         )
         tiers = make_tiers(settings)
-        chunks = RegistryChunks(dialer, partial(local_blobs, tiers))
+        # What is in sealed memory has no path to be read by.
+        disks = [tier for tier in tiers if not tier.store.is_sealed]
+        chunks = RegistryChunks(dialer, partial(local_blobs, disks))
         peers = await stack.enter_async_context(PeerFinder(settings.peers.targets, identity=identity))
         manifests = RegistryManifests(dialer, Sources(settings.fetch.stores.reveal()), chunks, peers)
-        fastest_first = [tiers[position] for position in in_speed_order([tier.options for tier in tiers])]
+        fastest_first = [disks[position] for position in in_speed_order([tier.options for tier in disks])]
         blobs = await stack.enter_async_context(
             BlobServicer(partial(blob_places, fastest_first), max_reads=settings.peers.max_reads)
         )
+        sealed = {tier.name: tier for tier in tiers if isinstance(tier, MemoryTier)}
+        listener = stack.enter_context(DescriptorListener(settings.descriptor_socket)) if sealed else None
+        if listener is not None and settings.descriptors.users:
+            listener.allow_everyone()
         materializer = await stack.enter_async_context(open_materializer(tiers, manifests, clock=clock, upkeep=upkeep))
         # Ends before the tiers close: a scrub of a large blob, or a move, is cancelled rather than waited for.
         background = await stack.enter_async_context(task_scope())
@@ -64,6 +74,12 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
             ("scrub blobs", materializer.scrubber.run),
         ):
             background.create_task(keep_running(name, work), name=name)
+        if listener is not None:
+            users = {os.geteuid(), *settings.descriptors.users}
+            descriptors = DescriptorServer(listener, sealed, find_lease=materializer.find_lease, users=users)
+            background.create_task(keep_running("hand over descriptors", descriptors.run), name="hand over descriptors")
+            grace_seconds = settings.descriptors.grace_seconds
+            background.create_task(materializer.settle(grace_seconds), name="settle tiers in memory")
         addresses = []
         for listen in filter(None, (settings.listen, settings.second_listen)):
             server = MeshServer(listen=listen, identity=identity, policy=POLICY, options=OPTIONS)
@@ -72,6 +88,7 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
                 holders=HOLDERS if identity else None,
                 operators=OPERATORS if identity else None,
                 clock=clock,
+                descriptor_socket=str(listener.path) if listener is not None else "",
             )
             add_StorageServiceServicer_to_server(servicer, server.grpc)
             blobs.add_to(server.grpc)
@@ -95,17 +112,20 @@ def blob_places(tiers: list[DiskTier], hash_: str) -> list[Path]:
 def make_tiers(settings: StorageSettings) -> list[DiskTier]:
     """Makes the tiers that are configured, the one in the state directory first."""
     downloader = settings.fetch.make_downloader()
-    roots = [(settings.state_directory, settings.tier), *((tier.path, tier) for tier in settings.tiers)]
-    return [
-        DiskTier(
+    state_directory = settings.state_directory.absolute()
+
+    def make(root: Path | None, tier: TierSettings) -> DiskTier:
+        if root is None:
+            return MemoryTier(state_directory / "memory" / tier.name, options=tier.options)
+        return DiskTier(
             root.absolute(),
             fetch_thread_count=settings.fetch.thread_count,
             is_link_allowed=tier.links == "auto",
             options=tier.options,
             downloader=downloader,
         )
-        for root, tier in roots
-    ]
+
+    return [make(state_directory, settings.tier), *(make(tier.path, tier) for tier in settings.tiers)]
 
 
 if __name__ == "__main__":

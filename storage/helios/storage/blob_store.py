@@ -19,7 +19,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import ClassVar
 
 import structlog
 
@@ -36,8 +38,8 @@ BLOB_MODE = 0o444
 HASH_CHUNK_BYTES = 8 << 20
 """8 MiB: large enough that a system call costs nothing, small enough for caches and for prompt cancellation."""
 
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""EFBIG: a limit on the size of a file is lack of room for the one who writes."""
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM})
+"""EFBIG: a limit on the size of a file is lack of room for the one who writes. ENOMEM: files in memory."""
 
 _NO_HARD_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP})
 """Another file system, a file system without hard links, or fs.protected_hardlinks and a file of another user."""
@@ -55,6 +57,9 @@ class Repair:
 
 class BlobStore:
     """Files below one root; it keeps no state of its own and decides nothing."""
+
+    is_sealed: ClassVar[bool] = False
+    """Whether blobs are sealed memory files: holders take them as descriptors, and hand them back after a restart."""
 
     def __init__(self, root: Path, files: FileSystem | None = None) -> None:
         """Takes the root, which `open` makes, and what changes files there."""
@@ -133,6 +138,21 @@ class BlobStore:
         """A path that does not exist, on the file system of the blobs."""
         return self._temporary / secrets.token_hex(16)
 
+    def open_temporary(self, path: Path, size_bytes: int) -> FileIO:
+        """Makes a temporary file and takes its room: a disk that is too full says so before gigabytes were read.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        file = path.open("xb", buffering=0)
+        try:
+            if size_bytes:
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
     def commit(self, temporary: Path, digest: Digest, actual_hash: str) -> None:
         """Gives a temporary file that is synced to the disk its name; idempotent.
 
@@ -146,9 +166,7 @@ class BlobStore:
         """
         try:
             state = temporary.stat()
-            size = state.st_size
-            if actual_hash != digest.hash or size != digest.size_bytes:
-                raise digest_mismatch(digest, actual_hash=actual_hash, actual_bytes=size)
+            check_digest(digest, actual_hash=actual_hash, actual_bytes=state.st_size)
             if stat.S_IMODE(state.st_mode) != BLOB_MODE:
                 self._set_mode(temporary)
             final = self.blob_path(digest.hash)
@@ -333,6 +351,12 @@ def _has_its_hash(path: Path) -> bool:
         if error.errno != errno.EIO:
             raise
         return False
+
+
+def check_digest(digest: Digest, *, actual_hash: str, actual_bytes: int) -> None:
+    """Raises DigestMismatch where a blob is not what it should be."""
+    if actual_hash != digest.hash or actual_bytes != digest.size_bytes:
+        raise digest_mismatch(digest, actual_hash=actual_hash, actual_bytes=actual_bytes)
 
 
 def digest_mismatch(digest: Digest, *, actual_hash: str, actual_bytes: int) -> DigestMismatch:

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import grpc.aio
 import structlog
@@ -25,9 +26,10 @@ import structlog
 from helios.api.storage.v1 import storage_service_pb2 as pb
 from helios.api.storage.v1.storage_service_pb2_grpc import StorageServiceStub
 from helios.mesh.channel import Dialer
-from helios.mesh.errors import Bug, HeliosError, Unavailable
+from helios.mesh.errors import Bug, Corrupted, HeliosError, PreconditionFailed, Unavailable
 from helios.mesh.status import error_from_rpc
 from helios.mesh.tasks import task_scope
+from helios.storage.sealed_views import SealedViews
 
 log = structlog.get_logger()
 
@@ -140,11 +142,13 @@ class Lent:
 
     `path` is the directory with the revision's files; only an agent that was given another root while it was down
     changes it. `lost` is set once, when the lease ended without being released. `keep` may be set to leave the lease
-    to its end (for a holder that hands `lease_id` to its successor).
+    to its end (for a holder that hands `lease_id` to its successor). Of a revision in memory `path` shows files that
+    this process holds open, for as long as the block runs.
     """
 
     def __init__(self, ready: pb.Ready, *, keep: bool) -> None:
         self.path = ready.path
+        self.descriptor_socket = ""
         self.lease_id = ready.lease_id
         self.fetched_bytes = ready.fetched_bytes
         self.keep = keep
@@ -166,8 +170,13 @@ class Lent:
 class StorageClient:
     """Calls a storage agent through a dialer, which the caller opens and closes."""
 
-    def __init__(self, dialer: Dialer) -> None:
+    def __init__(self, dialer: Dialer, *, sealed_directory: Path | None = None) -> None:
+        """Takes the directory below which files in memory are shown to processes of this user, this client's alone.
+
+        None: they are read by the agent's own descriptors, which end with the agent, and on this machine only.
+        """
         self._dialer = dialer
+        self._views = SealedViews(sealed_directory) if sealed_directory is not None else None
 
     @asynccontextmanager
     async def materialize(
@@ -189,7 +198,14 @@ class StorageClient:
             HeliosError: What the agent answered: RevisionNotFound, NotFound (LEASE_NOT_FOUND, when `lease_id` was
                 given), InvalidRequest, DigestMismatch, DiskFull, Unavailable (SOURCE_UNAVAILABLE, or no agent).
         """
-        holding = _Holding(self._dialer, revision, holder=holder, ttl_seconds=ttl_seconds, on_progress=on_progress)
+        holding = _Holding(
+            self._dialer,
+            revision,
+            holder=holder,
+            ttl_seconds=ttl_seconds,
+            on_progress=on_progress,
+            views=self._views,
+        )
         lent = await holding.begin(lease_id, keep=keep)
         try:
             async with task_scope() as group:
@@ -333,8 +349,10 @@ class _Holding:
         holder: str,
         ttl_seconds: float,
         on_progress: Callable[[Progress], None] | None,
+        views: SealedViews | None,
     ) -> None:
         self._dialer = dialer
+        self._views = views
         self._revision = revision
         self._holder = holder
         self._ttl_seconds = ttl_seconds
@@ -351,12 +369,26 @@ class _Holding:
         wait_seconds = 0.05
         while True:
             try:
-                return Lent(await self._open(lease_id or ""), keep=keep)
+                ready = await self._open(lease_id or "")
             except Unavailable as error:
                 if not _is_transport(error) or time.monotonic() + wait_seconds > give_up_at:
                     raise
+            else:
+                return await self._show(Lent(ready, keep=keep), ready, is_resumed=bool(lease_id))
             await asyncio.sleep(random.uniform(0, wait_seconds))  # noqa: S311 - jitter, not a secret
             wait_seconds = min(2 * wait_seconds, _RETRY_CAP_SECONDS)
+
+    async def _show(self, lent: Lent, ready: pb.Ready, *, is_resumed: bool) -> Lent:
+        """Takes what is in memory, so that its path leads to this process's own descriptors."""
+        if ready.descriptor_socket and self._views is not None:
+            try:
+                lent.path = await self._views.take(ready.descriptor_socket, ready.lease_id, self._revision)
+            except BaseException:
+                lent.keep = is_resumed
+                await self.end(lent)
+                raise
+            lent.descriptor_socket = ready.descriptor_socket
+        return lent
 
     async def keep_alive(self, lent: Lent) -> None:
         """Renews until cancelled, or until the lease is lost."""
@@ -371,6 +403,8 @@ class _Holding:
 
     async def end(self, lent: Lent) -> None:
         """Releases the lease unless it is to be kept or is lost; a release that fails is left to the lease's end."""
+        if self._views is not None and lent.descriptor_socket:
+            self._views.drop(self._revision)
         try:
             if lent.keep or lent.lost.is_set():
                 return
@@ -419,6 +453,7 @@ class _Holding:
         while time.monotonic() < self._safe_until:
             try:
                 async with asyncio.timeout(max(0.0, self._safe_until - time.monotonic())):
+                    await self._give_back(lent)
                     ready = await self._open(lent.lease_id)
             except (Unavailable, TimeoutError):
                 await asyncio.sleep(random.uniform(0, wait_seconds))  # noqa: S311 - jitter, not a secret
@@ -427,13 +462,27 @@ class _Holding:
                 cause = error
                 break
             else:
-                lent.path = ready.path
+                if not lent.descriptor_socket:
+                    lent.path = ready.path
                 log.info("lease resumed", revision=self._revision)
                 return True
         lent.error = LeaseLost(f"the lease is lost: {cause.message}", metadata={"revision": self._revision})
         lent.lost.set()
         log.error("lease lost", revision=self._revision, reason=cause.reason)
         return False
+
+    async def _give_back(self, lent: Lent) -> None:
+        """Hands files in memory to an agent that was started anew; it says what it thinks of the lease afterwards.
+
+        Raises:
+            Unavailable: It does not listen yet.
+        """
+        if self._views is None or not lent.descriptor_socket:
+            return
+        try:
+            await self._views.give_back(lent.descriptor_socket, lent.lease_id, self._revision)
+        except (PreconditionFailed, Corrupted) as error:
+            log.warning("files in memory not taken back", revision=self._revision, reason=error.reason)
 
     async def _open(self, lease_id: str) -> pb.Ready:
         """Opens a stream and waits until the revision is lent."""

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -57,10 +58,11 @@ class DiskTier:
         options: TierOptions | None = None,
         files: FileSystem | None = None,
         downloader: Downloader | None = None,
+        store: BlobStore | None = None,
     ) -> None:
         self.options = options or TierOptions()
         self.statistics = TierStatistics()
-        self.store = BlobStore(root, files)
+        self.store = store or BlobStore(root, files)
         self._is_link_allowed = is_link_allowed
         self._disk = BlockingPool("disk", 1)
         self._fetching = BlockingPool("fetch", fetch_thread_count)
@@ -75,6 +77,7 @@ class DiskTier:
         self.inventory = Inventory()
         self.persisted_leases: list[Lease] = []
         self.persisted_pins: list[str] = []
+        self.lent_before: list[Resident] = []
         self.scrub_times: dict[str, float] = {}
 
     @property
@@ -110,6 +113,19 @@ class DiskTier:
         if self._index is not None:
             self._index.close()
         self.store.close()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the inventory says all that the tier has; False while holders may hand files back after a restart."""
+        return True
+
+    async def wait_returned(self, revision: str) -> None:
+        """Waits while a revision that was lent may be handed back; on a disk nothing is."""
+
+    async def settle(self, grace_seconds: float) -> set[str]:
+        """Waits until what was lent is back, for the grace at most; returns the revisions that are given up then."""
+        del grace_seconds
+        return set()
 
     def view_path(self, revision: str) -> Path:
         """Where the view of a revision is, or would be."""
@@ -196,11 +212,18 @@ class DiskTier:
             await self._fetching.run_cancellable(work, cancel=token.cancel)
         finally:
             if is_committed:
-                self.inventory.add_blob(digest)
                 self.statistics.written_bytes.update(counts or {label: digest.size_bytes})
-                verified_at = datetime.now(UTC).timestamp()
-                self.scrub_times[digest.hash] = verified_at
-                await self._disk.run(self._opened.put_blob, digest, verified_at)
+                await self.note_blob(digest, datetime.now(UTC).timestamp())
+
+    async def note_blob(self, digest: Digest, verified_at_seconds: float) -> None:
+        """Notes a blob that the store has, and when it was verified, in seconds of the epoch."""
+        self.inventory.add_blob(digest)
+        self.scrub_times[digest.hash] = verified_at_seconds
+        await self._disk.run(self._opened.put_blob, digest, verified_at_seconds)
+
+    async def forget_revisions(self, revisions: Collection[str]) -> None:
+        """Drops rows of revisions that are not here any more."""
+        await self._disk.run(partial(self._opened.delete, revisions=revisions))
 
     async def add_revision(self, manifest: Manifest, now: datetime, *, like: Resident | None = None) -> None:
         """Makes the view of a revision whose blobs are all here, and notes that it is resident.
@@ -309,12 +332,15 @@ class DiskTier:
                 index.put_blob(blob, datetime.now(UTC).timestamp())
         revisions = index.load_revisions()
         whole = [resident for resident in revisions if all(present.get(b.hash) == b for b in resident.manifest.blobs)]
-        damaged = [resident.revision for resident in revisions if resident not in whole]
+        leases = index.load_leases()
+        if self.store.is_sealed:
+            leased = {lease.revision for lease in leases}
+            self.lent_before = [r for r in revisions if r not in whole and r.revision in leased]
+        damaged = [r.revision for r in revisions if r not in whole and r not in self.lent_before]
         gone = [blob for blob in known.values() if present.get(blob.hash) != blob]
         index.delete(revisions=damaged, blobs=gone)
         self.store.repair_views([resident.manifest for resident in whole])
-        names = {resident.revision for resident in whole}
-        leases = index.load_leases()
+        names = {resident.revision for resident in (*whole, *self.lent_before)}
         index.delete_leases([lease for lease in leases if lease.revision not in names])
         self.persisted_leases = [replace(lease, tier=self.name) for lease in leases if lease.revision in names]
         self.persisted_pins = index.load_pins()

@@ -286,10 +286,7 @@ class BlobFetcher:
 
     def _copy(self, reader: BlobReader, digest: Digest, temporary: Path, token: FetchToken) -> str:
         """Copies, hashes and syncs; returns the hash of what was written."""
-        with _Hasher(self._hashing) as hasher, temporary.open("xb", buffering=0) as file:
-            # Room is taken at once: a disk that is too full says so before gigabytes were read.
-            if digest.size_bytes:
-                os.posix_fallocate(file.fileno(), 0, digest.size_bytes)
+        with _Hasher(self._hashing) as hasher, self._store.open_temporary(temporary, digest.size_bytes) as file:
             buffers = [memoryview(bytearray(min(HASH_CHUNK_BYTES, digest.size_bytes + 1))) for _ in range(2)]
             offset = 0
             while True:

@@ -110,6 +110,14 @@ class LeaseTable:
         self._leases[lease_id] = resumed
         return resumed
 
+    def find(self, lease_id: str, now: datetime) -> Lease:
+        """A lease that lives.
+
+        Raises:
+            NotFound: LEASE_NOT_FOUND, when it has ended.
+        """
+        return self._alive(lease_id, now)
+
     def release(self, lease_id: str, now: datetime) -> Lease | None:
         """Ends a lease; returns it exactly once, and None when it had ended before."""
         lease = self._leases.get(lease_id)

@@ -41,11 +41,14 @@ _EXPIRY_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Loan:
-    """A revision that is lent: the lease, where its files are, and what had to be fetched for it."""
+    """A revision that is lent: the lease, where its files are, what had to be fetched for it, and whether holders take
+    its files as descriptors.
+    """
 
     lease: Lease
     path: Path
     fetched_bytes: int
+    is_sealed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,11 @@ class Materializer:
         if lease_id:
             lease = self._leases.resume(lease_id, revision, ttl=ttl, now=self._clock())
             await self._persist_renewal(lease)
-            return Loan(lease, self._room(lease.tier).tier.view_path(revision), 0)
+            tier = self._room(lease.tier).tier
+            # Files in memory whose holder does not hand them back are lost with their leases.
+            await tier.wait_returned(revision)
+            self._leases.find(lease_id, self._clock())
+            return _loan(lease, tier, 0)
         with self._hold(revision):
             fetched_bytes = 0
             room = await self._find_good(revision)
@@ -150,7 +157,7 @@ class Materializer:
             else:
                 self._count_hit(room, revision)
             lease = await self._grant(room.tier, revision, holder, ttl)
-        return Loan(lease, room.tier.view_path(revision), fetched_bytes)
+        return _loan(lease, room.tier, fetched_bytes)
 
     def progress(self, revision: str) -> FetchProgress | None:
         """How far the fetch of a revision is; None while there is none, or its manifest is not known yet."""
@@ -171,6 +178,20 @@ class Materializer:
         lease = self._leases.release(lease_id, self._clock())
         if lease is not None:
             await self._forget([lease])
+
+    def find_lease(self, lease_id: str) -> Lease:
+        """A lease that lives.
+
+        Raises:
+            NotFound: LEASE_NOT_FOUND.
+        """
+        return self._leases.find(lease_id, self._clock())
+
+    async def settle(self, grace_seconds: float) -> None:
+        """Waits for what holders hand back after a restart, and ends the leases of what they don't."""
+        for room in self.rooms:
+            if lost := await room.tier.settle(grace_seconds):
+                await self._end_leases(room, lost)
 
     async def evict(self, revision: str) -> int:
         """Drops a revision from all tiers, with the blobs that only it uses; returns the bytes that were freed.
@@ -253,7 +274,9 @@ class Materializer:
         return next((room for room in rooms if room.name in lent_from), rooms[0] if rooms else None)
 
     async def _find_good(self, revision: str) -> Room | None:
-        """As `_find`, once no blob of it is being replaced."""
+        """As `_find`, once no blob of it is being replaced, and holders have handed it back after a restart."""
+        for each in self.rooms:
+            await each.tier.wait_returned(revision)
         while (room := self._find(revision)) is not None:
             resident = room.tier.inventory.find(revision)
             assert resident is not None, "it was found there"
@@ -299,7 +322,7 @@ class Materializer:
     async def _end_leases(self, room: Room, revisions: set[str]) -> None:
         lost = [lease for revision in revisions for lease in self._leases.forget_revision(revision, room.name)]
         if lost:
-            log.error("leases of a corrupt revision ended", holders=sorted({lease.holder for lease in lost}))
+            log.error("leases of a revision that is lost ended", holders=sorted({lease.holder for lease in lost}))
             await room.tier.delete_leases(lost)
 
     async def _find_sources(self, blob: Digest) -> list[BlobSource]:
@@ -354,6 +377,11 @@ class Materializer:
             ],
             miss_count=self.miss_count,
         )
+
+
+def _loan(lease: Lease, tier: DiskTier, fetched_bytes: int) -> Loan:
+    is_sealed = tier.store.is_sealed
+    return Loan(lease, tier.view_path(lease.revision), fetched_bytes, is_sealed=is_sealed)
 
 
 @asynccontextmanager

@@ -97,6 +97,8 @@ class Mover:
     async def _relieve(self, room: Room) -> None:
         slower = self._slower_than(room)
         tier = room.tier
+        if not tier.is_settled:
+            return
         excess = excess_bytes(tier.options, tier.inventory.used_bytes, await tier.disk_room(), has_slower=bool(slower))
         if excess <= 0:
             return
@@ -141,6 +143,8 @@ class Mover:
         now = self._clock()
         self._refused = {revision: until for revision, until in self._refused.items() if until > now}
         for index, target in enumerate(self._rooms):
+            if not target.tier.is_settled:
+                continue
             disk = await target.tier.disk_room()
             spare = spare_bytes(target.tier.options, target.tier.inventory.used_bytes, disk)
             for source in self._rooms[index + 1 :]:

@@ -75,10 +75,12 @@ class StorageServicer(StorageServiceServicer):
         holders: frozenset[str] | None,
         operators: frozenset[str] | None,
         clock: Clock | None = None,
+        descriptor_socket: str = "",
     ) -> None:
         """Takes the components that may hold, and those that may evict, pin and scrub; None where callers can't be told
-        apart (no TLS).
+        apart (no TLS). Holders take files in memory on the descriptor socket; empty: there is none.
         """
+        self._descriptor_socket = descriptor_socket
         self._materializer = materializer
         self._holders = holders
         self._operators = operators
@@ -89,7 +91,7 @@ class StorageServicer(StorageServiceServicer):
     ) -> None:
         """Runs one stream; the contract has the conversation."""
         self._check(context, self._holders)
-        stream = _Stream(self._materializer, context, self._clock)
+        stream = _Stream(self._materializer, context, self._clock, self._descriptor_socket)
         error = await stream.run(request_iterator)
         if error is not None:
             raise error
@@ -154,8 +156,9 @@ class StorageServicer(StorageServiceServicer):
 class _Stream:
     """One Materialize call."""
 
-    def __init__(self, materializer: Materializer, context: Context, clock: Clock) -> None:
+    def __init__(self, materializer: Materializer, context: Context, clock: Clock, descriptor_socket: str) -> None:
         self._materializer = materializer
+        self._descriptor_socket = descriptor_socket
         self._context = context
         self._clock = clock
         self._session = MaterializeSession()
@@ -204,7 +207,7 @@ class _Stream:
             if isinstance(action, SendReady):
                 assert self._loan is not None
                 self._is_told = True
-                await self._send(pb.MaterializeResponse(ready=ready_to_proto(self._loan)))
+                await self._send(pb.MaterializeResponse(ready=ready_to_proto(self._loan, self._descriptor_socket)))
             elif isinstance(action, RenewLease):
                 self._lease = await self._materializer.renew(action.lease_id)
                 ends_at = timestamp_to_proto(self._lease.ends_at)
@@ -284,13 +287,14 @@ def _ttl_from_proto(ttl: Duration) -> timedelta:
         return timedelta.max
 
 
-def ready_to_proto(loan: Loan) -> pb.Ready:
+def ready_to_proto(loan: Loan, descriptor_socket: str) -> pb.Ready:
     """Writes a loan."""
     return pb.Ready(
         lease_id=loan.lease.id,
         path=str(loan.path),
         expires_at=timestamp_to_proto(loan.lease.ends_at),
         fetched_bytes=loan.fetched_bytes,
+        descriptor_socket=descriptor_socket if loan.is_sealed else "",
     )
 
 

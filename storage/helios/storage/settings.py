@@ -20,7 +20,7 @@ class TierSettings(BaseModel):
     name: str = Field(default="disk", pattern="[a-z][a-z0-9-]{0,31}")
     """Name in statistics and metrics; unique on the node."""
     kind: TierKind = TierKind.SSD
-    """``nvme`` or ``ssd``: fetches go to the fastest disk that has room. ``memory``: a tmpfs, which is filled with
+    """``nvme`` or ``ssd``: fetches go to the fastest disk that has room. ``memory``: files in memory, filled with
     copies of what is used often, and by nothing else; the tier in the state directory is a disk."""
     capacity_bytes: int = Field(default=0, ge=0)
     """Bytes of blobs that the tier may hold. 0: as much as the disk. Unused revisions are evicted for new ones."""
@@ -48,16 +48,33 @@ class TierSettings(BaseModel):
 class MoreTierSettings(TierSettings):
     """A tier elsewhere."""
 
-    path: Path
-    """Root of the tier, with its blobs, views and index; made when it is not there. One tier a root. For ``memory`` a
-    directory in a tmpfs, which outlives a restart of the agent and not one of the machine; it needs a capacity, for
-    what a tmpfs may grow to is no memory that is there."""
+    path: Path | None = None
+    """Root of the tier, with its blobs, views and index; made when it is not there. One tier a root. Only ``memory``
+    can do without: its blobs are sealed memory files then, which holders take as descriptors. With a path, ``memory``
+    is a directory in a tmpfs, for loaders that need a stable path; it outlives a restart of the agent and not one of
+    the machine. ``memory`` needs a capacity: what it may grow to is no memory that is there."""
 
     @model_validator(mode="after")
     def _check_memory(self) -> Self:
         if self.kind is TierKind.MEMORY and self.capacity_bytes == 0:
             raise ValueError("a tier in memory needs capacity_bytes")
+        if self.kind is not TierKind.MEMORY and self.path is None:
+            raise ValueError("a tier on a disk needs a path")
         return self
+
+
+class DescriptorSettings(BaseModel):
+    """Handing files in memory over as descriptors, where a tier ``memory`` has no path."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    socket: Path | None = None
+    """The unix socket for it. None: ``descriptors.sock`` in the state directory. At most 107 bytes."""
+    users: tuple[int, ...] = ()
+    """User ids that may connect beside the agent's own. What a connection gets is decided by the id of a lease."""
+    grace_seconds: float = Field(default=10.0, ge=0, le=600)
+    """How long after a restart holders may hand back what they have; until all is back nothing in memory is evicted or
+    filled, and a start that wants such a revision waits. 10: holders notice a restart within a second or two."""
 
 
 class ScrubSettings(BaseModel):
@@ -157,6 +174,8 @@ class StorageSettings(ProcessSettings):
     tiers: tuple[MoreTierSettings, ...] = ()
     """More tiers, each a table in the settings file (``[[tiers]]``) or a JSON object on the command line, such as
     ``{"name": "fast", "kind": "nvme", "path": "/mnt/nvme/helios", "capacity_bytes": 200000000000}``."""
+    descriptors: DescriptorSettings = DescriptorSettings()
+    """Handing files in memory over."""
     scrub: ScrubSettings = ScrubSettings()
     """Reading blobs in the background."""
     fetch: FetchSettings = FetchSettings()
@@ -169,9 +188,14 @@ class StorageSettings(ProcessSettings):
         names = [self.tier.name, *(tier.name for tier in self.tiers)]
         if len(set(names)) != len(names):
             raise ValueError("two tiers have one name")
-        paths = [self.state_directory.absolute(), *(tier.path.absolute() for tier in self.tiers)]
+        paths = [self.state_directory.absolute(), *(tier.path.absolute() for tier in self.tiers if tier.path)]
         if len(set(paths)) != len(paths):
             raise ValueError("two tiers have one path")
         if self.tier.kind is TierKind.MEMORY:
             raise ValueError("the tier in the state directory is a disk; a tier in memory is one of tiers")
         return self
+
+    @property
+    def descriptor_socket(self) -> Path:
+        """Where files in memory are handed over."""
+        return self.descriptors.socket or self.state_directory.absolute() / "descriptors.sock"

@@ -70,6 +70,7 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
     async with AsyncExitStack() as stack:
         stack.enter_context(_only_one(settings.state_directory))
         storage = await stack.enter_async_context(Dialer(settings.storage_target, identity=identity, peer="storage"))
+        weights = StorageClient(storage, sealed_directory=settings.state_directory / "sealed")
         launchers = await stack.enter_async_context(
             Launchers(
                 log_level=settings.log_level,
@@ -89,12 +90,12 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
             group=group,
             ledger=ledger,
             launcher=launchers,
-            weights=StorageClient(storage),
+            weights=weights,
             replica_list=ReplicaList(settings.state_directory / "replicas.json", boot_id()),
             make_spec=_SpecMaker(settings, inventory),
             host_memory_bytes=staging_memory_bytes(settings.device.staging_bytes),
         )
-        keeper = await _share_artifacts(settings, group, stack, storage)
+        keeper = await _share_artifacts(settings, group, stack, weights)
         supervisor.on_ended = _note_ends(settings, keeper)
         _place_fronts(settings, supervisor, ledger)
         awaited_count = supervisor.recover()
@@ -154,7 +155,7 @@ def _place(settings: WorkerSettings, slot: int, view: ReplicaView) -> Placement:
 
 
 async def _share_artifacts(
-    settings: WorkerSettings, group: asyncio.TaskGroup, stack: AsyncExitStack, storage: Dialer
+    settings: WorkerSettings, group: asyncio.TaskGroup, stack: AsyncExitStack, weights: StorageClient
 ) -> ArtifactKeeper | None:
     """Opens the door where replicas ask for artifacts, where there is a registry that keeps them; else returns None."""
     door = settings.artifact_door
@@ -176,7 +177,7 @@ async def _share_artifacts(
         settings.artifacts,
         group=group,
         registry=ArtifactClient(await stack.enter_async_context(registry)),
-        lender=StorageClient(storage),
+        lender=weights,
         shelves=shelves,
         producer=settings.worker_id,
         scratch=settings.artifact_scratch,

@@ -142,8 +142,10 @@ def bring_in(root: str, key: str, files: Path, check: Callable[[], None] = lambd
         raise Corrupted("packed weights from elsewhere are not what their name says")
     unfinished = _Unfinished(Path(root) / key)
     with unfinished as directory:
-        # Of a tier that can't link, what is lent are symbolic links.
-        _place((files / WEIGHTS).resolve(), directory / WEIGHTS, check)
+        # Of a tier that can't link, what is lent are symbolic links; of one in memory they lead to no name at all.
+        source = files / WEIGHTS
+        resolved = source.resolve()
+        _place(resolved if resolved.exists() else source, directory / WEIGHTS, check)
         return unfinished.publish(manifest, check)
 
 
@@ -191,7 +193,7 @@ class _Unfinished:
 def _place(source: Path, target: Path, check: Callable[[], None]) -> None:
     if not source.is_file():
         raise Corrupted("packed weights from elsewhere have no weights")
-    if _is_immutable(source):
+    if _is_immutable(source) and not source.is_symlink():
         # Another file system, or another user's file: the copy says what is wrong, if anything is.
         with contextlib.suppress(OSError):
             os.link(source, target)

@@ -73,7 +73,9 @@ class StartFiles:
         if self._packed is not None:
             own = [path for path in own if path.suffix != _CHECKPOINT]
             own += [path for path in self._packed.path.iterdir() if path.is_file()]
-        return sorted({path.resolve() for path in own})
+        # Two names of one file are mapped once. By inode, for a file in memory has no path to resolve to.
+        by_inode = {(status.st_dev, status.st_ino): path for path in sorted(own) for status in (path.stat(),)}
+        return sorted(by_inode.values())
 
     def _release(self) -> None:
         packed, self._packed = self._packed, None

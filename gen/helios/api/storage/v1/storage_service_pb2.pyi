@@ -231,12 +231,17 @@ class Ready(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     FETCHED_BYTES_FIELD_NUMBER: _builtins.int
+    DESCRIPTOR_SOCKET_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """The lease."""
     path: _builtins.str
     """Directory with the revision's files: links to read-only blobs."""
     fetched_bytes: _builtins.int
     """Bytes that had to be fetched for this call."""
+    descriptor_socket: _builtins.str
+    """Unix socket on which the lease's holder takes its files as sealed descriptors (DescriptorMessage); empty: path is all
+    there is. With it, path leads to the agent's own descriptors and ends with the agent.
+    """
     @_builtins.property
     def expires_at(self) -> _timestamp_pb2.Timestamp:
         """When the lease ends if it is not renewed."""
@@ -248,10 +253,11 @@ class Ready(_message.Message):
         path: _builtins.str = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
         fetched_bytes: _builtins.int = ...,
+        descriptor_socket: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "fetched_bytes", b"fetched_bytes", "lease_id", b"lease_id", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["descriptor_socket", b"descriptor_socket", "expires_at", b"expires_at", "fetched_bytes", b"fetched_bytes", "lease_id", b"lease_id", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
