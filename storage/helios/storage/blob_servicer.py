@@ -1,5 +1,6 @@
 """BlobService: what this node has, for the storage agents of others."""
 
+import asyncio
 import os
 import re
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -12,6 +13,7 @@ import grpc.aio
 from helios.api.storage.v1 import blob_service_pb2 as pb
 from helios.api.storage.v1.blob_service_pb2_grpc import BlobServiceServicer
 from helios.mesh.errors import BlobNotFound, InvalidRequest, Overloaded, Unavailable
+from helios.storage.allocator import give_freed_memory_back, keep_freed_memory
 from helios.storage.blob_messages import HEADER_BYTES, encode_piece
 from helios.storage.threads import BlockingPool
 
@@ -21,6 +23,9 @@ PIECE_BYTES: Final = 1 << 20
 
 _MAY_NOT_WAIT: Final = getattr(os, "RWF_NOWAIT", None)
 """Reads what is in memory and nothing else. Source: preadv2(2)."""
+
+_IDLE_SECONDS: Final = 10.0
+"""Longer than between two blobs of a revision."""
 
 _MAX_HASHES: Final = 10_000
 _RETRY_SECONDS: Final = 1.0
@@ -38,12 +43,16 @@ class BlobServicer(BlobServiceServicer):
         self._places = places
         self._max_reads = max_reads
         self._reads = 0
+        self._idle: asyncio.TimerHandle | None = None
         self._pool = BlockingPool("serve", min(4, max_reads))
 
     async def __aenter__(self) -> Self:
+        keep_freed_memory()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
         await self._pool.close()
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -95,6 +104,14 @@ class BlobServicer(BlobServiceServicer):
             for descriptor in opened:
                 os.close(descriptor)
             self._reads -= 1
+            if not self._reads:
+                self._rest()
+
+    def _rest(self) -> None:
+        """Nobody reads any more, or for a moment: a node at rest keeps no memory for them."""
+        if self._idle is not None:
+            self._idle.cancel()
+        self._idle = asyncio.get_running_loop().call_later(_IDLE_SECONDS, give_freed_memory_back)
 
     def _find(self, hashes: list[str]) -> list[str]:
         return [hash_ for hash_ in hashes if any(path.is_file() for path in self._places(hash_))]
