@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from helios.mesh.errors import ModelNotFound, NotFound, RevisionNotFound
-from helios.proxy.catalog.addressed import addressed_name, entries_of
+from helios.proxy.catalog.addressed import entries_of
 from helios.proxy.catalog.session import RegistryClients, RegistrySession
-from helios.proxy.catalogue import ModelEntry, is_by_digest
+from helios.proxy.catalogue import ModelEntry, addressed_name, is_by_digest
 from helios.proxy.core import Core
 from helios.registry.client import EngineSettings, ModelPolicy, RegistryClient, ResolvedModel, VersionClient
 from helios.registry.names import Reference, parse_reference

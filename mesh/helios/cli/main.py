@@ -14,6 +14,7 @@ from rich.text import Text
 
 from helios.cli import cache as cache_commands
 from helios.cli import commands, model_versions
+from helios.cli import models_rollout as rollouts
 from helios.cli import why as explanations
 from helios.cli.models_add import Addition
 from helios.cli.models_add import models_add as models_add_command
@@ -245,6 +246,27 @@ def models_history(
 ) -> None:
     """List which revisions a model has served and its tags have named, and why."""
     _run(model_versions.history(_state(state_dir), console, model, count=count, is_json=is_json))
+
+
+@models.command("rollout")
+def models_rollout(
+    model: Annotated[str, typer.Argument(help="Name or alias.")],
+    state_dir: StateOption,
+    *,
+    to: Annotated[str, typer.Option(help="The canary: a tag of the model, or a revision's digest or its start.")] = "",
+    weight: Annotated[
+        int | None, typer.Option(help="Share of the requests for the canary, in percent.", min=0, max=100)
+    ] = None,
+    promote: Annotated[bool, typer.Option("--promote", help="Serve the canary: all requests go there.")] = False,
+    abort: Annotated[bool, typer.Option("--abort", help="All requests go to what is served.")] = False,
+    is_json: JsonOption = False,
+) -> None:
+    """Send a share of a model's requests to another revision of it; with no option, show what was done.
+
+    A canary that does not answer hurts nobody: while it has no replica, its share goes to what is served.
+    """
+    change = rollouts.Change(to, weight, is_promoted=promote, is_aborted=abort)
+    _run(rollouts.rollout(_state(state_dir), console, model, change, is_json=is_json))
 
 
 @models.command("pin")

@@ -29,7 +29,7 @@ async def tag(
         else:
             model = await versions.put_tag(reference, name, request_id=uuid4().hex)
     pointer = f"{model.name}@{name}" if name else model.name
-    told = f"{pointer} is gone" if is_deleted else f"{pointer} is {_short(_pointed(model, name))}"
+    told = f"{pointer} is gone" if is_deleted else f"{pointer} is {short(_pointed(model, name))}"
     _show(console, model, told, is_json=is_json)
 
 
@@ -38,7 +38,7 @@ async def rollback(state: StateDirectory, console: Console, pointer: str, *, to:
     name, tag_name = _pointer(pointer)
     async with open_admin(state) as dialer:
         model = await VersionClient(dialer).roll_back(name, tag_name, to=to, request_id=uuid4().hex)
-    _show(console, model, f"{pointer} is {_short(_pointed(model, tag_name))} again", is_json=is_json)
+    _show(console, model, f"{pointer} is {short(_pointed(model, tag_name))} again", is_json=is_json)
 
 
 async def history(state: StateDirectory, console: Console, pointer: str, *, count: int, is_json: bool) -> None:
@@ -63,7 +63,7 @@ async def history(state: StateDirectory, console: Console, pointer: str, *, coun
     table = Table("when", "pointer", "revision", "cause", box=None)
     for move in moves:
         where = f"{name}@{move.tag}" if move.tag else name
-        revision = _short(move.revision) if move.revision else "deleted"
+        revision = short(move.revision) if move.revision else "deleted"
         table.add_row(f"{move.at.astimezone():%Y-%m-%d %H:%M:%S}", Text(where), revision, move.cause.value)
     console.print(table)
 
@@ -78,7 +78,7 @@ async def pin(
             model = await versions.delete_pin(reference, request_id=uuid4().hex)
         else:
             model = await versions.put_pin(reference, reason, request_id=uuid4().hex)
-    pins = ", ".join(_short(one.revision) for one in model.pins) or "nothing"
+    pins = ", ".join(short(one.revision) for one in model.pins) or "nothing"
     _show(console, model, f"{model.name} keeps {pins}", is_json=is_json)
 
 
@@ -107,6 +107,7 @@ def versions_of(model: Model) -> dict[str, Any]:
         "served": model.revision.digest,
         "tags": {one.name: one.revision.digest for one in model.tags},
         "pins": {one.revision: one.reason for one in model.pins},
+        "rollout": {model.rollout.revision.digest: model.rollout.weight_percent} if model.rollout is not None else {},
         "version": model.version,
     }
 
@@ -129,5 +130,6 @@ def _pointed(model: Model, tag_name: str) -> str:
     return next((one.revision.digest for one in model.tags if one.name == tag_name), model.revision.digest)
 
 
-def _short(digest: str) -> str:
+def short(digest: str) -> str:
+    """Returns as much of a digest as tells revisions apart."""
     return digest[:_DIGEST_CHARS]

@@ -15,6 +15,9 @@ TOKEN_USAGE: Final = "gen_ai_client_token_usage"  # noqa: S105
 
 # Proxy.
 ACTIVATIONS_TOTAL: Final = "helios_activations_total"
+ROLLOUT_REQUESTS_TOTAL: Final = "helios_rollout_requests_total"
+ROLLOUT_FINISHED_TOTAL: Final = "helios_rollout_finished_total"
+ROLLOUT_TIME_TO_FIRST_TOKEN_SECONDS: Final = "helios_rollout_time_to_first_token_seconds"  # noqa: S105
 SWAPS_TOTAL: Final = "helios_swaps_total"
 ACTIVATION_SECONDS: Final = "helios_activation_seconds"
 # helios.cold_start.phase.duration in OpenTelemetry's form; attributes phase and model.
@@ -69,6 +72,8 @@ RPC_ERRORS_TOTAL: Final = "helios_rpc_errors_total"
 MODEL_HEADER: Final = "x-helios-model"
 # What the client said of its body's length: Envoy's transcoder takes content-length off before the picker sees it.
 BODY_BYTES_HEADER: Final = "x-helios-body-bytes"
+# A client's own name for a conversation, whose requests meet the same revision of a model that is rolled out.
+SESSION_HEADER: Final = "x-session-id"
 ENDPOINT_HEADER: Final = "x-helios-endpoint"
 ROUTE_MODEL_HEADER: Final = "x-helios-route-model"
 ROUTE_REVISION_HEADER: Final = "x-helios-route-revision"

@@ -16,6 +16,8 @@ from helios.proxy.engine_needs import needs_of
 
 # The registry refuses longer names.
 _NAME_LENGTH = 200
+# As much of a digest as tells revisions apart.
+_DIGITS = 12
 _HEXADECIMAL = frozenset("0123456789abcdef")
 
 
@@ -23,7 +25,8 @@ _HEXADECIMAL = frozenset("0123456789abcdef")
 class ModelEntry:
     """A model and its served revision. `created_at` is in seconds since the epoch; sizes are of one replica.
 
-    `engine_settings` is the contract's JSON; empty says nothing.
+    `engine_settings` is the contract's JSON; empty says nothing. `canary` names the entry of the revision that
+    `canary_percent` of the requests go to instead; empty: all go to this one.
     """
 
     name: str
@@ -43,6 +46,8 @@ class ModelEntry:
     layer_count: int = 0
     vocabulary_size: int = 0
     base_model: str = ""
+    canary: str = ""
+    canary_percent: int = 0
 
     @property
     def is_adapter(self) -> bool:
@@ -71,6 +76,11 @@ def is_by_digest(name: str) -> bool:
     _, mark, which = name.partition("@")
     digits = which.removeprefix("sha256:")
     return bool(mark) and 6 <= len(digits) <= 64 and _HEXADECIMAL.issuperset(digits)
+
+
+def addressed_name(model: str, digest: str) -> str:
+    """The name of the entry of a revision that its model does not serve."""
+    return f"{model}@{digest.removeprefix('sha256:')[:_DIGITS]}"
 
 
 class Catalogue:

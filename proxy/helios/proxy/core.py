@@ -32,6 +32,7 @@ from helios.proxy.fleet.state import Change, Device, Replica, ReplicaState, Stag
 from helios.proxy.holds import Hold, HoldLimits, Holds
 from helios.proxy.lifecycle import Lifecycle, LifecyclePolicy, asked_replica
 from helios.proxy.refusals import model_not_found
+from helios.proxy.rollouts import Rollouts
 from helios.proxy.routing.pick import Pick, pick
 from helios.proxy.routing.prefix import NO_BLOCKS, Blocks
 from helios.proxy.traffic import LoadDelta, RoutingPolicy, Traffic
@@ -93,6 +94,7 @@ class Core:
             commands=self._commands,
             new_id=new_id,
         )
+        self.rollouts = Rollouts(traffic=self.traffic, catalogue=self.catalogue, lifecycle=self.lifecycle)
         if not self._awaited:
             self._resynchronise(now, is_complete=True)
 
@@ -208,7 +210,7 @@ class Core:
         hello = replace(hello, replicas=tuple(self._as_ordered(hello.worker_id, one) for one in hello.replicas))
         known = self.fleet.worker(hello.worker_id)
         starts = [command.order for command in pending if isinstance(command.order, StartReplica)]
-        asked = [asked_replica(hello.worker_id, order) for order in starts]
+        asked = [self.rollouts.at_home(asked_replica(hello.worker_id, order)) for order in starts]
         changes = self.fleet.hello(hello, asked, now)
         self.traffic.resynchronised(replica.replica_id for replica in hello.replicas)
         self._out([actions.WorkersChanged(), *(actions.Send(command) for command in pending)])
@@ -248,6 +250,7 @@ class Core:
 
     def _as_ordered(self, worker_id: str, replica: Replica) -> Replica:
         """What was said before an order arrived must not undo what is believed since the order."""
+        replica = self.rollouts.at_home(replica)
         match self._commands.pending_state_order(worker_id, replica.replica_id), replica.state:
             case SleepReplica(), ReplicaState.READY:
                 return replace(replica, state=ReplicaState.ASLEEP)
@@ -321,6 +324,7 @@ class Core:
         """All models, from the registry (`is_synced`) or from the copy on disk."""
         changed = self.catalogue.replace(entries)
         self.catalogue.is_synced = is_synced
+        self.rollouts.rehome(self.fleet.models(), now)
         # Replicas and holds of names that are in neither list were made while the catalogue was out of step.
         for model in changed | set(self.fleet.models()) | set(self.holds.models()):
             if model in changed:
@@ -331,6 +335,7 @@ class Core:
     def model_upserted(self, entry: ModelEntry, now: float) -> list[actions.Action]:
         """A model was made or changed."""
         if self.catalogue.upsert(entry):
+            self.rollouts.changed(entry, now)
             self.lifecycle.handle(entry.name, machine.Changed(), now)
             self.lifecycle.reconcile(entry.name, now)
             self._release(entry.name, now)
@@ -343,6 +348,7 @@ class Core:
         """A model is gone: its replicas drain, and its bytes leave the nodes unless another model has the same."""
         entry = self.catalogue.find(name)
         if self.catalogue.delete(name):
+            self.rollouts.deleted(name)
             self.lifecycle.reconcile(name, now)
             if entry is not None:
                 self.lifecycle.discard(entry.revision)

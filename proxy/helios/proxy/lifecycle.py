@@ -163,6 +163,15 @@ class Lifecycle:
         if error is not None:
             raise error
 
+    def want(self, entry: ModelEntry, now: float) -> None:
+        """Starts a replica that requests would take and do not wait for: where there is room that nobody has."""
+        if not self.is_open:
+            return
+        current = [r for r in self._traffic.fleet.replicas_of(entry.name) if not self._traffic.is_draining(r)]
+        standing, _ = self.swaps.split(current, now)
+        if not standing:
+            self._demand(entry, standing, now)
+
     def handle(self, model: str, event: machine.Event, now: float) -> None:
         """Hands an event to the model's activation, where there is one."""
         if model in self._activations:

@@ -20,6 +20,22 @@ ACTIVATIONS: Final = Counter(names.ACTIVATIONS_TOTAL, "Starts of replicas, by ou
 ACTIVATION_SECONDS: Final = Histogram(
     names.ACTIVATION_SECONDS, "From the decision to start a replica until it was ready", buckets=_WAIT_BUCKETS
 )
+ROLLOUT_REQUESTS: Final = Counter(
+    names.ROLLOUT_REQUESTS_TOTAL,
+    "Requests of models that are rolled out, by the revision that they went to; fallback: the canary's, to the served",
+    ["model", "outcome"],
+)
+ROLLOUT_FINISHED: Final = Counter(
+    names.ROLLOUT_FINISHED_TOTAL,
+    "Requests of models that are rolled out, as replicas ended them, by revision and gRPC code",
+    ["model", "revision", "code"],
+)
+ROLLOUT_FIRST_TOKEN: Final = Histogram(
+    names.ROLLOUT_TIME_TO_FIRST_TOKEN_SECONDS,
+    "Time to the first token at the replica, of models that are rolled out, by revision",
+    ["model", "revision"],
+    buckets=_WAIT_BUCKETS,
+)
 SWAPS: Final = Counter(names.SWAPS_TOTAL, "Compiled replicas that were to replace eager ones, by outcome", ["outcome"])
 COLD_START_PHASE: Final = Histogram(
     names.COLD_START_PHASE_DURATION_SECONDS,

@@ -18,6 +18,7 @@ from helios.proxy import actions, metrics
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
 from helios.proxy.explain.journal import Journal, JournalLimits
+from helios.proxy.explain.record import Finished
 from helios.proxy.fleet.commands import Command
 from helios.proxy.fleet.state import ReplicaState
 from helios.proxy.holds import Hold
@@ -125,6 +126,7 @@ class Runtime:
         self.core = core
         self.journal = Journal(journal_limits or JournalLimits(), wall_offset=_wall_offset())
         self.journal.on_phase = _measure_phase
+        self.journal.on_split = _measure_split
         self._publisher = publisher
         self._memory = memory
         self._waiting: dict[int, asyncio.Future[Pick]] = {}
@@ -406,6 +408,14 @@ def _traceparent(span: trace.Span) -> str:
 
 def _measure_phase(model: str, phase: str, seconds: float) -> None:
     metrics.COLD_START_PHASE.labels(model, phase).observe(seconds)
+
+
+def _measure_split(pick: Pick, finished: Finished) -> None:
+    # A revision is a label only while it is rolled out or served beside one: few, and people name them so.
+    labels = (pick.model.partition("@")[0], pick.revision.removeprefix("sha256:")[:12])
+    metrics.ROLLOUT_FINISHED.labels(*labels, str(finished.status_code)).inc()
+    if finished.time_to_first_token_seconds is not None:
+        metrics.ROLLOUT_FIRST_TOKEN.labels(*labels).observe(finished.time_to_first_token_seconds)
 
 
 def _report_swap(action: actions.Action) -> None:

@@ -138,6 +138,14 @@ class Traffic:
             self._last_used.setdefault(replica.model, now)
         self.refresh(replica.replica_id)
 
+    def rehomed(self, before: Replica, after: Replica) -> None:
+        """A replica is another model's now, of the same revision: what it was used for counts for that one."""
+        self._note_exclusion(before, None)
+        used_at = self._last_used.get(before.model)
+        if used_at is not None:
+            self._last_used[after.model] = max(used_at, self._last_used.get(after.model, used_at))
+        self.refresh(after.replica_id)
+
     def resynchronised(self, replica_ids: Iterable[str]) -> None:
         """A worker's hello is truth: what was believed to run at its replicas may have ended unheard."""
         for replica_id in replica_ids:

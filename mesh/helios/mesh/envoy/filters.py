@@ -53,7 +53,7 @@ from envoy_data_plane.envoy.type.v3 import HttpStatus, Percent, StatusCode
 
 from helios.mesh.envoy import clusters, matching, pack, rest
 from helios.mesh.envoy.headers import NODE_HEADER
-from helios.mesh.envoy.routes import CORS_FILTER, METADATA_NAMESPACE, MODEL_KEY, PICKER_FILTER
+from helios.mesh.envoy.routes import CORS_FILTER, METADATA_NAMESPACE, MODEL_KEY, PICKER_FILTER, SESSION_KEYS
 from helios.mesh.envoy.settings import EdgeSettings, Limits
 
 # The picker's own deadline ends a hold (503 with an estimate); Envoy's, a 504, is for a picker that hangs.
@@ -118,16 +118,20 @@ def cors() -> HttpFilter:
 
 
 def lift_model() -> HttpFilter:
-    """Copies ``model`` of a JSON body to metadata, in C++; absent or not a string, nothing is set.
+    """Copies ``model`` of a JSON body to metadata, in C++, and what says which conversation or user it is from.
+
+    What is absent sets nothing.
 
     ``on_missing`` and ``on_error`` stay away on purpose: they also fire for gRPC requests and leave an empty model.
     """
-    rule = JsonToMetadataRule(
-        selectors=[JsonToMetadataSelector(key="model")],
-        on_present=JsonToMetadataKeyValuePair(metadata_namespace=METADATA_NAMESPACE, key=MODEL_KEY),
-    )
     rules = JsonToMetadataMatchRules(
-        rules=[rule],
+        rules=[
+            JsonToMetadataRule(
+                selectors=[JsonToMetadataSelector(key=key)],
+                on_present=JsonToMetadataKeyValuePair(metadata_namespace=METADATA_NAMESPACE, key=key),
+            )
+            for key in (MODEL_KEY, *SESSION_KEYS)
+        ],
         allow_content_types_regex=RegexMatcher(regex=r"(?i)application/json\s*(;.*)?"),
         allow_empty_content_type=True,
     )

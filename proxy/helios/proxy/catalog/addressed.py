@@ -3,7 +3,7 @@
 To routing, starting and counting, such a revision is a model of its own, `m@` and twelve digits of its digest, with its
 own replicas; the tags that name it are aliases. So a tag that moves between two revisions that both run is at its new
 place with the next request, and nothing is stopped for it. A tag that names the served revision is an alias of the
-model itself.
+model itself. The canary of a rollout is such an entry, too, which the model's own one names.
 
 Adapters belong to the model's own entry: an adapter's name can mean one thing only.
 """
@@ -15,22 +15,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from helios.proxy.catalogue import ModelEntry
+from helios.proxy.catalogue import ModelEntry, addressed_name
 from helios.registry.client import Model, Revision
 
-# As much of a digest as tells revisions apart.
-_DIGITS = 12
 # Of references that people spelled out by digits; the ones of tags are told by the registry and bounded there.
 MAX_SPELLINGS = 64
 
 
-def addressed_name(model: str, digest: str) -> str:
-    """The name of a revision's entry."""
-    return f"{model}@{digest.removeprefix('sha256:')[:_DIGITS]}"
-
-
 def entries_of(model: Model, spelled: Mapping[str, Revision]) -> list[ModelEntry]:
-    """The model's own entry, then one for each other revision that a tag or a reference names.
+    """The model's own entry, then one for each other revision that a tag, a reference or a rollout names.
 
     `spelled` are references by digest that requests have used, as they spelled them, with what they mean.
     """
@@ -39,11 +32,18 @@ def entries_of(model: Model, spelled: Mapping[str, Revision]) -> list[ModelEntry
     for tag in model.tags:
         revisions[tag.revision.digest] = tag.revision
         names[tag.revision.digest] += [f"{name}@{tag.name}" for name in (model.name, *model.aliases)]
+    rollout = model.rollout
+    if rollout is not None:
+        revisions[rollout.revision.digest] = rollout.revision
+        names[rollout.revision.digest] += ()
     for reference, revision in spelled.items():
         revisions[revision.digest] = revision
         names[revision.digest].append(reference)
     served = entry_from_model(model)
     own = replace(served, aliases=(*served.aliases, *names.pop(served.revision, ())))
+    if rollout is not None:
+        canary = addressed_name(model.name, rollout.revision.digest)
+        own = replace(own, canary=canary, canary_percent=rollout.weight_percent)
     others = (_other(model, revisions[digest], aliases) for digest, aliases in sorted(names.items()))
     return [own, *others]
 

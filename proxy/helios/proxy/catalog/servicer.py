@@ -86,8 +86,13 @@ class ModelServicer(ModelServiceServicer):
 
 
 def _named(entries: list[ModelEntry]) -> list[tuple[str, ModelEntry]]:
-    """Returns what requests may name, sorted: models, and adapters with the model that answers with them."""
-    models = [(entry.name, entry) for entry in entries if not entry.is_adapter]
+    """Returns what requests may name, sorted: models, and adapters with the model that answers with them.
+
+    A canary that has no name of its own is a part of its model, not one more.
+    """
+    canaries = {entry.canary for entry in entries if entry.canary}
+    shown_entries = (entry for entry in entries if entry.aliases or entry.name not in canaries)
+    models = [(entry.name, entry) for entry in shown_entries if not entry.is_adapter]
     adapters = [(name, entry) for entry in entries for name in entry.adapters]
     return sorted((*models, *adapters), key=lambda named: named[0])
 

@@ -125,8 +125,9 @@ class RegistrySession:
     async def _upsert(self, model: Model) -> None:
         self._versions[model.name] = model.version
         entries = entries_of(model, await self._check_spelled(model))
-        # What is new comes first: an alias that moves is never without an owner.
-        for entry in entries:
+        # What is new comes first: an alias that moves is never without an owner. The model itself comes last: where
+        # it leaves a revision that another entry has from now on, that one is there to take its replicas.
+        for entry in reversed(entries):
             self._runtime.apply(self._runtime.core.model_upserted(entry, time.monotonic()))
         names = {entry.name for entry in entries}
         for gone in self._entries.get(model.name, set()) - names:

@@ -55,6 +55,7 @@ class Journal:
     Attributes:
         picked: notes that a request was sent at once; on the path of every request.
         on_phase: called once for each phase of each start: model, phase, seconds.
+        on_split: called for each request of a model that is rolled out, when it has ended.
     """
 
     def __init__(self, limits: JournalLimits, *, wall_offset: float = 0.0) -> None:
@@ -65,6 +66,7 @@ class Journal:
         self._starts: OrderedDict[str, Start] = OrderedDict()
         self._failures: deque[FailedReplica] = deque(maxlen=_FAILURE_COUNT)
         self.on_phase: Callable[[str, str, float], None] = lambda model, phase, seconds: None
+        self.on_split: Callable[[Pick, Finished], None] = lambda pick, finished: None
 
     @property
     def wall_offset(self) -> float:
@@ -134,6 +136,8 @@ class Journal:
         if record is None or record.finished is not None:
             return
         record.finished = finished
+        if record.pick is not None and record.pick.split:
+            self.on_split(record.pick, finished)
         has_begun = record.hold is not None and any(s.requested_by == request_id for s in record.hold.starts)
         if has_begun and finished.time_to_first_token_seconds is not None:
             self.on_phase(record.model, "first_token", finished.time_to_first_token_seconds)

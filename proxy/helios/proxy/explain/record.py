@@ -195,6 +195,8 @@ class Record:
     def _resolved(self) -> str:
         if not self.model:
             return self.refusal.message if self.refusal is not None else ""
+        if self.pick is not None and self.pick.split:
+            return f"{self.name} is rolled out: {self.pick.split}; {self.model}, revision {self.revision[:19]}"
         alias = f"the alias '{self.name}' stands for {self.model}" if self.name != self.model else self.model
         return f"{alias}, revision {self.revision[:19]}"
 

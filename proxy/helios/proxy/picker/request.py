@@ -29,6 +29,8 @@ PROMPT_PATHS: Final = frozenset(
     )
 )
 """Calls whose prompt an engine may have in its cache."""
+# Of OpenAI's bodies, as Envoy lifts them: what a conversation shares, then who talks.
+SESSION_FIELDS: Final = ("prompt_cache_key", "safety_identifier", "user")
 _INFERENCE_MESSAGES: Final[dict[str, type[Message]]] = {
     "Chat": inference_pb.ChatRequest,
     "Complete": inference_pb.CompleteRequest,
@@ -48,6 +50,7 @@ class Heads:
     body_bytes: int
     timeout: str
     traceparent: str
+    session: str = ""
 
 
 class Body(NamedTuple):
@@ -70,6 +73,7 @@ def read_heads(headers: dict[str, str]) -> Heads:
         body_bytes=int(length) if length.isascii() and length.isdigit() else 0,
         timeout=headers.get("grpc-timeout", ""),
         traceparent=headers.get("traceparent", ""),
+        session=headers.get(names.SESSION_HEADER, ""),
     )
 
 

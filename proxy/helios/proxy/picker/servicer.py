@@ -39,6 +39,7 @@ from helios.proxy.picker.request import (
     INLINE_BODY_BYTES,
     OPENAI_PREFIX,
     PROMPT_PATHS,
+    SESSION_FIELDS,
     Body,
     Heads,
     agree,
@@ -47,6 +48,7 @@ from helios.proxy.picker.request import (
     read_heads,
     timeout_seconds,
 )
+from helios.proxy.rollouts import Assignment
 from helios.proxy.routing.pick import Pick
 from helios.proxy.routing.prefix import NO_BLOCKS, Blocks, blocks_of
 from helios.proxy.runtime import Arrival, Runtime
@@ -102,11 +104,22 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 _check_path(heads.path)
                 body = await _ask_body(context, heads)
                 model = body.model
-            entry = self._core.resolve(model) or await find_model(self._runtime, self._models, model)
+            served = entry = self._core.resolve(model) or await find_model(self._runtime, self._models, model)
+            split = Assignment(entry)
+            if entry.canary:
+                split = self._core.rollouts.assign(entry, model, _session_key(heads, request), time.monotonic())
+                entry = split.entry
             if body is None and self._wants_prompt(entry, heads):
                 body = await _ask_prompt(context, heads)
+                if not self._core.rollouts.is_ready(entry):
+                    # While Envoy sent it, the canary went away.
+                    entry = served
             blocks = _blocks(entry, model, body)
-            pick = await self._pick(entry, model, blocks, heads, arrived_at=arrived_at, began=began, context=context)
+            if split.outcome:
+                metrics.ROLLOUT_REQUESTS.labels(served.name, split.outcome).inc()
+            pick = await self._pick(
+                entry, model, blocks, heads, arrived_at=arrived_at, began=began, context=context, split=split.why
+            )
         except Draining as error:
             # No answer but a broken stream: Envoy asks another proxy, or this one once it is back.
             await status.abort(context, error)
@@ -148,6 +161,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
         arrived_at: float,
         began: str,
         context: Any,
+        split: str,
     ) -> Pick:
         now = time.perf_counter()
         if entry.role == "prefill":
@@ -159,6 +173,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
         adapter = model if model in entry.adapters else ""
         pick = self._core.pick(entry, heads.request_id, time.monotonic(), adapter, blocks)
         if pick is not None:
+            pick = pick._replace(split=split) if split else pick
             excluded = self._core.traffic.exclusions(entry.name)
             self._journal.picked(heads.request_id, (model, pick, excluded, began, arrived_at, time.monotonic()))
             metrics.PICK_SECONDS.observe(time.perf_counter() - now)
@@ -215,6 +230,13 @@ def _lifted_model(request: Any) -> str:
     if kind not in ("string_value", "null_value", None):
         raise InvalidRequest("the model parameter must be a string", metadata={"param": "model"})
     return str(value.string_value)
+
+
+def _session_key(heads: Heads, request: Any) -> str:
+    """What says that requests belong together, the narrowest first: a header, or fields of OpenAI's bodies."""
+    fields = request.metadata_context.filter_metadata[_METADATA_NAMESPACE].fields
+    lifted = (fields[name].string_value for name in SESSION_FIELDS if name in fields)
+    return heads.session or next(filter(None, lifted), "")
 
 
 def _check_path(path: str) -> None:

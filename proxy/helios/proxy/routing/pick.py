@@ -20,8 +20,9 @@ _by_score = attrgetter("score")
 class Pick(NamedTuple):
     """A routing decision: the model's own name, the revision, and the choices, best first.
 
-    `considered` is the snapshot that it was made from, where that was small, else the choices. A NamedTuple because one
-    is made on the path of every request.
+    `considered` is the snapshot that it was made from, where that was small, else the choices. `split` says why
+    a rollout sent the request to this revision, for people; empty: there is none. A NamedTuple because one is made on
+    the path of every request.
     """
 
     model: str
@@ -29,6 +30,7 @@ class Pick(NamedTuple):
     choices: tuple[Candidate, ...]
     candidate_count: int
     considered: tuple[Candidate, ...] = ()
+    split: str = ""
 
     @property
     def endpoints(self) -> str:
