@@ -15,6 +15,7 @@ from helios.api.registry.v1.chunk_service_pb2_grpc import add_ChunkServiceServic
 from helios.api.registry.v1.key_service_pb2_grpc import add_KeyServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
 from helios.api.registry.v1.rollout_service_pb2_grpc import add_RolloutServiceServicer_to_server
+from helios.api.registry.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
 from helios.api.registry.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
 from helios.mesh.process import Lifetime, run
 from helios.mesh.server import MeshServer, ServerOptions
@@ -50,6 +51,9 @@ from helios.registry.state import StateDirectory
 from helios.registry.store import Store
 from helios.registry.tag_store import TagStore
 from helios.registry.uploads import Uploads
+from helios.registry.usage.servicer import UsageServicer
+from helios.registry.usage.store import UsageStore
+from helios.registry.usage.usage import Usage
 from helios.registry.version_servicer import VersionServicer
 from helios.registry.versions import Versions
 from helios.registry.watch import WatchHub
@@ -106,15 +110,22 @@ if TYPE_CHECKING:
         add_KeyServiceServicer_to_server(KeyServicer(keys), server.grpc)
         chunks = ChunkStore(database)
         add_ChunkServiceServicer_to_server(ChunkServicer(chunks), server.grpc)
+        usage = Usage(UsageStore(database), settings.usage, database=url or str(state.database))
+        add_UsageServiceServicer_to_server(UsageServicer(usage, store), server.grpc)
         server.serve(*access.POLICY)
         await stack.enter_async_context(server)
         await stack.enter_async_context(ingester)
         stack.callback(hub.close)
         stack.callback(keys.close)
+        stack.callback(usage.close)
         metrics.MODELS.set(await store.count_models())
         await uploads.measure()
         await stack.enter_async_context(collector.running())
-        chores = {"index chunks": ChunkIndexer(chunks, blobs.store.open).run, "tidy downloads": downloads.keep_tidy}
+        chores = {
+            "index chunks": ChunkIndexer(chunks, blobs.store.open).run,
+            "tidy downloads": downloads.keep_tidy,
+            "forecast usage": usage.run,
+        }
         if database.is_shared:
             chores["follow changes"] = partial(catalog.follow, settings.watch_poll_seconds)
         for name, chore in chores.items():

@@ -18,6 +18,7 @@ CHUNK_SERVICE: Final = "helios.api.registry.v1.ChunkService"
 VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
 KEY_SERVICE: Final = "helios.api.registry.v1.KeyService"
 ROLLOUT_SERVICE: Final = "helios.api.registry.v1.RolloutService"
+USAGE_SERVICE: Final = "helios.api.registry.v1.UsageService"
 # A storage agent and a proxy read; the admin edge acts for people.
 POLICY: Final = {
     SERVICE: frozenset({"storage", "proxy", "admin-edge"}),
@@ -28,12 +29,15 @@ POLICY: Final = {
     # People make and end keys, proxies know them by their hashes.
     KEY_SERVICE: frozenset({"proxy", "admin-edge"}),
     ROLLOUT_SERVICE: frozenset({"admin-edge"}),
+    # Proxies report and take advice, people look.
+    USAGE_SERVICE: frozenset({"proxy", "admin-edge"}),
 }
 
 _WRITERS: Final = frozenset({"admin-edge"})
 _POLICY_WRITERS: Final = frozenset({"admin-edge", "proxy"})
 _PUBLISHERS: Final = frozenset({"worker"})
 _KEY_WATCHERS: Final = frozenset({"proxy"})
+_REPORTERS: Final = frozenset({"proxy"})
 
 
 def check_may_write(context: Any) -> None:
@@ -49,6 +53,11 @@ def check_may_set_policy(context: Any) -> None:
 def check_may_publish(context: Any) -> None:
     """Raises PermissionDenied unless the caller may store artifacts."""
     _check(context, _PUBLISHERS, "store artifacts")
+
+
+def check_may_report(context: Any) -> None:
+    """Raises PermissionDenied unless the caller may say how much models are used."""
+    _check(context, _REPORTERS, "report usage")
 
 
 def check_may_manage_keys(context: Any) -> None:

@@ -50,6 +50,21 @@ from helios.registry.records import (
 )
 from helios.registry.rollout.client import RolloutClient
 from helios.registry.rollout.steps import RolloutStep
+from helios.registry.usage.client import (
+    BlobHeat,
+    Counts,
+    Delta,
+    Expectation,
+    Forecast,
+    ModelUsage,
+    Rung,
+    Score,
+    Target,
+    UsageClient,
+    UsageHour,
+    hour_of,
+    start_of,
+)
 from helios.registry.version_client import VersionClient
 
 __all__ = [
@@ -57,15 +72,20 @@ __all__ = [
     "ApiKey",
     "Artifact",
     "ArtifactClient",
+    "BlobHeat",
     "BlobLocation",
     "Cause",
     "CollectionReport",
+    "Counts",
+    "Delta",
     "Digest",
     "EngineSettings",
     "Entry",
     "Event",
     "EventKind",
     "EventsMissed",
+    "Expectation",
+    "Forecast",
     "IngestDone",
     "IngestEvent",
     "IngestPhase",
@@ -82,6 +102,7 @@ __all__ = [
     "ModelProfile",
     "ModelSnapshot",
     "ModelUpserted",
+    "ModelUsage",
     "Move",
     "Pin",
     "Priority",
@@ -91,11 +112,18 @@ __all__ = [
     "Rollout",
     "RolloutClient",
     "RolloutStep",
+    "Rung",
+    "Score",
     "StoredKey",
     "Tag",
+    "Target",
+    "UsageClient",
+    "UsageHour",
     "VersionClient",
     "WatchEvent",
     "hash_secret",
+    "hour_of",
+    "start_of",
 ]
 
 T = TypeVar("T")

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from helios.mesh.settings import CLOSE_SECONDS, ProcessSettings
 from helios.registry.sources.settings import SourceSettings
+from helios.registry.usage.settings import UsageSettings
 
 
 class IngestSettings(BaseModel):
@@ -113,6 +114,9 @@ class RegistrySettings(ProcessSettings):
     """When blobs that nothing refers to go."""
     sources: SourceSettings = Field(default_factory=SourceSettings)
     """Places that models are pulled from."""
+
+    usage: UsageSettings = Field(default_factory=UsageSettings)
+    """Usage of models, and forecasts of it."""
 
     @property
     def stop_limit_seconds(self) -> float:

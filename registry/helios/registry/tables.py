@@ -10,6 +10,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    Double,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
@@ -274,4 +275,54 @@ artifact_entries = Table(
     Column("media_type", String, nullable=False),
     ForeignKeyConstraint(["kind", "key"], ["artifacts.kind", "artifacts.key"], ondelete="CASCADE"),
     Index("artifact_entries_by_blob", "blob"),
+)
+
+# What was counted of a model in an hour, and what had been expected of it. An hour of nothing has no row.
+usage_hours = Table(
+    "usage_hours",
+    metadata,
+    Column("model", ForeignKey("models.name", ondelete="CASCADE"), primary_key=True),
+    # Whole hours since 1970, UTC.
+    Column("hour", Integer, primary_key=True, autoincrement=False),
+    Column("requests", BigInteger, nullable=False, server_default="0"),
+    Column("prompt_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("completion_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("cold_starts", BigInteger, nullable=False, server_default="0"),
+    Column("busy_ms", BigInteger, nullable=False, server_default="0"),
+    # Requests that were expected before the hour began. Null: no forecast was made for it.
+    Column("expected", Double),
+    Column("expected_low", Double),
+    Column("expected_high", Double),
+    Index("usage_hours_by_hour", "hour"),
+)
+
+# The last report of each run of a proxy that was taken, so that one that is sent again counts once.
+usage_reporters = Table(
+    "usage_reporters",
+    metadata,
+    Column("reporter", text(128), primary_key=True),
+    Column("sequence", BigInteger, nullable=False),
+    Column("at_us", BigInteger, nullable=False),
+    Index("usage_reporters_by_time", "at_us"),
+)
+
+# The newest forecast of each model.
+forecasts = Table(
+    "forecasts",
+    metadata,
+    Column("model", ForeignKey("models.name", ondelete="CASCADE"), primary_key=True),
+    Column("made_at_us", BigInteger, nullable=False),
+    Column("method", String(31), nullable=False),
+    Column("history_hours", Integer, nullable=False),
+    Column("first_hour", Integer, nullable=False),
+    # JSON: a list of [mean, low, high], read whole.
+    Column("hours", String, nullable=False),
+)
+
+# One row: the hour that forecasts were made for last, so that of several registries one makes them.
+forecast_runs = Table(
+    "forecast_runs",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("hour", Integer, nullable=False),
 )

@@ -54,9 +54,17 @@ ARTIFACT_SERVICE: Final = "helios.api.registry.v1.ArtifactService"
 VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
 ROLLOUT_SERVICE: Final = "helios.api.registry.v1.RolloutService"
 KEY_SERVICE: Final = "helios.api.registry.v1.KeyService"
+USAGE_SERVICE: Final = "helios.api.registry.v1.UsageService"
 HEALTH_SERVICE: Final = "grpc.health.v1.Health"
 EDGE_REST_SERVICES: Final = (OPENAI_SERVICE, MODEL_SERVICE)
-REGISTRY_SERVICES: Final = (REGISTRY_SERVICE, ARTIFACT_SERVICE, VERSION_SERVICE, ROLLOUT_SERVICE, KEY_SERVICE)
+REGISTRY_SERVICES: Final = (
+    REGISTRY_SERVICE,
+    ARTIFACT_SERVICE,
+    VERSION_SERVICE,
+    ROLLOUT_SERVICE,
+    KEY_SERVICE,
+    USAGE_SERVICE,
+)
 ADMIN_REST_SERVICES: Final = (MODEL_SERVICE, ADMIN_SERVICE, *REGISTRY_SERVICES)
 
 CORS_FILTER: Final = "envoy.filters.http.cors"

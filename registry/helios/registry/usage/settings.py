@@ -1,0 +1,35 @@
+"""Settings of usage, forecasts and warm targets."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from helios.registry.usage.targets import TargetPolicy
+
+
+class UsageSettings(BaseModel):
+    """What is kept of models' usage, and what is made of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    keep_days: int = Field(default=35, ge=1, le=366)
+    """Hours older than this are deleted, in days. 35: five weeks, which the rhythm of weeks is learnt from. A row is
+    some 100 bytes, and hours of nothing have none: 1,000 models in use every hour take 85 MB."""
+    forecast_delay_seconds: float = Field(default=120.0, ge=0, le=3_000)
+    """How long after the beginning of an hour forecasts are made. 120: the proxies' last reports of the hour before are
+    here (proxy.usage.report_interval_seconds), and an hour's first requests have said nothing yet."""
+    forecast_seconds: float = Field(default=900.0, gt=0, le=3_000)
+    """A run that takes longer is ended; forecasts of the hour before go on to hold. 900: 10,000 models in use every
+    hour take some three minutes of one core."""
+    ready_requests: float = Field(default=6.0, gt=0)
+    """Requests expected in an hour from which a model is to have replicas ready. 6: one in ten minutes, more often than
+    an idle replica goes."""
+    memory_ratio: float = Field(default=0.3, gt=0, le=1)
+    """Chance of a request within an hour from which weights are to be in host memory."""
+    disk_ratio: float = Field(default=0.05, gt=0, le=1)
+    """Chance of a request within a day from which a model is to be on nodes' disks."""
+    concurrency: float = Field(default=8.0, gt=0)
+    """Requests that a replica works on at once, for the number of replicas."""
+
+    @property
+    def target_policy(self) -> TargetPolicy:
+        """The share of the settings that targets are made by."""
+        return TargetPolicy(self.ready_requests, self.memory_ratio, self.disk_ratio, self.concurrency)
