@@ -64,7 +64,8 @@ async def test_a_scope_raises_what_its_body_raised() -> None:
     assert caught.value is error
 
 
-async def test_a_scope_keeps_a_cancellation_that_comes_while_its_tasks_end() -> None:
+@pytest.mark.parametrize("is_failing", [False, True])
+async def test_a_scope_keeps_a_cancellation_that_comes_while_its_tasks_end(*, is_failing: bool) -> None:
     is_ending = asyncio.Event()
 
     async def slow_to_end() -> None:
@@ -78,6 +79,8 @@ async def test_a_scope_keeps_a_cancellation_that_comes_while_its_tasks_end() -> 
         async with task_scope() as group:
             group.create_task(slow_to_end(), name="slow to end")
             await asyncio.sleep(0)
+            if is_failing:
+                raise Unavailable("no")
         await asyncio.sleep(60)
 
     async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:

@@ -60,17 +60,21 @@ async def task_scope() -> AsyncIterator[asyncio.TaskGroup]:
                 yield group
             except BaseException as error:
                 raised = error
+                cancelling_count = owner.cancelling() if owner else 0
                 raise
             cancelling_count = owner.cancelling() if owner else 0
             raise _EndOfScopeError
     except BaseExceptionGroup as errors:
+        # Python 3.11's TaskGroup drops a cancellation that reaches it while it aborts.
+        is_cancelled = owner is not None and owner.cancelling() > cancelling_count
         if raised is not None and errors.exceptions == (raised,):
+            if is_cancelled:
+                raise asyncio.CancelledError from raised
             raise raised from None
         _, others = errors.split(_EndOfScopeError)
         if others is not None:
             raise others from None
-        # Python 3.11's TaskGroup drops a cancellation that reaches it while it aborts.
-        if owner is not None and owner.cancelling() > cancelling_count:
+        if is_cancelled:
             raise asyncio.CancelledError from None
 
 

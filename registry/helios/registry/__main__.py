@@ -16,6 +16,7 @@ from helios.api.registry.v1.key_service_pb2_grpc import add_KeyServiceServicer_t
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
 from helios.api.registry.v1.rollout_service_pb2_grpc import add_RolloutServiceServicer_to_server
 from helios.api.registry.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
+from helios.api.registry.v1.sync_service_pb2_grpc import add_SyncServiceServicer_to_server
 from helios.api.registry.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
 from helios.mesh.process import Lifetime, run
 from helios.mesh.server import MeshServer, ServerOptions
@@ -49,6 +50,7 @@ from helios.registry.sources.remote_sources import Sources
 from helios.registry.sources.web import Web
 from helios.registry.state import StateDirectory
 from helios.registry.store import Store
+from helios.registry.sync.servicer import SyncServicer
 from helios.registry.tag_store import TagStore
 from helios.registry.uploads import Uploads
 from helios.registry.usage.servicer import UsageServicer
@@ -110,12 +112,15 @@ if TYPE_CHECKING:
         add_KeyServiceServicer_to_server(KeyServicer(keys), server.grpc)
         chunks = ChunkStore(database)
         add_ChunkServiceServicer_to_server(ChunkServicer(chunks), server.grpc)
+        sync = SyncServicer(settings.sync)
+        add_SyncServiceServicer_to_server(sync, server.grpc)
         usage = Usage(UsageStore(database), settings.usage, database=url or str(state.database))
         add_UsageServiceServicer_to_server(UsageServicer(usage, store), server.grpc)
         server.serve(*access.POLICY)
         await stack.enter_async_context(server)
         await stack.enter_async_context(ingester)
         stack.callback(hub.close)
+        stack.callback(sync.close)
         stack.callback(keys.close)
         stack.callback(usage.close)
         metrics.MODELS.set(await store.count_models())

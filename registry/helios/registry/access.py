@@ -16,6 +16,7 @@ SERVICE: Final = "helios.api.registry.v1.RegistryService"
 ARTIFACT_SERVICE: Final = "helios.api.registry.v1.ArtifactService"
 CHUNK_SERVICE: Final = "helios.api.registry.v1.ChunkService"
 VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
+SYNC_SERVICE: Final = "helios.api.registry.v1.SyncService"
 KEY_SERVICE: Final = "helios.api.registry.v1.KeyService"
 ROLLOUT_SERVICE: Final = "helios.api.registry.v1.RolloutService"
 USAGE_SERVICE: Final = "helios.api.registry.v1.UsageService"
@@ -26,6 +27,8 @@ POLICY: Final = {
     CHUNK_SERVICE: frozenset({"storage"}),
     # A proxy resolves the references that requests name.
     VERSION_SERVICE: frozenset({"proxy", "storage", "admin-edge"}),
+    # People look; a session is for agents only.
+    SYNC_SERVICE: frozenset({"storage", "admin-edge"}),
     # People make and end keys, proxies know them by their hashes.
     KEY_SERVICE: frozenset({"proxy", "admin-edge"}),
     ROLLOUT_SERVICE: frozenset({"admin-edge"}),
@@ -36,6 +39,7 @@ POLICY: Final = {
 _WRITERS: Final = frozenset({"admin-edge"})
 _POLICY_WRITERS: Final = frozenset({"admin-edge", "proxy"})
 _PUBLISHERS: Final = frozenset({"worker"})
+_AGENTS: Final = frozenset({"storage"})
 _KEY_WATCHERS: Final = frozenset({"proxy"})
 _REPORTERS: Final = frozenset({"proxy"})
 
@@ -68,6 +72,11 @@ def check_may_manage_keys(context: Any) -> None:
 def check_may_watch_keys(context: Any) -> None:
     """Raises PermissionDenied unless the caller may know what recognises keys."""
     _check(context, _KEY_WATCHERS, "watch keys")
+
+
+def check_is_agent(context: Any) -> None:
+    """Raises PermissionDenied unless the caller may say what a node holds."""
+    _check(context, _AGENTS, "speak for a node")
 
 
 def mutation_of(context: Any, request_id: str, expected_version: int = 0) -> Mutation:

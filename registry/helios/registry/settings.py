@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from helios.mesh.settings import CLOSE_SECONDS, ProcessSettings
 from helios.registry.sources.settings import SourceSettings
+from helios.registry.sync.settings import SyncSettings
 from helios.registry.usage.settings import UsageSettings
 
 
@@ -114,6 +115,8 @@ class RegistrySettings(ProcessSettings):
     """When blobs that nothing refers to go."""
     sources: SourceSettings = Field(default_factory=SourceSettings)
     """Places that models are pulled from."""
+    sync: SyncSettings = Field(default_factory=SyncSettings)
+    """Sessions with storage agents."""
 
     usage: UsageSettings = Field(default_factory=UsageSettings)
     """Usage of models, and forecasts of it."""

@@ -26,6 +26,8 @@ from helios.storage.peers import PeerFinder
 from helios.storage.servicer import SERVICE_NAME, StorageServicer
 from helios.storage.settings import StorageSettings, TierSettings
 from helios.storage.sources import Sources
+from helios.storage.sync.holdings import Holdings
+from helios.storage.sync.session import SyncSession
 from helios.storage.tiers import in_speed_order
 
 HOLDERS = frozenset({"worker"})
@@ -56,6 +58,7 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
         disks = [tier for tier in tiers if not tier.store.is_sealed]
         chunks = RegistryChunks(dialer, partial(local_blobs, disks))
         peers = await stack.enter_async_context(PeerFinder(settings.peers.targets, identity=identity))
+        session = SyncSession(dialer, node=settings.node, holdings=partial(holdings, disks))
         manifests = RegistryManifests(dialer, Sources(settings.fetch.stores.reveal()), chunks, peers)
         fastest_first = [disks[position] for position in in_speed_order([tier.options for tier in disks])]
         blobs = await stack.enter_async_context(
@@ -95,6 +98,8 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
             server.serve(SERVICE_NAME, BLOB_SERVICE)
             await stack.enter_async_context(server)
             addresses.append(server.address)
+        address = settings.address_for_peers(addresses)
+        background.create_task(session.run(address), name="sync session")
         lifetime.mark_ready(address=addresses[0], addresses=addresses)
         await lifetime.wait_stop()
 
@@ -102,6 +107,14 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
 def local_blobs(tiers: list[DiskTier]) -> dict[Digest, Path]:
     """Where the blobs of this node are; of one that several tiers have, the first tier's."""
     return {blob: tier.store.blob_path(blob.hash) for tier in reversed(tiers) for blob in tier.inventory.blobs()}
+
+
+def holdings(tiers: list[DiskTier]) -> Holdings:
+    """What this node holds, whole."""
+    return Holdings(
+        frozenset(blob.hash for tier in tiers for blob in tier.inventory.blobs()),
+        frozenset(resident.revision for tier in tiers for resident in tier.inventory.revisions()),
+    )
 
 
 def blob_places(tiers: list[DiskTier], hash_: str) -> list[Path]:

@@ -1,5 +1,7 @@
 """Settings of the storage agent."""
 
+import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -130,6 +132,9 @@ class PeerSettings(BaseModel):
     whose store is a directory is read alone. This node's own address among them does no harm."""
     max_reads: int = Field(default=16, ge=1, le=1024)
     """Ranges that are read for peers at a time; more are refused and asked elsewhere. 16: two peers' fetches."""
+    address: str = ""
+    """Where other nodes reach this agent, ``host:port``; told to them by the registry. Empty: where it listens, if that
+    is a TCP address that others can dial; else nowhere: it then reads from others, and nobody from it."""
 
 
 class FetchSettings(BaseModel):
@@ -161,6 +166,8 @@ class StorageSettings(ProcessSettings):
 
     process_name: ClassVar[str] = "storage"
 
+    node: str = Field(default_factory=socket.gethostname, min_length=1, max_length=253)
+    """Name of the node, unique among the agents of a registry. The host's name."""
     state_directory: Path
     """Root of the first disk tier, with its blobs, views and index; made when it is not there. One agent at a time."""
     listen: str = "127.0.0.1:0"
@@ -182,6 +189,11 @@ class StorageSettings(ProcessSettings):
     """Fetching."""
     peers: PeerSettings = Field(default_factory=PeerSettings)
     """Storage agents of other nodes."""
+
+    def address_for_peers(self, addresses: Sequence[str]) -> str:
+        """Where other nodes reach an agent that listens at these addresses; empty: nowhere."""
+        local = ("unix:", "0.0.0.0:", "[::]:")
+        return self.peers.address or next((address for address in addresses if not address.startswith(local)), "")
 
     @model_validator(mode="after")
     def _check_tiers(self) -> Self:

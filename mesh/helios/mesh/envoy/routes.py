@@ -52,6 +52,7 @@ ADMIN_SERVICE: Final = "helios.api.admin.v1.AdminService"
 REGISTRY_SERVICE: Final = "helios.api.registry.v1.RegistryService"
 ARTIFACT_SERVICE: Final = "helios.api.registry.v1.ArtifactService"
 VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
+SYNC_SERVICE: Final = "helios.api.registry.v1.SyncService"
 ROLLOUT_SERVICE: Final = "helios.api.registry.v1.RolloutService"
 KEY_SERVICE: Final = "helios.api.registry.v1.KeyService"
 USAGE_SERVICE: Final = "helios.api.registry.v1.UsageService"
@@ -61,6 +62,7 @@ REGISTRY_SERVICES: Final = (
     REGISTRY_SERVICE,
     ARTIFACT_SERVICE,
     VERSION_SERVICE,
+    SYNC_SERVICE,
     ROLLOUT_SERVICE,
     KEY_SERVICE,
     USAGE_SERVICE,
