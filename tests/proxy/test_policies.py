@@ -1,6 +1,5 @@
 """The pure policies, one by one."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helios.proxy.activation.estimate import StartEstimates
-from helios.proxy.activation.placement import Impossible, Placed, Plan, Preempt, Victim, Wait, WorkerCapacity
-from helios.proxy.activation.placement import place as place_among
 from helios.proxy.catalogue import Catalogue
 from helios.proxy.fleet.state import Load
 from helios.proxy.routing.pick import MAX_CHOICES, pick
@@ -63,61 +60,6 @@ def test_a_candidate_belongs_to_one_revision() -> None:
     assert not table.put("m", "v1", candidate)
     assert table.put("m", "v2", candidate)
     assert table.snapshot("m", "v1") == ()
-
-
-def place(memory_bytes: int, engine: str, workers: list[WorkerCapacity], *, may_preempt: bool) -> Plan:
-    """Places a replica that books the same everywhere."""
-    able = [replace(worker, needed_bytes=memory_bytes) for worker in workers]
-    return place_among(engine, able, may_preempt=may_preempt)
-
-
-def worker(worker_id: str = "w", **fields: object) -> WorkerCapacity:
-    values = {
-        "engines": ("vllm",),
-        "needed_bytes": 0,
-        "memory_bytes": 10,
-        "free_bytes": 10,
-        "free_slot_count": 8,
-    } | fields
-    return WorkerCapacity(worker_id, **values)  # type: ignore[arg-type]
-
-
-def test_the_worker_with_the_most_free_memory_is_chosen() -> None:
-    workers = [worker("a", free_bytes=5), worker("b", free_bytes=7), worker("c", free_bytes=9, engines=("other",))]
-    assert place(5, "vllm", workers, may_preempt=False) == Placed("b")
-
-
-def test_what_a_replica_books_differs_by_worker() -> None:
-    gpu, cpu = worker("gpu", needed_bytes=9, free_bytes=8), worker("cpu", needed_bytes=3, free_bytes=4)
-    assert place_among("vllm", [gpu, cpu], may_preempt=False) == Placed("cpu")
-    assert isinstance(place_among("vllm", [gpu], may_preempt=False), Impossible)
-
-
-def test_no_worker_is_waited_for() -> None:
-    assert isinstance(place(5, "", [], may_preempt=True), Wait)
-    assert isinstance(place(5, "vllm", [worker(engines=())], may_preempt=True), Wait)
-
-
-def test_what_fits_nowhere_is_impossible() -> None:
-    assert isinstance(place(11, "", [worker()], may_preempt=True), Impossible)
-    full = worker(free_bytes=0, victims=(Victim("r", 10, 0.0),))
-    assert isinstance(place(5, "", [full], may_preempt=False), Impossible)
-
-
-def test_draining_replicas_are_waited_for_before_anything_is_preempted() -> None:
-    draining = worker(free_bytes=0, draining_bytes=5, draining_count=1, victims=(Victim("r", 5, 0.0),))
-    assert isinstance(place(5, "", [draining], may_preempt=True), Wait)
-
-
-def test_the_least_recently_used_give_way_and_no_more_than_needed() -> None:
-    victims = (Victim("new", 4, 9.0), Victim("old", 4, 1.0), Victim("middle", 4, 5.0))
-    assert place(4, "", [worker(free_bytes=0, victims=victims)], may_preempt=True) == Preempt("w", ("old",))
-    assert place(8, "", [worker(free_bytes=0, victims=victims)], may_preempt=True) == Preempt("w", ("old", "middle"))
-
-
-def test_slots_count_like_memory() -> None:
-    full = worker(free_slot_count=0, victims=(Victim("r", 1, 0.0),))
-    assert place(5, "", [full], may_preempt=True) == Preempt("w", ("r",))
 
 
 @given(

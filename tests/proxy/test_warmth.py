@@ -287,14 +287,15 @@ def test_a_lost_device_takes_its_memory_out_of_placement_until_it_is_back() -> N
     subject.worker_hello(WorkerHello("w", "1", "node", gpus, ("vllm",), 8, ()), 0.0)
     worker = subject.fleet.worker("w")
     assert worker is not None
-    assert (worker.free_bytes_of(1), worker.free_bytes_of(2), worker.free_bytes_of(3)) == (8 * GIB, 16 * GIB, 0)
+    assert [device.free_bytes for device in worker.gang_devices()] == [8 * GIB, 8 * GIB]
+    assert [worker.memory_bytes_of(count) for count in (1, 2, 3)] == [8 * GIB, 16 * GIB, 0]
     subject.devices_measured("w", [replace(gpus[0], is_healthy=False)], 1.0)
-    assert (worker.free_bytes_of(1), worker.free_bytes_of(2)) == (8 * GIB, 0)
+    assert [(device.device_id, device.free_bytes) for device in worker.gang_devices()] == [("cuda:1", 8 * GIB)]
     on_second = replace(replica(), device_ids=("cuda:1",))
     subject.replica_event("w", 1, on_second, 2.0)
-    assert worker.free_bytes_of(1) == 7 * GIB
+    assert [device.free_bytes for device in worker.gang_devices()] == [7 * GIB]
     subject.devices_measured("w", [gpus[0]], 3.0)
-    assert (worker.free_bytes_of(1), worker.free_bytes_of(2)) == (8 * GIB, 14 * GIB)
+    assert [device.free_bytes for device in worker.gang_devices()] == [8 * GIB, 7 * GIB]
 
 
 def test_what_replicas_were_measured_to_hold_corrects_what_the_next_one_books() -> None:

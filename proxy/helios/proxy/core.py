@@ -414,6 +414,7 @@ class Core:
             self._commands.forget_worker(worker_id)
             self._out([actions.WorkersChanged(), actions.Disconnect(worker_id)])
             self._follow(self.fleet.remove_worker(worker_id), now, is_worker_lost=True)
+            self.lifecycle.room.forget_worker(worker_id)
         if not self.is_resynchronised and now >= self._resync_at:
             self._resynchronise(now, is_complete=False)
         self.traffic.tick(now)
@@ -429,6 +430,7 @@ class Core:
             replica = change.replica
             is_gone = change.after is None or change.after.state.is_gone
             self.lifecycle.room.measure(replica)
+            self.lifecycle.room.note_place(replica)
             if is_gone:
                 has_room = True
                 self.lifecycle.gone(replica, _gone(replica, is_worker_lost=is_worker_lost), now)

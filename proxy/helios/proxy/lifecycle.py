@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from helios.mesh.errors import HeliosError, PreconditionFailed
 from helios.proxy import actions
-from helios.proxy.activation import machine, placement
+from helios.proxy.activation import machine
 from helios.proxy.activation.estimate import StartEstimates
 from helios.proxy.activation.machine import Activation, ActivationPolicy, ActivationState
 from helios.proxy.adapters import Adapters
@@ -20,6 +20,8 @@ from helios.proxy.engine_needs import EngineNeeds, needs_of, with_revisions
 from helios.proxy.fleet.commands import CommandBook, DrainReplica, EvictRevision, Order, StartReplica, StopReplica
 from helios.proxy.fleet.state import Form, Replica, ReplicaState, Staged, WorkerHello
 from helios.proxy.holds import Holds
+from helios.proxy.placement import place as placement
+from helios.proxy.placement.defragment import propose
 from helios.proxy.refusals import check_unpinned, model_not_found, start_error
 from helios.proxy.room import Room, in_form
 from helios.proxy.scaling import Desired, Usage, desired_replicas
@@ -89,7 +91,14 @@ class Lifecycle:
         self._evicting: set[str] = set()
         self._waking: set[str] = set()
         self._drain_seconds: dict[str, float] = {}
-        self.room = Room(policy.sizing, policy.residency_seconds, traffic=traffic, catalogue=catalogue, holds=holds)
+        self.room = Room(
+            policy.sizing,
+            policy.residency_seconds,
+            traffic=traffic,
+            catalogue=catalogue,
+            holds=holds,
+            start_seconds=lambda entry: self.estimates.expected_seconds(entry.name, entry.weights_bytes),
+        )
         self.warmth = Warmth(policy.warmth, traffic=traffic, catalogue=catalogue, send=self._send)
         self.adapters = Adapters(
             traffic=traffic, catalogue=catalogue, holds=holds, send=self._send, report=self._report
@@ -180,7 +189,7 @@ class Lifecycle:
     def tick(self, now: float) -> None:
         """Follows the time: every model about which something may be due."""
         names = {*self._traffic.fleet.models(), *self._catalogue.pinned(), *self._holds.models(), *self._activations}
-        for model in names:
+        for model in self.room.start_order(names, now):
             self.handle(model, machine.Tick(self._start_seconds(model)), now)
             self.reconcile(model, now)
         self._evict_idle()
@@ -340,8 +349,8 @@ class Lifecycle:
         workers = [self.room.capacity(w, entry, now) for w in self._traffic.fleet.workers() if w.is_reachable]
         plan = placement.place(self._engine(needs), workers, may_preempt=may_preempt)
         match plan:
-            case placement.Placed(worker_id, reason):
-                return machine.Placed(self._start(in_form(entry, Form.EAGER), worker_id, revisions, reason))
+            case placement.Placed() as placed:
+                return machine.Placed(self._start(in_form(entry, Form.EAGER), placed, revisions))
             case placement.Preempt(worker_id, replica_ids):
                 return self._preempt(model, worker_id, replica_ids, now)
             case placement.Wait(reason, message):
@@ -349,6 +358,9 @@ class Lifecycle:
                 return machine.Delayed(reason, message)
             case placement.Impossible(reason, message):
                 retry_after = self.estimates.expected_seconds(model, entry.weights_bytes)
+                proposal = propose(self._engine(needs), self.room.with_movable(workers))
+                if proposal is not None:
+                    self.outbox.append(actions.ActivationDelayed(model, "FRAGMENTED", proposal.text))
                 return machine.Refused(reason, message, max(1.0, retry_after))
 
     def _preempt(self, model: str, worker_id: str, replica_ids: tuple[str, ...], now: float) -> machine.Delayed:
@@ -439,22 +451,24 @@ class Lifecycle:
         plan = placement.place(self._engine(needs), workers, may_preempt=False)
         if not isinstance(plan, placement.Placed):
             return None
-        order = self._order(entry, plan.worker_id, revisions, is_background=True)
+        order = self._order(entry, plan, revisions, is_background=True)
         self.outbox.append(actions.SwapBegun(entry.name, order.replica_id, plan.worker_id, plan.reason))
         return self._traffic.fleet.replica(order.replica_id)
 
-    def _start(self, entry: ModelEntry, worker_id: str, revisions: Mapping[str, str], placed: str) -> str:
-        order = self._order(entry, worker_id, revisions)
+    def _start(self, entry: ModelEntry, placed: placement.Placed, revisions: Mapping[str, str]) -> str:
+        order = self._order(entry, placed, revisions)
         held_count = self._holds.count(entry.name)
-        self.outbox.append(
-            actions.ActivationBegun(entry.name, order.replica_id, worker_id, held_count, placed, order.traceparent)
+        begun = actions.ActivationBegun(
+            entry.name, order.replica_id, placed.worker_id, held_count, placed.reason, order.traceparent
         )
+        self.outbox.append(begun)
         return order.replica_id
 
     def _order(
-        self, entry: ModelEntry, worker_id: str, revisions: Mapping[str, str], *, is_background: bool = False
+        self, entry: ModelEntry, placed: placement.Placed, revisions: Mapping[str, str], *, is_background: bool = False
     ) -> StartReplica:
         """Sends a start command and believes in its replica; a request that waits is told of by one that answers it."""
+        worker_id = placed.worker_id
         worker = self._traffic.fleet.worker(worker_id)
         assert worker is not None
         needs, size = needs_of(entry.engine_settings), self.room.size_on(worker, entry)
@@ -474,6 +488,8 @@ class Lifecycle:
             memory_items=size.items,
             host_memory_items=size.host_items,
             device_count=self.room.device_count(worker, entry),
+            # Where devices are the host's processors, its worker knows best.
+            device_ids=placed.device_ids if worker.has_gpus else (),
             requested_at=asking.requested_at if asking is not None else 0.0,
             traceparent=asking.traceparent if asking is not None else "",
             is_background=is_background,
@@ -544,6 +560,7 @@ class Lifecycle:
             if any(_uses(replica, revision) for replica in self._traffic.fleet.replicas()):
                 continue
             self._evicting.discard(revision)
+            self.room.forget_bytes(revision)
             for worker in self._traffic.fleet.workers():
                 self._send(worker.hello.worker_id, EvictRevision(revision))
 
@@ -567,6 +584,7 @@ def asked_replica(worker_id: str, order: StartReplica) -> Replica:
         state=ReplicaState.PENDING,
         worker_id=worker_id,
         engine=order.engine,
+        device_ids=order.device_ids,
         memory_bytes=order.memory_bytes,
         memory_items=order.memory_items,
         host_memory_items=order.host_memory_items,

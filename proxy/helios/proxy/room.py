@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Final
 
-from helios.proxy.activation import placement
 from helios.proxy.catalogue import Catalogue, ModelEntry
 from helios.proxy.engine_needs import needs_of, with_form
 from helios.proxy.fleet.state import Form, Replica, ReplicaState, Worker
 from helios.proxy.holds import Holds
+from helios.proxy.placement.packing import Want, pack
+from helios.proxy.placement.workers import Occupant, WorkerCapacity
 from helios.proxy.sizing import GIVEN, MeasuredSizes, ReplicaSize, SizingPolicy, replica_size
 from helios.proxy.traffic import Traffic
+
+# Revisions a worker's node is believed to have on its disk: more than a node has of use, and some 100 KiB a worker.
+_MOST_FETCHED: Final = 1000
+# What a sleeping replica, or one that was never used, is worth at least: more than a spare.
+_LEAST_VALUE: Final = 1e-6
+
+
+# Models times workers up to which starts are packed, and how often that is tried to do better: milliseconds in all.
+_MOST_PACKED: Final = 256
+_PACK_ROUNDS: Final = 10
 
 
 class Room:
@@ -24,8 +38,16 @@ class Room:
         traffic: Traffic,
         catalogue: Catalogue,
         holds: Holds,
+        start_seconds: Callable[[ModelEntry], float],
     ) -> None:
-        """A replica that is younger than ``residency_seconds`` is nobody's room."""
+        """A replica that is younger than ``residency_seconds`` is nobody's room.
+
+        ``start_seconds`` estimates how long a model takes to start, which is what is lost with its replica.
+        """
+        self._start_seconds = start_seconds
+        self._fetched: dict[str, OrderedDict[str, None]] = {}
+        self._packed_wants: tuple[Want, ...] = ()
+        self._packed_order: list[str] = []
         self._policy = policy
         self._residency_seconds = residency_seconds
         self._traffic = traffic
@@ -84,32 +106,96 @@ class Room:
         self._settings.pop(replica_id, None)
         self._late.discard(replica_id)
 
-    def capacity(self, worker: Worker, entry: ModelEntry, now: float) -> placement.WorkerCapacity:
+    def note_place(self, replica: Replica) -> None:
+        """Takes in how far a replica is: once its weights are loaded from there, its node has them on its disk."""
+        if replica.state.value < ReplicaState.LOADING.value or replica.state.is_gone:
+            return
+        fetched = self._fetched.setdefault(replica.worker_id, OrderedDict())
+        fetched[replica.revision] = None
+        fetched.move_to_end(replica.revision)
+        if len(fetched) > _MOST_FETCHED:
+            fetched.popitem(last=False)
+
+    def forget_bytes(self, revision: str) -> None:
+        """The nodes were told to drop a revision's bytes."""
+        for fetched in self._fetched.values():
+            fetched.pop(revision, None)
+
+    def forget_worker(self, worker_id: str) -> None:
+        """A worker is believed in no more."""
+        self._fetched.pop(worker_id, None)
+
+    def capacity(self, worker: Worker, entry: ModelEntry, now: float) -> WorkerCapacity:
         """What a worker has left for a replica of a model, and what could be freed for it."""
         device_count = self.device_count(worker, entry)
-        model = entry.name
+        worker_id = worker.hello.worker_id
         replicas = list(worker.replicas.values())
         draining = [replica for replica in replicas if self._traffic.is_draining(replica)]
-        late = [replica for replica in draining if replica.replica_id in self._late]
-        late_bytes, draining_bytes = (sum(replica.memory_bytes for replica in some) for some in (late, draining))
         size = self.size_on(worker, entry)
-        return placement.WorkerCapacity(
-            worker_id=worker.hello.worker_id,
+        return WorkerCapacity(
+            worker_id=worker_id,
             engines=worker.hello.engines,
             needed_bytes=size.memory_bytes,
             needed_host_bytes=size.host_bytes,
             # Staged revisions give way.
             free_host_bytes=worker.unpinned_host_bytes,
             memory_bytes=worker.memory_bytes_of(device_count),
-            free_bytes=worker.free_bytes_of(device_count),
+            devices=worker.gang_devices(),
+            device_count=device_count,
+            has_gpus=worker.has_gpus,
+            same_model_count=sum(each.model == entry.name and each not in draining for each in replicas),
             is_staged=entry.revision in worker.staged,
+            is_on_disk=entry.revision in self._fetched.get(worker_id, ()),
             free_slot_count=worker.hello.slot_count - len(replicas),
-            draining_bytes=draining_bytes - late_bytes,
-            draining_count=len(draining) - len(late),
-            late_bytes=late_bytes,
-            late_count=len(late),
-            victims=tuple(self._victim(r) for r in replicas if self._gives_way(r, model, now)),
+            draining=tuple(_occupant(each) for each in draining if each.replica_id not in self._late),
+            late=tuple(_occupant(each) for each in draining if each.replica_id in self._late),
+            victims=tuple(self._victim(r, now) for r in replicas if self._gives_way(r, entry.name, now)),
         )
+
+    def with_movable(self, capacities: Iterable[WorkerCapacity]) -> list[WorkerCapacity]:
+        """The same, with the replicas that serve: another worker could have them instead."""
+        fleet = self._traffic.fleet
+        workers = ((capacity, fleet.worker(capacity.worker_id)) for capacity in capacities)
+        return [
+            replace(capacity, movable=tuple(_occupant(r) for r in worker.replicas.values() if self._is_steady(r)))
+            for capacity, worker in workers
+            if worker is not None
+        ]
+
+    def start_order(self, models: Iterable[str], now: float) -> list[str]:
+        """Models in the order in which they are to be looked at.
+
+        Those whose policy promises a replica and that have none, as after an outage, come last, in an order in which
+        the most of them fit: by name, small ones would take the places that large ones need.
+        """
+        models = list(models)
+        entries = map(self._catalogue.find, models)
+        missing = [entry for entry in entries if entry is not None and self._is_missing(entry)]
+        workers = [worker for worker in self._traffic.fleet.workers() if worker.is_reachable]
+        if len(missing) < 2 or not workers:
+            return models
+        has_gpus = any(worker.has_gpus for worker in workers)
+        wants = tuple(self._want(entry, has_gpus=has_gpus) for entry in missing)
+        if wants != self._packed_wants:
+            self._packed_wants = wants
+            self._packed_order = [want.name for want in sorted(wants, key=lambda want: -want.needed_bytes)]
+            if len(wants) * len(workers) <= _MOST_PACKED:
+                room = [self.capacity(worker, missing[0], now) for worker in workers]
+                placed = list(pack(wants, room, rounds=_PACK_ROUNDS))
+                self._packed_order = placed + [name for name in self._packed_order if name not in placed]
+        last = set(self._packed_order)
+        return [model for model in models if model not in last] + self._packed_order
+
+    def _is_missing(self, entry: ModelEntry) -> bool:
+        return entry.min_replicas > 0 and not self._traffic.fleet.replicas_of(entry.name)
+
+    def _want(self, entry: ModelEntry, *, has_gpus: bool) -> Want:
+        needs = needs_of(entry.engine_settings)
+        count = needs.rank_count if has_gpus else 1
+        return Want(entry.name, self.size(entry).memory_bytes, count, needs.engine.partition(":")[0])
+
+    def _is_steady(self, replica: Replica) -> bool:
+        return replica.state is ReplicaState.READY and not self._traffic.is_draining(replica)
 
     def _size(self, entry: ModelEntry, *, is_gpu: bool) -> ReplicaSize:
         # Of a model that has both forms, the one that it starts in.
@@ -117,9 +203,14 @@ class Room:
         draft = self._catalogue.named(needs_of(entry.engine_settings).draft_model)
         return replica_size(entry, self._policy, draft, measured=self._measured, is_gpu=is_gpu)
 
-    def _victim(self, replica: Replica) -> placement.Victim:
-        last_used_at = self._traffic.last_used_at(replica.model)
-        return placement.Victim(replica.replica_id, replica.memory_bytes, last_used_at or 0.0, replica.is_spare)
+    def _victim(self, replica: Replica, now: float) -> Occupant:
+        """What is idle is asked for again the less likely the longer it was not; what is lost then is its start."""
+        if replica.is_spare:
+            return _occupant(replica)
+        entry = self._catalogue.find(replica.model)
+        idle_seconds = max(1.0, now - (self._traffic.last_used_at(replica.model) or 0.0))
+        start_seconds = self._start_seconds(entry) if entry is not None else 0.0
+        return _occupant(replica, max(_LEAST_VALUE, start_seconds * 3600 / idle_seconds))
 
     def _gives_way(self, replica: Replica, model: str, now: float) -> bool:
         """Whether a replica may be drained for a start of a model: a spare for any, its own model's included."""
@@ -141,6 +232,10 @@ class Room:
         of_model = [r for r in self._traffic.fleet.replicas_of(replica.model) if not self._traffic.is_draining(r)]
         awake_count = sum(other.state is not ReplicaState.ASLEEP and not other.is_spare for other in of_model)
         return awake_count > entry.min_replicas
+
+
+def _occupant(replica: Replica, value: float = 0.0) -> Occupant:
+    return Occupant(replica.replica_id, replica.memory_bytes, replica.device_ids, value)
 
 
 def in_form(entry: ModelEntry, form: Form) -> ModelEntry:

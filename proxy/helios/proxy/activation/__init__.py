@@ -1,1 +1,1 @@
-"""From no replica to a ready one: the activation's state machine, placement and start estimates, all pure."""
+"""From no replica to a ready one: the activation's state machine and start estimates, all pure."""

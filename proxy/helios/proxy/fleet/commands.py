@@ -16,7 +16,7 @@ class StartReplica:
 
     `requested_at` (seconds since the epoch) and `traceparent` are of the request that asked for it; 0 and empty: none.
     `memory_items` is what `memory_bytes` is made of: the contract's kinds, and bytes. `is_background`: it is to take
-    another one's place, and nobody waits for it.
+    another one's place, and nobody waits for it. `device_ids` is empty where the worker is to choose.
     """
 
     replica_id: str
@@ -33,6 +33,7 @@ class StartReplica:
     memory_items: tuple[tuple[str, int], ...] = ()
     host_memory_items: tuple[tuple[str, int], ...] = ()
     device_count: int = 1
+    device_ids: tuple[str, ...] = ()
     is_background: bool = False
 
 

@@ -15,6 +15,8 @@ import enum
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from helios.mesh.gangs import GangDevice, Way
+
 
 class ReplicaState(enum.Enum):
     """pending → fetching → loading → warming → ready → draining → stopped; ready → asleep → waking → ready; failed."""
@@ -70,6 +72,10 @@ class Device:
     booked_bytes: int
     is_healthy: bool = True
     used_ratio: float = 0.0
+    is_slice: bool = False
+    """Whether it is a MIG slice."""
+    ways: tuple[tuple[str, Way], ...] = ()
+    """How it reaches other devices of its worker."""
     facts: bytes = b""
     telemetry: bytes = b""
 
@@ -233,22 +239,19 @@ class Worker:
         sizes = sorted((device.memory_bytes for device in self.devices.values() if device.is_healthy), reverse=True)
         return sizes[device_count - 1] * device_count if device_count <= len(sizes) else 0
 
-    def free_bytes_of(self, device_count: int) -> int:
-        """The same, of what nothing books: what was asked for counts as booked."""
-        free = {device.device_id: device.memory_bytes for device in self.devices.values() if device.is_healthy}
-        homeless = self.foreign_bytes
+    def gang_devices(self) -> tuple[GangDevice, ...]:
+        """The devices that can be used, with what nothing books of them: what was asked for counts as booked."""
+        booked = dict.fromkeys(self.devices, self.foreign_bytes)
         for replica in self.replicas.values():
-            if not replica.device_ids:
-                # Asked for, and not yet given a device.
-                homeless += replica.memory_bytes
-            for device_id in replica.device_ids:
-                if device_id in free:
-                    free[device_id] -= -(-replica.memory_bytes // len(replica.device_ids))
-        sizes = sorted(free.values(), reverse=True)
-        if not sizes or device_count > len(sizes):
-            return 0
-        # It might lie where there is most room, and nobody knows.
-        return (sizes[device_count - 1] * device_count) - homeless
+            # One that has not been given a device yet might lie on any.
+            for device_id in replica.device_ids or self.devices:
+                if device_id in booked:
+                    booked[device_id] += -(-replica.memory_bytes // max(1, len(replica.device_ids)))
+        return tuple(
+            GangDevice(name, device.kind.name, device.memory_bytes - booked[name], device.is_slice, dict(device.ways))
+            for name, device in self.devices.items()
+            if device.is_healthy
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from helios.api.engine.v1 import engine_settings_pb2
 from helios.api.fleet.v1 import fleet_service_pb2 as pb
 from helios.api.fleet.v1 import types_pb2
+from helios.mesh.gangs import Way
 from helios.proxy.explain.record import Finished
 from helios.proxy.fleet.commands import (
     Command,
@@ -44,6 +45,13 @@ from helios.proxy.traffic import LoadDelta
 E = TypeVar("E", bound=Enum)
 D = TypeVar("D")
 
+_WAYS = {
+    pb.DEVICE_LINK_KIND_NVLINK: Way.NVLINK,
+    pb.DEVICE_LINK_KIND_PCIE_SWITCH: Way.PCIE_SWITCH,
+    pb.DEVICE_LINK_KIND_PCIE_HOST: Way.PCIE_HOST,
+    pb.DEVICE_LINK_KIND_SYSTEM: Way.SYSTEM,
+}
+
 
 def hello_from_proto(message: pb.Hello) -> WorkerHello:
     """A worker's introduction."""
@@ -74,6 +82,8 @@ def device_from_proto(message: pb.Device) -> Device:
         memory_bytes=message.memory_bytes,
         booked_bytes=message.booked_bytes,
         is_healthy=_is_healthy(message.health),
+        is_slice=bool(message.parent_device_id),
+        ways=tuple((link.device_id, _WAYS.get(link.kind, Way.UNKNOWN)) for link in message.links),
         facts=facts.SerializeToString(),
     )
 
@@ -242,6 +252,7 @@ def command_to_proto(command: Command) -> pb.SessionResponse:
                     served_names=order.served_names,
                     memory_items=_items_to_proto(order.memory_items),
                     host_memory_items=_items_to_proto(order.host_memory_items),
+                    device_ids=order.device_ids,
                     device_count=order.device_count,
                     in_background=order.is_background,
                 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from helios.mesh.errors import AlreadyExists, NotFound, Overloaded, PreconditionFailed
-from helios.worker.supervisor.gangs import choose_gang
+from helios.mesh.gangs import GangDevice, Way, choose_devices
 from helios.worker.supervisor.records import Device, DeviceMeasure, DeviceUse, Health, MemoryItem, MemoryKind
 
 MAX_SLOTS: Final = 8
@@ -231,22 +231,30 @@ class Ledger:
         return self._bookings.pop(replica_id, None)
 
     def _choose(self, share_bytes: int, device_count: int) -> tuple[str, ...]:
-        free = {name: self._free_bytes(name) for name in self._devices if self._is_healthy(name)}
-        fitting = [name for name, free_bytes in free.items() if free_bytes >= share_bytes]
-        largest = max(free.values(), default=0)
-        if device_count == 1 and fitting:
-            return (min(fitting, key=lambda name: free[name]),)
-        if device_count > 1:
-            gang = choose_gang([self._devices[name] for name in fitting], free, device_count)
-            if gang:
-                return gang
-            raise Overloaded(
-                f"the replica needs {_mib(share_bytes)} on each of {device_count} devices of one kind; "
-                f"{len(fitting)} of this worker's {len(self._devices)} have that free",
-                reason=NO_CAPACITY,
-                metadata={"needed_bytes": str(share_bytes), "free_bytes": str(max(largest, 0))},
-            )
-        raise _too_small(share_bytes, largest)
+        healthy = [self._gang_device(device) for name, device in self._devices.items() if self._is_healthy(name)]
+        gang = choose_devices(healthy, share_bytes, device_count)
+        if gang is not None:
+            return gang.device_ids
+        free = [device.free_bytes for device in healthy]
+        largest = max(free, default=0)
+        if device_count == 1:
+            raise _too_small(share_bytes, largest)
+        fitting_count = sum(free_bytes >= share_bytes for free_bytes in free)
+        raise Overloaded(
+            f"the replica needs {_mib(share_bytes)} on each of {device_count} devices of one kind; "
+            f"{fitting_count} of this worker's {len(self._devices)} have that free",
+            reason=NO_CAPACITY,
+            metadata={"needed_bytes": str(share_bytes), "free_bytes": str(max(largest, 0))},
+        )
+
+    def _gang_device(self, device: Device) -> GangDevice:
+        return GangDevice(
+            device.device_id,
+            device.kind.name,
+            self._free_bytes(device.device_id),
+            bool(device.facts.parent_device_id),
+            {link.device_id: Way[link.kind.value] for link in device.facts.links},
+        )
 
     def _check_named(self, device_ids: tuple[str, ...], share_bytes: int) -> None:
         unknown = [name for name in device_ids if name not in self._devices]
