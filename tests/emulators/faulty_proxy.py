@@ -17,7 +17,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -45,6 +45,7 @@ class Fault:
 
     Attributes:
         answer: Replaces the server: the request never reaches it.
+        after: So many requests that it would hit pass first.
         is_request_reset: The connection is reset before the body of the request was read.
         is_request_damaged: One byte of the request's body is another when it reaches the server.
         is_answer_lost: The server does what it is asked, and the connection is reset instead of the answer.
@@ -56,6 +57,7 @@ class Fault:
     method: str = ""
     part: str = ""
     times: int = 1
+    after: int = 0
     answer: Reply | None = None
     is_request_reset: bool = False
     is_answer_lost: bool = False
@@ -70,13 +72,20 @@ class Fault:
 
 
 def status(
-    code: int, *, retry_after: int | None = None, body: bytes = b"", method: str = "", part: str = "", times: int = 1
+    code: int,
+    *,
+    retry_after: int | None = None,
+    body: bytes = b"",
+    method: str = "",
+    part: str = "",
+    times: int = 1,
+    after: int = 0,
 ) -> Fault:
     """The server answers with an error: 500 and 503, or 429 with Retry-After in seconds."""
     headers = [("Content-Type", "application/xml")]
     if retry_after is not None:
         headers.append(("Retry-After", str(retry_after)))
-    return Fault(method, part, times, answer=Reply(code, headers, iter((body,))))
+    return Fault(method, part, times, after, answer=Reply(code, headers, iter((body,))))
 
 
 def expired_token(*, method: str = "", part: str = "", times: int = 1) -> Fault:
@@ -177,10 +186,20 @@ class FaultyProxy:
             self.requests.append((method, target))
             for fault in self._faults:
                 if fault.fits(method, target):
+                    if fault.after > 0:
+                        fault.after -= 1
+                        continue
                     fault.times -= 1
                     self.broken_count += 1
                     return fault
             return None
+
+    def translate(
+        self, method: str, target: str, headers: Iterable[tuple[str, str]]
+    ) -> tuple[str, Iterable[tuple[str, str]]]:
+        """Returns what the server is asked, and with which headers: the same."""
+        del method
+        return target, headers
 
     def __enter__(self) -> Self:
         self._server = _Server(self)
@@ -257,8 +276,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self, body: bytes, fault: Fault | None) -> None:
         upstream = http.client.HTTPConnection(self.proxy.upstream, timeout=_UPSTREAM_SECONDS)
         try:
-            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
+            target, headers = self.proxy.translate(self.command, self.path, self.headers.items())
+            upstream.putrequest(self.command, target, skip_host=True, skip_accept_encoding=True)
+            for name, value in headers:
                 if name.lower() not in _HOP_BY_HOP and name.lower() not in ("content-length", "expect"):
                     upstream.putheader(name, value)
             upstream.putheader("Content-Length", str(len(body)))

@@ -34,9 +34,9 @@ from helios.cli.edge import open_admin, open_edge
 from helios.cli.greeting import greeting
 from helios.cli.log_files import read_lines, tail
 from helios.cli.model_versions import versions_of
-from helios.cli.models_add import size
 from helios.cli.models_set import settings_of
 from helios.cli.state import MeshRecord, StateDirectory, find_running, read_mesh
+from helios.cli.transfer_progress import size
 from helios.cli.up import Mesh, UpOptions, run_mesh
 from helios.mesh.errors import DeadlineExceeded, InvalidRequest, PreconditionFailed, Unavailable
 from helios.registry.client import Artifact, ArtifactClient, VersionClient

@@ -20,6 +20,7 @@ from helios.cli.models_add import Addition
 from helios.cli.models_add import models_add as models_add_command
 from helios.cli.models_gc import CollectOptions
 from helios.cli.models_gc import models_gc as models_gc_command
+from helios.cli.models_push import models_push as models_push_command
 from helios.cli.models_set import models_set as models_set_command
 from helios.cli.state import StateDirectory
 from helios.cli.topology import EMBEDDED_MODEL, default_state_directory
@@ -190,6 +191,21 @@ def models_pull(  # noqa: PLR0913 - one for each option
         keep_served=keep_served,
     )
     _run(models_add_command(_state(state_dir), console, wanted, is_json=is_json))
+
+
+@models.command("push")
+def models_push(
+    model: Annotated[str, typer.Argument(help="Which revision: MODEL, MODEL@TAG, or MODEL@1f0c22 by its digest.")],
+    target: Annotated[str, typer.Argument(help="oci://HOST/REPOSITORY:TAG; without a TAG it is latest.")],
+    state_dir: StateOption,
+    *,
+    is_json: JsonOption = False,
+) -> None:
+    """Push a model to an OCI registry, by CNCF ModelPack: only what is not there yet; pulled, it has the same digest.
+
+    The registry's process logs in: with what docker login wrote, or the setting registry.sources.oci.credentials.
+    """
+    _run(models_push_command(_state(state_dir), console, model, target, is_json=is_json))
 
 
 @models.command("set")

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from helios.cli.edge import open_admin
-from helios.cli.models_add import size
 from helios.cli.state import StateDirectory
+from helios.cli.transfer_progress import size
 from helios.mesh.errors import InvalidRequest
 from helios.registry.client import Model, RegistryClient, VersionClient
 

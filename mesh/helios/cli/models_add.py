@@ -1,24 +1,14 @@
 """``helios models add`` and ``pull``: one ingest, from this machine or from a place that is reached by a network."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-)
-from rich.text import Text
 
 from helios.cli.edge import open_admin
 from helios.cli.models_set import changed_settings
 from helios.cli.state import StateDirectory
+from helios.cli.transfer_progress import ProgressBar, ProgressLines, size
 from helios.mesh.errors import InvalidRequest
 from helios.registry.client import IngestDone, IngestProgress, IngestSpec, RegistryClient
 from helios.registry.sources.reference import HubReference, OciReference, parse_reference, suggest_name
@@ -116,75 +106,28 @@ def resolve(wanted: Addition) -> str:
     return str(path)
 
 
-class Bar:
-    """Progress for people: the rate and the time left are the registry's own."""
+class Bar(ProgressBar):
+    """An ingest's progress for people."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            _Rate(),
-            _Remaining(),
-            console=console,
-            transient=True,
-        )
-        self._task = self._bar.add_task("inspect", total=None, rate=0.0, remaining=None)
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def progress(self, event: IngestProgress) -> None:
-        self._bar.update(
-            self._task,
-            description=event.phase,
-            completed=event.done_bytes,
-            total=event.total_bytes or None,
-            rate=event.bytes_per_second,
-            remaining=event.remaining_seconds,
-        )
-
-    def refresh(self) -> None:
-        self._bar.refresh()
+        super().__init__(console, phase="inspect")
 
     def done(self, name: str, event: IngestDone) -> None:
+        """Says what came of it."""
         revision = event.model.revision
         licence = f", licence {revision.profile.license}" if revision.profile.license else ""
-        text = f"{name} is {revision.digest[:19]}…, {size(event.new_bytes)} new{licence}; the first request starts it"
-        self._console.print(text, highlight=False)
-
-
-class Lines:
-    """Progress for programs: a JSON object a line, the last one with ``done``."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def progress(self, event: IngestProgress) -> None:
-        self._write(
-            {
-                "phase": event.phase,
-                "done_bytes": event.done_bytes,
-                "total_bytes": event.total_bytes,
-                "bytes_per_second": round(event.bytes_per_second),
-                "remaining_seconds": None if event.remaining_seconds is None else round(event.remaining_seconds, 1),
-            }
+        self.say(
+            f"{name} is {revision.digest[:19]}…, {size(event.new_bytes)} new{licence}; the first request starts it"
         )
 
+
+class Lines(ProgressLines):
+    """An ingest's progress for programs; the last line is ``done``."""
+
     def done(self, name: str, event: IngestDone) -> None:
+        """Writes what came of it."""
         revision = event.model.revision
-        self._write(
+        self.write(
             {
                 "done": {
                     "model": name,
@@ -197,31 +140,3 @@ class Lines:
                 }
             }
         )
-
-    def _write(self, document: dict[str, object]) -> None:
-        self._console.file.write(json.dumps(document) + "\n")
-        self._console.file.flush()
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        rate: float = task.fields["rate"]
-        return Text(f"{size(rate)}/s" if rate else "", style="progress.data.speed")
-
-
-class _Remaining(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        seconds: float | None = task.fields["remaining"]
-        if seconds is None:
-            return Text("")
-        minutes, rest = divmod(round(seconds), 60)
-        return Text(f"{minutes // 60}:{minutes % 60:02}:{rest:02}", style="progress.remaining")
-
-
-def size(count: float) -> str:
-    """Returns bytes for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

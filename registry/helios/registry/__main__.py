@@ -13,10 +13,11 @@ import structlog
 from helios.api.registry.v1.artifact_service_pb2_grpc import add_ArtifactServiceServicer_to_server
 from helios.api.registry.v1.chunk_service_pb2_grpc import add_ChunkServiceServicer_to_server
 from helios.api.registry.v1.key_service_pb2_grpc import add_KeyServiceServicer_to_server
+from helios.api.registry.v1.push_service_pb2_grpc import add_PushServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
 from helios.api.registry.v1.rollout_service_pb2_grpc import add_RolloutServiceServicer_to_server
-from helios.api.registry.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
 from helios.api.registry.v1.sync_service_pb2_grpc import add_SyncServiceServicer_to_server
+from helios.api.registry.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
 from helios.api.registry.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
 from helios.mesh.process import Lifetime, run
 from helios.mesh.server import MeshServer, ServerOptions
@@ -24,26 +25,29 @@ from helios.mesh.tasks import keep_running
 from helios.registry import access, metrics, offload
 from helios.registry.artifact_servicer import ArtifactServicer
 from helios.registry.artifact_store import ArtifactStore
+from helios.registry.blob_rows import BlobRows
 from helios.registry.blob_stores import open_store
 from helios.registry.blobs import Blobs
 from helios.registry.catalog import Catalog
-from helios.registry.blob_rows import BlobRows
 from helios.registry.chunk_indexer import ChunkIndexer
 from helios.registry.chunk_servicer import ChunkServicer
 from helios.registry.chunk_store import ChunkStore
+from helios.registry.collection import prefixes
 from helios.registry.collector import Collector
 from helios.registry.database import Database
 from helios.registry.directory_store import DirectoryStore
-from helios.registry.collection import prefixes
 from helios.registry.downloads import open_downloads
 from helios.registry.ingest import Ingester
 from helios.registry.keys.keys import Keys
 from helios.registry.keys.servicer import KeyServicer
 from helios.registry.keys.store import KeyStore
+from helios.registry.ownership import Claim
+from helios.registry.push.journal import PushJournal
+from helios.registry.push.pusher import Pusher
+from helios.registry.push.servicer import PushServicer
 from helios.registry.rollout.servicer import RolloutServicer
 from helios.registry.rollout.store import RolloutStore
 from helios.registry.servicer import RegistryServicer
-from helios.registry.ownership import Claim
 from helios.registry.settings import RegistrySettings
 from helios.registry.sources.conversion import Converter
 from helios.registry.sources.remote_sources import Sources
@@ -60,6 +64,9 @@ from helios.registry.version_servicer import VersionServicer
 from helios.registry.versions import Versions
 from helios.registry.watch import WatchHub
 
+if TYPE_CHECKING:
+    from helios.registry.object_store import ObjectStore
+
 log = structlog.get_logger()
 
 
@@ -70,12 +77,11 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
     only then another registry may have the directory.
     """
     # Credentials of clouds, by the names that their own tools have; obstore reads them there, too.
-if TYPE_CHECKING:
-    from helios.registry.object_store import ObjectStore
-
     environment = dict(os.environ)  # noqa: TID251
     # Downloads hold threads for hours; what a start asks for must not wait for them.
-    threads = ThreadPoolExecutor(16 + settings.ingest.max_concurrent, thread_name_prefix="work")
+    threads = ThreadPoolExecutor(
+        16 + settings.ingest.max_concurrent * settings.sources.downloads.files, thread_name_prefix="work"
+    )
     asyncio.get_running_loop().set_default_executor(threads)
     async with AsyncExitStack() as stack:
         state = stack.enter_context(StateDirectory(settings.state_directory).owned())
@@ -100,6 +106,9 @@ if TYPE_CHECKING:
         sources = Sources(converter, web, settings.sources)
         downloads = open_downloads(state.downloads, blobs, settings.sources.downloads)
         ingester = Ingester(catalog, state, sources, downloads, max_concurrent=settings.ingest.max_concurrent)
+        journal = PushJournal(state.pushes, keep_seconds=settings.push.keep_seconds)
+        pusher = Pusher(store, blobs, web, journal, settings=settings.push, oci=settings.sources.oci)
+        add_PushServiceServicer_to_server(PushServicer(pusher), server.grpc)
         collector = Collector(store.blobs, blobs, settings.collection)
         add_RegistryServiceServicer_to_server(RegistryServicer(catalog, ingester, collector), server.grpc)
         uploads = Uploads(catalog, artifacts, state, settings.artifacts)
@@ -119,6 +128,7 @@ if TYPE_CHECKING:
         server.serve(*access.POLICY)
         await stack.enter_async_context(server)
         await stack.enter_async_context(ingester)
+        await stack.enter_async_context(pusher)
         stack.callback(hub.close)
         stack.callback(sync.close)
         stack.callback(keys.close)

@@ -13,6 +13,7 @@ from helios.mesh.server import NO_TLS_COMPONENT, peer_component
 from helios.registry.events import Mutation
 
 SERVICE: Final = "helios.api.registry.v1.RegistryService"
+PUSH_SERVICE: Final = "helios.api.registry.v1.PushService"
 ARTIFACT_SERVICE: Final = "helios.api.registry.v1.ArtifactService"
 CHUNK_SERVICE: Final = "helios.api.registry.v1.ChunkService"
 VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
@@ -25,6 +26,7 @@ POLICY: Final = {
     SERVICE: frozenset({"storage", "proxy", "admin-edge"}),
     ARTIFACT_SERVICE: frozenset({"worker", "admin-edge"}),
     CHUNK_SERVICE: frozenset({"storage"}),
+    PUSH_SERVICE: frozenset({"admin-edge"}),
     # A proxy resolves the references that requests name.
     VERSION_SERVICE: frozenset({"proxy", "storage", "admin-edge"}),
     # People look; a session is for agents only.

@@ -27,6 +27,8 @@ from helios.registry.history import Cause, Move
 from helios.registry.keys.client import SECRET_PREFIX, ApiKey, KeyClient, KeySpec, Priority, StoredKey, hash_secret
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
+from helios.registry.push.client import PushClient
+from helios.registry.push.records import PushDone, PushEvent
 from helios.registry.records import (
     BlobLocation,
     IngestDone,
@@ -42,6 +44,7 @@ from helios.registry.records import (
     ModelSnapshot,
     ModelUpserted,
     Pin,
+    PushPhase,
     ResolvedModel,
     Revision,
     Rollout,
@@ -106,6 +109,10 @@ __all__ = [
     "Move",
     "Pin",
     "Priority",
+    "PushClient",
+    "PushDone",
+    "PushEvent",
+    "PushPhase",
     "RegistryClient",
     "ResolvedModel",
     "Revision",

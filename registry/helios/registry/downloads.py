@@ -61,8 +61,19 @@ class Room(Protocol):
 class Downloads:
     """The downloads of one registry. Belongs to the event loop."""
 
-    def __init__(self, directory: Path, downloader: Downloader, room: Room, *, keep_seconds: float) -> None:
-        """Takes a directory of its own, on the disk of the registry's state."""
+    def __init__(
+        self, directory: Path, downloader: Downloader, room: Room, *, keep_seconds: float, at_once: int
+    ) -> None:
+        """Takes a directory of its own, on the disk of the registry's state.
+
+        Args:
+            directory: Where downloads are.
+            downloader: Fetches one; its gate is what all share.
+            room: That disk.
+            keep_seconds: For how long an unfinished one stays.
+            at_once: How many files an ingest should fetch at a time.
+        """
+        self.at_once = at_once
         self._directory = directory
         self._downloader = downloader
         self._room = room
@@ -141,7 +152,8 @@ def open_downloads(directory: Path, room: Room, settings: DownloadSettings) -> D
     )
     # All ingests together get as many slots as one may have: beyond that more requests bring no more bytes.
     gate = DownloadGate(slot_count=settings.in_flight, bytes_per_second=settings.bytes_per_second)
-    return Downloads(directory, Downloader(options, gate), room, keep_seconds=settings.keep_seconds)
+    downloader = Downloader(options, gate)
+    return Downloads(directory, downloader, room, keep_seconds=settings.keep_seconds, at_once=settings.files)
 
 
 class DownloadSession:
@@ -153,6 +165,11 @@ class DownloadSession:
         self._targets: list[Path] = []
         self._has_waited = False
         self.ended = asyncio.Event()
+
+    @property
+    def at_once(self) -> int:
+        """How many files should be fetched at a time."""
+        return self._downloads.at_once
 
     async def have(self, digest: Digest) -> bool:
         """Returns whether the registry has this blob, which then stays at least until the ingest's end."""

@@ -1,4 +1,4 @@
-"""Where an ingest stands, written by its threads and read by any number of followers.
+"""Where an ingest, or a push, stands, written by its threads and read by any number of followers.
 
 Only the latest state of each phase is kept: a slow follower sees fewer steps, never a queue that grows.
 """
@@ -9,21 +9,21 @@ from dataclasses import replace
 from typing import Final
 
 from helios.mesh.transfer.progress import RateMeter
-from helios.registry.records import IngestPhase, IngestProgress
+from helios.registry.records import IngestPhase, IngestProgress, PushPhase
 
 # Beyond three years nothing is said that anybody would plan with.
 _MAX_REMAINING_SECONDS: Final = 1e8
 
 
 class ProgressLog:
-    """The phases of one ingest. Thread-safe."""
+    """The phases of one of them. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._phases: list[IngestProgress] = []
         self._meter = RateMeter(time.monotonic())
 
-    def begin(self, phase: IngestPhase, total_bytes: int = 0) -> None:
+    def begin(self, phase: IngestPhase | PushPhase, total_bytes: int = 0) -> None:
         """Begins a phase, or sets the total of the one that runs."""
         with self._lock:
             if self._phases and self._phases[-1].phase is phase:

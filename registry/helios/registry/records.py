@@ -163,6 +163,14 @@ class IngestPhase(StrEnum):
     COMMIT = "commit"
 
 
+class PushPhase(StrEnum):
+    """What a push is doing; phases come in this order."""
+
+    LOOK = "look"
+    SEND = "send"
+    COMMIT = "commit"
+
+
 @dataclass(frozen=True, slots=True)
 class IngestSpec:
     """What to ingest.
@@ -185,12 +193,12 @@ class IngestSpec:
 
 @dataclass(frozen=True, slots=True)
 class IngestProgress:
-    """Where an ingest stands; ``total_bytes`` 0: unknown.
+    """Where an ingest or a push stands; ``total_bytes`` 0: unknown.
 
     The rate is of the last seconds, 0 before anything can be said; ``remaining_seconds`` is what is left at that rate.
     """
 
-    phase: IngestPhase
+    phase: IngestPhase | PushPhase
     done_bytes: int = 0
     total_bytes: int = 0
     bytes_per_second: float = field(default=0.0, compare=False)

@@ -6,6 +6,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from helios.mesh.settings import CLOSE_SECONDS, ProcessSettings
+from helios.registry.push.settings import PushSettings
 from helios.registry.sources.settings import SourceSettings
 from helios.registry.sync.settings import SyncSettings
 from helios.registry.usage.settings import UsageSettings
@@ -53,13 +54,13 @@ class BlobStoreSettings(BaseModel):
     ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``, ``AWS_ENDPOINT_URL`` (any S3), ``AWS_ALLOW_HTTP``;
     ``GOOGLE_APPLICATION_CREDENTIALS``; ``AZURE_STORAGE_ACCOUNT_NAME``, ``AZURE_STORAGE_ACCOUNT_KEY``,
     ``AZURE_STORAGE_SAS_KEY``, ``AZURE_STORAGE_ENDPOINT``."""
-    options: dict[str, SecretStr] = Field(default_factory=dict)
-    """The same settings, by the same names in lower case (``aws_region``); they go before the environment's. Shown by
-    no one, whatever they are; not for the command line, which other users of the machine can read."""
     take_over_from: str = ""
     """Name of the database that the blob store belongs to and that is in use no more: the store becomes this one's. A
     registry that finds another database's store does not start, and says that name. It may stay set: it is of no
     meaning for any other owner. Empty: nothing is taken over."""
+    options: dict[str, SecretStr] = Field(default_factory=dict)
+    """The same settings, by the same names in lower case (``aws_region``); they go before the environment's. Shown by
+    no one, whatever they are; not for the command line, which other users of the machine can read."""
     part_bytes: int = Field(default=16 << 20, ge=5 << 20, le=1 << 30)
     """Blobs above this are uploaded in parts of this size (larger ones where that were more than 10,000), and a crash
     costs at most the parts that were on their way. 16 MiB: best in the measurements; S3 takes none below 5 MiB."""
@@ -115,6 +116,8 @@ class RegistrySettings(ProcessSettings):
     """When blobs that nothing refers to go."""
     sources: SourceSettings = Field(default_factory=SourceSettings)
     """Places that models are pulled from."""
+    push: PushSettings = Field(default_factory=PushSettings)
+    """Pushes to OCI registries."""
     sync: SyncSettings = Field(default_factory=SyncSettings)
     """Sessions with storage agents."""
 

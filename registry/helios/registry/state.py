@@ -47,6 +47,11 @@ class StateDirectory:
         return self.root / "downloads"
 
     @property
+    def pushes(self) -> Path:
+        """Notes of unfinished uploads to OCI registries; they outlive the process."""
+        return self.root / "pushes"
+
+    @property
     def work(self) -> Path:
         """Where conversions write: beside the blobs, so that their output becomes blobs by renames."""
         return self.root / "work"

@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime
+from typing import Final
 
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -27,11 +28,15 @@ from helios.registry.records import (
     ModelSnapshot,
     ModelUpserted,
     Pin,
+    PushPhase,
     Revision,
     Rollout,
     Tag,
     WatchEvent,
 )
+
+# By their names; "commit" is both's, and reads as an ingest's, which equals it.
+_PHASES: Final[dict[str, IngestPhase | PushPhase]] = {phase.value: phase for phase in (*PushPhase, *IngestPhase)}
 
 
 def timestamp_to_proto(moment: datetime) -> Timestamp:
@@ -243,6 +248,11 @@ def ingest_event_to_proto(event: IngestEvent) -> pb.IngestModelResponse:
     if isinstance(event, IngestDone):
         done = pb.IngestDone(model=model_to_proto(event.model), new_bytes=event.new_bytes)
         return pb.IngestModelResponse(done=done)
+    return pb.IngestModelResponse(progress=progress_to_proto(event))
+
+
+def progress_to_proto(event: IngestProgress) -> pb.IngestProgress:
+    """Returns progress of an ingest or a push on the wire."""
     progress = pb.IngestProgress(
         phase=event.phase.value,
         done_bytes=max(0, event.done_bytes),
@@ -251,7 +261,7 @@ def ingest_event_to_proto(event: IngestEvent) -> pb.IngestModelResponse:
     )
     if event.remaining_seconds is not None:
         progress.remaining.FromNanoseconds(round(event.remaining_seconds * 1e9))
-    return pb.IngestModelResponse(progress=progress)
+    return progress
 
 
 def ingest_error_to_proto(error: HeliosError) -> pb.IngestModelResponse:
@@ -264,16 +274,15 @@ def ingest_event_from_proto(message: pb.IngestModelResponse) -> IngestEvent | No
     """Reads progress or result; None for what this client needs no event for: an error is the call's status, too."""
     if message.HasField("done"):
         return IngestDone(model_from_proto(message.done.model), message.done.new_bytes)
-    if not message.HasField("progress"):
+    return progress_from_proto(message.progress) if message.HasField("progress") else None
+
+
+def progress_from_proto(message: pb.IngestProgress) -> IngestProgress | None:
+    """Reads progress; None for a phase that only a newer registry knows."""
+    if (phase := _PHASES.get(message.phase)) is None:
         return None
-    progress = message.progress
-    if progress.phase not in set(IngestPhase):
-        # A newer registry's.
-        return None
-    remaining = progress.remaining.ToNanoseconds() / 1e9 if progress.HasField("remaining") else None
-    return IngestProgress(
-        IngestPhase(progress.phase), progress.done_bytes, progress.total_bytes, progress.bytes_per_second, remaining
-    )
+    remaining = message.remaining.ToNanoseconds() / 1e9 if message.HasField("remaining") else None
+    return IngestProgress(phase, message.done_bytes, message.total_bytes, message.bytes_per_second, remaining)
 
 
 def watch_event_to_proto(event: WatchEvent) -> pb.WatchModelsResponse:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from helios.cli.models_add import Addition, Bar, Lines, resolve, size
+from helios.cli.models_add import Addition, Bar, Lines, resolve
+from helios.cli.transfer_progress import size
 from helios.mesh.errors import InvalidRequest
 from helios.registry.client import IngestDone, IngestPhase, IngestProgress, Model, ModelPolicy, ModelProfile, Revision
 

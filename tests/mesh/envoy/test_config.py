@@ -81,6 +81,7 @@ def test_the_edge_knows_no_admin_service(tmp_path: Path) -> None:
         "AdminService",
         "RegistryService",
         "ArtifactService",
+        "PushService",
         "VersionService",
         "RolloutService",
         "SupervisorService",

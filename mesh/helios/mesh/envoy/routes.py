@@ -51,6 +51,7 @@ MODEL_SERVICE: Final = "helios.api.catalog.v1.ModelService"
 ADMIN_SERVICE: Final = "helios.api.admin.v1.AdminService"
 REGISTRY_SERVICE: Final = "helios.api.registry.v1.RegistryService"
 ARTIFACT_SERVICE: Final = "helios.api.registry.v1.ArtifactService"
+PUSH_SERVICE: Final = "helios.api.registry.v1.PushService"
 VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
 SYNC_SERVICE: Final = "helios.api.registry.v1.SyncService"
 ROLLOUT_SERVICE: Final = "helios.api.registry.v1.RolloutService"
@@ -61,6 +62,7 @@ EDGE_REST_SERVICES: Final = (OPENAI_SERVICE, MODEL_SERVICE)
 REGISTRY_SERVICES: Final = (
     REGISTRY_SERVICE,
     ARTIFACT_SERVICE,
+    PUSH_SERVICE,
     VERSION_SERVICE,
     SYNC_SERVICE,
     ROLLOUT_SERVICE,

@@ -4,27 +4,22 @@ Layers are taken as they are (``.raw``), which is how Helios itself would write 
 registry to registry, so one that is known is not fetched again. A layer that is a tar archive has another sha256 than
 the files in it, and is refused.
 
-Source: https://github.com/modelpack/model-spec v0.0.7; OCI distribution-spec 1.1; the token flow is the one of
-https://distribution.github.io/distribution/spec/auth/token/.
+Source: https://github.com/modelpack/model-spec v0.0.7; OCI distribution-spec 1.1.
 """
 
-import asyncio
-import base64
 import hashlib
 import json
 import re
-import time
-from collections.abc import Mapping
 from typing import Any, Final
-from urllib.parse import urlencode, urlsplit
 
 from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, PermissionDenied, PreconditionFailed
 from helios.mesh.transfer.http import HttpSource
 from helios.mesh.transfer.source import RangeSource
+from helios.registry.sources.oci_login import OciLogin, base_url, find_credentials, said
 from helios.registry.sources.reference import OciReference
 from helios.registry.sources.remote import Listing, RemoteFile, changed, mismatch
 from helios.registry.sources.settings import OciSettings
-from helios.registry.sources.web import Answer, Refused, Web, unavailable
+from helios.registry.sources.web import Refused, Web
 from helios.registry.strict_json import malformed
 
 _MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
@@ -35,11 +30,6 @@ _LAYER: Final = re.compile(r"application/vnd\.cncf\.model\.[a-z.]+\.v1\.(raw|tar
 # ModelPack's own name of a file, and OCI's, which older tools wrote.
 _PATHS: Final = ("org.cncf.model.filepath", "org.opencontainers.image.title")
 _MAX_MANIFEST_BYTES: Final = 4 << 20
-_CHALLENGE: Final = re.compile(r'(\w+)="([^"]*)"')
-_LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
-# Registries' own default is a minute, and they may say nothing.
-_TOKEN_SECONDS: Final = 60.0
-_LOGIN_SECONDS: Final = 60.0
 
 
 class OciRepository:
@@ -48,21 +38,19 @@ class OciRepository:
     def __init__(self, reference: OciReference, web: Web, settings: OciSettings) -> None:
         self._reference = reference
         self._web = web
-        host = reference.host
-        is_plain = host in settings.plain_http or (urlsplit(f"//{host}").hostname or "") in _LOOPBACK
-        self._base = f"{'http' if is_plain else 'https'}://{host}/v2/{reference.repository}"
-        credentials = settings.credentials.get(host)
-        self._basic = _basic(credentials.get_secret_value()) if credentials is not None else ""
-        self._challenge: dict[str, str] = {}
-        self._authorization = ""
-        self._renew_at = float("inf")
-        self._loop: asyncio.AbstractEventLoop | None = None
+        host, repository = reference.host, reference.repository
+        self._base = base_url(host, repository, settings)
+        self._login = OciLogin(self._base, repository, web, find_credentials(host, settings))
 
     async def list_files(self) -> Listing:
         """Returns the files that the manifest names."""
-        self._loop = asyncio.get_running_loop()
         url = f"{self._base}/manifests/{self._reference.wanted}"
-        answer = await self._get(url, {"accept": _MANIFEST}, _MAX_MANIFEST_BYTES)
+        try:
+            answer = await self._login.request(
+                "GET", url, headers={"accept": _MANIFEST}, limit_bytes=_MAX_MANIFEST_BYTES
+            )
+        except Refused as error:
+            raise self.explain(error.status, said(error)) from error
         digest = f"sha256:{hashlib.sha256(answer.body).hexdigest()}"
         if self._reference.digest and digest != self._reference.digest:
             raise mismatch(str(self._reference), self._reference.digest, digest)
@@ -72,21 +60,21 @@ class OciRepository:
 
     async def read(self, file: RemoteFile, offset: int, length: int) -> bytes:
         """Returns bytes of a layer."""
-        await self._renew()
         try:
+            await self._login.renew()
             is_whole = length == file.size_bytes
             content = await self._web.read(
-                file.place, headers=self._headers(), offset=offset, length=length, is_whole=is_whole
+                file.place, headers=self._login.headers(), offset=offset, length=length, is_whole=is_whole
             )
         except Refused as error:
-            raise self.explain(error.status, error.message) from error
+            raise self.explain(error.status, said(error)) from error
         if len(content) != length:
             raise changed(file.path)
         return content
 
     def open(self, file: RemoteFile) -> RangeSource:
         """Returns a layer for reading by ranges."""
-        return HttpSource(file.place, headers=self._fresh_headers)
+        return HttpSource(file.place, headers=self._login.fresh_headers)
 
     def explain(self, status: int, detail: str) -> HeliosError:
         """Returns the error of a refusal."""
@@ -97,9 +85,9 @@ class OciRepository:
                 f"{host} has no {source}: check repository and tag", reason="SOURCE_NOT_FOUND", metadata=metadata
             )
         if status in {401, 403}:
-            if not self._basic:
+            if not self._login.credentials:
                 return PreconditionFailed(
-                    f"{host} does not show {source} to everybody; give the registry a login,"
+                    f"{host} does not show {source} to everybody; give the registry a login, by docker login or"
                     f' HELIOS_REGISTRY__SOURCES__OCI__CREDENTIALS=\'{{"{host}": "USER:PASSWORD"}}\'',
                     reason="SOURCE_TOKEN_MISSING",
                     metadata=metadata,
@@ -113,61 +101,6 @@ class OciRepository:
         return InvalidRequest(
             f"{host} answered {status} for {source}{said}", reason="INVALID_SOURCE", metadata=metadata
         )
-
-    async def _get(self, url: str, headers: Mapping[str, str], limit_bytes: int) -> Answer:
-        """Makes the first request; a challenge is answered."""
-        try:
-            return await self._web.request("GET", url, headers=headers, limit_bytes=limit_bytes)
-        except Refused as error:
-            challenge = error.headers.get("www-authenticate", "")
-            if error.status != 401 or not challenge:
-                raise self.explain(error.status, error.message) from error
-        scheme, _, parameters = challenge.partition(" ")
-        self._challenge = dict(_CHALLENGE.findall(parameters)) if scheme.lower() == "bearer" else {}
-        self._authorization = self._basic
-        await self._login()
-        try:
-            return await self._web.request("GET", url, headers={**headers, **self._headers()}, limit_bytes=limit_bytes)
-        except Refused as error:
-            raise self.explain(error.status, error.message) from error
-
-    async def _login(self) -> None:
-        """Gets a token where the registry hands out such; with a user's name where one is set."""
-        realm = self._challenge.get("realm")
-        if not realm:
-            return
-        query = {"scope": f"repository:{self._reference.repository}:pull"}
-        if "service" in self._challenge:
-            query["service"] = self._challenge["service"]
-        url = f"{realm}{'&' if '?' in realm else '?'}{urlencode(query)}"
-        # A realm without TLS would read the password on the way, unless the registry itself is spoken to like that.
-        is_safe = urlsplit(realm).scheme == "https" or self._base.startswith("http:")
-        headers = {"authorization": self._basic} if self._basic and is_safe else {}
-        try:
-            answer = (await self._web.request("GET", url, headers=headers)).document()
-        except Refused as error:
-            raise self.explain(401, error.message) from error
-        token = (answer.get("token") or answer.get("access_token")) if isinstance(answer, dict) else None
-        if not isinstance(token, str):
-            raise unavailable(realm, "gives no token")
-        seconds = answer.get("expires_in", _TOKEN_SECONDS)
-        is_number = isinstance(seconds, int | float) and seconds > 0
-        self._authorization = f"Bearer {token}"
-        # Before it ends: a request takes its time.
-        self._renew_at = time.monotonic() + 0.5 * (seconds if is_number else _TOKEN_SECONDS)
-
-    async def _renew(self) -> None:
-        if time.monotonic() >= self._renew_at:
-            await self._login()
-
-    def _headers(self) -> dict[str, str]:
-        return {"authorization": self._authorization} if self._authorization else {}
-
-    def _fresh_headers(self) -> Mapping[str, str]:
-        """Returns headers with a token that is still good; called by a transfer's threads."""
-        if time.monotonic() >= self._renew_at and self._loop is not None:
-            asyncio.run_coroutine_threadsafe(self._renew(), self._loop).result(_LOGIN_SECONDS)
-        return self._headers()
 
     def _file(self, path: str, digest: str, size_bytes: int) -> RemoteFile:
         return RemoteFile(path, size_bytes, f"{self._base}/blobs/{digest}", sha256=digest.removeprefix("sha256:"))
@@ -206,7 +139,3 @@ def _read_layer(layer: Any, source: str) -> tuple[str, str, int]:
 
 def _shown(kinds: set[Any]) -> str:
     return ", ".join(sorted(kind[:100] for kind in kinds if isinstance(kind, str))) or "of no known type"
-
-
-def _basic(credentials: str) -> str:
-    return f"Basic {base64.b64encode(credentials.encode()).decode()}"

@@ -11,11 +11,10 @@ What the place names by a hash, and the registry has, is not fetched. A listing 
 remembered with what it became: pulled again, unchanged, nothing is fetched at all.
 """
 
-import asyncio
 import errno
 import hashlib
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +39,7 @@ from helios.registry.safetensors_header import LENGTH_BYTES, header_length
 from helios.registry.sources.architectures import check_architecture
 from helios.registry.sources.conversion import Converter
 from helios.registry.sources.directory import media_type, scan_directory
+from helios.registry.sources.each import each
 from helios.registry.sources.gguf import check_magic
 from helios.registry.sources.patterns import Selection
 from helios.registry.sources.remote import Listing, RemoteFile, Repository, fingerprint
@@ -65,6 +65,11 @@ _MODULE: Final = re.compile(r"[0-9][^/]*_[^/]*/[^/]+")
 class Fetcher(Protocol):
     """Gets bytes for one ingest; what it hands out lasts as long as that."""
 
+    @property
+    def at_once(self) -> int:
+        """How many files should be fetched at a time."""
+        ...
+
     async def have(self, digest: Digest) -> bool:
         """Returns whether the registry has this blob, which then stays at least until the ingest's end."""
         ...
@@ -73,7 +78,7 @@ class Fetcher(Protocol):
         self, file: RemoteFile, repository: Repository, on_bytes: Callable[[int], None]
     ) -> tuple[Path | None, str]:
         """Returns a file with the bytes, complete and checked, and its sha256. The caller may move the file, which is
-        the same one for files of the same content.
+        the same one for files of the same content. Those are not fetched at the same time.
 
         None in its place: the registry has got the blob meanwhile, as ``have`` would say.
 
@@ -167,13 +172,18 @@ class PulledSource:
         progress.begin(IngestPhase.FETCH, sum(file.size_bytes for file in missing))
         places: dict[str, Path] = {}
         sums = self._sums
-        # One after the other: each is fetched in ranges, many at a time.
-        for file in missing:
-            location, sha256 = await self._fetcher.fetch(file, self._repository, progress.advance)
-            if location is None:
-                known[file.path] = Digest(sha256, file.size_bytes)
-            else:
-                places[file.path], sums[file.path] = location, sha256
+
+        async def fetch(same: list[RemoteFile]) -> None:
+            # Files of the same content are one download.
+            location, sha256 = await self._fetcher.fetch(same[0], self._repository, progress.advance)
+            progress.advance(sum(file.size_bytes for file in same[1:]))
+            for file in same:
+                if location is None:
+                    known[file.path] = Digest(sha256, file.size_bytes)
+                else:
+                    places[file.path], sums[file.path] = location, sha256
+
+        await each(_by_content(missing), fetch, at_once=self._fetcher.at_once)
         files = tuple(
             replace(
                 entry,
@@ -244,10 +254,10 @@ class PulledSource:
             check_architecture(parse_object(content, CONFIG), self._text, is_any=self._is_any_architecture)
             await offload.run(lambda _: _write(probe / CONFIG, content))
         whole = [file for file in files if file.path != CONFIG and _is_read_whole(file)]
-        await _each(whole, lambda file: self._take(file, probe))
+        await each(whole, lambda file: self._take(file, probe), at_once=_PARALLEL)
         holes = [file for file in files if file.path != CONFIG and not _is_read_whole(file)]
         await offload.run(lambda stop: _make_holes(probe, holes, stop))
-        await _each(_weights(probe, by_path), lambda file: self._take_header(file, probe))
+        await each(_weights(probe, by_path), lambda file: self._take_header(file, probe), at_once=_PARALLEL)
         return {file.path for file in holes}
 
     async def _take(self, file: RemoteFile, probe: Path) -> None:
@@ -311,20 +321,14 @@ def _check_probe(probe: Path, stop: offload.Stop) -> FileSet:
     return found
 
 
-async def _each(files: Iterable[RemoteFile], work: Callable[[RemoteFile], Awaitable[None]]) -> None:
-    """Does something with each file, several at a time; the first failure ends the others and is raised."""
-    free = asyncio.Semaphore(_PARALLEL)
-
-    async def one(file: RemoteFile) -> None:
-        async with free:
-            await work(file)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for file in files:
-                group.create_task(one(file), name=f"read {file.path}")
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from failures
+def _by_content(files: Iterable[RemoteFile]) -> list[list[RemoteFile]]:
+    """Returns files in groups of the same content, the smallest first: what is done early can't be lost any more, and
+    the largest one, which is fetched in ranges, needs no company to fill the line.
+    """
+    groups: dict[tuple[str, int], list[RemoteFile]] = {}
+    for file in sorted(files, key=lambda file: file.size_bytes):
+        groups.setdefault((file.identity or file.place, file.size_bytes), []).append(file)
+    return list(groups.values())
 
 
 def _write(location: Path, content: bytes) -> None:

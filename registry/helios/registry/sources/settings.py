@@ -59,7 +59,10 @@ class OciSettings(BaseModel):
     model_config = _CONFIG
 
     credentials: dict[str, SecretStr] = Field(default_factory=dict)
-    """Host (with port, as the source has it) to ``user:password``. Others are asked as anybody."""
+    """Host (with port, as the source has it) to ``user:password``. For others ``docker_config`` is looked into."""
+    docker_config: Path | None = Path("~/.docker/config.json")
+    """File with logins, read anew at every pull and push: where ``docker login`` writes them, unless it keeps them
+    elsewhere (``credsStore``). None, and a file or host that is not there: registries are asked as anybody."""
     plain_http: list[str] = Field(default_factory=list)
     """Hosts that are spoken to without TLS. Loopback always is."""
 
@@ -70,7 +73,11 @@ class DownloadSettings(BaseModel):
     model_config = _CONFIG
 
     in_flight: int = Field(default=8, ge=1, le=256)
-    """Ranges of a file that are fetched at a time. 8: best on two cores; over a long way 16 to 64 are faster."""
+    """Ranges that are fetched at a time, of all files together. 8: best on two cores; over a long way 16 to 64 are
+    faster."""
+    files: int = Field(default=4, ge=1, le=16)
+    """Files of a model that are fetched at a time, the smallest first; they share the ranges in flight. 4: while one
+    begins or is synced, others move; each more takes a thread and no more bytes."""
     chunk_bytes: int = Field(default=8 << 20, ge=1 << 16, le=1 << 30)
     """One range, in bytes."""
     sync_bytes: int = Field(default=64 << 20, ge=1)

@@ -11,11 +11,11 @@ Credentials stay with the origin they are for: a redirect to another one is foll
 import asyncio
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Final, Self
+from typing import IO, Any, Final, Self
 from urllib.parse import urljoin, urlsplit
 
 import aiohttp
@@ -29,6 +29,7 @@ _WAIT_SECONDS: Final = 30.0
 _CONNECT_SECONDS: Final = 10.0
 # Some 8 MiB at 14 kB/s: whoever is slower only drips.
 _REQUEST_SECONDS: Final = 600.0
+_SLOWEST_BYTES_PER_SECOND: Final = 14_000
 _ATTEMPTS: Final = 6
 _SHORT_ATTEMPTS: Final = 3
 _BACKOFF_SECONDS: Final = 0.25
@@ -39,6 +40,8 @@ _MAX_REDIRECTS: Final = 5
 # A page of the largest repositories has some hundred kilobytes.
 MAX_DOCUMENT_BYTES: Final = 32 << 20
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+# A file is opened for each attempt, and closed by it.
+Body = bytes | Callable[[], IO[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +96,7 @@ class Web:
         self._session = aiohttp.ClientSession(
             auto_decompress=False,
             headers={"accept-encoding": "identity", "user-agent": "helios-registry"},
-            timeout=aiohttp.ClientTimeout(
-                total=_REQUEST_SECONDS, sock_connect=_CONNECT_SECONDS, sock_read=self._wait_seconds
-            ),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=self._wait_seconds),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         return self
@@ -114,7 +115,8 @@ class Web:
         limit_bytes: int = MAX_DOCUMENT_BYTES,
         is_cut: bool = False,
         is_following: bool = True,
-        body: bytes | None = None,
+        body: Body | None = None,
+        attempts: int | None = None,
     ) -> Answer:
         """Makes an idempotent request until it is answered.
 
@@ -126,6 +128,7 @@ class Web:
             is_cut: A larger body is read this far, and no error.
             is_following: Redirects are followed; else they are an answer.
             body: What is sent.
+            attempts: How often it is made at most; None: the session's own number.
 
         Raises:
             Refused: A status of 4xx.
@@ -138,7 +141,8 @@ class Web:
             retry_after: float | None = None
             try:
                 limit = _Limit(limit_bytes, is_cut=is_cut)
-                answer = await self._once(method, url, headers or {}, limit, is_following=is_following, body=body)
+                async with asyncio.timeout(_longest(headers or {})):
+                    answer = await self._once(method, url, headers or {}, limit, is_following=is_following, body=body)
                 if answer.status < 400:
                     return answer
                 if answer.status < 500 and answer.status not in {408, 429}:
@@ -147,7 +151,7 @@ class Web:
                 detail = f"answered {answer.status}"
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 detail = str(error) or type(error).__name__
-            if attempt >= self._attempts or (retry_after or 0) > MAX_RETRY_AFTER_SECONDS:
+            if attempt >= (attempts or self._attempts) or (retry_after or 0) > MAX_RETRY_AFTER_SECONDS:
                 raise unavailable(url, detail, retry_after)
             await asyncio.sleep(retry_after if retry_after is not None else jitter(attempt))
 
@@ -184,13 +188,18 @@ class Web:
         limit: "_Limit",
         *,
         is_following: bool,
-        body: bytes | None,
+        body: Body | None,
     ) -> Answer:
         assert self._session is not None, "the session is open"
         sent = dict(headers)
         for _ in range(_MAX_REDIRECTS + 1):
             async with self._session.request(
-                method, url, headers=sent, data=body, allow_redirects=False, proxy=environment_proxy(url)
+                method,
+                url,
+                headers=sent,
+                data=body() if callable(body) else body,
+                allow_redirects=False,
+                proxy=environment_proxy(url),
             ) as response:
                 # Those of the registries may come with several of a name; none that is read here does.
                 found = {name.lower(): value for name, value in response.headers.items()}
@@ -221,6 +230,11 @@ async def _read(response: aiohttp.ClientResponse, limit: _Limit) -> bytes:
                 return bytes(content[: limit.size_bytes])
             raise malformed(f"{shown(str(response.url))} answers with more than {limit.size_bytes} bytes")
     return bytes(content)
+
+
+def _longest(headers: Mapping[str, str]) -> float:
+    """Returns how long an attempt may take, in seconds; one that sends a large file may take longer."""
+    return max(_REQUEST_SECONDS, int(headers.get("content-length", "0")) / _SLOWEST_BYTES_PER_SECOND)
 
 
 def origin(url: str) -> tuple[str, str, int | None]:
