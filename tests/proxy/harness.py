@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helios.api.registry.v1.key_service_pb2_grpc import add_KeyServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
 from helios.mesh.channel import Dialer
 from helios.mesh.identity import CertificateAuthority, IdentityFiles
@@ -16,9 +17,12 @@ from helios.mesh.settings import MeshSettings
 from helios.proxy.__main__ import main
 from helios.proxy.client import AdminClient, ModelsClient
 from helios.proxy.settings import FleetSettings, HoldSettings, ProxySettings, ReplicaSettings
+from helios.registry.keys.keys import Keys
+from helios.registry.keys.servicer import KeyServicer
 from tests.proxy.fakes import FakeEnvoy, FakeRegistry, FakeWorker, until
 
 REGISTRY_SERVICE = "helios.api.registry.v1.RegistryService"
+KEY_SERVICE = "helios.api.registry.v1.KeyService"
 
 
 class _Lifetime(Lifetime):
@@ -51,6 +55,7 @@ class World:
     authority: CertificateAuthority
     registry: FakeRegistry = field(default_factory=FakeRegistry)
     registry_target: str = ""
+    keys: Keys | None = None
 
     def identity(self, component: str) -> IdentityFiles:
         """The leaf of a component."""
@@ -65,10 +70,12 @@ class World:
         server = MeshServer(
             listen=f"unix:{self.directory}/registry.sock",
             identity=self.identity("registry"),
-            policy={REGISTRY_SERVICE: frozenset({"proxy"})},
+            policy={REGISTRY_SERVICE: frozenset({"proxy"}), KEY_SERVICE: frozenset({"proxy"})},
             options=ServerOptions(drain_seconds=0.1),
         )
         add_RegistryServiceServicer_to_server(self.registry, server.grpc)
+        if self.keys is not None:
+            add_KeyServiceServicer_to_server(KeyServicer(self.keys), server.grpc)
         async with server:
             self.registry_target = server.address
             yield self.registry

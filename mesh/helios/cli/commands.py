@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC
 from pathlib import Path
 from typing import Any, Final
@@ -36,10 +36,13 @@ from helios.cli.log_files import read_lines, tail
 from helios.cli.model_versions import versions_of
 from helios.cli.models_set import settings_of
 from helios.cli.state import MeshRecord, StateDirectory, find_running, read_mesh
+from helios.cli.topology import requires_keys
+from helios.cli.topology import settings_of as settings_of_mesh
 from helios.cli.transfer_progress import size
 from helios.cli.up import Mesh, UpOptions, run_mesh
+from helios.cli.usage import target_as_json
 from helios.mesh.errors import DeadlineExceeded, InvalidRequest, PreconditionFailed, Unavailable
-from helios.registry.client import Artifact, ArtifactClient, VersionClient
+from helios.registry.client import Artifact, ArtifactClient, UsageClient, VersionClient
 
 _CALL_SECONDS: Final = 15.0
 _DETACHED_START_SECONDS: Final = 600.0
@@ -55,7 +58,7 @@ async def up(options: UpOptions, console: Console) -> None:
 
         def on_ready(mesh: Mesh) -> None:
             display.close()
-            _say(console, greeting(options.state, edge=mesh.edge, admin=mesh.admin, model=options.model or "MODEL"))
+            _say(console, _greeting(options, mesh.edge, mesh.admin))
             console.print("Ctrl-C drains and stops.", style="dim")
 
         await run_mesh(options, display.show, on_ready)
@@ -74,7 +77,12 @@ async def up_detached(options: UpOptions, console: Console) -> None:
     process = _spawn_up(options, log_path)
     with console.status("starting the mesh") as spinner:
         record = await _wait_serving(state, process, log_path, spinner.update)
-    _say(console, greeting(state, edge=record.edge, admin=record.admin, model=options.model or "MODEL"))
+    _say(console, _greeting(options, record.edge, record.admin))
+
+
+def _greeting(options: UpOptions, edge: str, admin: str) -> str:
+    needs_key = requires_keys(settings_of_mesh(options))
+    return greeting(options.state, edge=edge, admin=admin, model=options.model or "MODEL", needs_key=needs_key)
 
 
 def _spawn_up(options: UpOptions, log_path: Path) -> subprocess.Popen[bytes]:
@@ -166,7 +174,7 @@ async def status(state: StateDirectory, console: Console, *, is_json: bool) -> N
 
 async def models_list(state: StateDirectory, console: Console, *, is_json: bool) -> None:
     """Lists the models."""
-    async with open_edge(find_running(state)) as dialer:
+    async with open_admin(state) as dialer:
         stub = dialer.stub(ModelServiceStub)
         response = await stub.ListModels(catalog_pb.ListModelsRequest(), timeout=_CALL_SECONDS)
     if is_json:
@@ -177,15 +185,17 @@ async def models_list(state: StateDirectory, console: Console, *, is_json: bool)
 
 async def models_show(state: StateDirectory, console: Console, name: str, *, is_json: bool) -> None:
     """Shows one model."""
-    async with open_edge(find_running(state)) as dialer:
+    async with open_admin(state) as dialer:
         stub = dialer.stub(ModelServiceStub)
         response = await stub.GetModel(catalog_pb.GetModelRequest(model=name), timeout=_CALL_SECONDS)
-    async with open_admin(state) as dialer:
         found = await VersionClient(dialer).resolve(name)
         artifacts = await ArtifactClient(dialer).list_artifacts(revision=found.revision.digest)
+        usage = await UsageClient(dialer).get(found.model.name)
     settings = engine_settings.flatten(settings_of(found.model))
     fields = _plain(response) | {"engine_settings": settings, "versions": versions_of(found.model)}
     fields["artifacts"] = list(map(_artifact, artifacts))
+    # How warm the registry advises to keep it; `helios models usage` says more.
+    fields["warm_target"] = target_as_json(usage.target) if usage.target is not None else None
     if is_json:
         console.print_json(json.dumps(fields))
         return
@@ -216,6 +226,7 @@ class Turns:
     """Ask this and leave; empty: ask the terminal."""
     max_tokens: int | None
     temperature: float | None
+    api_key: str = field(default="", repr=False)
 
 
 async def chat(state: StateDirectory, console: Console, model: str, turns: Turns) -> None:
@@ -228,7 +239,7 @@ async def chat(state: StateDirectory, console: Console, model: str, turns: Turns
     def write(text: str) -> None:
         console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
-    async with open_edge(record) as dialer:
+    async with open_edge(record, turns.api_key) as dialer:
         conversation = Conversation(dialer, chosen, max_tokens=turns.max_tokens, temperature=turns.temperature)
         if turns.message:
             await conversation.ask(turns.message, write)

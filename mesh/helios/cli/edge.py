@@ -41,9 +41,10 @@ async def open_admin(state: StateDirectory) -> AsyncIterator[EdgeDialer]:
 
 
 @asynccontextmanager
-async def open_edge(record: MeshRecord) -> AsyncIterator[EdgeDialer]:
-    """Opens the public address of a mesh."""
-    async with grpc.aio.insecure_channel(record.edge, options=_OPTIONS) as channel:
+async def open_edge(record: MeshRecord, api_key: str = "") -> AsyncIterator[EdgeDialer]:
+    """Opens the public address of a mesh; with an API key, every call carries it."""
+    interceptors = _token_interceptors(api_key) if api_key else []
+    async with grpc.aio.insecure_channel(record.edge, options=_OPTIONS, interceptors=interceptors) as channel:
         yield EdgeDialer(channel)
 
 

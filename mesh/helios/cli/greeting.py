@@ -9,13 +9,16 @@ from pathlib import Path
 from helios.cli.state import StateDirectory
 
 
-def greeting(state: StateDirectory, *, edge: str, admin: str, model: str) -> str:
+def greeting(state: StateDirectory, *, edge: str, admin: str, model: str, needs_key: bool = False) -> str:
     """Returns the text: a curl line, an openai-python snippet, a grpcurl line for each address, and what to do next."""
     grpcurl = _command("grpcurl")
     helios = _command("helios")
     token_file = shlex.quote(str(state.admin_token_file))
     where = f" --state-dir {shlex.quote(str(state.root))}"
     question = "What is the capital of France?"
+    header = '-H "authorization: Bearer $HELIOS_API_KEY" ' if needs_key else ""
+    api_key = 'os.environ["HELIOS_API_KEY"]' if needs_key else '"none"'
+    more = "import os\n  " if needs_key else ""
     # Greedy: a small model that samples may go on for thousands of tokens now and then.
     messages = [{"role": "user", "content": question}]
     body = json.dumps({"model": model, "stream": True, "temperature": 0, "messages": messages})
@@ -23,17 +26,17 @@ def greeting(state: StateDirectory, *, edge: str, admin: str, model: str) -> str
 The mesh serves {model} (and whatever you add) on http://{edge}/v1
 
 curl:
-  curl -sN http://{edge}/v1/chat/completions -H 'content-type: application/json' -d '{body}'
+  curl -sN http://{edge}/v1/chat/completions {header}-H 'content-type: application/json' -d '{body}'
 
 Python (pip install openai):
-  from openai import OpenAI
-  client = OpenAI(base_url="http://{edge}/v1", api_key="none")
+  {more}from openai import OpenAI
+  client = OpenAI(base_url="http://{edge}/v1", api_key={api_key})
   messages = [{{"role": "user", "content": "What is the capital of France?"}}]
   for chunk in client.chat.completions.create(model="{model}", stream=True, temperature=0, messages=messages):
       print(chunk.choices[0].delta.content or "", end="", flush=True)
 
 gRPC:
-  {grpcurl} -plaintext -d '{{"model": "{model}", "messages": [{{"role": "ROLE_USER", "content": "Hi"}}], \
+  {grpcurl} -plaintext {header}-d '{{"model": "{model}", "messages": [{{"role": "ROLE_USER", "content": "Hi"}}], \
 "sampling": {{"temperature": 0}}}}' {edge} helios.api.inference.v1.InferenceService/Chat
 
 gRPC, administration:

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from helios.cli import cache as cache_commands
-from helios.cli import commands, model_versions
+from helios.cli import commands, keys, model_versions
 from helios.cli import models_rollout as rollouts
+from helios.cli import usage as usages
 from helios.cli import why as explanations
 from helios.cli.models_add import Addition
 from helios.cli.models_add import models_add as models_add_command
@@ -27,6 +28,7 @@ from helios.cli.topology import EMBEDDED_MODEL, default_state_directory
 from helios.cli.up import UpOptions
 from helios.mesh.errors import HeliosError
 from helios.mesh.status import error_from_rpc
+from helios.registry.client import KeySpec
 
 T = TypeVar("T")
 
@@ -41,6 +43,9 @@ models: Final = typer.Typer(help="Models that the mesh knows.", no_args_is_help=
 app.add_typer(models, name="models")
 cache: Final = typer.Typer(help="What this node's storage agent has.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
+
+keys_app: Final = typer.Typer(help="API keys of clients.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
 
 console: Final = Console()
 errors: Final = Console(stderr=True)
@@ -74,7 +79,9 @@ def up(
     state_dir: StateOption,
     *,
     detach: Annotated[bool, typer.Option("--detach", help="Return once the mesh serves; it runs on.")] = False,
-    host: Annotated[str, typer.Option(help="Address of the public listener.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address of the public listener; other than a loopback one, requests need API keys.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the public listener.", min=1, max=65535)] = 8080,
     admin_port: Annotated[int, typer.Option(help="Port of the admin listener.", min=1, max=65535)] = 8081,
     model: Annotated[str, typer.Option(help="Model to have at hand; empty: none.")] = EMBEDDED_MODEL,
@@ -338,6 +345,76 @@ def models_show(
     _run(commands.models_show(_state(state_dir), console, name, is_json=is_json))
 
 
+@keys_app.command("create")
+def keys_create(  # noqa: PLR0913 - one for each option
+    name: Annotated[str, typer.Argument(help="Name of the key: lower-case letters, digits and hyphens.")],
+    state_dir: StateOption,
+    *,
+    tenant: Annotated[str, typer.Option(help="Whose it is: keys of one tenant share its place in queues.")] = "",
+    model: Annotated[
+        list[str] | None, typer.Option(help="Model that it may use, such as 'smol*'. May be repeated. Default: all.")
+    ] = None,
+    requests: Annotated[int, typer.Option(help="Requests a minute; 0: no limit.", min=0, max=2**32 - 1)] = 0,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens a minute, of prompts and answers; 0: no limit.", min=0, max=2**32 - 1)
+    ] = 0,
+    priority: Annotated[str, typer.Option(help="Who goes first where there is a queue: low, normal, high.")] = "normal",
+    weight: Annotated[int, typer.Option(help="The tenant's share of a busy model.", min=1, max=1000)] = 1,
+    expires: Annotated[str, typer.Option(help="When it ends, from now: 90s, 15m, 12h, 30d. Default: never.")] = "",
+    is_json: JsonOption = False,
+) -> None:
+    """Make an API key and print it; it is not shown again."""
+
+    async def make() -> None:
+        spec = KeySpec(
+            name,
+            tenant,
+            tuple(model or ()),
+            requests_per_minute=requests,
+            tokens_per_minute=tokens,
+            priority=keys.priority_of(priority),
+            weight=weight,
+            ttl=keys.duration_of(expires),
+        )
+        await keys.create(_state(state_dir), console, spec, is_json=is_json)
+
+    _run(make())
+
+
+@keys_app.command("list")
+def keys_list(
+    state_dir: StateOption,
+    *,
+    show_ended: Annotated[bool, typer.Option("--all", help="Also those that are revoked or expired.")] = False,
+    is_json: JsonOption = False,
+) -> None:
+    """List the API keys."""
+    _run(keys.list_keys(_state(state_dir), console, show_ended=show_ended, is_json=is_json))
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    key: Annotated[str, typer.Argument(help="Name or id of the key.")],
+    state_dir: StateOption,
+    *,
+    is_json: JsonOption = False,
+) -> None:
+    """End an API key, everywhere, within a second."""
+    _run(keys.revoke(_state(state_dir), console, key, is_json=is_json))
+
+
+@models.command("usage")
+def models_usage(
+    state_dir: StateOption,
+    name: Annotated[str, typer.Argument(help="Name or alias; empty: all models, a line each.")] = "",
+    *,
+    hours: Annotated[int, typer.Option(help="How many hours, the one that runs included.", min=1, max=8784)] = 24,
+    is_json: JsonOption = False,
+) -> None:
+    """Show how much models are used, what is expected of them, and how right that was."""
+    _run(usages.usage(_state(state_dir), console, name, hour_count=hours, is_json=is_json))
+
+
 RevisionArgument = Annotated[str, typer.Argument(help="Name or alias of a model, or a revision's sha256:DIGEST.")]
 
 
@@ -391,9 +468,12 @@ def chat(
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy; unset: the model's own default.", min=0)
     ] = None,
+    api_key: Annotated[
+        str, typer.Option(envvar="HELIOS_API_KEY", help="API key, where the mesh requires one.", show_envvar=True)
+    ] = "",
 ) -> None:
     """Talk to a model; answers stream."""
-    turns = commands.Turns(message, max_tokens=max_tokens, temperature=temperature)
+    turns = commands.Turns(message, max_tokens=max_tokens, temperature=temperature, api_key=api_key)
     _run(commands.chat(_state(state_dir), console, model, turns))
 
 

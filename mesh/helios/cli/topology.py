@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from copy import deepcopy
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -53,9 +54,18 @@ def default_state_directory() -> Path:
 def settings_of(options: "UpOptions") -> Settings:
     """Returns the settings of each process, the user's overrides applied. Raises InvalidRequest for a bad override."""
     settings = _defaults(options.state)
+    if not ip_address(options.host.strip("[]")).is_loopback:
+        # Else an address that others can reach would serve anybody.
+        settings["proxy"]["admission"] = {"require_keys": True}
     for override in options.overrides:
         _apply(settings, override)
     return settings
+
+
+def requires_keys(settings: Settings) -> bool:
+    """Whether requests need an API key, as the proxy will read it."""
+    value = settings["proxy"].get("admission", {}).get("require_keys", False)
+    return value if isinstance(value, bool) else str(value).strip().lower() in {"1", "true", "t", "yes", "y", "on"}
 
 
 def children(state: StateDirectory, settings: Settings, options: "UpOptions") -> list[ChildSpec]:

@@ -28,10 +28,10 @@ from helios.cli.children import (
 from helios.cli.edge import open_admin
 from helios.cli.log_files import rotate_forever
 from helios.cli.state import MeshRecord, StateDirectory, process_started_at, read_mesh, write_mesh
-from helios.mesh.errors import AlreadyExists, HeliosError, InvalidRequest, ModelNotFound
+from helios.mesh.errors import AlreadyExists, HeliosError, InvalidRequest, ModelNotFound, PreconditionFailed
 from helios.mesh.last_words import end_within
 from helios.mesh.tasks import keep_running, task_scope
-from helios.registry.client import IngestProgress, RegistryClient
+from helios.registry.client import IngestProgress, KeyClient, RegistryClient
 
 log = structlog.get_logger()
 
@@ -83,7 +83,9 @@ class Mesh:
         self._state = "starting"
         self._failure = ""
         self._started_at = process_started_at(os.getpid()) or 0.0
-        specs = topology.children(options.state, topology.settings_of(options), options)
+        settings = topology.settings_of(options)
+        self._requires_keys = topology.requires_keys(settings)
+        specs = topology.children(options.state, settings, options)
         self.children = [Child(spec, self._publish) for spec in specs]
 
     @property
@@ -94,6 +96,11 @@ class Mesh:
         limits = {child.spec.name: child.spec.stop_seconds for child in self.children}
         steps = sum(max(limits[name] for name in names) for names in STOP_ORDER)
         return DRAIN_SECONDS + steps + _STOP_GRACE_SECONDS
+
+    @property
+    def requires_keys(self) -> bool:
+        """Whether requests need an API key."""
+        return self._requires_keys
 
     @property
     def edge(self) -> str:
@@ -148,11 +155,26 @@ class Mesh:
         await wait_all_ready(light, timeout_seconds=START_TIMEOUT_SECONDS)
         for child in light:
             self._report(Progress(child.spec.name, "done", f"pid {child.pid}"))
+        if self._requires_keys:
+            await self._check_keys()
         if self._options.model:
             await self._ensure_model()
         await wait_all_ready(self.children, timeout_seconds=START_TIMEOUT_SECONDS)
         self._report(Progress("worker", "done", f"pid {next(c.pid for c in self.children if c.spec.name == 'worker')}"))
         self._report(Progress("processes", "done", f"{time.monotonic() - began:.1f} s"))
+
+    async def _check_keys(self) -> None:
+        """Refuses to serve where every request would be refused. Raises PreconditionFailed (NO_API_KEYS)."""
+        async with open_admin(self._options.state) as dialer:
+            keys = await KeyClient(dialer).list()
+        if not keys:
+            raise PreconditionFailed(
+                f"on {self.edge} requests need an API key, and there is none: run `helios up` on a loopback address, "
+                "`helios keys create NAME`, and start again; or, where something before Helios checks who asks, "
+                "add --set proxy.admission.require_keys=false",
+                reason="NO_API_KEYS",
+            )
+        self._report(Progress("keys", "done", f"{len(keys)}; requests need one"))
 
     async def _ensure_model(self) -> None:
         """Makes sure that the registry knows the model; the embedded one is ingested, any other must be there."""

@@ -81,4 +81,15 @@ ROUTE_REVISION_HEADER: Final = "x-helios-route-revision"
 ROUTE_ADAPTER_HEADER: Final = "x-helios-route-adapter"
 # Address (`host:port`) of the replica that computes the request's prompt for the one that answers.
 PREFILL_ENDPOINT_HEADER: Final = "x-helios-prefill-endpoint"
+# Answers carry these, as OpenAI's do. The picker, which is gone by then, leaves them with the request (`kept_header`).
+RATE_LIMIT_HEADERS: Final = tuple(
+    f"x-ratelimit-{part}-{what}" for what in ("requests", "tokens") for part in ("limit", "remaining", "reset")
+)
+# Why a request was refused before it reached a replica: the error's reason, in lower case.
+REFUSAL_REASON_HEADER: Final = "x-helios-reason"
 REQUEST_ID_HEADER: Final = "x-request-id"
+
+
+def kept_header(name: str) -> str:
+    """The request header in which the picker leaves a header (`x-…`) for the answer."""
+    return f"x-helios-{name.removeprefix('x-')}"

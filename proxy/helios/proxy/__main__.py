@@ -2,6 +2,7 @@
 
 import time
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Final
 from uuid import uuid4
 
@@ -15,6 +16,7 @@ from helios.mesh.server import HEALTH_SERVICE, MeshServer, ServerOptions
 from helios.mesh.tasks import keep_running
 from helios.mesh.xds.server import XdsServer
 from helios.proxy.admin.servicer import ADMIN_SERVICE, AdminServicer
+from helios.proxy.admission.session import watch_keys
 from helios.proxy.catalog.servicer import MODEL_SERVICE, ModelServicer
 from helios.proxy.catalog.session import ModelSource, NoRegistry, RegistryClients, RegistrySession
 from helios.proxy.core import Core
@@ -26,8 +28,8 @@ from helios.proxy.picker.servicer import PickerServicer
 from helios.proxy.reflection import REFLECTION_SERVICES, ReflectionServicer
 from helios.proxy.runtime import Runtime
 from helios.proxy.settings import ProxySettings
-from helios.proxy.store import Store, load_models, load_swap_failures, load_workers
-from helios.registry.client import RegistryClient, VersionClient
+from helios.proxy.store import Store, load_keys, load_models, load_swap_failures, load_workers
+from helios.registry.client import KeyClient, RegistryClient, VersionClient
 
 _EDGES: Final = frozenset({"edge", "admin-edge"})
 _CONTROL_POLICY: Final = {
@@ -52,6 +54,8 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
     )
     core.lifecycle.swaps.restore(load_swap_failures(directory))
     core.models_replaced(load_models(directory), time.monotonic(), is_synced=False)
+    if (keys := load_keys(directory)) is not None:
+        core.keyring.replace(keys)
     store = Store(directory, core.catalogue)
     xds = XdsServer()
     ads = GuardedXds(xds, own=_own_id(settings))
@@ -84,6 +88,8 @@ async def _registry(
     )
     session = RegistrySession(clients, runtime, store)
     lifetime.group.create_task(keep_running("watch models", session.watch, cap_seconds=1), name="watch models")
+    watching = partial(watch_keys, KeyClient(dialer), runtime.core.keyring, store)
+    lifetime.group.create_task(keep_running("watch keys", watching, cap_seconds=1), name="watch keys")
     return session
 
 

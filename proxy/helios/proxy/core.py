@@ -17,6 +17,7 @@ from helios.mesh.errors import HeliosError, HoldExpired, Unavailable
 from helios.proxy import actions
 from helios.proxy.activation import machine
 from helios.proxy.activation.machine import ActivationState
+from helios.proxy.admission.keyring import Keyring
 from helios.proxy.breaker import BreakerPolicy
 from helios.proxy.catalogue import Catalogue, ModelEntry, is_by_digest
 from helios.proxy.fleet.commands import (
@@ -53,6 +54,7 @@ class CorePolicy:
         worker_grace_seconds: how long an unreachable worker's endpoints are kept.
         resync_seconds: how long a proxy that starts waits for the workers that it knew.
         routing: what scores weigh.
+        requires_keys: whether requests without an API key are refused.
     """
 
     holds: HoldLimits
@@ -63,6 +65,7 @@ class CorePolicy:
     worker_grace_seconds: float
     resync_seconds: float
     routing: RoutingPolicy
+    requires_keys: bool = False
 
 
 class Core:
@@ -81,6 +84,7 @@ class Core:
         self._resync_at = now + policy.resync_seconds
         self._next_hold_id = 0
         self.catalogue = Catalogue()
+        self.keyring = Keyring(is_required=policy.requires_keys)
         self.holds = Holds(policy.holds)
         self.traffic = Traffic(
             reservation_seconds=policy.reservation_seconds, breaker=policy.breaker, routing=policy.routing
@@ -212,7 +216,7 @@ class Core:
         starts = [command.order for command in pending if isinstance(command.order, StartReplica)]
         asked = [self.rollouts.at_home(asked_replica(hello.worker_id, order)) for order in starts]
         changes = self.fleet.hello(hello, asked, now)
-        self.traffic.resynchronised(replica.replica_id for replica in hello.replicas)
+        self.traffic.resynchronised((replica.replica_id for replica in hello.replicas), now)
         self._out([actions.WorkersChanged(), *(actions.Send(command) for command in pending)])
         self._follow(changes, now, is_worker_lost=True)
         self._repeat_drains(hello, now)

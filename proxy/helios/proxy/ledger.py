@@ -14,6 +14,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
+# Requests whose replica may still speak of them, because their bodies were slow.
+_LAPSED_COUNT = 4096
+
 
 class Reservation(NamedTuple):
     """A place at a replica that a pick has promised; `expires_at` is in monotonic seconds.
@@ -46,6 +49,7 @@ class Ledger:
         self._reservations: OrderedDict[str, Reservation] = OrderedDict()
         self._reserved: dict[str, int] = {}
         self._running: dict[str, set[str]] = {}
+        self._lapsed: OrderedDict[str, None] = OrderedDict()
 
     def reserve(self, request_id: str, replica_id: str, now: float) -> str | None:
         """Reserves a place. Returns the replica that loses an older reservation of the same request, else None.
@@ -84,19 +88,27 @@ class Ledger:
                 break
             del self._reservations[request_id]
             self._lower(reservation.replica_id)
+            self._lapsed[request_id] = None
+            if len(self._lapsed) > _LAPSED_COUNT:
+                self._lapsed.popitem(last=False)
             expired.append(reservation)
         return expired
 
-    def forget_running(self, replica_id: str) -> None:
-        """Drops what is believed to run at a replica: it is gone, or its worker's hello is the truth."""
-        self._running.pop(replica_id, None)
+    def forget_running(self, replica_id: str) -> set[str]:
+        """Drops what is believed to run at a replica: it is gone, or its worker's hello is the truth. Returns what."""
+        return self._running.pop(replica_id, set())
 
-    def forget_replica(self, replica_id: str) -> None:
-        """Drops everything about a replica that is gone."""
-        self.forget_running(replica_id)
+    def forget_replica(self, replica_id: str) -> set[str]:
+        """Drops everything about a replica that is gone; returns what ran there."""
+        lost = self.forget_running(replica_id)
         if self._reserved.pop(replica_id, 0):
             for request_id in [k for k, r in self._reservations.items() if r.replica_id == replica_id]:
                 del self._reservations[request_id]
+        return lost
+
+    def is_ours(self, request_id: str) -> bool:
+        """Whether a request that is heard of now was picked here: its place waits for it, or lapsed a while ago."""
+        return request_id in self._reservations or request_id in self._lapsed
 
     def reserved_count(self, replica_id: str) -> int:
         """Reservations at a replica that have not started."""

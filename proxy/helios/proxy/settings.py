@@ -151,6 +151,16 @@ class BreakerSettings(BaseModel):
     """How long the one request that tries a replica again may take before another may try, in seconds."""
 
 
+class AdmissionSettings(BaseModel):
+    """Who may ask."""
+
+    model_config = _FROZEN
+
+    require_keys: bool = False
+    """Whether requests without an API key are refused (401). `helios up` sets it where the public address is not a
+    loopback one."""
+
+
 class ExplainSettings(BaseModel):
     """What is remembered of requests, for `helios why`."""
 
@@ -200,6 +210,9 @@ class ProxySettings(ProcessSettings):
     breaker: BreakerSettings = Field(default_factory=BreakerSettings)
     """Circuit breaker."""
 
+    admission: AdmissionSettings = Field(default_factory=AdmissionSettings)
+    """API keys."""
+
     explain: ExplainSettings = Field(default_factory=ExplainSettings)
     """Explanations of requests."""
 
@@ -220,6 +233,7 @@ class ProxySettings(ProcessSettings):
             worker_grace_seconds=fleet.worker_grace_seconds,
             resync_seconds=fleet.resync_seconds,
             routing=RoutingPolicy(self.routing.prefix_weight, self.routing.prefix_blocks),
+            requires_keys=self.admission.require_keys,
         )
 
     def _lifecycle_policy(self) -> LifecyclePolicy:

@@ -1,4 +1,4 @@
-"""What a proxy remembers over a restart: the catalogue, which workers there were, and which swaps failed.
+"""What a proxy remembers over a restart: the catalogue, which workers there were, which swaps failed, and keys.
 
 Each file is written whole to a temporary name, synced and renamed, so a reader, or the next start after a crash, finds
 the old or the new one. A file that can't be read counts as absent: it is a copy, the registry and the workers have the
@@ -15,6 +15,7 @@ from typing import Any, Final
 import orjson
 import structlog
 
+from helios.proxy.admission.keyring import Caller
 from helios.proxy.catalogue import Catalogue, ModelEntry
 from helios.proxy.swap import SwapFailures
 
@@ -34,6 +35,7 @@ class Store:
         self._models = directory / "catalogue.json"
         self._workers = directory / "workers.json"
         self._swaps = directory / "swaps.json"
+        self._keys = directory / "keys.json"
         self._catalogue = catalogue
         self._changed = asyncio.Event()
 
@@ -60,6 +62,11 @@ class Store:
     async def save_swap_failures(self, failures: Sequence[SwapFailures]) -> None:
         """Remembers which models' compiled replicas failed, and how often."""
         await asyncio.to_thread(_write, self._swaps, failures)
+
+    async def save_keys(self, keys: Sequence[tuple[bytes, Caller]]) -> None:
+        """Remembers API keys, by their hashes."""
+        rows = [{"sha256": sha256.hex(), **caller.as_fields()} for sha256, caller in keys]
+        await asyncio.to_thread(_write, self._keys, rows)
 
 
 def load_models(directory: Path) -> list[ModelEntry]:
@@ -90,6 +97,18 @@ def load_swap_failures(directory: Path) -> list[SwapFailures]:
     except (KeyError, TypeError, ValueError) as error:
         log.warning("failed swaps on disk can't be used", error=str(error))
         return []
+
+
+def load_keys(directory: Path) -> list[tuple[bytes, Caller]] | None:
+    """The API keys of an earlier run; None where there was none."""
+    document = _read(directory / "keys.json")
+    if not isinstance(document, list):
+        return None
+    try:
+        return [(bytes.fromhex(item.pop("sha256")), Caller.of_fields(item)) for item in document]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        log.warning("keys on disk can't be used", error=str(error))
+        return None
 
 
 def _entry(item: dict[str, Any]) -> ModelEntry:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from helios.proxy.admission.quotas import Quotas, Usage
 from helios.proxy.breaker import BreakerPolicy, Breakers
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.engine_needs import needs_of
@@ -39,12 +40,16 @@ class RoutingPolicy:
 
 @dataclass(frozen=True, slots=True)
 class LoadDelta:
-    """What changed at a replica: its load now, ids that started, and ids that finished with their gRPC code."""
+    """What changed at a replica: its load now, ids that started, and ids that finished with their gRPC code.
+
+    `usage` is what the finished ones took.
+    """
 
     replica_id: str
     load: Load
     started: tuple[str, ...] = ()
     finished: tuple[tuple[str, int], ...] = ()
+    usage: tuple[Usage, ...] = ()
 
 
 class Traffic:
@@ -58,6 +63,7 @@ class Traffic:
         self.table = RoutingTable()
         self.ledger = Ledger(reservation_seconds)
         self.breakers = Breakers(breaker)
+        self.quotas = Quotas()
         self._routing = routing
         self._prefixes = PrefixIndex(routing.max_blocks)
         self._published: frozenset[str] = frozenset()
@@ -127,7 +133,7 @@ class Traffic:
         replica = change.replica
         self._note_adapters(change)
         if change.after is None or change.after.state.is_gone:
-            self._forget(replica)
+            self._forget(replica, now)
             return
         if replica.state is ReplicaState.ASLEEP:
             self._prefixes.forget(replica.replica_id)
@@ -146,10 +152,10 @@ class Traffic:
             self._last_used[after.model] = max(used_at, self._last_used.get(after.model, used_at))
         self.refresh(after.replica_id)
 
-    def resynchronised(self, replica_ids: Iterable[str]) -> None:
+    def resynchronised(self, replica_ids: Iterable[str], now: float) -> None:
         """A worker's hello is truth: what was believed to run at its replicas may have ended unheard."""
         for replica_id in replica_ids:
-            self.ledger.forget_running(replica_id)
+            self.quotas.lost(self.ledger.forget_running(replica_id), now)
             self.refresh(replica_id)
 
     def load(self, delta: LoadDelta, now: float) -> Replica | None:
@@ -166,6 +172,8 @@ class Traffic:
                 self.breakers.failed(replica_id, now)
             else:
                 self.breakers.succeeded(replica_id)
+        for usage in delta.usage:
+            self.quotas.finished(usage, now)
         # What still ends at a replica on its way out is no reason to keep the model.
         if (delta.started or delta.finished) and not self.is_draining(replica):
             self._last_used[replica.model] = now
@@ -195,7 +203,9 @@ class Traffic:
         for replica_id in self.breakers.tick(now):
             self.refresh(replica_id)
         for reservation in self.ledger.expire(now):
+            self.quotas.release(reservation.request_id, now)
             self._rescore(reservation.replica_id)
+        self.quotas.tick(now)
 
     def is_idle(self, replica: Replica) -> bool:
         """Whether nothing runs at a replica, waits in it, or is on its way to it."""
@@ -304,11 +314,11 @@ class Traffic:
             # What waits for it can go on, if the replica is a candidate already.
             self._opened.add(replica.model)
 
-    def _forget(self, replica: Replica) -> None:
+    def _forget(self, replica: Replica, now: float) -> None:
         replica_id = replica.replica_id
         self._note_exclusion(replica, None)
         self.table.remove(replica_id)
-        self.ledger.forget_replica(replica_id)
+        self.quotas.lost(self.ledger.forget_replica(replica_id), now)
         self.breakers.forget(replica_id)
         self._prefixes.forget(replica_id)
         self._draining.discard(replica_id)

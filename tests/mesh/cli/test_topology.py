@@ -35,6 +35,23 @@ def test_overrides_that_make_no_sense_are_refused(tmp_path: Path, override: str)
         topology.children(state, topology.settings_of(options), options)
 
 
+@pytest.mark.parametrize(
+    ("host", "override", "is_required"),
+    [
+        ("127.0.0.1", "", False),
+        ("[::1]", "", False),
+        ("0.0.0.0", "", True),
+        ("[::]", "", True),
+        ("192.0.2.7", "", True),
+        ("0.0.0.0", "proxy.admission.require_keys=false", False),
+        ("127.0.0.1", "proxy.admission.require_keys=true", True),
+    ],
+)
+def test_addresses_that_others_reach_need_keys(tmp_path: Path, host: str, override: str, *, is_required: bool) -> None:
+    options = UpOptions(StateDirectory(tmp_path), host=host, overrides=(override,) if override else ())
+    assert topology.requires_keys(topology.settings_of(options)) is is_required
+
+
 @pytest.mark.parametrize(("overrides", "seconds"), [((), 105), (("worker.replica.drain_seconds=100",), 175)])
 def test_a_mesh_says_how_long_its_stop_may_take(tmp_path: Path, overrides: tuple[str, ...], seconds: int) -> None:
     state = StateDirectory(tmp_path)

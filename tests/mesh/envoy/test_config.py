@@ -84,6 +84,8 @@ def test_the_edge_knows_no_admin_service(tmp_path: Path) -> None:
         "PushService",
         "VersionService",
         "RolloutService",
+        "FollowService",
+        "KeyService",
         "SupervisorService",
         "FleetService",
         "StorageService",

@@ -53,7 +53,14 @@ from envoy_data_plane.envoy.type.v3 import HttpStatus, Percent, StatusCode
 
 from helios.mesh.envoy import clusters, matching, pack, rest
 from helios.mesh.envoy.headers import NODE_HEADER
-from helios.mesh.envoy.routes import CORS_FILTER, METADATA_NAMESPACE, MODEL_KEY, PICKER_FILTER, SESSION_KEYS
+from helios.mesh.envoy.routes import (
+    ANSWER_KEYS,
+    CORS_FILTER,
+    METADATA_NAMESPACE,
+    MODEL_KEY,
+    PICKER_FILTER,
+    SESSION_KEYS,
+)
 from helios.mesh.envoy.settings import EdgeSettings, Limits
 
 # The picker's own deadline ends a hold (503 with an estimate); Envoy's, a 504, is for a picker that hangs.
@@ -118,7 +125,7 @@ def cors() -> HttpFilter:
 
 
 def lift_model() -> HttpFilter:
-    """Copies ``model`` of a JSON body to metadata, in C++, and what says which conversation or user it is from.
+    """Copies to metadata, in C++, a JSON body's ``model``, what bounds its answer, and whose conversation it is of.
 
     What is absent sets nothing.
 
@@ -130,7 +137,7 @@ def lift_model() -> HttpFilter:
                 selectors=[JsonToMetadataSelector(key=key)],
                 on_present=JsonToMetadataKeyValuePair(metadata_namespace=METADATA_NAMESPACE, key=key),
             )
-            for key in (MODEL_KEY, *SESSION_KEYS)
+            for key in (MODEL_KEY, *SESSION_KEYS, *ANSWER_KEYS)
         ],
         allow_content_types_regex=RegexMatcher(regex=r"(?i)application/json\s*(;.*)?"),
         allow_empty_content_type=True,

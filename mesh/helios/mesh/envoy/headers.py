@@ -7,6 +7,7 @@ mutation, before the connection manager, the routes or a filter read any of them
 """
 
 import re
+from collections.abc import Iterable
 
 from envoy_data_plane.envoy.config.common.mutation_rules.v3 import HeaderMutation as Mutation
 from envoy_data_plane.envoy.config.common.mutation_rules.v3 import HeaderMutationRemoveOnMatch as RemoveOnMatch
@@ -20,6 +21,7 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
 
 from helios.mesh.envoy import pack
+from helios.mesh.names import kept_header
 
 MODEL_HEADER = "x-helios-model"
 BODY_BYTES_HEADER = "x-helios-body-bytes"
@@ -28,6 +30,7 @@ ENDPOINT_HEADER = "x-helios-endpoint"
 NODE_HEADER = "x-helios-envoy"
 CLIENT_REQUEST_ID_HEADER = "x-client-request-id"
 OWN_PREFIX = "x-helios-"
+AUTHORIZATION_HEADER = "authorization"
 
 
 def strip_client_headers() -> TypedExtensionConfig:
@@ -56,6 +59,19 @@ def strip_client_headers() -> TypedExtensionConfig:
         Mutation(append=body_bytes),
     ]
     return pack.extension("helios.strip_client_headers", HeaderMutation(mutations=mutations))
+
+
+def kept_for_answer(names: Iterable[str]) -> list[HeaderValueOption]:
+    """Returns the additions to an answer of what the picker left for it with the request; see ``kept_header``.
+
+    ext_proc could see the answer itself, for one more message each way and request.
+    """
+    overwrite = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
+    return [
+        # An empty value, of a request without it, is not added: `keep_empty_value` is false.
+        HeaderValueOption(header=HeaderValue(key=name, value=f"%REQ({kept_header(name)})%"), append_action=overwrite)
+        for name in names
+    ]
 
 
 def all_names_but(prefix: str, kept: str) -> str:

@@ -42,8 +42,9 @@ from envoy_data_plane.envoy.type.matcher.v3 import (
 from envoy_data_plane.google.protobuf import Any
 
 from helios.mesh.envoy import clusters, pack
-from helios.mesh.envoy.headers import CLIENT_REQUEST_ID_HEADER, MODEL_HEADER
+from helios.mesh.envoy.headers import AUTHORIZATION_HEADER, CLIENT_REQUEST_ID_HEADER, MODEL_HEADER, kept_for_answer
 from helios.mesh.envoy.settings import Limits
+from helios.mesh.names import RATE_LIMIT_HEADERS, REFUSAL_REASON_HEADER
 
 OPENAI_SERVICE: Final = "helios.api.inference.v1.OpenAIService"
 INFERENCE_SERVICE: Final = "helios.api.inference.v1.InferenceService"
@@ -55,6 +56,7 @@ PUSH_SERVICE: Final = "helios.api.registry.v1.PushService"
 VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
 SYNC_SERVICE: Final = "helios.api.registry.v1.SyncService"
 ROLLOUT_SERVICE: Final = "helios.api.registry.v1.RolloutService"
+FOLLOW_SERVICE: Final = "helios.api.registry.v1.FollowService"
 KEY_SERVICE: Final = "helios.api.registry.v1.KeyService"
 USAGE_SERVICE: Final = "helios.api.registry.v1.UsageService"
 HEALTH_SERVICE: Final = "grpc.health.v1.Health"
@@ -66,6 +68,7 @@ REGISTRY_SERVICES: Final = (
     VERSION_SERVICE,
     SYNC_SERVICE,
     ROLLOUT_SERVICE,
+    FOLLOW_SERVICE,
     KEY_SERVICE,
     USAGE_SERVICE,
 )
@@ -76,6 +79,8 @@ PICKER_FILTER: Final = "envoy.filters.http.ext_proc"
 # Where json_to_metadata puts the model of a JSON body.
 METADATA_NAMESPACE: Final = "helios"
 MODEL_KEY: Final = "model"
+# What else of a JSON body bounds its answer; in order, the later one counts.
+ANSWER_KEYS: Final = ("max_tokens", "max_completion_tokens", "n")
 # Whose request it is, of which conversation: such requests go to one revision of a model that is rolled out.
 SESSION_KEYS: Final = ("prompt_cache_key", "safety_identifier", "user")
 
@@ -87,7 +92,16 @@ _CORS_REQUEST_HEADERS: Final = (
     "authorization, content-type, openai-organization, openai-project, openai-beta, x-request-id, "
     f"{CLIENT_REQUEST_ID_HEADER}, {MODEL_HEADER}, traceparent, tracestate, idempotency-key, *"
 )
-_CORS_RESPONSE_HEADERS: Final = "x-request-id, retry-after, x-should-retry, openai-processing-ms"
+_CORS_RESPONSE_HEADERS: Final = ", ".join(
+    (
+        "x-request-id",
+        "retry-after",
+        "x-should-retry",
+        "openai-processing-ms",
+        REFUSAL_REASON_HEADER,
+        *RATE_LIMIT_HEADERS,
+    )
+)
 
 
 def edge_routes(limits: Limits) -> RouteConfiguration:
@@ -96,8 +110,8 @@ def edge_routes(limits: Limits) -> RouteConfiguration:
         route
         for service in (OPENAI_SERVICE, INFERENCE_SERVICE)
         for route in (
-            _nameless(service, limits),
-            _grpc(service, clusters.REPLICAS, limits, retry_policy=_retries(limits)),
+            _inference(_nameless(service, limits)),
+            _inference(_grpc(service, clusters.REPLICAS, limits, retry_policy=_retries(limits))),
         )
     ]
     control = [_unpicked(_grpc(service, clusters.CONTROL, limits)) for service in (MODEL_SERVICE, HEALTH_SERVICE)]
@@ -122,6 +136,13 @@ def admin_routes(limits: Limits) -> RouteConfiguration:
         *_unknown("/admin/v1/", clusters.CONTROL_ADMIN, limits),
     ]
     return RouteConfiguration(name="admin", virtual_hosts=[VirtualHost(name="admin", domains=["*"], routes=routes)])
+
+
+def _inference(route: Route) -> Route:
+    """Keeps API keys from replicas (the picker has read them before), and says where the caller's limits stand."""
+    route.request_headers_to_remove = [AUTHORIZATION_HEADER]
+    route.response_headers_to_add = kept_for_answer(RATE_LIMIT_HEADERS)
+    return route
 
 
 def _grpc(service: str, cluster: str, limits: Limits, *, retry_policy: RetryPolicy | None = None) -> Route:

@@ -2,11 +2,14 @@
 
 import bisect
 import time
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from helios.api.catalog.v1 import model_service_pb2 as pb
 from helios.api.catalog.v1.model_service_pb2_grpc import ModelServiceServicer
 from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, Unavailable
+from helios.mesh.server import peer_component
+from helios.proxy.admission.keyring import ANYBODY, Caller, check_model
 from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.engine_needs import needs_of
@@ -28,7 +31,10 @@ class ModelServicer(ModelServiceServicer):
         """Lists models by name; the page token is the last name of the page before."""
         if request.page_size > _MAX_PAGE_SIZE:
             raise InvalidRequest(f"page_size is at most {_MAX_PAGE_SIZE}", metadata={"param": "page_size"})
+        caller = self._identify(context)
         entries = _named(self._runtime.core.catalogue.models())
+        if caller.models:
+            entries = [(name, entry) for name, entry in entries if caller.may_use(entry, name)]
         start = bisect.bisect_right(entries, request.page_token, key=lambda named: named[0])
         page = entries[start : start + (request.page_size or len(entries))]
         token = page[-1][0] if page and start + len(page) < len(entries) else ""
@@ -38,8 +44,18 @@ class ModelServicer(ModelServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.Model:
         """Describes a model."""
+        caller = self._identify(context)
         entry = await find_model(self._runtime, self._models, request.model)
+        check_model(caller, entry, request.model)
         return self._describe(entry, time.monotonic(), request.model)
+
+    def _identify(self, context: Any) -> Caller:
+        """Whose call it is; people's, who come through the admin edge, need no key. Raises Unauthenticated."""
+        if peer_component(context) == "admin-edge":
+            return ANYBODY
+        metadata = context.invocation_metadata() or ()
+        authorization = next((str(value) for key, value in metadata if key == "authorization"), "")
+        return self._runtime.core.keyring.identify(authorization, datetime.now(UTC).timestamp())
 
     def _describe(self, entry: ModelEntry, now: float, name: str) -> pb.Model:
         """Describes a model, or one of its adapters where ``name`` is one's."""

@@ -13,6 +13,7 @@ from helios.api.engine.v1 import engine_settings_pb2
 from helios.api.fleet.v1 import fleet_service_pb2 as pb
 from helios.api.fleet.v1 import types_pb2
 from helios.mesh.gangs import Way
+from helios.proxy.admission.quotas import Usage
 from helios.proxy.explain.record import Finished
 from helios.proxy.fleet.commands import (
     Command,
@@ -229,6 +230,10 @@ def delta_from_proto(message: types_pb2.LoadDelta) -> LoadDelta:
         load=load_from_proto(message.load),
         started=tuple(started.request_id for started in message.started),
         finished=tuple((finished.request_id, finished.status_code) for finished in message.finished),
+        usage=tuple(
+            Usage(ended.request_id, ended.status_code, ended.prompt_tokens, ended.completion_tokens)
+            for ended in message.finished
+        ),
     )
 
 

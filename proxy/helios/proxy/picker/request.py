@@ -1,7 +1,7 @@
 """What the picker reads from a request: a pure reading of headers, metadata and, where it must be, the body."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -51,6 +51,8 @@ class Heads:
     timeout: str
     traceparent: str
     session: str = ""
+    authorization: str = field(default="", repr=False)
+    """Holds a secret: never to be logged, nor kept for longer than the request."""
 
 
 class Body(NamedTuple):
@@ -74,6 +76,7 @@ def read_heads(headers: dict[str, str]) -> Heads:
         timeout=headers.get("grpc-timeout", ""),
         traceparent=headers.get("traceparent", ""),
         session=headers.get(names.SESSION_HEADER, ""),
+        authorization=headers.get("authorization", ""),
     )
 
 

@@ -33,6 +33,7 @@ from helios.proxy.catalog.servicer import find_model
 from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.explain.record import Refusal
+from helios.proxy.picker.gate import Gate
 from helios.proxy.picker.prompt import NO_PROMPT
 from helios.proxy.picker.request import (
     INFERENCE_PREFIX,
@@ -84,27 +85,22 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
 
     async def Process(self, _: Any, context: Any) -> None:
         """Serves one request."""
-        request = await context.read()
-        if request is grpc.aio.EOF:
+        request = await self._first(context)
+        if request is None:
             return
-        if self._own is not None:
-            # After the first message: grpc.aio's client hides an answer that comes while it still sends.
-            try:
-                check_peer(context, _EDGE, EXT_PROC_SERVICE, self._own)
-            except PermissionDenied as error:
-                await status.abort(context, error)
-        if not request.HasField("request_headers"):
-            await status.abort(context, InvalidRequest("the first message must be the request's headers"))
         arrived_at = time.monotonic()
         heads = read_heads(_header_map(request.request_headers.headers.headers))
+        gate, pick = Gate(self._core, heads), None
         began, body, model = _began(request), None, heads.model
         try:
+            gate.identify()
             model = agree(heads.model, _lifted_model(request))
             if not model:
                 _check_path(heads.path)
                 body = await _ask_body(context, heads)
                 model = body.model
             served = entry = self._core.resolve(model) or await find_model(self._runtime, self._models, model)
+            gate.admit(entry, model, _lifted(request))
             split = Assignment(entry)
             if entry.canary:
                 split = self._core.rollouts.assign(entry, model, _session_key(heads, request), time.monotonic())
@@ -127,12 +123,29 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             metrics.PICKS.labels(error.reason.lower()).inc()
             log.debug("request refused", request=heads.request_id, reason=error.reason, error=error.message)
             self._note_refusal(model, heads, arrived_at, began, error)
-            await context.write(_refusal(error))
+            await context.write(_refusal(error, gate.refusal_headers()))
             return
-        more = self._more_headers(pick, model)
+        finally:
+            gate.leave(is_picked=pick is not None)
+        more = self._more_headers(pick, model) | gate.left_for_answer()
         await context.write(_answer(pick, model, is_body=body is not None, more=more))
         # Behind the answer: a long prompt has many blocks.
         self._core.traffic.prompt_sent(entry, pick.choices[0].replica_id, blocks)
+
+    async def _first(self, context: Any) -> Any:
+        """Reads the request's headers, once it is sure that an edge asks; None where there is nothing to read."""
+        request = await context.read()
+        if request is grpc.aio.EOF:
+            return None
+        if self._own is not None:
+            # After the first message: grpc.aio's client hides an answer that comes while it still sends.
+            try:
+                check_peer(context, _EDGE, EXT_PROC_SERVICE, self._own)
+            except PermissionDenied as error:
+                await status.abort(context, error)
+        if not request.HasField("request_headers"):
+            await status.abort(context, InvalidRequest("the first message must be the request's headers"))
+        return request
 
     def _wants_prompt(self, entry: ModelEntry, heads: Heads) -> bool:
         return (
@@ -223,9 +236,16 @@ def _header_map(headers: Any) -> dict[str, str]:
     return {header.key: (header.raw_value or header.value.encode()).decode("utf-8", "replace") for header in headers}
 
 
+def _lifted(request: Any) -> Any:
+    """What Envoy lifted from a JSON body.
+
+    A map of messages answers for a key that it has not with an empty message: half the time of asking first.
+    """
+    return request.metadata_context.filter_metadata[_METADATA_NAMESPACE].fields
+
+
 def _lifted_model(request: Any) -> str:
-    # A map of messages answers for a key that it has not with an empty message: half the time of asking first.
-    value = request.metadata_context.filter_metadata[_METADATA_NAMESPACE].fields["model"]
+    value = _lifted(request)["model"]
     kind = value.WhichOneof("kind")
     if kind not in ("string_value", "null_value", None):
         raise InvalidRequest("the model parameter must be a string", metadata={"param": "model"})
@@ -234,7 +254,7 @@ def _lifted_model(request: Any) -> str:
 
 def _session_key(heads: Heads, request: Any) -> str:
     """What says that requests belong together, the narrowest first: a header, or fields of OpenAI's bodies."""
-    fields = request.metadata_context.filter_metadata[_METADATA_NAMESPACE].fields
+    fields = _lifted(request)
     lifted = (fields[name].string_value for name in SESSION_FIELDS if name in fields)
     return heads.session or next(filter(None, lifted), "")
 
@@ -303,13 +323,15 @@ def _answer(pick: Pick, model: str, *, is_body: bool, more: dict[str, str]) -> A
     return response
 
 
-def _refusal(error: HeliosError) -> Any:
+def _refusal(error: HeliosError, more: dict[str, str]) -> Any:
     response = ext_proc.ProcessingResponse()
     immediate = response.immediate_response
     immediate.status.code = error.http_status
     immediate.grpc_status.status = grpc.StatusCode[error.grpc_code].value[0]
     immediate.body = error.message.encode()
     immediate.details = error.reason.lower()
+    for key, text in {names.REFUSAL_REASON_HEADER: error.reason.lower(), **more}.items():
+        _set(immediate.headers.set_headers, key, text.encode())
     for key, value in status.trailing_metadata(error):
         # Envoy sends headers as they are; gRPC wants binary ones in base64.
         raw = base64.b64encode(value).rstrip(b"=") if isinstance(value, bytes) else value.encode()

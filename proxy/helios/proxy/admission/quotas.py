@@ -1,0 +1,223 @@
+"""What each key may use in a minute: requests, and tokens of prompts and answers. Pure.
+
+A request reserves what it may take when it comes, and settles what it took when its replica says so. The ledger's
+events end reservations: a request that finished settles by its usage; one that never started gives everything back; one
+whose end nobody will tell (its replica is gone) settles for what it reserved.
+
+| a reservation | event | next |
+|---|---|---|
+| — | admit | HELD, or QuotaExceeded, InvalidRequest |
+| HELD | finished, with usage or for good | settled by its usage |
+| HELD | finished without usage, UNAVAILABLE (Envoy tries elsewhere) | DOUBTFUL |
+| HELD | released: refused, left, never started | gone, nothing used |
+| HELD | lost with its replica, or older than any request may be | settled as reserved |
+| DOUBTFUL | finished elsewhere | settled by its usage |
+| DOUBTFUL | its time is over | gone, nothing used |
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+from helios.mesh.errors import InvalidRequest, QuotaExceeded
+from helios.proxy.admission.bucket import Bucket
+from helios.proxy.admission.history import History
+from helios.proxy.admission.keyring import Caller
+
+# Envoy cuts a request that sees no byte for an hour; one that streams for longer is settled as reserved meanwhile.
+_LIFE_SECONDS: Final = 3600.0
+# Envoy's retries are over within a second, and the next report comes within one.
+_DOUBT_SECONDS: Final = 15.0
+_UNAVAILABLE: Final = 14
+_IDLE_SECONDS: Final = 600.0
+
+
+class Usage(NamedTuple):
+    """What a request took, as its replica says."""
+
+    request_id: str
+    status_code: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Standing(NamedTuple):
+    """Where a key stands, for the x-ratelimit headers; limits of 0 are none. Resets in seconds."""
+
+    request_limit: int
+    request_remaining: int
+    request_reset: float
+    token_limit: int
+    token_remaining: int
+    token_reset: float
+
+
+class _Held(NamedTuple):
+    bucket: Bucket | None
+    key_id: str
+    model: str
+    body_bytes: int
+    tokens: int
+    expires_at: float
+
+
+class _Account:
+    """The two buckets of a key, either of which may be missing."""
+
+    def __init__(self, caller: Caller) -> None:
+        self.limits = (caller.requests_per_minute, caller.tokens_per_minute)
+        self.requests = Bucket(caller.requests_per_minute) if caller.requests_per_minute else None
+        self.tokens = Bucket(caller.tokens_per_minute) if caller.tokens_per_minute else None
+        self.used_at = 0.0
+
+    def standing(self, now: float) -> Standing:
+        """Where it stands."""
+        requests = (0, 0, 0.0) if self.requests is None else _three(self.requests, now)
+        tokens = (0, 0, 0.0) if self.tokens is None else _three(self.tokens, now)
+        return Standing(*requests, *tokens)
+
+
+class Quotas:
+    """Accounts by key, and what requests have reserved. Requests without a key are nobody's and have none.
+
+    Invariant: what a bucket has reserved is the sum of what its key's requests hold.
+    """
+
+    def __init__(self, history: History | None = None) -> None:
+        self.history = history or History()
+        self._accounts: dict[str, _Account] = {}
+        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._doubtful: OrderedDict[str, float] = OrderedDict()
+
+    def admit(
+        self, caller: Caller, request_id: str, model: str, *, body_bytes: int, max_tokens: int, now: float
+    ) -> Standing | None:
+        """Reserves what a request may take; returns where its key stands then, None where it has no limits.
+
+        Args:
+            caller: whose request it is; one without a key is let through.
+            request_id: under which its end will be told. One that comes again (Envoy moved it) replaces itself.
+            model: the model's own name.
+            body_bytes: length of its body, which its prompt is guessed from.
+            max_tokens: the longest answer that it asks for, of all its choices; 0: it does not say.
+            now: monotonic seconds.
+
+        Raises:
+            QuotaExceeded: RATE_LIMIT_REQUESTS or RATE_LIMIT_TOKENS, with the time after which it would fit.
+            InvalidRequest: EXCEEDS_TOKEN_LIMIT, it never fits.
+        """
+        if not caller.key_id:
+            return None
+        self.release(request_id, now)
+        account = self._account(caller, now)
+        history = self.history
+        answer_tokens = max_tokens or history.long_answer_tokens(model, caller.key_id)
+        tokens = history.prompt_tokens(model, body_bytes) + answer_tokens
+        if account.tokens is not None:
+            tokens = _fitting(tokens, max_tokens, account.tokens)
+        if account.requests is not None and (wait := account.requests.reserve(1, now)):
+            raise _exceeded("REQUESTS", account, caller, wait)
+        if account.tokens is not None and (wait := account.tokens.reserve(tokens, now)):
+            if account.requests is not None:
+                account.requests.settle(1, 0, now)
+            raise _exceeded("TOKENS", account, caller, wait)
+        if account.requests is not None:
+            account.requests.settle(1, 1, now)
+        self._held[request_id] = _Held(account.tokens, caller.key_id, model, body_bytes, tokens, now + _LIFE_SECONDS)
+        return account.standing(now) if any(account.limits) else None
+
+    def standing(self, caller: Caller, now: float) -> Standing | None:
+        """Where a key stands; None where it has no limits."""
+        account = self._accounts.get(caller.key_id)
+        return account.standing(now) if account is not None and any(account.limits) else None
+
+    def finished(self, usage: Usage, now: float) -> None:
+        """A request left a replica."""
+        is_elsewhere = usage.status_code == _UNAVAILABLE and not usage.prompt_tokens and not usage.completion_tokens
+        if is_elsewhere:
+            if usage.request_id in self._held:
+                self._doubtful.pop(usage.request_id, None)
+                self._doubtful[usage.request_id] = now + _DOUBT_SECONDS
+            return
+        held = self._take(usage.request_id)
+        if held is None:
+            return
+        _settle(held, usage.prompt_tokens + usage.completion_tokens, now)
+        if usage.status_code == 0:
+            history = self.history
+            history.learn(held.model, held.key_id, held.body_bytes, usage.prompt_tokens, usage.completion_tokens)
+
+    def release(self, request_id: str, now: float) -> None:
+        """A request that reaches no replica gives its tokens back; harmless where it holds none."""
+        held = self._take(request_id)
+        if held is not None:
+            _settle(held, 0, now)
+
+    def lost(self, request_ids: Iterable[str], now: float) -> None:
+        """Nobody will tell how these ended."""
+        for request_id in request_ids:
+            held = self._take(request_id)
+            if held is not None:
+                _settle(held, held.tokens, now)
+
+    def tick(self, now: float) -> None:
+        """Follows the time; to be called about every second."""
+        while self._doubtful and next(iter(self._doubtful.values())) <= now:
+            self.release(next(iter(self._doubtful)), now)
+        while self._held and next(iter(self._held.values())).expires_at <= now:
+            self.lost([next(iter(self._held))], now)
+        for key_id in [key for key, account in self._accounts.items() if _is_idle(account, now)]:
+            del self._accounts[key_id]
+
+    def _account(self, caller: Caller, now: float) -> _Account:
+        account = self._accounts.get(caller.key_id)
+        if account is None or account.limits != (caller.requests_per_minute, caller.tokens_per_minute):
+            account = self._accounts[caller.key_id] = _Account(caller)
+        account.used_at = now
+        return account
+
+    def _take(self, request_id: str) -> _Held | None:
+        self._doubtful.pop(request_id, None)
+        return self._held.pop(request_id, None)
+
+
+def _settle(held: _Held, actual: int, now: float) -> None:
+    if held.bucket is not None:
+        held.bucket.settle(held.tokens, actual, now)
+
+
+def _fitting(tokens: int, max_tokens: int, bucket: Bucket) -> int:
+    """What to reserve of a bucket: a guess that is larger than all of it is no reason to refuse, a request is."""
+    if tokens <= bucket.capacity:
+        return tokens
+    if max_tokens:
+        raise InvalidRequest(
+            f"the prompt and max_tokens ({max_tokens}) take some {tokens} tokens, and the API key allows "
+            f"{bucket.capacity} a minute; ask for fewer",
+            reason="EXCEEDS_TOKEN_LIMIT",
+            metadata={"param": "max_tokens", "limit": str(bucket.capacity), "tokens": str(tokens)},
+        )
+    return bucket.capacity
+
+
+def _is_idle(account: _Account, now: float) -> bool:
+    """Whether an account is as good as a new one."""
+    if now - account.used_at < _IDLE_SECONDS:
+        return False
+    return all(bucket is None or not bucket.reset_seconds(now) for bucket in (account.requests, account.tokens))
+
+
+def _three(bucket: Bucket, now: float) -> tuple[int, int, float]:
+    return bucket.capacity, bucket.remaining(now), bucket.reset_seconds(now)
+
+
+def _exceeded(what: str, account: _Account, caller: Caller, wait_seconds: float) -> QuotaExceeded:
+    limit = account.limits[0] if what == "REQUESTS" else account.limits[1]
+    return QuotaExceeded(
+        f"the API key's limit of {limit} {what.lower()} a minute is reached; try again in {wait_seconds:.1f} s",
+        reason=f"RATE_LIMIT_{what}",
+        metadata={"key": caller.key_id, "limit": str(limit)},
+        retry_after_seconds=wait_seconds,
+    )

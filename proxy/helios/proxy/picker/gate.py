@@ -1,0 +1,74 @@
+"""The gate of a request: its key is recognised, its limits are kept, and what it did not use is given back."""
+
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from helios.mesh.names import kept_header
+from helios.proxy.admission.keyring import ANYBODY, Caller, check_model
+from helios.proxy.admission.quotas import Standing
+from helios.proxy.catalogue import ModelEntry
+from helios.proxy.core import Core
+from helios.proxy.picker.limits import answer_bound, rate_limit_headers
+from helios.proxy.picker.request import Heads
+
+
+class Gate:
+    """One request's way in. Where no key is required and none is sent, each step costs a comparison.
+
+    `identify`, `admit`, and `leave` in the end, whatever came of it.
+    """
+
+    def __init__(self, core: Core, heads: Heads) -> None:
+        self._core = core
+        self._heads = heads
+        self.caller: Caller = ANYBODY
+        self._standing: Standing | None = None
+
+    def identify(self) -> None:
+        """Finds out whose request it is. Raises Unauthenticated."""
+        keyring = self._core.keyring
+        if self._heads.authorization or keyring.is_required:
+            self.caller = keyring.identify(self._heads.authorization, datetime.now(UTC).timestamp())
+
+    def admit(self, entry: ModelEntry, model: str, lifted: Mapping[str, Any]) -> None:
+        """Reserves what the request may take.
+
+        Args:
+            entry: the model that it names.
+            model: the name that it names it by.
+            lifted: what Envoy lifted from a JSON body.
+
+        Raises:
+            ModelNotFound: its key may not use the model.
+            QuotaExceeded, InvalidRequest: its key's limits.
+        """
+        if self.caller.key_id:
+            check_model(self.caller, entry, model)
+            self._standing = self._core.traffic.quotas.admit(
+                self.caller,
+                self._heads.request_id,
+                entry.name,
+                body_bytes=self._heads.body_bytes,
+                max_tokens=answer_bound(lifted),
+                now=time.monotonic(),
+            )
+
+    def left_for_answer(self) -> dict[str, str]:
+        """Headers for the request in which Envoy finds those of its answer."""
+        if self._standing is None:
+            return {}
+        return {kept_header(name): value for name, value in rate_limit_headers(self._standing).items()}
+
+    def refusal_headers(self) -> dict[str, str]:
+        """Headers of an answer that refuses the request."""
+        if not self.caller.key_id:
+            return {}
+        standing = self._core.traffic.quotas.standing(self.caller, time.monotonic())
+        return rate_limit_headers(standing) if standing is not None else {}
+
+    def leave(self, *, is_picked: bool) -> None:
+        """Ends: a request that goes to no replica gives back what it reserved."""
+        if not is_picked and self.caller.key_id:
+            self._core.traffic.quotas.release(self._heads.request_id, time.monotonic())
