@@ -27,6 +27,7 @@ from helios.worker.supervisor.adapter_leases import AdapterLeases
 from helios.worker.supervisor.last_words import last_lines
 from helios.worker.supervisor.life_stages import Stage
 from helios.worker.supervisor.process_tree import kill_tree, watch_exit
+from helios.worker.supervisor.read_ahead import read_ahead
 from helios.worker.supervisor.records import Failure, Load, Order, ProcessIdentity, ReplicaState, ReplicaView
 from helios.worker.supervisor.replica_machine import ReplicaMachine
 
@@ -358,6 +359,8 @@ class ReplicaRunner:
         spec = self._around.spec(self.view, action.path, self._traceparent())
         paths = self._revision_paths | self._adapters.paths
         spec = replace(spec, asked_at=action.asked_at, revision_paths=paths)
+        reading = read_ahead(spec.engine, spec.model_path, spec.revision, spec.packed_weights_directory)
+        self._spawn("read ahead", reading)
         try:
             forked = await self._around.launcher.fork(spec, action.deadline)
         except (HeliosError, TimeoutError) as error:

@@ -13,6 +13,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,10 @@ _MADV_POPULATE_READ: Final = 22
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 # One step of bringing in: half a tenth of a second of a slow disk, after which a stop is heard.
 _WINDOW_BYTES: Final = 32 << 20
+# Two threads in windows of 64 MiB: measured best of 1 to 16 threads and 2 to 64 MiB. One waits for the disk while the
+# other maps what it read; more of them take turns on one file's lock.
+_READERS: Final = 2
+_READ_BYTES: Final = 64 << 20
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -64,7 +69,7 @@ class ResidentFiles:
                 with self._lock:
                     if part not in self._parts:
                         return
-                    self._populate(address + offset, min(_WINDOW_BYTES, size - offset))
+                    _populate(address + offset, min(_WINDOW_BYTES, size - offset))
             with self._lock:
                 # Refused beyond RLIMIT_MEMLOCK: what the page cache holds is still much better than the disk.
                 if part in self._parts and part not in self._locked and _libc.mlock(address, size) == 0:
@@ -96,25 +101,61 @@ class ResidentFiles:
         self.close()
 
     def _map(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            size = os.fstat(descriptor).st_size
-            if not size:
-                return
-            address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-        finally:
-            os.close(descriptor)
-        if address in (None, _MAP_FAILED):
-            raise _error(path)
-        self._parts.append((address, size))
-        self.size_bytes += size
+        address, size = _map(path)
+        if size:
+            self._parts.append((address, size))
+            self.size_bytes += size
 
-    def _populate(self, address: int, size: int) -> None:
-        if _libc.madvise(address, size, _MADV_POPULATE_READ) == 0:
-            return
-        # An older kernel: each page is touched. string_at copies, so one byte of each.
-        for offset in range(0, size, mmap.PAGESIZE):
-            ctypes.string_at(address + offset, 1)
+
+def read_in(paths: Iterable[Path], stop: threading.Event) -> int:
+    """Reads files into the page cache, for a loader that maps them; returns their bytes.
+
+    Large reads of several threads in place of a page fault every few pages. What is in memory costs 4 ms a GiB, and
+    nothing is copied. Blocks; ends within a window once ``stop`` is set. Raises OSError where a file can't be opened.
+    """
+    parts: list[tuple[int, int]] = []
+    try:
+        parts += (part for part in map(_map, paths) if part[1])
+        windows = [(at + offset, min(_READ_BYTES, size - offset)) for at, size in parts for offset in _steps(size)]
+
+        def read(window: tuple[int, int]) -> None:
+            if not stop.is_set():
+                _populate(*window)
+
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="read ahead") as pool:
+            for _ in pool.map(read, windows):
+                pass
+    finally:
+        for address, size in parts:
+            _libc.munmap(address, size)
+    return sum(size for _, size in parts)
+
+
+def _steps(size: int) -> range:
+    return range(0, size, _READ_BYTES)
+
+
+def _map(path: Path) -> tuple[int, int]:
+    """Maps a file, read-only; returns address and size, both 0 of an empty one."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(descriptor).st_size
+        if not size:
+            return 0, 0
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    finally:
+        os.close(descriptor)
+    if address in (None, _MAP_FAILED):
+        raise _error(path)
+    return address, size
+
+
+def _populate(address: int, size: int) -> None:
+    if _libc.madvise(address, size, _MADV_POPULATE_READ) == 0:
+        return
+    # An older kernel: each page is touched. string_at copies, so one byte of each.
+    for offset in range(0, size, mmap.PAGESIZE):
+        ctypes.string_at(address + offset, 1)
 
 
 def _error(path: Path) -> OSError:
