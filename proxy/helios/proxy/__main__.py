@@ -28,8 +28,10 @@ from helios.proxy.picker.servicer import PickerServicer
 from helios.proxy.reflection import REFLECTION_SERVICES, ReflectionServicer
 from helios.proxy.runtime import Runtime
 from helios.proxy.settings import ProxySettings
-from helios.proxy.store import Store, load_keys, load_models, load_swap_failures, load_workers
-from helios.registry.client import KeyClient, RegistryClient, VersionClient
+from helios.proxy.store import Store, load_keys, load_models, load_swap_failures, load_usage, load_workers
+from helios.proxy.usage.advice import WarmPoolMode, watch_advice
+from helios.proxy.usage.reporter import UsageReporter
+from helios.registry.client import KeyClient, RegistryClient, UsageClient, VersionClient
 
 _EDGES: Final = frozenset({"edge", "admin-edge"})
 _CONTROL_POLICY: Final = {
@@ -60,7 +62,7 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
     xds = XdsServer()
     ads = GuardedXds(xds, own=_own_id(settings))
     limits = JournalLimits(settings.explain.request_count, settings.explain.total_bytes)
-    runtime = Runtime(core, publisher=xds, memory=store, journal_limits=limits)
+    runtime = Runtime(core, publisher=xds, memory=store, journal_limits=limits, warm_pool=settings.usage.warm_pool)
     async with AsyncExitStack() as stack:
         models = await _registry(settings, lifetime, stack, runtime, store)
         lifetime.group.create_task(runtime.run(), name="runtime")
@@ -90,7 +92,33 @@ async def _registry(
     lifetime.group.create_task(keep_running("watch models", session.watch, cap_seconds=1), name="watch models")
     watching = partial(watch_keys, KeyClient(dialer), runtime.core.keyring, store)
     lifetime.group.create_task(keep_running("watch keys", watching, cap_seconds=1), name="watch keys")
+    _report_usage(settings, lifetime, stack, runtime, store, client=UsageClient(dialer))
     return session
+
+
+def _report_usage(
+    settings: ProxySettings,
+    lifetime: Lifetime,
+    stack: AsyncExitStack,
+    runtime: Runtime,
+    store: Store,
+    *,
+    client: UsageClient,
+) -> None:
+    reporter = UsageReporter(
+        runtime.meter,
+        client,
+        store,
+        load_usage(settings.state_directory),
+        interval_seconds=settings.usage.report_interval_seconds,
+    )
+    # After the servers have drained, while the registry can be reached.
+    stack.push_async_callback(reporter.close)
+    reporting = lifetime.group.create_task(keep_running("report usage", reporter.run), name="report usage")
+    stack.callback(reporting.cancel)
+    watching = partial(watch_advice, client, runtime.advice)
+    if settings.usage.warm_pool is not WarmPoolMode.OFF:
+        lifetime.group.create_task(keep_running("watch advice", watching), name="watch advice")
 
 
 def _picker(settings: ProxySettings, runtime: Runtime, models: ModelSource, ads: GuardedXds) -> MeshServer:

@@ -181,6 +181,21 @@ class Lifecycle:
         if not standing:
             self._demand(entry, standing, now)
 
+    def keep_ready(self, model: str, now: float) -> None:
+        """Has a replica of a model started where there is room that nobody else has, and not drained as idle."""
+        entry = self._catalogue.get(model)
+        if entry is not None and not entry.is_adapter:
+            self._traffic.use(model, now)
+            # The next tick looks at it from now on.
+            self.activation(model)
+
+    def keep_staged(self, model: str, now: float) -> None:
+        """Has a model's weights brought to host memory that is free, where no replica has them."""
+        del now
+        entry = self._catalogue.get(model)
+        if entry is not None and not self._traffic.fleet.replicas_of(model):
+            self.warmth.stage_spare(entry)
+
     def handle(self, model: str, event: machine.Event, now: float) -> None:
         """Hands an event to the model's activation, where there is one."""
         if model in self._activations:

@@ -48,5 +48,7 @@ REPLICAS: Final = Gauge(names.REPLICAS, "Replicas, by state", ["state"])
 RESERVATIONS: Final = Gauge(names.RESERVATIONS, "Picks whose request has not been reported yet")
 ENDPOINTS: Final = Gauge(names.ENDPOINTS, "Endpoints that are published to Envoy")
 
+USAGE_LOST: Final = Counter(names.USAGE_LOST_TOTAL, "Hours of models whose usage was lost, the registry being away")
+
 PICKED: Final = PICKS.labels("picked")
 RELEASED: Final = PICKS.labels("released")

@@ -24,6 +24,8 @@ from helios.proxy.fleet.state import ReplicaState
 from helios.proxy.holds import Hold
 from helios.proxy.routing.pick import Pick
 from helios.proxy.swap import SwapFailures
+from helios.proxy.usage.advice import Advice, WarmPoolMode
+from helios.proxy.usage.meter import Meter
 
 log = structlog.get_logger()
 tracer = trace.get_tracer("helios.proxy")
@@ -122,10 +124,13 @@ class Runtime:
         publisher: EndpointPublisher,
         memory: Memory,
         journal_limits: JournalLimits | None = None,
+        warm_pool: WarmPoolMode = WarmPoolMode.ADVISE,
     ) -> None:
         self.core = core
         self.journal = Journal(journal_limits or JournalLimits(), wall_offset=_wall_offset())
         self.journal.on_phase = _measure_phase
+        self.meter = Meter()
+        self.advice = Advice(warm_pool)
         self.journal.on_split = _measure_split
         self._publisher = publisher
         self._memory = memory
@@ -219,6 +224,10 @@ class Runtime:
             metrics.HOLD_SECONDS.labels(outcome).observe(time.monotonic() - since)
             self._measure_holds()
 
+    def hour(self, now: float) -> int:
+        """Returns which hour since 1970 it is, UTC."""
+        return int((now + self.journal.wall_offset) // 3600)
+
     # Workers.
     def connect_worker(self, worker_id: str) -> Outbox:
         """Begins a worker's session; an older session of the same worker ends."""
@@ -302,6 +311,7 @@ class Runtime:
                 self._spans[model] = tracer.start_span("activate", context=parent, attributes=attributes)
             case actions.ActivationDone(model, replica_id, seconds, phases):
                 log.info("activation done", model=model, replica=replica_id, seconds=round(seconds, 3), **dict(phases))
+                self.meter.cold_start(model, self.hour(time.monotonic()))
                 metrics.ACTIVATIONS.labels("ready").inc()
                 metrics.ACTIVATION_SECONDS.observe(seconds)
                 self._end_span(model, dict(phases))
@@ -359,6 +369,7 @@ class Runtime:
             if now >= next_tick:
                 next_tick = now + _TICK_SECONDS
                 self.journal.wall_offset = _wall_offset()
+                self.advice.follow(self.core.lifecycle, now)
                 self.apply(self.core.tick(now))
                 self._measure()
             # A hold that comes meanwhile has a deadline beyond the next tick.

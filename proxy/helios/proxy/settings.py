@@ -14,6 +14,7 @@ from helios.proxy.lifecycle import LifecyclePolicy
 from helios.proxy.sizing import SizingPolicy
 from helios.proxy.swap import SwapPolicy
 from helios.proxy.traffic import RoutingPolicy
+from helios.proxy.usage.advice import WarmPoolMode
 from helios.proxy.warmth import WarmthPolicy
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -172,6 +173,19 @@ class ExplainSettings(BaseModel):
     """Bytes that they may take, by their own account. 16 MiB: 4,096 requests of which many were held."""
 
 
+class UsageSettings(BaseModel):
+    """Telling the registry how much models are used, and taking its advice."""
+
+    model_config = _FROZEN
+
+    report_interval_seconds: PositiveFloat = 30.0
+    """How often the registry is told, in seconds. 30: what a crash costs at most, and one small call twice a minute."""
+    warm_pool: WarmPoolMode = WarmPoolMode.ADVISE
+    """What is made of the registry's advice on how warm models are kept. ``advise``: it is logged and shown. ``on``: a
+    model that is to be ready is started where there is room and does not go for idleness, one that is to be in memory
+    is staged where memory is free. ``off``: nothing."""
+
+
 class ProxySettings(ProcessSettings):
     """Settings of `python -m helios.proxy`."""
 
@@ -215,6 +229,9 @@ class ProxySettings(ProcessSettings):
 
     explain: ExplainSettings = Field(default_factory=ExplainSettings)
     """Explanations of requests."""
+
+    usage: UsageSettings = Field(default_factory=UsageSettings)
+    """Usage of models, and advice on it."""
 
     @property
     def stop_limit_seconds(self) -> float:

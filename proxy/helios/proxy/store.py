@@ -7,7 +7,7 @@ truth, and a model that can't be compiled is tried again.
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final
@@ -35,6 +35,7 @@ class Store:
         self._models = directory / "catalogue.json"
         self._workers = directory / "workers.json"
         self._swaps = directory / "swaps.json"
+        self._usage = directory / "usage.json"
         self._keys = directory / "keys.json"
         self._catalogue = catalogue
         self._changed = asyncio.Event()
@@ -67,6 +68,10 @@ class Store:
         """Remembers API keys, by their hashes."""
         rows = [{"sha256": sha256.hex(), **caller.as_fields()} for sha256, caller in keys]
         await asyncio.to_thread(_write, self._keys, rows)
+
+    async def save_usage(self, document: Mapping[str, Any]) -> None:
+        """Remembers usage that the registry has not got. Raises OSError."""
+        await asyncio.to_thread(_write, self._usage, [document])
 
 
 def load_models(directory: Path) -> list[ModelEntry]:
@@ -109,6 +114,12 @@ def load_keys(directory: Path) -> list[tuple[bytes, Caller]] | None:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         log.warning("keys on disk can't be used", error=str(error))
         return None
+
+
+def load_usage(directory: Path) -> object:
+    """The usage that an earlier run could not report; None where there is none."""
+    document = _read(directory / "usage.json")
+    return document[0] if isinstance(document, list) and document else None
 
 
 def _entry(item: dict[str, Any]) -> ModelEntry:

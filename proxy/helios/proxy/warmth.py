@@ -130,6 +130,19 @@ class Warmth:
             f"the model '{entry.name}' can't be staged: {message}", reason=reason, metadata={"model": entry.name}
         )
 
+    def stage_spare(self, entry: ModelEntry) -> None:
+        """Stages a model where memory is free, and stays so; nothing happens where it is staged or nothing is."""
+        workers = [worker for worker in self._traffic.fleet.workers() if worker.is_reachable]
+        if not self._policy.stages or not entry.weights_bytes or any(entry.revision in w.staged for w in workers):
+            return
+        roomy = max(workers, key=lambda worker: worker.free_host_bytes, default=None)
+        if roomy is None or roomy.free_host_bytes < entry.weights_bytes:
+            return
+        # What would be given back at once for want of memory is not brought there.
+        share = entry.weights_bytes / max(1, roomy.hello.host_memory_bytes)
+        if roomy.host_used_ratio + share <= self._policy.pressure_ratio:
+            self._stage(entry, roomy)
+
     def make_room(self, worker: Worker, size_bytes: int) -> None:
         """Gives staged revisions back, those used longest ago first, until so much host memory is free."""
         while size_bytes and worker.free_host_bytes < size_bytes and (oldest := self._oldest(worker)) is not None:

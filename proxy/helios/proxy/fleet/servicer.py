@@ -18,6 +18,7 @@ from helios.mesh.errors import InvalidRequest
 from helios.proxy.fleet import wire
 from helios.proxy.fleet.state import WorkerHello
 from helios.proxy.runtime import Outbox, Runtime
+from helios.proxy.usage.meter import Tally
 
 log = structlog.get_logger()
 
@@ -81,6 +82,8 @@ class FleetServicer(FleetServiceServicer):
         self._runtime.apply(core.worker_seen(worker_id, now))
         match message.WhichOneof("message"):
             case "load":
+                # Before the ledger settles what this proxy knows of these requests.
+                self._count(message.load, now)
                 deltas = [wire.delta_from_proto(delta) for delta in message.load.deltas]
                 self._runtime.apply(core.load_report(deltas, now))
                 self._note(message.load, now)
@@ -113,6 +116,30 @@ class FleetServicer(FleetServiceServicer):
                 raise InvalidRequest("a session has one hello", reason="HELLO_EXPECTED")
             case _:
                 pass
+
+    def _count(self, report: pb.LoadReport, now: float) -> None:
+        meter, core, hour = self._runtime.meter, self._runtime.core, self._runtime.hour(now)
+        is_ours = core.traffic.ledger.is_ours
+        for delta in report.deltas:
+            replica = core.fleet.replica(delta.replica_id)
+            if replica is None:
+                continue
+            for started in delta.started:
+                meter.started(started.request_id, replica.model, hour, is_ours=is_ours(started.request_id))
+            for request_id, finished in wire.ends_from_proto(delta, now):
+                taken = Tally(
+                    prompt_tokens=finished.prompt_tokens,
+                    completion_tokens=finished.completion_tokens,
+                    busy_ms=round(1000 * finished.duration_seconds),
+                )
+                meter.finished(
+                    request_id,
+                    replica.model,
+                    hour,
+                    taken=taken,
+                    status_code=finished.status_code,
+                    is_ours=is_ours(request_id),
+                )
 
     def _note(self, report: pb.LoadReport, now: float) -> None:
         journal = self._runtime.journal
