@@ -199,11 +199,21 @@ async def test_refuses_names(parts: Parts, model_directory: Path, name: str) -> 
     assert caught.value.reason == "INVALID_MODEL_NAME"
 
 
-async def test_refuses_digests_that_are_none_or_of_a_directory(parts: Parts, model_directory: Path) -> None:
-    for expected, reason in (("xyz", "INVALID_DIGEST"), ("a" * 64, "INVALID_SOURCE")):
-        with pytest.raises(InvalidRequest) as caught:
-            await parts.ingest("m", model_directory, expected_sha256=expected)
-        assert caught.value.reason == reason
+async def test_what_is_not_the_expected_revision_leaves_nothing(parts: Parts, model_directory: Path) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await parts.ingest("m", model_directory, expected_sha256="xyz")
+    assert caught.value.reason == "INVALID_DIGEST"
+    before = parts.files()
+    with pytest.raises(DigestMismatch):
+        await parts.ingest("m", model_directory, expected_sha256="a" * 64)
+    assert parts.files() == before
+    digest = (await parts.ingest("m", model_directory)).model.revision.digest
+    for expected in (digest, digest.removeprefix("sha256:").upper()):
+        again = await parts.ingest("n", model_directory, expected_sha256=expected)
+        assert again.model.revision.digest == digest
+    with pytest.raises(DigestMismatch):
+        await parts.ingest("n", model_directory, expected_sha256="a" * 64)
+    assert (await parts.store.get_model("n")).revision.digest == digest
 
 
 async def test_an_alias_that_is_taken_is_refused_before_any_work(parts: Parts, model_directory: Path) -> None:

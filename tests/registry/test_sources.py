@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
 from helios.mesh.errors import HeliosError, InvalidRequest
 from helios.mesh.settings import load_settings
 from helios.registry.model_card import read_license
 from helios.registry.settings import RegistrySettings
 from helios.registry.sources.architectures import check_architecture, known_architectures
+from helios.registry.sources.gguf import choose_gguf
 from helios.registry.sources.http_directory import parse_sums
 from helios.registry.sources.hugging_face import read_token
 from helios.registry.sources.oci import read_layers
@@ -22,10 +24,11 @@ from helios.registry.sources.reference import (
     OciReference,
     UrlReference,
     parse_reference,
+    place_of,
     suggest_name,
 )
 from helios.registry.sources.remote import RemoteFile, fingerprint, git_blob_sha1
-from helios.registry.sources.settings import HuggingFaceSettings
+from helios.registry.sources.settings import HuggingFaceSettings, SourceSettings
 from helios.registry.sources.web import origin, redirected, without_credentials
 
 HEX = "0123456789abcdef" * 4
@@ -234,3 +237,42 @@ def test_a_token_file_is_read_anew_and_need_not_be_there(tmp_path: Path) -> None
     assert read_token(settings) == ""
     settings.token_file.write_text("hf_one\n")  # type: ignore[union-attr]
     assert read_token(settings) == "hf_one"
+
+
+def test_hubs_own_variables_are_tokens_unless_one_is_set() -> None:
+    environment = {"HF_TOKEN": "hf_env\n", "MODELSCOPE_API_TOKEN": "ms_env"}
+    found = SourceSettings().with_environment(environment)
+    assert read_token(found.hugging_face) == "hf_env"
+    assert read_token(found.modelscope) == "ms_env"
+    assert "hf_env" not in repr(found)
+    set_before = SourceSettings(hugging_face=HuggingFaceSettings(token=SecretStr("hf_set")))
+    assert read_token(set_before.with_environment(environment).hugging_face) == "hf_set"
+    assert SourceSettings().with_environment({}) == SourceSettings()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ("hf:org/m@abc", "hf:Org/m", True),
+        ("hf:org/m", "ms:org/m", False),
+        ("hf:a/m", "hf:b/m", False),
+        ("oci://h/m@sha256:" + "0" * 64, "oci://h/m:v1", True),
+        ("s3://b/p/", "s3://b/p", True),
+        ("dir:/models/m", "/models/m", True),
+        ("gguf:/models/m.gguf", "/models/n.gguf", False),
+        ("embedded:x", "embedded:x", True),
+    ],
+)
+def test_a_new_revision_comes_from_the_same_place(one: str, other: str, is_same: bool) -> None:
+    assert (place_of(one) == place_of(other)) is is_same
+
+
+def test_of_gguf_files_one_is_the_model() -> None:
+    assert choose_gguf({"m-Q4.gguf": 1, "mmproj-m.gguf": 2}, "here", "name it") == "m-Q4.gguf"
+    with pytest.raises(InvalidRequest, match="2 GGUF files; name it: ") as many:
+        choose_gguf({"a/m-Q4.gguf": 1_500_000_000, "m-Q8.gguf": 3_000_000_000}, "here", "name it")
+    assert many.value.message.endswith("a/m-Q4.gguf (1.5 GB), m-Q8.gguf (3.0 GB)")
+    assert many.value.reason == "AMBIGUOUS_SOURCE"
+    with pytest.raises(InvalidRequest, match="one of 2 pieces") as split:
+        choose_gguf({f"m-0000{n}-of-00002.gguf": 1 for n in (1, 2)}, "here", "name it")
+    assert split.value.reason == "UNSUPPORTED_FORMAT"

@@ -73,12 +73,16 @@ def write_small_files(directory: Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
-def write_sharded(directory: Path) -> Path:
-    """Writes the model in two shards with an index; returns the directory."""
+def write_sharded(directory: Path, count: int = 2) -> Path:
+    """Writes the model in so many shards with an index; returns the directory."""
     directory.mkdir(parents=True)
     weights = tensors()
     names = sorted(weights)
-    parts = {"model-00001-of-00002.safetensors": names[:7], "model-00002-of-00002.safetensors": names[7:]}
+    cuts = [len(names) * number // count for number in range(count + 1)]
+    parts = {
+        f"model-{number + 1:05}-of-{count:05}.safetensors": names[cuts[number] : cuts[number + 1]]
+        for number in range(count)
+    }
     for file, part in parts.items():
         save_file({name: weights[name] for name in part}, directory / file)
     weight_map = {name: file for file, part in parts.items() for name in part}

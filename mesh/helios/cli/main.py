@@ -64,6 +64,12 @@ SettingOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Engine setting, such as max_context_tokens=4096. May be repeated."),
 ]
+AliasOption = Annotated[
+    list[str] | None, typer.Option(help="Another name for it, which no other model may have. May be repeated.")
+]
+Sha256Option = Annotated[
+    str, typer.Option(help="What it must be: the sha256 of a .gguf file, or the revision that other sources make.")
+]
 TagOption = Annotated[
     list[str] | None, typer.Option(help="Tag to point at the revision; MODEL@TAG reaches it. May be repeated.")
 ]
@@ -142,8 +148,8 @@ def models_add(  # noqa: PLR0913 - one for each option
     ],
     state_dir: StateOption,
     *,
-    alias: Annotated[list[str] | None, typer.Option(help="Another name for it. May be repeated.")] = None,
-    sha256: Annotated[str, typer.Option(help="Expected sha256 of a .gguf file.")] = "",
+    alias: AliasOption = None,
+    sha256: Sha256Option = "",
     setting: SettingOption = None,
     tag: TagOption = None,
     keep_served: KeepServedOption = False,
@@ -181,6 +187,8 @@ def models_pull(  # noqa: PLR0913 - one for each option
         list[str] | None, typer.Option(help="Only files that match, such as '*Q8_0.gguf'. May be repeated.")
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="No files that match. May be repeated.")] = None,
+    alias: AliasOption = None,
+    sha256: Sha256Option = "",
     setting: SettingOption = None,
     tag: TagOption = None,
     keep_served: KeepServedOption = False,
@@ -191,6 +199,8 @@ def models_pull(  # noqa: PLR0913 - one for each option
         name,
         source,
         revision,
+        aliases=tuple(alias or ()),
+        sha256=sha256,
         assignments=tuple(setting or ()),
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),

@@ -9,9 +9,9 @@ from helios.cli.edge import open_admin
 from helios.cli.models_set import changed_settings
 from helios.cli.state import StateDirectory
 from helios.cli.transfer_progress import ProgressBar, ProgressLines, size
-from helios.mesh.errors import InvalidRequest
+from helios.mesh.errors import AlreadyExists, InvalidRequest, ModelNotFound
 from helios.registry.client import IngestDone, IngestProgress, IngestSpec, RegistryClient
-from helios.registry.sources.reference import HubReference, OciReference, parse_reference, suggest_name
+from helios.registry.sources.reference import HubReference, OciReference, parse_reference, place_of, suggest_name
 
 _EMBEDDED = "embedded:"
 
@@ -51,6 +51,8 @@ async def models_add(state: StateDirectory, console: Console, wanted: Addition, 
     name = suggest_name(source) if wanted.name is None else wanted.name
     async with open_admin(state) as dialer:
         registry = RegistryClient(dialer)
+        if wanted.name is None:
+            await _require_same_place(registry, name, source)
         settings = await changed_settings(registry, name, wanted.assignments) if wanted.assignments else None
         with Lines(console) if is_json else Bar(console) as shown:
             spec = IngestSpec(
@@ -69,6 +71,20 @@ async def models_add(state: StateDirectory, console: Console, wanted: Addition, 
                     shown.progress(event)
                 else:
                     shown.done(*reached(wanted, name, event))
+
+
+async def _require_same_place(registry: RegistryClient, name: str, source: str) -> None:
+    """Raises AlreadyExists where a name that nobody has typed is that of a model from elsewhere."""
+    try:
+        model = await registry.get_model(name)
+    except ModelNotFound:
+        return
+    if place_of(model.revision.source) != place_of(source):
+        raise AlreadyExists(
+            f"the name {name} is taken by a model from {model.revision.source}; choose another one with --name, or give"
+            f" --name {name} to make this its new revision",
+            reason="NAME_TAKEN",
+        )
 
 
 def reached(wanted: Addition, name: str, done: IngestDone) -> tuple[str, IngestDone]:

@@ -103,7 +103,7 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
             options=ServerOptions(drain_seconds=settings.drain_seconds),
         )
         web = await stack.enter_async_context(Web())
-        sources = Sources(converter, web, settings.sources)
+        sources = Sources(converter, web, settings.sources.with_environment(environment))
         downloads = open_downloads(state.downloads, blobs, settings.sources.downloads)
         ingester = Ingester(catalog, state, sources, downloads, max_concurrent=settings.ingest.max_concurrent)
         journal = PushJournal(state.pushes, keep_seconds=settings.push.keep_seconds)

@@ -24,6 +24,7 @@ import structlog
 
 from helios.mesh.errors import (
     Conflict,
+    DigestMismatch,
     Draining,
     HeliosError,
     InvalidRequest,
@@ -232,6 +233,8 @@ class _Ingest:
                         log.info("file left out", model=self._spec.name, file=name, why=why)
                     manifest, new_bytes = await self._store(files, hold)
                     revision = await self._describe(manifest, source, converted_from)
+                if not source.is_file:
+                    self._check_expected(revision.manifest.digest())
                 done = IngestDone(await self._commit(revision), new_bytes)
                 await offload.run(lambda _: fetcher.remove())
                 return done
@@ -239,6 +242,15 @@ class _Ingest:
             # Also after a commit that failed, or one whose caller went away: what a revision refers to stays.
             await offload.uninterrupted(self._catalog.discard(held))
             raise
+
+    def _check_expected(self, digest: str) -> None:
+        """Raises DigestMismatch where another revision was expected of a source of several files."""
+        expected = self._spec.expected_sha256
+        if expected and digest != f"sha256:{expected}":
+            raise DigestMismatch(
+                f"{self._spec.source} is revision {digest}, expected sha256:{expected}",
+                metadata={"expected": f"sha256:{expected}", "found": digest},
+            )
 
     async def _engine_settings(self) -> EngineSettings | None:
         """Returns the settings that the model will have; None where nobody has said any."""
@@ -306,10 +318,10 @@ class _Ingest:
 def check_spec(spec: IngestSpec) -> IngestSpec:
     """Returns a request in its normal form. Raises InvalidRequest."""
     check_name(spec.name)
-    expected = spec.expected_sha256.lower()
+    expected = spec.expected_sha256.lower().removeprefix("sha256:")
     if expected and not _SHA256.fullmatch(expected):
         raise InvalidRequest(
-            "expected_sha256 is 64 hexadecimal digits", reason="INVALID_DIGEST", metadata={"param": "expected_sha256"}
+            "a sha256 is 64 hexadecimal digits", reason="INVALID_DIGEST", metadata={"param": "expected_sha256"}
         )
     if spec.engine_settings is not None:
         spec.engine_settings.check()

@@ -51,19 +51,16 @@ _TOKENIZERS: Final = (
 class DirectorySource:
     """A directory with a model in safetensors."""
 
+    is_file = False
+
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.origin = f"dir:{directory}"
 
     async def fingerprint(self, expected_sha256: str, progress: ProgressLog) -> None:
-        """Nothing is converted. Raises InvalidRequest if one file's sha256 is expected."""
+        """Nothing is converted, and only reading it all tells what it is."""
+        del expected_sha256
         progress.begin(IngestPhase.INSPECT)
-        if expected_sha256:
-            raise InvalidRequest(
-                "expected_sha256 is for a single file; a directory has none",
-                reason="INVALID_SOURCE",
-                metadata={"param": "expected_sha256"},
-            )
 
     async def files(self, workspace: Path, progress: ProgressLog) -> FileSet:
         """Returns the model's files after checking that they are a complete model."""

@@ -39,6 +39,8 @@ EMBEDDED: Final = {
 class EmbeddedSource:
     """One of EMBEDDED."""
 
+    is_file = True
+
     def __init__(self, name: str, converter: Converter) -> None:
         """Finds the file. Raises InvalidRequest for an unknown name or a package that is not installed."""
         if name not in EMBEDDED:

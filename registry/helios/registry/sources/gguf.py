@@ -4,7 +4,9 @@ The registry itself reads 8 bytes of it; the rest is read by the converter's pro
 harm.
 """
 
+import re
 import struct
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -20,13 +22,20 @@ from helios.registry.sources.directory import scan_directory
 from helios.registry.sources.source import FileSet
 from helios.registry.strict_json import malformed
 
+GGUF_SUFFIX: Final = ".gguf"
 _MAGIC: Final = b"GGUF"
 # 2: 64-bit counts; 3: big-endian allowed. 1 was replaced within weeks, in 2023.
 _VERSIONS: Final = (2, 3)
+_SPLIT: Final = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
+_PROJECTOR: Final = "mmproj"
+# Repositories of quantisations have some twenty-five.
+_MAX_SHOWN: Final = 40
 
 
 class GgufSource:
     """A GGUF file on the registry's machine."""
+
+    is_file = True
 
     def __init__(self, file: Path, converter: Converter, *, origin: str = "") -> None:
         self._file = file
@@ -58,6 +67,39 @@ class GgufSource:
         if _identity(self._file) != self._seen:
             raise Conflict(f"{self._file} changed while it was read; ingest it again", reason="SOURCE_CHANGED")
         return await offload.run(lambda _: scan_directory(workspace, is_owned=True))
+
+
+def choose_gguf(sizes: Mapping[str, int], source: str, how: str) -> str:
+    """Returns which of a place's GGUF files is the model: the only one, projectors of images (``mmproj``) apart.
+
+    Args:
+        sizes: The files, by path, with their sizes in bytes.
+        source: The place, for messages.
+        how: What to do to choose, for messages.
+
+    Raises:
+        InvalidRequest: AMBIGUOUS_SOURCE, there are several; UNSUPPORTED_FORMAT, it is split into several.
+    """
+    choices = sorted(path for path in sizes if not path.rpartition("/")[2].lower().startswith(_PROJECTOR)) or [*sizes]
+    if {match[1] for path in choices if (match := _SPLIT.fullmatch(path))} and len(set(map(_whole, choices))) == 1:
+        raise malformed(
+            f"{choices[0]} of {source} is one of {len(choices)} pieces of a model, which can't be read; take one that"
+            " is whole, or merge them (llama-gguf-split --merge)"
+        )
+    if len(choices) == 1:
+        return choices[0]
+    shown = ", ".join(f"{path} ({sizes[path] / 1e9:.1f} GB)" for path in choices[:_MAX_SHOWN])
+    more = ", …" if len(choices) > _MAX_SHOWN else ""
+    raise InvalidRequest(
+        f"{source} holds {len(choices)} GGUF files; {how}: {shown}{more}",
+        reason="AMBIGUOUS_SOURCE",
+        metadata={"param": "include"},
+    )
+
+
+def _whole(path: str) -> str:
+    match = _SPLIT.fullmatch(path)
+    return match[1] if match else path
 
 
 def check_magic(prefix: bytes, what: str) -> None:

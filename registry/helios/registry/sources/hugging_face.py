@@ -148,7 +148,7 @@ def explain(access: _Access, status: int, *, code: str, message: str) -> HeliosE
     source, where = access.source, shown(access.endpoint)
     login = (
         "give the registry a token that may: `hf auth login` as the user it runs as, or"
-        " HELIOS_REGISTRY__SOURCES__HUGGING_FACE__TOKEN in the environment of `helios up`"
+        " HF_TOKEN, or HELIOS_REGISTRY__SOURCES__HUGGING_FACE__TOKEN, in the environment of `helios up`"
     )
     metadata = {"param": "source", "status": str(status)}
     if message == _BAD_TOKEN:

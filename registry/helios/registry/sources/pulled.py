@@ -40,7 +40,7 @@ from helios.registry.sources.architectures import check_architecture
 from helios.registry.sources.conversion import Converter
 from helios.registry.sources.directory import media_type, scan_directory
 from helios.registry.sources.each import each
-from helios.registry.sources.gguf import check_magic
+from helios.registry.sources.gguf import GGUF_SUFFIX, check_magic, choose_gguf
 from helios.registry.sources.patterns import Selection
 from helios.registry.sources.remote import Listing, RemoteFile, Repository, fingerprint
 from helios.registry.sources.source import FileSet
@@ -58,7 +58,6 @@ _HEADER_GUESS_BYTES: Final = 128 << 10
 # Requests at a time: several round trips to a far hub overlap, none of its limits is near.
 _PARALLEL: Final = 8
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_GGUF_SUFFIX: Final = ".gguf"
 _MODULE: Final = re.compile(r"[0-9][^/]*_[^/]*/[^/]+")
 
 
@@ -130,26 +129,20 @@ class PulledSource:
         self._fetched: Path | None = None
         self._sums: dict[str, str] = {}
         self.origin = text
+        self.is_file = False
 
     async def fingerprint(self, expected_sha256: str, progress: ProgressLog) -> tuple[str, str] | None:
         """Lists the place; returns what stands for its content, where the place names that."""
         progress.begin(IngestPhase.INSPECT)
         listing = await self._repository.list_files()
         self.origin = listing.origin
-        self._files = self._choose(listing)
+        self._files = choose(listing, self._selection, self._text)
         self._gguf = _only_gguf(self._files, self._text)
+        self.is_file = self._gguf is not None
         if self._gguf is not None:
             return await self._gguf_fingerprint(self._gguf, expected_sha256, progress)
-        if expected_sha256:
-            raise InvalidRequest(
-                "expected_sha256 is for a single file; this source has many",
-                reason="INVALID_SOURCE",
-                metadata={"param": "expected_sha256"},
-            )
         stands_for = fingerprint(self._files)
-        # What was taken for an engine without a list was not held to one.
-        choice = f"{_CHOICE}-any" if self._is_any_architecture else _CHOICE
-        return (stands_for, choice) if stands_for else None
+        return (stands_for, choice_of(is_any_architecture=self._is_any_architecture)) if stands_for else None
 
     async def files(self, workspace: Path, progress: ProgressLog) -> FileSet:
         """Probes the model, then fetches what the registry does not have."""
@@ -195,18 +188,6 @@ class PulledSource:
         )
         return FileSet(files, is_owned=True, ignored=found.ignored)
 
-    def _choose(self, listing: Listing) -> tuple[RemoteFile, ...]:
-        chosen = tuple(file for file in listing.files if self._selection.takes(file.path))
-        if listing.files and not chosen:
-            raise InvalidRequest(
-                f"none of the {len(listing.files)} files of {self._text} is left by the patterns",
-                reason="INVALID_PATTERN",
-                metadata={"param": "include"},
-            )
-        if len({file.path for file in chosen}) != len(chosen):
-            raise malformed(f"{self._text} lists a file twice")
-        return chosen
-
     async def _known(self, file: RemoteFile) -> Digest | None:
         if not file.sha256:
             return None
@@ -229,7 +210,7 @@ class PulledSource:
         if self._fetched is None:
             await self._fetch_gguf(file, progress)
         # transformers goes by the name's end. Not moved: a conversion that fails does not cost the download.
-        model, output = workspace / f"model{_GGUF_SUFFIX}", workspace / "converted"
+        model, output = workspace / f"model{GGUF_SUFFIX}", workspace / "converted"
         assert self._fetched is not None, "a GGUF file never becomes a blob"
         model.hardlink_to(self._fetched)
         output.mkdir()
@@ -280,6 +261,26 @@ class PulledSource:
         await offload.run(lambda _: _overwrite(probe / file.path, begin[:end]))
 
 
+def choose(listing: Listing, selection: Selection, text: str) -> tuple[RemoteFile, ...]:
+    """Returns the files of a place that patterns leave. Raises InvalidRequest (INVALID_PATTERN, UNSUPPORTED_FORMAT)."""
+    chosen = tuple(file for file in listing.files if selection.takes(file.path))
+    if listing.files and not chosen:
+        raise InvalidRequest(
+            f"none of the {len(listing.files)} files of {text} is left by the patterns",
+            reason="INVALID_PATTERN",
+            metadata={"param": "include"},
+        )
+    if len({file.path for file in chosen}) != len(chosen):
+        raise malformed(f"{text} lists a file twice")
+    return chosen
+
+
+def choice_of(*, is_any_architecture: bool) -> str:
+    """Returns what stands beside a listing's fingerprint where what was made of it is remembered."""
+    # What was taken for an engine without a list was not held to one.
+    return f"{_CHOICE}-any" if is_any_architecture else _CHOICE
+
+
 def _is_read_whole(file: RemoteFile) -> bool:
     if file.path in _LOOKED_INTO:
         return True
@@ -290,17 +291,10 @@ def _is_read_whole(file: RemoteFile) -> bool:
 def _only_gguf(files: Iterable[RemoteFile], text: str) -> RemoteFile | None:
     """Returns the GGUF file where that is what the files come down to. Raises InvalidRequest for several."""
     names = {file.path: file for file in files}
-    found = sorted(name for name in names if name.lower().endswith(_GGUF_SUFFIX))
+    found = sorted(name for name in names if name.lower().endswith(GGUF_SUFFIX))
     if not found or any(name.endswith(WEIGHT_SUFFIX) and "/" not in name for name in names):
         return None
-    if len(found) > 1:
-        shown = ", ".join(found[:8]) + (", …" if len(found) > 8 else "")
-        raise InvalidRequest(
-            f"{text} holds {len(found)} GGUF files; choose one with --include: {shown}",
-            reason="AMBIGUOUS_SOURCE",
-            metadata={"param": "include"},
-        )
-    return names[found[0]]
+    return names[choose_gguf({name: names[name].size_bytes for name in found}, text, "choose one with --include")]
 
 
 def _weights(probe: Path, files: dict[str, RemoteFile]) -> list[RemoteFile]:

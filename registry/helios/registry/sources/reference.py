@@ -105,6 +105,19 @@ def suggest_name(text: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
+def place_of(text: str) -> str:
+    """Returns where a source is, whichever revision of it: a new one of the same model has the same place."""
+    reference = parse_reference(text)
+    if isinstance(reference, HubReference):
+        return f"{reference.scheme}:{reference.repository}".lower()
+    if isinstance(reference, OciReference):
+        return f"{reference.host}/{reference.repository}"
+    if reference is not None:
+        return reference.url
+    kind, separator, path = text.partition(":")
+    return path if separator and kind in {"dir", "gguf"} else text
+
+
 def _parse_hub(scheme: str, rest: str) -> HubReference:
     repository, at, revision = rest.partition("@")
     if not _REPOSITORY.fullmatch(repository) or "--" in repository or ".." in repository:

@@ -13,7 +13,7 @@ from helios.registry.sources.modelscope import ModelScopeRepository
 from helios.registry.sources.object_prefix import ObjectPrefix
 from helios.registry.sources.oci import OciRepository
 from helios.registry.sources.patterns import Selection
-from helios.registry.sources.pulled import Fetcher, PulledSource
+from helios.registry.sources.pulled import Fetcher, PulledSource, choice_of, choose
 from helios.registry.sources.reference import (
     STORE_SCHEMES,
     HubReference,
@@ -23,7 +23,7 @@ from helios.registry.sources.reference import (
     invalid_source,
     parse_reference,
 )
-from helios.registry.sources.remote import Repository
+from helios.registry.sources.remote import Repository, fingerprint
 from helios.registry.sources.resolve import MAX_SOURCE_CHARS, resolve_source
 from helios.registry.sources.settings import SourceSettings
 from helios.registry.sources.source import Source
@@ -69,6 +69,25 @@ class Sources:
             selection=selection,
             is_any_architecture=_engine(engine_settings) in _ENGINES_WITHOUT_LIST,
         )
+
+    async def identify(self, spec: IngestSpec, engine_settings: EngineSettings | None) -> tuple[str, str]:
+        """Looks at a source that is reached by a network; reads none of its files.
+
+        Returns:
+            What stands for what it has now, empty where it does not name its files' content; and what stands beside
+            that where it is remembered what was made of it.
+
+        Raises:
+            InvalidRequest: INVALID_SOURCE, INVALID_PATTERN.
+            HeliosError: As ``Repository.list_files``.
+        """
+        reference = parse_reference(spec.source)
+        if reference is None:
+            raise invalid_source("only sources that are reached by a network can be looked at")
+        listing = await self._repository(reference).list_files()
+        chosen = choose(listing, Selection(spec.include, spec.exclude), spec.source)
+        is_any = _engine(engine_settings) in _ENGINES_WITHOUT_LIST
+        return fingerprint(chosen), choice_of(is_any_architecture=is_any)
 
     def _repository(self, reference: Reference) -> Repository:
         match reference:

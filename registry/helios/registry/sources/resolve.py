@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Final
 
 from helios.mesh.errors import InvalidRequest
+from helios.registry.inspection import WEIGHT_SUFFIX
 from helios.registry.sources.conversion import Converter
 from helios.registry.sources.directory import DirectorySource
 from helios.registry.sources.embedded import EmbeddedSource
-from helios.registry.sources.gguf import GgufSource
+from helios.registry.sources.gguf import GGUF_SUFFIX, GgufSource, choose_gguf
 from helios.registry.sources.source import Source
 
 # PATH_MAX; the text is stored and shown.
@@ -39,14 +40,22 @@ def resolve_source(text: str, converter: Converter) -> Source:
         )
     try:
         if path.is_dir():
-            return DirectorySource(path)
+            return _directory(path, converter)
         if path.is_file():
-            if path.suffix.lower() == ".gguf":
+            if path.suffix.lower() == GGUF_SUFFIX:
                 return GgufSource(path, converter)
             raise _invalid(f"{path} is neither a directory nor a .gguf file")
     except OSError as error:
         raise _invalid(f"{path} can't be read: {error.strerror}") from error
     raise _invalid(f"{path} does not exist on the registry's machine, or the registry may not read it")
+
+
+def _directory(path: Path, converter: Converter) -> Source:
+    """Returns a directory's source: its GGUF file where it has no safetensors."""
+    sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.suffix.lower() == GGUF_SUFFIX}
+    if not sizes or any(path.glob(f"*{WEIGHT_SUFFIX}")):
+        return DirectorySource(path)
+    return GgufSource(path / choose_gguf(sizes, str(path), "name the file"), converter)
 
 
 def _invalid(message: str) -> InvalidRequest:

@@ -1,5 +1,6 @@
 """Settings of the places that models are pulled from."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
@@ -103,3 +104,16 @@ class SourceSettings(BaseModel):
     """``oci:``."""
     downloads: DownloadSettings = Field(default_factory=DownloadSettings)
     """How bytes are fetched."""
+
+    def with_environment(self, environment: Mapping[str, str]) -> "SourceSettings":
+        """Returns these settings with the tokens that the hubs' own clients take from the environment.
+
+        A token that is set goes before ``HF_TOKEN`` and ``MODELSCOPE_API_TOKEN``; those go before a file.
+        """
+        found = {}
+        for field, name in (("hugging_face", "HF_TOKEN"), ("modelscope", "MODELSCOPE_API_TOKEN")):
+            hub: HubSettings = getattr(self, field)
+            token = environment.get(name, "").strip()
+            if token and not hub.token.get_secret_value():
+                found[field] = hub.model_copy(update={"token": SecretStr(token)})
+        return self.model_copy(update=found)

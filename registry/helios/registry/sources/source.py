@@ -49,9 +49,12 @@ class Source(Protocol):
 
     Attributes:
         origin: What the revision will say of where it came from; it can be ingested again by this text.
+        is_file: It is one file, whose sha256 ``fingerprint`` compares with the expected one. What is expected of a
+            source of several files is its revision, which the ingest compares. Known once ``fingerprint`` has returned.
     """
 
     origin: str
+    is_file: bool
 
     async def fingerprint(self, expected_sha256: str, progress: ProgressLog) -> tuple[str, str] | None:
         """Returns what stands for the source's content, and for what makes a model's files of it.

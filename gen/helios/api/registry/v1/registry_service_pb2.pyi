@@ -433,7 +433,9 @@ class IngestModelRequest(_message.Message):
     `oci://<host>/<repository>:<tag>` by CNCF ModelPack.
     """
     expected_sha256: _builtins.str
-    """For a single file: its sha256 in hexadecimal, checked before anything is stored."""
+    """Of a single file: its sha256 in hexadecimal, checked before anything is stored. Of a source of several files: the
+    digest of the revision that they are to make, `sha256:` before it or not, checked before it is one.
+    """
     keep_served: _builtins.bool
     """A model that exists goes on serving the revision that it serves; requests reach the new one by a tag or its digest."""
     @_builtins.property
