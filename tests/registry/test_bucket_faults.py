@@ -30,6 +30,7 @@ from tests.emulators.faulty_proxy import (
     status,
     wrong_length,
 )
+from tests.emulators.google import GoogleProxy, google
 from tests.emulators.servers import Emulator
 from tests.registry.tiny import sha256
 
@@ -40,9 +41,10 @@ PART_BYTES = 5 << 20
 LARGE_BYTES = PART_BYTES + 12_345
 
 
-@pytest.fixture
-def proxy(seaweedfs_server: Emulator) -> Iterator[FaultyProxy]:
-    with FaultyProxy(seaweedfs_server.address) as opened:
+@pytest.fixture(params=["s3", pytest.param("google", marks=pytest.mark.soak)])
+def proxy(request: pytest.FixtureRequest, seaweedfs_server: Emulator) -> Iterator[FaultyProxy]:
+    is_google = request.param == "google"
+    with google(seaweedfs_server) if is_google else FaultyProxy(seaweedfs_server.address) as opened:
         yield opened
 
 
@@ -66,11 +68,12 @@ def opened(
     seaweedfs_server: Emulator, seaweedfs_bucket: str, prefix: str, proxy: FaultyProxy, state: StateDirectory
 ) -> Opened:
     """Opens the store behind the proxy, as a registry that starts anew does."""
-    options = {name: SecretStr(value) for name, value in seaweedfs_server.through(proxy.address).options.items()}
+    server = proxy.emulator if isinstance(proxy, GoogleProxy) else seaweedfs_server.through(proxy.address)
+    options = {name: SecretStr(value) for name, value in server.options.items()}
 
     def open_it(**more: Any) -> AbstractContextManager[BlobStore]:
         settings = BlobStoreSettings(
-            url=f"s3://{seaweedfs_bucket}/{prefix}/models",
+            url=f"{server.scheme}://{seaweedfs_bucket}/{prefix}/models",
             options=options,
             part_bytes=PART_BYTES,
             concurrency=2,
@@ -141,6 +144,7 @@ def test_expired_credentials_are_named(size_bytes: int, opened: Opened, proxy: F
         assert list(store.scan()) == []
 
 
+@pytest.mark.parametrize("proxy", ["s3", "google"], indirect=True)
 def test_an_upload_goes_on_where_it_was_cut(opened: Opened, proxy: FaultyProxy, tmp_path: Path) -> None:
     source = write(tmp_path / "source", LARGE_BYTES)
     with opened(retry_seconds=1) as store:
@@ -197,6 +201,7 @@ def judge(seaweedfs_server: Emulator) -> Iterator[Any]:
         yield client
 
 
+@pytest.mark.parametrize("proxy", ["s3", "google"], indirect=True)
 def test_uploads_that_nobody_finishes_are_swept(
     judge: Any, seaweedfs_bucket: str, prefix: str, opened: Opened, proxy: FaultyProxy, *, tmp_path: Path
 ) -> None:

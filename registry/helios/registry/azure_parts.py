@@ -19,20 +19,10 @@ import urllib3
 
 from helios.registry.part_upload import Unfinished, UploadGone
 from helios.registry.store_errors import denied, mapped, unavailable
+from helios.registry.store_http import open_pool
 from helios.registry.upload_journal import Upload
 
 _SIGNED_FOR: Final = timedelta(hours=1)
-_CONNECT_SECONDS: Final = 5.0
-_RETRY: Final = urllib3.Retry(
-    total=5,
-    backoff_factor=0.2,
-    backoff_max=10,
-    status_forcelist=(408, 429, 500, 502, 503, 504),
-    allowed_methods=None,
-    raise_on_status=False,
-    # Slept through in one piece, up to six hours, which nobody could cancel.
-    respect_retry_after_header=False,
-)
 # The version in which everything used here is known; SAS tokens and conditional block lists are older.
 _VERSION: Final = "2021-12-02"
 
@@ -43,8 +33,7 @@ class AzureParts:
     def __init__(self, sign: Callable[[Literal["PUT"], str, timedelta], str], *, request_seconds: float) -> None:
         """Takes what signs a method and a key for a time, obstore's ``sign``."""
         self._sign = sign
-        timeout = urllib3.Timeout(connect=_CONNECT_SECONDS, read=request_seconds)
-        self._pool = urllib3.PoolManager(maxsize=32, timeout=timeout, retries=_RETRY)
+        self._pool = open_pool(request_seconds)
 
     def begin(self, key: str) -> str:
         return key

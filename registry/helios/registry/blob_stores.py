@@ -39,7 +39,7 @@ _PUBLIC: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
         ("aws_region", "region", "aws_default_region"),
         ("aws_virtual_hosted_style_request", "virtual_hosted_style_request"),
     ),
-    "gs": (),
+    "gs": (("google_base_url", "base_url"),),
     "az": (
         ("azure_storage_account_name", "account_name"),
         ("azure_storage_endpoint", "azure_endpoint", "endpoint"),
@@ -147,11 +147,11 @@ def _open_bucket(
         raise _invalid(f"the blob store's options make no sense ({type(error).__name__})") from None
     limits = UploadLimits(settings.part_bytes, settings.concurrency)
     parts = _parts_of(place, store, options, settings)
-    uploader = PartUploader(place.url, parts, journal, limits) if parts is not None else None
+    uploader = PartUploader(place.url, parts, journal, limits)
     return ObjectStore(store, url=place.url, options=options.public(place.scheme), limits=limits, uploader=uploader)
 
 
-def _parts_of(place: _Place, store: Any, options: StoreOptions, settings: BlobStoreSettings) -> PartStore | None:
+def _parts_of(place: _Place, store: Any, options: StoreOptions, settings: BlobStoreSettings) -> PartStore:
     if place.scheme == "s3":
         from helios.registry.s3_parts import S3Access, S3Parts  # noqa: PLC0415 - in the extra `cloud`
 
@@ -174,8 +174,22 @@ def _parts_of(place: _Place, store: Any, options: StoreOptions, settings: BlobSt
             return str(obstore.sign(store, method, key, expires))
 
         return AzureParts(sign, request_seconds=settings.request_seconds)
-    # Google's signed URLs take no further query, and its tokens are not to be had from obstore.
-    return None
+    from helios.registry.google_parts import GoogleAccess, GoogleParts  # noqa: PLC0415
+
+    google = GoogleAccess(
+        base_url=options.find("google_base_url", "base_url"),
+        bearer_token=options.find("google_bearer_token", "bearer_token"),
+        key=options.find("google_service_account_key", "service_account_key"),
+        key_file=options.find(
+            *("google_service_account", "service_account", "google_service_account_path", "service_account_path"),
+            *("google_application_credentials", "application_credentials"),
+        ),
+        is_anonymous=options.find("google_skip_signature", "skip_signature") == "true",
+    )
+    try:
+        return GoogleParts(place.bucket, place.prefix, google, request_seconds=settings.request_seconds)
+    except ValueError as error:
+        raise _invalid(f"the key of Google's service account is none ({type(error).__name__})") from None
 
 
 def _invalid(message: str) -> InvalidRequest:

@@ -6,7 +6,7 @@
 There are no temporary keys: S3 copies no object above 5 GiB in one piece, so a blob is never moved to its name. It is
 written there by an operation that makes it appear at once and only after its sha256 was found right:
 
-| blob | S3, Azure | Google, and stores without parts |
+| blob | S3, Azure, Google | stores without parts, such as memory |
 |---|---|---|
 | up to ``part_bytes`` | one conditional write, of bytes that were hashed | the same |
 | larger | parts, journaled, completed if all was right (``part_upload``) | one streamed write that fails at its end |
