@@ -1,4 +1,4 @@
-"""A bare HTTP server of one file, with ranges, by sendfile: an object store that costs next to nothing.
+"""A bare HTTP server of one file, or of a directory's, with ranges, by sendfile: a store that costs next to nothing.
 
 Run as a process of its own: `python -m tests.benchmarks.range_server FILE`; it prints its port. It ends when its
 standard input does.
@@ -10,6 +10,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from urllib.parse import urlsplit
 
 _PATH = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("/dev/null")
 
@@ -18,20 +19,25 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
-        self._head(200, _PATH.stat().st_size)
+        self._head(200, self._file().stat().st_size)
 
     def do_GET(self) -> None:
-        size = _PATH.stat().st_size
+        path = self._file()
+        size = path.stat().st_size
         first, _, last = self.headers.get("Range", f"bytes=0-{size - 1}").removeprefix("bytes=").partition("-")
         offset, end = int(first), min(int(last) + 1, size)
         self._head(206, end - offset, f"bytes {offset}-{end - 1}/{size}")
         self.wfile.flush()
-        descriptor = os.open(_PATH, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             while offset < end:
                 offset += os.sendfile(self.connection.fileno(), descriptor, offset, end - offset)
         finally:
             os.close(descriptor)
+
+    def _file(self) -> Path:
+        """Of a directory, what the URL ends with."""
+        return _PATH / Path(urlsplit(self.path).path).name if _PATH.is_dir() else _PATH
 
     def _head(self, status: int, length: int, content_range: str = "") -> None:
         self.send_response(status)

@@ -55,6 +55,7 @@ class HuggingFace:
         page_size: Entries of a page of the tree.
         requests: What was asked for: method, path, and the Range header.
         leaked: Tokens that came to the content network, which must never happen.
+        content_network: Base URL of another server that has large files by their sha256; empty: the hub's own.
     """
 
     address: str = ""
@@ -64,7 +65,9 @@ class HuggingFace:
     page_size: int = 1000
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     leaked: list[str] = field(default_factory=list)
+    content_network: str = ""
     _generation: int = 0
+    _hashes: dict[int, tuple[bytes, str]] = field(default_factory=dict)
 
     @property
     def endpoint(self) -> str:
@@ -127,11 +130,11 @@ class HuggingFace:
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if not path.endswith(_LARGE):
             return content_response(request, content, git_sha1(content), headers)
-        sha256 = hashlib.sha256(content).hexdigest()
+        sha256 = self._sha256(content)
         # Another host, as the hub's own content network is: its client takes one of the same origin for the hub.
         host = f"localhost:{request.host.rpartition(':')[2]}"
         query = f"name={request.match_info['name']}&path={path}&commit={commit}&generation={self._generation}"
-        location = f"http://{host}/cdn/{sha256}?{query}"
+        location = f"{self.content_network or f'http://{host}/cdn'}/{sha256}?{query}"
         headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content)), "Location": location}
         return web.Response(status=302, headers=headers)
 
@@ -165,13 +168,21 @@ class HuggingFace:
         return repository, *found
 
     def _entry(self, path: str, content: bytes) -> dict[str, object]:
-        entry: dict[str, object] = {"type": "file", "path": path, "size": len(content), "oid": git_sha1(content)}
-        if path.endswith(_LARGE):
-            sha256 = self.lies.get(path, hashlib.sha256(content).hexdigest())
+        entry: dict[str, object] = {"type": "file", "path": path, "size": len(content)}
+        if not path.endswith(_LARGE):
+            entry["oid"] = git_sha1(content)
+        else:
+            sha256 = self.lies.get(path) or self._sha256(content)
             pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(content)}\n".encode()
             entry["oid"] = git_sha1(pointer)
             entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": len(pointer)}
         return entry
+
+    def _sha256(self, content: bytes) -> str:
+        """A hub knows it from the push; here it is computed once."""
+        if id(content) not in self._hashes:
+            self._hashes[id(content)] = content, hashlib.sha256(content).hexdigest()
+        return self._hashes[id(content)][1]
 
 
 @asynccontextmanager
