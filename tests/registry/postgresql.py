@@ -6,8 +6,10 @@ power cut.
 """
 
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ _QUICK: Final = {
     "shared_buffers": "16MB",
     "max_connections": "60",
     "autovacuum": "off",
-    "listen_addresses": "''",
+    "listen_addresses": "",
     "log_min_messages": "fatal",
 }
 
@@ -56,19 +58,46 @@ class Server:
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Runs the server for the length of the block. It is no child of this process, whose tests look for such."""
-        settings = " ".join(f"-c {name}={value}" for name, value in _QUICK.items())
-        start = ["start", "-w", "-t", str(_START_SECONDS), "-l", "log", "-o", f"-k {self.directory} {settings}"]
-        self._control(*start)
+    def running(self) -> Iterator[int]:
+        """Runs the server for the length of the block, and no longer than this process; yields its process's id."""
+        settings = [part for name, value in _QUICK.items() for part in ("-c", f"{name}={value}")]
+        command = [str(self.binaries / "postgres"), "-D", "data", "-k", str(self.directory), *settings]
+        with (self.directory / "log").open("ab") as log:
+            process = subprocess.Popen(
+                # The kernel kills it with this process, however that ends; its own children see that, and go.
+                [*_as_nobody("--pdeathsig=KILL"), *command],
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         try:
-            yield
+            self._wait_ready(process)
+            yield process.pid
         finally:
-            # "fast" does not wait for clients.
-            self._control("stop", "-w", "-t", str(_STOP_SECONDS), "-m", "fast")
+            # Fast: it does not wait for clients.
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
-    def _control(self, *arguments: str) -> None:
-        run([str(self.binaries / "pg_ctl"), "-D", "data", *arguments], self.directory)
+    def _wait_ready(self, process: "subprocess.Popen[bytes]") -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._answers():
+            said = (self.directory / "log").read_text()[-2000:]
+            assert process.poll() is None, f"the server ended with {process.returncode}: {said}"
+            assert time.monotonic() < deadline, f"the server does not answer: {said}"
+            time.sleep(0.05)
+
+    def _answers(self) -> bool:
+        try:
+            psycopg.connect(self.url("postgres"), connect_timeout=5).close()
+        except psycopg.OperationalError:
+            return False
+        return True
 
 
 @contextmanager
@@ -93,25 +122,23 @@ def postgresql() -> Iterator[Server]:
 def run(command: list[str], directory: Path) -> None:
     """Runs one of PostgreSQL's programs, as nobody where this process is root; fails the test with what it said."""
     with (directory / "output").open("w+") as output:
-        # A file rather than a pipe: the server keeps it open.
         done = subprocess.run(
             [*_as_nobody(), *command],
             stdout=output,
             stderr=subprocess.STDOUT,
             check=False,
-            timeout=_START_SECONDS + _STOP_SECONDS,
+            timeout=_START_SECONDS,
             cwd=directory,
         )
         output.seek(0)
-        log = directory / "log"
-        assert done.returncode == 0, (
-            f"{command}: {done.returncode}\n" + output.read() + (log.read_text()[-2000:] if log.exists() else "")
-        )
+        assert done.returncode == 0, f"{command}: {done.returncode}\n" + output.read()
 
 
-def _as_nobody() -> tuple[str, ...]:
+def _as_nobody(*options: str) -> tuple[str, ...]:
+    """Returns what starts a program as nobody where this process is root, and with setpriv's options."""
     # Not by what Python's subprocess can do: it forks for that, which gRPC's threads may not survive.
-    return ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups") if geteuid() == 0 else ()
+    user = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups") if geteuid() == 0 else ()
+    return ("setpriv", *user, *options) if user or options else ()
 
 
 def _readable(package: Path, directory: Path) -> Path:
