@@ -9,7 +9,7 @@ from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core, CorePolicy
 from helios.proxy.fleet.commands import Command, DrainReplica, Order, StartReplica, StopReplica
 from helios.proxy.fleet.state import Form, Load, Replica, ReplicaState
-from helios.proxy.lifecycle import asked_replica
+from helios.proxy.starts import asked_replica
 from helios.proxy.swap import SwapFailures, SwapPolicy
 from helios.proxy.traffic import LoadDelta
 from tests.proxy.support import GIB, counter, entry, hello, policy

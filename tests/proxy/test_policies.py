@@ -11,7 +11,7 @@ from helios.proxy.catalogue import Catalogue
 from helios.proxy.fleet.state import Load
 from helios.proxy.routing.pick import MAX_CHOICES, pick
 from helios.proxy.routing.table import Candidate, RoutingTable, score
-from helios.proxy.scaling import Usage, desired_replicas
+from helios.proxy.scaling.desired import Usage, desired_replicas
 from helios.proxy.sizing import SizingPolicy, replica_size
 from helios.proxy.store import Store, load_models, load_swap_failures, load_workers
 from helios.proxy.swap import SwapFailures

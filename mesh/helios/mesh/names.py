@@ -18,6 +18,7 @@ ACTIVATIONS_TOTAL: Final = "helios_activations_total"
 ROLLOUT_REQUESTS_TOTAL: Final = "helios_rollout_requests_total"
 ROLLOUT_FINISHED_TOTAL: Final = "helios_rollout_finished_total"
 ROLLOUT_TIME_TO_FIRST_TOKEN_SECONDS: Final = "helios_rollout_time_to_first_token_seconds"  # noqa: S105
+LOAD_REPLICAS: Final = "helios_load_replicas"
 SWAPS_TOTAL: Final = "helios_swaps_total"
 ACTIVATION_SECONDS: Final = "helios_activation_seconds"
 # helios.cold_start.phase.duration in OpenTelemetry's form; attributes phase and model.

@@ -99,6 +99,17 @@ class ActivationFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadScaled:
+    """A model's load asks for another number of replicas; `is_advice`: nothing is done about it."""
+
+    model: str
+    from_count: int
+    to_count: int
+    reason: str
+    is_advice: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SwapBegun:
     """A compiled replica was ordered in the background; `placement` says, for people, why there."""
 
@@ -155,6 +166,7 @@ Action = (
     | FleetResynchronised
     | ActivationBegun
     | ActivationDelayed
+    | LoadScaled
     | ActivationDone
     | ActivationFailed
     | SwapBegun

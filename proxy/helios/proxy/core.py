@@ -31,10 +31,11 @@ from helios.proxy.fleet.commands import (
 )
 from helios.proxy.fleet.state import Change, Device, Replica, ReplicaState, Staged, WorkerHello
 from helios.proxy.holds import Hold, HoldLimits, Holds
-from helios.proxy.lifecycle import Lifecycle, LifecyclePolicy, asked_replica
+from helios.proxy.lifecycle import Lifecycle, LifecyclePolicy
 from helios.proxy.refusals import model_not_found
 from helios.proxy.rollouts import Rollouts
 from helios.proxy.routing.pick import Pick, pick
+from helios.proxy.starts import asked_replica
 from helios.proxy.routing.prefix import NO_BLOCKS, Blocks
 from helios.proxy.traffic import LoadDelta, RoutingPolicy, Traffic
 

@@ -6,8 +6,8 @@ about the model changed, and by the clock. It is level-triggered: a lost event c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from helios.mesh.errors import HeliosError, PreconditionFailed
 from helios.proxy import actions
@@ -16,16 +16,19 @@ from helios.proxy.activation.estimate import StartEstimates
 from helios.proxy.activation.machine import Activation, ActivationPolicy, ActivationState
 from helios.proxy.adapters import Adapters
 from helios.proxy.catalogue import Catalogue, ModelEntry, shown
-from helios.proxy.engine_needs import EngineNeeds, needs_of, with_revisions
+from helios.proxy.engine_needs import needs_of
 from helios.proxy.fleet.commands import CommandBook, DrainReplica, EvictRevision, Order, StartReplica, StopReplica
 from helios.proxy.fleet.state import Form, Replica, ReplicaState, Staged, WorkerHello
 from helios.proxy.holds import Holds
+from helios.proxy.loads import Loads
 from helios.proxy.placement import place as placement
 from helios.proxy.placement.defragment import propose
 from helios.proxy.refusals import check_unpinned, model_not_found, start_error
-from helios.proxy.room import Room, in_form
-from helios.proxy.scaling import Desired, Usage, desired_replicas
+from helios.proxy.room import Room
+from helios.proxy.scaling.desired import Desired, Usage, desired_replicas
+from helios.proxy.scaling.load import LoadPolicy
 from helios.proxy.sizing import SizingPolicy
+from helios.proxy.starts import Starts
 from helios.proxy.swap import SwapPolicy, Swaps
 from helios.proxy.traffic import Traffic
 from helios.proxy.warmth import Warmth, WarmthPolicy
@@ -44,6 +47,7 @@ class LifecyclePolicy:
         start_bytes_per_second: guess of how fast weights come.
         warmth: what is kept of models that nobody uses.
         swap: when eager replicas give their place to compiled ones.
+        load: when a model has more replicas than one.
     """
 
     activation: ActivationPolicy
@@ -56,6 +60,7 @@ class LifecyclePolicy:
     start_bytes_per_second: float
     warmth: WarmthPolicy = field(default_factory=WarmthPolicy)
     swap: SwapPolicy = field(default_factory=SwapPolicy)
+    load: LoadPolicy = field(default_factory=LoadPolicy)
 
 
 class Lifecycle:
@@ -86,7 +91,6 @@ class Lifecycle:
         self._catalogue = catalogue
         self._holds = holds
         self._commands = commands
-        self._new_id = new_id
         self._activations: dict[str, Activation] = {}
         self._evicting: set[str] = set()
         self._waking: set[str] = set()
@@ -103,6 +107,17 @@ class Lifecycle:
         self.adapters = Adapters(
             traffic=traffic, catalogue=catalogue, holds=holds, send=self._send, report=self._report
         )
+        self._starts = Starts(
+            policy.engine,
+            traffic=traffic,
+            holds=holds,
+            room=self.room,
+            warmth=self.warmth,
+            new_id=new_id,
+            send=self._send_start,
+            report=self._report,
+        )
+        self.loads = Loads(policy.load, traffic=traffic, holds=holds, begin=self._start_another, report=self._report)
         self.swaps = Swaps(
             policy.swap,
             traffic=traffic,
@@ -153,6 +168,8 @@ class Lifecycle:
             self._demand(entry, standing, now)
         elif len(standing) > desired.drain_above:
             self._put_down(entry, standing, len(standing) - desired.drain_above, now)
+        else:
+            self.loads.follow(entry, standing, desired.drain_above, now)
         self._adopt(model, standing, now)
         self.swaps.follow(entry, standing, spares, now, is_wanted=desired.drain_above > 0)
         self.adapters.follow(entry, now)
@@ -206,7 +223,11 @@ class Lifecycle:
         names = {*self._traffic.fleet.models(), *self._catalogue.pinned(), *self._holds.models(), *self._activations}
         for model in self.room.start_order(names, now):
             self.handle(model, machine.Tick(self._start_seconds(model)), now)
+            entry = self._catalogue.find(model)
+            if entry is not None and entry.name == model:
+                self.loads.observe(entry, now)
             self.reconcile(model, now)
+        self.loads.keep_only(names)
         self._evict_idle()
         self.warmth.relieve()
 
@@ -297,6 +318,7 @@ class Lifecycle:
             in_flight_count=sum(1 for replica in current if not self._traffic.is_idle(replica)),
             last_used_at=self._traffic.last_used_at(entry.name),
             is_failing=self._activations[entry.name].is_failing if entry.name in self._activations else False,
+            load_count=self.loads.count(entry.name),
         )
         return desired_replicas(
             min_replicas=entry.min_replicas,
@@ -354,18 +376,17 @@ class Lifecycle:
                 f" settings (helios models set MODEL --set lora.adapters={model}:{model})"
             )
             return machine.Refused("INVALID_ENGINE_SETTINGS", message, 1.0)
-        revisions = self._revisions(needs)
-        if missing := set(needs.models) - revisions.keys():
+        if missing := self._starts.missing_models(needs):
             message = f"its engine settings name the model '{min(missing)}', which does not exist"
             return machine.Refused("INVALID_ENGINE_SETTINGS", message, 1.0)
         sleeper = self.warmth.sleeper(entry)
         if sleeper is not None:
             return machine.Placed(self._wake(sleeper))
         workers = [self.room.capacity(w, entry, now) for w in self._traffic.fleet.workers() if w.is_reachable]
-        plan = placement.place(self._engine(needs), workers, may_preempt=may_preempt)
+        plan = placement.place(self._starts.engine(needs), workers, may_preempt=may_preempt)
         match plan:
             case placement.Placed() as placed:
-                return machine.Placed(self._start(in_form(entry, Form.EAGER), placed, revisions))
+                return machine.Placed(self._starts.begin(entry, placed))
             case placement.Preempt(worker_id, replica_ids):
                 return self._preempt(model, worker_id, replica_ids, now)
             case placement.Wait(reason, message):
@@ -373,7 +394,7 @@ class Lifecycle:
                 return machine.Delayed(reason, message)
             case placement.Impossible(reason, message):
                 retry_after = self.estimates.expected_seconds(model, entry.weights_bytes)
-                proposal = propose(self._engine(needs), self.room.with_movable(workers))
+                proposal = propose(self._starts.engine(needs), self.room.with_movable(workers))
                 if proposal is not None:
                     self.outbox.append(actions.ActivationDelayed(model, "FRAGMENTED", proposal.text))
                 return machine.Refused(reason, message, max(1.0, retry_after))
@@ -449,82 +470,6 @@ class Lifecycle:
         self.outbox.append(begun)
         return replica.replica_id
 
-    def _start_spare(self, entry: ModelEntry, now: float) -> Replica | None:
-        """Orders a compiled replica in the background, where there is room that nothing else wants."""
-        entry = in_form(entry, Form.COMPILED)
-        needs = needs_of(entry.engine_settings)
-        revisions = self._revisions(needs)
-        is_room_wanted = any(one.state is ActivationState.WAITING for one in self._activations.values())
-        if is_room_wanted or set(needs.models) - revisions.keys():
-            return None
-        # Two compiles on one node would only be ready later.
-        workers = [
-            replace(self.room.capacity(worker, entry, now), victims=())
-            for worker in self._traffic.fleet.workers()
-            if worker.is_reachable and not any(replica.is_spare for replica in worker.replicas.values())
-        ]
-        plan = placement.place(self._engine(needs), workers, may_preempt=False)
-        if not isinstance(plan, placement.Placed):
-            return None
-        order = self._order(entry, plan, revisions, is_background=True)
-        self.outbox.append(actions.SwapBegun(entry.name, order.replica_id, plan.worker_id, plan.reason))
-        return self._traffic.fleet.replica(order.replica_id)
-
-    def _start(self, entry: ModelEntry, placed: placement.Placed, revisions: Mapping[str, str]) -> str:
-        order = self._order(entry, placed, revisions)
-        held_count = self._holds.count(entry.name)
-        begun = actions.ActivationBegun(
-            entry.name, order.replica_id, placed.worker_id, held_count, placed.reason, order.traceparent
-        )
-        self.outbox.append(begun)
-        return order.replica_id
-
-    def _order(
-        self, entry: ModelEntry, placed: placement.Placed, revisions: Mapping[str, str], *, is_background: bool = False
-    ) -> StartReplica:
-        """Sends a start command and believes in its replica; a request that waits is told of by one that answers it."""
-        worker_id = placed.worker_id
-        worker = self._traffic.fleet.worker(worker_id)
-        assert worker is not None
-        needs, size = needs_of(entry.engine_settings), self.room.size_on(worker, entry)
-        asking = None if is_background else self._holds.first(entry.name)
-        replica_id = self._new_id()
-        self._evicting.discard(entry.revision)
-        order = StartReplica(
-            replica_id=replica_id,
-            model=entry.name,
-            revision=entry.revision,
-            engine=needs.engine or self.policy.engine,
-            memory_bytes=size.memory_bytes,
-            kv_cache_bytes=size.kv_cache_bytes,
-            max_context_tokens=needs.max_context_tokens,
-            engine_settings=with_revisions(entry.engine_settings, revisions),
-            served_names=entry.aliases,
-            memory_items=size.items,
-            host_memory_items=size.host_items,
-            device_count=self.room.device_count(worker, entry),
-            # Where devices are the host's processors, its worker knows best.
-            device_ids=placed.device_ids if worker.has_gpus else (),
-            requested_at=asking.requested_at if asking is not None else 0.0,
-            traceparent=asking.traceparent if asking is not None else "",
-            is_background=is_background,
-        )
-        # Commands of a worker are carried out in their order.
-        self.warmth.make_room(worker, size.host_bytes)
-        self._traffic.fleet.believe(asked_replica(worker_id, order))
-        self.room.started(replica_id, entry.engine_settings)
-        self._send(worker_id, order)
-        return order
-
-    def _revisions(self, needs: EngineNeeds) -> dict[str, str]:
-        """The revisions of the other models that a replica needs, as far as there are such models."""
-        others = ((name, self._catalogue.named(name)) for name in needs.models)
-        return {name: other.revision for name, other in others if other is not None}
-
-    def _engine(self, needs: EngineNeeds) -> str:
-        # What stands behind a colon is the engine's own business.
-        return (needs.engine or self.policy.engine).partition(":")[0]
-
     def _adopt(self, model: str, current: list[Replica], now: float) -> None:
         # One that was stopped a moment ago is none: its end would be taken for a failure.
         awaited = (r for r in current if r.state.is_starting and not self._traffic.is_draining(r))
@@ -579,6 +524,21 @@ class Lifecycle:
             for worker in self._traffic.fleet.workers():
                 self._send(worker.hello.worker_id, EvictRevision(revision))
 
+    def _start_spare(self, entry: ModelEntry, now: float) -> Replica | None:
+        is_room_wanted = any(one.state is ActivationState.WAITING for one in self._activations.values())
+        return None if is_room_wanted else self._starts.begin_spare(entry, now)
+
+    def _start_another(self, entry: ModelEntry, now: float) -> str:
+        """Starts one more replica for a model's load, unless others wait for room, or its last start failed."""
+        is_room_wanted = any(one.state is ActivationState.WAITING for one in self._activations.values())
+        is_free = self.activation(entry.name).state is ActivationState.IDLE
+        return self._starts.begin_another(entry, now) if is_free and not is_room_wanted else ""
+
+    def _send_start(self, worker_id: str, order: Order) -> None:
+        if isinstance(order, StartReplica):
+            self._evicting.discard(order.revision)
+        self._send(worker_id, order)
+
     def _send(self, worker_id: str, order: Order) -> None:
         self.outbox.append(actions.Send(self._commands.issue(worker_id, order)))
 
@@ -588,21 +548,3 @@ class Lifecycle:
 
 def _uses(replica: Replica, revision: str) -> bool:
     return replica.revision == revision or any(held.adapter.revision == revision for held in replica.adapters)
-
-
-def asked_replica(worker_id: str, order: StartReplica) -> Replica:
-    """The replica that a start command asks for, as it is believed in until its worker speaks of it."""
-    return Replica(
-        replica_id=order.replica_id,
-        model=order.model,
-        revision=order.revision,
-        state=ReplicaState.PENDING,
-        worker_id=worker_id,
-        engine=order.engine,
-        device_ids=order.device_ids,
-        memory_bytes=order.memory_bytes,
-        memory_items=order.memory_items,
-        host_memory_items=order.host_memory_items,
-        form=needs_of(order.engine_settings).form,
-        is_background=order.is_background,
-    )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from helios.proxy.catalogue import Catalogue, ModelEntry
-from helios.proxy.engine_needs import needs_of, with_form
+from helios.proxy.engine_needs import EngineNeeds, needs_of, with_form
 from helios.proxy.fleet.state import Form, Replica, ReplicaState, Worker
 from helios.proxy.holds import Holds
 from helios.proxy.placement.packing import Want, pack
@@ -70,6 +70,11 @@ class Room:
     def device_count(worker: Worker, entry: ModelEntry) -> int:
         """How many of this worker's devices a replica of a model takes; on a CPU, ranks share the one that there is."""
         return needs_of(entry.engine_settings).rank_count if worker.has_gpus else 1
+
+    def revisions(self, needs: EngineNeeds) -> dict[str, str]:
+        """The revisions of the other models that a replica needs, as far as there are such models."""
+        others = ((name, self._catalogue.named(name)) for name in needs.models)
+        return {name: other.revision for name, other in others if other is not None}
 
     def started(self, replica_id: str, engine_settings: str) -> None:
         """A replica was ordered with these settings: what it will be measured to hold speaks of them."""

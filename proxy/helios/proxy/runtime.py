@@ -320,6 +320,10 @@ class Runtime:
                 log.warning("activation failed", model=model, reason=reason, error=message, held=held_count)
                 metrics.ACTIVATIONS.labels(reason.lower()).inc()
                 self._end_span(model, {}, error=f"{reason}: {message}")
+            case actions.LoadScaled(model, before, count, reason, is_advice):
+                metrics.LOAD_REPLICAS.labels(model).set(count)
+                what = "load asks for replicas" if is_advice else "scales by load"
+                log.info(what, model=model, before=before, after=count, reason=reason)
             case _:
                 _report_swap(action)
 

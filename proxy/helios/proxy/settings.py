@@ -11,6 +11,7 @@ from helios.proxy.breaker import BreakerPolicy
 from helios.proxy.core import CorePolicy
 from helios.proxy.holds import HoldLimits
 from helios.proxy.lifecycle import LifecyclePolicy
+from helios.proxy.scaling.load import LoadPolicy, ScalingMode
 from helios.proxy.sizing import SizingPolicy
 from helios.proxy.swap import SwapPolicy
 from helios.proxy.traffic import RoutingPolicy
@@ -123,6 +124,30 @@ class SwapSettings(BaseModel):
     """A compiled replica that fails later than this after it got ready does not speak against compiling, in seconds."""
 
 
+class ScalingSettings(BaseModel):
+    """Models whose load asks for more replicas than one; a model's max_replicas bounds them."""
+
+    model_config = _FROZEN
+
+    mode: ScalingMode = ScalingMode.ON
+    """`on`: replicas are added where there is room that nobody has (on processors, on other nodes), and go when they
+    are no longer needed. `advise`: decisions are logged, and nothing is done. `off`: one replica a model, or
+    min_replicas."""
+    target_ratio: float = Field(default=0.7, gt=0, le=1)
+    """Share of the requests that an engine runs at once which a replica should have. 0.7: the next ones find room
+    while another replica starts."""
+    kv_ratio: float = Field(default=0.9, gt=0, le=1)
+    """One more replica is asked for where KV caches are fuller than this and requests wait for them."""
+    stable_seconds: PositiveFloat = 60.0
+    """The mean number of requests over this time counts, in seconds."""
+    panic_seconds: PositiveFloat = 6.0
+    """The mean over this time counts where it asks for `panic_ratio` times the replicas, in seconds."""
+    panic_ratio: float = Field(default=2.0, gt=1)
+    """When the short mean counts."""
+    keep_seconds: NonNegativeFloat = 300.0
+    """As many replicas stay as were asked for at any time in so long, in seconds. 300: a pause between two bursts."""
+
+
 class RoutingSettings(BaseModel):
     """Which of several replicas takes a request."""
 
@@ -219,6 +244,8 @@ class ProxySettings(ProcessSettings):
     swap: SwapSettings = Field(default_factory=SwapSettings)
     """Models that start eager and then get compiled replicas."""
 
+    scaling: ScalingSettings = Field(default_factory=ScalingSettings)
+    """How many replicas."""
     routing: RoutingSettings = Field(default_factory=RoutingSettings)
     """Which replica."""
     breaker: BreakerSettings = Field(default_factory=BreakerSettings)
@@ -271,5 +298,6 @@ class ProxySettings(ProcessSettings):
             start_base_seconds=replica.start_base_seconds,
             start_bytes_per_second=float(replica.start_bytes_per_second),
             warmth=WarmthPolicy(sleeps=replica.sleeps, stages=replica.stages, pressure_ratio=replica.pressure_ratio),
+            load=LoadPolicy(**self.scaling.model_dump()),
             swap=SwapPolicy(**self.swap.model_dump()),
         )

@@ -1,8 +1,8 @@
-"""How many replicas a model should have. Pure.
+"""How many replicas a model should have now. Pure.
 
-Thin by intent: one replica while a model is in use, none when it has been idle for long enough, never fewer than its
-policy says. Two numbers come out, because they answer different questions: `start_below` (start one where fewer exist)
-and `drain_above` (drain the surplus).
+One while a model is in use, more where its load asks for them (`load`), none when it has been idle for long enough,
+never fewer than its policy says. Two numbers come out, because they answer different questions: `start_below` (start
+one where fewer exist, whoever has to give way) and `drain_above` (drain the surplus).
 """
 
 from __future__ import annotations
@@ -12,17 +12,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How a model is used now. `last_used_at` is None where it was never used, or was told to go to zero."""
+    """How a model is used now. `last_used_at` is None where it was never used, or was told to go to zero.
+
+    `load_count` is how many replicas its load asks for.
+    """
 
     held_count: int
     in_flight_count: int
     last_used_at: float | None
     is_failing: bool
+    load_count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """Start a replica where there are fewer than `start_below`; drain the surplus over `drain_above`."""
+    """Start a replica where there are fewer than `start_below`; drain the surplus over `drain_above`.
+
+    Between them, one more may be started where there is room that nobody has.
+    """
 
     start_below: int
     drain_above: int
@@ -40,8 +47,9 @@ def desired_replicas(*, min_replicas: int, max_replicas: int, usage: Usage, idle
     """
     is_recent = usage.last_used_at is not None and (not idle_seconds or now - usage.last_used_at < idle_seconds)
     is_wanted = usage.held_count > 0
-    keep = 1 if is_wanted or usage.in_flight_count or is_recent else 0
+    keep = max(1, usage.load_count) if is_wanted or usage.in_flight_count or is_recent else 0
     # A model that fails to start is tried again by requests and by its policy, not because it was used a while ago.
     start = 1 if is_wanted or (is_recent and not usage.is_failing) else 0
-    bound = max(max_replicas, min_replicas) if max_replicas else max(min_replicas, 1)
-    return Desired(min(max(min_replicas, start), bound), min(max(min_replicas, keep), bound))
+    if max_replicas:
+        keep, start = min(keep, max(max_replicas, 1)), min(start, max(max_replicas, 1))
+    return Desired(max(min_replicas, start), max(min_replicas, keep))

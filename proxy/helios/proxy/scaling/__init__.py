@@ -1,0 +1,1 @@
+"""How many replicas models should have. All pure."""

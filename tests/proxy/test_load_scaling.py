@@ -1,0 +1,135 @@
+"""How many replicas load asks for, and what the proxy does about it."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helios.proxy.actions import Send
+from helios.proxy.core import Core
+from helios.proxy.fleet.commands import StartReplica
+from helios.proxy.fleet.state import Device, DeviceKind, Load, Replica, WorkerHello
+from helios.proxy.scaling.load import LoadDecision, LoadPolicy, LoadSample, LoadScaler, ScalingMode
+from helios.proxy.traffic import LoadDelta
+from tests.proxy.support import GIB, core, entry, policy, ready
+
+POLICY = LoadPolicy(target_ratio=0.5)
+# With 20 requests at once, a replica is to have 10.
+CAPACITY = 20
+
+
+def sample(request_count: int, replica_count: int = 1, **fields: object) -> LoadSample:
+    values = {"waiting_count": 0, "kv_usage_ratio": 0.0, "replica_capacity": CAPACITY} | fields
+    return LoadSample(request_count=request_count, replica_count=replica_count, **values)  # type: ignore[arg-type]
+
+
+def observe(scaler: LoadScaler, request_count: int, start: float, seconds: int, replica_count: int = 1) -> LoadDecision:
+    for second in range(seconds):
+        scaler.observe(sample(request_count, replica_count), start + second)
+    return scaler.decision
+
+
+def test_as_many_are_asked_for_as_the_mean_load_needs() -> None:
+    decision = observe(LoadScaler(POLICY), 25, 0, 60, replica_count=3)
+    assert decision == LoadDecision(3, "25.0 requests at once, 10 a replica")
+    assert observe(LoadScaler(POLICY), 10, 0, 60).count == 1
+    assert observe(LoadScaler(POLICY), 0, 0, 60).count == 1
+
+
+def test_a_burst_of_a_second_asks_for_nothing_and_one_that_lasts_is_a_panic() -> None:
+    scaler = LoadScaler(POLICY)
+    observe(scaler, 5, 0, 60)
+    assert scaler.observe(sample(30), 60).count == 1
+    assert observe(scaler, 40, 61, 5).count == 4
+    assert "in 6 s" in scaler.decision.reason
+    # In a panic nothing goes, and as many stay for five minutes as were asked for.
+    assert observe(scaler, 0, 66, 300, replica_count=4).count == 4
+    assert "now 1" in scaler.decision.reason
+    assert observe(scaler, 0, 366, 120, replica_count=4).count == 1
+
+
+def test_full_kv_caches_ask_for_one_more_where_requests_wait_for_them() -> None:
+    full = sample(4, replica_count=2, kv_usage_ratio=0.95, waiting_count=2)
+    assert LoadScaler(POLICY).observe(full, 0).count == 3
+    assert LoadScaler(POLICY).observe(replace(full, waiting_count=0), 0).count == 1
+    assert LoadScaler(POLICY).observe(replace(full, kv_usage_ratio=0.5), 0).count == 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 8)), min_size=1, max_size=200))
+def test_counts_are_bounded_by_the_most_load_and_never_fall_too_soon(steps: list[tuple[int, int]]) -> None:
+    scaler, counts = LoadScaler(replace(POLICY, keep_seconds=30)), []
+    for now, (request_count, replica_count) in enumerate(steps):
+        counts.append(scaler.observe(sample(request_count, replica_count), now).count)
+    most = max(request_count for request_count, _ in steps)
+    assert min(counts) >= 1
+    assert max(counts) <= max(1, -(-most // 10))
+    for index, count in enumerate(counts):
+        assert count >= max(counts[max(0, index - 1) : index + 1]) or index > 30, "what was asked for stays for 30 s"
+
+
+# What the proxy does.
+GPUS = tuple(Device(f"cuda:{n}", DeviceKind.CUDA, 2 * GIB, 0) for n in range(2))
+
+
+def starts(subject: Core, now: float) -> list[StartReplica]:
+    """What a tick orders to be started."""
+    subject.worker_seen("w", now)
+    orders = [action.command.order for action in subject.tick(now) if isinstance(action, Send)]
+    return [order for order in orders if isinstance(order, StartReplica)]
+
+
+def busy(mode: ScalingMode, devices: tuple[Device, ...], *, max_replicas: int = 0) -> tuple[Core, Replica]:
+    """A proxy whose only replica has had 100 requests for a while."""
+    settings = policy(idle_seconds=30.0)
+    load = LoadPolicy(mode=mode, stable_seconds=10, keep_seconds=10)
+    subject = core(replace(settings, lifecycle=replace(settings.lifecycle, load=load)))
+    subject.models_replaced([replace(entry(min_replicas=1), max_replicas=max_replicas)], 0.0, is_synced=True)
+    subject.worker_hello(WorkerHello("w", "1", "node", devices, ("vllm",), 8, ()), 0.0)
+    subject.tick(6.0)
+    (asked,) = subject.fleet.replicas()
+    subject.replica_event("w", 1, ready(asked), 7.0)
+    subject.endpoints_acknowledged(frozenset({"127.0.0.1:1000"}), 7.0)
+    told(subject, asked.replica_id, 100, 7.0)
+    return subject, asked
+
+
+def told(subject: Core, replica_id: str, count: int, now: float) -> None:
+    subject.load_report([LoadDelta(replica_id, Load(running_count=count))], now)
+
+
+@pytest.mark.parametrize("max_replicas", [0, 2])
+def test_load_starts_another_replica_and_its_end_drains_one(max_replicas: int) -> None:
+    subject, first = busy(ScalingMode.ON, GPUS, max_replicas=max_replicas)
+    ordered = [order for second in range(8, 15) for order in starts(subject, float(second))]
+    assert [order.device_ids != first.device_ids for order in ordered] == [True], "one at a time, on the other device"
+    (second,) = (each for each in subject.fleet.replicas() if each.replica_id != first.replica_id)
+    subject.replica_event("w", 2, ready(second, "127.0.0.1:1001"), 15.0)
+    subject.endpoints_acknowledged(frozenset({"127.0.0.1:1000", "127.0.0.1:1001"}), 15.0)
+    assert not starts(subject, 16.0)
+    told(subject, first.replica_id, 0, 17.0)
+    for now in range(18, 60):
+        starts(subject, float(now))
+    assert sum(not subject.traffic.is_draining(each) for each in subject.fleet.replicas()) == 1
+    decisions = [(each.from_count, each.to_count) for each in subject.lifecycle.loads.decisions]
+    assert decisions[0][0] == 1
+    assert max(to_count for _, to_count in decisions) == 3
+    assert decisions[-1][1] == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "devices", "max_replicas"),
+    [
+        (ScalingMode.ADVISE, GPUS, 0),
+        (ScalingMode.OFF, GPUS, 0),
+        (ScalingMode.ON, GPUS, 1),
+        (ScalingMode.ON, GPUS[:1], 0),
+        (ScalingMode.ON, (Device("cpu:0", DeviceKind.CPU, 8 * GIB, 0),), 0),
+    ],
+)
+def test_nothing_is_started_where_it_must_not_or_can_not(
+    mode: ScalingMode, devices: tuple[Device, ...], max_replicas: int
+) -> None:
+    subject, _ = busy(mode, devices, max_replicas=max_replicas)
+    assert not [order for second in range(8, 30) for order in starts(subject, float(second))]
+    assert bool(subject.lifecycle.loads.decisions) is (mode is not ScalingMode.OFF)
