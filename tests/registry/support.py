@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helios.api.registry.v1.artifact_service_pb2_grpc import add_ArtifactServiceServicer_to_server
+from helios.api.registry.v1.follow_service_pb2_grpc import add_FollowServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
 from helios.api.registry.v1.rollout_service_pb2_grpc import add_RolloutServiceServicer_to_server
 from helios.api.registry.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
@@ -22,6 +23,10 @@ from helios.registry.collector import Collector
 from helios.registry.database import Database
 from helios.registry.directory_store import DirectoryStore
 from helios.registry.downloads import open_downloads
+from helios.registry.follow.follower import Follower
+from helios.registry.follow.servicer import FollowServicer
+from helios.registry.follow.settings import FollowSettings
+from helios.registry.follow.store import FollowStore
 from helios.registry.ingest import Ingester
 from helios.registry.records import IngestDone, IngestEvent, IngestSpec
 from helios.registry.rollout.servicer import RolloutServicer
@@ -58,6 +63,8 @@ class Parts:
     collector: Collector
     versions: Versions
     rollouts: RolloutStore
+    followed: FollowStore
+    follower: Follower
 
     async def ingest(self, name: str, source: Path | str, **more: object) -> IngestDone:
         """Ingests to the end."""
@@ -120,7 +127,11 @@ async def open_parts(
         collector = Collector(store.blobs, blobs, CollectionSettings())
         versions = Versions(catalog, TagStore(database, store.changes))
         rollouts = RolloutStore(database, store.changes)
-        yield Parts(state, store, blobs, directory, hub, catalog, ingester, uploads, collector, versions, rollouts)
+        followed = FollowStore(database, store.changes)
+        quick = FollowSettings(poll_seconds=0.05)
+        follower = Follower(followed, catalog, rollouts, sources, ingester, settings=quick)
+        made = (state, store, blobs, directory, hub, catalog, ingester, uploads, collector, versions)
+        yield Parts(*made, rollouts, followed, follower)
 
 
 class Mesh:
@@ -172,6 +183,8 @@ async def serve(parts: Parts, mesh: Mesh) -> AsyncIterator[str]:
     add_ArtifactServiceServicer_to_server(ArtifactServicer(parts.uploads), server.grpc)
     add_VersionServiceServicer_to_server(VersionServicer(parts.versions, parts.store), server.grpc)
     add_RolloutServiceServicer_to_server(RolloutServicer(parts.catalog, parts.rollouts), server.grpc)
+    follow = FollowServicer(parts.catalog, parts.followed, parts.follower)
+    add_FollowServiceServicer_to_server(follow, server.grpc)
     server.serve(access.SERVICE, access.ARTIFACT_SERVICE, access.VERSION_SERVICE)
     async with server:
         try:

@@ -272,4 +272,4 @@ def test_a_model_serves_one_revision_and_rolls_out_another_whatever_the_order(te
         template = templates.file
 
     limits = settings(max_examples=10, stateful_step_count=12, deadline=None)
-    run_state_machine_as_test(Machine, settings=limits)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(Machine, settings=limits)

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn, TypeVar
+from typing import Annotated, Any, Final, NoReturn, TypeAlias, TypeVar
 
 import grpc.aio
 import typer
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from helios.cli import cache as cache_commands
 from helios.cli import commands, keys, model_versions
+from helios.cli import models_follow as following
 from helios.cli import models_rollout as rollouts
 from helios.cli import usage as usages
 from helios.cli import why as explanations
@@ -140,6 +141,24 @@ def models_list(state_dir: StateOption, *, is_json: JsonOption = False) -> None:
     _run(commands.models_list(_state(state_dir), console, is_json=is_json))
 
 
+FollowOption: TypeAlias = Annotated[
+    bool, typer.Option("--follow", help="Pull it again, as a new revision, whenever its source changes.")
+]
+IntervalOption: TypeAlias = Annotated[
+    str, typer.Option(help="How often a followed source is looked at: 90s, 15m, 1h, 7d. Default: 1h.")
+]
+PolicyOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        help="What a followed source's new revision does: keep (only MODEL@next reaches it), move (it is served), "
+        "rollout (it gets --weight of the requests). Default: keep."
+    ),
+]
+WeightOption: TypeAlias = Annotated[
+    int | None, typer.Option(help="Of the policy rollout: the share that it begins with, in percent.", min=0, max=100)
+]
+
+
 @models.command("add")
 def models_add(  # noqa: PLR0913 - one for each option
     name: Annotated[str, typer.Argument(help="Name that requests will use.")],
@@ -153,6 +172,10 @@ def models_add(  # noqa: PLR0913 - one for each option
     setting: SettingOption = None,
     tag: TagOption = None,
     keep_served: KeepServedOption = False,
+    follow: FollowOption = False,
+    interval: IntervalOption = "",
+    policy: PolicyOption = "",
+    weight: WeightOption = None,
     is_json: JsonOption = False,
 ) -> None:
     """Add a model, or a new revision of one."""
@@ -164,6 +187,7 @@ def models_add(  # noqa: PLR0913 - one for each option
         assignments=tuple(setting or ()),
         tags=tuple(tag or ()),
         keep_served=keep_served,
+        follow=_manner(interval, policy, weight, is_following=follow),
     )
     _run(models_add_command(_state(state_dir), console, wanted, is_json=is_json))
 
@@ -192,6 +216,10 @@ def models_pull(  # noqa: PLR0913 - one for each option
     setting: SettingOption = None,
     tag: TagOption = None,
     keep_served: KeepServedOption = False,
+    follow: FollowOption = False,
+    interval: IntervalOption = "",
+    policy: PolicyOption = "",
+    weight: WeightOption = None,
     is_json: JsonOption = False,
 ) -> None:
     """Download a model and add it: verified, resumed where an earlier try stopped, and only what is not here yet."""
@@ -206,8 +234,28 @@ def models_pull(  # noqa: PLR0913 - one for each option
         exclude=tuple(exclude or ()),
         tags=tuple(tag or ()),
         keep_served=keep_served,
+        follow=_manner(interval, policy, weight, is_following=follow),
     )
     _run(models_add_command(_state(state_dir), console, wanted, is_json=is_json))
+
+
+@models.command("follow")
+def models_follow(  # noqa: PLR0913 - one for each option
+    model: Annotated[str, typer.Argument(help="Name or alias.")],
+    state_dir: StateOption,
+    *,
+    source: Annotated[str, typer.Option(help="Follow this source, as pull takes it.")] = "",
+    interval: IntervalOption = "",
+    policy: PolicyOption = "",
+    weight: WeightOption = None,
+    now: Annotated[bool, typer.Option("--now", help="Have the source looked at now.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Follow it no more; revisions and tags stay.")] = False,
+    is_json: JsonOption = False,
+) -> None:
+    """Follow a model's source: what changes there becomes a new revision. With no option, show how that went."""
+    manner = following.Manner(interval, policy, weight)
+    order = following.Order(source, manner, is_stopped=stop, is_now=now)
+    _run(following.follow(_state(state_dir), console, model, order, is_json=is_json))
 
 
 @models.command("push")
@@ -569,6 +617,13 @@ def logs(
 ) -> None:
     """Print the logs of the processes."""
     _run(commands.logs(_state(state_dir), console, process, is_following=follow, line_count=lines))
+
+
+def _manner(interval: str, policy: str, weight: int | None, *, is_following: bool) -> following.Manner | None:
+    manner = following.Manner(interval, policy, weight)
+    if not is_following and manner != following.Manner():
+        raise typer.BadParameter("--interval, --policy and --weight go with --follow")
+    return manner if is_following else None
 
 
 def _state(path: Path) -> StateDirectory:

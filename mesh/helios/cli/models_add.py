@@ -6,11 +6,12 @@ from pathlib import Path
 from rich.console import Console
 
 from helios.cli.edge import open_admin
+from helios.cli.models_follow import Manner, follow_new
 from helios.cli.models_set import changed_settings
 from helios.cli.state import StateDirectory
 from helios.cli.transfer_progress import ProgressBar, ProgressLines, size
 from helios.mesh.errors import AlreadyExists, InvalidRequest, ModelNotFound
-from helios.registry.client import IngestDone, IngestProgress, IngestSpec, RegistryClient
+from helios.registry.client import IngestDone, IngestProgress, IngestSpec, RegistryClient, Wish
 from helios.registry.sources.reference import HubReference, OciReference, parse_reference, place_of, suggest_name
 
 _EMBEDDED = "embedded:"
@@ -27,6 +28,7 @@ class Addition:
         assignments: ``FIELD=VALUE`` of engine settings.
         tags: To point at the revision.
         keep_served: A model that exists goes on serving what it serves.
+        follow: How its source is followed from then on; None: it is not.
     """
 
     name: str | None
@@ -39,6 +41,7 @@ class Addition:
     exclude: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     keep_served: bool = False
+    follow: Manner | None = None
 
 
 async def models_add(state: StateDirectory, console: Console, wanted: Addition, *, is_json: bool = False) -> None:
@@ -71,6 +74,9 @@ async def models_add(state: StateDirectory, console: Console, wanted: Addition, 
                     shown.progress(event)
                 else:
                     shown.done(*reached(wanted, name, event))
+        if wanted.follow is not None:
+            wish = Wish(source, wanted.include, wanted.exclude)
+            await follow_new(dialer, name, wish, wanted.follow)
 
 
 async def _require_same_place(registry: RegistryClient, name: str, source: str) -> None:

@@ -14,6 +14,7 @@ from helios.api.registry.v1.artifact_service_pb2_grpc import add_ArtifactService
 from helios.api.registry.v1.chunk_service_pb2_grpc import add_ChunkServiceServicer_to_server
 from helios.api.registry.v1.key_service_pb2_grpc import add_KeyServiceServicer_to_server
 from helios.api.registry.v1.push_service_pb2_grpc import add_PushServiceServicer_to_server
+from helios.api.registry.v1.follow_service_pb2_grpc import add_FollowServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
 from helios.api.registry.v1.rollout_service_pb2_grpc import add_RolloutServiceServicer_to_server
 from helios.api.registry.v1.sync_service_pb2_grpc import add_SyncServiceServicer_to_server
@@ -37,6 +38,9 @@ from helios.registry.collector import Collector
 from helios.registry.database import Database
 from helios.registry.directory_store import DirectoryStore
 from helios.registry.downloads import open_downloads
+from helios.registry.follow.follower import Follower
+from helios.registry.follow.servicer import FollowServicer
+from helios.registry.follow.store import FollowStore
 from helios.registry.ingest import Ingester
 from helios.registry.keys.keys import Keys
 from helios.registry.keys.servicer import KeyServicer
@@ -117,6 +121,9 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         add_VersionServiceServicer_to_server(VersionServicer(versions, store), server.grpc)
         rollouts = RolloutStore(database, store.changes)
         add_RolloutServiceServicer_to_server(RolloutServicer(catalog, rollouts), server.grpc)
+        followed = FollowStore(database, store.changes)
+        follower = Follower(followed, catalog, rollouts, sources, ingester, settings=settings.follow)
+        add_FollowServiceServicer_to_server(FollowServicer(catalog, followed, follower), server.grpc)
         keys = Keys(KeyStore(database), poll_seconds=settings.watch_poll_seconds if database.is_shared else 0.0)
         add_KeyServiceServicer_to_server(KeyServicer(keys), server.grpc)
         chunks = ChunkStore(database)
@@ -139,6 +146,7 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         chores = {
             "index chunks": ChunkIndexer(chunks, blobs.store.open).run,
             "tidy downloads": downloads.keep_tidy,
+            "follow sources": follower.run,
             "forecast usage": usage.run,
         }
         if database.is_shared:

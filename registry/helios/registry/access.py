@@ -20,6 +20,7 @@ VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
 SYNC_SERVICE: Final = "helios.api.registry.v1.SyncService"
 KEY_SERVICE: Final = "helios.api.registry.v1.KeyService"
 ROLLOUT_SERVICE: Final = "helios.api.registry.v1.RolloutService"
+FOLLOW_SERVICE: Final = "helios.api.registry.v1.FollowService"
 USAGE_SERVICE: Final = "helios.api.registry.v1.UsageService"
 # A storage agent and a proxy read; the admin edge acts for people.
 POLICY: Final = {
@@ -34,6 +35,7 @@ POLICY: Final = {
     # People make and end keys, proxies know them by their hashes.
     KEY_SERVICE: frozenset({"proxy", "admin-edge"}),
     ROLLOUT_SERVICE: frozenset({"admin-edge"}),
+    FOLLOW_SERVICE: frozenset({"admin-edge"}),
     # Proxies report and take advice, people look.
     USAGE_SERVICE: frozenset({"proxy", "admin-edge"}),
 }

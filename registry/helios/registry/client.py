@@ -23,6 +23,9 @@ from helios.registry.collection import CollectionReport
 from helios.registry.collection_wire import collection_report_from_proto, collection_to_proto
 from helios.registry.engine_settings import EngineSettings
 from helios.registry.events import Event, EventKind, EventsMissed
+from helios.registry.follow.client import FollowClient
+from helios.registry.follow.following import Following, Wish
+from helios.registry.follow.following import Policy as FollowPolicy
 from helios.registry.history import Cause, Move
 from helios.registry.keys.client import SECRET_PREFIX, ApiKey, KeyClient, KeySpec, Priority, StoredKey, hash_secret
 from helios.registry.manifest import Digest, Entry, Manifest
@@ -87,6 +90,9 @@ __all__ = [
     "Event",
     "EventKind",
     "EventsMissed",
+    "FollowClient",
+    "FollowPolicy",
+    "Following",
     "Expectation",
     "Forecast",
     "IngestDone",
@@ -128,6 +134,7 @@ __all__ = [
     "UsageHour",
     "VersionClient",
     "WatchEvent",
+    "Wish",
     "hash_secret",
     "hour_of",
     "start_of",

@@ -29,6 +29,10 @@ class EventKind(StrEnum):
     REVISION_UNPINNED = "revision_unpinned"
     ROLLOUT_MOVED = "rollout_moved"
     ROLLOUT_ENDED = "rollout_ended"
+    SOURCE_FOLLOWED = "source_followed"
+    SOURCE_UNFOLLOWED = "source_unfollowed"
+    SOURCE_CHANGED = "source_changed"
+    SOURCE_FAILED = "source_failed"
 
 
 @dataclass(frozen=True, slots=True)

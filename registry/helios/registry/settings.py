@@ -6,6 +6,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from helios.mesh.settings import CLOSE_SECONDS, ProcessSettings
+from helios.registry.follow.settings import FollowSettings
 from helios.registry.push.settings import PushSettings
 from helios.registry.sources.settings import SourceSettings
 from helios.registry.sync.settings import SyncSettings
@@ -116,6 +117,8 @@ class RegistrySettings(ProcessSettings):
     """When blobs that nothing refers to go."""
     sources: SourceSettings = Field(default_factory=SourceSettings)
     """Places that models are pulled from."""
+    follow: FollowSettings = Field(default_factory=FollowSettings)
+    """Bounds of looking at sources that models follow."""
     push: PushSettings = Field(default_factory=PushSettings)
     """Pushes to OCI registries."""
     sync: SyncSettings = Field(default_factory=SyncSettings)

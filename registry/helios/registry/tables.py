@@ -10,6 +10,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    Float,
     Double,
     ForeignKey,
     ForeignKeyConstraint,
@@ -222,6 +223,29 @@ rollout_steps = Table(
     Column("actor", String, nullable=False),
     Column("at_us", BigInteger, nullable=False),
     Index("rollout_steps_by_model", "model", "version"),
+)
+
+# Sources that models follow, and how that went.
+followed = Table(
+    "followed",
+    metadata,
+    Column("model", ForeignKey("models.name", ondelete="CASCADE"), primary_key=True),
+    Column("source", String, nullable=False),
+    # JSON: the patterns of files that are taken, and of those that are not.
+    Column("patterns", String, nullable=False),
+    Column("interval_seconds", Float, nullable=False),
+    Column("policy", String(31), nullable=False),
+    Column("weight_percent", Integer, nullable=False),
+    # Of what the source had when it was ingested last; empty: it was not looked at yet.
+    Column("fingerprint", String, nullable=False),
+    Column("checked_at_us", BigInteger),
+    Column("changed_at_us", BigInteger),
+    Column("error", String, nullable=False),
+    Column("error_reason", String, nullable=False),
+    Column("failure_count", Integer, nullable=False),
+    # A look in progress moves it: who dies over one lets another registry have it then.
+    Column("next_at_us", BigInteger, nullable=False),
+    Index("followed_by_next", "next_at_us"),
 )
 
 # Every change of a model, for watchers; the oldest go.

@@ -95,6 +95,14 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     """A share of the requests goes to another revision: `revision`, `weight_percent`."""
     EVENT_KIND_ROLLOUT_ENDED: _EventKind.ValueType  # 15
     """All requests go to the served revision: `revision` (the canary), `act` (promote, abort, replace)."""
+    EVENT_KIND_SOURCE_FOLLOWED: _EventKind.ValueType  # 16
+    """The model follows a source, or follows it in another way: `source`, `policy`."""
+    EVENT_KIND_SOURCE_UNFOLLOWED: _EventKind.ValueType  # 17
+    """The model follows no source any more."""
+    EVENT_KIND_SOURCE_CHANGED: _EventKind.ValueType  # 18
+    """A followed source has changed, and was ingested: `source`, `revision`."""
+    EVENT_KIND_SOURCE_FAILED: _EventKind.ValueType  # 19
+    """A followed source can't be looked at or ingested, which is told once: `source`, `reason`."""
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper):
     """EventKind is what happened to a model."""
@@ -131,6 +139,14 @@ EVENT_KIND_ROLLOUT_MOVED: EventKind.ValueType  # 14
 """A share of the requests goes to another revision: `revision`, `weight_percent`."""
 EVENT_KIND_ROLLOUT_ENDED: EventKind.ValueType  # 15
 """All requests go to the served revision: `revision` (the canary), `act` (promote, abort, replace)."""
+EVENT_KIND_SOURCE_FOLLOWED: EventKind.ValueType  # 16
+"""The model follows a source, or follows it in another way: `source`, `policy`."""
+EVENT_KIND_SOURCE_UNFOLLOWED: EventKind.ValueType  # 17
+"""The model follows no source any more."""
+EVENT_KIND_SOURCE_CHANGED: EventKind.ValueType  # 18
+"""A followed source has changed, and was ingested: `source`, `revision`."""
+EVENT_KIND_SOURCE_FAILED: EventKind.ValueType  # 19
+"""A followed source can't be looked at or ingested, which is told once: `source`, `reason`."""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 @_typing.final
