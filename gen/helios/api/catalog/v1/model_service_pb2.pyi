@@ -150,6 +150,7 @@ class Model(_message.Message):
     ESTIMATED_READY_SECONDS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     PARENT_FIELD_NUMBER: _builtins.int
+    FETCH_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Name, as requests use it."""
     object: _builtins.str
@@ -182,6 +183,10 @@ class Model(_message.Message):
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Other names of this model."""
 
+    @_builtins.property
+    def fetch(self) -> Global___ModelFetch:
+        """How far the weights are on their way to the replica that starts; unset while none are fetched."""
+
     def __init__(
         self,
         *,
@@ -198,14 +203,51 @@ class Model(_message.Message):
         estimated_ready_seconds: _builtins.float = ...,
         failure: _builtins.str = ...,
         parent: _builtins.str = ...,
+        fetch: Global___ModelFetch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["replicas", b"replicas", "resources", b"resources"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fetch", b"fetch", "replicas", b"replicas", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created", b"created", "estimated_ready_seconds", b"estimated_ready_seconds", "failure", b"failure", "id", b"id", "max_context_tokens", b"max_context_tokens", "object", b"object", "owned_by", b"owned_by", "parent", b"parent", "replicas", b"replicas", "resources", b"resources", "revision", b"revision", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created", b"created", "estimated_ready_seconds", b"estimated_ready_seconds", "failure", b"failure", "fetch", b"fetch", "id", b"id", "max_context_tokens", b"max_context_tokens", "object", b"object", "owned_by", b"owned_by", "parent", b"parent", "replicas", b"replicas", "resources", b"resources", "revision", b"revision", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class ModelFetch(_message.Message):
+    """ModelFetch says how far a model's weights are on their way to a node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DONE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    REMAINING_SECONDS_FIELD_NUMBER: _builtins.int
+    done_bytes: _builtins.int
+    """Bytes that are there."""
+    total_bytes: _builtins.int
+    """Bytes in all."""
+    bytes_per_second: _builtins.float
+    """Bytes per second over the last seconds; 0 while none come."""
+    remaining_seconds: _builtins.float
+    """Seconds left at that rate; unset where there is none."""
+    def __init__(
+        self,
+        *,
+        done_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        bytes_per_second: _builtins.float = ...,
+        remaining_seconds: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_remaining_seconds", b"_remaining_seconds", "remaining_seconds", b"remaining_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_seconds", b"_remaining_seconds", "bytes_per_second", b"bytes_per_second", "done_bytes", b"done_bytes", "remaining_seconds", b"remaining_seconds", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__remaining_seconds: _TypeAlias = _typing.Literal["remaining_seconds"]  # noqa: Y015
+    _WhichOneofArgType__remaining_seconds: _TypeAlias = _typing.Literal["_remaining_seconds", b"_remaining_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__remaining_seconds) -> _WhichOneofReturnType__remaining_seconds | None: ...
+
+Global___ModelFetch: _TypeAlias = ModelFetch  # noqa: Y015
 
 @_typing.final
 class ReplicaCounts(_message.Message):

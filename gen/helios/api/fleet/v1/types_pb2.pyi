@@ -188,6 +188,7 @@ class Replica(_message.Message):
     IN_BACKGROUND_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     HOST_MEMORY_ITEMS_FIELD_NUMBER: _builtins.int
+    FETCH_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """Unique over the life of the cluster; made by whoever asked for the replica."""
     model: _builtins.str
@@ -248,6 +249,10 @@ class Replica(_message.Message):
     def host_memory_items(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryItem]:
         """What it books in host memory beside memory_bytes; empty where its device is the host."""
 
+    @_builtins.property
+    def fetch(self) -> Global___FetchProgress:
+        """How far its weights are on their way to the node; set while it is FETCHING and bytes have to come."""
+
     def __init__(
         self,
         *,
@@ -273,14 +278,51 @@ class Replica(_message.Message):
         in_background: _builtins.bool = ...,
         adapters: _abc.Iterable[Global___ReplicaAdapter] | None = ...,
         host_memory_items: _abc.Iterable[Global___MemoryItem] | None = ...,
+        fetch: Global___FetchProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "failure", b"failure", "load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "failure", b"failure", "fetch", b"fetch", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "can_sleep", b"can_sleep", "compilation", b"compilation", "created_at", b"created_at", "device_ids", b"device_ids", "engine", b"engine", "failure", b"failure", "host_memory_items", b"host_memory_items", "in_background", b"in_background", "load", b"load", "max_context_tokens", b"max_context_tokens", "measured_bytes", b"measured_bytes", "memory_bytes", b"memory_bytes", "memory_items", b"memory_items", "model", b"model", "phases", b"phases", "pid", b"pid", "replica_id", b"replica_id", "revision", b"revision", "state", b"state", "wake_count", b"wake_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "can_sleep", b"can_sleep", "compilation", b"compilation", "created_at", b"created_at", "device_ids", b"device_ids", "engine", b"engine", "failure", b"failure", "fetch", b"fetch", "host_memory_items", b"host_memory_items", "in_background", b"in_background", "load", b"load", "max_context_tokens", b"max_context_tokens", "measured_bytes", b"measured_bytes", "memory_bytes", b"memory_bytes", "memory_items", b"memory_items", "model", b"model", "phases", b"phases", "pid", b"pid", "replica_id", b"replica_id", "revision", b"revision", "state", b"state", "wake_count", b"wake_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Replica: _TypeAlias = Replica  # noqa: Y015
+
+@_typing.final
+class FetchProgress(_message.Message):
+    """FetchProgress says how far a fetch is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DONE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    REMAINING_FIELD_NUMBER: _builtins.int
+    done_bytes: _builtins.int
+    """Bytes that are here."""
+    total_bytes: _builtins.int
+    """Bytes in all."""
+    bytes_per_second: _builtins.float
+    """Bytes per second over the last seconds; 0 while none come."""
+    @_builtins.property
+    def remaining(self) -> _duration_pb2.Duration:
+        """Time left at that rate; unset where there is none."""
+
+    def __init__(
+        self,
+        *,
+        done_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        bytes_per_second: _builtins.float = ...,
+        remaining: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["remaining", b"remaining"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "done_bytes", b"done_bytes", "remaining", b"remaining", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchProgress: _TypeAlias = FetchProgress  # noqa: Y015
 
 @_typing.final
 class ReplicaAdapter(_message.Message):

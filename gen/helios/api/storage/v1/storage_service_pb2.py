@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+helios/api/storage/v1/storage_service.proto\x12\x15helios.api.storage.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc4\x01\n\x12MaterializeRequest\x12\x31\n\x04want\x18\x01 \x01(\x0b\x32\x1b.helios.api.storage.v1.WantH\x00R\x04want\x12\x34\n\x05renew\x18\x02 \x01(\x0b\x32\x1c.helios.api.storage.v1.RenewH\x00R\x05renew\x12:\n\x07release\x18\x03 \x01(\x0b\x32\x1e.helios.api.storage.v1.ReleaseH\x00R\x07releaseB\t\n\x07message\"\x82\x01\n\x04Want\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\x12+\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x03ttl\x12\x19\n\x08lease_id\x18\x03 \x01(\tR\x07leaseId\x12\x16\n\x06holder\x18\x04 \x01(\tR\x06holder\"\x07\n\x05Renew\"\t\n\x07Release\"\xd1\x01\n\x13MaterializeResponse\x12=\n\x08progress\x18\x01 \x01(\x0b\x32\x1f.helios.api.storage.v1.ProgressH\x00R\x08progress\x12\x34\n\x05ready\x18\x02 \x01(\x0b\x32\x1c.helios.api.storage.v1.ReadyH\x00R\x05ready\x12:\n\x07renewed\x18\x03 \x01(\x0b\x32\x1e.helios.api.storage.v1.RenewedH\x00R\x07renewedB\t\n\x07message\"J\n\x08Progress\x12\x1d\n\ndone_bytes\x18\x01 \x01(\x04R\tdoneBytes\x12\x1f\n\x0btotal_bytes\x18\x02 \x01(\x04R\ntotalBytes\"\xc3\x01\n\x05Ready\x12\x19\n\x08lease_id\x18\x01 \x01(\tR\x07leaseId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x39\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\texpiresAt\x12#\n\rfetched_bytes\x18\x04 \x01(\x04R\x0c\x66\x65tchedBytes\x12+\n\x11\x64\x65scriptor_socket\x18\x05 \x01(\tR\x10\x64\x65scriptorSocket\"D\n\x07Renewed\x12\x39\n\nexpires_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\texpiresAt\"*\n\x0c\x45victRequest\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\"0\n\rEvictResponse\x12\x1f\n\x0b\x66reed_bytes\x18\x01 \x01(\x04R\nfreedBytes\"\x15\n\x13GetResidencyRequest\"\x90\x01\n\x14GetResidencyResponse\x12\x45\n\trevisions\x18\x01 \x03(\x0b\x32\'.helios.api.storage.v1.ResidentRevisionR\trevisions\x12\x31\n\x05tiers\x18\x02 \x03(\x0b\x32\x1b.helios.api.storage.v1.TierR\x05tiers\"\xbe\x01\n\x10ResidentRevision\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12\x1f\n\x0blease_count\x18\x03 \x01(\rR\nleaseCount\x12\x14\n\x05tiers\x18\x04 \x03(\tR\x05tiers\x12\x1b\n\tis_pinned\x18\x05 \x01(\x08R\x08isPinned\x12\x1b\n\tmoving_to\x18\x06 \x01(\tR\x08movingTo\"\x95\x01\n\x04Tier\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n\nused_bytes\x18\x02 \x01(\x04R\tusedBytes\x12%\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04R\rcapacityBytes\x12\x33\n\x04kind\x18\x04 \x01(\x0e\x32\x1f.helios.api.storage.v1.TierKindR\x04kind\"\x1a\n\x18GetTierStatisticsRequest\"w\n\x19GetTierStatisticsResponse\x12;\n\x05tiers\x18\x01 \x03(\x0b\x32%.helios.api.storage.v1.TierStatisticsR\x05tiers\x12\x1d\n\nmiss_count\x18\x02 \x01(\x04R\tmissCount\"\xbf\x07\n\x0eTierStatistics\x12/\n\x04tier\x18\x01 \x01(\x0b\x32\x1b.helios.api.storage.v1.TierR\x04tier\x12\x1d\n\nfree_bytes\x18\x02 \x01(\x04R\tfreeBytes\x12\x1b\n\thit_count\x18\x03 \x01(\x04R\x08hitCount\x12\x1b\n\thit_bytes\x18\x04 \x01(\x04R\x08hitBytes\x12\\\n\rwritten_bytes\x18\x05 \x03(\x0b\x32\x37.helios.api.storage.v1.TierStatistics.WrittenBytesEntryR\x0cwrittenBytes\x12%\n\x0epromoted_count\x18\x06 \x01(\x04R\rpromotedCount\x12#\n\rdemoted_count\x18\x07 \x01(\x04R\x0c\x64\x65motedCount\x12\\\n\revicted_count\x18\x08 \x03(\x0b\x32\x37.helios.api.storage.v1.TierStatistics.EvictedCountEntryR\x0c\x65victedCount\x12\\\n\revicted_bytes\x18\t \x03(\x0b\x32\x37.helios.api.storage.v1.TierStatistics.EvictedBytesEntryR\x0c\x65victedBytes\x12#\n\rqueue_seconds\x18\n \x01(\x01R\x0cqueueSeconds\x12!\n\x0cqueued_count\x18\x0b \x01(\x04R\x0bqueuedCount\x12\x31\n\x15read_bytes_per_second\x18\x0c \x01(\x01R\x12readBytesPerSecond\x12\x33\n\x16write_bytes_per_second\x18\r \x01(\x01R\x13writeBytesPerSecond\x12%\n\x0escrubbed_bytes\x18\x0e \x01(\x04R\rscrubbedBytes\x12#\n\rcorrupt_count\x18\x0f \x01(\x04R\x0c\x63orruptCount\x1a?\n\x11WrittenBytesEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x04R\x05value:\x02\x38\x01\x1a?\n\x11\x45victedCountEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x04R\x05value:\x02\x38\x01\x1a?\n\x11\x45victedBytesEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x04R\x05value:\x02\x38\x01\"(\n\nPinRequest\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\"\r\n\x0bPinResponse\"*\n\x0cUnpinRequest\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\"\x0f\n\rUnpinResponse\"R\n\x0cScrubRequest\x12-\n\x10\x62ytes_per_second\x18\x01 \x01(\x04H\x00R\x0e\x62ytesPerSecond\x88\x01\x01\x42\x13\n\x11_bytes_per_second\"\x8d\x01\n\rScrubResponse\x12\x1d\n\ndone_bytes\x18\x01 \x01(\x04R\tdoneBytes\x12\x1f\n\x0btotal_bytes\x18\x02 \x01(\x04R\ntotalBytes\x12<\n\x07\x63orrupt\x18\x03 \x03(\x0b\x32\".helios.api.storage.v1.CorruptBlobR\x07\x63orrupt\"k\n\x0b\x43orruptBlob\x12\x12\n\x04hash\x18\x01 \x01(\tR\x04hash\x12\x12\n\x04tier\x18\x02 \x01(\tR\x04tier\x12\x17\n\x07is_lent\x18\x03 \x01(\x08R\x06isLent\x12\x1b\n\tis_healed\x18\x04 \x01(\x08R\x08isHealed*b\n\x08TierKind\x12\x19\n\x15TIER_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10TIER_KIND_MEMORY\x10\x01\x12\x12\n\x0eTIER_KIND_NVME\x10\x02\x12\x11\n\rTIER_KIND_SSD\x10\x03\x32\xa7\x05\n\x0eStorageService\x12h\n\x0bMaterialize\x12).helios.api.storage.v1.MaterializeRequest\x1a*.helios.api.storage.v1.MaterializeResponse(\x01\x30\x01\x12R\n\x05\x45vict\x12#.helios.api.storage.v1.EvictRequest\x1a$.helios.api.storage.v1.EvictResponse\x12g\n\x0cGetResidency\x12*.helios.api.storage.v1.GetResidencyRequest\x1a+.helios.api.storage.v1.GetResidencyResponse\x12v\n\x11GetTierStatistics\x12/.helios.api.storage.v1.GetTierStatisticsRequest\x1a\x30.helios.api.storage.v1.GetTierStatisticsResponse\x12L\n\x03Pin\x12!.helios.api.storage.v1.PinRequest\x1a\".helios.api.storage.v1.PinResponse\x12R\n\x05Unpin\x12#.helios.api.storage.v1.UnpinRequest\x1a$.helios.api.storage.v1.UnpinResponse\x12T\n\x05Scrub\x12#.helios.api.storage.v1.ScrubRequest\x1a$.helios.api.storage.v1.ScrubResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+helios/api/storage/v1/storage_service.proto\x12\x15helios.api.storage.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc4\x01\n\x12MaterializeRequest\x12\x31\n\x04want\x18\x01 \x01(\x0b\x32\x1b.helios.api.storage.v1.WantH\x00R\x04want\x12\x34\n\x05renew\x18\x02 \x01(\x0b\x32\x1c.helios.api.storage.v1.RenewH\x00R\x05renew\x12:\n\x07release\x18\x03 \x01(\x0b\x32\x1e.helios.api.storage.v1.ReleaseH\x00R\x07releaseB\t\n\x07message\"\x82\x01\n\x04Want\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\x12+\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x03ttl\x12\x19\n\x08lease_id\x18\x03 \x01(\tR\x07leaseId\x12\x16\n\x06holder\x18\x04 \x01(\tR\x06holder\"\x07\n\x05Renew\"\t\n\x07Release\"\xd1\x01\n\x13MaterializeResponse\x12=\n\x08progress\x18\x01 \x01(\x0b\x32\x1f.helios.api.storage.v1.ProgressH\x00R\x08progress\x12\x34\n\x05ready\x18\x02 \x01(\x0b\x32\x1c.helios.api.storage.v1.ReadyH\x00R\x05ready\x12:\n\x07renewed\x18\x03 \x01(\x0b\x32\x1e.helios.api.storage.v1.RenewedH\x00R\x07renewedB\t\n\x07message\"\xad\x01\n\x08Progress\x12\x1d\n\ndone_bytes\x18\x01 \x01(\x04R\tdoneBytes\x12\x1f\n\x0btotal_bytes\x18\x02 \x01(\x04R\ntotalBytes\x12(\n\x10\x62ytes_per_second\x18\x03 \x01(\x01R\x0e\x62ytesPerSecond\x12\x37\n\tremaining\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationR\tremaining\"\xc3\x01\n\x05Ready\x12\x19\n\x08lease_id\x18\x01 \x01(\tR\x07leaseId\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\x12\x39\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\texpiresAt\x12#\n\rfetched_bytes\x18\x04 \x01(\x04R\x0c\x66\x65tchedBytes\x12+\n\x11\x64\x65scriptor_socket\x18\x05 \x01(\tR\x10\x64\x65scriptorSocket\"D\n\x07Renewed\x12\x39\n\nexpires_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\texpiresAt\"*\n\x0c\x45victRequest\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\"0\n\rEvictResponse\x12\x1f\n\x0b\x66reed_bytes\x18\x01 \x01(\x04R\nfreedBytes\"\x15\n\x13GetResidencyRequest\"\x90\x01\n\x14GetResidencyResponse\x12\x45\n\trevisions\x18\x01 \x03(\x0b\x32\'.helios.api.storage.v1.ResidentRevisionR\trevisions\x12\x31\n\x05tiers\x18\x02 \x03(\x0b\x32\x1b.helios.api.storage.v1.TierR\x05tiers\"\xbe\x01\n\x10ResidentRevision\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12\x1f\n\x0blease_count\x18\x03 \x01(\rR\nleaseCount\x12\x14\n\x05tiers\x18\x04 \x03(\tR\x05tiers\x12\x1b\n\tis_pinned\x18\x05 \x01(\x08R\x08isPinned\x12\x1b\n\tmoving_to\x18\x06 \x01(\tR\x08movingTo\"\x95\x01\n\x04Tier\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n\nused_bytes\x18\x02 \x01(\x04R\tusedBytes\x12%\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04R\rcapacityBytes\x12\x33\n\x04kind\x18\x04 \x01(\x0e\x32\x1f.helios.api.storage.v1.TierKindR\x04kind\"\x1a\n\x18GetTierStatisticsRequest\"w\n\x19GetTierStatisticsResponse\x12;\n\x05tiers\x18\x01 \x03(\x0b\x32%.helios.api.storage.v1.TierStatisticsR\x05tiers\x12\x1d\n\nmiss_count\x18\x02 \x01(\x04R\tmissCount\"\xe2\x07\n\x0eTierStatistics\x12/\n\x04tier\x18\x01 \x01(\x0b\x32\x1b.helios.api.storage.v1.TierR\x04tier\x12\x1d\n\nfree_bytes\x18\x02 \x01(\x04R\tfreeBytes\x12\x1b\n\thit_count\x18\x03 \x01(\x04R\x08hitCount\x12\x1b\n\thit_bytes\x18\x04 \x01(\x04R\x08hitBytes\x12\\\n\rwritten_bytes\x18\x05 \x03(\x0b\x32\x37.helios.api.storage.v1.TierStatistics.WrittenBytesEntryR\x0cwrittenBytes\x12%\n\x0epromoted_count\x18\x06 \x01(\x04R\rpromotedCount\x12#\n\rdemoted_count\x18\x07 \x01(\x04R\x0c\x64\x65motedCount\x12\\\n\revicted_count\x18\x08 \x03(\x0b\x32\x37.helios.api.storage.v1.TierStatistics.EvictedCountEntryR\x0c\x65victedCount\x12\\\n\revicted_bytes\x18\t \x03(\x0b\x32\x37.helios.api.storage.v1.TierStatistics.EvictedBytesEntryR\x0c\x65victedBytes\x12#\n\rqueue_seconds\x18\n \x01(\x01R\x0cqueueSeconds\x12!\n\x0cqueued_count\x18\x0b \x01(\x04R\x0bqueuedCount\x12\x31\n\x15read_bytes_per_second\x18\x0c \x01(\x01R\x12readBytesPerSecond\x12\x33\n\x16write_bytes_per_second\x18\r \x01(\x01R\x13writeBytesPerSecond\x12%\n\x0escrubbed_bytes\x18\x0e \x01(\x04R\rscrubbedBytes\x12#\n\rcorrupt_count\x18\x0f \x01(\x04R\x0c\x63orruptCount\x12!\n\x0cshared_bytes\x18\x10 \x01(\x04R\x0bsharedBytes\x1a?\n\x11WrittenBytesEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x04R\x05value:\x02\x38\x01\x1a?\n\x11\x45victedCountEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x04R\x05value:\x02\x38\x01\x1a?\n\x11\x45victedBytesEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x04R\x05value:\x02\x38\x01\"(\n\nPinRequest\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\"\r\n\x0bPinResponse\"*\n\x0cUnpinRequest\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\"\x0f\n\rUnpinResponse\"R\n\x0cScrubRequest\x12-\n\x10\x62ytes_per_second\x18\x01 \x01(\x04H\x00R\x0e\x62ytesPerSecond\x88\x01\x01\x42\x13\n\x11_bytes_per_second\"\x8d\x01\n\rScrubResponse\x12\x1d\n\ndone_bytes\x18\x01 \x01(\x04R\tdoneBytes\x12\x1f\n\x0btotal_bytes\x18\x02 \x01(\x04R\ntotalBytes\x12<\n\x07\x63orrupt\x18\x03 \x03(\x0b\x32\".helios.api.storage.v1.CorruptBlobR\x07\x63orrupt\"k\n\x0b\x43orruptBlob\x12\x12\n\x04hash\x18\x01 \x01(\tR\x04hash\x12\x12\n\x04tier\x18\x02 \x01(\tR\x04tier\x12\x17\n\x07is_lent\x18\x03 \x01(\x08R\x06isLent\x12\x1b\n\tis_healed\x18\x04 \x01(\x08R\x08isHealed*b\n\x08TierKind\x12\x19\n\x15TIER_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10TIER_KIND_MEMORY\x10\x01\x12\x12\n\x0eTIER_KIND_NVME\x10\x02\x12\x11\n\rTIER_KIND_SSD\x10\x03\x32\xa7\x05\n\x0eStorageService\x12h\n\x0bMaterialize\x12).helios.api.storage.v1.MaterializeRequest\x1a*.helios.api.storage.v1.MaterializeResponse(\x01\x30\x01\x12R\n\x05\x45vict\x12#.helios.api.storage.v1.EvictRequest\x1a$.helios.api.storage.v1.EvictResponse\x12g\n\x0cGetResidency\x12*.helios.api.storage.v1.GetResidencyRequest\x1a+.helios.api.storage.v1.GetResidencyResponse\x12v\n\x11GetTierStatistics\x12/.helios.api.storage.v1.GetTierStatisticsRequest\x1a\x30.helios.api.storage.v1.GetTierStatisticsResponse\x12L\n\x03Pin\x12!.helios.api.storage.v1.PinRequest\x1a\".helios.api.storage.v1.PinResponse\x12R\n\x05Unpin\x12#.helios.api.storage.v1.UnpinRequest\x1a$.helios.api.storage.v1.UnpinResponse\x12T\n\x05Scrub\x12#.helios.api.storage.v1.ScrubRequest\x1a$.helios.api.storage.v1.ScrubResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,8 +39,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TIERSTATISTICS_EVICTEDCOUNTENTRY']._serialized_options = b'8\001'
   _globals['_TIERSTATISTICS_EVICTEDBYTESENTRY']._loaded_options = None
   _globals['_TIERSTATISTICS_EVICTEDBYTESENTRY']._serialized_options = b'8\001'
-  _globals['_TIERKIND']._serialized_start=3218
-  _globals['_TIERKIND']._serialized_end=3316
+  _globals['_TIERKIND']._serialized_start=3353
+  _globals['_TIERKIND']._serialized_end=3451
   _globals['_MATERIALIZEREQUEST']._serialized_start=136
   _globals['_MATERIALIZEREQUEST']._serialized_end=332
   _globals['_WANT']._serialized_start=335
@@ -51,50 +51,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RELEASE']._serialized_end=485
   _globals['_MATERIALIZERESPONSE']._serialized_start=488
   _globals['_MATERIALIZERESPONSE']._serialized_end=697
-  _globals['_PROGRESS']._serialized_start=699
-  _globals['_PROGRESS']._serialized_end=773
-  _globals['_READY']._serialized_start=776
-  _globals['_READY']._serialized_end=971
-  _globals['_RENEWED']._serialized_start=973
-  _globals['_RENEWED']._serialized_end=1041
-  _globals['_EVICTREQUEST']._serialized_start=1043
-  _globals['_EVICTREQUEST']._serialized_end=1085
-  _globals['_EVICTRESPONSE']._serialized_start=1087
-  _globals['_EVICTRESPONSE']._serialized_end=1135
-  _globals['_GETRESIDENCYREQUEST']._serialized_start=1137
-  _globals['_GETRESIDENCYREQUEST']._serialized_end=1158
-  _globals['_GETRESIDENCYRESPONSE']._serialized_start=1161
-  _globals['_GETRESIDENCYRESPONSE']._serialized_end=1305
-  _globals['_RESIDENTREVISION']._serialized_start=1308
-  _globals['_RESIDENTREVISION']._serialized_end=1498
-  _globals['_TIER']._serialized_start=1501
-  _globals['_TIER']._serialized_end=1650
-  _globals['_GETTIERSTATISTICSREQUEST']._serialized_start=1652
-  _globals['_GETTIERSTATISTICSREQUEST']._serialized_end=1678
-  _globals['_GETTIERSTATISTICSRESPONSE']._serialized_start=1680
-  _globals['_GETTIERSTATISTICSRESPONSE']._serialized_end=1799
-  _globals['_TIERSTATISTICS']._serialized_start=1802
-  _globals['_TIERSTATISTICS']._serialized_end=2761
-  _globals['_TIERSTATISTICS_WRITTENBYTESENTRY']._serialized_start=2568
-  _globals['_TIERSTATISTICS_WRITTENBYTESENTRY']._serialized_end=2631
-  _globals['_TIERSTATISTICS_EVICTEDCOUNTENTRY']._serialized_start=2633
-  _globals['_TIERSTATISTICS_EVICTEDCOUNTENTRY']._serialized_end=2696
-  _globals['_TIERSTATISTICS_EVICTEDBYTESENTRY']._serialized_start=2698
-  _globals['_TIERSTATISTICS_EVICTEDBYTESENTRY']._serialized_end=2761
-  _globals['_PINREQUEST']._serialized_start=2763
-  _globals['_PINREQUEST']._serialized_end=2803
-  _globals['_PINRESPONSE']._serialized_start=2805
-  _globals['_PINRESPONSE']._serialized_end=2818
-  _globals['_UNPINREQUEST']._serialized_start=2820
-  _globals['_UNPINREQUEST']._serialized_end=2862
-  _globals['_UNPINRESPONSE']._serialized_start=2864
-  _globals['_UNPINRESPONSE']._serialized_end=2879
-  _globals['_SCRUBREQUEST']._serialized_start=2881
-  _globals['_SCRUBREQUEST']._serialized_end=2963
-  _globals['_SCRUBRESPONSE']._serialized_start=2966
-  _globals['_SCRUBRESPONSE']._serialized_end=3107
-  _globals['_CORRUPTBLOB']._serialized_start=3109
-  _globals['_CORRUPTBLOB']._serialized_end=3216
-  _globals['_STORAGESERVICE']._serialized_start=3319
-  _globals['_STORAGESERVICE']._serialized_end=3998
+  _globals['_PROGRESS']._serialized_start=700
+  _globals['_PROGRESS']._serialized_end=873
+  _globals['_READY']._serialized_start=876
+  _globals['_READY']._serialized_end=1071
+  _globals['_RENEWED']._serialized_start=1073
+  _globals['_RENEWED']._serialized_end=1141
+  _globals['_EVICTREQUEST']._serialized_start=1143
+  _globals['_EVICTREQUEST']._serialized_end=1185
+  _globals['_EVICTRESPONSE']._serialized_start=1187
+  _globals['_EVICTRESPONSE']._serialized_end=1235
+  _globals['_GETRESIDENCYREQUEST']._serialized_start=1237
+  _globals['_GETRESIDENCYREQUEST']._serialized_end=1258
+  _globals['_GETRESIDENCYRESPONSE']._serialized_start=1261
+  _globals['_GETRESIDENCYRESPONSE']._serialized_end=1405
+  _globals['_RESIDENTREVISION']._serialized_start=1408
+  _globals['_RESIDENTREVISION']._serialized_end=1598
+  _globals['_TIER']._serialized_start=1601
+  _globals['_TIER']._serialized_end=1750
+  _globals['_GETTIERSTATISTICSREQUEST']._serialized_start=1752
+  _globals['_GETTIERSTATISTICSREQUEST']._serialized_end=1778
+  _globals['_GETTIERSTATISTICSRESPONSE']._serialized_start=1780
+  _globals['_GETTIERSTATISTICSRESPONSE']._serialized_end=1899
+  _globals['_TIERSTATISTICS']._serialized_start=1902
+  _globals['_TIERSTATISTICS']._serialized_end=2896
+  _globals['_TIERSTATISTICS_WRITTENBYTESENTRY']._serialized_start=2703
+  _globals['_TIERSTATISTICS_WRITTENBYTESENTRY']._serialized_end=2766
+  _globals['_TIERSTATISTICS_EVICTEDCOUNTENTRY']._serialized_start=2768
+  _globals['_TIERSTATISTICS_EVICTEDCOUNTENTRY']._serialized_end=2831
+  _globals['_TIERSTATISTICS_EVICTEDBYTESENTRY']._serialized_start=2833
+  _globals['_TIERSTATISTICS_EVICTEDBYTESENTRY']._serialized_end=2896
+  _globals['_PINREQUEST']._serialized_start=2898
+  _globals['_PINREQUEST']._serialized_end=2938
+  _globals['_PINRESPONSE']._serialized_start=2940
+  _globals['_PINRESPONSE']._serialized_end=2953
+  _globals['_UNPINREQUEST']._serialized_start=2955
+  _globals['_UNPINREQUEST']._serialized_end=2997
+  _globals['_UNPINRESPONSE']._serialized_start=2999
+  _globals['_UNPINRESPONSE']._serialized_end=3014
+  _globals['_SCRUBREQUEST']._serialized_start=3016
+  _globals['_SCRUBREQUEST']._serialized_end=3098
+  _globals['_SCRUBRESPONSE']._serialized_start=3101
+  _globals['_SCRUBRESPONSE']._serialized_end=3242
+  _globals['_CORRUPTBLOB']._serialized_start=3244
+  _globals['_CORRUPTBLOB']._serialized_end=3351
+  _globals['_STORAGESERVICE']._serialized_start=3454
+  _globals['_STORAGESERVICE']._serialized_end=4133
 # @@protoc_insertion_point(module_scope)

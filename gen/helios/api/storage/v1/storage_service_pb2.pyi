@@ -203,19 +203,29 @@ class Progress(_message.Message):
 
     DONE_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    REMAINING_FIELD_NUMBER: _builtins.int
     done_bytes: _builtins.int
     """Bytes verified and stored."""
     total_bytes: _builtins.int
     """Bytes in all."""
+    bytes_per_second: _builtins.float
+    """Bytes per second over the last seconds; 0 while none come."""
+    @_builtins.property
+    def remaining(self) -> _duration_pb2.Duration:
+        """Time left at that rate; unset where there is none."""
+
     def __init__(
         self,
         *,
         done_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
+        bytes_per_second: _builtins.float = ...,
+        remaining: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["remaining", b"remaining"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "done_bytes", b"done_bytes", "remaining", b"remaining", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -582,6 +592,7 @@ class TierStatistics(_message.Message):
     WRITE_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     SCRUBBED_BYTES_FIELD_NUMBER: _builtins.int
     CORRUPT_COUNT_FIELD_NUMBER: _builtins.int
+    SHARED_BYTES_FIELD_NUMBER: _builtins.int
     free_bytes: _builtins.int
     """Bytes that its file system has left, whoever fills it."""
     hit_count: _builtins.int
@@ -604,6 +615,8 @@ class TierStatistics(_message.Message):
     """Bytes that scrubs read."""
     corrupt_count: _builtins.int
     """Blobs that scrubs found bad."""
+    shared_bytes: _builtins.int
+    """Bytes that came and took no room on the disk, because their blocks are shared with those of other blobs (reflinks)."""
     @_builtins.property
     def tier(self) -> Global___Tier:
         """The tier."""
@@ -641,10 +654,11 @@ class TierStatistics(_message.Message):
         write_bytes_per_second: _builtins.float = ...,
         scrubbed_bytes: _builtins.int = ...,
         corrupt_count: _builtins.int = ...,
+        shared_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tier", b"tier"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrupt_count", b"corrupt_count", "demoted_count", b"demoted_count", "evicted_bytes", b"evicted_bytes", "evicted_count", b"evicted_count", "free_bytes", b"free_bytes", "hit_bytes", b"hit_bytes", "hit_count", b"hit_count", "promoted_count", b"promoted_count", "queue_seconds", b"queue_seconds", "queued_count", b"queued_count", "read_bytes_per_second", b"read_bytes_per_second", "scrubbed_bytes", b"scrubbed_bytes", "tier", b"tier", "write_bytes_per_second", b"write_bytes_per_second", "written_bytes", b"written_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrupt_count", b"corrupt_count", "demoted_count", b"demoted_count", "evicted_bytes", b"evicted_bytes", "evicted_count", b"evicted_count", "free_bytes", b"free_bytes", "hit_bytes", b"hit_bytes", "hit_count", b"hit_count", "promoted_count", b"promoted_count", "queue_seconds", b"queue_seconds", "queued_count", b"queued_count", "read_bytes_per_second", b"read_bytes_per_second", "scrubbed_bytes", b"scrubbed_bytes", "shared_bytes", b"shared_bytes", "tier", b"tier", "write_bytes_per_second", b"write_bytes_per_second", "written_bytes", b"written_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
