@@ -9,6 +9,7 @@ JOBS ?= 2
 BIN := .venv/bin
 NODE := tests/scenarios/node
 DEBIAN := build/debian
+XFS := xfsprogs libinih1 liburcu8
 EMULATORS := tests/emulators/node
 # Some environments, containers above all, forbid Python to keep compiled modules, and uv installs none: every process
 # would compile anew what it imports, which for vLLM takes longer than to load it.
@@ -84,13 +85,19 @@ fast light:
 	@mkdir -p build
 	@$(PYTEST) -q -n $(JOBS) --dist worksteal -m "$(MARKS)" -p no:cacheprovider --junit-xml=build/junit-light.xml $(ARGS) $(OR_NONE)
 
-debian: $(DEBIAN)/usr/bin/docker-registry
+debian: $(DEBIAN)/usr/bin/docker-registry $(DEBIAN)/sbin/mkfs.xfs
 
 # Servers that no other place has, unpacked without being installed. Lists of packages may be missing in a container.
 $(DEBIAN)/usr/bin/docker-registry:
 	@mkdir -p $(DEBIAN)
 	@cd $(DEBIAN) && { apt-get -qq download docker-registry || { apt-get -qq update && apt-get -qq download docker-registry; }; } 2> apt.log \
 	  && dpkg -x docker-registry_*.deb . || { cat apt.log; echo "debian: one test that needs docker-registry will fail"; }
+
+# Blocks that files share need a file system that can; where it can't be had, or not be mounted, one test is skipped.
+$(DEBIAN)/sbin/mkfs.xfs:
+	@mkdir -p $(DEBIAN)
+	@cd $(DEBIAN) && { apt-get -qq download $(XFS) || { apt-get -qq update && apt-get -qq download $(XFS); }; } 2> xfs.log \
+	  && for package in $(XFS); do dpkg -x $${package}_*.deb .; done || { cat xfs.log; echo "debian: no xfsprogs"; }
 
 node: setup $(NODE)/node_modules/.package-lock.json
 

@@ -141,7 +141,8 @@ class ChunkedSource:
             read_bytes = swarm.read_bytes() if swarm is not None else {}
             return {"node": local.copied_bytes, "peer": sum(read_bytes.get(holder, 0) for holder in holders)}
 
-        return RangedBlob(local, known.index.lengths, bytes_elsewhere, part_hashes=known.index.hashes)
+        hashes = known.index.hashes
+        return RangedBlob(local, known.index.lengths, bytes_elsewhere, part_hashes=hashes, copied=local.copied)
 
 
 def known_from_proto(digest: Digest, response: pb.GetChunkIndexResponse, paths: Mapping[str, Path]) -> KnownChunks:

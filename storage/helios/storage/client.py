@@ -53,10 +53,15 @@ class LeaseLost(Unavailable):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a fetch is: bytes that are verified and stored, of bytes in all."""
+    """How far a fetch is: bytes that are verified and stored, of bytes in all, and how fast they come.
+
+    `remaining_seconds` is at that rate, None where there is none: nothing came for some seconds.
+    """
 
     done_bytes: int
     total_bytes: int
+    bytes_per_second: float = 0.0
+    remaining_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,7 @@ class TierStatistics:
     write_bytes_per_second: float
     scrubbed_bytes: int
     corrupt_count: int
+    shared_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +341,7 @@ def _statistics_from_proto(counted: pb.TierStatistics) -> TierStatistics:
         write_bytes_per_second=counted.write_bytes_per_second,
         scrubbed_bytes=counted.scrubbed_bytes,
         corrupt_count=counted.corrupt_count,
+        shared_bytes=counted.shared_bytes,
     )
 
 
@@ -498,7 +505,7 @@ class _Holding:
             self._requests.put(pb.MaterializeRequest(want=want))
             while (answer := await self._read()).WhichOneof("message") == "progress":
                 if self._on_progress is not None:
-                    self._on_progress(Progress(answer.progress.done_bytes, answer.progress.total_bytes))
+                    self._on_progress(progress_from_proto(answer.progress))
         except BaseException:
             self._drop_stream()
             raise

@@ -69,7 +69,11 @@ class DiskTier:
         self._hashing = BlockingPool("hash", fetch_thread_count)
         self._scrubbing = BlockingPool("scrub", 1)
         self._fetcher = BlobFetcher(
-            self.store, hashing=self._hashing.executor, is_link_allowed=is_link_allowed, downloader=downloader
+            self.store,
+            hashing=self._hashing.executor,
+            is_link_allowed=is_link_allowed,
+            downloader=downloader,
+            on_shared=self.statistics.shared,
         )
         self._index: Index | None = None
         # Held from the decision to drop a blob until it is unlinked, so that a fetch of it can't finish in between.

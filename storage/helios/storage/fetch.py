@@ -12,7 +12,7 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ from helios.storage.blob_store import (
 )
 from helios.storage.manifest import Digest
 from helios.storage.ranged_fetch import PartialFiles
+from helios.storage.reflink import Copy, share_copies
 
 _SYNC_FILE_RANGE_WRITE = 2
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
@@ -67,6 +68,8 @@ class RangedBlob:
     """What came from elsewhere than the store by now, by where from: `peer`, `node` (copied from its other blobs)."""
     part_hashes: tuple[bytes, ...] = ()
     """The BLAKE3 that it compares each part with."""
+    copied: Callable[[], Sequence[Copy]] = tuple
+    """What was copied from other blobs of this node, which may share their room on the disk."""
 
 
 class BlobSource(Protocol):
@@ -189,8 +192,10 @@ class BlobFetcher:
         hashing: ThreadPoolExecutor,
         is_link_allowed: bool = True,
         downloader: Downloader | None = None,
+        on_shared: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Takes the pool for hashing, which needs as many threads as there are fetches at a time.
+        """Takes the pool for hashing, which needs as many threads as there are fetches at a time, and what is told, in
+        a thread, of bytes that take no room of their own.
 
         The downloader is the node's, so that all its fetches share one bandwidth; None: one that is not limited.
         """
@@ -198,6 +203,7 @@ class BlobFetcher:
         self._downloader = downloader or Downloader()
         self._partial = PartialFiles(store.root, store.files)
         self._hashing = hashing
+        self._on_shared = on_shared
         self._is_link_allowed = is_link_allowed
 
     def fetch(self, source: BlobSource, digest: Digest, token: FetchToken) -> dict[str, int]:
@@ -261,6 +267,7 @@ class BlobFetcher:
                 part_lengths=blob.part_lengths,
                 part_hashes=blob.part_hashes,
             ) as (path, fetched):
+                self._on_shared(share_copies(path, blob.copied()))
                 self._store.commit(path, digest, fetched.sha256)
         except BlobNotFound as error:
             raise _source_error(FileNotFoundError(), digest) from error

@@ -19,9 +19,9 @@ from helios.api.storage.v1 import storage_service_pb2 as pb
 from helios.api.storage.v1.storage_service_pb2_grpc import StorageServiceServicer
 from helios.mesh.errors import HeliosError, InvalidRequest
 from helios.mesh.server import check_peer
+from helios.mesh.transfer.progress import TransferProgress
 from helios.storage.clock import Clock, steady_clock
 from helios.storage.disk_tier import DiskTier
-from helios.storage.fetches import FetchProgress
 from helios.storage.leases import Lease
 from helios.storage.materializer import Loan, Materializer
 from helios.storage.scrubber import ScrubProgress
@@ -167,7 +167,7 @@ class _Stream:
         self._loan: Loan | None = None
         self._lease: Lease | None = None
         self._fetching: asyncio.Task[None] | None = None
-        self._shown: FetchProgress | None = None
+        self._shown: TransferProgress | None = None
         self._is_told = False
 
     async def run(self, requests: AsyncIterator[pb.MaterializeRequest]) -> HeliosError | None:
@@ -242,8 +242,7 @@ class _Stream:
         progress = self._materializer.progress(self._want.revision)
         if progress is not None and progress != self._shown:
             self._shown = progress
-            message = pb.Progress(done_bytes=progress.done_bytes, total_bytes=progress.total_bytes)
-            await self._send(pb.MaterializeResponse(progress=message))
+            await self._send(pb.MaterializeResponse(progress=progress_to_proto(progress)))
 
     async def _fetch(self, want: Want) -> None:
         try:
@@ -334,7 +333,20 @@ def statistics_to_proto(tier: DiskTier, free_bytes: int) -> pb.TierStatistics:
         write_bytes_per_second=counted.write.bytes_per_second,
         scrubbed_bytes=counted.scrubbed_bytes,
         corrupt_count=counted.corrupt_count,
+        shared_bytes=counted.shared_bytes,
     )
+
+
+def progress_to_proto(progress: TransferProgress) -> pb.Progress:
+    """How far a fetch is, on the wire."""
+    message = pb.Progress(
+        done_bytes=progress.done_bytes,
+        total_bytes=progress.total_bytes,
+        bytes_per_second=progress.bytes_per_second,
+    )
+    if progress.remaining_seconds is not None:
+        message.remaining.FromNanoseconds(round(progress.remaining_seconds * 1e9))
+    return message
 
 
 def scrub_to_proto(progress: ScrubProgress) -> pb.ScrubResponse:

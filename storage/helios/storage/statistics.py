@@ -63,6 +63,7 @@ class TierStatistics:
         evicted_bytes: Bytes that were freed, by reason.
         scrubbed_bytes: Bytes that were read and compared.
         corrupt_count: Blobs that were not what their name says.
+        shared_bytes: Bytes of blobs that take no room of their own, because they share blocks with others.
     """
 
     hit_count: int = 0
@@ -76,6 +77,7 @@ class TierStatistics:
     evicted_bytes: Counter[str] = field(default_factory=Counter)
     scrubbed_bytes: int = 0
     corrupt_count: int = 0
+    shared_bytes: int = 0
     read: Bandwidth = field(default_factory=Bandwidth)
     write: Bandwidth = field(default_factory=Bandwidth)
 
@@ -83,6 +85,10 @@ class TierStatistics:
         """Counts what left."""
         self.evicted_count[reason] += revision_count
         self.evicted_bytes[reason] += freed_bytes
+
+    def shared(self, count: int) -> None:
+        """Counts bytes that share blocks with other blobs."""
+        self.shared_bytes += count
 
     def waited(self, seconds: float) -> None:
         """Counts a fetch that got its thread."""

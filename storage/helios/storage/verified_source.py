@@ -18,6 +18,7 @@ from helios.mesh.transfer.source import (
     SourceState,
 )
 from helios.storage.chunk_index import ChunkIndex, IndexedChunk
+from helios.storage.reflink import Copy
 
 log = structlog.get_logger()
 
@@ -87,6 +88,7 @@ class LocalFirst:
         self._copies = copies
         self._lock = threading.Lock()
         self.copied_bytes = 0
+        self._copied: list[Copy] = []
 
     def describe(self) -> SourceState:
         return SourceState(self._index.size_bytes)
@@ -102,6 +104,7 @@ class LocalFirst:
                 start = chunk.offset + chunk.length
                 with self._lock:
                     self.copied_bytes += chunk.length
+                    self._copied.append(Copy(chunk.offset, chunk.length, *self._copies[chunk.blake3]))
             end = chunk.offset + chunk.length
         self._read_inner(state, start, end, sink)
 
@@ -109,6 +112,11 @@ class LocalFirst:
         self._inner.close()
         if self.copied_bytes:
             log.info("chunks copied from blobs of this node", copied_bytes=self.copied_bytes)
+
+    def copied(self) -> list[Copy]:
+        """What was copied, and from where."""
+        with self._lock:
+            return list(self._copied)
 
     def _read_inner(self, state: SourceState, start: int, end: int, sink: Sink) -> None:
         if end > start:
