@@ -22,6 +22,7 @@ from helios.api.registry.v1.registry_service_pb2_grpc import (
     RegistryServiceServicer,
     add_RegistryServiceServicer_to_server,
 )
+from helios.api.registry.v1.sync_service_pb2_grpc import SyncServiceServicer, add_SyncServiceServicer_to_server
 from helios.api.storage.v1 import storage_service_pb2 as pb
 from helios.api.storage.v1.storage_service_pb2_grpc import StorageServiceStub, add_StorageServiceServicer_to_server
 from helios.mesh.channel import Dialer
@@ -29,7 +30,9 @@ from helios.mesh.errors import HeliosError, RevisionNotFound
 from helios.mesh.identity import CertificateAuthority, IdentityFiles
 from helios.mesh.server import MeshServer
 from helios.mesh.status import error_from_rpc
-from helios.storage.__main__ import HOLDERS, OPERATORS, OPTIONS, POLICY, blob_places, local_blobs
+from helios.mesh.tasks import task_scope
+from helios.mesh.transfer.engine import Downloader
+from helios.storage.__main__ import HOLDERS, OPERATORS, OPTIONS, POLICY, blob_places, holdings, local_blobs
 from helios.storage.blob_servicer import SERVICE_NAME as BLOB_SERVICE
 from helios.storage.blob_servicer import BlobServicer
 from helios.storage.chunk_source import RegistryChunks
@@ -39,14 +42,17 @@ from helios.storage.disk_tier import DiskTier
 from helios.storage.manifest import Digest, ManifestEntry, manifest_digest
 from helios.storage.manifest_source import RegistryManifests
 from helios.storage.materializer import Materializer, Upkeep, open_materializer
-from helios.storage.peers import PeerFinder
 from helios.storage.servicer import SERVICE_NAME, StorageServicer
 from helios.storage.sources import Sources
+from helios.storage.sync.partial import PartialBlobs
+from helios.storage.sync.session import SyncSession
+from helios.storage.sync.swarms import Swarms
 from helios.storage.tiers import TierOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTRY_SERVICE = "helios.api.registry.v1.RegistryService"
 CHUNK_SERVICE = "helios.api.registry.v1.ChunkService"
+SYNC_SERVICE = "helios.api.registry.v1.SyncService"
 MEDIA_TYPE = "application/vnd.cncf.model.weight.v1.raw"
 START_SECONDS = 30.0
 
@@ -119,14 +125,19 @@ def make_shelf(base: Path) -> Shelf:
 
 @asynccontextmanager
 async def serve_registry(
-    shelf: Shelf, identity: IdentityFiles, chunks: ChunkServiceServicer | None = None
+    shelf: Shelf,
+    identity: IdentityFiles,
+    chunks: ChunkServiceServicer | None = None,
+    sync: SyncServiceServicer | None = None,
 ) -> AsyncIterator[str]:
     callers = frozenset({"storage"})
-    policy = {REGISTRY_SERVICE: callers, CHUNK_SERVICE: callers}
+    policy = {REGISTRY_SERVICE: callers, CHUNK_SERVICE: callers, SYNC_SERVICE: callers}
     server = MeshServer(listen="127.0.0.1:0", identity=identity, policy=policy)
     add_RegistryServiceServicer_to_server(shelf, server.grpc)
     if chunks is not None:
         add_ChunkServiceServicer_to_server(chunks, server.grpc)
+    if sync is not None:
+        add_SyncServiceServicer_to_server(sync, server.grpc)
     server.serve(REGISTRY_SERVICE)
     async with server:
         yield server.address
@@ -169,28 +180,41 @@ class Mesh:
         upkeep: Upkeep | None = None,
         peers: Sequence[str] = (),
         max_reads: int = 16,
+        is_synced: bool = False,
+        downloader: Downloader | None = None,
         credentials: Mapping[str, Mapping[str, str]] | None = None,
     ) -> AsyncIterator[Agent]:
-        """Serves an agent with a tier `disk`, and more tiers whose roots are directories named for them beside it."""
+        """Serves an agent with a tier `disk`, and more tiers whose roots are directories named for them beside it.
+
+        One that is synced has a session with the registry; `peers` it knows besides.
+        """
         identity = self.identity("storage")
         root = self.directory / name
         roots = [(root, TierOptions(capacity_bytes=capacity_bytes))]
         roots += [(self.directory / f"{name}-{options.name}", options) for options in more]
         tiers = [
-            DiskTier(path, fetch_thread_count=2, is_link_allowed=is_link_allowed, options=options)
+            DiskTier(
+                path, fetch_thread_count=2, is_link_allowed=is_link_allowed, options=options, downloader=downloader
+            )
             for path, options in roots
         ]
         async with (
             Dialer(self.registry_address, identity=identity, peer="registry") as registry,
-            PeerFinder(peers, identity=identity) as finder,
-            BlobServicer(partial(blob_places, tiers), max_reads=max_reads) as blobs,
+            task_scope() as background,
+            Swarms(
+                session := SyncSession(registry, node=name, holdings=partial(holdings, tiers)) if is_synced else None,
+                partials := PartialBlobs(),
+                identity=identity,
+                targets=peers,
+            ) as swarms,
+            BlobServicer(partial(blob_places, tiers), max_reads=max_reads, partials=partials) as blobs,
             open_materializer(
                 tiers,
                 RegistryManifests(
                     registry,
                     Sources(credentials),
                     chunks=RegistryChunks(registry, partial(local_blobs, tiers)),
-                    peers=finder,
+                    swarms=swarms,
                 ),
                 clock=clock,
                 upkeep=upkeep,
@@ -202,6 +226,8 @@ class Mesh:
             blobs.add_to(server.grpc)
             server.serve(SERVICE_NAME, BLOB_SERVICE)
             async with server, self.dial(server.address) as dialer:
+                if session is not None:
+                    background.create_task(session.run(server.address), name=f"sync session {name}")
                 yield Agent(server.address, root, materializer, StorageClient(dialer), dialer)
 
     def dial(self, address: str, component: str = "worker") -> Dialer:

@@ -11,6 +11,7 @@ from helios.api.registry.v1 import chunk_service_pb2 as pb
 from helios.mesh.errors import InvalidRequest
 from helios.mesh.identity import CertificateAuthority
 from helios.registry.chunk_servicer import ChunkServicer
+from helios.registry.sync.servicer import SyncServicer
 from helios.storage.chunk_source import known_from_proto
 from helios.storage.manifest import Digest
 from tests.mesh.transfer.blob_server import serve_blob
@@ -22,8 +23,8 @@ TUNED = weights(900, b=77)
 
 
 @asynccontextmanager
-async def indexed_mesh(directory: Path, *contents: bytes) -> AsyncIterator[Mesh]:
-    """A registry that knows the chunks of these blobs."""
+async def indexed_mesh(directory: Path, *contents: bytes, sync: SyncServicer | None = None) -> AsyncIterator[Mesh]:
+    """A registry that knows the chunks of these blobs, and takes agents' sessions where `sync` is given."""
     async with open_place(directory) as place:
         for content in contents:
             await place.add(content)
@@ -32,8 +33,10 @@ async def indexed_mesh(directory: Path, *contents: bytes) -> AsyncIterator[Mesh]
         shelf = make_shelf(directory / "shelf")
         shelf.base.mkdir()
         identity = authority.issue("registry", directory / "pki" / "registry")
-        async with serve_registry(shelf, identity, ChunkServicer(place.store)) as address:
+        async with serve_registry(shelf, identity, ChunkServicer(place.store), sync) as address:
             yield Mesh(directory, authority, shelf, address)
+            if sync is not None:
+                sync.close()
 
 
 async def _materialise(mesh: Mesh, root: str, *contents: bytes) -> list[int]:

@@ -22,12 +22,13 @@ from helios.storage.manifest_source import RegistryManifests
 from helios.storage.materializer import Upkeep, open_materializer
 from helios.storage.memory.descriptor_server import DescriptorServer
 from helios.storage.memory.memory_tier import MemoryTier
-from helios.storage.peers import PeerFinder
 from helios.storage.servicer import SERVICE_NAME, StorageServicer
 from helios.storage.settings import StorageSettings, TierSettings
 from helios.storage.sources import Sources
 from helios.storage.sync.holdings import Holdings
+from helios.storage.sync.partial import PartialBlobs
 from helios.storage.sync.session import SyncSession
+from helios.storage.sync.swarms import Swarms
 from helios.storage.tiers import in_speed_order
 
 HOLDERS = frozenset({"worker"})
@@ -57,12 +58,21 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
         # What is in sealed memory has no path to be read by.
         disks = [tier for tier in tiers if not tier.store.is_sealed]
         chunks = RegistryChunks(dialer, partial(local_blobs, disks))
-        peers = await stack.enter_async_context(PeerFinder(settings.peers.targets, identity=identity))
+        partials = PartialBlobs()
         session = SyncSession(dialer, node=settings.node, holdings=partial(holdings, disks))
-        manifests = RegistryManifests(dialer, Sources(settings.fetch.stores.reveal()), chunks, peers)
+        swarms = await stack.enter_async_context(
+            Swarms(
+                session,
+                partials,
+                identity=identity,
+                targets=settings.peers.targets,
+                parallel=settings.fetch.in_flight,
+            )
+        )
+        manifests = RegistryManifests(dialer, Sources(settings.fetch.stores.reveal()), chunks, swarms)
         fastest_first = [disks[position] for position in in_speed_order([tier.options for tier in disks])]
         blobs = await stack.enter_async_context(
-            BlobServicer(partial(blob_places, fastest_first), max_reads=settings.peers.max_reads)
+            BlobServicer(partial(blob_places, fastest_first), max_reads=settings.peers.max_reads, partials=partials)
         )
         sealed = {tier.name: tier for tier in tiers if isinstance(tier, MemoryTier)}
         listener = stack.enter_context(DescriptorListener(settings.descriptor_socket)) if sealed else None

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any, Final, Self
@@ -15,6 +16,7 @@ from helios.api.storage.v1.blob_service_pb2_grpc import BlobServiceServicer
 from helios.mesh.errors import BlobNotFound, InvalidRequest, Overloaded, Unavailable
 from helios.storage.allocator import give_freed_memory_back, keep_freed_memory
 from helios.storage.blob_messages import HEADER_BYTES, encode_piece
+from helios.storage.sync.partial import PartialBlobs
 from helios.storage.threads import BlockingPool
 
 SERVICE_NAME: Final = "helios.api.storage.v1.BlobService"
@@ -28,6 +30,7 @@ _IDLE_SECONDS: Final = 10.0
 """Longer than between two blobs of a revision."""
 
 _MAX_HASHES: Final = 10_000
+_MAX_WAIT_SECONDS: Final = 10.0
 _RETRY_SECONDS: Final = 1.0
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -35,12 +38,16 @@ _HASH: Final = re.compile(r"[0-9a-f]{64}")
 class BlobServicer(BlobServiceServicer):
     """Serves the blobs of this node. An async context manager: leaving waits for its threads."""
 
-    def __init__(self, places: Callable[[str], Iterable[Path]], *, max_reads: int) -> None:
-        """Takes where a blob may be, the fastest place first, and how many ranges are read at a time for all peers.
+    def __init__(
+        self, places: Callable[[str], Iterable[Path]], *, max_reads: int, partials: PartialBlobs | None = None
+    ) -> None:
+        """Takes where a blob may be, the fastest place first, how many ranges are read at a time for all peers, and
+        what is here of blobs that are not whole.
 
         A file under a blob's name is whole and verified, whatever tier it is in.
         """
         self._places = places
+        self._partials = partials or PartialBlobs()
         self._max_reads = max_reads
         self._reads = 0
         self._idle: asyncio.TimerHandle | None = None
@@ -63,6 +70,11 @@ class BlobServicer(BlobServiceServicer):
                 request_deserializer=pb.FindBlobsRequest.FromString,
                 response_serializer=pb.FindBlobsResponse.SerializeToString,
             ),
+            "FindChunks": grpc.unary_unary_rpc_method_handler(
+                self.FindChunks,
+                request_deserializer=pb.FindChunksRequest.FromString,
+                response_serializer=pb.FindChunksResponse.SerializeToString,
+            ),
             "ReadBlob": grpc.unary_stream_rpc_method_handler(
                 self.ReadBlob, request_deserializer=pb.ReadBlobRequest.FromString
             ),
@@ -77,6 +89,21 @@ class BlobServicer(BlobServiceServicer):
         hashes = [_check_hash(hash_) for hash_ in request.hashes]
         return pb.FindBlobsResponse(hashes=await self._pool.run(self._find, hashes))
 
+    async def FindChunks(self, request: pb.FindChunksRequest, context: Any) -> pb.FindChunksResponse:
+        """Says which parts of a blob are here, as soon as the caller does not know it."""
+        del context
+        hash_ = _check_hash(request.hash)
+        end = time.monotonic() + min(request.wait.ToTimedelta().total_seconds(), _MAX_WAIT_SECONDS)
+        while (state := self._partials.state(hash_)) is not None:
+            version, spans = state
+            left = end - time.monotonic()
+            if version != request.known_version or left <= 0:
+                parts = [pb.BlobSpan(offset=start, length=stop - start) for start, stop in spans]
+                return pb.FindChunksResponse(version=version, spans=parts)
+            await self._partials.wait(left)
+        is_whole = bool(await self._pool.run(self._find, [hash_]))
+        return pb.FindChunksResponse(version=int(is_whole), is_whole=is_whole)
+
     async def ReadBlob(  # type: ignore[override]  # messages that are encoded already
         self, request: pb.ReadBlobRequest, context: Any
     ) -> AsyncIterator[bytes]:
@@ -89,7 +116,7 @@ class BlobServicer(BlobServiceServicer):
         opened: list[int] = []
         try:
             # Held open, so that an eviction in the middle does not end it.
-            descriptor, size_bytes = await self._pool.run(self._open, _check_hash(request.hash), opened)
+            descriptor, size_bytes = await self._pool.run(self._open, request, opened)
             if request.offset > size_bytes:
                 raise InvalidRequest("the range begins behind the blob's end", reason="INVALID_RANGE")
             end = min(size_bytes, request.offset + request.limit) if request.limit else size_bytes
@@ -116,8 +143,12 @@ class BlobServicer(BlobServiceServicer):
     def _find(self, hashes: list[str]) -> list[str]:
         return [hash_ for hash_ in hashes if any(path.is_file() for path in self._places(hash_))]
 
-    def _open(self, hash_: str, opened: list[int]) -> tuple[int, int]:
-        for path in self._places(hash_):
+    def _open(self, request: pb.ReadBlobRequest, opened: list[int]) -> tuple[int, int]:
+        hash_ = _check_hash(request.hash)
+        whole = list(self._places(hash_))
+        partial = self._partials.find(hash_, request.offset, request.offset + request.limit) if request.limit else None
+        # A fetch may end between the looks: its file has got another of these names then.
+        for path in (*whole, *((partial, *whole) if partial is not None else ())):
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except FileNotFoundError:
@@ -126,7 +157,7 @@ class BlobServicer(BlobServiceServicer):
                 raise Unavailable(f"the blob can't be read: {error.strerror}", reason="TIER_FAILED") from error
             opened.append(descriptor)
             return descriptor, os.fstat(descriptor).st_size
-        raise BlobNotFound("the blob is not here", metadata={"hash": hash_})
+        raise BlobNotFound("the blob is not here, or not this part of it", metadata={"hash": hash_})
 
 
 def _read_cached(descriptor: int, offset: int, length: int, buffer: bytearray) -> bytes | None:

@@ -7,7 +7,7 @@ read without one.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,11 +19,10 @@ from helios.api.registry.v1 import chunk_service_pb2 as pb
 from helios.api.registry.v1.chunk_service_pb2_grpc import ChunkServiceStub
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import InvalidRequest
-from helios.mesh.transfer.source import RangeSource
 from helios.storage.chunk_index import BLAKE3_BYTES, ChunkIndex
 from helios.storage.fetch import BlobReader, BlobSource, RangedBlob
 from helios.storage.manifest import Digest
-from helios.storage.swarm import Member, Swarm
+from helios.storage.sync.swarms import Swarms
 from helios.storage.verified_source import LocalFirst, VerifiedSource
 
 log = structlog.get_logger()
@@ -40,10 +39,6 @@ _ALL_SECONDS: Final = 30.0
 
 _AT_A_TIME: Final = 4
 
-_PEER_RANK: Final = 0
-_STORE_RANK: Final = 1
-"""A bucket costs money and is far; it is read where no peer has what is wanted."""
-
 LocalBlobs = Callable[[], Mapping[Digest, Path]]
 """The verified blobs of this node, and where they are."""
 
@@ -54,6 +49,11 @@ class KnownChunks:
 
     index: ChunkIndex
     copies: Mapping[bytes, tuple[Path, int]]
+
+    def is_local(self, span: tuple[int, int]) -> bool:
+        """Whether all of a span that begins and ends where chunks do may be copied here."""
+        start, end = span
+        return bool(self.copies) and all(c.blake3 in self.copies for c in self.index.within(start, end - start))
 
 
 class RegistryChunks:
@@ -100,22 +100,15 @@ class RegistryChunks:
 
 
 class ChunkedSource:
-    """A source whose blobs are verified chunk by chunk where an index is known, and copied from where they are; a
-    `BlobSource`.
+    """A source whose blobs are verified chunk by chunk where an index is known, copied from where they are, and read
+    from other nodes; a `BlobSource`.
     """
 
-    def __init__(
-        self,
-        inner: BlobSource,
-        known: Mapping[str, KnownChunks],
-        holders: Mapping[str, Sequence[str]],
-        open_peer: Callable[[str, Digest], RangeSource],
-    ) -> None:
-        """Takes a source, what is known of blobs by hash, which peers have them, and what opens a peer's blob."""
+    def __init__(self, inner: BlobSource, known: Mapping[str, KnownChunks], swarms: Swarms | None) -> None:
+        """Takes a source, what is known of blobs by hash, and what knows the other nodes; None: there are none."""
         self._inner = inner
         self._known = known
-        self._holders = holders
-        self._open_peer = open_peer
+        self._swarms = swarms
 
     def open(self, digest: Digest) -> BlobReader:
         return self._inner.open(digest)
@@ -128,21 +121,23 @@ class ChunkedSource:
         known = self._known.get(digest.hash)
         if ranged is None or known is None or known.index.size_bytes != digest.size_bytes:
             return ranged
-        source: RangeSource = VerifiedSource(ranged.source, known.index)
-        swarm: Swarm | None = None
-        holders = self._holders.get(digest.hash, ())
-        if holders:
-            peers = [VerifiedSource(self._open_peer(holder, digest), known.index) for holder in holders]
-            members = [Member(name, peer, _PEER_RANK) for name, peer in zip(holders, peers, strict=True)]
-            source = swarm = Swarm([*members, Member("store", source, _STORE_RANK)], digest.size_bytes)
-        local = LocalFirst(source, known.index, known.copies)
-
-        def bytes_elsewhere() -> dict[str, int]:
-            read_bytes = swarm.read_bytes() if swarm is not None else {}
-            return {"node": local.copied_bytes, "peer": sum(read_bytes.get(holder, 0) for holder in holders)}
-
-        hashes = known.index.hashes
-        return RangedBlob(local, known.index.lengths, bytes_elsewhere, part_hashes=hashes, copied=local.copied)
+        lengths, hashes = known.index.lengths, known.index.hashes
+        if self._swarms is None:
+            local = LocalFirst(VerifiedSource(ranged.source, known.index), known.index, known.copies)
+            return RangedBlob(
+                local, lengths, lambda: {"node": local.copied_bytes}, part_hashes=hashes, copied=local.copied
+            )
+        swarm = self._swarms.source(digest, known.index, ranged.source, known.is_local)
+        local = LocalFirst(swarm, known.index, known.copies)
+        return RangedBlob(
+            local,
+            lengths,
+            lambda: {"node": local.copied_bytes, "peer": swarm.peer_bytes()},
+            part_hashes=hashes,
+            copied=local.copied,
+            guide=swarm,
+            end=lambda is_whole: swarm.ended(is_whole=is_whole),
+        )
 
 
 def known_from_proto(digest: Digest, response: pb.GetChunkIndexResponse, paths: Mapping[str, Path]) -> KnownChunks:

@@ -21,6 +21,7 @@ from typing import Protocol, Self
 
 from helios.mesh.errors import BlobNotFound, Corrupted, HeliosError, Unavailable
 from helios.mesh.transfer.engine import Downloader
+from helios.mesh.transfer.order import Guide
 from helios.mesh.transfer.progress import TransferProgress
 from helios.mesh.transfer.source import RangeSource
 from helios.storage.blob_store import (
@@ -57,6 +58,10 @@ class BlobReader(Protocol):
         ...
 
 
+def _no_end(_: bool) -> None:
+    """Nobody waits for the end."""
+
+
 @dataclass(frozen=True, slots=True)
 class RangedBlob:
     """A blob for the transfer engine."""
@@ -70,6 +75,10 @@ class RangedBlob:
     """The BLAKE3 that it compares each part with."""
     copied: Callable[[], Sequence[Copy]] = tuple
     """What was copied from other blobs of this node, which may share their room on the disk."""
+    guide: Guide | None = None
+    """Says which range next, and learns what came."""
+    end: Callable[[bool], None] = _no_end
+    """Called once when the blob has its name (True), or the fetch has failed."""
 
 
 class BlobSource(Protocol):
@@ -257,6 +266,7 @@ class BlobFetcher:
             token.advance(progress.done_bytes - told_bytes)
             told_bytes = progress.done_bytes
 
+        is_whole = False
         try:
             with self._partial.fetch(
                 self._downloader,
@@ -266,13 +276,17 @@ class BlobFetcher:
                 on_progress=tell,
                 part_lengths=blob.part_lengths,
                 part_hashes=blob.part_hashes,
+                guide=blob.guide,
             ) as (path, fetched):
                 self._on_shared(share_copies(path, blob.copied()))
                 self._store.commit(path, digest, fetched.sha256)
+            is_whole = True
         except BlobNotFound as error:
             raise _source_error(FileNotFoundError(), digest) from error
         except OSError as error:
             raise write_error(error, self._store.root) from error
+        finally:
+            blob.end(is_whole)
         counts = {**blob.bytes_elsewhere(), "resumed": fetched.resumed_bytes}
         counts["store"] = max(0, fetched.fetched_bytes - sum(blob.bytes_elsewhere().values()))
         return {name: count for name, count in counts.items() if count}

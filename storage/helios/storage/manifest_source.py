@@ -10,8 +10,8 @@ from helios.mesh.status import error_from_rpc
 from helios.storage.chunk_source import ChunkedSource, RegistryChunks
 from helios.storage.fetch import BlobSource, DirectorySource
 from helios.storage.manifest import Digest, Manifest, ManifestEntry, make_manifest
-from helios.storage.peers import PeerFinder
 from helios.storage.sources import BlobLocation, Sources
+from helios.storage.sync.swarms import Swarms
 
 _TIMEOUT_SECONDS = 10.0
 """A manifest is some kilobytes from the registry's memory or SQL; a registry that is this late is as good as away."""
@@ -25,14 +25,14 @@ class RegistryManifests:
         dialer: Dialer,
         sources: Sources | None = None,
         chunks: RegistryChunks | None = None,
-        peers: PeerFinder | None = None,
+        swarms: Swarms | None = None,
     ) -> None:
-        """Takes an open dialer to the registry, what opens the stores that it names, what knows of chunks, and who else
-        has blobs.
+        """Takes an open dialer to the registry, what opens the stores that it names, what knows of chunks, and what
+        knows the other nodes.
         """
         self._dialer = dialer
         self._chunks = chunks
-        self._peers = peers or PeerFinder((), identity=None)
+        self._swarms = swarms
         self._sources = sources or Sources()
 
     async def get_manifest(self, revision: str) -> tuple[Manifest, BlobSource]:
@@ -64,8 +64,7 @@ class RegistryManifests:
         manifest = manifest_from_proto(revision, response.manifest)
         if self._chunks is not None and not isinstance(source, DirectorySource):
             known = await self._chunks.find(manifest.blobs)
-            holders = await self._peers.find(sorted(known))
-            source = ChunkedSource(source, known, holders, self._peers.source)
+            source = ChunkedSource(source, known, self._swarms)
         return manifest, source
 
 

@@ -4,19 +4,12 @@ gRPC's synchronous client, for the transfer engine reads in threads: bytes that 
 thread's border twice. A channel is made for each blob, so it has the certificate of the hour.
 """
 
-import asyncio
 import threading
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import grpc
-import grpc.aio
-import structlog
 
 from helios.api.storage.v1 import blob_service_pb2 as pb
-from helios.api.storage.v1.blob_service_pb2_grpc import BlobServiceStub
-from helios.mesh.channel import Dialer
 from helios.mesh.errors import BlobNotFound, HeliosError
 from helios.mesh.identity import IdentityFiles, server_name
 from helios.mesh.status import error_from_rpc
@@ -24,11 +17,6 @@ from helios.mesh.transfer.source import Sink, SourceState, source_unavailable
 from helios.storage.blob_messages import decode_piece
 from helios.storage.blob_servicer import SERVICE_NAME
 from helios.storage.manifest import Digest
-
-log = structlog.get_logger()
-
-_FIND_SECONDS: Final = 2.0
-"""A start waits for it; a peer that is this late would be a slow source."""
 
 _READ_SECONDS: Final = 60.0
 """One range: 8 MiB at 140 kB/s. A peer that is slower is none."""
@@ -39,50 +27,6 @@ _OPTIONS: Final = (
     # Each blob has a connection of its own: one for all would carry all of a node's fetches in one TLS stream.
     ("grpc.use_local_subchannel_pool", 1),
 )
-
-
-class PeerFinder:
-    """Asks the peers that are configured which blobs they have. An async context manager."""
-
-    def __init__(self, targets: Sequence[str], *, identity: IdentityFiles | None) -> None:
-        """Takes the addresses of the storage agents of other nodes; this node's own among them does no harm."""
-        self._targets = targets
-        self._identity = identity
-        self._dialers: list[Dialer] = []
-        self._stack = AsyncExitStack()
-
-    async def __aenter__(self) -> Self:
-        for target in self._targets:
-            dialer = Dialer(target, identity=self._identity, peer="storage")
-            self._dialers.append(await self._stack.enter_async_context(dialer))
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._stack.aclose()
-
-    async def find(self, hashes: Sequence[str]) -> dict[str, list[str]]:
-        """Returns the addresses that have each blob. Never fails: a peer that does not answer soon has nothing."""
-        holders: dict[str, list[str]] = {}
-
-        async def ask(dialer: Dialer) -> None:
-            try:
-                request = pb.FindBlobsRequest(hashes=hashes)
-                response = await dialer.stub(BlobServiceStub).FindBlobs(request, timeout=_FIND_SECONDS)
-            except grpc.aio.AioRpcError as error:
-                log.info("peer does not answer", peer=dialer.target, code=str(error.code()))
-                return
-            for hash_ in set(response.hashes).intersection(hashes):
-                holders.setdefault(hash_, []).append(dialer.target)
-
-        if hashes:
-            async with asyncio.TaskGroup() as group:
-                for dialer in self._dialers:
-                    group.create_task(ask(dialer), name=f"find blobs {dialer.target}")
-        return holders
-
-    def source(self, target: str, digest: Digest) -> "PeerSource":
-        """A blob of a peer."""
-        return PeerSource(target, digest, identity=self._identity)
 
 
 class PeerSource:

@@ -19,7 +19,7 @@ import structlog
 
 from helios.mesh.transfer.engine import Downloader
 from helios.mesh.transfer.gate import Priority
-from helios.mesh.transfer.order import Transfer, Transferred, Wanted
+from helios.mesh.transfer.order import Guide, Transfer, Transferred, Wanted
 from helios.mesh.transfer.progress import TransferProgress
 from helios.mesh.transfer.source import RangeSource
 from helios.storage.file_system import FileSystem, make_durable_directory
@@ -52,6 +52,7 @@ class PartialFiles:
         on_progress: Callable[[TransferProgress], None],
         part_lengths: tuple[int, ...] = (),
         part_hashes: tuple[bytes, ...] = (),
+        guide: Guide | None = None,
     ) -> Iterator[tuple[Path, Transferred]]:
         """Fetches a blob, or what is missing of it; gives a file that is whole, verified and synced, the caller's to
         rename within the block: afterwards it may go.
@@ -70,6 +71,7 @@ class PartialFiles:
             priority=Priority.START,
             check=check,
             on_progress=on_progress,
+            guide=guide,
         )
         self._in_use.add(digest.hash)
         try:

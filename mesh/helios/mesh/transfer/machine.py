@@ -11,7 +11,7 @@ order behind them is then still in memory. Nothing here knows threads, clocks or
 
 import heapq
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import accumulate
@@ -63,6 +63,9 @@ class Finished:
 
 
 Job = Fetch | Verify | Wait | Finished
+
+Choose = Callable[[Sequence[Chunk]], int | None]
+"""Which of some missing chunks, which are in order, to begin with, by its place among them; None: none of them now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +150,7 @@ class TransferMachine:
             ChunkState.CLAIMED if index in self._claims else ChunkState.MISSING for index in range(len(chunks))
         ]
         self._attempts: dict[int, int] = {}
+        self._unseen_claims = deque(sorted(self._claims))
         # A sorted list is a heap.
         self._ready = list(range(len(chunks)))
         self._delayed: list[tuple[float, int]] = []
@@ -174,12 +178,18 @@ class TransferMachine:
         """Where a chunk stands."""
         return self._states[index]
 
-    def next_job(self, now: float) -> Job:
-        """Returns what to do next; a Fetch or Verify makes its chunk busy until its end is told."""
+    def next_job(self, now: float, choose: Choose | None = None) -> Job:
+        """Returns what to do next; a Fetch or Verify makes its chunk busy until its end is told.
+
+        With `choose` chunks are begun in the order that it says, within the window, and what a journal claims is looked
+        at before anything is fetched: others may wait for it. One transfer has it always, or never.
+        """
         if self.is_finished:
             return Finished()
         while self._delayed and self._delayed[0][0] <= now:
             heapq.heappush(self._ready, heapq.heappop(self._delayed)[1])
+        if choose is not None:
+            return self._chosen_job(now, choose)
         if self._ready and self._ready[0] < self._first_unwritten + self._window_count:
             if self._states[self._ready[0]] is ChunkState.CLAIMED:
                 return self._begin_verify()
@@ -218,6 +228,22 @@ class TransferMachine:
         if retry_after_seconds:
             self._not_before = max(self._not_before, now + retry_after_seconds)
         return True
+
+    def _chosen_job(self, now: float, choose: Choose) -> Job:
+        if self._unseen_claims:
+            index = self._unseen_claims.popleft()
+            self._states[index] = ChunkState.BUSY
+            return Verify(self._chunks[index], self._claims[index])
+        if now < self._not_before:
+            return Wait(self._not_before - now)
+        delayed = {index for _, index in self._delayed}
+        window = range(self._first_unwritten, min(self._first_unwritten + self._window_count, len(self._chunks)))
+        missing = [i for i in window if self._states[i] is ChunkState.MISSING and i not in delayed]
+        place = choose([self._chunks[index] for index in missing]) if missing else None
+        if place is None:
+            return Wait(self._delayed[0][0] - now if self._delayed else None)
+        self._states[missing[place]] = ChunkState.BUSY
+        return Fetch(self._chunks[missing[place]])
 
     @property
     def _size_bytes(self) -> int:

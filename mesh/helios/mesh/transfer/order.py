@@ -1,11 +1,12 @@
 """What is ordered from a downloader, and what comes of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from helios.mesh.transfer.gate import Priority
-from helios.mesh.transfer.machine import RetryPolicy
+from helios.mesh.transfer.machine import Chunk, RetryPolicy
 from helios.mesh.transfer.progress import TransferProgress
 from helios.mesh.transfer.source import RangeSource
 
@@ -48,6 +49,25 @@ class Wanted:
     not hash these bytes for a second time; what an earlier transfer left is compared with them too. Empty: unknown."""
 
 
+class Guide(Protocol):
+    """Has a say in a transfer, for a source that is not equally good everywhere at all times, and learns what came.
+
+    Called by several threads. Everything should be quick: other threads of the transfer wait.
+    """
+
+    def begin(self, target: Path, wake: Callable[[], None]) -> None:
+        """A try begins, with nothing that counts in its target. `wake` has `choose` be asked anew, at any time."""
+        ...
+
+    def choose(self, chunks: Sequence[Chunk]) -> int | None:
+        """Which chunk to begin with; see `machine.Choose`. It is asked again within a fifth of a second."""
+        ...
+
+    def written(self, chunk: Chunk) -> None:
+        """A chunk is in the target; its source, or the part's BLAKE3, vouches for it."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """One order."""
@@ -64,6 +84,8 @@ class Transfer:
     """Ends the transfer by raising. Called by several threads, with every piece and while they wait."""
     on_progress: Callable[[TransferProgress], None] = _no_progress
     """Called by several threads, one at a time, a few times a second. Should be quick."""
+    guide: Guide | None = None
+    """None: chunks in order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,8 @@ class Run:
             HeliosError, OSError: As `Downloader.fetch`; or what the transfer's `check` raised.
         """
         worker_count = min(self._options.in_flight, self._machine.chunk_count)
+        if self._transfer.guide is not None:
+            self._transfer.guide.begin(self._transfer.target, self._wake)
         if self._machine.chunk_count <= 1:
             # Most files are small, and need no threads.
             self._work()
@@ -115,11 +117,16 @@ class Run:
             else:
                 self._fetch(job.chunk)
 
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
     def _next(self) -> Fetch | Verify | None:
+        choose = self._transfer.guide.choose if self._transfer.guide is not None else None
         with self._changed:
             while True:
                 self._check()
-                job = self._machine.next_job(time.monotonic())
+                job = self._machine.next_job(time.monotonic(), choose)
                 match job:
                     case Finished():
                         return None
@@ -142,6 +149,8 @@ class Run:
             else:
                 self._machine.refuted(chunk.index)
             self._changed.notify_all()
+        if is_true:
+            self._tell_written(chunk)
 
     def _fetch(self, chunk: Chunk) -> None:
         with self._admit(chunk.length, self._check):
@@ -167,6 +176,11 @@ class Run:
             self._unsynced[chunk.index] = claim
             self._unsynced_bytes += chunk.length
             self._changed.notify_all()
+        self._tell_written(chunk)
+
+    def _tell_written(self, chunk: Chunk) -> None:
+        if self._transfer.guide is not None:
+            self._transfer.guide.written(chunk)
 
     def _read(self, writer: "_ChunkWriter") -> HeliosError | None:
         """Reads a chunk; returns the error where another try may help."""

@@ -22,23 +22,30 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(helios/api/storage/v1/blob_service.proto\x12\x15helios.api.storage.v1\"*\n\x10\x46indBlobsRequest\x12\x16\n\x06hashes\x18\x01 \x03(\tR\x06hashes\"+\n\x11\x46indBlobsResponse\x12\x16\n\x06hashes\x18\x01 \x03(\tR\x06hashes\"S\n\x0fReadBlobRequest\x12\x12\n\x04hash\x18\x01 \x01(\tR\x04hash\x12\x16\n\x06offset\x18\x02 \x01(\x04R\x06offset\x12\x14\n\x05limit\x18\x03 \x01(\x04R\x05limit\"&\n\x10ReadBlobResponse\x12\x12\n\x04\x64\x61ta\x18\x01 \x01(\x0cR\x04\x64\x61ta2\xcc\x01\n\x0b\x42lobService\x12^\n\tFindBlobs\x12\'.helios.api.storage.v1.FindBlobsRequest\x1a(.helios.api.storage.v1.FindBlobsResponse\x12]\n\x08ReadBlob\x12&.helios.api.storage.v1.ReadBlobRequest\x1a\'.helios.api.storage.v1.ReadBlobResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(helios/api/storage/v1/blob_service.proto\x12\x15helios.api.storage.v1\x1a\x1egoogle/protobuf/duration.proto\"*\n\x10\x46indBlobsRequest\x12\x16\n\x06hashes\x18\x01 \x03(\tR\x06hashes\"+\n\x11\x46indBlobsResponse\x12\x16\n\x06hashes\x18\x01 \x03(\tR\x06hashes\"{\n\x11\x46indChunksRequest\x12\x12\n\x04hash\x18\x01 \x01(\tR\x04hash\x12#\n\rknown_version\x18\x02 \x01(\x04R\x0cknownVersion\x12-\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\x04wait\"\x80\x01\n\x12\x46indChunksResponse\x12\x18\n\x07version\x18\x01 \x01(\x04R\x07version\x12\x19\n\x08is_whole\x18\x02 \x01(\x08R\x07isWhole\x12\x35\n\x05spans\x18\x03 \x03(\x0b\x32\x1f.helios.api.storage.v1.BlobSpanR\x05spans\":\n\x08\x42lobSpan\x12\x16\n\x06offset\x18\x01 \x01(\x04R\x06offset\x12\x16\n\x06length\x18\x02 \x01(\x04R\x06length\"S\n\x0fReadBlobRequest\x12\x12\n\x04hash\x18\x01 \x01(\tR\x04hash\x12\x16\n\x06offset\x18\x02 \x01(\x04R\x06offset\x12\x14\n\x05limit\x18\x03 \x01(\x04R\x05limit\"&\n\x10ReadBlobResponse\x12\x12\n\x04\x64\x61ta\x18\x01 \x01(\x0cR\x04\x64\x61ta2\xaf\x02\n\x0b\x42lobService\x12^\n\tFindBlobs\x12\'.helios.api.storage.v1.FindBlobsRequest\x1a(.helios.api.storage.v1.FindBlobsResponse\x12\x61\n\nFindChunks\x12(.helios.api.storage.v1.FindChunksRequest\x1a).helios.api.storage.v1.FindChunksResponse\x12]\n\x08ReadBlob\x12&.helios.api.storage.v1.ReadBlobRequest\x1a\'.helios.api.storage.v1.ReadBlobResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'helios.api.storage.v1.blob_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINDBLOBSREQUEST']._serialized_start=67
-  _globals['_FINDBLOBSREQUEST']._serialized_end=109
-  _globals['_FINDBLOBSRESPONSE']._serialized_start=111
-  _globals['_FINDBLOBSRESPONSE']._serialized_end=154
-  _globals['_READBLOBREQUEST']._serialized_start=156
-  _globals['_READBLOBREQUEST']._serialized_end=239
-  _globals['_READBLOBRESPONSE']._serialized_start=241
-  _globals['_READBLOBRESPONSE']._serialized_end=279
-  _globals['_BLOBSERVICE']._serialized_start=282
-  _globals['_BLOBSERVICE']._serialized_end=486
+  _globals['_FINDBLOBSREQUEST']._serialized_start=99
+  _globals['_FINDBLOBSREQUEST']._serialized_end=141
+  _globals['_FINDBLOBSRESPONSE']._serialized_start=143
+  _globals['_FINDBLOBSRESPONSE']._serialized_end=186
+  _globals['_FINDCHUNKSREQUEST']._serialized_start=188
+  _globals['_FINDCHUNKSREQUEST']._serialized_end=311
+  _globals['_FINDCHUNKSRESPONSE']._serialized_start=314
+  _globals['_FINDCHUNKSRESPONSE']._serialized_end=442
+  _globals['_BLOBSPAN']._serialized_start=444
+  _globals['_BLOBSPAN']._serialized_end=502
+  _globals['_READBLOBREQUEST']._serialized_start=504
+  _globals['_READBLOBREQUEST']._serialized_end=587
+  _globals['_READBLOBRESPONSE']._serialized_start=589
+  _globals['_READBLOBRESPONSE']._serialized_end=627
+  _globals['_BLOBSERVICE']._serialized_start=630
+  _globals['_BLOBSERVICE']._serialized_end=933
 # @@protoc_insertion_point(module_scope)

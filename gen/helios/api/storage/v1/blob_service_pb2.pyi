@@ -5,6 +5,7 @@ Blobs between storage agents."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
@@ -65,6 +66,96 @@ class FindBlobsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FindBlobsResponse: _TypeAlias = FindBlobsResponse  # noqa: Y015
+
+@_typing.final
+class FindChunksRequest(_message.Message):
+    """FindChunksRequest names a blob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HASH_FIELD_NUMBER: _builtins.int
+    KNOWN_VERSION_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    hash: _builtins.str
+    """sha256 of the blob, 64 lower-case hexadecimal digits."""
+    known_version: _builtins.int
+    """The version of the answer that the caller has; 0: none."""
+    @_builtins.property
+    def wait(self) -> _duration_pb2.Duration:
+        """How long to wait for another one; at most 10 s."""
+
+    def __init__(
+        self,
+        *,
+        hash: _builtins.str = ...,
+        known_version: _builtins.int = ...,
+        wait: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wait", b"wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hash", b"hash", "known_version", b"known_version", "wait", b"wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindChunksRequest: _TypeAlias = FindChunksRequest  # noqa: Y015
+
+@_typing.final
+class FindChunksResponse(_message.Message):
+    """FindChunksResponse says what is here."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    IS_WHOLE_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Grows with what is here; 0: nothing is."""
+    is_whole: _builtins.bool
+    """Whether all of the blob is here."""
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlobSpan]:
+        """Which parts, in order, where it is not; neighbours are one."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        is_whole: _builtins.bool = ...,
+        spans: _abc.Iterable[Global___BlobSpan] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_whole", b"is_whole", "spans", b"spans", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindChunksResponse: _TypeAlias = FindChunksResponse  # noqa: Y015
+
+@_typing.final
+class BlobSpan(_message.Message):
+    """BlobSpan is a part of a blob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """First byte."""
+    length: _builtins.int
+    """Number of bytes."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlobSpan: _TypeAlias = BlobSpan  # noqa: Y015
 
 @_typing.final
 class ReadBlobRequest(_message.Message):

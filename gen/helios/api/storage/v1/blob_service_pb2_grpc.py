@@ -40,6 +40,11 @@ class BlobServiceStub:
                 request_serializer=helios_dot_api_dot_storage_dot_v1_dot_blob__service__pb2.FindBlobsRequest.SerializeToString,
                 response_deserializer=helios_dot_api_dot_storage_dot_v1_dot_blob__service__pb2.FindBlobsResponse.FromString,
                 _registered_method=True)
+        self.FindChunks = channel.unary_unary(
+                '/helios.api.storage.v1.BlobService/FindChunks',
+                request_serializer=helios_dot_api_dot_storage_dot_v1_dot_blob__service__pb2.FindChunksRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_storage_dot_v1_dot_blob__service__pb2.FindChunksResponse.FromString,
+                _registered_method=True)
         self.ReadBlob = channel.unary_stream(
                 '/helios.api.storage.v1.BlobService/ReadBlob',
                 request_serializer=helios_dot_api_dot_storage_dot_v1_dot_blob__service__pb2.ReadBlobRequest.SerializeToString,
@@ -59,8 +64,18 @@ class BlobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindChunks(self, request, context):
+        """FindChunks says which parts of a blob are here and verified, also while it is still being fetched. It answers once
+        that is something else than what the caller knows, or the wait is over. Idempotent. Errors: INVALID_ARGUMENT
+        (INVALID_DIGEST).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadBlob(self, request, context):
-        """ReadBlob sends a range of a blob in messages of at most 1 MiB. A blob that is evicted meanwhile is sent to the end of
+        """ReadBlob sends a range of a blob in messages of at most 1 MiB; of a blob that is still being fetched, a range whose
+        parts are all here and verified. A blob that is evicted meanwhile is sent to the end of
         the range all the same. Cancelling ends it. Idempotent.
         Errors: NOT_FOUND (BLOB_NOT_FOUND), INVALID_ARGUMENT (INVALID_DIGEST, INVALID_RANGE), UNAVAILABLE (OVERLOADED: as many
         readers as there may be; TIER_FAILED).
@@ -76,6 +91,11 @@ def add_BlobServiceServicer_to_server(servicer, server):
                     servicer.FindBlobs,
                     request_deserializer=helios_dot_api_dot_storage_dot_v1_dot_blob__service__pb2.FindBlobsRequest.FromString,
                     response_serializer=helios_dot_api_dot_storage_dot_v1_dot_blob__service__pb2.FindBlobsResponse.SerializeToString,
+            ),
+            'FindChunks': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindChunks,
+                    request_deserializer=helios_dot_api_dot_storage_dot_v1_dot_blob__service__pb2.FindChunksRequest.FromString,
+                    response_serializer=helios_dot_api_dot_storage_dot_v1_dot_blob__service__pb2.FindChunksResponse.SerializeToString,
             ),
             'ReadBlob': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadBlob,
@@ -111,6 +131,33 @@ class BlobService:
             '/helios.api.storage.v1.BlobService/FindBlobs',
             helios_dot_api_dot_storage_dot_v1_dot_blob__service__pb2.FindBlobsRequest.SerializeToString,
             helios_dot_api_dot_storage_dot_v1_dot_blob__service__pb2.FindBlobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.storage.v1.BlobService/FindChunks',
+            helios_dot_api_dot_storage_dot_v1_dot_blob__service__pb2.FindChunksRequest.SerializeToString,
+            helios_dot_api_dot_storage_dot_v1_dot_blob__service__pb2.FindChunksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,8 +20,14 @@ class BlobServiceStub:
     """FindBlobs returns which of some blobs are here, whole. Idempotent. Errors: INVALID_ARGUMENT (INVALID_DIGEST,
     TOO_MANY_BLOBS).
     """
+    FindChunks: _aio.UnaryUnaryMultiCallable[_blob_service_pb2.FindChunksRequest, _blob_service_pb2.FindChunksResponse]
+    """FindChunks says which parts of a blob are here and verified, also while it is still being fetched. It answers once
+    that is something else than what the caller knows, or the wait is over. Idempotent. Errors: INVALID_ARGUMENT
+    (INVALID_DIGEST).
+    """
     ReadBlob: _aio.UnaryStreamMultiCallable[_blob_service_pb2.ReadBlobRequest, _blob_service_pb2.ReadBlobResponse]
-    """ReadBlob sends a range of a blob in messages of at most 1 MiB. A blob that is evicted meanwhile is sent to the end of
+    """ReadBlob sends a range of a blob in messages of at most 1 MiB; of a blob that is still being fetched, a range whose
+    parts are all here and verified. A blob that is evicted meanwhile is sent to the end of
     the range all the same. Cancelling ends it. Idempotent.
     Errors: NOT_FOUND (BLOB_NOT_FOUND), INVALID_ARGUMENT (INVALID_DIGEST, INVALID_RANGE), UNAVAILABLE (OVERLOADED: as many
     readers as there may be; TIER_FAILED).
@@ -41,12 +47,24 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def FindChunks(
+        self,
+        request: _blob_service_pb2.FindChunksRequest,
+        context: _aio.ServicerContext[_blob_service_pb2.FindChunksRequest, _abc.Awaitable[_blob_service_pb2.FindChunksResponse]],
+    ) -> _abc.Awaitable[_blob_service_pb2.FindChunksResponse]:
+        """FindChunks says which parts of a blob are here and verified, also while it is still being fetched. It answers once
+        that is something else than what the caller knows, or the wait is over. Idempotent. Errors: INVALID_ARGUMENT
+        (INVALID_DIGEST).
+        """
+
+    @_abc_1.abstractmethod
     def ReadBlob(
         self,
         request: _blob_service_pb2.ReadBlobRequest,
         context: _aio.ServicerContext[_blob_service_pb2.ReadBlobRequest, _abc.AsyncIterator[_blob_service_pb2.ReadBlobResponse]],
     ) -> _abc.AsyncIterator[_blob_service_pb2.ReadBlobResponse]:
-        """ReadBlob sends a range of a blob in messages of at most 1 MiB. A blob that is evicted meanwhile is sent to the end of
+        """ReadBlob sends a range of a blob in messages of at most 1 MiB; of a blob that is still being fetched, a range whose
+        parts are all here and verified. A blob that is evicted meanwhile is sent to the end of
         the range all the same. Cancelling ends it. Idempotent.
         Errors: NOT_FOUND (BLOB_NOT_FOUND), INVALID_ARGUMENT (INVALID_DIGEST, INVALID_RANGE), UNAVAILABLE (OVERLOADED: as many
         readers as there may be; TIER_FAILED).
