@@ -64,8 +64,7 @@ def settings_of(options: "UpOptions") -> Settings:
 
 def requires_keys(settings: Settings) -> bool:
     """Whether requests need an API key, as the proxy will read it."""
-    value = settings["proxy"].get("admission", {}).get("require_keys", False)
-    return value if isinstance(value, bool) else str(value).strip().lower() in {"1", "true", "t", "yes", "y", "on"}
+    return settings["proxy"].get("admission", {}).get("require_keys") is True
 
 
 def children(state: StateDirectory, settings: Settings, options: "UpOptions") -> list[ChildSpec]:
@@ -131,7 +130,8 @@ def _apply(settings: Settings, override: str) -> None:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
             raise InvalidRequest(f"--set {override}: {parent} is a value, it has no fields")
-    place[leaf] = value
+    # A flag that is on or off takes no value (helios.mesh.settings).
+    place[leaf] = {"true": True, "false": False}.get(value.lower(), value)
 
 
 def _python_process(state: StateDirectory, name: str, settings: Mapping[str, Any]) -> ChildSpec:

@@ -129,7 +129,7 @@ def to_arguments(settings: dict[str, Any], prefix: str = "") -> list[str]:
         elif isinstance(value, list | tuple):
             flags += [f"--{name}={entry}" for entry in value]
         elif isinstance(value, bool):
-            flags.append(f"--{name}={str(value).lower()}")
+            flags.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
             flags.append(f"--{name}={value.get_secret_value() if isinstance(value, SecretStr) else value}")
     return flags

@@ -17,7 +17,7 @@ from helios.mesh.errors import HeliosError, HoldExpired, Unavailable
 from helios.proxy import actions
 from helios.proxy.activation import machine
 from helios.proxy.activation.machine import ActivationState
-from helios.proxy.admission.keyring import Keyring
+from helios.proxy.admission.keyring import ANYBODY, Caller, Keyring
 from helios.proxy.breaker import BreakerPolicy
 from helios.proxy.catalogue import Catalogue, ModelEntry, is_by_digest
 from helios.proxy.fleet.commands import (
@@ -30,7 +30,7 @@ from helios.proxy.fleet.commands import (
     WakeReplica,
 )
 from helios.proxy.fleet.state import Change, Device, Replica, ReplicaState, Staged, WorkerHello
-from helios.proxy.holds import Hold, HoldLimits, Holds
+from helios.proxy.holds import Hold, HoldLimits, Holds, too_many
 from helios.proxy.lifecycle import Lifecycle, LifecyclePolicy
 from helios.proxy.refusals import model_not_found
 from helios.proxy.rollouts import Rollouts
@@ -167,7 +167,7 @@ class Core:
             return (near or list(replicas))[0]
         return ""
 
-    def hold(
+    def hold(  # noqa: PLR0913 - one for each thing that is told of a hold
         self,
         entry: ModelEntry,
         request_id: str,
@@ -178,6 +178,7 @@ class Core:
         requested_at: float = 0.0,
         traceparent: str = "",
         adapter: str = "",
+        caller: Caller = ANYBODY,
     ) -> tuple[Hold, list[actions.Action]]:
         """Holds a request and starts what it waits for; `Hold` says what `requested_at` and `traceparent` are.
 
@@ -188,7 +189,17 @@ class Core:
         """
         self._next_hold_id += 1
         hold = Hold(
-            self._next_hold_id, request_id, entry.name, size_bytes, now, deadline, requested_at, traceparent, adapter
+            self._next_hold_id,
+            request_id,
+            entry.name,
+            size_bytes,
+            now,
+            deadline,
+            requested_at,
+            traceparent,
+            adapter,
+            caller,
+            self.traffic.quotas.cost(request_id, entry.name, size_bytes),
         )
         problem = self.lifecycle.adapters.problem(entry, adapter) if adapter else None
         if problem is not None:
@@ -196,10 +207,14 @@ class Core:
         if deadline <= now:
             raise self._expired(hold, now)
         try:
-            self.holds.admit(hold)
+            shed = self.holds.admit(hold)
         except HeliosError as error:
             error.retry_after_seconds = self.lifecycle.remaining_seconds(entry, now)
             raise
+        if shed is not None:
+            refusal = too_many(entry.name, "shed")
+            refusal.retry_after_seconds = self.lifecycle.remaining_seconds(entry, now)
+            self._out([actions.Fail(shed, refusal)])
         self.lifecycle.reconcile(entry.name, now)
         self._release(entry.name, now)
         return hold, self._take(now)
@@ -460,7 +475,7 @@ class Core:
                 chosen = self._pick(entry, hold.request_id, now, adapter, NO_BLOCKS)
                 if chosen is None:
                     break
-                self.holds.remove(hold.hold_id)
+                self.holds.release(hold.hold_id)
                 self._out([actions.Release(hold, chosen)])
 
     def _resynchronise(self, now: float, *, is_complete: bool) -> None:
@@ -476,6 +491,8 @@ class Core:
         retry_after = self.lifecycle.remaining_seconds(entry, now) if entry is not None else 1.0
         state = self.lifecycle.activation(hold.model).state
         progress = "is still starting" if state is ActivationState.STARTING else "has no replica that takes requests"
+        if self.traffic.has_candidates(hold.model) and not hold.adapter:
+            progress = "has more requests than it can answer"
         if hold.adapter:
             progress += f" for the adapter '{hold.adapter}'"
         return HoldExpired(

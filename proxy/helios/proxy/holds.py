@@ -2,12 +2,15 @@
 
 A held request costs memory in Envoy (its body is buffered there), so holds are bounded in count, per model and in all,
 and in bytes. Each has an absolute deadline, counted from the request's own start, so that a hold that moves to another
-proxy does not begin anew. Within a model, holds are released in the order in which they came.
+proxy does not begin anew. Within a model, who is next is decided by priority and fair shares of tenants
+(`admission/fair_queue`); one tenant's requests go in the order in which they came. Where a model's queue is full, a
+request of a higher priority, or of a tenant that has less of it, puts another one out.
 
 | state | event | next |
 |---|---|---|
-| — | admit | HELD, or Overloaded |
-| HELD | take, one by one in order | released |
+| — | admit | HELD, or Overloaded, QuotaExceeded |
+| HELD | admit of one that goes before it, where the queue is full | shed |
+| HELD | release, one by one in order | released |
 | HELD | expire at or after its deadline | expired |
 | HELD | cancel (the client left) | gone |
 | HELD | take_all (the activation failed) | failed |
@@ -18,17 +21,23 @@ Pure.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
-from helios.mesh.errors import Overloaded
+from helios.mesh.errors import Overloaded, QuotaExceeded
+from helios.proxy.admission.fair_queue import Entry, FairQueue
+from helios.proxy.admission.keyring import ANYBODY, Caller
 
 
 @dataclass(frozen=True, slots=True)
 class HoldLimits:
-    """Bounds of what is held: requests of one model, of all models, and bytes of bodies (by content-length)."""
+    """Bounds of what is held: requests of one model, of one tenant for it, of all models, and bytes of bodies (by
+    content-length).
+    """
 
     model_count: int = 512
+    tenant_count: int = 256
     total_count: int = 4096
     total_bytes: int = 512 << 20
 
@@ -52,6 +61,8 @@ class Hold:
     requested_at: float = 0.0
     traceparent: str = ""
     adapter: str = ""
+    caller: Caller = ANYBODY
+    cost_tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,34 +83,35 @@ class Holds:
         self._limits = limits
         self._holds: dict[int, Hold] = {}
         self._by_model: dict[str, OrderedDict[int, Hold]] = {}
-        self._lanes: dict[str, dict[str, OrderedDict[int, Hold]]] = {}
+        self._lanes: dict[str, dict[str, FairQueue]] = {}
+        self._tenants: dict[tuple[str, str], int] = {}
         # Entries of holds that left are skipped when met: a heap has no cheap removal.
         self._deadlines: list[tuple[float, int]] = []
         self._size_bytes = 0
 
-    def admit(self, hold: Hold) -> None:
-        """Begins to hold a request.
+    def admit(self, hold: Hold) -> Hold | None:
+        """Begins to hold a request; returns the one that it puts out, where the model's queue was full.
 
         Raises:
             Overloaded: a bound is reached; `metadata["bound"]` says which.
+            QuotaExceeded: TENANT_QUEUE_FULL, its key's tenant has too many of the model's places.
         """
-        queue = self._by_model.get(hold.model)
-        bound = None
-        if queue is not None and len(queue) >= self._limits.model_count:
-            bound = "model_count"
-        elif len(self._holds) >= self._limits.total_count:
-            bound = "total_count"
-        elif self._size_bytes + hold.size_bytes > self._limits.total_bytes:
-            bound = "total_bytes"
-        if bound is not None:
-            message = f"too many requests wait for the model '{hold.model}' to start; try again later"
-            raise Overloaded(message, metadata={"model": hold.model, "bound": bound})
+        tenant = hold.caller.tenant
+        if tenant and self._tenants.get((hold.model, tenant), 0) >= self._limits.tenant_count:
+            raise QuotaExceeded(
+                f"too many requests of {tenant!r} wait for the model '{hold.model}'; try again later",
+                reason="TENANT_QUEUE_FULL",
+                metadata={"model": hold.model, "bound": "tenant_count"},
+            )
+        shed = self._make_room(hold)
+        lane = self._lanes.setdefault(hold.model, {}).setdefault(hold.adapter, FairQueue())
+        lane.add(_entry(hold))
         self._holds[hold.hold_id] = hold
         self._by_model.setdefault(hold.model, OrderedDict())[hold.hold_id] = hold
-        lanes = self._lanes.setdefault(hold.model, {})
-        lanes.setdefault(hold.adapter, OrderedDict())[hold.hold_id] = hold
+        self._tenants[hold.model, tenant] = self._tenants.get((hold.model, tenant), 0) + 1
         heappush(self._deadlines, (hold.deadline, hold.hold_id))
         self._size_bytes += hold.size_bytes
+        return shed
 
     def first(self, model: str) -> Hold | None:
         """The hold of a model that came first."""
@@ -111,36 +123,32 @@ class Holds:
         return list(self._lanes.get(model, ()))
 
     def first_of_lane(self, model: str, adapter: str) -> Hold | None:
-        """The hold for an adapter of a model that came first."""
-        lane = self._lanes.get(model, {}).get(adapter)
-        return next(iter(lane.values())) if lane else None
+        """The hold for an adapter of a model that is next."""
+        lanes = self._lanes.get(model)
+        lane = lanes.get(adapter) if lanes is not None else None
+        key = lane.first() if lane is not None else None
+        return self._holds[key] if key is not None else None
 
     def take_lane(self, model: str, adapter: str) -> list[Hold]:
         """Ends all holds for an adapter of a model, first come first."""
-        holds = list(self._lanes.get(model, {}).get(adapter, {}).values())
+        holds = [hold for hold in self._by_model.get(model, {}).values() if hold.adapter == adapter]
         for hold in holds:
             self.remove(hold.hold_id)
         return holds
 
+    def release(self, hold_id: int) -> None:
+        """Ends a hold whose turn has come: it counts for its tenant's share."""
+        hold = self._holds[hold_id]
+        self._lanes[hold.model][hold.adapter].serve(hold_id)
+        self._forget(hold)
+
     def remove(self, hold_id: int) -> Hold | None:
-        """Ends a hold: released, or its client left. None where it has ended already."""
-        hold = self._holds.pop(hold_id, None)
+        """Ends a hold without a turn: its client left, or it can't be served. None where it has ended already."""
+        hold = self._holds.get(hold_id)
         if hold is None:
             return None
-        queue = self._by_model[hold.model]
-        del queue[hold_id]
-        if not queue:
-            del self._by_model[hold.model]
-        lanes = self._lanes[hold.model]
-        del lanes[hold.adapter][hold_id]
-        if not lanes[hold.adapter]:
-            del lanes[hold.adapter]
-        if not lanes:
-            del self._lanes[hold.model]
-        self._size_bytes -= hold.size_bytes
-        if len(self._deadlines) > 64 + 2 * len(self._holds):
-            self._deadlines = [(held.deadline, key) for key, held in self._holds.items()]
-            heapify(self._deadlines)
+        self._lanes[hold.model][hold.adapter].drop(hold_id)
+        self._forget(hold)
         return hold
 
     def take_all(self, model: str) -> list[Hold]:
@@ -176,3 +184,50 @@ class Holds:
     def statistics(self) -> HoldStatistics:
         """What is held, in all."""
         return HoldStatistics(len(self._holds), self._size_bytes)
+
+    def _make_room(self, hold: Hold) -> Hold | None:
+        """Raises Overloaded where a bound is reached and nobody has to go for the newcomer."""
+        queue: Mapping[int, Hold] = self._by_model.get(hold.model, {})
+        bound, shed = None, None
+        if len(queue) >= self._limits.model_count:
+            bound = "model_count"
+            lane = self._lanes[hold.model].get(hold.adapter)
+            victim = lane.victim_for(_entry(hold)) if lane is not None else None
+            shed = self._holds[victim] if victim is not None else None
+        elif len(self._holds) >= self._limits.total_count:
+            bound = "total_count"
+        freed_bytes = shed.size_bytes if shed is not None else 0
+        if self._size_bytes - freed_bytes + hold.size_bytes > self._limits.total_bytes:
+            bound, shed = "total_bytes", None
+        if bound is not None and shed is None:
+            raise too_many(hold.model, bound)
+        return self.remove(shed.hold_id) if shed is not None else None
+
+    def _forget(self, hold: Hold) -> None:
+        del self._holds[hold.hold_id]
+        queue, lanes = self._by_model[hold.model], self._lanes[hold.model]
+        del queue[hold.hold_id]
+        if not queue:
+            # Shares of tenants are remembered while somebody waits.
+            del self._by_model[hold.model], self._lanes[hold.model]
+        elif not len(lanes[hold.adapter]):
+            del lanes[hold.adapter]
+        place = (hold.model, hold.caller.tenant)
+        self._tenants[place] -= 1
+        if not self._tenants[place]:
+            del self._tenants[place]
+        self._size_bytes -= hold.size_bytes
+        if len(self._deadlines) > 64 + 2 * len(self._holds):
+            self._deadlines = [(held.deadline, key) for key, held in self._holds.items()]
+            heapify(self._deadlines)
+
+
+def too_many(model: str, bound: str) -> Overloaded:
+    """The answer to a request for which there is no place, or that was put out for another one."""
+    message = f"too many requests wait for the model '{model}'; try again later"
+    return Overloaded(message, metadata={"model": model, "bound": bound})
+
+
+def _entry(hold: Hold) -> Entry:
+    caller = hold.caller
+    return Entry(hold.hold_id, caller.tenant, caller.priority, caller.weight, max(1, hold.cost_tokens))

@@ -15,6 +15,7 @@ from opentelemetry import propagate, trace
 
 from helios.mesh.errors import Draining, HeliosError, Unavailable
 from helios.proxy import actions, metrics
+from helios.proxy.admission.keyring import ANYBODY, Caller
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
 from helios.proxy.explain.journal import Journal, JournalLimits
@@ -82,6 +83,7 @@ class Arrival:
         began: when Envoy began with it, as Envoy wrote it; empty: it did not say.
         began_wall: the same, in seconds since the epoch.
         traceparent: W3C trace context of the client, or Envoy's; empty: none.
+        caller: whose request it is.
     """
 
     request_id: str
@@ -90,6 +92,7 @@ class Arrival:
     began: str = ""
     began_wall: float = 0.0
     traceparent: str = ""
+    caller: Caller = ANYBODY
 
 
 class Outbox:
@@ -193,6 +196,7 @@ class Runtime:
             requested_at=arrival.began_wall,
             traceparent=_traceparent(span),
             adapter=adapter,
+            caller=arrival.caller,
         )
         self.journal.held(
             request_id,
@@ -284,6 +288,8 @@ class Runtime:
             why = "no replica can be picked: " + ", ".join(f"{key} is {reason}" for key, reason in excluded[:4])
         elif adapter and self.core.traffic.has_candidates(model):
             why = f"no replica has the adapter {adapter!r} yet"
+        elif self.core.traffic.has_candidates(model):
+            why = "in every replica as many requests wait as may"
         else:
             why = "there is no replica"
         return f"{why}; {ahead_count} request(s) waited already" if ahead_count else why

@@ -30,7 +30,10 @@ class HoldSettings(BaseModel):
     """Longest wait, counted from the request's start, in seconds. 300: above the start of a large model from a disk,
     below Envoy's wait for the picker, so that clients get 503 with Retry-After and never a bare 504."""
     model_count: PositiveInt = 512
-    """Requests that may wait for one model. 512: a burst that one replica works off within minutes."""
+    """Requests that may wait for one model. 512: a burst that one replica works off within minutes. Where it is full, a
+    request of a higher priority, or of a tenant with fewer of these places, puts another one out (503)."""
+    tenant_count: PositiveInt = 256
+    """Of these, requests of one tenant (of API keys); further ones are refused (429). 256: half."""
     total_count: PositiveInt = 4096
     """Requests that may wait in all. 4,096: a held request costs some 50 KiB here and in Envoy."""
     total_bytes: PositiveInt = 512 << 20
@@ -157,6 +160,10 @@ class RoutingSettings(BaseModel):
     """The share of a replica's score that a prompt is which it has wholly in its cache; its load has the rest. 0.4: the
     next turn of a conversation goes where the last one was until requests queue there. 0: prompts are not looked
     at, which saves one exchange with Envoy a request."""
+    queue_count: NonNegativeInt = 32
+    """Requests that may wait inside a replica's engine, in the order in which they came; others wait here meanwhile,
+    where priorities and shares of tenants count. 32: what an engine works off before the next report. 0: any
+    number."""
     prefix_blocks: PositiveInt = 500_000
     """Blocks of 256 bytes of prompts that are remembered, of all replicas. 500,000: 91 MiB of this process once
     they are full; a thousand replicas have 500 each then, which is 32,000 tokens."""
@@ -269,14 +276,14 @@ class ProxySettings(ProcessSettings):
         """The core's share of the settings."""
         hold, fleet = self.hold, self.fleet
         return CorePolicy(
-            holds=HoldLimits(hold.model_count, hold.total_count, hold.total_bytes),
+            holds=HoldLimits(hold.model_count, hold.tenant_count, hold.total_count, hold.total_bytes),
             breaker=BreakerPolicy(**self.breaker.model_dump()),
             lifecycle=self._lifecycle_policy(),
             reservation_seconds=self.reservation_seconds,
             silence_seconds=fleet.report_interval_seconds * fleet.silence_intervals,
             worker_grace_seconds=fleet.worker_grace_seconds,
             resync_seconds=fleet.resync_seconds,
-            routing=RoutingPolicy(self.routing.prefix_weight, self.routing.prefix_blocks),
+            routing=RoutingPolicy(self.routing.prefix_weight, self.routing.prefix_blocks, self.routing.queue_count),
             requires_keys=self.admission.require_keys,
         )
 

@@ -32,10 +32,13 @@ class RoutingPolicy:
     Attributes:
         prefix_weight: the share of a score that a wholly cached prompt is; 0: prompts are not looked at.
         max_blocks: blocks of prompts that are remembered, of all replicas.
+        queue_count: requests that may wait inside a replica's engine before others wait here, in their tenants' and
+            priorities' order; 0: any number.
     """
 
     prefix_weight: float = 0.4
     max_blocks: int = 500_000
+    queue_count: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ class Traffic:
         self._last_wanted: dict[str, float] = {}
         self._ready_since: dict[str, float] = {}
         self._opened: set[str] = set()
+        # Candidates in whose engines as many wait as may: no pick takes them, whatever else counts them as candidates.
+        self._busy: set[str] = set()
         # By model, as a tuple that is made anew where it changes: a pick takes it as it is.
         self._excluded: dict[str, tuple[tuple[str, str], ...]] = {}
         # Replicas that have an adapter loaded; few picks name one, so candidates are looked up here and not grouped.
@@ -97,6 +102,8 @@ class Traffic:
         if adapter is not None:
             holders = self._holders.get(adapter, ())
             snapshot = tuple(candidate for candidate in snapshot if candidate.replica_id in holders)
+        if self._busy:
+            snapshot = tuple(candidate for candidate in snapshot if candidate.replica_id not in self._busy)
         held = self._prefixes.match(blocks) if len(snapshot) > 1 else None
         affinity = Affinity(held, len(blocks), self._routing.prefix_weight) if held else None
         chosen = pick(entry.name, entry.revision, snapshot, affinity)
@@ -269,13 +276,16 @@ class Traffic:
         replica = self.fleet.replica(replica_id)
         if replica is None:
             self.table.remove(replica_id)
+            self._busy.discard(replica_id)
             return
         reason = self.excluded(replica)
         self._note_exclusion(replica, reason)
         if reason is not None:
             self.table.remove(replica_id)
+            self._busy.discard(replica_id)
             return
         reserved_count = self.ledger.reserved_count(replica_id)
+        self._note_busy(replica, reserved_count)
         candidate = score(replica_id, replica.address, replica.load, reserved_count)
         if self.table.put(replica.model, replica.revision, candidate):
             self._opened.add(replica.model)
@@ -286,9 +296,22 @@ class Traffic:
         replica = self.fleet.replica(replica_id)
         assert replica is not None
         reserved_count = self.ledger.reserved_count(replica_id)
+        self._note_busy(replica, reserved_count)
         self.table.put(
             replica.model, replica.revision, score(replica_id, replica.address, replica.load, reserved_count)
         )
+
+    def _note_busy(self, replica: Replica, reserved_count: int) -> None:
+        """An engine in which requests wait has no use for more than keep it busy until the next report.
+
+        Those on their way to it will wait there, too. One in which none waits takes all: nobody knows how many it can.
+        """
+        waiting, bound = replica.load.waiting_count, self._routing.queue_count
+        if waiting and bound and waiting + reserved_count >= bound:
+            self._busy.add(replica.replica_id)
+        elif replica.replica_id in self._busy:
+            self._busy.discard(replica.replica_id)
+            self._opened.add(replica.model)
 
     def _note_exclusion(self, replica: Replica, reason: str | None) -> None:
         known = self._excluded.get(replica.model, ())

@@ -11,6 +11,8 @@ from helios.cli.certificates import issue_due
 from helios.cli.state import StateDirectory
 from helios.cli.up import Mesh, UpOptions
 from helios.mesh.errors import InvalidRequest
+from helios.mesh.settings import load_settings, to_arguments
+from helios.proxy.settings import ProxySettings
 from helios.worker.settings import ReplicaSettings
 
 
@@ -49,7 +51,11 @@ def test_overrides_that_make_no_sense_are_refused(tmp_path: Path, override: str)
 )
 def test_addresses_that_others_reach_need_keys(tmp_path: Path, host: str, override: str, *, is_required: bool) -> None:
     options = UpOptions(StateDirectory(tmp_path), host=host, overrides=(override,) if override else ())
-    assert topology.requires_keys(topology.settings_of(options)) is is_required
+    settings = topology.settings_of(options)
+    assert topology.requires_keys(settings) is is_required
+    # The proxy reads it so, too.
+    read = load_settings(ProxySettings, to_arguments(settings["proxy"]))
+    assert read.admission.require_keys is is_required
 
 
 @pytest.mark.parametrize(("overrides", "seconds"), [((), 105), (("worker.replica.drain_seconds=100",), 175)])

@@ -133,6 +133,13 @@ class Quotas:
         account = self._accounts.get(caller.key_id)
         return account.standing(now) if account is not None and any(account.limits) else None
 
+    def cost(self, request_id: str, model: str, body_bytes: int) -> int:
+        """Tokens that a request is likely to take, for its tenant's share: what it reserved, else a guess."""
+        held = self._held.get(request_id)
+        if held is not None:
+            return held.tokens
+        return self.history.prompt_tokens(model, body_bytes) + self.history.long_answer_tokens(model, "")
+
     def finished(self, usage: Usage, now: float) -> None:
         """A request left a replica."""
         is_elsewhere = usage.status_code == _UNAVAILABLE and not usage.prompt_tokens and not usage.completion_tokens

@@ -14,7 +14,7 @@ import asyncio
 import base64
 import time
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import grpc
 import grpc.aio
@@ -29,6 +29,7 @@ from helios.mesh.errors import Draining, HeliosError, InvalidRequest, Permission
 from helios.mesh.identity import SpiffeId
 from helios.mesh.server import check_peer
 from helios.proxy import metrics
+from helios.proxy.admission.keyring import Caller
 from helios.proxy.catalog.servicer import find_model
 from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry, shown
@@ -63,6 +64,15 @@ _EXT_PROC_FILTER: Final = "envoy.filters.http.ext_proc"
 _EDGE: Final = frozenset({"edge"})
 _OVERWRITE: Final = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 _RETRIES: Final = (b"0", b"1", b"2", b"3")
+
+
+class _Came(NamedTuple):
+    """How a request came: when, by this clock and by Envoy's own words, in which call, and from whom."""
+
+    arrived_at: float
+    began: str
+    context: Any
+    caller: Caller
 
 
 class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
@@ -113,9 +123,8 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             blocks = _blocks(entry, model, body)
             if split.outcome:
                 metrics.ROLLOUT_REQUESTS.labels(served.name, split.outcome).inc()
-            pick = await self._pick(
-                entry, model, blocks, heads, arrived_at=arrived_at, began=began, context=context, split=split.why
-            )
+            came = _Came(arrived_at, began, context, gate.caller)
+            pick = await self._pick(entry, model, blocks, heads, came, split=split.why)
         except Draining as error:
             # No answer but a broken stream: Envoy asks another proxy, or this one once it is back.
             await status.abort(context, error)
@@ -165,16 +174,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
         return {name: value for name, value in found.items() if value}
 
     async def _pick(
-        self,
-        entry: ModelEntry,
-        model: str,
-        blocks: Blocks,
-        heads: Heads,
-        *,
-        arrived_at: float,
-        began: str,
-        context: Any,
-        split: str,
+        self, entry: ModelEntry, model: str, blocks: Blocks, heads: Heads, came: _Came, *, split: str
     ) -> Pick:
         now = time.perf_counter()
         if entry.role == "prefill":
@@ -188,30 +188,31 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
         if pick is not None:
             pick = pick._replace(split=split) if split else pick
             excluded = self._core.traffic.exclusions(entry.name)
-            self._journal.picked(heads.request_id, (model, pick, excluded, began, arrived_at, time.monotonic()))
+            self._journal.picked(
+                heads.request_id, (model, pick, excluded, came.began, came.arrived_at, time.monotonic())
+            )
             metrics.PICK_SECONDS.observe(time.perf_counter() - now)
             metrics.PICKED.inc()
             return pick
-        pick = await self._hold(entry, model, heads, arrived_at=arrived_at, began=began, context=context)
+        pick = await self._hold(entry, model, heads, came)
         metrics.RELEASED.inc()
         return pick
 
-    async def _hold(
-        self, entry: ModelEntry, model: str, heads: Heads, *, arrived_at: float, began: str, context: Any
-    ) -> Pick:
+    async def _hold(self, entry: ModelEntry, model: str, heads: Heads, came: _Came) -> Pick:
         limit = self._hold_limit_seconds
         own = timeout_seconds(heads.timeout)
-        began_at = _began_at(began)
+        began_at = _began_at(came.began)
         # Counted from the request's start: a hold that moved here from another proxy does not begin anew.
         age_seconds = max(0.0, (datetime.now(UTC) - began_at).total_seconds()) if began_at is not None else 0.0
         budget = min(limit, own if own is not None else limit) - age_seconds
         arrival = Arrival(
             heads.request_id,
             model,
-            arrived_at,
-            began=began,
+            came.arrived_at,
+            began=came.began,
             began_wall=(began_at or datetime.now(UTC)).timestamp(),
-            traceparent=_trace_of(context) or heads.traceparent,
+            traceparent=_trace_of(came.context) or heads.traceparent,
+            caller=came.caller,
         )
         deadline = time.monotonic() + budget
         return await self._runtime.wait_pick(entry, arrival, size_bytes=heads.body_bytes, deadline=deadline)
