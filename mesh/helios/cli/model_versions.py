@@ -93,7 +93,7 @@ async def remove(state: StateDirectory, console: Console, reference: str, *, is_
         if mark:
             _, freed = await VersionClient(dialer).delete_revision(reference, request_id=uuid4().hex)
         else:
-            freed = await RegistryClient(dialer).delete_model(name, is_forced=is_forced)
+            freed = await RegistryClient(dialer).delete_model(name, is_forced=is_forced, request_id=uuid4().hex)
     if is_json:
         console.print_json(json.dumps({"removed": reference, "freed_bytes": freed}))
     else:

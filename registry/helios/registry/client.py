@@ -225,24 +225,30 @@ class RegistryClient:
         response = await _call(self._stub().UpdateEngineSettings(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
-    async def put_alias(self, alias: str, model: str) -> Model:
-        """Points an alias at a model. Raises ModelNotFound, AlreadyExists, InvalidRequest."""
-        request = pb.PutAliasRequest(alias=alias, model=model)
+    async def put_alias(self, alias: str, model: str, *, request_id: str = "", expected_version: int = 0) -> Model:
+        """Points an alias at a model. Raises ModelNotFound, AlreadyExists, InvalidRequest, Conflict (STALE_VERSION)."""
+        request = pb.PutAliasRequest(alias=alias, model=model, request_id=request_id, expected_version=expected_version)
         response = await _call(self._stub().PutAlias(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
-    async def delete_alias(self, alias: str) -> None:
-        """Removes an alias. Raises NotFound (ALIAS_NOT_FOUND)."""
-        await _call(self._stub().DeleteAlias(pb.DeleteAliasRequest(alias=alias), timeout=self._timeout_seconds))
+    async def delete_alias(self, alias: str, *, request_id: str = "", expected_version: int = 0) -> None:
+        """Removes an alias. Raises NotFound (ALIAS_NOT_FOUND), Conflict (STALE_VERSION)."""
+        request = pb.DeleteAliasRequest(alias=alias, request_id=request_id, expected_version=expected_version)
+        await _call(self._stub().DeleteAlias(request, timeout=self._timeout_seconds))
 
-    async def delete_model(self, name: str, *, is_forced: bool = False) -> int:
+    async def delete_model(
+        self, name: str, *, is_forced: bool = False, request_id: str = "", expected_version: int = 0
+    ) -> int:
         """Removes a model; returns the bytes of blobs that were freed.
 
         Raises:
             ModelNotFound: No model has this name.
             PreconditionFailed: MODEL_IN_USE, unless forced.
+            Conflict: STALE_VERSION.
         """
-        request = pb.DeleteModelRequest(name=name, force=is_forced)
+        request = pb.DeleteModelRequest(
+            name=name, force=is_forced, request_id=request_id, expected_version=expected_version
+        )
         response = await _call(self._stub().DeleteModel(request, timeout=DELETE_TIMEOUT_SECONDS))
         return response.freed_bytes
 

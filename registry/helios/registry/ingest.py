@@ -125,7 +125,7 @@ class Ingester:
         if self._is_closing:
             raise _draining()
         if flight is not None:
-            if flight.spec != spec:
+            if (flight.spec, flight.spec.mutation.expected_version) != (spec, spec.mutation.expected_version):
                 raise Conflict(
                     f"another ingest of {spec.name!r} is running, from {flight.spec.source}; wait for it or cancel it",
                     reason="INGEST_RUNNING",
@@ -312,12 +312,13 @@ class _Ingest:
         revision = dataclasses.replace(
             revision, engine_settings=spec.engine_settings, tags=spec.tags, is_served=not spec.keep_served
         )
-        return await self._catalog.put_model(spec.name, spec.aliases, revision)
+        return await self._catalog.put_model(spec.name, spec.aliases, revision, spec.mutation)
 
 
 def check_spec(spec: IngestSpec) -> IngestSpec:
     """Returns a request in its normal form. Raises InvalidRequest."""
     check_name(spec.name)
+    spec.mutation.check()
     expected = spec.expected_sha256.lower().removeprefix("sha256:")
     if expected and not _SHA256.fullmatch(expected):
         raise InvalidRequest(

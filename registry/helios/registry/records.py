@@ -8,6 +8,7 @@ from typing import Final
 
 from helios.mesh.errors import InvalidRequest
 from helios.registry.engine_settings import NO_SETTINGS, EngineSettings
+from helios.registry.events import PLAIN, Mutation
 from helios.registry.manifest import Manifest
 from helios.registry.profile import ModelProfile
 
@@ -177,7 +178,8 @@ class IngestSpec:
 
     ``expected_sha256`` is empty where nothing is expected; without ``engine_settings`` a model keeps those it has.
     ``include`` and ``exclude`` are patterns of files, for sources that are reached by a network. ``tags`` are to point
-    at the revision; with ``keep_served`` a model that exists goes on serving what it serves.
+    at the revision; with ``keep_served`` a model that exists goes on serving what it serves. ``mutation`` says who
+    asks.
     """
 
     name: str
@@ -189,6 +191,8 @@ class IngestSpec:
     exclude: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     keep_served: bool = False
+    # Who follows an ingest that runs asks for the same, under whatever name.
+    mutation: Mutation = field(default=PLAIN, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

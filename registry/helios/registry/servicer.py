@@ -30,7 +30,8 @@ class RegistryServicer(RegistryServiceServicer):
         """Streams an ingest; a caller that goes away cancels it unless another one follows it too."""
         access.check_may_write(context)
         has_begun = False
-        async with aclosing(self._ingester.ingest(wire.ingest_spec_from_proto(request))) as events:
+        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        async with aclosing(self._ingester.ingest(wire.ingest_spec_from_proto(request, mutation))) as events:
             try:
                 async for event in events:
                     # Over REST the first message is a 200: nothing is sent before the source was looked at, so that
@@ -102,7 +103,7 @@ class RegistryServicer(RegistryServiceServicer):
     async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Any) -> pb.DeleteAliasResponse:
         """Removes an alias."""
         access.check_may_write(context)
-        mutation = access.mutation_of(context, request.request_id)
+        mutation = access.mutation_of(context, request.request_id, request.expected_version)
         await self._catalog.delete_alias(_required(request.alias, "alias"), mutation)
         return pb.DeleteAliasResponse()
 

@@ -157,10 +157,15 @@ class Store:
             AlreadyExists: ALIAS_TAKEN, when the name is an alias, or an alias names another model or is a model.
             InvalidRequest: INVALID_ENGINE_SETTINGS, as ``update_engine_settings``.
             PreconditionFailed: TOO_MANY_TAGS.
+            Conflict: STALE_VERSION.
+            ModelNotFound: The request was carried out before, and the model is gone.
         """
         digest = revision.manifest.digest()
         async with self.changes.write(mutation, now, "put_model", name, digest) as write:
             connection = write.connection
+            if write.is_repeat:
+                return await require_model(connection, name)
+            await write.require_version(name)
             await _check_names(connection, name, new_aliases)
             await _insert_revision(connection, digest, revision, now)
             is_new = await _ensure_model(write, name, digest)
@@ -269,13 +274,14 @@ class Store:
             return await require_model(write.connection, model)
 
     async def delete_alias(self, alias: str, now: datetime, mutation: Mutation = PLAIN) -> None:
-        """Removes an alias. Raises NotFound (ALIAS_NOT_FOUND)."""
+        """Removes an alias. Raises NotFound (ALIAS_NOT_FOUND), Conflict (STALE_VERSION, of its model)."""
         async with self.changes.write(mutation, now, "delete_alias", alias) as write:
             if write.is_repeat:
                 return
             model = await alias_target(write.connection, alias)
             if model is None:
                 raise NotFound(f"there is no alias {alias!r}", reason="ALIAS_NOT_FOUND", metadata={"alias": alias})
+            await write.require_version(model)
             await write.connection.execute(delete(aliases).where(aliases.c.alias == alias))
             await write.record(EventKind.ALIAS_REMOVED, model, alias=alias)
 

@@ -12,6 +12,7 @@ from helios.api.registry.v1 import registry_service_pb2 as pb
 from helios.mesh.errors import HeliosError, InvalidRequest
 from helios.mesh.status import openai_body
 from helios.registry.engine_settings import EngineSettings
+from helios.registry.events import Mutation
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
 from helios.registry.records import (
@@ -224,11 +225,13 @@ def ingest_spec_to_proto(spec: IngestSpec) -> pb.IngestModelRequest:
         exclude=spec.exclude,
         tags=spec.tags,
         keep_served=spec.keep_served,
+        request_id=spec.mutation.request_id,
+        expected_version=spec.mutation.expected_version,
     )
 
 
-def ingest_spec_from_proto(message: pb.IngestModelRequest) -> IngestSpec:
-    """Reads what to ingest; the ingester judges it."""
+def ingest_spec_from_proto(message: pb.IngestModelRequest, mutation: Mutation) -> IngestSpec:
+    """Reads what to ingest; the ingester judges it. ``mutation`` is what the call says of itself."""
     settings = engine_settings_from_proto(message.engine_settings) if message.HasField("engine_settings") else None
     return IngestSpec(
         message.name,
@@ -240,6 +243,7 @@ def ingest_spec_from_proto(message: pb.IngestModelRequest) -> IngestSpec:
         tuple(message.exclude),
         tuple(message.tags),
         message.keep_served,
+        mutation,
     )
 
 

@@ -424,6 +424,8 @@ class IngestModelRequest(_message.Message):
     KEEP_SERVED_FIELD_NUMBER: _builtins.int
     INCLUDE_FIELD_NUMBER: _builtins.int
     EXCLUDE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name that the model will have."""
     source: _builtins.str
@@ -438,6 +440,12 @@ class IngestModelRequest(_message.Message):
     """
     keep_served: _builtins.bool
     """A model that exists goes on serving the revision that it serves; requests reach the new one by a tag or its digest."""
+    request_id: _builtins.str
+    """Names this request, so that it is carried out once: at most 128 printable characters, known for a day. VersionService
+    says more. Sent again after it was carried out, it moves nothing, whatever else was done to the model meanwhile.
+    """
+    expected_version: _builtins.int
+    """The version of the model that the caller has seen: another one is ABORTED (STALE_VERSION). 0: any."""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Aliases to point at it."""
@@ -472,10 +480,12 @@ class IngestModelRequest(_message.Message):
         keep_served: _builtins.bool = ...,
         include: _abc.Iterable[_builtins.str] | None = ...,
         exclude: _abc.Iterable[_builtins.str] | None = ...,
+        request_id: _builtins.str = ...,
+        expected_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine_settings", b"engine_settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "engine_settings", b"engine_settings", "exclude", b"exclude", "expected_sha256", b"expected_sha256", "include", b"include", "keep_served", b"keep_served", "name", b"name", "source", b"source", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "engine_settings", b"engine_settings", "exclude", b"exclude", "expected_sha256", b"expected_sha256", "expected_version", b"expected_version", "include", b"include", "keep_served", b"keep_served", "name", b"name", "request_id", b"request_id", "source", b"source", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1025,21 +1035,25 @@ class DeleteAliasRequest(_message.Message):
 
     ALIAS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
     alias: _builtins.str
     """The alias."""
     request_id: _builtins.str
     """Names this request, so that it is carried out once: at most 128 printable characters, known for a day. VersionService
     says more.
     """
+    expected_version: _builtins.int
+    """The version of the model that it names that the caller has seen: another one is ABORTED (STALE_VERSION). 0: any."""
     def __init__(
         self,
         *,
         alias: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        expected_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "expected_version", b"expected_version", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
