@@ -56,6 +56,7 @@ PUSH_SERVICE: Final = "helios.api.registry.v1.PushService"
 VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
 SYNC_SERVICE: Final = "helios.api.registry.v1.SyncService"
 ROLLOUT_SERVICE: Final = "helios.api.registry.v1.RolloutService"
+FOLLOW_SERVICE: Final = "helios.api.registry.v1.FollowService"
 KEY_SERVICE: Final = "helios.api.registry.v1.KeyService"
 USAGE_SERVICE: Final = "helios.api.registry.v1.UsageService"
 HEALTH_SERVICE: Final = "grpc.health.v1.Health"
@@ -67,7 +68,7 @@ REGISTRY_SERVICES: Final = (
     VERSION_SERVICE,
     SYNC_SERVICE,
     ROLLOUT_SERVICE,
-   
+    FOLLOW_SERVICE,
     KEY_SERVICE,
     USAGE_SERVICE,
 )
