@@ -28,7 +28,7 @@ from helios.proxy.picker.servicer import PickerServicer
 from helios.proxy.reflection import REFLECTION_SERVICES, ReflectionServicer
 from helios.proxy.runtime import Runtime
 from helios.proxy.settings import ProxySettings
-from helios.proxy.store import Store, load_keys, load_models, load_swap_failures, load_usage, load_workers
+from helios.proxy.store import Store, load_cordons, load_keys, load_models, load_swap_failures, load_usage, load_workers
 from helios.proxy.usage.advice import WarmPoolMode, watch_advice
 from helios.proxy.usage.reporter import UsageReporter
 from helios.registry.client import KeyClient, RegistryClient, UsageClient, VersionClient
@@ -55,6 +55,7 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
         now=time.monotonic(),
     )
     core.lifecycle.swaps.restore(load_swap_failures(directory))
+    core.fleet.cordoned.update(load_cordons(directory))
     core.models_replaced(load_models(directory), time.monotonic(), is_synced=False)
     if (keys := load_keys(directory)) is not None:
         core.keyring.replace(keys)

@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from helios.mesh.errors import HeliosError, HoldExpired, Unavailable
+from helios.mesh.errors import HeliosError, HoldExpired, NotFound, Unavailable
 from helios.proxy import actions
 from helios.proxy.activation import machine
 from helios.proxy.activation.machine import ActivationState
 from helios.proxy.admission.keyring import ANYBODY, Caller, Keyring
 from helios.proxy.breaker import BreakerPolicy
-from helios.proxy.catalogue import Catalogue, ModelEntry, is_by_digest
+from helios.proxy.catalogue import Catalogue, ModelEntry, is_by_digest, shown
 from helios.proxy.fleet.commands import (
     CommandBook,
     Order,
@@ -35,8 +35,8 @@ from helios.proxy.lifecycle import Lifecycle, LifecyclePolicy
 from helios.proxy.refusals import model_not_found
 from helios.proxy.rollouts import Rollouts
 from helios.proxy.routing.pick import Pick, pick
-from helios.proxy.starts import asked_replica
 from helios.proxy.routing.prefix import NO_BLOCKS, Blocks
+from helios.proxy.starts import asked_replica
 from helios.proxy.traffic import LoadDelta, RoutingPolicy, Traffic
 
 _LOST_IN_SLEEP = frozenset({"CANARY_FAILED", "WAKE_FAILED", "WAKE_TIMEOUT"})
@@ -388,6 +388,32 @@ class Core:
             raise Unavailable(message, reason="NO_WORKER", metadata={"model": entry.name})
         self.lifecycle.demand(entry, now)
         return self._take(now)
+
+    def cordon(self, worker_id: str, now: float, *, is_cordoned: bool) -> list[actions.Action]:
+        """Has nothing more started on a worker, or lets it. Raises NotFound for one that nobody knows."""
+        self.check_worker(worker_id)
+        change = self.fleet.cordoned.add if is_cordoned else self.fleet.cordoned.discard
+        change(worker_id)
+        self.lifecycle.capacity_changed(now)
+        return self._take(now)
+
+    def drain_worker(self, worker_id: str, now: float) -> list[actions.Action]:
+        """Cordons a worker and drains what it holds; models in use start elsewhere. Raises NotFound."""
+        todo = self.cordon(worker_id, now, is_cordoned=True)
+        worker = self.fleet.worker(worker_id)
+        replicas = list(worker.replicas.values()) if worker is not None else []
+        for replica in replicas:
+            if not self.traffic.is_draining(replica):
+                self.lifecycle.drain(replica, now)
+        for model in {replica.model for replica in replicas}:
+            self.lifecycle.reconcile(model, now)
+        return todo + self._take(now)
+
+    def check_worker(self, worker_id: str) -> None:
+        """Raises NotFound for a worker that is neither connected nor cordoned."""
+        if self.fleet.worker(worker_id) is None and worker_id not in self.fleet.cordoned:
+            metadata = {"worker_id": shown(worker_id)}
+            raise NotFound(f"there is no worker '{shown(worker_id)}'", reason="WORKER_NOT_FOUND", metadata=metadata)
 
     def drain_model(self, entry: ModelEntry, now: float) -> list[actions.Action]:
         """Brings a model to zero now."""

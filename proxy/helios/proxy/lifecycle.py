@@ -382,7 +382,7 @@ class Lifecycle:
         sleeper = self.warmth.sleeper(entry)
         if sleeper is not None:
             return machine.Placed(self._wake(sleeper))
-        workers = [self.room.capacity(w, entry, now) for w in self._traffic.fleet.workers() if w.is_reachable]
+        workers = [self.room.capacity(w, entry, now) for w in self._traffic.fleet.open_workers()]
         plan = placement.place(self._starts.engine(needs), workers, may_preempt=may_preempt)
         match plan:
             case placement.Placed() as placed:

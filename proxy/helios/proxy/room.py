@@ -176,7 +176,7 @@ class Room:
         models = list(models)
         entries = map(self._catalogue.find, models)
         missing = [entry for entry in entries if entry is not None and self._is_missing(entry)]
-        workers = [worker for worker in self._traffic.fleet.workers() if worker.is_reachable]
+        workers = self._traffic.fleet.open_workers()
         if len(missing) < 2 or not workers:
             return models
         has_gpus = any(worker.has_gpus for worker in workers)

@@ -71,6 +71,10 @@ class Memory(Protocol):
         """Replaces what is remembered of failed swaps."""
         ...
 
+    async def save_cordons(self, worker_ids: frozenset[str]) -> None:
+        """Replaces what is remembered of cordoned workers."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -391,6 +395,10 @@ class Runtime:
             await self._workers_changed.wait()
             self._workers_changed.clear()
             await self._memory.save(frozenset(worker.hello.worker_id for worker in self.core.fleet.workers()))
+
+    async def remember_cordons(self) -> None:
+        """Has it on disk which workers are cordoned. Raises OSError."""
+        await self._memory.save_cordons(frozenset(self.core.fleet.cordoned))
 
     async def _remember_swap_failures(self) -> None:
         while True:

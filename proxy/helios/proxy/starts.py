@@ -97,10 +97,8 @@ class Starts:
     def _capacities(
         self, entry: ModelEntry, now: float, is_suitable: Callable[[Worker], bool] = lambda _: True
     ) -> list[WorkerCapacity]:
-        workers = self._traffic.fleet.workers()
-        return [
-            self._room.capacity(worker, entry, now) for worker in workers if worker.is_reachable and is_suitable(worker)
-        ]
+        workers = self._traffic.fleet.open_workers()
+        return [self._room.capacity(worker, entry, now) for worker in workers if is_suitable(worker)]
 
     def _find(self, entry: ModelEntry, workers: list[WorkerCapacity]) -> Placed | None:
         """Room that nobody has; None where there is none."""

@@ -1,4 +1,4 @@
-"""What a proxy remembers over a restart: the catalogue, which workers there were, which swaps failed, and keys.
+"""What a proxy remembers over a restart: the catalogue, workers and cordons, failed swaps, usage, and keys.
 
 Each file is written whole to a temporary name, synced and renamed, so a reader, or the next start after a crash, finds
 the old or the new one. A file that can't be read counts as absent: it is a copy, the registry and the workers have the
@@ -36,6 +36,7 @@ class Store:
         self._workers = directory / "workers.json"
         self._swaps = directory / "swaps.json"
         self._usage = directory / "usage.json"
+        self._cordons = directory / "cordons.json"
         self._keys = directory / "keys.json"
         self._catalogue = catalogue
         self._changed = asyncio.Event()
@@ -59,6 +60,10 @@ class Store:
     async def save(self, worker_ids: frozenset[str]) -> None:
         """Remembers the workers."""
         await asyncio.to_thread(_write, self._workers, sorted(worker_ids))
+
+    async def save_cordons(self, worker_ids: frozenset[str]) -> None:
+        """Remembers the cordoned workers."""
+        await asyncio.to_thread(_write, self._cordons, sorted(worker_ids))
 
     async def save_swap_failures(self, failures: Sequence[SwapFailures]) -> None:
         """Remembers which models' compiled replicas failed, and how often."""
@@ -88,8 +93,12 @@ def load_models(directory: Path) -> list[ModelEntry]:
 
 def load_workers(directory: Path) -> list[str]:
     """The workers of an earlier run; empty where there was none."""
-    document = _read(directory / "workers.json")
-    return [str(item) for item in document] if isinstance(document, list) else []
+    return _read_names(directory / "workers.json")
+
+
+def load_cordons(directory: Path) -> list[str]:
+    """The workers that an earlier run was told to start nothing on; empty where there were none."""
+    return _read_names(directory / "cordons.json")
 
 
 def load_swap_failures(directory: Path) -> list[SwapFailures]:
@@ -125,6 +134,11 @@ def load_usage(directory: Path) -> object:
 def _entry(item: dict[str, Any]) -> ModelEntry:
     known = {key: value for key, value in item.items() if key in _FIELDS}
     return ModelEntry(**{**known, "aliases": tuple(known.get("aliases", ()))})
+
+
+def _read_names(path: Path) -> list[str]:
+    document = _read(path)
+    return [str(item) for item in document] if isinstance(document, list) else []
 
 
 def _read(path: Path) -> Any:

@@ -65,10 +65,10 @@ class Warmth:
 
     def sleeper(self, entry: ModelEntry) -> Replica | None:
         """A sleeping replica of the served revision that can be woken."""
+        open_workers = {worker.hello.worker_id for worker in self._traffic.fleet.open_workers()}
         for replica in self._traffic.fleet.replicas_of(entry.name):
-            worker = self._traffic.fleet.worker(replica.worker_id)
             is_whole = replica.state is ReplicaState.ASLEEP and replica.revision == entry.revision
-            is_reachable = worker is not None and worker.is_reachable and not self._traffic.is_draining(replica)
+            is_reachable = replica.worker_id in open_workers and not self._traffic.is_draining(replica)
             if is_whole and is_reachable and replica.replica_id not in self._can_not_wake:
                 return replica
         return None
@@ -116,7 +116,7 @@ class Warmth:
             Unavailable: NO_WORKER, NO_CAPACITY.
         """
         fleet = self._traffic.fleet
-        workers = [worker for worker in fleet.workers() if worker.is_reachable]
+        workers = fleet.open_workers()
         for worker in workers:
             if (staged := worker.staged.get(entry.revision)) is not None:
                 return staged
@@ -132,7 +132,7 @@ class Warmth:
 
     def stage_spare(self, entry: ModelEntry) -> None:
         """Stages a model where memory is free, and stays so; nothing happens where it is staged or nothing is."""
-        workers = [worker for worker in self._traffic.fleet.workers() if worker.is_reachable]
+        workers = self._traffic.fleet.open_workers()
         if not self._policy.stages or not entry.weights_bytes or any(entry.revision in w.staged for w in workers):
             return
         roomy = max(workers, key=lambda worker: worker.free_host_bytes, default=None)

@@ -10,13 +10,14 @@ from helios.api.admin.v1 import admin_service_pb2 as pb
 from helios.api.admin.v1.admin_service_pb2_grpc import AdminServiceServicer
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet_pb
 from helios.api.fleet.v1 import types_pb2
+from helios.mesh.audit import audit
 from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, Unavailable
 from helios.proxy.catalog.servicer import find_model
 from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.explain.wire import explanation_to_proto, failure_to_proto, state_from_proto, summary_to_proto
 from helios.proxy.fleet.state import Replica, ReplicaState
-from helios.proxy.fleet.wire import device_to_proto, replica_to_proto, staged_to_proto
+from helios.proxy.fleet.wire import device_to_proto, replica_to_proto, staged_to_proto, timestamp
 from helios.proxy.runtime import Runtime
 
 ADMIN_SERVICE: Final = "helios.api.admin.v1.AdminService"
@@ -43,6 +44,7 @@ class AdminServicer(AdminServiceServicer):
         except HeliosError:
             self._runtime.apply(self._core.tick(time.monotonic()))
             raise
+        _note("preload model", model=entry.name)
         return pb.PreloadModelResponse(replicas=[replica_to_proto(replica) for replica in self._current(entry)])
 
     async def ScaleModel(self, request: pb.ScaleModelRequest, context: Any) -> pb.ScaleModelResponse:
@@ -62,6 +64,7 @@ class AdminServicer(AdminServiceServicer):
         self._runtime.apply(self._core.model_upserted(entry, time.monotonic()))
         if not count:
             self._runtime.apply(self._core.drain_model(entry, time.monotonic()))
+        _note("scale model", model=entry.name, replica_count=count)
         ready = [replica for replica in self._current(entry) if replica.state is ReplicaState.READY]
         return pb.ScaleModelResponse(desired_count=count, ready_count=len(ready))
 
@@ -70,6 +73,7 @@ class AdminServicer(AdminServiceServicer):
         entry = await self._find(request.model)
         count, todo = self._core.evict(entry, time.monotonic())
         self._runtime.apply(todo)
+        _note("evict model", model=entry.name)
         return pb.EvictModelResponse(draining_count=count)
 
     async def StageModel(self, request: pb.StageModelRequest, context: Any) -> pb.StageModelResponse:
@@ -77,6 +81,7 @@ class AdminServicer(AdminServiceServicer):
         entry = await self._find(request.model)
         staged, count, todo = self._core.stage(entry, time.monotonic())
         self._runtime.apply(todo)
+        _note("stage model", model=entry.name)
         return pb.StageModelResponse(
             worker_id=staged.worker_id, state=staged_to_proto(staged).state, draining_count=count
         )
@@ -86,18 +91,21 @@ class AdminServicer(AdminServiceServicer):
         entry = await self._find(request.model)
         count, todo = self._core.unstage(entry, time.monotonic())
         self._runtime.apply(todo)
+        _note("unstage model", model=entry.name)
         return pb.UnstageModelResponse(worker_count=count)
 
     async def SleepReplica(self, request: pb.SleepReplicaRequest, context: Any) -> pb.SleepReplicaResponse:
         """Puts a replica to sleep."""
         replica = self._find_replica(request.replica_id)
         self._runtime.apply(self._core.sleep(replica, time.monotonic()))
+        _note("sleep replica", replica=request.replica_id)
         return pb.SleepReplicaResponse(replica=self._replica(self._find_replica(request.replica_id)))
 
     async def WakeReplica(self, request: pb.WakeReplicaRequest, context: Any) -> pb.WakeReplicaResponse:
         """Wakes a replica."""
         replica = self._find_replica(request.replica_id)
         self._runtime.apply(self._core.wake(replica, time.monotonic()))
+        _note("wake replica", replica=request.replica_id)
         return pb.WakeReplicaResponse(replica=self._replica(self._find_replica(request.replica_id)))
 
     async def ListWorkers(self, request: pb.ListWorkersRequest, context: Any) -> pb.ListWorkersResponse:
@@ -119,10 +127,60 @@ class AdminServicer(AdminServiceServicer):
                     booked_bytes=worker.hello.host_memory_bytes - worker.free_host_bytes,
                 ),
                 staged=[staged_to_proto(staged) for staged in worker.staged.values()],
+                cordoned=worker.hello.worker_id in self._core.fleet.cordoned,
             )
             for worker in page
         ]
         return pb.ListWorkersResponse(workers=items, next_page_token=token)
+
+    async def CordonWorker(self, request: pb.CordonWorkerRequest, context: Any) -> pb.CordonWorkerResponse:
+        """Has nothing more started on a worker."""
+        self._core.check_worker(request.worker_id)
+        if not request.dry_run:
+            self._runtime.apply(self._core.cordon(request.worker_id, time.monotonic(), is_cordoned=True))
+            await self._cordons_changed("cordon worker", request.worker_id)
+        return pb.CordonWorkerResponse(replica_count=len(self._replicas_on(request.worker_id)))
+
+    async def UncordonWorker(self, request: pb.UncordonWorkerRequest, context: Any) -> pb.UncordonWorkerResponse:
+        """Lets replicas be started on a worker again."""
+        self._core.check_worker(request.worker_id)
+        if not request.dry_run:
+            self._runtime.apply(self._core.cordon(request.worker_id, time.monotonic(), is_cordoned=False))
+            await self._cordons_changed("uncordon worker", request.worker_id)
+        return pb.UncordonWorkerResponse()
+
+    async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Any) -> pb.DrainWorkerResponse:
+        """Cordons a worker and drains its replicas."""
+        self._core.check_worker(request.worker_id)
+        replicas = self._replicas_on(request.worker_id)
+        others = {r.model for r in self._core.fleet.replicas() if r.worker_id != request.worker_id}
+        if not request.dry_run:
+            self._runtime.apply(self._core.drain_worker(request.worker_id, time.monotonic()))
+            await self._cordons_changed("drain worker", request.worker_id)
+        only_here = sorted({replica.model for replica in replicas} - others)
+        return pb.DrainWorkerResponse(draining_count=len(replicas), only_here=only_here)
+
+    async def ListScalingDecisions(
+        self, request: pb.ListScalingDecisionsRequest, context: Any
+    ) -> pb.ListScalingDecisionsResponse:
+        """Lists what the loads of models asked for, the newest first."""
+        entry = self._core.catalogue.find(request.model)
+        name = entry.name if entry is not None else request.model
+        found = [each for each in reversed(self._core.lifecycle.loads.decisions) if not name or each.model == name]
+        offset = self._runtime.journal.wall_offset
+        return pb.ListScalingDecisionsResponse(
+            decisions=[
+                pb.ScalingDecision(
+                    model=each.model,
+                    decided_at=timestamp(each.at + offset),
+                    from_count=each.from_count,
+                    to_count=each.to_count,
+                    reason=each.reason,
+                    advice=each.is_advice,
+                )
+                for each in found[: _page_size(request.page_size)]
+            ]
+        )
 
     async def ListReplicas(self, request: pb.ListReplicasRequest, context: Any) -> pb.ListReplicasResponse:
         """Lists replicas by model and id."""
@@ -192,6 +250,14 @@ class AdminServicer(AdminServiceServicer):
                 retry_after_seconds=2,
             ) from error
 
+    def _replicas_on(self, worker_id: str) -> list[Replica]:
+        worker = self._core.fleet.worker(worker_id)
+        return list(worker.replicas.values()) if worker is not None else []
+
+    async def _cordons_changed(self, what: str, worker_id: str) -> None:
+        _note(what, worker=worker_id)
+        await self._runtime.remember_cordons()
+
     def _current(self, entry: ModelEntry) -> list[Replica]:
         replicas = self._core.fleet.replicas_of(entry.name)
         return [replica for replica in replicas if not self._core.traffic.is_draining(replica)]
@@ -200,6 +266,11 @@ class AdminServicer(AdminServiceServicer):
         # A drain that was asked counts before the worker has said so.
         is_draining = replica.state is ReplicaState.READY and self._core.traffic.is_draining(replica)
         return replica_to_proto(replace(replica, state=ReplicaState.DRAINING) if is_draining else replica)
+
+
+def _note(what: str, **fields: object) -> None:
+    # Nobody else may call this service.
+    audit(what, actor="admin-edge", **fields)
 
 
 def _replica_key(replica: Replica) -> str:

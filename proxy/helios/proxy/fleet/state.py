@@ -282,11 +282,17 @@ class FleetState:
         self._by_model: dict[str, dict[str, Replica]] = {}
         self._addresses: dict[str, str] = {}
         self.endpoints_version = 0
+        self.cordoned: set[str] = set()
+        """Workers on which nothing is to be started, whether or not they are believed in."""
 
     # What is believed.
     def workers(self) -> Iterable[Worker]:
         """All workers, in the order of their first hello."""
         return self._workers.values()
+
+    def open_workers(self) -> list[Worker]:
+        """Workers on which something may be started."""
+        return [w for w in self._workers.values() if w.is_reachable and w.hello.worker_id not in self.cordoned]
 
     def worker(self, worker_id: str) -> Worker | None:
         """A worker by id."""

@@ -423,6 +423,7 @@ class Worker(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     HOST_MEMORY_FIELD_NUMBER: _builtins.int
     STAGED_FIELD_NUMBER: _builtins.int
+    CORDONED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Its id."""
     node: _builtins.str
@@ -433,6 +434,8 @@ class Worker(_message.Message):
     """How many it holds."""
     version: _builtins.str
     """Version of its software."""
+    cordoned: _builtins.bool
+    """Whether nothing is to be started on it."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[_fleet_service_pb2.Device]:
         """Its devices."""
@@ -461,14 +464,254 @@ class Worker(_message.Message):
         version: _builtins.str = ...,
         host_memory: _fleet_service_pb2.HostMemory | None = ...,
         staged: _abc.Iterable[_fleet_service_pb2.StagedRevision] | None = ...,
+        cordoned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host_memory", b"host_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "engines", b"engines", "host_memory", b"host_memory", "node", b"node", "replica_count", b"replica_count", "slot_count", b"slot_count", "staged", b"staged", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cordoned", b"cordoned", "devices", b"devices", "engines", b"engines", "host_memory", b"host_memory", "node", b"node", "replica_count", b"replica_count", "slot_count", b"slot_count", "staged", b"staged", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Worker: _TypeAlias = Worker  # noqa: Y015
+
+@_typing.final
+class CordonWorkerRequest(_message.Message):
+    """CordonWorkerRequest names a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Its id."""
+    dry_run: _builtins.bool
+    """Say what would happen, and do nothing."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CordonWorkerRequest: _TypeAlias = CordonWorkerRequest  # noqa: Y015
+
+@_typing.final
+class CordonWorkerResponse(_message.Message):
+    """CordonWorkerResponse says what stays there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_COUNT_FIELD_NUMBER: _builtins.int
+    replica_count: _builtins.int
+    """Replicas that go on."""
+    def __init__(
+        self,
+        *,
+        replica_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_count", b"replica_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CordonWorkerResponse: _TypeAlias = CordonWorkerResponse  # noqa: Y015
+
+@_typing.final
+class UncordonWorkerRequest(_message.Message):
+    """UncordonWorkerRequest names a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Its id."""
+    dry_run: _builtins.bool
+    """Say whether it could be done, and do nothing."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UncordonWorkerRequest: _TypeAlias = UncordonWorkerRequest  # noqa: Y015
+
+@_typing.final
+class UncordonWorkerResponse(_message.Message):
+    """UncordonWorkerResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UncordonWorkerResponse: _TypeAlias = UncordonWorkerResponse  # noqa: Y015
+
+@_typing.final
+class DrainWorkerRequest(_message.Message):
+    """DrainWorkerRequest names a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Its id."""
+    dry_run: _builtins.bool
+    """Say what would happen, and do nothing."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainWorkerRequest: _TypeAlias = DrainWorkerRequest  # noqa: Y015
+
+@_typing.final
+class DrainWorkerResponse(_message.Message):
+    """DrainWorkerResponse says what drains."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRAINING_COUNT_FIELD_NUMBER: _builtins.int
+    ONLY_HERE_FIELD_NUMBER: _builtins.int
+    draining_count: _builtins.int
+    """Replicas that drain, those included that did already."""
+    @_builtins.property
+    def only_here(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models that have no replica elsewhere: the next request starts one."""
+
+    def __init__(
+        self,
+        *,
+        draining_count: _builtins.int = ...,
+        only_here: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining_count", b"draining_count", "only_here", b"only_here"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainWorkerResponse: _TypeAlias = DrainWorkerResponse  # noqa: Y015
+
+@_typing.final
+class ListScalingDecisionsRequest(_message.Message):
+    """ListScalingDecisionsRequest asks for decisions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Only those of this model, by name or alias; empty: all."""
+    page_size: _builtins.int
+    """At most this many; 0: 100; at most 1,000."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "page_size", b"page_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListScalingDecisionsRequest: _TypeAlias = ListScalingDecisionsRequest  # noqa: Y015
+
+@_typing.final
+class ListScalingDecisionsResponse(_message.Message):
+    """ListScalingDecisionsResponse is a list of decisions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScalingDecision]:
+        """The decisions, the newest first."""
+
+    def __init__(
+        self,
+        *,
+        decisions: _abc.Iterable[Global___ScalingDecision] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListScalingDecisionsResponse: _TypeAlias = ListScalingDecisionsResponse  # noqa: Y015
+
+@_typing.final
+class ScalingDecision(_message.Message):
+    """ScalingDecision is a change of how many replicas a model's load asks for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    DECIDED_AT_FIELD_NUMBER: _builtins.int
+    FROM_COUNT_FIELD_NUMBER: _builtins.int
+    TO_COUNT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's own name."""
+    from_count: _builtins.int
+    """Replicas that its load asked for before."""
+    to_count: _builtins.int
+    """Replicas that it asks for."""
+    reason: _builtins.str
+    """Why, for people."""
+    advice: _builtins.bool
+    """Nothing is done about it: scaling.mode is "advise"."""
+    @_builtins.property
+    def decided_at(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        decided_at: _timestamp_pb2.Timestamp | None = ...,
+        from_count: _builtins.int = ...,
+        to_count: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        advice: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decided_at", b"decided_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "decided_at", b"decided_at", "from_count", b"from_count", "model", b"model", "reason", b"reason", "to_count", b"to_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScalingDecision: _TypeAlias = ScalingDecision  # noqa: Y015
 
 @_typing.final
 class ListReplicasRequest(_message.Message):

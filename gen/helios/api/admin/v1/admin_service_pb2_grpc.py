@@ -75,6 +75,26 @@ class AdminServiceStub:
                 request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListWorkersRequest.SerializeToString,
                 response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListWorkersResponse.FromString,
                 _registered_method=True)
+        self.CordonWorker = channel.unary_unary(
+                '/helios.api.admin.v1.AdminService/CordonWorker',
+                request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.CordonWorkerRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.CordonWorkerResponse.FromString,
+                _registered_method=True)
+        self.UncordonWorker = channel.unary_unary(
+                '/helios.api.admin.v1.AdminService/UncordonWorker',
+                request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.UncordonWorkerRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.UncordonWorkerResponse.FromString,
+                _registered_method=True)
+        self.DrainWorker = channel.unary_unary(
+                '/helios.api.admin.v1.AdminService/DrainWorker',
+                request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.DrainWorkerRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.DrainWorkerResponse.FromString,
+                _registered_method=True)
+        self.ListScalingDecisions = channel.unary_unary(
+                '/helios.api.admin.v1.AdminService/ListScalingDecisions',
+                request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListScalingDecisionsRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListScalingDecisionsResponse.FromString,
+                _registered_method=True)
         self.ListReplicas = channel.unary_unary(
                 '/helios.api.admin.v1.AdminService/ListReplicas',
                 request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListReplicasRequest.SerializeToString,
@@ -162,6 +182,38 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CordonWorker(self, request, context):
+        """CordonWorker has nothing more started on a worker; what it holds goes on. Idempotent, and kept over restarts of
+        the proxy and of the worker. Errors: NOT_FOUND (WORKER_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UncordonWorker(self, request, context):
+        """UncordonWorker lets replicas be started on a worker again. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND: neither
+        cordoned nor connected).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainWorker(self, request, context):
+        """DrainWorker cordons a worker and drains its replicas: requests that run are finished, new ones go to other workers,
+        where models that are in use are started. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListScalingDecisions(self, request, context):
+        """ListScalingDecisions lists how many replicas the loads of models asked for, and why, the newest first. Idempotent.
+        The proxy keeps the last thousand. Errors: INVALID_ARGUMENT (INVALID_REQUEST).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListReplicas(self, request, context):
         """ListReplicas lists replicas, by model. Idempotent.
         """
@@ -228,6 +280,26 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListWorkers,
                     request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListWorkersRequest.FromString,
                     response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListWorkersResponse.SerializeToString,
+            ),
+            'CordonWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.CordonWorker,
+                    request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.CordonWorkerRequest.FromString,
+                    response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.CordonWorkerResponse.SerializeToString,
+            ),
+            'UncordonWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.UncordonWorker,
+                    request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.UncordonWorkerRequest.FromString,
+                    response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.UncordonWorkerResponse.SerializeToString,
+            ),
+            'DrainWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainWorker,
+                    request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.DrainWorkerResponse.SerializeToString,
+            ),
+            'ListScalingDecisions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListScalingDecisions,
+                    request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListScalingDecisionsRequest.FromString,
+                    response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListScalingDecisionsResponse.SerializeToString,
             ),
             'ListReplicas': grpc.unary_unary_rpc_method_handler(
                     servicer.ListReplicas,
@@ -462,6 +534,114 @@ class AdminService:
             '/helios.api.admin.v1.AdminService/ListWorkers',
             helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListWorkersRequest.SerializeToString,
             helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CordonWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.admin.v1.AdminService/CordonWorker',
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.CordonWorkerRequest.SerializeToString,
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.CordonWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UncordonWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.admin.v1.AdminService/UncordonWorker',
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.UncordonWorkerRequest.SerializeToString,
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.UncordonWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.admin.v1.AdminService/DrainWorker',
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.DrainWorkerRequest.SerializeToString,
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.DrainWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListScalingDecisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.admin.v1.AdminService/ListScalingDecisions',
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListScalingDecisionsRequest.SerializeToString,
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListScalingDecisionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,22 @@ class AdminServiceStub:
     """
     ListWorkers: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListWorkersRequest, _admin_service_pb2.ListWorkersResponse]
     """ListWorkers lists the workers that are connected. Idempotent."""
+    CordonWorker: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CordonWorkerRequest, _admin_service_pb2.CordonWorkerResponse]
+    """CordonWorker has nothing more started on a worker; what it holds goes on. Idempotent, and kept over restarts of
+    the proxy and of the worker. Errors: NOT_FOUND (WORKER_NOT_FOUND).
+    """
+    UncordonWorker: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UncordonWorkerRequest, _admin_service_pb2.UncordonWorkerResponse]
+    """UncordonWorker lets replicas be started on a worker again. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND: neither
+    cordoned nor connected).
+    """
+    DrainWorker: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DrainWorkerRequest, _admin_service_pb2.DrainWorkerResponse]
+    """DrainWorker cordons a worker and drains its replicas: requests that run are finished, new ones go to other workers,
+    where models that are in use are started. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND).
+    """
+    ListScalingDecisions: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListScalingDecisionsRequest, _admin_service_pb2.ListScalingDecisionsResponse]
+    """ListScalingDecisions lists how many replicas the loads of models asked for, and why, the newest first. Idempotent.
+    The proxy keeps the last thousand. Errors: INVALID_ARGUMENT (INVALID_REQUEST).
+    """
     ListReplicas: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListReplicasRequest, _admin_service_pb2.ListReplicasResponse]
     """ListReplicas lists replicas, by model. Idempotent."""
     ExplainRequest: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ExplainRequestRequest, _admin_service_pb2.ExplainRequestResponse]
@@ -144,6 +160,46 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_admin_service_pb2.ListWorkersRequest, _abc.Awaitable[_admin_service_pb2.ListWorkersResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.ListWorkersResponse]:
         """ListWorkers lists the workers that are connected. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def CordonWorker(
+        self,
+        request: _admin_service_pb2.CordonWorkerRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.CordonWorkerRequest, _abc.Awaitable[_admin_service_pb2.CordonWorkerResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.CordonWorkerResponse]:
+        """CordonWorker has nothing more started on a worker; what it holds goes on. Idempotent, and kept over restarts of
+        the proxy and of the worker. Errors: NOT_FOUND (WORKER_NOT_FOUND).
+        """
+
+    @_abc_1.abstractmethod
+    def UncordonWorker(
+        self,
+        request: _admin_service_pb2.UncordonWorkerRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.UncordonWorkerRequest, _abc.Awaitable[_admin_service_pb2.UncordonWorkerResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.UncordonWorkerResponse]:
+        """UncordonWorker lets replicas be started on a worker again. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND: neither
+        cordoned nor connected).
+        """
+
+    @_abc_1.abstractmethod
+    def DrainWorker(
+        self,
+        request: _admin_service_pb2.DrainWorkerRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.DrainWorkerRequest, _abc.Awaitable[_admin_service_pb2.DrainWorkerResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.DrainWorkerResponse]:
+        """DrainWorker cordons a worker and drains its replicas: requests that run are finished, new ones go to other workers,
+        where models that are in use are started. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND).
+        """
+
+    @_abc_1.abstractmethod
+    def ListScalingDecisions(
+        self,
+        request: _admin_service_pb2.ListScalingDecisionsRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.ListScalingDecisionsRequest, _abc.Awaitable[_admin_service_pb2.ListScalingDecisionsResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.ListScalingDecisionsResponse]:
+        """ListScalingDecisions lists how many replicas the loads of models asked for, and why, the newest first. Idempotent.
+        The proxy keeps the last thousand. Errors: INVALID_ARGUMENT (INVALID_REQUEST).
+        """
 
     @_abc_1.abstractmethod
     def ListReplicas(

@@ -1,0 +1,52 @@
+"""``helios cache``: options and help of its commands."""
+
+from typing import Annotated, Final
+
+import typer
+
+from helios.cli import cache as cache_commands
+from helios.cli.options import JsonOption, StateOption, console, run, state_of
+
+app: Final = typer.Typer(help="What this node's storage agent has.", no_args_is_help=True)
+
+RevisionArgument = Annotated[str, typer.Argument(help="Name or alias of a model, or a revision's sha256:DIGEST.")]
+
+
+@app.command("status")
+def cache_status(state_dir: StateOption, *, is_json: JsonOption = False) -> None:
+    """Show the tiers, what they did, and the revisions in them."""
+    run(cache_commands.status(state_of(state_dir), console, is_json=is_json))
+
+
+@app.command("evict")
+def cache_evict(revision: RevisionArgument, state_dir: StateOption, *, is_json: JsonOption = False) -> None:
+    """Drop a revision that nobody uses from this node; `helios evict` stops a model's replicas first."""
+    run(cache_commands.evict(state_of(state_dir), console, revision, is_json=is_json))
+
+
+@app.command("pin")
+def cache_pin(revision: RevisionArgument, state_dir: StateOption) -> None:
+    """Have a revision stay on this node once it is here."""
+    run(cache_commands.pin(state_of(state_dir), console, revision, is_pinned=True))
+
+
+@app.command("unpin")
+def cache_unpin(revision: RevisionArgument, state_dir: StateOption) -> None:
+    """Let a pinned revision be evicted again."""
+    run(cache_commands.pin(state_of(state_dir), console, revision, is_pinned=False))
+
+
+@app.command("scrub")
+def cache_scrub(
+    state_dir: StateOption,
+    *,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Most bytes to read in a second. Default: no limit.", min=1)
+    ] = None,
+    is_json: JsonOption = False,
+) -> None:
+    """Read every blob from the disk and compare it with its name; mend or drop what is bad.
+
+    Exits with 1 where something was.
+    """
+    run(cache_commands.scrub(state_of(state_dir), console, bytes_per_second=limit, is_json=is_json))

@@ -1,0 +1,69 @@
+"""Workers that are taken out of service."""
+
+from pathlib import Path
+
+import pytest
+
+from helios.mesh.errors import NotFound
+from helios.proxy.actions import Send
+from helios.proxy.core import Core
+from helios.proxy.fleet.commands import DrainReplica, StartReplica, StopReplica
+from helios.proxy.store import Store, load_cordons
+from tests.proxy.support import GIB, core, entry, hello, ready
+
+
+def two_workers() -> Core:
+    """A model in use on `w`, beside an empty `v` that has less room."""
+    subject = core()
+    subject.models_replaced([entry(min_replicas=1)], 0.0, is_synced=True)
+    subject.worker_hello(hello("w"), 0.0)
+    subject.worker_hello(hello("v", memory_bytes=4 * GIB), 0.0)
+    subject.tick(1.0)
+    (asked,) = subject.fleet.replicas()
+    assert asked.worker_id == "w"
+    subject.replica_event("w", 1, ready(asked), 2.0)
+    subject.endpoints_acknowledged(frozenset({"127.0.0.1:1000"}), 2.0)
+    return subject
+
+
+def test_nothing_is_started_on_a_cordoned_worker_and_what_it_has_goes_on() -> None:
+    subject = two_workers()
+    subject.cordon("w", 3.0, is_cordoned=True)
+    assert subject.pick(entry(), "q", 3.0) is not None
+    subject.models_replaced([entry(min_replicas=1), entry("n", min_replicas=1)], 3.0, is_synced=True)
+    subject.tick(4.0)
+    assert [replica.worker_id for replica in subject.fleet.replicas_of("n")] == ["v"]
+    subject.cordon("v", 5.0, is_cordoned=True)
+    subject.model_upserted(entry("o", min_replicas=1), 5.0)
+    assert not subject.fleet.replicas_of("o")
+    subject.cordon("w", 6.0, is_cordoned=False)
+    subject.tick(7.0)
+    assert [replica.worker_id for replica in subject.fleet.replicas_of("o")] == ["w"]
+
+
+def test_a_cordon_outlives_the_worker_and_a_drained_one_stays_cordoned() -> None:
+    subject = two_workers()
+    sent = [action.command.order for action in subject.drain_worker("w", 3.0) if isinstance(action, Send)]
+    assert [order.replica_id for order in sent if isinstance(order, DrainReplica | StopReplica)] == ["id-1"]
+    assert subject.pick(entry(), "q", 3.0) is None, "a replica that drains takes nothing new"
+    assert [order.model for order in sent if isinstance(order, StartReplica)] == ["m"]
+    (started,) = (each for each in subject.fleet.replicas_of("m") if each.worker_id == "v")
+    subject.replica_event("v", 1, ready(started, "127.0.0.1:1001"), 4.0)
+    subject.endpoints_acknowledged(frozenset({"127.0.0.1:1000", "127.0.0.1:1001"}), 4.0)
+    assert subject.pick(entry(), "q", 4.0) is not None
+    subject.worker_lost("w", 5.0)
+    subject.worker_hello(hello("w", incarnation="2"), 6.0)
+    assert [worker.hello.worker_id for worker in subject.fleet.open_workers()] == ["v"]
+
+
+def test_a_worker_that_nobody_knows_is_not_cordoned() -> None:
+    with pytest.raises(NotFound) as refused:
+        core().cordon("nobody", 0.0, is_cordoned=True)
+    assert refused.value.reason == "WORKER_NOT_FOUND"
+
+
+async def test_cordons_are_read_back(tmp_path: Path) -> None:
+    subject = two_workers()
+    assert load_cordons(tmp_path) == []
+    await Store(tmp_path, subject.catalogue).save_cordons(frozenset({"w", "v"}))
+    assert load_cordons(tmp_path) == ["v", "w"]
