@@ -6,7 +6,9 @@ import grpc.aio
 import orjson
 import pytest
 from google.api import httpbody_pb2
+from google.protobuf.duration_pb2 import Duration
 
+from helios.api.fleet.v1 import types_pb2
 from helios.api.inference.v1 import inference_service_pb2 as inference_pb
 from helios.mesh.channel import Dialer
 from helios.proxy.settings import HoldSettings
@@ -253,6 +255,37 @@ async def test_the_breaker_opens_on_unavailable_answers(world: World) -> None:
         worker.report(replica_id, finished=[("a", 14), ("b", 14), ("c", 14)])
         await asyncio.sleep(0.1)
         assert (await envoy.ask("m")).status == 503
+
+
+async def test_a_model_shows_how_far_its_weights_are_and_is_not_promised_before_them(world: World) -> None:
+    world.registry.put("m")
+    async with small_world(world) as (proxy, _, worker), world.admin(proxy) as (admin, models):
+        worker.start_seconds = 60.0
+        await admin.preload("m")
+        await until(lambda: bool(worker.replicas))
+        (replica_id,) = worker.replicas
+        worker.replicas[replica_id].fetch.CopyFrom(
+            types_pb2.FetchProgress(
+                done_bytes=10, total_bytes=10_000, bytes_per_second=2.0, remaining=Duration(seconds=4_995)
+            )
+        )
+        worker.change(replica_id, state=types_pb2.REPLICA_STATE_FETCHING)
+
+        async def fetched() -> int:
+            return (await models.get_model("m")).fetch.done_bytes
+
+        async with asyncio.timeout(20):
+            while await fetched() != 10:
+                await asyncio.sleep(0.02)
+        model = await models.get_model("m")
+        assert (model.fetch.total_bytes, model.fetch.bytes_per_second) == (10_000, 2.0)
+        assert model.fetch.remaining_seconds == 4_995
+        assert model.estimated_ready_seconds >= 4_995
+        worker.replicas[replica_id].ClearField("fetch")
+        worker.change(replica_id, state=types_pb2.REPLICA_STATE_LOADING)
+        async with asyncio.timeout(20):
+            while (await models.get_model("m")).HasField("fetch"):
+                await asyncio.sleep(0.02)
 
 
 async def test_operators_preload_scale_list_and_evict(world: World) -> None:

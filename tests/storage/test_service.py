@@ -23,6 +23,7 @@ from helios.mesh.errors import (
 from helios.storage.client import CorruptBlob, LeaseLost, Progress, StorageClient, Tier
 from helios.storage.metrics import TIERS
 from helios.storage.tiers import TierKind, TierOptions
+from tests.mesh.transfer.blob_server import Answer, serve_blob
 from tests.storage.harness import Agent, Mesh, digest_of, entry_of, files_below, is_clean, raw_stream
 from tests.storage.test_moves import flip
 
@@ -405,6 +406,24 @@ async def test_progress_comes_in_order_at_most_ten_times_a_second(mesh: Mesh) ->
     assert all(progress.total_bytes == 96 * MIB for progress in seen)
     assert [p.done_bytes for p in seen] == sorted(p.done_bytes for p in seen)
     assert len(seen) <= took * 10 + 1
+
+
+async def test_progress_says_how_fast_bytes_come_and_how_long_they_will(mesh: Mesh) -> None:
+    content = os.urandom(MIB)
+    seen: list[Progress] = []
+    with serve_blob(content) as server:
+        # Some two seconds.
+        server.script = lambda request: Answer(drip_seconds=0.002 if request.last else 0.0)
+        revision = mesh.shelf.add({"big": content})
+        mesh.shelf.url = server.url.removesuffix("/blob")
+        async with mesh.agent() as agent, agent.client.materialize(revision, holder="t", on_progress=seen.append):
+            pass
+    moving = [progress for progress in seen if progress.bytes_per_second]
+    assert moving
+    for progress in moving:
+        assert progress.remaining_seconds is not None
+        left_bytes = progress.total_bytes - progress.done_bytes
+        assert progress.remaining_seconds * progress.bytes_per_second == pytest.approx(left_bytes, abs=1.0)
 
 
 async def test_the_event_loop_is_free_while_bytes_are_fetched(mesh: Mesh) -> None:

@@ -141,11 +141,17 @@ class Lifecycle:
         return activation.failure
 
     def remaining_seconds(self, entry: ModelEntry, now: float) -> float:
-        """Estimated time until a replica of the model could take a request that comes now."""
+        """Estimated time until a replica of the model could take a request that comes now.
+
+        Not less than what is left of a fetch at the rate it has: experience knows nothing of today's network.
+        """
         activation = self._activations.get(entry.name)
         elapsed = activation.elapsed_seconds(now) if activation is not None else 0.0
         pause = activation.back_off_remaining_seconds(now) if activation is not None else 0.0
-        return pause + self.estimates.remaining_seconds(entry.name, entry.weights_bytes, elapsed)
+        estimated = pause + self.estimates.remaining_seconds(entry.name, entry.weights_bytes, elapsed)
+        fetches = [r.fetch for r in self._traffic.fleet.replicas_of(entry.name) if r.revision == entry.revision]
+        left = [fetch.remaining_seconds for fetch in fetches if fetch and fetch.remaining_seconds is not None]
+        return max(estimated, min(left, default=0.0))
 
     def reconcile(self, model: str, now: float) -> None:
         """Does the next step for a model."""

@@ -319,6 +319,12 @@ def residency_from_proto(response: pb.GetResidencyResponse) -> Residency:
     )
 
 
+def progress_from_proto(progress: pb.Progress) -> Progress:
+    """Reads how far a fetch is; an older agent says nothing of its rate."""
+    remaining_seconds = progress.remaining.ToNanoseconds() / 1e9 if progress.HasField("remaining") else None
+    return Progress(progress.done_bytes, progress.total_bytes, progress.bytes_per_second, remaining_seconds)
+
+
 def _tier_from_proto(tier: pb.Tier) -> Tier:
     kind = pb.TierKind.Name(tier.kind).removeprefix("TIER_KIND_").lower() if tier.kind else ""
     return Tier(tier.name, tier.used_bytes, tier.capacity_bytes, kind)

@@ -14,6 +14,7 @@ from typing import Protocol
 import structlog
 
 from helios.mesh.errors import Corrupted, DiskFull, HeliosError
+from helios.mesh.transfer.progress import RateMeter, TransferProgress
 from helios.storage import metrics
 from helios.storage.clock import Clock
 from helios.storage.fetch import BlobSource, is_leftover_unwanted
@@ -39,11 +40,12 @@ class ManifestSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class FetchProgress:
-    """How far the fetch of a revision is."""
+class _Fetching:
+    """A revision on its way, and how fast it comes."""
 
-    done_bytes: int
-    total_bytes: int
+    manifest: Manifest
+    room: Room
+    meter: RateMeter
 
 
 class Fetches:
@@ -66,7 +68,7 @@ class Fetches:
         self._blob_flights = blobs
         self._clock = clock
         self._make_way = make_way
-        self._fetching: dict[str, tuple[Manifest, Room]] = {}
+        self._fetching: dict[str, _Fetching] = {}
         self._counts = _ByteCounts()
 
     @property
@@ -84,14 +86,22 @@ class Fetches:
         """
         return await self._revision_flights.join(revision, partial(self._bring, revision))
 
-    def progress(self, revision: str) -> FetchProgress | None:
-        """How far the fetch of a revision is; None while there is none, or its manifest is not known yet."""
-        if revision not in self._fetching:
+    def progress(self, revision: str) -> TransferProgress | None:
+        """How far the fetch of a revision is; None while there is none, or its manifest is not known yet.
+
+        Its rate is measured when it is asked for: whoever wants it asks some times a second.
+        """
+        fetching = self._fetching.get(revision)
+        if fetching is None:
             return None
-        manifest, room = self._fetching[revision]
+        now = self._clock().timestamp()
+        done_bytes = self._done_bytes(fetching.manifest, fetching.room)
+        fetching.meter.observe(now, done_bytes)
+        return fetching.meter.progress(now, done_bytes, fetching.manifest.size_bytes)
+
+    def _done_bytes(self, manifest: Manifest, room: Room) -> int:
         here = room.tier.inventory
-        done = sum(b.size_bytes if here.has_blob(b) else self._counts.get(b) for b in manifest.blobs)
-        return FetchProgress(done, manifest.size_bytes)
+        return sum(blob.size_bytes if here.has_blob(blob) else self._counts.get(blob) for blob in manifest.blobs)
 
     async def _bring(self, revision: str) -> int:
         """Fetches what is missing and makes the revision resident; returns the bytes that were fetched."""
@@ -117,7 +127,9 @@ class Fetches:
 
     async def _bring_to(self, room: Room, manifest: Manifest, source: BlobSource) -> int:
         tier = room.tier
-        self._fetching[manifest.revision] = manifest, room
+        # What is here already is no part of the rate.
+        meter = RateMeter(self._clock().timestamp(), self._done_bytes(manifest, room))
+        self._fetching[manifest.revision] = _Fetching(manifest, room, meter)
         try:
             async with room.want(manifest, source) as missing:
                 try:

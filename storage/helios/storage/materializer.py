@@ -18,12 +18,13 @@ from pathlib import Path
 import structlog
 
 from helios.mesh.errors import Corrupted, DiskFull, HeliosError, PreconditionFailed, Unavailable
+from helios.mesh.transfer.progress import TransferProgress
 from helios.storage import metrics
 from helios.storage.clock import Clock, steady_clock
 from helios.storage.disk_tier import DiskTier
 from helios.storage.eviction import EvictionPlan, Forecast, no_forecast, plan_evict_one
 from helios.storage.fetch import BlobSource
-from helios.storage.fetches import Fetches, FetchProgress, ManifestSource
+from helios.storage.fetches import Fetches, ManifestSource
 from helios.storage.leases import Lease, LeaseTable, check_ttl, restore
 from helios.storage.manifest import Digest, revision_hash
 from helios.storage.mover import Mover
@@ -159,7 +160,7 @@ class Materializer:
             lease = await self._grant(room.tier, revision, holder, ttl)
         return _loan(lease, room.tier, fetched_bytes)
 
-    def progress(self, revision: str) -> FetchProgress | None:
+    def progress(self, revision: str) -> TransferProgress | None:
         """How far the fetch of a revision is; None while there is none, or its manifest is not known yet."""
         return self._fetches.progress(revision)
 

@@ -35,6 +35,7 @@ from helios.worker.supervisor.outbox import Outbox, ReplicaEvent
 from helios.worker.supervisor.process_tree import find_tree, read_process
 from helios.worker.supervisor.records import Device, DeviceKind, ProcessIdentity, ReplicaState, ReplicaView
 from helios.worker.supervisor.replica_list import ReplicaList
+from helios.worker.supervisor.replica_runner import Coming
 from helios.worker.supervisor.supervisor import Supervisor
 
 REVISION = "sha256:" + "ab" * 32
@@ -117,6 +118,8 @@ class FakeWeights:
     error: HeliosError | None = None
     gate: asyncio.Event | None = None
     path: str = "/weights"
+    coming: Coming | None = None
+    """What is said of a fetch before the gate opens."""
     borrowed: list[str] = field(default_factory=list)
     resumed: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
@@ -126,8 +129,17 @@ class FakeWeights:
 
     @asynccontextmanager
     async def materialize(
-        self, revision: str, *, holder: str, ttl_seconds: float, lease_id: str | None, keep: bool
+        self,
+        revision: str,
+        *,
+        holder: str,
+        ttl_seconds: float,
+        lease_id: str | None,
+        keep: bool,
+        on_progress: Callable[[Coming], None] | None = None,
     ) -> AsyncIterator[FakeLent]:
+        if on_progress is not None and self.coming is not None:
+            on_progress(self.coming)
         if self.gate is not None:
             await self.gate.wait()
         if self.error is not None:

@@ -13,6 +13,7 @@ from helios.worker.supervisor import life_events as on
 from helios.worker.supervisor.life_stages import Limits, Stage
 from helios.worker.supervisor.records import (
     Failure,
+    FetchProgress,
     Order,
     PhaseTiming,
     ProcessIdentity,
@@ -300,6 +301,14 @@ class Lives(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.play(on.Tick())
+
+    @rule()
+    def weights_are_on_their_way(self) -> None:
+        self.play(on.WeightsCome(FetchProgress(1, 2)))
+
+    @invariant()
+    def only_a_replica_that_fetches_shows_a_fetch(self) -> None:
+        assert self.machine.view.fetch is None or self.machine.view.state is ReplicaState.FETCHING
 
     @precondition(lambda self: self.is_fetching)
     @rule(is_ok=st.booleans())

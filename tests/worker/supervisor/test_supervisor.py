@@ -19,7 +19,15 @@ from helios.worker.replica.settings import EngineSettings, LoraAdapter, LoraSett
 from helios.worker.supervisor.commands import Drain, Evict, Stage, Start, Stop
 from helios.worker.supervisor.outbox import LoadReport
 from helios.worker.supervisor.process_tree import read_process
-from helios.worker.supervisor.records import MemoryItem, MemoryKind, ProcessIdentity, ReplicaState, ReplicaView
+from helios.worker.supervisor.records import (
+    FetchProgress,
+    MemoryItem,
+    MemoryKind,
+    ProcessIdentity,
+    ReplicaState,
+    ReplicaView,
+)
+from helios.worker.supervisor.wire import replica_to_proto
 from tests.worker.supervisor.fakes import (
     REVISION,
     RULES,
@@ -153,6 +161,27 @@ async def test_a_stop_while_weights_are_fetched_frees_at_once(folder: Path) -> N
         await node.wait_state("r1", S.STOPPED)
         assert node.booked_bytes == 0
         assert weights.borrowed == []
+
+
+async def test_a_replica_shows_how_far_its_weights_are_until_they_are_there(folder: Path) -> None:
+    coming = FetchProgress(3 << 20, 12 << 20, 1e6, 9.4)
+    weights = FakeWeights(gate=asyncio.Event(), coming=coming)
+    async with running_node(folder, launcher=FakeLauncher(), weights=weights) as node:
+        assert node.supervisor.execute("c", start_of("r1")).is_accepted
+        async with asyncio.timeout(20):
+            while (view := node.supervisor.view().replicas[0]).fetch is None:
+                await asyncio.sleep(0.01)
+        assert view.fetch == coming
+        told = replica_to_proto(view).fetch
+        assert (told.done_bytes, told.total_bytes, told.bytes_per_second) == (3 << 20, 12 << 20, 1e6)
+        assert told.remaining.ToMilliseconds() == 9400
+        assert weights.gate is not None
+        weights.gate.set()
+        view = await node.wait_state("r1", S.READY)
+        assert view.fetch is None
+        assert not replica_to_proto(view).HasField("fetch")
+        node.supervisor.execute("stop", Stop("r1"))
+        await node.wait_state("r1", S.STOPPED)
 
 
 @pytest.mark.parametrize(

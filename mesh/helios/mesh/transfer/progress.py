@@ -10,6 +10,9 @@ _WINDOW_SECONDS = 5.0
 _SAMPLE_SECONDS = 0.1
 _TELL_SECONDS = 0.25
 
+_NEVER_SECONDS = 1e9
+"""Thirty years: what takes longer has no end, and would not fit into a Duration."""
+
 
 @dataclass(frozen=True, slots=True)
 class TransferProgress:
@@ -45,6 +48,8 @@ class RateMeter:
         started, first_bytes = self._base(now)
         rate = max(0.0, (done_bytes - first_bytes) / (now - started)) if now > started else 0.0
         remaining = (total_bytes - done_bytes) / rate if rate > 0 else None
+        if remaining is not None and remaining > _NEVER_SECONDS:
+            remaining = None
         return TransferProgress(done_bytes, total_bytes, rate, remaining)
 
     def _base(self, now: float) -> tuple[float, int]:

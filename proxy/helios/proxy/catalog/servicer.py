@@ -2,6 +2,7 @@
 
 import bisect
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -98,7 +99,21 @@ class ModelServicer(ModelServiceServicer):
             or entry.max_context_tokens,
             estimated_ready_seconds=0.0 if is_open else round(lifecycle.remaining_seconds(entry, now), 1),
             failure=failure,
+            fetch=_fetch(starting),
         )
+
+
+def _fetch(starting: Iterable[Replica]) -> pb.ModelFetch | None:
+    """Of the replicas whose weights are on their way, the one that has the most of them."""
+    fetch = max((r.fetch for r in starting if r.fetch is not None), key=lambda f: f.done_bytes, default=None)
+    if fetch is None:
+        return None
+    return pb.ModelFetch(
+        done_bytes=fetch.done_bytes,
+        total_bytes=fetch.total_bytes,
+        bytes_per_second=round(fetch.bytes_per_second),
+        remaining_seconds=None if fetch.remaining_seconds is None else round(fetch.remaining_seconds, 1),
+    )
 
 
 def _named(entries: list[ModelEntry]) -> list[tuple[str, ModelEntry]]:

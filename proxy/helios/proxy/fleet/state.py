@@ -142,6 +142,16 @@ class HeldAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchProgress:
+    """How far a replica's weights are on their way; `remaining_seconds` None: they stand still."""
+
+    done_bytes: int
+    total_bytes: int
+    bytes_per_second: float
+    remaining_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Replica:
     """One engine process group serving one model; `created_at` is in seconds since the epoch."""
 
@@ -172,6 +182,8 @@ class Replica:
     is_background: bool = False
     """It was ordered to take another one's place."""
     adapters: tuple[HeldAdapter, ...] = ()
+    fetch: FetchProgress | None = None
+    """Set while bytes of its weights are on their way."""
 
     @property
     def is_spare(self) -> bool:

@@ -32,6 +32,7 @@ from helios.proxy.fleet.state import (
     AdapterState,
     Device,
     DeviceKind,
+    FetchProgress,
     Form,
     HeldAdapter,
     Load,
@@ -174,7 +175,13 @@ def replica_from_proto(message: types_pb2.Replica, worker_id: str) -> Replica:
         form=known(int(message.compilation), Form, Form.UNKNOWN),
         is_background=message.in_background,
         adapters=tuple(map(_adapter_from_proto, message.adapters)),
+        fetch=_fetch_from_proto(message.fetch) if message.HasField("fetch") else None,
     )
+
+
+def _fetch_from_proto(message: types_pb2.FetchProgress) -> FetchProgress:
+    remaining_seconds = message.remaining.ToNanoseconds() / 1e9 if message.HasField("remaining") else None
+    return FetchProgress(message.done_bytes, message.total_bytes, message.bytes_per_second, remaining_seconds)
 
 
 def replica_to_proto(replica: Replica) -> types_pb2.Replica:
@@ -210,6 +217,11 @@ def replica_to_proto(replica: Replica) -> types_pb2.Replica:
         message.failure.reason, message.failure.message = replica.failure_reason, replica.failure_message
     if replica.created_at:
         message.created_at.CopyFrom(timestamp(replica.created_at))
+    if (fetch := replica.fetch) is not None:
+        message.fetch.done_bytes, message.fetch.total_bytes = fetch.done_bytes, fetch.total_bytes
+        message.fetch.bytes_per_second = fetch.bytes_per_second
+        if fetch.remaining_seconds is not None:
+            message.fetch.remaining.CopyFrom(duration(fetch.remaining_seconds))
     return message
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from helios.worker.supervisor.records import Failure, PhaseTiming, ProcessIdentity, ReplicaState
+from helios.worker.supervisor.records import Failure, FetchProgress, PhaseTiming, ProcessIdentity, ReplicaState
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,13 @@ class WeightsFailed:
     """The storage agent can't lend them."""
 
     failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsCome:
+    """The storage agent fetches them."""
+
+    progress: FetchProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +144,7 @@ class Tick:
 
 Event = (
     Begin
+    | WeightsCome
     | WeightsReady
     | WeightsFailed
     | Forked

@@ -90,6 +90,19 @@ class PhaseTiming:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchProgress:
+    """How far a replica's weights are on their way to the node.
+
+    ``remaining_seconds`` is at this rate, None where there is none.
+    """
+
+    done_bytes: int
+    total_bytes: int
+    bytes_per_second: float = 0.0
+    remaining_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What a replica is doing. ``kv_usage_ratio`` is 0..1; tokens count from the start of the replica."""
 
@@ -194,6 +207,8 @@ class ReplicaView:
     measured_bytes: int = 0
     """Memory of its own as measured last; 0: never."""
     adapters: tuple[AdapterStatus, ...] = ()
+    fetch: FetchProgress | None = None
+    """Set while bytes of its weights are on their way."""
 
     @property
     def replica_id(self) -> str:

@@ -45,6 +45,7 @@ from helios.worker.supervisor.life_events import (
     Tick,
     TreeGone,
     WakeRequested,
+    WeightsCome,
     WeightsFailed,
     WeightsReady,
 )
@@ -93,6 +94,7 @@ class ReplicaMachine:
     | stage | event | next | actions beside Publish |
     |---|---|---|---|
     | PENDING | Begin | FETCHING | Fetch |
+    | FETCHING | WeightsCome | FETCHING | |
     | FETCHING | WeightsReady | LOADING | Fork |
     | FETCHING | WeightsFailed, its deadline | FAILED | ReleaseWeights, Free |
     | PENDING, FETCHING | DrainRequested, StopRequested | STOPPED | ReleaseWeights, Free |
@@ -189,7 +191,7 @@ class ReplicaMachine:
         match event:
             case Begin():
                 return self._begin(now)
-            case WeightsReady() | WeightsFailed():
+            case WeightsCome() | WeightsReady() | WeightsFailed():
                 return self._on_weights(event, now)
             case Forked() | ForkFailed():
                 return self._on_fork(event)
@@ -253,12 +255,15 @@ class ReplicaMachine:
         )
         return [Fetch(), *self._enter(Stage.FETCHING)]
 
-    def _on_weights(self, event: WeightsReady | WeightsFailed, now: float) -> list[Action]:
+    def _on_weights(self, event: WeightsCome | WeightsReady | WeightsFailed, now: float) -> list[Action]:
         if self._stage is not Stage.FETCHING:
             # An adopted replica's lease was renewed, perhaps under a new id.
             if isinstance(event, WeightsReady) and self._stage in _RUNNING:
                 self._view = replace(self._view, lease_id=event.lease_id)
             return []
+        if isinstance(event, WeightsCome):
+            self._view = replace(self._view, fetch=event.progress)
+            return [Publish()]
         if isinstance(event, WeightsFailed):
             return self._end(event.failure)
         deadline = now + self._start_seconds
@@ -470,7 +475,7 @@ class ReplicaMachine:
 
     def _enter(self, stage: Stage) -> list[Action]:
         self._stage = stage
-        self._view = replace(self._view, state=stage.shown)
+        self._view = replace(self._view, state=stage.shown, fetch=None)
         return [Publish()]
 
     def _set_deadline(self, deadline: float | None, overdue: Failure | None) -> None:

@@ -28,13 +28,23 @@ from helios.worker.supervisor.last_words import last_lines
 from helios.worker.supervisor.life_stages import Stage
 from helios.worker.supervisor.process_tree import kill_tree, watch_exit
 from helios.worker.supervisor.read_ahead import read_ahead
-from helios.worker.supervisor.records import Failure, Load, Order, ProcessIdentity, ReplicaState, ReplicaView
+from helios.worker.supervisor.records import (
+    Failure,
+    FetchProgress,
+    Load,
+    Order,
+    ProcessIdentity,
+    ReplicaState,
+    ReplicaView,
+)
 from helios.worker.supervisor.replica_machine import ReplicaMachine
 
 log = structlog.get_logger()
 tracer = trace.get_tracer("helios.worker")
 
 _LEASE_RETRY_SECONDS: Final = 2.0
+# How often a fetch is told of: smooth for people, little for a fleet that starts.
+_FETCH_TOLD_SECONDS: Final = 1.0
 # Above what the storage client itself gives a release; the lease of an agent that is away ends by itself.
 _RELEASE_SECONDS: Final = 6.0
 
@@ -50,13 +60,36 @@ class Lent(Protocol):
         """Waits until the lease is lost and raises a HeliosError then."""
 
 
+class Coming(Protocol):
+    """How far a fetch is, as the storage agent says it."""
+
+    @property
+    def done_bytes(self) -> int: ...
+    @property
+    def total_bytes(self) -> int: ...
+    @property
+    def bytes_per_second(self) -> float: ...
+    @property
+    def remaining_seconds(self) -> float | None: ...
+
+
 class Weights(Protocol):
     """Where weights come from: the storage agent's client."""
 
     def materialize(
-        self, revision: str, *, holder: str, ttl_seconds: float, lease_id: str | None, keep: bool
+        self,
+        revision: str,
+        *,
+        holder: str,
+        ttl_seconds: float,
+        lease_id: str | None,
+        keep: bool,
+        on_progress: Callable[[Coming], None] | None,
     ) -> AbstractAsyncContextManager[Lent]:
-        """Lends a revision for the block, renewing in the background; raises HeliosError where that can't be."""
+        """Lends a revision for the block, renewing in the background; raises HeliosError where that can't be.
+
+        ``on_progress`` is called on the event loop, some times a second while bytes have to come.
+        """
         ...
 
     async def evict(self, revision: str) -> int:
@@ -127,6 +160,7 @@ class ReplicaRunner:
         self._timer: asyncio.TimerHandle | None = None
         self._holding: asyncio.Task[None] | None = None
         self._is_released = False
+        self._fetch_told_at = -_FETCH_TOLD_SECONDS
         self._revision_paths: dict[str, str] = {}
         lora = life.view.order.settings.lora
         self._adapters = AdapterBook(lora.adapters if lora is not None else (), life.view.adapters)
@@ -320,7 +354,8 @@ class ReplicaRunner:
         while True:
             try:
                 async with contextlib.AsyncExitStack() as stack:
-                    lent = await stack.enter_async_context(self._borrow(order.revision, lease_id))
+                    borrowing = self._borrow(order.revision, lease_id, on_progress=self._weights_come)
+                    lent = await stack.enter_async_context(borrowing)
                     all_lent = [lent]
                     try:
                         if draft := order.settings.draft_revision:
@@ -343,7 +378,19 @@ class ReplicaRunner:
                 await asyncio.sleep(_LEASE_RETRY_SECONDS)
             lease_id = ""
 
-    def _borrow(self, revision: str, lease_id: str = "") -> AbstractAsyncContextManager[Lent]:
+    def _weights_come(self, coming: Coming) -> None:
+        """Tells of a fetch; not of each message of it, for everybody who watches replicas hears of it."""
+        now = asyncio.get_running_loop().time()
+        if now - self._fetch_told_at >= _FETCH_TOLD_SECONDS:
+            self._fetch_told_at = now
+            progress = FetchProgress(
+                coming.done_bytes, coming.total_bytes, coming.bytes_per_second, coming.remaining_seconds
+            )
+            self.post(life_events.WeightsCome(progress))
+
+    def _borrow(
+        self, revision: str, lease_id: str = "", on_progress: Callable[[Coming], None] | None = None
+    ) -> AbstractAsyncContextManager[Lent]:
         """Borrows the model, by its lease where there is one, or what the replica has beside it: adapters, a draft
         model. Those a successor borrows anew, before the lease that this process leaves them ends.
         """
@@ -353,6 +400,7 @@ class ReplicaRunner:
             ttl_seconds=self._around.lease_ttl_seconds,
             lease_id=lease_id or None,
             keep=True,
+            on_progress=on_progress,
         )
 
     async def _fork(self, action: life_actions.Fork) -> None:

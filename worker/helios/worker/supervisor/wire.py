@@ -34,6 +34,7 @@ from helios.worker.supervisor.device_wire import (
 )
 from helios.worker.supervisor.records import (
     Failure,
+    FetchProgress,
     FinishedRequest,
     Load,
     LoadDelta,
@@ -159,6 +160,20 @@ def replica_to_proto(view: ReplicaView) -> types.Replica:
     )
     if view.failure is not None:
         message.failure.CopyFrom(types.ReplicaFailure(reason=view.failure.reason, message=view.failure.message))
+    if view.fetch is not None:
+        message.fetch.CopyFrom(fetch_to_proto(view.fetch))
+    return message
+
+
+def fetch_to_proto(progress: FetchProgress) -> types.FetchProgress:
+    """Returns the message of how far weights are."""
+    message = types.FetchProgress(
+        done_bytes=progress.done_bytes,
+        total_bytes=progress.total_bytes,
+        bytes_per_second=progress.bytes_per_second,
+    )
+    if progress.remaining_seconds is not None:
+        message.remaining.CopyFrom(seconds_to_proto(progress.remaining_seconds))
     return message
 
 
