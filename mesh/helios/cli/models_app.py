@@ -14,6 +14,8 @@ from helios.cli.models_gc import CollectOptions
 from helios.cli.models_gc import models_gc as models_gc_command
 from helios.cli.models_push import models_push as models_push_command
 from helios.cli.models_set import models_set as models_set_command
+from helios.cli.models_watch import WatchOptions
+from helios.cli.models_watch import models_watch as models_watch_command
 from helios.cli.options import JsonOption, StateOption, console, run, state_of
 
 app: Final = typer.Typer(help="Models that the mesh knows.", no_args_is_help=True)
@@ -235,6 +237,21 @@ def models_history(
 ) -> None:
     """List which revisions a model has served and its tags have named, and why."""
     run(model_versions.history(state_of(state_dir), console, model, count=count, is_json=is_json))
+
+
+@app.command("watch")
+def models_watch(
+    state_dir: StateOption,
+    *,
+    model: Annotated[str, typer.Option(help="Only changes of this model, by its name.")] = "",
+    after: Annotated[
+        int | None, typer.Option(help="Begin after this change; 0: with the oldest that is known.", min=0)
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-n", help="End after so many. 0: never.", min=0)] = 0,
+    is_json: JsonOption = False,
+) -> None:
+    """Print each change of models as it comes: revisions, tags, aliases, pins, policies, and who made it."""
+    run(models_watch_command(state_of(state_dir), console, WatchOptions(model, after, count, is_json)))
 
 
 @app.command("rollout")
