@@ -155,6 +155,27 @@ def test_scale_and_evict(mesh: RunningMesh) -> None:
     assert "Paris" in answer.json["choices"][0]["message"]["content"]
 
 
+def test_a_worker_is_taken_out_of_service_and_back(mesh: RunningMesh) -> None:
+    def ran(*arguments: str) -> str:
+        result = mesh.helios(*arguments)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    (worker,) = json.loads(ran("workers", "list", "--json"))
+    worker_id = str(worker["worker_id"])
+    assert worker["cordoned"] is False
+    assert "would be cordoned" in ran("workers", "drain", worker_id, "--dry-run")
+    assert json.loads(ran("workers", "list", "--json"))[0]["cordoned"] is False
+    ran("workers", "cordon", worker_id)
+    try:
+        assert "cordoned" in ran("workers", "list")
+        assert mesh.helios("workers", "cordon", "nobody").returncode == 1
+    finally:
+        ran("workers", "uncordon", worker_id)
+    assert json.loads(ran("workers", "list", "--json"))[0]["cordoned"] is False
+    assert isinstance(json.loads(ran("scaling", "--json")), list)
+
+
 def test_logs_and_metrics_of_every_process(mesh: RunningMesh) -> None:
     for name in ("registry", "storage", "proxy", "worker"):
         result = mesh.helios("logs", name, "-n", "200")
