@@ -39,7 +39,7 @@ from helios.cli.models_set import settings_of
 from helios.cli.state import MeshRecord, StateDirectory, find_running, read_mesh
 from helios.cli.topology import requires_keys
 from helios.cli.topology import settings_of as settings_of_mesh
-from helios.cli.transfer_progress import size
+from helios.cli.transfer_progress import fetch_text, size
 from helios.cli.up import Mesh, UpOptions, run_mesh
 from helios.cli.usage import target_as_json
 from helios.mesh.errors import DeadlineExceeded, InvalidRequest, PreconditionFailed, Unavailable
@@ -166,9 +166,9 @@ async def status(state: StateDirectory, console: Console, *, is_json: bool) -> N
     console.print(f"mesh [bold]{record.state}[/]  edge http://{record.edge}/v1  admin {record.admin}  {state.root}")
     console.print(_process_table(record))
     console.print(_worker_table(workers))
-    console.print(_model_table(models.data))
+    console.print(model_table(models.data))
     if replicas.replicas:
-        console.print(_replica_table(replicas))
+        console.print(replica_table(replicas))
     for failed in replicas.failures:
         console.print(_failure(failed), highlight=False)
 
@@ -181,7 +181,7 @@ async def models_list(state: StateDirectory, console: Console, *, is_json: bool)
     if is_json:
         console.print_json(json.dumps(_plain(response)["data"]))
     else:
-        console.print(_model_table(response.data))
+        console.print(model_table(response.data))
 
 
 async def models_show(state: StateDirectory, console: Console, name: str, *, is_json: bool) -> None:
@@ -389,10 +389,15 @@ def _telemetry(device: fleet_service_pb2.Device) -> tuple[str, str]:
     return size(measured.used_bytes) if measured.HasField("used_bytes") else "", " ".join(filter(None, state)).strip()
 
 
-def _model_table(models: Any) -> Table:
+def model_table(models: Any) -> Table:
+    """Models, a line each."""
     table = _table("model", "state", "ready", "starting", "asleep", "staged", "weights", "memory", "context", "aliases")
     for model in models:
         name = catalog_pb.ModelState.Name(model.state).removeprefix("MODEL_STATE_").lower()
+        if model.HasField("fetch"):
+            fetch = model.fetch
+            left = fetch.remaining_seconds if fetch.HasField("remaining_seconds") else None
+            name = f"{name}, {fetch_text(fetch.done_bytes, fetch.total_bytes, fetch.bytes_per_second, left)}"
         sizes = size(model.resources.weights_bytes), size(model.resources.memory_bytes)
         replicas = model.replicas
         counts = (str(n) for n in (replicas.ready, replicas.starting, replicas.asleep, replicas.staged))
@@ -406,7 +411,8 @@ def _failure(failed: admin_pb.FailedReplica) -> Text:
     return text.append(f"{replica.failure.reason}: {replica.failure.message}", "default")
 
 
-def _replica_table(response: admin_pb.ListReplicasResponse) -> Table:
+def replica_table(response: admin_pb.ListReplicasResponse) -> Table:
+    """Replicas, a line each."""
     table = _table("replica", "model", "state", "worker", "address", "running", "booked", "measured", "start")
     for entry in response.replicas:
         replica = entry.replica
@@ -414,6 +420,10 @@ def _replica_table(response: admin_pb.ListReplicasResponse) -> Table:
         if replica.compilation:
             form = engine_pb.CompilationMode.Name(replica.compilation).removeprefix("COMPILATION_MODE_").lower()
             name = f"{name}, {form}"
+        if replica.HasField("fetch"):
+            fetch = replica.fetch
+            left = fetch.remaining.ToNanoseconds() / 1e9 if fetch.HasField("remaining") else None
+            name = f"{name}, {fetch_text(fetch.done_bytes, fetch.total_bytes, fetch.bytes_per_second, left)}"
         seconds = sum(phase.duration.ToMilliseconds() for phase in replica.phases) / 1000
         running = str(replica.load.running_requests)
         sizes = size(replica.memory_bytes), size(replica.measured_bytes) if replica.measured_bytes else ""

@@ -98,8 +98,20 @@ class _Remaining(ProgressColumn):
         seconds: float | None = task.fields["remaining"]
         if seconds is None:
             return Text("")
-        minutes, rest = divmod(round(seconds), 60)
-        return Text(f"{minutes // 60}:{minutes % 60:02}:{rest:02}", style="progress.remaining")
+        return Text(_clock(seconds), style="progress.remaining")
+
+
+def fetch_text(done_bytes: int, total_bytes: int, bytes_per_second: float, remaining_seconds: float | None) -> str:
+    """How far a fetch is, in a few words; without a time left it says that nothing comes."""
+    share = f"{done_bytes / max(1, total_bytes):.0%}"
+    if remaining_seconds is None:
+        return f"{share}, standing still"
+    return f"{share} at {size(bytes_per_second)}/s, {_clock(remaining_seconds)} left"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def size(count: float) -> str:
