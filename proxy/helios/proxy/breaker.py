@@ -5,7 +5,7 @@ ejected. It opens after consecutive failures, so that one failure among many goo
 
 | state | event | next |
 |---|---|---|
-| CLOSED | failure, the n-th in a row | OPEN until now + open_seconds |
+| CLOSED | failure, the n-th in a row; trip (it is an outlier) | OPEN until now + open_seconds |
 | CLOSED | success | CLOSED, count 0 |
 | OPEN | tick at or after its end | HALF_OPEN |
 | HALF_OPEN | picked | PROBING until now + probe_seconds: no further pick |
@@ -101,9 +101,18 @@ class Breakers:
         circuit.failure_count += 1
         if circuit.state is BreakerState.CLOSED and circuit.failure_count < self._policy.failure_count:
             return False
+        self._open(circuit, now)
+        return True
+
+    def trip(self, replica_id: str, now: float) -> None:
+        """Opens a closed circuit whose failures were not in a row."""
+        circuit = self._circuits.setdefault(replica_id, _Circuit())
+        if circuit.state is BreakerState.CLOSED:
+            self._open(circuit, now)
+
+    def _open(self, circuit: _Circuit, now: float) -> None:
         longer = min(max(self._policy.open_seconds, circuit.open_seconds * 2), self._policy.max_open_seconds)
         circuit.state, circuit.open_seconds, circuit.until = BreakerState.OPEN, longer, now + longer
-        return True
 
     def tick(self, now: float) -> list[str]:
         """Replicas whose circuit is half-open now because a time is over."""

@@ -11,6 +11,8 @@ from helios.proxy.breaker import BreakerPolicy
 from helios.proxy.core import CorePolicy
 from helios.proxy.holds import HoldLimits
 from helios.proxy.lifecycle import LifecyclePolicy
+from helios.proxy.outliers import OutlierPolicy
+from helios.proxy.retries import RetryPolicy
 from helios.proxy.scaling.load import LoadPolicy, ScalingMode
 from helios.proxy.sizing import SizingPolicy
 from helios.proxy.swap import SwapPolicy
@@ -182,6 +184,14 @@ class BreakerSettings(BaseModel):
     """Bound of the doubling, in seconds."""
     probe_seconds: PositiveFloat = 30.0
     """How long the one request that tries a replica again may take before another may try, in seconds."""
+    outlier_ratio: float = Field(default=0.3, ge=0, le=1)
+    """A replica of whose last some twenty requests this share failed is taken out, too, where its neighbours fail at
+    most a third as often. 0: never."""
+    retry_ratio: float = Field(default=0.2, ge=0, le=1)
+    """Retries on another replica for each request of a model, in the long run; further ones fail at once. 0.2: where
+    more fail, more load does not help."""
+    retry_burst: NonNegativeInt = 10
+    """Retries that a model may have beside, before it has earned them."""
 
 
 class AdmissionSettings(BaseModel):
@@ -277,13 +287,19 @@ class ProxySettings(ProcessSettings):
         hold, fleet = self.hold, self.fleet
         return CorePolicy(
             holds=HoldLimits(hold.model_count, hold.tenant_count, hold.total_count, hold.total_bytes),
-            breaker=BreakerPolicy(**self.breaker.model_dump()),
+            breaker=BreakerPolicy(**self.breaker.model_dump(exclude={"outlier_ratio", "retry_ratio", "retry_burst"})),
             lifecycle=self._lifecycle_policy(),
             reservation_seconds=self.reservation_seconds,
             silence_seconds=fleet.report_interval_seconds * fleet.silence_intervals,
             worker_grace_seconds=fleet.worker_grace_seconds,
             resync_seconds=fleet.resync_seconds,
-            routing=RoutingPolicy(self.routing.prefix_weight, self.routing.prefix_blocks, self.routing.queue_count),
+            routing=RoutingPolicy(
+                self.routing.prefix_weight,
+                self.routing.prefix_blocks,
+                self.routing.queue_count,
+                RetryPolicy(self.breaker.retry_ratio, self.breaker.retry_burst),
+                OutlierPolicy(self.breaker.outlier_ratio),
+            ),
             requires_keys=self.admission.require_keys,
         )
 

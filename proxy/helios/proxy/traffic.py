@@ -7,7 +7,7 @@ drain that was asked, its endpoint, its breaker) is noted here, and the routing 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from helios.proxy.admission.quotas import Quotas, Usage
 from helios.proxy.breaker import BreakerPolicy, Breakers
@@ -15,12 +15,15 @@ from helios.proxy.catalogue import ModelEntry
 from helios.proxy.engine_needs import needs_of
 from helios.proxy.fleet.state import Adapter, AdapterState, Change, FleetState, Load, Replica, ReplicaState
 from helios.proxy.ledger import Ledger
+from helios.proxy.outliers import OutlierPolicy, Outliers
+from helios.proxy.retries import RetryBudgets, RetryPolicy
 from helios.proxy.routing.pick import Affinity, Pick, pick
 from helios.proxy.routing.prefix import BLOCK_TOKENS, Blocks, PrefixIndex
 from helios.proxy.routing.table import Facts, RoutingTable, exclusion, score
 
 # gRPC codes that speak of the replica and not of the request: UNKNOWN, INTERNAL, UNAVAILABLE, DATA_LOSS.
 _REPLICA_FAULTS = frozenset({2, 13, 14, 15})
+_UNAVAILABLE = 14
 # Blocks of a cache whose size no worker told: 16,384 tokens.
 _UNKNOWN_CAPACITY = 256
 
@@ -34,11 +37,15 @@ class RoutingPolicy:
         max_blocks: blocks of prompts that are remembered, of all replicas.
         queue_count: requests that may wait inside a replica's engine before others wait here, in their tenants' and
             priorities' order; 0: any number.
+        retries: how many requests are tried a second time.
+        outliers: which replica fails more than its neighbours.
     """
 
     prefix_weight: float = 0.4
     max_blocks: int = 500_000
     queue_count: int = 32
+    retries: RetryPolicy = field(default_factory=RetryPolicy)
+    outliers: OutlierPolicy = field(default_factory=OutlierPolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,8 @@ class Traffic:
         self.ledger = Ledger(reservation_seconds)
         self.breakers = Breakers(breaker)
         self.quotas = Quotas()
+        self.retries = RetryBudgets(routing.retries)
+        self.outliers = Outliers(routing.outliers)
         self._routing = routing
         self._prefixes = PrefixIndex(routing.max_blocks)
         self._published: frozenset[str] = frozenset()
@@ -109,6 +118,8 @@ class Traffic:
         chosen = pick(entry.name, entry.revision, snapshot, affinity)
         if chosen is None:
             return None
+        if len(chosen.choices) > 1 and not self.retries.request(entry.name):
+            chosen = chosen._replace(choices=chosen.choices[:1])
         best = chosen.choices[0].replica_id
         freed = self.ledger.reserve(request_id, best, now)
         if self.breakers.picked(best, now):
@@ -172,13 +183,14 @@ class Traffic:
             return None
         replica_id, touched = delta.replica_id, {delta.replica_id}
         for request_id in delta.started:
-            touched.add(self.ledger.started(request_id, replica_id) or replica_id)
+            freed = self.ledger.started(request_id, replica_id) or replica_id
+            touched.add(freed)
+            if freed != replica_id:
+                # Envoy did not reach the replica that it was sent to.
+                self.retries.retried(replica.model)
         for request_id, code in delta.finished:
             touched.add(self.ledger.finished(request_id, replica_id) or replica_id)
-            if code in _REPLICA_FAULTS:
-                self.breakers.failed(replica_id, now)
-            else:
-                self.breakers.succeeded(replica_id)
+            self._judge(replica, code, now)
         for usage in delta.usage:
             self.quotas.finished(usage, now)
         # What still ends at a replica on its way out is no reason to keep the model.
@@ -187,6 +199,23 @@ class Traffic:
         for other in touched:
             self.refresh(other)
         return replica
+
+    def _judge(self, replica: Replica, code: int, now: float) -> None:
+        """What a request's end says of its replica."""
+        replica_id, is_failure = replica.replica_id, code in _REPLICA_FAULTS
+        self.outliers.note(replica_id, is_failure=is_failure)
+        if not is_failure:
+            self.breakers.succeeded(replica_id)
+            return
+        if code == _UNAVAILABLE and not self.is_draining(replica):
+            # Envoy tries it elsewhere. What a draining replica refuses was to go elsewhere anyway.
+            self.retries.retried(replica.model)
+        self.breakers.failed(replica_id, now)
+        neighbours = (other.replica_id for other in self.fleet.replicas_of(replica.model))
+        if self.outliers.is_outlier(replica_id, filter(self.is_candidate, neighbours)):
+            self.breakers.trip(replica_id, now)
+            # Once it is tried again, it begins anew.
+            self.outliers.forget(replica_id)
 
     def published(self, addresses: frozenset[str]) -> None:
         """Every Envoy knows exactly these addresses."""
@@ -343,6 +372,7 @@ class Traffic:
         self.table.remove(replica_id)
         self.quotas.lost(self.ledger.forget_replica(replica_id), now)
         self.breakers.forget(replica_id)
+        self.outliers.forget(replica_id)
         self._prefixes.forget(replica_id)
         self._draining.discard(replica_id)
         self._ready_since.pop(replica_id, None)
