@@ -6,7 +6,7 @@ order for as long as that is allowed to take; what is better stays (large neighb
 to a twentieth of what an exact solver finds.
 """
 
-import random
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -92,22 +92,23 @@ def pack(wants: Sequence[Want], workers: Iterable[WorkerCapacity], *, rounds: in
         best = max(best, _Packed(dict(start)).add(order), key=lambda packed: packed.placed_bytes)
         if len(best.places) == len(wants):
             break
-    # The same wants are packed alike each time.
-    chance = random.Random(len(wants))  # noqa: S311 (nothing secret)
-    for _ in range(rounds):
+    for number in range(rounds):
         missing = [want for want in wants if want not in best.places]
         if not missing or not best.places:
             break
-        placed = sorted(best.places, key=lambda want: want.name)
-        if chance.random() < 0.5:
+        placed = _shuffled(best.places, number)
+        if number % 2:
             # All of a worker: what is in the way of a large one lies there together.
-            emptied = best.places[chance.choice(placed)].worker_id
+            emptied = best.places[placed[0]].worker_id
             out = [want for want in placed if best.places[want].worker_id == emptied]
         else:
-            out = chance.sample(placed, k=chance.randint(1, min(_MOST_TAKEN_OUT, len(placed))))
-        again = [*missing, *out]
-        chance.shuffle(again)
-        other = best.without(out).add(again)
+            out = placed[: number // 2 % _MOST_TAKEN_OUT + 1]
+        other = best.without(out).add(_shuffled([*missing, *out], -number))
         if other.placed_bytes >= best.placed_bytes:
             best = other
     return {want.name: placed for want, placed in best.places.items()}
+
+
+def _shuffled(wants: Iterable[Want], number: int) -> list[Want]:
+    """The wants in an order that has nothing to do with them, and is the same for the same number."""
+    return sorted(wants, key=lambda want: zlib.crc32(f"{number} {want.name}".encode()))
