@@ -221,7 +221,9 @@ class Mesh:
             ) as materializer,
         ):
             server = MeshServer(listen=listen, identity=identity, policy=POLICY, options=OPTIONS)
-            servicer = StorageServicer(materializer, holders=HOLDERS, operators=OPERATORS, clock=clock)
+            servicer = StorageServicer(
+                materializer, holders=HOLDERS, operators=OPERATORS, clock=clock, partials=partials
+            )
             add_StorageServiceServicer_to_server(servicer, server.grpc)
             blobs.add_to(server.grpc)
             server.serve(SERVICE_NAME, BLOB_SERVICE)

@@ -102,6 +102,7 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
                 operators=OPERATORS if identity else None,
                 clock=clock,
                 descriptor_socket=str(listener.path) if listener is not None else "",
+                partials=partials,
             )
             add_StorageServiceServicer_to_server(servicer, server.grpc)
             blobs.add_to(server.grpc)

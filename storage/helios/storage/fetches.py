@@ -17,6 +17,7 @@ from helios.mesh.errors import Corrupted, DiskFull, HeliosError
 from helios.mesh.transfer.progress import RateMeter, TransferProgress
 from helios.storage import metrics
 from helios.storage.clock import Clock
+from helios.storage.disk_tier import DiskTier
 from helios.storage.fetch import BlobSource, is_leftover_unwanted
 from helios.storage.manifest import Digest, Manifest
 from helios.storage.room import Room
@@ -102,6 +103,11 @@ class Fetches:
     def _done_bytes(self, manifest: Manifest, room: Room) -> int:
         here = room.tier.inventory
         return sum(blob.size_bytes if here.has_blob(blob) else self._counts.get(blob) for blob in manifest.blobs)
+
+    def fetching(self, revision: str) -> tuple[Manifest, DiskTier] | None:
+        """What is being fetched of a revision, and where to; None while nothing is."""
+        fetching = self._fetching.get(revision)
+        return (fetching.manifest, fetching.room.tier) if fetching is not None else None
 
     async def _bring(self, revision: str) -> int:
         """Fetches what is missing and makes the revision resident; returns the bytes that were fetched."""

@@ -26,7 +26,7 @@ from helios.storage.eviction import EvictionPlan, Forecast, no_forecast, plan_ev
 from helios.storage.fetch import BlobSource
 from helios.storage.fetches import Fetches, ManifestSource
 from helios.storage.leases import Lease, LeaseTable, check_ttl, restore
-from helios.storage.manifest import Digest, revision_hash
+from helios.storage.manifest import Digest, Manifest, revision_hash
 from helios.storage.mover import Mover
 from helios.storage.room import Room
 from helios.storage.scrubber import Scrubber
@@ -163,6 +163,10 @@ class Materializer:
     def progress(self, revision: str) -> TransferProgress | None:
         """How far the fetch of a revision is; None while there is none, or its manifest is not known yet."""
         return self._fetches.progress(revision)
+
+    def fetching(self, revision: str) -> tuple[Manifest, DiskTier] | None:
+        """What is being fetched of a revision, and where to; None while nothing is."""
+        return self._fetches.fetching(revision)
 
     async def renew(self, lease_id: str) -> Lease:
         """Renews a lease.

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -22,7 +23,9 @@ from helios.mesh.server import check_peer
 from helios.mesh.transfer.progress import TransferProgress
 from helios.storage.clock import Clock, steady_clock
 from helios.storage.disk_tier import DiskTier
+from helios.storage.early.growth import GrowingFile, watch_growth
 from helios.storage.leases import Lease
+from helios.storage.manifest import revision_hash
 from helios.storage.materializer import Loan, Materializer
 from helios.storage.scrubber import ScrubProgress
 from helios.storage.session import (
@@ -43,6 +46,7 @@ from helios.storage.session import (
     State,
     Want,
 )
+from helios.storage.sync.partial import PartialBlobs
 from helios.storage.tiers import TierKind
 
 SERVICE_NAME = "helios.api.storage.v1.StorageService"
@@ -76,11 +80,13 @@ class StorageServicer(StorageServiceServicer):
         operators: frozenset[str] | None,
         clock: Clock | None = None,
         descriptor_socket: str = "",
+        partials: PartialBlobs | None = None,
     ) -> None:
         """Takes the components that may hold, and those that may evict, pin and scrub; None where callers can't be told
         apart (no TLS). Holders take files in memory on the descriptor socket; empty: there is none.
         """
         self._descriptor_socket = descriptor_socket
+        self._partials = partials or PartialBlobs()
         self._materializer = materializer
         self._holders = holders
         self._operators = operators
@@ -146,6 +152,17 @@ class StorageServicer(StorageServiceServicer):
         async with contextlib.aclosing(self._materializer.scrubber.scrub_all(bytes_per_second=limit)) as steps:
             async for progress in steps:
                 await context.write(scrub_to_proto(progress))
+
+    async def WatchFetch(  # type: ignore[override]  # as Materialize
+        self, request: pb.WatchFetchRequest, context: Context
+    ) -> None:
+        """Says what is here of a revision that is being fetched."""
+        self._check(context, self._holders)
+        revision_hash(request.revision)
+        find = partial(self._materializer.fetching, request.revision)
+        async with contextlib.aclosing(watch_growth(find, self._partials)) as changes:
+            async for files in changes:
+                await context.write(pb.WatchFetchResponse(files=map(growing_to_proto, files)))
 
     @staticmethod
     def _check(context: Context, allowed: frozenset[str] | None) -> None:
@@ -347,6 +364,12 @@ def progress_to_proto(progress: TransferProgress) -> pb.Progress:
     if progress.remaining_seconds is not None:
         message.remaining.FromNanoseconds(round(progress.remaining_seconds * 1e9))
     return message
+
+
+def growing_to_proto(file: GrowingFile) -> pb.GrowingFile:
+    """Writes what is here of a file."""
+    spans = (pb.VerifiedSpan(offset=start, length=end - start) for start, end in file.spans)
+    return pb.GrowingFile(path=file.path, file=str(file.file), size_bytes=file.size_bytes, spans=spans)
 
 
 def scrub_to_proto(progress: ScrubProgress) -> pb.ScrubResponse:

@@ -50,6 +50,114 @@ TIER_KIND_SSD: TierKind.ValueType  # 3
 Global___TierKind: _TypeAlias = TierKind  # noqa: Y015
 
 @_typing.final
+class WatchFetchRequest(_message.Message):
+    """WatchFetchRequest names a revision."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """`sha256:<hex>`."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchFetchRequest: _TypeAlias = WatchFetchRequest  # noqa: Y015
+
+@_typing.final
+class WatchFetchResponse(_message.Message):
+    """WatchFetchResponse is what is here of a revision."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___GrowingFile]:
+        """Files of which something is here."""
+
+    def __init__(
+        self,
+        *,
+        files: _abc.Iterable[Global___GrowingFile] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchFetchResponse: _TypeAlias = WatchFetchResponse  # noqa: Y015
+
+@_typing.final
+class GrowingFile(_message.Message):
+    """GrowingFile is a file that is not whole yet, or has just become so."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Path inside the revision."""
+    file: _builtins.str
+    """Where its bytes are on the node, until it is whole and has another name."""
+    size_bytes: _builtins.int
+    """Its size when it is whole."""
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerifiedSpan]:
+        """What is here and verified, in order."""
+
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        file: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        spans: _abc.Iterable[Global___VerifiedSpan] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "path", b"path", "size_bytes", b"size_bytes", "spans", b"spans"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GrowingFile: _TypeAlias = GrowingFile  # noqa: Y015
+
+@_typing.final
+class VerifiedSpan(_message.Message):
+    """VerifiedSpan is a range of bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """The first byte."""
+    length: _builtins.int
+    """How many."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifiedSpan: _TypeAlias = VerifiedSpan  # noqa: Y015
+
+@_typing.final
 class MaterializeRequest(_message.Message):
     """MaterializeRequest is what a client says."""
 

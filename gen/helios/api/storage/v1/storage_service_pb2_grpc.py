@@ -70,6 +70,11 @@ class StorageServiceStub:
                 request_serializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.ScrubRequest.SerializeToString,
                 response_deserializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.ScrubResponse.FromString,
                 _registered_method=True)
+        self.WatchFetch = channel.unary_stream(
+                '/helios.api.storage.v1.StorageService/WatchFetch',
+                request_serializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.WatchFetchRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.WatchFetchResponse.FromString,
+                _registered_method=True)
 
 
 class StorageServiceServicer:
@@ -142,6 +147,17 @@ class StorageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchFetch(self, request, context):
+        """WatchFetch says which parts of a revision's files are on the node and verified, while the revision is fetched, so that a
+        loader can begin before all of it is there. A message is all that is known, and comes when that changes; while nothing
+        is fetched there are none. The caller ends the stream. What is read so far counts only once Materialize has lent the
+        revision: the sha256 of the whole is compared at the end. Files of which nobody knows the chunks appear when they are
+        whole. For holders that run as the agent's user. Idempotent. Errors: INVALID_ARGUMENT (INVALID_REVISION).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StorageServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -179,6 +195,11 @@ def add_StorageServiceServicer_to_server(servicer, server):
                     servicer.Scrub,
                     request_deserializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.ScrubRequest.FromString,
                     response_serializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.ScrubResponse.SerializeToString,
+            ),
+            'WatchFetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchFetch,
+                    request_deserializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.WatchFetchRequest.FromString,
+                    response_serializer=helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.WatchFetchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -371,6 +392,33 @@ class StorageService:
             '/helios.api.storage.v1.StorageService/Scrub',
             helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.ScrubRequest.SerializeToString,
             helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.ScrubResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchFetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/helios.api.storage.v1.StorageService/WatchFetch',
+            helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.WatchFetchRequest.SerializeToString,
+            helios_dot_api_dot_storage_dot_v1_dot_storage__service__pb2.WatchFetchResponse.FromString,
             options,
             channel_credentials,
             insecure,

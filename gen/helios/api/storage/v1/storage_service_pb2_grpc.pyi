@@ -52,6 +52,13 @@ class StorageServiceStub:
     stream reports progress and ends with the scrub; cancelling it ends the scrub. Idempotent.
     Errors: UNAVAILABLE (TIER_FAILED), FAILED_PRECONDITION (SCRUB_RUNS: one at a time).
     """
+    WatchFetch: _aio.UnaryStreamMultiCallable[_storage_service_pb2.WatchFetchRequest, _storage_service_pb2.WatchFetchResponse]
+    """WatchFetch says which parts of a revision's files are on the node and verified, while the revision is fetched, so that a
+    loader can begin before all of it is there. A message is all that is known, and comes when that changes; while nothing
+    is fetched there are none. The caller ends the stream. What is read so far counts only once Materialize has lent the
+    revision: the sha256 of the whole is compared at the end. Files of which nobody knows the chunks appear when they are
+    whole. For holders that run as the agent's user. Idempotent. Errors: INVALID_ARGUMENT (INVALID_REVISION).
+    """
 
 class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
     """StorageService keeps revisions on a node and lends them to replicas."""
@@ -132,6 +139,19 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
         lent is fetched anew and takes the bad one's place, one that is not is dropped with the revisions that use it. The
         stream reports progress and ends with the scrub; cancelling it ends the scrub. Idempotent.
         Errors: UNAVAILABLE (TIER_FAILED), FAILED_PRECONDITION (SCRUB_RUNS: one at a time).
+        """
+
+    @_abc_1.abstractmethod
+    def WatchFetch(
+        self,
+        request: _storage_service_pb2.WatchFetchRequest,
+        context: _aio.ServicerContext[_storage_service_pb2.WatchFetchRequest, _abc.AsyncIterator[_storage_service_pb2.WatchFetchResponse]],
+    ) -> _abc.AsyncIterator[_storage_service_pb2.WatchFetchResponse]:
+        """WatchFetch says which parts of a revision's files are on the node and verified, while the revision is fetched, so that a
+        loader can begin before all of it is there. A message is all that is known, and comes when that changes; while nothing
+        is fetched there are none. The caller ends the stream. What is read so far counts only once Materialize has lent the
+        revision: the sha256 of the whole is compared at the end. Files of which nobody knows the chunks appear when they are
+        whole. For holders that run as the agent's user. Idempotent. Errors: INVALID_ARGUMENT (INVALID_REVISION).
         """
 
 def add_StorageServiceServicer_to_server(servicer: StorageServiceServicer, server: _aio.Server) -> None: ...
