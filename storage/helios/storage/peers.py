@@ -26,6 +26,10 @@ _OPTIONS: Final = (
     ("grpc.enable_http_proxy", 0),
     # Each blob has a connection of its own: one for all would carry all of a node's fetches in one TLS stream.
     ("grpc.use_local_subchannel_pool", 1),
+    # A peer that was stopped, or cut off, without a word: its reads end within 15 s.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
 )
 
 

@@ -2,8 +2,9 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -59,11 +60,27 @@ def add(mesh: Mesh, server: BlobServer) -> str:
     return mesh.shelf.add({"model.safetensors": CONTENT})
 
 
+@contextmanager
+def gated_server(first_byte: int) -> Iterator[tuple[BlobServer, threading.Event]]:
+    """A cloud that answers for what begins here, or behind it, once the event is set."""
+    gate = threading.Event()
+
+    def script(request: Request) -> Answer:
+        if request.first >= first_byte:
+            gate.wait(WAIT_SECONDS)
+        return Answer()
+
+    with serve_blob(CONTENT, script=script) as server:
+        try:
+            yield server, gate
+        finally:
+            gate.set()
+
+
 @pytest.mark.parametrize("count", [2, 3])
 async def test_agents_that_fetch_at_once_read_the_cloud_once(tmp_path: Path, count: int) -> None:
     names = [f"node-{number}" for number in range(count)]
-    # Slow enough that all of them are at it: 60 MiB in a second or so.
-    with serve_blob(CONTENT, script=lambda _: Answer(drip_seconds=0.0)) as server:
+    with serve_blob(CONTENT) as server:
         async with cluster(tmp_path, *names) as (mesh, _, agents):
             revision = add(mesh, server)
             async with asyncio.TaskGroup() as group:
@@ -85,35 +102,24 @@ async def test_one_that_comes_late_reads_from_those_that_have_it(tmp_path: Path)
 
 
 async def test_one_that_leaves_in_the_middle_leaves_its_part_to_the_other(tmp_path: Path) -> None:
-    """A fetch that ends keeps what came for its next try, and offers it to nobody until then."""
-    hangs = asyncio.Event()
-
-    def script(request: Request) -> Answer:
-        # The node that reads first never gets beyond its third range.
-        return Answer(hang=hangs.is_set() and request.number < 8)
-
-    with serve_blob(CONTENT, script=script) as server:
+    with gated_server(12 * MIB) as (server, gate):
         async with cluster(tmp_path, "one", "two") as (mesh, sync, (one, two)):
             revision = add(mesh, server)
-            hangs.set()
             first = asyncio.get_running_loop().create_task(fetch(one, revision))
-            await wait_until(lambda: len(server.requests) >= 4)
+            await wait_until(lambda: any(start >= 12 * MIB for start, _ in server.ranges))
             second = asyncio.get_running_loop().create_task(fetch(two, revision))
             await wait_until(lambda: len([view for view in sync.cluster.agents() if view.wanted]) == 2)
             first.cancel()
+            gate.set()
             with pytest.raises(asyncio.CancelledError):
                 await first
-            hangs.clear()
             counts = await second
             assert counts["store"] + counts.get("peer", 0) == len(CONTENT)
             assert (await fetch(one, revision))["peer"] > 0
 
 
 async def test_what_came_so_far_is_told_and_served_and_nothing_else(tmp_path: Path) -> None:
-    def script(request: Request) -> Answer:
-        return Answer(hang=request.first >= 24 * MIB)
-
-    with serve_blob(CONTENT, script=script) as server:
+    with gated_server(24 * MIB) as (server, gate):
         async with cluster(tmp_path, "one") as (mesh, _, (one,)), mesh.dial(one.address, "storage") as dialer:
             stub = dialer.stub(BlobServiceStub)
 
@@ -142,11 +148,6 @@ async def test_what_came_so_far_is_told_and_served_and_nothing_else(tmp_path: Pa
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await read(offset, length)
                 assert error_from_rpc(caught.value).reason == "BLOB_NOT_FOUND"
-            fetching.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await fetching
-            await wait_until(lambda: not _is_partial(one))
-
-
-def _is_partial(agent: Agent) -> bool:
-    return agent.materializer.progress(DIGEST.hash) is not None
+            gate.set()
+            assert (await fetching)["store"] == len(CONTENT)
+            assert await find(0, 0.0) == pb.FindChunksResponse(version=1, is_whole=True)
