@@ -23,7 +23,7 @@ def test_transfers_of_one_priority_get_the_same_share() -> None:
         granted = policy.grant(0.0)
         assert len(granted) == 1
         for ticket in waiting:
-            policy.end(ticket)
+            policy.end(ticket, 0.0)
     assert [flow.served_bytes for flow in flows] == [10 * CHUNK] * 3
 
 
@@ -33,15 +33,34 @@ def test_a_later_transfer_neither_waits_for_its_peers_nor_makes_them_wait() -> N
     for _ in range(100):
         ticket = policy.ask(old, CHUNK)
         assert policy.grant(0.0) == [ticket]
-        policy.end(ticket)
+        policy.end(ticket, 0.0)
     new = policy.open(Priority.START)
     order = []
     for _ in range(6):
         tickets = [policy.ask(old, CHUNK), policy.ask(new, CHUNK)]
         order += [ticket.flow is new for ticket in policy.grant(0.0)]
         for ticket in tickets:
-            policy.end(ticket)
+            policy.end(ticket, 0.0)
     assert sum(order) == 3
+
+
+def test_nothing_less_urgent_is_begun_while_a_transfer_reads_and_all_is_when_it_only_waits() -> None:
+    policy = GatePolicy(slot_count=SLOTS)
+    start, prefetch = policy.open(Priority.START), policy.open(Priority.PREFETCH)
+    reading = policy.ask(start, CHUNK)
+    waiting = policy.ask(prefetch, CHUNK)
+    assert policy.grant(0.0) == [reading]
+    policy.end(reading, 1.0)
+    assert policy.grant(1.1) == [], "between two of its chunks"
+    assert policy.grant(2.0) == [waiting], "its source asked for a pause"
+    another = policy.ask(prefetch, CHUNK)
+    assert policy.grant(2.0) == [another]
+    policy.end(another, 2.1)
+    reading, another = policy.ask(start, CHUNK), policy.ask(prefetch, CHUNK)
+    assert policy.grant(2.1) == [reading]
+    policy.end(reading, 2.2)
+    policy.close(start)
+    assert policy.grant(2.2) == [another], "it has ended"
 
 
 def test_a_chunk_larger_than_any_burst_passes_and_is_paid_for() -> None:
@@ -100,20 +119,24 @@ class GateRules(RuleBasedStateMachine):
     def grant(self, seconds: float) -> None:
         self.now += seconds
         granted = self.policy.grant(self.now)
+        reading = [ticket.flow.priority for ticket in self.granted]
         for ticket in granted:
+            assert all(ticket.flow.priority <= priority for priority in reading), "nothing less urgent is begun"
             self.waiting.remove(ticket)
             self.granted.append(ticket)
             self.granted_bytes += ticket.count
             assert all(ticket.flow.priority <= other.flow.priority for other in self.waiting if other not in granted)
-        if not granted and self.waiting and len(self.granted) < SLOTS:
-            assert self.policy.wait_seconds(), "a slot is free and somebody waits: only the cap may hold them back"
+        if not granted and self.waiting and len(self.granted) < SLOTS and not self.policy.wait_seconds():
+            urgent = min(ticket.flow.priority for ticket in self.waiting)
+            # A slot is free and somebody waits, and it is not the cap.
+            assert any(flow.priority < urgent and flow.is_reading(self.now) for flow in self.flows)
 
     @precondition(lambda self: self.waiting + self.granted)
     @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:
         ticket = data.draw(st.sampled_from(self.waiting + self.granted))
         (self.granted if ticket.is_granted else self.waiting).remove(ticket)
-        self.policy.end(ticket)
+        self.policy.end(ticket, self.now)
 
     @precondition(lambda self: self.flows)
     @rule(data=st.data())

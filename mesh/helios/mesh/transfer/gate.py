@@ -1,12 +1,15 @@
 """Who may read next, over all transfers of a process: a number of slots, a cap on bandwidth, and an order.
 
-A request's start beats an ingest, which beats a prefetch: strictly, chunk by chunk. A prefetch may therefore wait for
-as long as starts go on, which is what it is for. Transfers of one priority get the same share of bytes.
+A request's start beats an ingest, which beats a prefetch: while a transfer reads, no chunk of a less urgent one is
+begun, whether or not slots are free, for what they share is a network, of which each connection takes its part. A
+prefetch may therefore wait for as long as starts go on, which is what it is for. A transfer that only waits, for a
+source that asked for patience say, holds nobody back. Transfers of one priority get the same share of bytes.
 
 Room is given for a whole chunk before it is asked for, not while its bytes come in: a source that was slowed down by
 its reader looks like one that stalls, and times out. So the cap holds over some chunks, not within one.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +19,11 @@ from enum import IntEnum
 
 _POLL_SECONDS = 0.2
 """How late a waiter may notice that it was cancelled."""
+
+_LINGER_SECONDS = 0.5
+"""So long after its last chunk a transfer still counts as one that reads: between two chunks it is not waiting for
+anything yet, and a less urgent one would take each of these moments.
+"""
 
 
 class Priority(IntEnum):
@@ -32,6 +40,13 @@ class Flow:
 
     priority: Priority
     served_bytes: int = 0
+    ticket_count: int = 0
+    read_until: float = -math.inf
+    """When its last chunk ended."""
+
+    def is_reading(self, now: float) -> bool:
+        """Whether it reads, wants to, or did a moment ago."""
+        return self.ticket_count > 0 or now < self.read_until + _LINGER_SECONDS
 
 
 @dataclass(slots=True, eq=False)
@@ -75,13 +90,16 @@ class GatePolicy:
         """Wishes to read so many bytes."""
         self._number += 1
         ticket = Ticket(flow, count, self._number)
+        flow.ticket_count += 1
         self._waiting.append(ticket)
         return ticket
 
-    def end(self, ticket: Ticket) -> None:
+    def end(self, ticket: Ticket, now: float) -> None:
         """The chunk was read, or is not wanted any more."""
+        ticket.flow.ticket_count -= 1
         if ticket.is_granted:
             self._granted_count -= 1
+            ticket.flow.read_until = now
         else:
             self._waiting.remove(ticket)
 
@@ -89,8 +107,11 @@ class GatePolicy:
         """Lets in as many as may; returns them."""
         self._pay(now)
         granted: list[Ticket] = []
+        most_urgent = min((flow.priority for flow in self._flows if flow.is_reading(now)), default=Priority.PREFETCH)
         while self._waiting and self._granted_count < self._slot_count and self._debt_bytes < 1:
             ticket = min(self._waiting, key=lambda t: (t.flow.priority, t.flow.served_bytes, t.number))
+            if ticket.flow.priority > most_urgent:
+                break
             self._waiting.remove(ticket)
             ticket.is_granted = True
             ticket.flow.served_bytes += ticket.count
@@ -139,7 +160,7 @@ class DownloadGate:
             yield
         finally:
             with self._changed:
-                self._policy.end(ticket)
+                self._policy.end(ticket, time.monotonic())
                 self._changed.notify_all()
 
     def _wait(self, ticket: Ticket, check: Callable[[], None]) -> None:
