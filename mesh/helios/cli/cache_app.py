@@ -6,6 +6,7 @@ import typer
 
 from helios.cli import cache as cache_commands
 from helios.cli.options import JsonOption, StateOption, console, run, state_of
+from helios.cli.prefetch import prefetch as prefetch_command
 
 app: Final = typer.Typer(help="What this node's storage agent has.", no_args_is_help=True)
 
@@ -22,6 +23,22 @@ def cache_status(state_dir: StateOption, *, is_json: JsonOption = False) -> None
 def cache_evict(revision: RevisionArgument, state_dir: StateOption, *, is_json: JsonOption = False) -> None:
     """Drop a revision that nobody uses from this node; `helios evict` stops a model's replicas first."""
     run(cache_commands.evict(state_of(state_dir), console, revision, is_json=is_json))
+
+
+@app.command("prefetch")
+def cache_prefetch(
+    state_dir: StateOption,
+    model: Annotated[str, typer.Argument(help="Name or alias; empty: show what nodes fetch ahead.")] = "",
+    *,
+    node: Annotated[str, typer.Option(help="Only this node. Default: all that are connected.")] = "",
+    is_dry: Annotated[bool, typer.Option("--dry-run", help="Only say who would be asked.")] = False,
+    is_json: JsonOption = False,
+) -> None:
+    """Have nodes fetch a model before it is asked for; without a model, show what they fetch ahead, and why.
+
+    Nodes are asked, not waited for. What a person asks for counts in no budget.
+    """
+    run(prefetch_command(state_of(state_dir), console, model, node=node, is_dry=is_dry, is_json=is_json))
 
 
 @app.command("pin")

@@ -15,6 +15,7 @@ from helios.api.registry.v1.chunk_service_pb2_grpc import add_ChunkServiceServic
 from helios.api.registry.v1.key_service_pb2_grpc import add_KeyServiceServicer_to_server
 from helios.api.registry.v1.push_service_pb2_grpc import add_PushServiceServicer_to_server
 from helios.api.registry.v1.follow_service_pb2_grpc import add_FollowServiceServicer_to_server
+from helios.api.registry.v1.prefetch_service_pb2_grpc import add_PrefetchServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
 from helios.api.registry.v1.rollout_service_pb2_grpc import add_RolloutServiceServicer_to_server
 from helios.api.registry.v1.sync_service_pb2_grpc import add_SyncServiceServicer_to_server
@@ -61,6 +62,8 @@ from helios.registry.store import Store
 from helios.registry.sync.servicer import SyncServicer
 from helios.registry.tag_store import TagStore
 from helios.registry.uploads import Uploads
+from helios.registry.usage.prefetch_servicer import PrefetchServicer
+from helios.registry.usage.prefetches import Prefetches
 from helios.registry.usage.servicer import UsageServicer
 from helios.registry.usage.store import UsageStore
 from helios.registry.usage.usage import Usage
@@ -132,6 +135,9 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         add_SyncServiceServicer_to_server(sync, server.grpc)
         usage = Usage(UsageStore(database), settings.usage, database=url or str(state.database))
         add_UsageServiceServicer_to_server(UsageServicer(usage, store), server.grpc)
+        prefetches = Prefetches(usage, UsageStore(database), sync, bytes_per_hour=settings.usage.prefetch_bytes_per_hour)
+        sync.on_prefetch_report = prefetches.take_report
+        add_PrefetchServiceServicer_to_server(PrefetchServicer(prefetches, store), server.grpc)
         server.serve(*access.POLICY)
         await stack.enter_async_context(server)
         await stack.enter_async_context(ingester)
@@ -148,6 +154,7 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
             "tidy downloads": downloads.keep_tidy,
             "follow sources": follower.run,
             "forecast usage": usage.run,
+            "order prefetches": prefetches.run,
         }
         if database.is_shared:
             chores["follow changes"] = partial(catalog.follow, settings.watch_poll_seconds)

@@ -21,6 +21,7 @@ SYNC_SERVICE: Final = "helios.api.registry.v1.SyncService"
 KEY_SERVICE: Final = "helios.api.registry.v1.KeyService"
 ROLLOUT_SERVICE: Final = "helios.api.registry.v1.RolloutService"
 FOLLOW_SERVICE: Final = "helios.api.registry.v1.FollowService"
+PREFETCH_SERVICE: Final = "helios.api.registry.v1.PrefetchService"
 USAGE_SERVICE: Final = "helios.api.registry.v1.UsageService"
 # A storage agent and a proxy read; the admin edge acts for people.
 POLICY: Final = {
@@ -38,6 +39,7 @@ POLICY: Final = {
     FOLLOW_SERVICE: frozenset({"admin-edge"}),
     # Proxies report and take advice, people look.
     USAGE_SERVICE: frozenset({"proxy", "admin-edge"}),
+    PREFETCH_SERVICE: frozenset({"admin-edge"}),
 }
 
 _WRITERS: Final = frozenset({"admin-edge"})

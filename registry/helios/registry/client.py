@@ -71,6 +71,7 @@ from helios.registry.usage.client import (
     hour_of,
     start_of,
 )
+from helios.registry.usage.prefetch_client import NodePrefetches, PrefetchAsked, PrefetchClient, PrefetchOrder
 from helios.registry.version_client import VersionClient
 
 __all__ = [
@@ -90,10 +91,10 @@ __all__ = [
     "Event",
     "EventKind",
     "EventsMissed",
+    "Expectation",
     "FollowClient",
     "FollowPolicy",
     "Following",
-    "Expectation",
     "Forecast",
     "IngestDone",
     "IngestEvent",
@@ -113,7 +114,11 @@ __all__ = [
     "ModelUpserted",
     "ModelUsage",
     "Move",
+    "NodePrefetches",
     "Pin",
+    "PrefetchAsked",
+    "PrefetchClient",
+    "PrefetchOrder",
     "Priority",
     "PushClient",
     "PushDone",

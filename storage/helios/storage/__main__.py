@@ -22,6 +22,8 @@ from helios.storage.manifest_source import RegistryManifests
 from helios.storage.materializer import Upkeep, open_materializer
 from helios.storage.memory.descriptor_server import DescriptorServer
 from helios.storage.memory.memory_tier import MemoryTier
+from helios.storage.prefetch.prefetcher import Prefetcher
+from helios.storage.prefetch.state import Ahead
 from helios.storage.servicer import SERVICE_NAME, StorageServicer
 from helios.storage.settings import StorageSettings, TierSettings
 from helios.storage.sources import Sources
@@ -50,7 +52,10 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
     clock = steady_clock()
     async with AsyncExitStack() as stack:
         dialer = await stack.enter_async_context(Dialer(settings.registry_target, identity=identity, peer="registry"))
+        prefetcher = Prefetcher(Ahead(settings.prefetch.bytes_per_hour), clock)
         upkeep = Upkeep(
+            forecast=prefetcher.expected_uses,
+            make_way=prefetcher.make_way,
             scrub_bytes_per_second=settings.scrub.bytes_per_second,
             scrub_period=timedelta(seconds=settings.scrub.period_seconds),
         )
@@ -59,7 +64,7 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
         disks = [tier for tier in tiers if not tier.store.is_sealed]
         chunks = RegistryChunks(dialer, partial(local_blobs, disks))
         partials = PartialBlobs()
-        session = SyncSession(dialer, node=settings.node, holdings=partial(holdings, disks))
+        session = SyncSession(dialer, node=settings.node, holdings=partial(holdings, disks), prefetch=prefetcher)
         swarms = await stack.enter_async_context(
             Swarms(
                 session,
@@ -85,6 +90,7 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
             ("expire leases", materializer.expire_leases),
             ("move revisions", materializer.mover.run),
             ("scrub blobs", materializer.scrubber.run),
+            ("fetch ahead", partial(prefetcher.run, materializer)),
         ):
             background.create_task(keep_running(name, work), name=name)
         if listener is not None:

@@ -60,9 +60,9 @@ class Fetches:
         revisions: Flights[int],
         blobs: Flights[None],
         clock: Clock,
-        make_way: Callable[[], Awaitable[None]],
+        make_way: Callable[[str], Awaitable[None]],
     ) -> None:
-        """Takes what ends work that can wait, which is called before each fetch."""
+        """Takes what ends work that can wait, which is called with its revision before each fetch."""
         self._rooms = rooms
         self._manifests = manifests
         self._revision_flights = revisions
@@ -111,7 +111,7 @@ class Fetches:
 
     async def _bring(self, revision: str) -> int:
         """Fetches what is missing and makes the revision resident; returns the bytes that were fetched."""
-        await self._make_way()
+        await self._make_way(revision)
         manifest, source = await self._manifests.get_manifest(revision)
         check_fits_somewhere(manifest, [room.tier.options for room in self._rooms])
         disks = [room for room in self._rooms if room.tier.options.kind is not TierKind.MEMORY]

@@ -8,7 +8,7 @@ table, all in memory; tiers carry out.
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,7 +32,7 @@ from helios.storage.room import Room
 from helios.storage.scrubber import Scrubber
 from helios.storage.statistics import EvictionReason
 from helios.storage.threads import Flights
-from helios.storage.tiers import in_speed_order
+from helios.storage.tiers import TierKind, in_speed_order, spare_bytes
 
 log = structlog.get_logger()
 
@@ -64,17 +64,23 @@ class RevisionResidency:
     moving_to: str = ""
 
 
+def no_way(_revision: str) -> None:
+    """Nothing can wait."""
+
+
 @dataclass(frozen=True, slots=True)
 class Upkeep:
     """What the agent does by itself.
 
     Attributes:
         forecast: Uses that are expected.
+        make_way: Told of each revision that is to be fetched: what else fetches and can wait is to end.
         scrub_bytes_per_second: How fast the background scrub reads; 0: as fast as it goes.
         scrub_period: Each blob is read once in this time; 0: never.
     """
 
     forecast: Forecast = no_forecast
+    make_way: Callable[[str], None] = no_way
     scrub_bytes_per_second: float = 16 << 20
     scrub_period: timedelta = timedelta(days=7)
 
@@ -92,6 +98,7 @@ class Materializer:
         clock: Clock,
         upkeep: Upkeep,
     ) -> None:
+        self._tell_fetch = upkeep.make_way
         order = in_speed_order([tier.options for tier in tiers])
         self.rooms = [Room(tiers[i], self._kept_in, forecast=upkeep.forecast) for i in order]
         # Leases are kept where their revision is; pins, which may be of what is nowhere yet, in the first tier.
@@ -122,7 +129,7 @@ class Materializer:
         )
         # Somebody waits for a fetch: what is only useful later gives the disk away.
         self._fetches = Fetches(
-            self.rooms, manifests, revisions=revisions, blobs=blobs, clock=clock, make_way=self.mover.cancel
+            self.rooms, manifests, revisions=revisions, blobs=blobs, clock=clock, make_way=self._make_way
         )
         self._show()
 
@@ -159,6 +166,39 @@ class Materializer:
                 self._count_hit(room, revision)
             lease = await self._grant(room.tier, revision, holder, ttl)
         return _loan(lease, room.tier, fetched_bytes)
+
+    @property
+    def is_fetching(self) -> bool:
+        """Whether somebody waits for bytes."""
+        return self._fetches.is_fetching
+
+    async def fetch_ahead(self, revision: str) -> int:
+        """Brings a revision to a disk of the node without a lease, so that it may go at any time; returns what came.
+
+        Raises:
+            InvalidRequest: INVALID_REVISION, INVALID_MANIFEST.
+            NotFound: REVISION_NOT_FOUND.
+            DigestMismatch, DiskFull, Unavailable: The fetch failed.
+        """
+        revision_hash(revision)
+        if self._find(revision) is not None:
+            return 0
+        with self._hold(revision):
+            return await self._fetches.bring(revision)
+
+    def use_counts(self) -> dict[str, int]:
+        """How often each revision on the node was lent since it came."""
+        counts: dict[str, int] = {}
+        for room in self.rooms:
+            for resident in room.tier.inventory.revisions():
+                counts[resident.revision] = max(resident.use_count, counts.get(resident.revision, 0))
+        return counts
+
+    async def spare_bytes(self) -> int:
+        """The most that one disk of the node can take without anything being given up, now or soon."""
+        disks = [room.tier for room in self.rooms if room.tier.options.kind is not TierKind.MEMORY]
+        rooms = [(tier, await tier.disk_room()) for tier in disks]
+        return max((spare_bytes(tier.options, tier.inventory.used_bytes, room) for tier, room in rooms), default=0)
 
     def progress(self, revision: str) -> TransferProgress | None:
         """How far the fetch of a revision is; None while there is none, or its manifest is not known yet."""
@@ -265,6 +305,10 @@ class Materializer:
                 await self._forget(ended)
             self._show()
             await asyncio.sleep(_EXPIRY_SECONDS)
+
+    async def _make_way(self, revision: str) -> None:
+        self._tell_fetch(revision)
+        await self.mover.cancel()
 
     def _room(self, name: str) -> Room:
         return next(room for room in self.rooms if room.name == name)

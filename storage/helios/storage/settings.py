@@ -11,6 +11,7 @@ from helios.mesh.settings import ProcessSettings
 from helios.mesh.transfer.engine import Downloader
 from helios.mesh.transfer.gate import DownloadGate
 from helios.mesh.transfer.order import TransferOptions
+from helios.storage.prefetch.settings import PrefetchSettings
 from helios.storage.tiers import TierKind, TierOptions
 
 
@@ -187,6 +188,8 @@ class StorageSettings(ProcessSettings):
     """Reading blobs in the background."""
     fetch: FetchSettings = FetchSettings()
     """Fetching."""
+    prefetch: PrefetchSettings = PrefetchSettings()
+    """Fetching what is expected to be wanted."""
     peers: PeerSettings = Field(default_factory=PeerSettings)
     """Storage agents of other nodes."""
 

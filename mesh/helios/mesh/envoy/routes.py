@@ -58,6 +58,7 @@ SYNC_SERVICE: Final = "helios.api.registry.v1.SyncService"
 ROLLOUT_SERVICE: Final = "helios.api.registry.v1.RolloutService"
 FOLLOW_SERVICE: Final = "helios.api.registry.v1.FollowService"
 KEY_SERVICE: Final = "helios.api.registry.v1.KeyService"
+PREFETCH_SERVICE: Final = "helios.api.registry.v1.PrefetchService"
 USAGE_SERVICE: Final = "helios.api.registry.v1.UsageService"
 HEALTH_SERVICE: Final = "grpc.health.v1.Health"
 EDGE_REST_SERVICES: Final = (OPENAI_SERVICE, MODEL_SERVICE)
@@ -71,6 +72,7 @@ REGISTRY_SERVICES: Final = (
     FOLLOW_SERVICE,
     KEY_SERVICE,
     USAGE_SERVICE,
+    PREFETCH_SERVICE,
 )
 ADMIN_REST_SERVICES: Final = (MODEL_SERVICE, ADMIN_SERVICE, *REGISTRY_SERVICES)
 

@@ -6,7 +6,7 @@ lost: the agent's next hello is followed by everything it has.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from helios.mesh.errors import Conflict, Draining, HeliosError, InvalidRequest, 
 from helios.mesh.tasks import task_scope
 from helios.registry import access
 from helios.registry.sync import wire
-from helios.registry.sync.cluster import Agent, Cluster
+from helios.registry.sync.cluster import Agent, AgentView, Cluster
 from helios.registry.sync.outbox import Outbox
 from helios.registry.sync.settings import SyncSettings
 
@@ -41,6 +41,8 @@ class SyncServicer(SyncServiceServicer):
         self._silence_seconds = _SILENT_INTERVALS * self._settings.heartbeat_seconds
         self._outboxes: dict[str, Outbox] = {}
         self.cluster = Cluster(claim_seconds=self._settings.claim_seconds)
+        self.on_prefetch_report: Callable[[str, pb.PrefetchReport], None] = lambda node, report: None
+        """Takes what agents say of prefetches, with the name of their node."""
 
     async def ListAgents(self, request: pb.ListAgentsRequest, context: Any) -> pb.ListAgentsResponse:
         """Lists the agents that are connected."""
@@ -64,6 +66,14 @@ class SyncServicer(SyncServiceServicer):
                 await self._write(outbox, agent.node, context)
         finally:
             self._disconnect(agent.node, outbox)
+
+    def agents(self) -> list[AgentView]:
+        """The agents that are connected, by node."""
+        return self.cluster.agents()
+
+    def holds(self, node: str, revision: str) -> bool:
+        """Whether an agent says that it has a revision."""
+        return self.cluster.holds(node, revision)
 
     def post(self, node: str, message: pb.SessionResponse) -> bool:
         """Sends an agent a message; returns whether it is connected."""
@@ -174,6 +184,8 @@ class SyncServicer(SyncServiceServicer):
                     done=wire.spans_from_proto(ended.done),
                     given_up=wire.spans_from_proto(ended.given_up),
                 )
+            case "prefetch_report":
+                self.on_prefetch_report(node, message.prefetch_report)
             case "hello":
                 raise InvalidRequest("a session has one hello", reason="HELLO_EXPECTED")
             case _:

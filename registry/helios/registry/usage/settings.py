@@ -29,6 +29,11 @@ class UsageSettings(BaseModel):
     concurrency: float = Field(default=8.0, gt=0)
     """Requests that a replica works on at once, for the number of replicas."""
 
+    prefetch_bytes_per_hour: int = Field(default=20_000_000_000, ge=0)
+    """Most that each node is asked to fetch ahead in an hour, in bytes; its agent has a bound of its own, and takes
+    only room that is to spare. 20 GB: a model of 10 B parameters, in three minutes at 1 Gbit/s. 0: nothing, but for
+    what people ask for."""
+
     @property
     def target_policy(self) -> TargetPolicy:
         """The share of the settings that targets are made by."""

@@ -17,6 +17,7 @@ from helios.registry.tables import (
     forecast_runs,
     forecasts,
     models,
+    revisions,
     usage_hours,
     usage_reporters,
 )
@@ -117,6 +118,16 @@ class UsageStore:
         query = select(usage_hours.c.model, *sums).where(usage_hours.c.hour >= since).group_by(usage_hours.c.model)
         async with self._database.snapshot() as connection:
             return {row.model: _counts(row) for row in await connection.execute(query)}
+
+    async def served(self, names: Collection[str]) -> dict[str, tuple[str, int]]:
+        """Returns the served revision of models, each with the bytes of its blobs."""
+        query = (
+            select(models.c.name, models.c.revision, revisions.c.size_bytes)
+            .join(revisions, revisions.c.digest == models.c.revision)
+            .where(models.c.name.in_(names))
+        )
+        async with self._database.snapshot() as connection:
+            return {row.name: (row.revision, row.size_bytes) for row in await connection.execute(query)}
 
     async def max_replicas(self) -> dict[str, int]:
         """Returns the bounds of models that have one."""

@@ -53,6 +53,12 @@ class Usage:
         self._changed = asyncio.Event()
         self._told_hour = -1
         self._is_closed = False
+        self.run_count = 0
+        """How often new forecasts were told of."""
+
+    def now(self) -> datetime:
+        """Returns the time."""
+        return self._now()
 
     async def report(self, reporter: str, sequence: int, deltas: Sequence[Delta]) -> int:
         """Adds a report; returns the number of the last one taken."""
@@ -150,6 +156,7 @@ class Usage:
         self._changed.set()
 
     def _announce(self) -> None:
+        self.run_count += 1
         self._changed.set()
         if not self._is_closed:
             self._changed = asyncio.Event()

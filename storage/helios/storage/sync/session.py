@@ -19,6 +19,8 @@ from helios.api.registry.v1.sync_service_pb2_grpc import SyncServiceStub
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import Unavailable
 from helios.mesh.tasks import keep_running, task_scope
+from helios.storage.prefetch.state import Plan, Report
+from helios.storage.prefetch.wire import plan_from_proto, report_to_proto
 from helios.storage.sync.holdings import Holdings, apply, next_change
 from helios.storage.sync.outbox import SessionRequests
 
@@ -79,11 +81,29 @@ class Interest(Protocol):
         ...
 
 
+class PrefetchPort(Protocol):
+    """What fetches ahead, as a session sees it. Called on the event loop."""
+
+    def take(self, plan: Plan) -> None:
+        """Takes a plan, which replaces the one before."""
+        ...
+
+    def report(self) -> Report:
+        """What became of it."""
+        ...
+
+
 class SyncSession:
     """This node's session. `run` keeps it; everything else may be called whether or not there is one."""
 
     def __init__(
-        self, dialer: Dialer, *, node: str, holdings: Callable[[], Holdings], patience_seconds: float = 5.0
+        self,
+        dialer: Dialer,
+        *,
+        node: str,
+        holdings: Callable[[], Holdings],
+        prefetch: PrefetchPort | None = None,
+        patience_seconds: float = 5.0,
     ) -> None:
         """Takes an open dialer to the registry, and what is asked for what is here.
 
@@ -92,6 +112,7 @@ class SyncSession:
         self._dialer = dialer
         self._node = node
         self._holdings = holdings
+        self._prefetch = prefetch
         self._patience_seconds = patience_seconds
         self._interests: dict[str, Interest] = {}
         self._claims: dict[int, asyncio.Future[ClaimAnswer | None]] = {}
@@ -181,6 +202,8 @@ class SyncSession:
             log.info("sync session open", node=self._node, address=address)
             async with task_scope() as group:
                 group.create_task(self._tell_holdings(), name="tell holdings")
+                if self._prefetch is not None:
+                    group.create_task(self._tell_prefetches(self._prefetch), name="tell prefetches")
                 await self._read(stream, interval)
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
@@ -235,9 +258,20 @@ class SyncSession:
                 granted = tuple((span.offset, span.offset + span.length) for span in result.granted)
                 if answer is not None and not answer.done():
                     answer.set_result(ClaimAnswer(granted, tuple(_peers(result.holders))))
+            case "prefetch_plan":
+                if self._prefetch is not None:
+                    self._prefetch.take(plan_from_proto(response.prefetch_plan))
             case _:
                 # A heartbeat, or what a newer registry says.
                 pass
+
+    async def _tell_prefetches(self, prefetch: PrefetchPort) -> None:
+        told: Report | None = None
+        while True:
+            if (report := prefetch.report()) != told:
+                self._send(pb.SessionRequest(prefetch_report=report_to_proto(report)))
+                told = report
+            await asyncio.sleep(_LOOK_SECONDS)
 
     async def _tell_holdings(self) -> None:
         sequence = 0

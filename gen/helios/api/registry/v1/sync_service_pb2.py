@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)helios/api/registry/v1/sync_service.proto\x12\x16helios.api.registry.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdf\x03\n\x0eSessionRequest\x12:\n\x05hello\x18\x01 \x01(\x0b\x32\".helios.api.registry.v1.AgentHelloH\x00R\x05hello\x12\x41\n\tinventory\x18\x02 \x01(\x0b\x32!.helios.api.registry.v1.InventoryH\x00R\tinventory\x12\x36\n\x04want\x18\x03 \x01(\x0b\x32 .helios.api.registry.v1.BlobWantH\x00R\x04want\x12<\n\x06unwant\x18\x04 \x01(\x0b\x32\".helios.api.registry.v1.BlobUnwantH\x00R\x06unwant\x12<\n\x05\x63laim\x18\x05 \x01(\x0b\x32$.helios.api.registry.v1.ClaimRequestH\x00R\x05\x63laim\x12H\n\x0c\x63laims_ended\x18\x06 \x01(\x0b\x32#.helios.api.registry.v1.ClaimsEndedH\x00R\x0b\x63laimsEnded\x12\x45\n\theartbeat\x18\x07 \x01(\x0b\x32%.helios.api.registry.v1.SyncHeartbeatH\x00R\theartbeatB\t\n\x07message\"\xfc\x02\n\x0fSessionResponse\x12?\n\x07welcome\x18\x01 \x01(\x0b\x32#.helios.api.registry.v1.SyncWelcomeH\x00R\x07welcome\x12K\n\rinventory_ack\x18\x02 \x01(\x0b\x32$.helios.api.registry.v1.InventoryAckH\x00R\x0cinventoryAck\x12?\n\x07holders\x18\x03 \x01(\x0b\x32#.helios.api.registry.v1.BlobHoldersH\x00R\x07holders\x12H\n\x0c\x63laim_result\x18\x04 \x01(\x0b\x32#.helios.api.registry.v1.ClaimResultH\x00R\x0b\x63laimResult\x12\x45\n\theartbeat\x18\x05 \x01(\x0b\x32%.helios.api.registry.v1.SyncHeartbeatH\x00R\theartbeatB\t\n\x07message\":\n\nAgentHello\x12\x12\n\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n\x07\x61\x64\x64ress\x18\x02 \x01(\tR\x07\x61\x64\x64ress\"\x8f\x01\n\x0bSyncWelcome\x12H\n\x12heartbeat_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x11heartbeatInterval\x12\x36\n\tclaim_ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08\x63laimTtl\"\x0f\n\rSyncHeartbeat\"\xa1\x01\n\tInventory\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\x12\x14\n\x05\x62lobs\x18\x02 \x03(\tR\x05\x62lobs\x12\x1d\n\ngone_blobs\x18\x03 \x03(\tR\tgoneBlobs\x12\x1c\n\trevisions\x18\x04 \x03(\tR\trevisions\x12%\n\x0egone_revisions\x18\x05 \x03(\tR\rgoneRevisions\"*\n\x0cInventoryAck\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\"6\n\x04Span\x12\x16\n\x06offset\x18\x01 \x01(\x04R\x06offset\x12\x16\n\x06length\x18\x02 \x01(\x04R\x06length\"o\n\x08\x42lobWant\x12\x12\n\x04hash\x18\x01 \x01(\tR\x04hash\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12\x30\n\x04held\x18\x03 \x03(\x0b\x32\x1c.helios.api.registry.v1.SpanR\x04held\";\n\nBlobUnwant\x12\x12\n\x04hash\x18\x01 \x01(\tR\x04hash\x12\x19\n\x08is_whole\x18\x02 \x01(\x08R\x07isWhole\"_\n\x0b\x42lobHolders\x12\x12\n\x04hash\x18\x01 \x01(\tR\x04hash\x12<\n\x07holders\x18\x02 \x03(\x0b\x32\".helios.api.registry.v1.BlobHolderR\x07holders\"U\n\nBlobHolder\x12\x12\n\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n\x07\x61\x64\x64ress\x18\x02 \x01(\tR\x07\x61\x64\x64ress\x12\x19\n\x08is_whole\x18\x03 \x01(\x08R\x07isWhole\"\xb2\x01\n\x0c\x43laimRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\x04R\trequestId\x12\x12\n\x04hash\x18\x02 \x01(\tR\x04hash\x12\x32\n\x05spans\x18\x03 \x03(\x0b\x32\x1c.helios.api.registry.v1.SpanR\x05spans\x12\x14\n\x05limit\x18\x04 \x01(\rR\x05limit\x12%\n\x0e\x65xcluded_nodes\x18\x05 \x03(\tR\rexcludedNodes\"\xa2\x01\n\x0b\x43laimResult\x12\x1d\n\nrequest_id\x18\x01 \x01(\x04R\trequestId\x12\x36\n\x07granted\x18\x02 \x03(\x0b\x32\x1c.helios.api.registry.v1.SpanR\x07granted\x12<\n\x07holders\x18\x03 \x03(\x0b\x32\".helios.api.registry.v1.BlobHolderR\x07holders\"\x8c\x01\n\x0b\x43laimsEnded\x12\x12\n\x04hash\x18\x01 \x01(\tR\x04hash\x12\x30\n\x04\x64one\x18\x02 \x03(\x0b\x32\x1c.helios.api.registry.v1.SpanR\x04\x64one\x12\x37\n\x08given_up\x18\x03 \x03(\x0b\x32\x1c.helios.api.registry.v1.SpanR\x07givenUp\"\x13\n\x11ListAgentsRequest\"R\n\x12ListAgentsResponse\x12<\n\x06\x61gents\x18\x01 \x03(\x0b\x32$.helios.api.registry.v1.StorageAgentR\x06\x61gents\"\xe4\x01\n\x0cStorageAgent\x12\x12\n\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n\x07\x61\x64\x64ress\x18\x02 \x01(\tR\x07\x61\x64\x64ress\x12=\n\x0c\x63onnected_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0b\x63onnectedAt\x12\x1d\n\nblob_count\x18\x04 \x01(\x04R\tblobCount\x12%\n\x0erevision_count\x18\x05 \x01(\x04R\rrevisionCount\x12!\n\x0cwanted_blobs\x18\x06 \x03(\tR\x0bwantedBlobs2\xf5\x01\n\x0bSyncService\x12^\n\x07Session\x12&.helios.api.registry.v1.SessionRequest\x1a\'.helios.api.registry.v1.SessionResponse(\x01\x30\x01\x12\x85\x01\n\nListAgents\x12).helios.api.registry.v1.ListAgentsRequest\x1a*.helios.api.registry.v1.ListAgentsResponse\" \x82\xd3\xe4\x93\x02\x1a\x12\x18/admin/v1/storage-agentsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)helios/api/registry/v1/sync_service.proto\x12\x16helios.api.registry.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb2\x04\n\x0eSessionRequest\x12:\n\x05hello\x18\x01 \x01(\x0b\x32\".helios.api.registry.v1.AgentHelloH\x00R\x05hello\x12\x41\n\tinventory\x18\x02 \x01(\x0b\x32!.helios.api.registry.v1.InventoryH\x00R\tinventory\x12\x36\n\x04want\x18\x03 \x01(\x0b\x32 .helios.api.registry.v1.BlobWantH\x00R\x04want\x12<\n\x06unwant\x18\x04 \x01(\x0b\x32\".helios.api.registry.v1.BlobUnwantH\x00R\x06unwant\x12<\n\x05\x63laim\x18\x05 \x01(\x0b\x32$.helios.api.registry.v1.ClaimRequestH\x00R\x05\x63laim\x12H\n\x0c\x63laims_ended\x18\x06 \x01(\x0b\x32#.helios.api.registry.v1.ClaimsEndedH\x00R\x0b\x63laimsEnded\x12\x45\n\theartbeat\x18\x07 \x01(\x0b\x32%.helios.api.registry.v1.SyncHeartbeatH\x00R\theartbeat\x12Q\n\x0fprefetch_report\x18\x08 \x01(\x0b\x32&.helios.api.registry.v1.PrefetchReportH\x00R\x0eprefetchReportB\t\n\x07message\"\xc9\x03\n\x0fSessionResponse\x12?\n\x07welcome\x18\x01 \x01(\x0b\x32#.helios.api.registry.v1.SyncWelcomeH\x00R\x07welcome\x12K\n\rinventory_ack\x18\x02 \x01(\x0b\x32$.helios.api.registry.v1.InventoryAckH\x00R\x0cinventoryAck\x12?\n\x07holders\x18\x03 \x01(\x0b\x32#.helios.api.registry.v1.BlobHoldersH\x00R\x07holders\x12H\n\x0c\x63laim_result\x18\x04 \x01(\x0b\x32#.helios.api.registry.v1.ClaimResultH\x00R\x0b\x63laimResult\x12\x45\n\theartbeat\x18\x05 \x01(\x0b\x32%.helios.api.registry.v1.SyncHeartbeatH\x00R\theartbeat\x12K\n\rprefetch_plan\x18\x06 \x01(\x0b\x32$.helios.api.registry.v1.PrefetchPlanH\x00R\x0cprefetchPlanB\t\n\x07message\":\n\nAgentHello\x12\x12\n\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n\x07\x61\x64\x64ress\x18\x02 \x01(\tR\x07\x61\x64\x64ress\"\x8f\x01\n\x0bSyncWelcome\x12H\n\x12heartbeat_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x11heartbeatInterval\x12\x36\n\tclaim_ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08\x63laimTtl\"\x0f\n\rSyncHeartbeat\"\xa1\x01\n\tInventory\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\x12\x14\n\x05\x62lobs\x18\x02 \x03(\tR\x05\x62lobs\x12\x1d\n\ngone_blobs\x18\x03 \x03(\tR\tgoneBlobs\x12\x1c\n\trevisions\x18\x04 \x03(\tR\trevisions\x12%\n\x0egone_revisions\x18\x05 \x03(\tR\rgoneRevisions\"*\n\x0cInventoryAck\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\"6\n\x04Span\x12\x16\n\x06offset\x18\x01 \x01(\x04R\x06offset\x12\x16\n\x06length\x18\x02 \x01(\x04R\x06length\"o\n\x08\x42lobWant\x12\x12\n\x04hash\x18\x01 \x01(\tR\x04hash\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12\x30\n\x04held\x18\x03 \x03(\x0b\x32\x1c.helios.api.registry.v1.SpanR\x04held\";\n\nBlobUnwant\x12\x12\n\x04hash\x18\x01 \x01(\tR\x04hash\x12\x19\n\x08is_whole\x18\x02 \x01(\x08R\x07isWhole\"_\n\x0b\x42lobHolders\x12\x12\n\x04hash\x18\x01 \x01(\tR\x04hash\x12<\n\x07holders\x18\x02 \x03(\x0b\x32\".helios.api.registry.v1.BlobHolderR\x07holders\"U\n\nBlobHolder\x12\x12\n\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n\x07\x61\x64\x64ress\x18\x02 \x01(\tR\x07\x61\x64\x64ress\x12\x19\n\x08is_whole\x18\x03 \x01(\x08R\x07isWhole\"\xb2\x01\n\x0c\x43laimRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\x04R\trequestId\x12\x12\n\x04hash\x18\x02 \x01(\tR\x04hash\x12\x32\n\x05spans\x18\x03 \x03(\x0b\x32\x1c.helios.api.registry.v1.SpanR\x05spans\x12\x14\n\x05limit\x18\x04 \x01(\rR\x05limit\x12%\n\x0e\x65xcluded_nodes\x18\x05 \x03(\tR\rexcludedNodes\"\xa2\x01\n\x0b\x43laimResult\x12\x1d\n\nrequest_id\x18\x01 \x01(\x04R\trequestId\x12\x36\n\x07granted\x18\x02 \x03(\x0b\x32\x1c.helios.api.registry.v1.SpanR\x07granted\x12<\n\x07holders\x18\x03 \x03(\x0b\x32\".helios.api.registry.v1.BlobHolderR\x07holders\"\x8c\x01\n\x0b\x43laimsEnded\x12\x12\n\x04hash\x18\x01 \x01(\tR\x04hash\x12\x30\n\x04\x64one\x18\x02 \x03(\x0b\x32\x1c.helios.api.registry.v1.SpanR\x04\x64one\x12\x37\n\x08given_up\x18\x03 \x03(\x0b\x32\x1c.helios.api.registry.v1.SpanR\x07givenUp\"\x13\n\x11ListAgentsRequest\"R\n\x12ListAgentsResponse\x12<\n\x06\x61gents\x18\x01 \x03(\x0b\x32$.helios.api.registry.v1.StorageAgentR\x06\x61gents\"\xe4\x01\n\x0cStorageAgent\x12\x12\n\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n\x07\x61\x64\x64ress\x18\x02 \x01(\tR\x07\x61\x64\x64ress\x12=\n\x0c\x63onnected_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0b\x63onnectedAt\x12\x1d\n\nblob_count\x18\x04 \x01(\x04R\tblobCount\x12%\n\x0erevision_count\x18\x05 \x01(\x04R\rrevisionCount\x12!\n\x0cwanted_blobs\x18\x06 \x03(\tR\x0bwantedBlobs\"\xd3\x01\n\x0cPrefetchPlan\x12=\n\x06orders\x18\x01 \x03(\x0b\x32%.helios.api.registry.v1.PrefetchOrderR\x06orders\x12I\n\rexpected_uses\x18\x02 \x03(\x0b\x32$.helios.api.registry.v1.ExpectedUsesR\x0c\x65xpectedUses\x12\x39\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\texpiresAt\"}\n\rPrefetchOrder\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12\x19\n\x08is_asked\x18\x03 \x01(\x08R\x07isAsked\x12\x16\n\x06reason\x18\x04 \x01(\tR\x06reason\">\n\x0c\x45xpectedUses\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\x12\x12\n\x04uses\x18\x02 \x01(\x02R\x04uses\"\xdf\x01\n\x0ePrefetchReport\x12\x43\n\x08outcomes\x18\x01 \x03(\x0b\x32\'.helios.api.registry.v1.PrefetchOutcomeR\x08outcomes\x12#\n\rfetched_bytes\x18\x02 \x01(\x04R\x0c\x66\x65tchedBytes\x12\x1d\n\nused_bytes\x18\x03 \x01(\x04R\tusedBytes\x12!\n\x0cwasted_bytes\x18\x04 \x01(\x04R\x0bwastedBytes\x12!\n\x0c\x62udget_bytes\x18\x05 \x01(\x04R\x0b\x62udgetBytes\"\x84\x01\n\x0fPrefetchOutcome\x12\x1a\n\x08revision\x18\x01 \x01(\tR\x08revision\x12;\n\x05state\x18\x02 \x01(\x0e\x32%.helios.api.registry.v1.PrefetchStateR\x05state\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message*\x9c\x01\n\rPrefetchState\x12\x1e\n\x1aPREFETCH_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16PREFETCH_STATE_WAITING\x10\x01\x12\x1b\n\x17PREFETCH_STATE_FETCHING\x10\x02\x12\x17\n\x13PREFETCH_STATE_HERE\x10\x03\x12\x19\n\x15PREFETCH_STATE_FAILED\x10\x04\x32\xf5\x01\n\x0bSyncService\x12^\n\x07Session\x12&.helios.api.registry.v1.SessionRequest\x1a\'.helios.api.registry.v1.SessionResponse(\x01\x30\x01\x12\x85\x01\n\nListAgents\x12).helios.api.registry.v1.ListAgentsRequest\x1a*.helios.api.registry.v1.ListAgentsResponse\" \x82\xd3\xe4\x93\x02\x1a\x12\x18/admin/v1/storage-agentsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,42 +36,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SYNCSERVICE'].methods_by_name['ListAgents']._loaded_options = None
   _globals['_SYNCSERVICE'].methods_by_name['ListAgents']._serialized_options = b'\202\323\344\223\002\032\022\030/admin/v1/storage-agents'
+  _globals['_PREFETCHSTATE']._serialized_start=3626
+  _globals['_PREFETCHSTATE']._serialized_end=3782
   _globals['_SESSIONREQUEST']._serialized_start=165
-  _globals['_SESSIONREQUEST']._serialized_end=644
-  _globals['_SESSIONRESPONSE']._serialized_start=647
-  _globals['_SESSIONRESPONSE']._serialized_end=1027
-  _globals['_AGENTHELLO']._serialized_start=1029
-  _globals['_AGENTHELLO']._serialized_end=1087
-  _globals['_SYNCWELCOME']._serialized_start=1090
-  _globals['_SYNCWELCOME']._serialized_end=1233
-  _globals['_SYNCHEARTBEAT']._serialized_start=1235
-  _globals['_SYNCHEARTBEAT']._serialized_end=1250
-  _globals['_INVENTORY']._serialized_start=1253
-  _globals['_INVENTORY']._serialized_end=1414
-  _globals['_INVENTORYACK']._serialized_start=1416
-  _globals['_INVENTORYACK']._serialized_end=1458
-  _globals['_SPAN']._serialized_start=1460
-  _globals['_SPAN']._serialized_end=1514
-  _globals['_BLOBWANT']._serialized_start=1516
-  _globals['_BLOBWANT']._serialized_end=1627
-  _globals['_BLOBUNWANT']._serialized_start=1629
-  _globals['_BLOBUNWANT']._serialized_end=1688
-  _globals['_BLOBHOLDERS']._serialized_start=1690
-  _globals['_BLOBHOLDERS']._serialized_end=1785
-  _globals['_BLOBHOLDER']._serialized_start=1787
-  _globals['_BLOBHOLDER']._serialized_end=1872
-  _globals['_CLAIMREQUEST']._serialized_start=1875
-  _globals['_CLAIMREQUEST']._serialized_end=2053
-  _globals['_CLAIMRESULT']._serialized_start=2056
-  _globals['_CLAIMRESULT']._serialized_end=2218
-  _globals['_CLAIMSENDED']._serialized_start=2221
-  _globals['_CLAIMSENDED']._serialized_end=2361
-  _globals['_LISTAGENTSREQUEST']._serialized_start=2363
-  _globals['_LISTAGENTSREQUEST']._serialized_end=2382
-  _globals['_LISTAGENTSRESPONSE']._serialized_start=2384
-  _globals['_LISTAGENTSRESPONSE']._serialized_end=2466
-  _globals['_STORAGEAGENT']._serialized_start=2469
-  _globals['_STORAGEAGENT']._serialized_end=2697
-  _globals['_SYNCSERVICE']._serialized_start=2700
-  _globals['_SYNCSERVICE']._serialized_end=2945
+  _globals['_SESSIONREQUEST']._serialized_end=727
+  _globals['_SESSIONRESPONSE']._serialized_start=730
+  _globals['_SESSIONRESPONSE']._serialized_end=1187
+  _globals['_AGENTHELLO']._serialized_start=1189
+  _globals['_AGENTHELLO']._serialized_end=1247
+  _globals['_SYNCWELCOME']._serialized_start=1250
+  _globals['_SYNCWELCOME']._serialized_end=1393
+  _globals['_SYNCHEARTBEAT']._serialized_start=1395
+  _globals['_SYNCHEARTBEAT']._serialized_end=1410
+  _globals['_INVENTORY']._serialized_start=1413
+  _globals['_INVENTORY']._serialized_end=1574
+  _globals['_INVENTORYACK']._serialized_start=1576
+  _globals['_INVENTORYACK']._serialized_end=1618
+  _globals['_SPAN']._serialized_start=1620
+  _globals['_SPAN']._serialized_end=1674
+  _globals['_BLOBWANT']._serialized_start=1676
+  _globals['_BLOBWANT']._serialized_end=1787
+  _globals['_BLOBUNWANT']._serialized_start=1789
+  _globals['_BLOBUNWANT']._serialized_end=1848
+  _globals['_BLOBHOLDERS']._serialized_start=1850
+  _globals['_BLOBHOLDERS']._serialized_end=1945
+  _globals['_BLOBHOLDER']._serialized_start=1947
+  _globals['_BLOBHOLDER']._serialized_end=2032
+  _globals['_CLAIMREQUEST']._serialized_start=2035
+  _globals['_CLAIMREQUEST']._serialized_end=2213
+  _globals['_CLAIMRESULT']._serialized_start=2216
+  _globals['_CLAIMRESULT']._serialized_end=2378
+  _globals['_CLAIMSENDED']._serialized_start=2381
+  _globals['_CLAIMSENDED']._serialized_end=2521
+  _globals['_LISTAGENTSREQUEST']._serialized_start=2523
+  _globals['_LISTAGENTSREQUEST']._serialized_end=2542
+  _globals['_LISTAGENTSRESPONSE']._serialized_start=2544
+  _globals['_LISTAGENTSRESPONSE']._serialized_end=2626
+  _globals['_STORAGEAGENT']._serialized_start=2629
+  _globals['_STORAGEAGENT']._serialized_end=2857
+  _globals['_PREFETCHPLAN']._serialized_start=2860
+  _globals['_PREFETCHPLAN']._serialized_end=3071
+  _globals['_PREFETCHORDER']._serialized_start=3073
+  _globals['_PREFETCHORDER']._serialized_end=3198
+  _globals['_EXPECTEDUSES']._serialized_start=3200
+  _globals['_EXPECTEDUSES']._serialized_end=3262
+  _globals['_PREFETCHREPORT']._serialized_start=3265
+  _globals['_PREFETCHREPORT']._serialized_end=3488
+  _globals['_PREFETCHOUTCOME']._serialized_start=3491
+  _globals['_PREFETCHOUTCOME']._serialized_end=3623
+  _globals['_SYNCSERVICE']._serialized_start=3785
+  _globals['_SYNCSERVICE']._serialized_end=4030
 # @@protoc_insertion_point(module_scope)

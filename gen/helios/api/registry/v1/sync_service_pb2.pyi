@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +20,38 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _PrefetchState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PrefetchStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PrefetchState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PREFETCH_STATE_UNSPECIFIED: _PrefetchState.ValueType  # 0
+    """Not set: never sent."""
+    PREFETCH_STATE_WAITING: _PrefetchState.ValueType  # 1
+    """It waits: for others, for room, or for the next hour's budget."""
+    PREFETCH_STATE_FETCHING: _PrefetchState.ValueType  # 2
+    """It is on its way."""
+    PREFETCH_STATE_HERE: _PrefetchState.ValueType  # 3
+    """All of it is here."""
+    PREFETCH_STATE_FAILED: _PrefetchState.ValueType  # 4
+    """It can't be fetched; it is tried again with the next plan."""
+
+class PrefetchState(_PrefetchState, metaclass=_PrefetchStateEnumTypeWrapper):
+    """What became of an order."""
+
+PREFETCH_STATE_UNSPECIFIED: PrefetchState.ValueType  # 0
+"""Not set: never sent."""
+PREFETCH_STATE_WAITING: PrefetchState.ValueType  # 1
+"""It waits: for others, for room, or for the next hour's budget."""
+PREFETCH_STATE_FETCHING: PrefetchState.ValueType  # 2
+"""It is on its way."""
+PREFETCH_STATE_HERE: PrefetchState.ValueType  # 3
+"""All of it is here."""
+PREFETCH_STATE_FAILED: PrefetchState.ValueType  # 4
+"""It can't be fetched; it is tried again with the next plan."""
+Global___PrefetchState: _TypeAlias = PrefetchState  # noqa: Y015
 
 @_typing.final
 class SessionRequest(_message.Message):
@@ -33,6 +66,7 @@ class SessionRequest(_message.Message):
     CLAIM_FIELD_NUMBER: _builtins.int
     CLAIMS_ENDED_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    PREFETCH_REPORT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___AgentHello:
         """Who the agent is."""
@@ -61,6 +95,10 @@ class SessionRequest(_message.Message):
     def heartbeat(self) -> Global___SyncHeartbeat:
         """Nothing happened."""
 
+    @_builtins.property
+    def prefetch_report(self) -> Global___PrefetchReport:
+        """What became of prefetches."""
+
     def __init__(
         self,
         *,
@@ -71,12 +109,13 @@ class SessionRequest(_message.Message):
         claim: Global___ClaimRequest | None = ...,
         claims_ended: Global___ClaimsEnded | None = ...,
         heartbeat: Global___SyncHeartbeat | None = ...,
+        prefetch_report: Global___PrefetchReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "claims_ended", b"claims_ended", "heartbeat", b"heartbeat", "hello", b"hello", "inventory", b"inventory", "message", b"message", "unwant", b"unwant", "want", b"want"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "claims_ended", b"claims_ended", "heartbeat", b"heartbeat", "hello", b"hello", "inventory", b"inventory", "message", b"message", "prefetch_report", b"prefetch_report", "unwant", b"unwant", "want", b"want"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "claims_ended", b"claims_ended", "heartbeat", b"heartbeat", "hello", b"hello", "inventory", b"inventory", "message", b"message", "unwant", b"unwant", "want", b"want"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "claims_ended", b"claims_ended", "heartbeat", b"heartbeat", "hello", b"hello", "inventory", b"inventory", "message", b"message", "prefetch_report", b"prefetch_report", "unwant", b"unwant", "want", b"want"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "inventory", "want", "unwant", "claim", "claims_ended", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "inventory", "want", "unwant", "claim", "claims_ended", "heartbeat", "prefetch_report"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -93,6 +132,7 @@ class SessionResponse(_message.Message):
     HOLDERS_FIELD_NUMBER: _builtins.int
     CLAIM_RESULT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    PREFETCH_PLAN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___SyncWelcome:
         """The hello was taken."""
@@ -113,6 +153,10 @@ class SessionResponse(_message.Message):
     def heartbeat(self) -> Global___SyncHeartbeat:
         """Nothing happened."""
 
+    @_builtins.property
+    def prefetch_plan(self) -> Global___PrefetchPlan:
+        """What is best fetched ahead."""
+
     def __init__(
         self,
         *,
@@ -121,12 +165,13 @@ class SessionResponse(_message.Message):
         holders: Global___BlobHolders | None = ...,
         claim_result: Global___ClaimResult | None = ...,
         heartbeat: Global___SyncHeartbeat | None = ...,
+        prefetch_plan: Global___PrefetchPlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["claim_result", b"claim_result", "heartbeat", b"heartbeat", "holders", b"holders", "inventory_ack", b"inventory_ack", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["claim_result", b"claim_result", "heartbeat", b"heartbeat", "holders", b"holders", "inventory_ack", b"inventory_ack", "message", b"message", "prefetch_plan", b"prefetch_plan", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim_result", b"claim_result", "heartbeat", b"heartbeat", "holders", b"holders", "inventory_ack", b"inventory_ack", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim_result", b"claim_result", "heartbeat", b"heartbeat", "holders", b"holders", "inventory_ack", b"inventory_ack", "message", b"message", "prefetch_plan", b"prefetch_plan", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "inventory_ack", "holders", "claim_result", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "inventory_ack", "holders", "claim_result", "heartbeat", "prefetch_plan"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -611,3 +656,169 @@ class StorageAgent(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StorageAgent: _TypeAlias = StorageAgent  # noqa: Y015
+
+@_typing.final
+class PrefetchPlan(_message.Message):
+    """PrefetchPlan is what an agent is best to fetch before it is asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORDERS_FIELD_NUMBER: _builtins.int
+    EXPECTED_USES_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def orders(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefetchOrder]:
+        """The most useful first; at most 1,000."""
+
+    @_builtins.property
+    def expected_uses(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpectedUses]:
+        """Uses that are expected of revisions, for the agent to keep those longer; at most 10,000. Of others none are."""
+
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """Until when it holds; then nothing of it is fetched or expected any more."""
+
+    def __init__(
+        self,
+        *,
+        orders: _abc.Iterable[Global___PrefetchOrder] | None = ...,
+        expected_uses: _abc.Iterable[Global___ExpectedUses] | None = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_uses", b"expected_uses", "expires_at", b"expires_at", "orders", b"orders"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchPlan: _TypeAlias = PrefetchPlan  # noqa: Y015
+
+@_typing.final
+class PrefetchOrder(_message.Message):
+    """PrefetchOrder is a revision to fetch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    IS_ASKED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Digest of the revision's manifest."""
+    size_bytes: _builtins.int
+    """Bytes of all its blobs; some may be here."""
+    is_asked: _builtins.bool
+    """Whether a person asked for it: it is in no budget, and less useful revisions make room."""
+    reason: _builtins.str
+    """Why, for people."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        is_asked: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_asked", b"is_asked", "reason", b"reason", "revision", b"revision", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchOrder: _TypeAlias = PrefetchOrder  # noqa: Y015
+
+@_typing.final
+class ExpectedUses(_message.Message):
+    """ExpectedUses is how often a revision is expected to be wanted until the plan expires."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Digest of the revision's manifest."""
+    uses: _builtins.float
+    """The mean."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        uses: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpectedUses: _TypeAlias = ExpectedUses  # noqa: Y015
+
+@_typing.final
+class PrefetchReport(_message.Message):
+    """PrefetchReport is what an agent made of plans since it started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    FETCHED_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    WASTED_BYTES_FIELD_NUMBER: _builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    fetched_bytes: _builtins.int
+    """What was fetched ahead, in bytes."""
+    used_bytes: _builtins.int
+    """Of that: revisions that were wanted since."""
+    wasted_bytes: _builtins.int
+    """Of that: revisions that went without having been wanted."""
+    budget_bytes: _builtins.int
+    """What may still be fetched ahead in this hour."""
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefetchOutcome]:
+        """The orders of the plan that it has, in its order."""
+
+    def __init__(
+        self,
+        *,
+        outcomes: _abc.Iterable[Global___PrefetchOutcome] | None = ...,
+        fetched_bytes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        wasted_bytes: _builtins.int = ...,
+        budget_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "fetched_bytes", b"fetched_bytes", "outcomes", b"outcomes", "used_bytes", b"used_bytes", "wasted_bytes", b"wasted_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchReport: _TypeAlias = PrefetchReport  # noqa: Y015
+
+@_typing.final
+class PrefetchOutcome(_message.Message):
+    """PrefetchOutcome is what became of an order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Digest of the revision's manifest."""
+    state: Global___PrefetchState.ValueType
+    """What became of it."""
+    message: _builtins.str
+    """Why it waits or failed, for people."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        state: Global___PrefetchState.ValueType = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "revision", b"revision", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchOutcome: _TypeAlias = PrefetchOutcome  # noqa: Y015

@@ -41,7 +41,11 @@ class SyncServiceStub:
     5. agent → claim, for the spans that it would read from the cloud next; registry → claim_result with those that are
     its own for a while. A span that another agent has or has claimed is refused: it is read from that one.
     agent → claims_ended, as spans are done or given up.
-    6. either side → heartbeat, where it sent nothing else for the interval. A side that hears nothing for five of them
+    6. registry → prefetch_plan, what the agent is best to fetch before it is asked for, and what uses are expected of
+    revisions. It is a state: it replaces the plan before, and what is in it no longer is not fetched any more. The
+    agent fetches within its own budget, where room is to spare, and while nobody waits for bytes.
+    agent → prefetch_report, whenever what it tells has changed.
+    7. either side → heartbeat, where it sent nothing else for the interval. A side that hears nothing for five of them
     ends the stream.
     With the stream end the agent's claims, its wants and what it holds. Nothing of it is kept over a restart: agents
     say it again. An agent that has no stream for some seconds fetches by itself.
@@ -81,7 +85,11 @@ class SyncServiceServicer:
     5. agent → claim, for the spans that it would read from the cloud next; registry → claim_result with those that are
     its own for a while. A span that another agent has or has claimed is refused: it is read from that one.
     agent → claims_ended, as spans are done or given up.
-    6. either side → heartbeat, where it sent nothing else for the interval. A side that hears nothing for five of them
+    6. registry → prefetch_plan, what the agent is best to fetch before it is asked for, and what uses are expected of
+    revisions. It is a state: it replaces the plan before, and what is in it no longer is not fetched any more. The
+    agent fetches within its own budget, where room is to spare, and while nobody waits for bytes.
+    agent → prefetch_report, whenever what it tells has changed.
+    7. either side → heartbeat, where it sent nothing else for the interval. A side that hears nothing for five of them
     ends the stream.
     With the stream end the agent's claims, its wants and what it holds. Nothing of it is kept over a restart: agents
     say it again. An agent that has no stream for some seconds fetches by itself.
@@ -141,7 +149,11 @@ class SyncService:
     5. agent → claim, for the spans that it would read from the cloud next; registry → claim_result with those that are
     its own for a while. A span that another agent has or has claimed is refused: it is read from that one.
     agent → claims_ended, as spans are done or given up.
-    6. either side → heartbeat, where it sent nothing else for the interval. A side that hears nothing for five of them
+    6. registry → prefetch_plan, what the agent is best to fetch before it is asked for, and what uses are expected of
+    revisions. It is a state: it replaces the plan before, and what is in it no longer is not fetched any more. The
+    agent fetches within its own budget, where room is to spare, and while nobody waits for bytes.
+    agent → prefetch_report, whenever what it tells has changed.
+    7. either side → heartbeat, where it sent nothing else for the interval. A side that hears nothing for five of them
     ends the stream.
     With the stream end the agent's claims, its wants and what it holds. Nothing of it is kept over a restart: agents
     say it again. An agent that has no stream for some seconds fetches by itself.
