@@ -21,6 +21,9 @@ def test_a_key_is_made_used_and_ended(mesh: RunningMesh) -> None:
     made = json.loads(mesh.helios(*command).stdout)
     secret = made.pop("secret")
     assert json.loads(mesh.helios("keys", "list", "--json").stdout) == [made]
+    listed = mesh.request("/admin/v1/keys", is_admin=True)
+    assert [(key["id"], key["limits"]["tokens_per_minute"]) for key in listed.json["keys"]] == [(made["id"], 1000)]
+    assert mesh.request("/admin/v1/keys").status == 404, "the public address knows nothing of keys"
     mesh.wait(lambda: ask(mesh, secret, max_tokens=8).status == 200, 30, "the proxy knows the key")
     answer = ask(mesh, secret, max_tokens=300)
     assert answer.status == 200

@@ -118,8 +118,8 @@ class Traffic:
         chosen = pick(entry.name, entry.revision, snapshot, affinity)
         if chosen is None:
             return None
-        if len(chosen.choices) > 1 and not self.retries.request(entry.name):
-            chosen = chosen._replace(choices=chosen.choices[:1])
+        if chosen.candidate_count > 1 and not self.retries.request(entry.name):
+            chosen = chosen._replace(choices=(chosen.choices[0],))
         best = chosen.choices[0].replica_id
         freed = self.ledger.reserve(request_id, best, now)
         if self.breakers.picked(best, now):

@@ -17,13 +17,15 @@ from helios.proxy.picker.request import Heads
 class Gate:
     """One request's way in. Where no key is required and none is sent, each step costs a comparison.
 
-    `identify`, `admit`, and `leave` in the end, whatever came of it.
+    `identify`, `admit`, set `is_passed` once it is picked, and `leave` in the end, whatever came of it.
     """
 
     def __init__(self, core: Core, heads: Heads) -> None:
         self._core = core
         self._heads = heads
         self.caller: Caller = ANYBODY
+        self.is_passed = False
+        """Whether it is on its way to a replica, whose reports settle what it reserved."""
         self._standing: Standing | None = None
 
     def identify(self) -> None:
@@ -68,7 +70,7 @@ class Gate:
         standing = self._core.traffic.quotas.standing(self.caller, time.monotonic())
         return rate_limit_headers(standing) if standing is not None else {}
 
-    def leave(self, *, is_picked: bool) -> None:
+    def leave(self) -> None:
         """Ends: a request that goes to no replica gives back what it reserved."""
-        if not is_picked and self.caller.key_id:
+        if not self.is_passed and self.caller.key_id:
             self._core.traffic.quotas.release(self._heads.request_id, time.monotonic())

@@ -100,7 +100,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             return
         arrived_at = time.monotonic()
         heads = read_heads(_header_map(request.request_headers.headers.headers))
-        gate, pick = Gate(self._core, heads), None
+        gate = Gate(self._core, heads)
         began, body, model = _began(request), None, heads.model
         try:
             gate.identify()
@@ -125,6 +125,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 metrics.ROLLOUT_REQUESTS.labels(served.name, split.outcome).inc()
             came = _Came(arrived_at, began, context, gate.caller)
             pick = await self._pick(entry, model, blocks, heads, came, split=split.why)
+            gate.is_passed = True
         except Draining as error:
             # No answer but a broken stream: Envoy asks another proxy, or this one once it is back.
             await status.abort(context, error)
@@ -135,7 +136,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             await context.write(_refusal(error, gate.refusal_headers()))
             return
         finally:
-            gate.leave(is_picked=pick is not None)
+            gate.leave()
         more = self._more_headers(pick, model) | gate.left_for_answer()
         await context.write(_answer(pick, model, is_body=body is not None, more=more))
         # Behind the answer: a long prompt has many blocks.
