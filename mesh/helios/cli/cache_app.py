@@ -5,6 +5,7 @@ from typing import Annotated, Final
 import typer
 
 from helios.cli import cache as cache_commands
+from helios.cli.nodes import nodes as nodes_command
 from helios.cli.options import JsonOption, StateOption, console, run, state_of
 from helios.cli.prefetch import prefetch as prefetch_command
 
@@ -17,6 +18,12 @@ RevisionArgument = Annotated[str, typer.Argument(help="Name or alias of a model,
 def cache_status(state_dir: StateOption, *, is_json: JsonOption = False) -> None:
     """Show the tiers, what they did, and the revisions in them."""
     run(cache_commands.status(state_of(state_dir), console, is_json=is_json))
+
+
+@app.command("nodes")
+def cache_nodes(state_dir: StateOption, *, is_json: JsonOption = False) -> None:
+    """Show the nodes whose storage agents the registry knows: they fetch models from each other."""
+    run(nodes_command(state_of(state_dir), console, is_json=is_json))
 
 
 @app.command("evict")

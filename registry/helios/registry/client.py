@@ -56,6 +56,7 @@ from helios.registry.records import (
 )
 from helios.registry.rollout.client import RolloutClient
 from helios.registry.rollout.steps import RolloutStep
+from helios.registry.sync.client import StorageAgent, SyncClient
 from helios.registry.usage.client import (
     BlobHeat,
     Counts,
@@ -132,7 +133,9 @@ __all__ = [
     "RolloutStep",
     "Rung",
     "Score",
+    "StorageAgent",
     "StoredKey",
+    "SyncClient",
     "Tag",
     "Target",
     "UsageClient",

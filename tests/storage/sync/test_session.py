@@ -1,22 +1,27 @@
 """The session between agents and a registry: real sockets and mTLS, the registry's own servicer."""
 
 import asyncio
+import io
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc.aio
 import pytest
+from rich.console import Console
 
 from helios.api.registry.v1 import sync_service_pb2 as pb
 from helios.api.registry.v1.sync_service_pb2_grpc import SyncServiceStub, add_SyncServiceServicer_to_server
+from helios.cli.nodes import node_table
 from helios.mesh.channel import Dialer
 from helios.mesh.identity import CertificateAuthority, IdentityFiles
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.status import error_from_rpc
 from helios.mesh.tasks import task_scope
 from helios.registry.access import SYNC_SERVICE
+from helios.registry.client import SyncClient
 from helios.registry.sync.servicer import SyncServicer
 from helios.registry.sync.settings import SyncSettings
 from helios.storage.sync.holdings import Holdings
@@ -225,8 +230,13 @@ async def test_only_agents_speak_for_nodes_and_people_look(registry: Registry) -
         Dialer(registry.address, identity=registry.identity("admin-edge"), peer="registry") as dialer,
     ):
         await wait_until(lambda: one.is_connected)
-        listed = await dialer.stub(SyncServiceStub).ListAgents(pb.ListAgentsRequest(), timeout=WAIT_SECONDS)
-        assert [(agent.node, agent.address) for agent in listed.agents] == [("one", ADDRESSES["one"])]
+        one.want(Fetch())
+        await wait_until(lambda: registry.servicer.cluster.agents()[0].wanted)
+        (agent,) = await SyncClient(dialer).list_agents()
+        assert (agent.node, agent.address, agent.wanted_blobs) == ("one", ADDRESSES["one"], (HASH,))
+        screen = io.StringIO()
+        Console(file=screen, width=120).print(node_table([agent, replace(agent, node="two", address="")]))
+        assert re.search(r"one +127.0.0.1:1 .* 0 +0 +1 *\n *two +not reached by others", screen.getvalue())
         async with open_stream(dialer, hello("two")) as stream:
             assert await end_of(stream) == "PERMISSION_DENIED"
 

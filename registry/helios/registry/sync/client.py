@@ -1,0 +1,53 @@
+"""Storage agents as the command line sees them: values out, HeliosError on failure."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+import grpc.aio
+
+from helios.api.registry.v1 import sync_service_pb2 as pb
+from helios.api.registry.v1.sync_service_pb2_grpc import SyncServiceStub
+from helios.mesh.channel import StubSource
+from helios.mesh.status import error_from_rpc
+
+_TIMEOUT_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class StorageAgent:
+    """An agent that is connected. ``address`` empty: other nodes don't reach it; ``wanted_blobs``: what it fetches."""
+
+    node: str
+    address: str
+    connected_at: datetime
+    blob_count: int
+    revision_count: int
+    wanted_blobs: tuple[str, ...]
+
+
+class SyncClient:
+    """Calls on one registry. The dialer stays the caller's."""
+
+    def __init__(self, dialer: StubSource) -> None:
+        self._dialer = dialer
+
+    async def list_agents(self) -> tuple[StorageAgent, ...]:
+        """Returns the agents that are connected to this registry, by node."""
+        try:
+            answer = await self._dialer.stub(SyncServiceStub).ListAgents(
+                pb.ListAgentsRequest(), timeout=_TIMEOUT_SECONDS
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return tuple(
+            StorageAgent(
+                agent.node,
+                agent.address,
+                agent.connected_at.ToDatetime(UTC),
+                agent.blob_count,
+                agent.revision_count,
+                tuple(agent.wanted_blobs),
+            )
+            for agent in answer.agents
+        )
