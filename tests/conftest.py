@@ -51,6 +51,7 @@ SLOW_FILES = (
     "registry/test_prefetch_process.py",
     "registry/test_process.py",
     "registry/test_pull.py",
+    "registry/test_pull_faults.py",
     "registry/test_pull_places.py",
     "registry/test_push.py",
     "storage/sync/test_session.py",

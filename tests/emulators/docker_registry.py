@@ -7,6 +7,7 @@ or tokens, which ``TokenService`` hands out.
 
 import base64
 import hashlib
+import io
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -186,7 +187,7 @@ class Pusher:
             async with self._session.post(f"{self._base}/blobs/uploads/") as begun:
                 assert begun.status == 202, await begun.text()
                 location = begun.headers["Location"]
-            put = self._session.put(f"{location}&digest={digest}", data=content)
+            put = self._session.put(f"{location}&digest={digest}", data=io.BytesIO(content))
             async with put as stored:
                 assert stored.status == 201, await stored.text()
         headers = {"Content-Type": "application/vnd.oci.image.manifest.v1+json"}

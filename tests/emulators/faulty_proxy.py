@@ -249,7 +249,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         fault = self.proxy.take(self.command, self.path)
         if fault is not None and fault.is_request_reset:
-            self.rfile.read(1)
+            if int(self.headers.get("Content-Length") or 0) or "Transfer-Encoding" in self.headers:
+                self.rfile.read(1)
             self._reset()
             return
         if self.headers.get("Expect", "").lower() == "100-continue":

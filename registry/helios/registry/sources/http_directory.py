@@ -10,7 +10,7 @@ import asyncio
 import re
 from collections.abc import Iterable
 from typing import Final
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, PermissionDenied
 from helios.mesh.transfer.http import HttpSource
@@ -18,6 +18,7 @@ from helios.mesh.transfer.source import RangeSource
 from helios.registry.inspection import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SINGLE
 from helios.registry.profile import read_weight_map
 from helios.registry.sources.directory import CONFIG_NAMES
+from helios.registry.sources.pinned import PinnedSource, check_state
 from helios.registry.sources.reference import UrlReference
 from helios.registry.sources.remote import Listing, RemoteFile, changed
 from helios.registry.sources.web import Refused, Web, unavailable
@@ -36,10 +37,12 @@ _PARALLEL: Final = 8
 
 
 class HttpDirectory:
-    """A directory below a URL; ``remote.Repository``."""
+    """A directory below a URL, or one file of it; ``remote.Repository``."""
 
     def __init__(self, reference: UrlReference, web: Web) -> None:
-        self._url = reference.url
+        self._url = reference.directory
+        self._origin = reference.url
+        self._only = unquote(reference.file)
         self._web = web
 
     async def list_files(self) -> Listing:
@@ -49,21 +52,25 @@ class HttpDirectory:
         except Refused as error:
             if error.status not in {403, 404, 410}:
                 raise self.explain(error.status, error.message) from error
-            named = dict.fromkeys(_ASKED_FOR, "")
+            named = {} if self._only else dict.fromkeys(_ASKED_FOR, "")
         else:
             named = parse_sums(sums)
+        if self._only:
+            named = {self._only: named.get(self._only, "")}
         found = await self._ask(named)
         if INDEX in found and SINGLE not in found and len(found) and not any(named.values()):
             found |= await self._ask(dict.fromkeys(await self._shards(found[INDEX]), ""))
         if not found:
             raise self.explain(404, "")
-        return Listing(self._url, tuple(found[name] for name in sorted(found)))
+        return Listing(self._origin, tuple(found[name] for name in sorted(found)))
 
     async def read(self, file: RemoteFile, offset: int, length: int) -> bytes:
         """Returns bytes of a file."""
         try:
             is_whole = length == file.size_bytes
-            content = await self._web.read(file.place, offset=offset, length=length, is_whole=is_whole)
+            content = await self._web.read(
+                file.place, offset=offset, length=length, is_whole=is_whole, check=lambda etag: check_state(file, etag)
+            )
         except Refused as error:
             raise self.explain(error.status, error.message) from error
         if len(content) != length:
@@ -72,14 +79,16 @@ class HttpDirectory:
 
     def open(self, file: RemoteFile) -> RangeSource:
         """Returns a file for reading by ranges."""
-        return HttpSource(file.place)
+        return PinnedSource(HttpSource(file.place), file)
 
     def explain(self, status: int, detail: str) -> HeliosError:
         """Returns the error of a refusal."""
         metadata = {"param": "source", "status": str(status)}
         if status in {404, 410}:
             return NotFound(
-                f"there is no model below {self._url}/: it has neither {SUMS} nor config.json",
+                f"there is no {self._origin}"
+                if self._only
+                else f"there is no model below {self._url}/: it has neither {SUMS} nor config.json",
                 reason="SOURCE_NOT_FOUND",
                 metadata=metadata,
             )
@@ -125,7 +134,9 @@ class HttpDirectory:
         etag = answer.headers.get("etag", "")
         if sha256:
             return RemoteFile(name, int(length), url, sha256=sha256)
-        return RemoteFile(name, int(length), url, etag="" if etag.startswith("W/") else etag)
+        if etag.startswith("W/"):
+            return RemoteFile(name, int(length), url)
+        return RemoteFile(name, int(length), url, etag=etag, state=etag)
 
     async def _shards(self, index: RemoteFile) -> Iterable[str]:
         if index.size_bytes > _MAX_INDEX_BYTES:

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
+from urllib.parse import unquote
 
 from helios.mesh.errors import (
     BlobNotFound,
@@ -23,6 +24,7 @@ from helios.mesh.errors import (
 from helios.mesh.transfer.source import RangeSource
 from helios.registry import offload
 from helios.registry.sources.http_directory import SUMS, parse_sums
+from helios.registry.sources.pinned import PinnedSource, check_state
 from helios.registry.sources.reference import UrlReference
 from helios.registry.sources.remote import MAX_LISTED_FILES, Listing, RemoteFile, changed
 from helios.registry.sources.settings import StoreSettings
@@ -39,11 +41,13 @@ _MAX_SUMS_BYTES: Final = 4 << 20
 
 
 class ObjectPrefix:
-    """All objects below a prefix; ``remote.Repository``."""
+    """All objects below a prefix, or one of them; ``remote.Repository``."""
 
     def __init__(self, reference: UrlReference, settings: StoreSettings) -> None:
         """Takes the prefix and how its store is reached."""
-        self._url = reference.url
+        self._url = reference.directory
+        self._origin = reference.url
+        self._only = unquote(reference.file)
         secrets: Mapping[str, Any] = getattr(settings, reference.scheme)
         values = {name: value.get_secret_value() for name, value in secrets.items()}
         # An option of the client; among the store's obstore 0.12 panics over it.
@@ -57,7 +61,7 @@ class ObjectPrefix:
         self._store = await offload.run(lambda _: self._open_store())
         found = {entry["path"]: entry for entry in await self._call(self._list)}
         sums: dict[str, str] = {}
-        if SUMS in found:
+        if SUMS in found and not self._only:
             size_bytes = found[SUMS]["size"]
             if size_bytes > _MAX_SUMS_BYTES:
                 raise malformed(f"{SUMS} is larger than {_MAX_SUMS_BYTES >> 20} MiB")
@@ -68,17 +72,18 @@ class ObjectPrefix:
                 files.append(RemoteFile(path, entry["size"], path, sha256=sums[path]))
             else:
                 # Of the place, not of the content: another bucket may give the same ETag to other bytes.
-                etag = f"{self._url} {entry['e_tag']}" if entry.get("e_tag") else ""
-                files.append(RemoteFile(path, entry["size"], path, etag=etag))
+                state = entry.get("e_tag") or ""
+                etag = f"{self._url} {state}" if state else ""
+                files.append(RemoteFile(path, entry["size"], path, etag=etag, state=state))
         if not files:
             raise self.explain(404, "")
-        return Listing(self._url, tuple(files))
+        return Listing(self._origin, tuple(files))
 
     async def read(self, file: RemoteFile, offset: int, length: int) -> bytes:
         """Returns bytes of an object."""
         if length == 0:
             return b""
-        content = await self._call(lambda _: self._read(file.place, offset, length))
+        content = await self._call(lambda _: self._read(file, offset, length))
         if len(content) != length:
             raise changed(file.path)
         return content
@@ -87,7 +92,7 @@ class ObjectPrefix:
         """Returns an object for reading by ranges."""
         from helios.mesh.transfer.objects import ObjectSource  # noqa: PLC0415 - see list_files
 
-        return ObjectSource(self._store, file.place)
+        return PinnedSource(ObjectSource(self._store, file.place), file)
 
     def explain(self, status: int, detail: str) -> HeliosError:
         """Returns the error of a refusal."""
@@ -95,7 +100,9 @@ class ObjectPrefix:
         metadata = {"param": "source", "status": str(status)}
         if status == 404:
             return NotFound(
-                f"there is nothing below {self._url}/: check bucket and prefix",
+                f"there is no {self._origin}: check bucket and key"
+                if self._only
+                else f"there is nothing below {self._url}/: check bucket and prefix",
                 reason="SOURCE_NOT_FOUND",
                 metadata=metadata,
             )
@@ -142,6 +149,8 @@ class ObjectPrefix:
 
         found: list[Mapping[str, Any]] = []
         with _translated(self._url):
+            if self._only:
+                return [obstore.head(self._store, self._only)]
             for page in obstore.list(self._store):
                 stop.check()
                 found += page
@@ -149,11 +158,13 @@ class ObjectPrefix:
                     raise malformed(f"{self._url}/ holds more than {MAX_LISTED_FILES} objects: name a model's prefix")
         return found
 
-    def _read(self, key: str, offset: int, length: int) -> bytes:
+    def _read(self, file: RemoteFile, offset: int, length: int) -> bytes:
         import obstore  # noqa: PLC0415 - see list_files
 
-        with _translated(key):
-            return bytes(obstore.get_range(self._store, key, start=offset, length=length))
+        with _translated(file.place):
+            found = obstore.get(self._store, file.place, options={"range": (offset, offset + length)})
+            check_state(file, found.meta["e_tag"] or "")
+            return bytes(found.bytes())
 
 
 @contextmanager
@@ -164,5 +175,5 @@ def _translated(path: str) -> Iterator[None]:
 
     try:
         yield
-    except exceptions.BaseError as error:
+    except (exceptions.BaseError, FileNotFoundError) as error:
         raise error_of_object(error, path) from error

@@ -3,7 +3,7 @@
     hf:ORGANISATION/NAME[@REVISION]              Hugging Face hub, or whatever endpoint is set for it
     ms:ORGANISATION/NAME[@REVISION]              ModelScope
     s3://BUCKET/PREFIX  gs://…  az://…           an object store's prefix
-    https://HOST/PATH                            a directory of a web server
+    https://HOST/PATH                            a directory of a web server; here and above with one .gguf file: that
     oci://HOST/REPOSITORY[:TAG | @sha256:HEX]    an OCI registry, by CNCF ModelPack
 
 What a person writes ends in URLs, messages and the database, so the alphabets are small and nothing is guessed.
@@ -42,10 +42,23 @@ class HubReference:
 
 @dataclass(frozen=True, slots=True)
 class UrlReference:
-    """A directory of a web server, or a prefix of an object store. ``url`` has no ``/`` at its end."""
+    """A directory of a web server, or a prefix of an object store; or one GGUF file there. ``url`` has no ``/`` at its
+    end.
+    """
 
     scheme: str
     url: str
+
+    @property
+    def directory(self) -> str:
+        """The directory or prefix; of a file the one that it is in."""
+        return self.url.rpartition("/")[0] if self.file else self.url
+
+    @property
+    def file(self) -> str:
+        """The file's name as a URL has it; empty where none is named."""
+        name = urlsplit(self.url).path.rpartition("/")[2]
+        return name if name.lower().endswith(".gguf") else ""
 
     def __str__(self) -> str:
         """Returns the text that names it."""
@@ -99,7 +112,7 @@ def suggest_name(text: str) -> str:
     reference = parse_reference(text)
     path = text.removeprefix("embedded:").removesuffix(".gguf")
     if isinstance(reference, UrlReference):
-        path = urlsplit(reference.url).path or urlsplit(reference.url).netloc
+        path = (urlsplit(reference.url).path or urlsplit(reference.url).netloc).removesuffix(".gguf")
     elif reference is not None:
         path = reference.repository
     return path.rstrip("/").rpartition("/")[2]

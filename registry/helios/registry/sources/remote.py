@@ -24,7 +24,8 @@ class RemoteFile:
         place: What its repository finds it by: a URL, a key.
         sha256: Of the content, in lower-case hexadecimal.
         git_sha1: Name of the content as a git blob.
-        etag: Strong validator of the place's present content.
+        etag: Strong validator of the place's present content, by which it is known again.
+        state: The ETag that the bytes come with; empty: any, because another identity is checked, or there is none.
     """
 
     path: str
@@ -33,6 +34,7 @@ class RemoteFile:
     sha256: str = ""
     git_sha1: str = ""
     etag: str = ""
+    state: str = ""
 
     def __post_init__(self) -> None:
         check_path(self.path)

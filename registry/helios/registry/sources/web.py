@@ -156,11 +156,19 @@ class Web:
             await asyncio.sleep(retry_after if retry_after is not None else jitter(attempt))
 
     async def read(
-        self, url: str, *, headers: Mapping[str, str] | None = None, offset: int, length: int, is_whole: bool
+        self,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        offset: int,
+        length: int,
+        is_whole: bool,
+        check: Callable[[str], None] | None = None,
     ) -> bytes:
         """Returns bytes of a file; another number of them where it has another length than the caller thinks.
 
         A server that can't send parts is read from the beginning, so this is for small files and what files begin with.
+        ``check`` is asked whether the answer's ETag, empty where it is weak or none, will do, and raises if not.
 
         Raises:
             Refused, Unavailable: As ``request``.
@@ -174,6 +182,9 @@ class Web:
         for _ in range(_SHORT_ATTEMPTS):
             # One more, so that a file that has grown is not taken for the whole.
             answer = await self.request("GET", url, headers=sent, limit_bytes=end + is_whole, is_cut=True)
+            if check is not None:
+                etag = answer.headers.get("etag", "")
+                check("" if etag.startswith("W/") else etag)
             content = answer.body if answer.status == 206 else answer.body[offset : end + is_whole]
             # A proxy on the way may have cut it.
             if len(content) == length:
