@@ -7,6 +7,7 @@ from pathlib import Path
 
 from helios.api.registry.v1.artifact_service_pb2_grpc import add_ArtifactServiceServicer_to_server
 from helios.api.registry.v1.follow_service_pb2_grpc import add_FollowServiceServicer_to_server
+from helios.api.registry.v1.profile_service_pb2_grpc import add_ProfileServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
 from helios.api.registry.v1.rollout_service_pb2_grpc import add_RolloutServiceServicer_to_server
 from helios.api.registry.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
@@ -28,6 +29,10 @@ from helios.registry.follow.servicer import FollowServicer
 from helios.registry.follow.settings import FollowSettings
 from helios.registry.follow.store import FollowStore
 from helios.registry.ingest import Ingester
+from helios.registry.profiles.measures import MeasureStore
+from helios.registry.profiles.planner import Planner
+from helios.registry.profiles.profiles import Profiles
+from helios.registry.profiles.servicer import ProfileServicer
 from helios.registry.records import IngestDone, IngestEvent, IngestSpec
 from helios.registry.rollout.servicer import RolloutServicer
 from helios.registry.rollout.store import RolloutStore
@@ -65,6 +70,7 @@ class Parts:
     rollouts: RolloutStore
     followed: FollowStore
     follower: Follower
+    profiles: Profiles
 
     async def ingest(self, name: str, source: Path | str, **more: object) -> IngestDone:
         """Ingests to the end."""
@@ -131,7 +137,8 @@ async def open_parts(
         quick = FollowSettings(poll_seconds=0.05)
         follower = Follower(followed, catalog, rollouts, sources, ingester, settings=quick)
         made = (state, store, blobs, directory, hub, catalog, ingester, uploads, collector, versions)
-        yield Parts(*made, rollouts, followed, follower)
+        profiles = Profiles(catalog, MeasureStore(database), Planner(timeout_seconds=convert_timeout_seconds))
+        yield Parts(*made, rollouts, followed, follower, profiles)
 
 
 class Mesh:
@@ -185,6 +192,7 @@ async def serve(parts: Parts, mesh: Mesh) -> AsyncIterator[str]:
     add_RolloutServiceServicer_to_server(RolloutServicer(parts.catalog, parts.rollouts), server.grpc)
     follow = FollowServicer(parts.catalog, parts.followed, parts.follower)
     add_FollowServiceServicer_to_server(follow, server.grpc)
+    add_ProfileServiceServicer_to_server(ProfileServicer(parts.profiles), server.grpc)
     server.serve(access.SERVICE, access.ARTIFACT_SERVICE, access.VERSION_SERVICE)
     async with server:
         try:

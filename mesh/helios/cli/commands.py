@@ -35,6 +35,7 @@ from helios.cli.greeting import greeting
 from helios.cli.log_files import read_lines, tail
 from helios.cli.model_versions import versions_of
 from helios.cli.models_follow import following_of
+from helios.cli.models_profile import summary_of
 from helios.cli.models_set import settings_of
 from helios.cli.state import MeshRecord, StateDirectory, find_running, read_mesh
 from helios.cli.topology import requires_keys
@@ -192,11 +193,13 @@ async def models_show(state: StateDirectory, console: Console, name: str, *, is_
         found = await VersionClient(dialer).resolve(name)
         artifacts = await ArtifactClient(dialer).list_artifacts(revision=found.revision.digest)
         following = await following_of(dialer, found.model.name)
+        profile = await summary_of(dialer, name)
         usage = await UsageClient(dialer).get(found.model.name)
     settings = engine_settings.flatten(settings_of(found.model))
     fields = _plain(response) | {"engine_settings": settings, "versions": versions_of(found.model)}
     fields["artifacts"] = list(map(_artifact, artifacts))
     fields["following"] = following
+    fields["profile"] = profile
     # How warm the registry advises to keep it; `helios models usage` says more.
     fields["warm_target"] = target_as_json(usage.target) if usage.target is not None else None
     if is_json:

@@ -12,6 +12,7 @@ from helios.cli.models_add import Addition
 from helios.cli.models_add import models_add as models_add_command
 from helios.cli.models_gc import CollectOptions
 from helios.cli.models_gc import models_gc as models_gc_command
+from helios.cli.models_profile import profile as models_profile_command
 from helios.cli.models_push import models_push as models_push_command
 from helios.cli.models_set import models_set as models_set_command
 from helios.cli.models_watch import WatchOptions
@@ -166,6 +167,20 @@ def models_follow(  # noqa: PLR0913 - one for each option
     manner = following.Manner(interval, policy, weight)
     order = following.Order(source, manner, is_stopped=stop, is_now=now)
     run(following.follow(state_of(state_dir), console, model, order, is_json=is_json))
+
+
+@app.command("profile")
+def models_profile(
+    model: Annotated[str, typer.Argument(help="MODEL, MODEL@TAG, or MODEL@1f0c22 by its digest.")],
+    state_dir: StateOption,
+    *,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="List its modules, and which may not be split; takes some seconds.")
+    ] = False,
+    is_json: JsonOption = False,
+) -> None:
+    """Show what a model needs: bytes by type and layer, ways to split it, devices it fits, what replicas held."""
+    run(models_profile_command(state_of(state_dir), console, model, has_plan=plan, is_json=is_json))
 
 
 @app.command("push")

@@ -12,10 +12,11 @@ import structlog
 
 from helios.api.registry.v1.artifact_service_pb2_grpc import add_ArtifactServiceServicer_to_server
 from helios.api.registry.v1.chunk_service_pb2_grpc import add_ChunkServiceServicer_to_server
-from helios.api.registry.v1.key_service_pb2_grpc import add_KeyServiceServicer_to_server
-from helios.api.registry.v1.push_service_pb2_grpc import add_PushServiceServicer_to_server
 from helios.api.registry.v1.follow_service_pb2_grpc import add_FollowServiceServicer_to_server
+from helios.api.registry.v1.key_service_pb2_grpc import add_KeyServiceServicer_to_server
 from helios.api.registry.v1.prefetch_service_pb2_grpc import add_PrefetchServiceServicer_to_server
+from helios.api.registry.v1.profile_service_pb2_grpc import add_ProfileServiceServicer_to_server
+from helios.api.registry.v1.push_service_pb2_grpc import add_PushServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
 from helios.api.registry.v1.rollout_service_pb2_grpc import add_RolloutServiceServicer_to_server
 from helios.api.registry.v1.sync_service_pb2_grpc import add_SyncServiceServicer_to_server
@@ -47,6 +48,10 @@ from helios.registry.keys.keys import Keys
 from helios.registry.keys.servicer import KeyServicer
 from helios.registry.keys.store import KeyStore
 from helios.registry.ownership import Claim
+from helios.registry.profiles.measures import MeasureStore
+from helios.registry.profiles.planner import Planner
+from helios.registry.profiles.profiles import Profiles
+from helios.registry.profiles.servicer import ProfileServicer
 from helios.registry.push.journal import PushJournal
 from helios.registry.push.pusher import Pusher
 from helios.registry.push.servicer import PushServicer
@@ -127,6 +132,9 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         followed = FollowStore(database, store.changes)
         follower = Follower(followed, catalog, rollouts, sources, ingester, settings=settings.follow)
         add_FollowServiceServicer_to_server(FollowServicer(catalog, followed, follower), server.grpc)
+        planner = Planner(timeout_seconds=settings.profiles.plan_timeout_seconds)
+        profiles = Profiles(catalog, MeasureStore(database), planner)
+        add_ProfileServiceServicer_to_server(ProfileServicer(profiles), server.grpc)
         keys = Keys(KeyStore(database), poll_seconds=settings.watch_poll_seconds if database.is_shared else 0.0)
         add_KeyServiceServicer_to_server(KeyServicer(keys), server.grpc)
         chunks = ChunkStore(database)
@@ -135,7 +143,9 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         add_SyncServiceServicer_to_server(sync, server.grpc)
         usage = Usage(UsageStore(database), settings.usage, database=url or str(state.database))
         add_UsageServiceServicer_to_server(UsageServicer(usage, store), server.grpc)
-        prefetches = Prefetches(usage, UsageStore(database), sync, bytes_per_hour=settings.usage.prefetch_bytes_per_hour)
+        prefetches = Prefetches(
+            usage, UsageStore(database), sync, bytes_per_hour=settings.usage.prefetch_bytes_per_hour
+        )
         sync.on_prefetch_report = prefetches.take_report
         add_PrefetchServiceServicer_to_server(PrefetchServicer(prefetches, store), server.grpc)
         server.serve(*access.POLICY)

@@ -21,6 +21,7 @@ SYNC_SERVICE: Final = "helios.api.registry.v1.SyncService"
 KEY_SERVICE: Final = "helios.api.registry.v1.KeyService"
 ROLLOUT_SERVICE: Final = "helios.api.registry.v1.RolloutService"
 FOLLOW_SERVICE: Final = "helios.api.registry.v1.FollowService"
+PROFILE_SERVICE: Final = "helios.api.registry.v1.ProfileService"
 PREFETCH_SERVICE: Final = "helios.api.registry.v1.PrefetchService"
 USAGE_SERVICE: Final = "helios.api.registry.v1.UsageService"
 # A storage agent and a proxy read; the admin edge acts for people.
@@ -37,6 +38,8 @@ POLICY: Final = {
     KEY_SERVICE: frozenset({"proxy", "admin-edge"}),
     ROLLOUT_SERVICE: frozenset({"admin-edge"}),
     FOLLOW_SERVICE: frozenset({"admin-edge"}),
+    # A proxy tells what replicas were measured to hold, and asks what others have.
+    PROFILE_SERVICE: frozenset({"proxy", "admin-edge"}),
     # Proxies report and take advice, people look.
     USAGE_SERVICE: frozenset({"proxy", "admin-edge"}),
     PREFETCH_SERVICE: frozenset({"admin-edge"}),
@@ -44,6 +47,7 @@ POLICY: Final = {
 
 _WRITERS: Final = frozenset({"admin-edge"})
 _POLICY_WRITERS: Final = frozenset({"admin-edge", "proxy"})
+_MEASURERS: Final = frozenset({"proxy"})
 _PUBLISHERS: Final = frozenset({"worker"})
 _AGENTS: Final = frozenset({"storage"})
 _KEY_WATCHERS: Final = frozenset({"proxy"})
@@ -58,6 +62,11 @@ def check_may_write(context: Any) -> None:
 def check_may_set_policy(context: Any) -> None:
     """Raises PermissionDenied unless the caller may change replica counts."""
     _check(context, _POLICY_WRITERS, "change policies")
+
+
+def check_may_measure(context: Any) -> None:
+    """Raises PermissionDenied unless the caller may say what replicas hold."""
+    _check(context, _MEASURERS, "report measures")
 
 
 def check_may_publish(context: Any) -> None:

@@ -30,6 +30,8 @@ from helios.registry.history import Cause, Move
 from helios.registry.keys.client import SECRET_PREFIX, ApiKey, KeyClient, KeySpec, Priority, StoredKey, hash_secret
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
+from helios.registry.profiles.client import ProfileClient
+from helios.registry.profiles.measure import Measure
 from helios.registry.push.client import PushClient
 from helios.registry.push.records import PushDone, PushEvent
 from helios.registry.records import (
@@ -106,6 +108,7 @@ __all__ = [
     "KeySpec",
     "LocatedManifest",
     "Manifest",
+    "Measure",
     "Model",
     "ModelChange",
     "ModelDeleted",
@@ -126,6 +129,7 @@ __all__ = [
     "PushEvent",
     "PushPhase",
     "RegistryClient",
+    "ProfileClient",
     "ResolvedModel",
     "Revision",
     "Rollout",

@@ -87,6 +87,16 @@ class CollectionSettings(BaseModel):
     ingest of another registry that has the same store, whose ingests this one can't see."""
 
 
+class ProfileSettings(BaseModel):
+    """Bounds of profiles."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    plan_timeout_seconds: float = Field(default=120.0, gt=0)
+    """A process that lists a model's modules for longer is killed, and the profile comes without them. 120: importing
+    torch and building the largest model without weights takes 5 to 20 seconds, several times that on a busy machine."""
+
+
 class RegistrySettings(ProcessSettings):
     """Everything that can be set for ``python -m helios.registry``."""
 
@@ -119,6 +129,8 @@ class RegistrySettings(ProcessSettings):
     """Places that models are pulled from."""
     follow: FollowSettings = Field(default_factory=FollowSettings)
     """Bounds of looking at sources that models follow."""
+    profiles: ProfileSettings = Field(default_factory=ProfileSettings)
+    """Bounds of profiles."""
     push: PushSettings = Field(default_factory=PushSettings)
     """Pushes to OCI registries."""
     sync: SyncSettings = Field(default_factory=SyncSettings)

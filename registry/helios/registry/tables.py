@@ -8,10 +8,11 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
-    Float,
     Double,
+    Float,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
@@ -223,6 +224,18 @@ rollout_steps = Table(
     Column("actor", String, nullable=False),
     Column("at_us", BigInteger, nullable=False),
     Index("rollout_steps_by_model", "model", "version"),
+)
+
+# What replicas of a revision were measured to hold beside KV cache and adapters, at most.
+measures = Table(
+    "measures",
+    metadata,
+    Column("revision", ForeignKey("revisions.digest", ondelete="CASCADE"), primary_key=True),
+    # Of the engine settings that they ran with.
+    Column("settings_sha256", text(64), primary_key=True),
+    Column("is_gpu", Boolean, primary_key=True),
+    Column("fixed_bytes", BigInteger, nullable=False),
+    Column("measured_at_us", BigInteger, nullable=False),
 )
 
 # Sources that models follow, and how that went.

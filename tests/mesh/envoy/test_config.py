@@ -85,6 +85,7 @@ def test_the_edge_knows_no_admin_service(tmp_path: Path) -> None:
         "VersionService",
         "RolloutService",
         "FollowService",
+        "ProfileService",
         "KeyService",
         "SupervisorService",
         "FleetService",

@@ -57,6 +57,7 @@ VERSION_SERVICE: Final = "helios.api.registry.v1.VersionService"
 SYNC_SERVICE: Final = "helios.api.registry.v1.SyncService"
 ROLLOUT_SERVICE: Final = "helios.api.registry.v1.RolloutService"
 FOLLOW_SERVICE: Final = "helios.api.registry.v1.FollowService"
+PROFILE_SERVICE: Final = "helios.api.registry.v1.ProfileService"
 KEY_SERVICE: Final = "helios.api.registry.v1.KeyService"
 PREFETCH_SERVICE: Final = "helios.api.registry.v1.PrefetchService"
 USAGE_SERVICE: Final = "helios.api.registry.v1.UsageService"
@@ -70,6 +71,7 @@ REGISTRY_SERVICES: Final = (
     SYNC_SERVICE,
     ROLLOUT_SERVICE,
     FOLLOW_SERVICE,
+    PROFILE_SERVICE,
     KEY_SERVICE,
     USAGE_SERVICE,
     PREFETCH_SERVICE,

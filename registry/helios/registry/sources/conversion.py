@@ -77,7 +77,7 @@ class Converter:
         with output.open("wb") as stderr:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", self._module, str(source), str(target),
-                stdin=PIPE, stdout=PIPE, stderr=stderr, start_new_session=True, env=_environment(scratch),
+                stdin=PIPE, stdout=PIPE, stderr=stderr, start_new_session=True, env=environment_of(scratch),
             )  # fmt: skip
         try:
             async with asyncio.timeout(self._timeout_seconds):
@@ -87,7 +87,7 @@ class Converter:
                 f"the conversion took longer than {self._timeout_seconds:g} s", reason="CONVERSION_TIMEOUT"
             ) from error
         finally:
-            await offload.uninterrupted(_end(process))
+            await offload.uninterrupted(end_process(process))
         if failure is not None:
             raise failure
         if process.returncode == -signal.SIGKILL:
@@ -130,8 +130,8 @@ class Converter:
         return None
 
 
-def _environment(scratch: Path) -> dict[str, str]:
-    """Returns the whole environment of the converter.
+def environment_of(scratch: Path) -> dict[str, str]:
+    """Returns the whole environment of a process that reads what may be hostile, with room for files of its own.
 
     PYTHONPATH is this process's, so that both run the same code; scratch files of libraries go to the workspace.
     """
@@ -155,7 +155,7 @@ def _tail(path: Path) -> str:
     return path.read_bytes()[-_LOG_BYTES:].decode("utf-8", "replace")
 
 
-async def _end(process: Process) -> None:
+async def end_process(process: Process) -> None:
     """Kills the process's group, whoever is left in it, and reaps the process."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
