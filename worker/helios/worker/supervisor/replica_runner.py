@@ -84,7 +84,7 @@ class Weights(Protocol):
         ttl_seconds: float,
         lease_id: str | None,
         keep: bool,
-        on_progress: Callable[[Coming], None] | None,
+        on_progress: Callable[[Coming], None] | None = None,
     ) -> AbstractAsyncContextManager[Lent]:
         """Lends a revision for the block, renewing in the background; raises HeliosError where that can't be.
 
