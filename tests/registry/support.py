@@ -106,11 +106,12 @@ async def open_parts(
     artifacts: ArtifactSettings | None = None,
     blob_store: BlobStore | None = None,
     source_settings: SourceSettings | None = None,
+    database_url: str = "",
 ) -> AsyncIterator[Parts]:
     """Opens a registry without its server."""
     async with AsyncExitStack() as stack:
         state = stack.enter_context(StateDirectory(root).owned())
-        database = await Database.open(state.database)
+        database = await Database.open(database_url or state.database)
         stack.push_async_callback(database.close)
         store, artifact_store = Store(database), ArtifactStore(database)
         directory = DirectoryStore(state.blobs)
