@@ -1,5 +1,6 @@
 """Chunk indexes: computed after blobs were stored, true to their bytes, gone with them, and shared chunks are found."""
 
+import asyncio
 import hashlib
 import random
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from sqlalchemy import delete, insert
 
 from helios.api.registry.v1 import chunk_service_pb2 as pb
 from helios.mesh.errors import InvalidRequest, NotFound, Unavailable
+from helios.registry import chunk_indexer
 from helios.registry.chunk_indexer import ChunkIndexer
 from helios.registry.chunk_servicer import ChunkServicer
 from helios.registry.chunk_store import ChunkStore
@@ -23,6 +25,11 @@ from helios.registry.database import Database
 from helios.registry.tables import blobs
 
 MIB = 1 << 20
+
+
+async def unchanged() -> int:
+    """Reads the version of a registry whose models stay as they are."""
+    return 0
 
 
 @dataclass
@@ -55,7 +62,7 @@ async def open_place(directory: Path) -> AsyncIterator[Place]:
     files = directory / "files"
     files.mkdir()
     store = ChunkStore(database)
-    yield Place(files, database, store, ChunkIndexer(store, lambda hash_: (files / hash_).open("rb")))
+    yield Place(files, database, store, ChunkIndexer(store, lambda hash_: (files / hash_).open("rb"), unchanged))
     await database.close()
 
 
@@ -131,7 +138,7 @@ async def test_a_bucket_that_was_away_costs_no_index(place: Place) -> None:
             raise Unavailable("the bucket is away")
         return (place.directory / hash_).open("rb")
 
-    indexer = ChunkIndexer(place.store, open_blob)
+    indexer = ChunkIndexer(place.store, open_blob, unchanged)
     with pytest.raises(Unavailable):
         await indexer.index_some()
     is_away = False
@@ -152,3 +159,30 @@ async def test_wrong_names_are_refused(place: Place) -> None:
     for hash_, local in (("", []), ("A" * 64, []), ("0" * 64, ["../x"]), ("0" * 64, ["0" * 64] * 4097)):
         with pytest.raises(InvalidRequest):
             await place.ask(hash_, *local)
+
+
+async def test_looks_again_when_a_model_has_changed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, looks, version = 0, 0, 1
+
+    class Counted(ChunkStore):
+        async def missing(self, min_bytes: int, limit: int) -> list[tuple[str, int]]:
+            nonlocal looks
+            looks += 1
+            return await super().missing(min_bytes, limit)
+
+    async def read_version() -> int:
+        nonlocal reads
+        reads += 1
+        return version
+
+    monkeypatch.setattr(chunk_indexer, "_POLL_SECONDS", 0.001)
+    indexer = ChunkIndexer(Counted(place.database), lambda hash_: (place.directory / hash_).open("rb"), read_version)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        running = group.create_task(indexer.run(), name="index")
+        while reads < 5:
+            await asyncio.sleep(0.001)
+        assert looks == 1
+        version = 2
+        while looks < 2:
+            await asyncio.sleep(0.001)
+        running.cancel()

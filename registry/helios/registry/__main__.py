@@ -160,7 +160,7 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         await uploads.measure()
         await stack.enter_async_context(collector.running())
         chores = {
-            "index chunks": ChunkIndexer(chunks, blobs.store.open).run,
+            "index chunks": ChunkIndexer(chunks, blobs.store.open, store.changes.version).run,
             "tidy downloads": downloads.keep_tidy,
             "follow sources": follower.run,
             "forecast usage": usage.run,

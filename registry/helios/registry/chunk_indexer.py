@@ -6,7 +6,8 @@ by its sha256.
 """
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import BinaryIO, Final
 
@@ -25,24 +26,39 @@ log = structlog.get_logger()
 MIN_BYTES: Final = 1 << 20
 # How late an index may be begun after its ingest.
 _POLL_SECONDS: Final = 5.0
+# How often blobs without an index are looked for though no model has changed: an artifact's. With a million blobs a
+# look takes the database a second.
+_LOOK_SECONDS: Final = 60.0
 _BATCH: Final = 16
 
 
 class ChunkIndexer:
     """Indexes what has no index yet."""
 
-    def __init__(self, store: ChunkStore, open_blob: Callable[[str], BinaryIO]) -> None:
-        """Takes where indexes are kept, and what opens a blob by its hash, blocking."""
+    def __init__(
+        self,
+        store: ChunkStore,
+        open_blob: Callable[[str], BinaryIO],
+        read_version: Callable[[], Awaitable[int]],
+    ) -> None:
+        """Takes where indexes are kept, what opens a blob by its hash, blocking, and what changes with any model."""
         self._store = store
+        self._read_version = read_version
         self._open_blob = open_blob
         # What can't be read now is looked at again by the next process.
         self._failed: set[str] = set()
 
     async def run(self) -> None:
         """Indexes for ever. Replicas of the registry may do the same work twice, with the same result."""
+        seen, due = -1, 0.0
         while True:
-            if not await self.index_some():
-                await asyncio.sleep(_POLL_SECONDS)
+            # Before the look: what comes meanwhile is looked for next time.
+            version = await self._read_version()
+            if version != seen or time.monotonic() >= due:
+                while await self.index_some():
+                    pass
+                seen, due = version, time.monotonic() + _LOOK_SECONDS
+            await asyncio.sleep(_POLL_SECONDS)
 
     async def index_some(self) -> int:
         """Indexes some blobs; returns how many. Raises Unavailable: the bucket or the database is away."""
