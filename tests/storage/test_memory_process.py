@@ -35,9 +35,7 @@ async def test_one_copy_for_all_replicas_that_a_killed_agent_gets_back(mesh: Mes
     revision = mesh.shelf.add({"model.safetensors": save({"w": np.arange(4 << 20, dtype=np.float32)})})
     # The path of a socket has 107 bytes, which a test's own directory may exceed.
     with tempfile.TemporaryDirectory(prefix="helios-", dir="/tmp") as short:
-        agent = AgentProcess(
-            mesh, mesh.directory / "agent", f"--tiers={TIER % (64 * MIB)}", f"--descriptors.socket={short}/d.sock"
-        )
+        agent = AgentProcess(mesh, Path(short) / "agent", f"--tiers={TIER % (64 * MIB)}")
         await agent.start()
         try:
             async with mesh.dial(agent.address) as dialer:

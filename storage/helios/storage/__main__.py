@@ -80,10 +80,10 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
             BlobServicer(partial(blob_places, fastest_first), max_reads=settings.peers.max_reads, partials=partials)
         )
         sealed = {tier.name: tier for tier in tiers if isinstance(tier, MemoryTier)}
+        materializer = await stack.enter_async_context(open_materializer(tiers, manifests, clock=clock, upkeep=upkeep))
         listener = stack.enter_context(DescriptorListener(settings.descriptor_socket)) if sealed else None
         if listener is not None and settings.descriptors.users:
             listener.allow_everyone()
-        materializer = await stack.enter_async_context(open_materializer(tiers, manifests, clock=clock, upkeep=upkeep))
         # Ends before the tiers close: a scrub of a large blob, or a move, is cancelled rather than waited for.
         background = await stack.enter_async_context(task_scope())
         for name, work in (
