@@ -141,13 +141,7 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         add_ChunkServiceServicer_to_server(ChunkServicer(chunks), server.grpc)
         sync = SyncServicer(settings.sync)
         add_SyncServiceServicer_to_server(sync, server.grpc)
-        usage = Usage(UsageStore(database), settings.usage, database=url or str(state.database))
-        add_UsageServiceServicer_to_server(UsageServicer(usage, store), server.grpc)
-        prefetches = Prefetches(
-            usage, UsageStore(database), sync, bytes_per_hour=settings.usage.prefetch_bytes_per_hour
-        )
-        sync.on_prefetch_report = prefetches.take_report
-        add_PrefetchServiceServicer_to_server(PrefetchServicer(prefetches, store), server.grpc)
+        usage, prefetches = _usage(settings, database, store, sync, server)
         server.serve(*access.POLICY)
         await stack.enter_async_context(server)
         await stack.enter_async_context(ingester)
@@ -174,6 +168,19 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         lifetime.mark_ready(address=server.address)
         await lifetime.wait_stop()
         await server.set_serving(is_serving=False)
+
+
+def _usage(
+    settings: RegistrySettings, database: Database, store: Store, sync: SyncServicer, server: MeshServer
+) -> tuple[Usage, Prefetches]:
+    rows = UsageStore(database)
+    url = settings.database_url.get_secret_value()
+    usage = Usage(rows, settings.usage, database=url or str(StateDirectory(settings.state_directory).database))
+    prefetches = Prefetches(usage, rows, sync, bytes_per_hour=settings.usage.prefetch_bytes_per_hour)
+    sync.on_prefetch_report = prefetches.take_report
+    add_UsageServiceServicer_to_server(UsageServicer(usage, store), server.grpc)
+    add_PrefetchServiceServicer_to_server(PrefetchServicer(prefetches, store), server.grpc)
+    return usage, prefetches
 
 
 async def _open_blobs(
