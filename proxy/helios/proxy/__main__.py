@@ -22,6 +22,7 @@ from helios.proxy.catalog.session import ModelSource, NoRegistry, RegistryClient
 from helios.proxy.core import Core
 from helios.proxy.explain.journal import JournalLimits
 from helios.proxy.fleet.servicer import FLEET_SERVICE, FleetServicer
+from helios.proxy.measures import MeasureExchange
 from helios.proxy.picker.ads import GuardedXds
 from helios.proxy.picker.request import INFERENCE_PREFIX, OPENAI_PREFIX
 from helios.proxy.picker.servicer import PickerServicer
@@ -31,7 +32,7 @@ from helios.proxy.settings import ProxySettings
 from helios.proxy.store import Store, load_cordons, load_keys, load_models, load_swap_failures, load_usage, load_workers
 from helios.proxy.usage.advice import WarmPoolMode, watch_advice
 from helios.proxy.usage.reporter import UsageReporter
-from helios.registry.client import KeyClient, RegistryClient, UsageClient, VersionClient
+from helios.registry.client import KeyClient, ProfileClient, RegistryClient, UsageClient, VersionClient
 
 _EDGES: Final = frozenset({"edge", "admin-edge"})
 _CONTROL_POLICY: Final = {
@@ -94,6 +95,8 @@ async def _registry(
     watching = partial(watch_keys, KeyClient(dialer), runtime.core.keyring, store)
     lifetime.group.create_task(keep_running("watch keys", watching, cap_seconds=1), name="watch keys")
     _report_usage(settings, lifetime, stack, runtime, store, client=UsageClient(dialer))
+    measures = MeasureExchange(runtime.core.lifecycle.room.measured, runtime.core.catalogue, ProfileClient(dialer))
+    lifetime.group.create_task(keep_running("exchange measures", measures.run), name="exchange measures")
     return session
 
 

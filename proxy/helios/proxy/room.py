@@ -53,7 +53,7 @@ class Room:
         self._traffic = traffic
         self._catalogue = catalogue
         self._holds = holds
-        self._measured = MeasuredSizes()
+        self.measured = MeasuredSizes()
         self._settings: dict[str, str] = {}
         self._late: set[str] = set()
 
@@ -92,9 +92,9 @@ class Room:
             return
         worker = self._traffic.fleet.worker(replica.worker_id)
         is_gpu = worker is not None and worker.has_gpus
-        if self._measured.fixed_bytes(entry.revision, settings, is_gpu=is_gpu) is None:
-            self._measured.keep_only({(m.revision, form) for m in self._catalogue.models() for form in _forms(m)})
-        self._measured.record(
+        if self.measured.fixed_bytes(entry.revision, settings, is_gpu=is_gpu) is None:
+            self.measured.keep_only({(m.revision, form) for m in self._catalogue.models() for form in _forms(m)})
+        self.measured.record(
             entry.revision,
             settings,
             measured_bytes=replica.measured_bytes,
@@ -206,7 +206,7 @@ class Room:
         # Of a model that has both forms, the one that it starts in.
         entry = in_form(entry, Form.EAGER)
         draft = self._catalogue.named(needs_of(entry.engine_settings).draft_model)
-        return replica_size(entry, self._policy, draft, measured=self._measured, is_gpu=is_gpu)
+        return replica_size(entry, self._policy, draft, measured=self.measured, is_gpu=is_gpu)
 
     def _victim(self, replica: Replica, now: float) -> Occupant:
         """What is idle is asked for again the less likely the longer it was not; what is lost then is its start."""

@@ -7,9 +7,11 @@ below the predicted overhead, because what nothing has touched yet takes no memo
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
-from typing import Final
+from functools import lru_cache
+from typing import Final, TypeAlias
 
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.engine_needs import EngineNeeds, needs_of
@@ -30,6 +32,8 @@ _SPLIT_ADAPTER_WIDTHS: Final = 12
 _WHOLE_ADAPTER_WIDTHS: Final = 7
 # What a replica is given, and takes as it is used: no measure of a young one says how much that will be.
 GIVEN: Final = frozenset({"KV_CACHE", "ADAPTERS", "HOST_ADAPTERS"})
+# What a measure is of: revision, sha256 of the engine settings, on a GPU or not.
+Measured: TypeAlias = tuple[str, str, bool]
 # A measure says what was; the next replica may serve longer prompts.
 _HEADROOM: Final = 1.03
 
@@ -74,27 +78,52 @@ class ReplicaSize:
 class MeasuredSizes:
     """What replicas were measured to hold beside what they were given (`GIVEN`).
 
-    The largest by revision, settings, and GPU or not.
+    The largest by revision, settings, and GPU or not: of what this proxy has seen, and of what it was told by the
+    registry, where settings go by their sha256.
     """
 
     def __init__(self) -> None:
-        self._fixed_bytes: dict[tuple[str, str, bool], int] = {}
+        self._fixed_bytes: dict[Measured, int] = {}
+        self._told: dict[Measured, int] = {}
+        self._news: dict[Measured, int] = {}
 
     def record(
         self, revision: str, settings: str, *, measured_bytes: int, given_bytes: int, is_gpu: bool = False
     ) -> None:
         """Takes in what one replica holds, all of it, and what it was given."""
-        key = (revision, settings, is_gpu)
+        key = (revision, _hash(settings), is_gpu)
         fixed_bytes = max(0, measured_bytes - given_bytes)
+        known = self._known(key)
         self._fixed_bytes[key] = max(fixed_bytes, self._fixed_bytes.get(key, 0))
+        if fixed_bytes and (known is None or fixed_bytes > known):
+            self._news[key] = fixed_bytes
 
     def fixed_bytes(self, revision: str, settings: str, *, is_gpu: bool = False) -> int | None:
         """What a replica holds beside what it was given; None where none was measured."""
-        return self._fixed_bytes.get((revision, settings, is_gpu))
+        return self._known((revision, _hash(settings), is_gpu))
 
     def keep_only(self, served: set[tuple[str, str]]) -> None:
         """Forgets what no model has any more; `served` are revisions with their settings."""
-        self._fixed_bytes = {key: value for key, value in self._fixed_bytes.items() if key[:2] in served}
+        kept = {(revision, _hash(settings)) for revision, settings in served}
+        self._fixed_bytes = {key: value for key, value in self._fixed_bytes.items() if key[:2] in kept}
+        self._told = {key: value for key, value in self._told.items() if key[:2] in kept}
+
+    def tell(self, key: Measured, fixed_bytes: int) -> None:
+        """Takes in what others have measured."""
+        self._told[key] = max(fixed_bytes, self._told.get(key, 0))
+
+    def take_news(self, count: int) -> dict[Measured, int]:
+        """Returns what was measured since the last call and is more than anybody knew; at most so many."""
+        return {key: self._news.pop(key) for key in list(self._news)[:count]}
+
+    def put_back(self, news: dict[Measured, int]) -> None:
+        """Nobody took these."""
+        for key, fixed_bytes in news.items():
+            self._news[key] = max(fixed_bytes, self._news.get(key, 0))
+
+    def _known(self, key: Measured) -> int | None:
+        own, told = self._fixed_bytes.get(key), self._told.get(key)
+        return max(own or 0, told or 0) if own is not None or told is not None else None
 
 
 def replica_size(
@@ -184,3 +213,9 @@ def _hidden_size(entry: ModelEntry) -> int:
 
 def _round_up(count: int) -> int:
     return -(-count // _MIB) * _MIB
+
+
+@lru_cache(maxsize=4096)
+def _hash(settings: str) -> str:
+    """Returns what settings go by between processes."""
+    return hashlib.sha256(settings.encode()).hexdigest()
