@@ -199,3 +199,13 @@ async def test_keys_are_known_over_a_restart_without_the_registry(world: World) 
     async with running_edge(world, admission=guarded, registry_target="") as edge, edge.client() as client:
         assert (await client.post(CHAT, json={"model": "m"}, headers=bearer(secret))).status_code == 200
         assert (await client.post(CHAT, json={"model": "m"})).status_code == 401
+
+
+async def test_a_rest_client_can_say_how_long_it_waits(world: World) -> None:
+    world.registry.put("m")
+    async with running_edge(world) as edge, edge.client() as client:
+        edge.worker.start_seconds = 60
+        answer = await client.post(CHAT, json={"model": "m"}, headers={"grpc-timeout": "400m"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "hold_expired")
+        assert answer.headers["x-helios-reason"] == "hold_expired"
+        assert int(answer.headers["retry-after"]) >= 1
