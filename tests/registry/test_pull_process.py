@@ -14,6 +14,7 @@ from helios.registry.client import IngestDone, RegistryClient
 from tests.emulators import faulty_proxy as faults
 from tests.emulators.faulty_proxy import FaultyProxy
 from tests.emulators.hugging_face import HuggingFace, hugging_face
+from tests.registry import tiny
 from tests.registry.support import Mesh
 from tests.registry.test_process import running
 from tests.registry.test_pull import CHUNK, fetched_bytes, model_files
@@ -79,25 +80,62 @@ async def test_killed_registries_lose_no_more_than_what_was_on_its_way(tmp_path:
     assert list((root / "downloads").iterdir()) == []
 
 
+@pytest.mark.slow
+async def test_a_registry_may_be_killed_at_some_times(tmp_path: Path, mesh: Mesh) -> None:
+    await kill_at_random(tmp_path, mesh, random.Random(20261122), count=3)
+
+
 @pytest.mark.soak
 async def test_a_registry_may_be_killed_at_any_time(tmp_path: Path, mesh: Mesh) -> None:
-    files = model_files(tmp_path / "model")
-    root, chance = tmp_path / "registry", random.Random()
+    seed = random.SystemRandom().getrandbits(32)
+    print(f"seed {seed}")
+    await kill_at_random(tmp_path, mesh, random.Random(seed), count=100)
+
+
+async def kill_at_random(tmp_path: Path, mesh: Mesh, chance: random.Random, *, count: int) -> None:
+    """Kills registries that pull four shards at once; whatever is pulled meanwhile gets a new commit, with new bytes."""
+    root = tmp_path / "registry"
     async with hugging_face() as hub:
-        hub.repository("org/m", files)
+        commits = [shards(tmp_path, 0)]
+        repository = hub.repository("org/m", commits[0])
         with FaultyProxy(hub.address) as proxy:
-            proxy.inject(faults.slow_drip(bytes_per_second=2_000_000, part="/cdn/", times=1_000_000))
-            for _ in range(100):
+            proxy.inject(faults.slow_drip(bytes_per_second=500_000, part="/cdn/", times=1_000_000))
+            for _ in range(count):
                 async with running(root, mesh, *flags(proxy)) as (process, address), mesh.client(address) as client:
                     pulling = asyncio.get_running_loop().create_task(pull(client), name="pull")
+                    # The moment is what is random; nothing is waited for.
                     await asyncio.sleep(chance.uniform(0, 2))
                     process.kill()
                     await process.wait()
                     with suppress(HeliosError):
                         await pulling
+                        commits.append(shards(tmp_path, len(commits)))
+                        repository.push(commits[-1])
+                check_blobs(root)
             proxy.heal()
             async with running(root, mesh, *flags(proxy)) as (_, address), mesh.client(address) as client:
                 done = await pull(client)
-                manifest = (await client.get_manifest(done.model.revision.digest)).manifest
-    found = {entry.path: entry.digest.hash for entry in manifest.entries}
-    assert found == {path: hashlib.sha256(files[path]).hexdigest() for path in found}
+                manifests = [
+                    (await client.get_manifest(revision.digest)).manifest
+                    for revision in await client.list_revisions("m")
+                ]
+    check_blobs(root)
+    known = [{path: hashlib.sha256(content).hexdigest() for path, content in commit.items()} for commit in commits]
+    found = [{entry.path: entry.digest.hash for entry in manifest.entries} for manifest in manifests]
+    assert done.model.revision.digest == manifests[0].digest()
+    assert found[0] == known[-1]
+    # A commit that was never said to be there may be there all the same: the kill came between the two.
+    assert all(one in known for one in found)
+    blobs = {path.name for path in (root / "blobs").rglob("sha256/*/*")}
+    assert blobs == {hash_ for one in found for hash_ in one.values()}
+
+
+def shards(tmp_path: Path, seed: int) -> dict[str, bytes]:
+    directory = tiny.write_sharded(tmp_path / f"model-{seed}", 4, noise_bytes=400_000, seed=seed)
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def check_blobs(root: Path) -> None:
+    """Every blob is what its name says."""
+    for path in (root / "blobs").rglob("sha256/*/*"):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name

@@ -73,8 +73,11 @@ def write_small_files(directory: Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
-def write_sharded(directory: Path, count: int = 2) -> Path:
-    """Writes the model in so many shards with an index; returns the directory."""
+def write_sharded(directory: Path, count: int = 2, *, noise_bytes: int = 0, seed: int = 0) -> Path:
+    """Writes the model in so many shards with an index; returns the directory.
+
+    Each shard gets so many bytes of noise, which depends on the seed, so that fetching it lasts.
+    """
     directory.mkdir(parents=True)
     weights = tensors()
     names = sorted(weights)
@@ -83,9 +86,14 @@ def write_sharded(directory: Path, count: int = 2) -> Path:
         f"model-{number + 1:05}-of-{count:05}.safetensors": names[cuts[number] : cuts[number + 1]]
         for number in range(count)
     }
-    for file, part in parts.items():
-        save_file({name: weights[name] for name in part}, directory / file)
-    weight_map = {name: file for file, part in parts.items() for name in part}
+    random = np.random.default_rng(seed)
+    weight_map: dict[str, str] = {}
+    for number, (file, part) in enumerate(parts.items()):
+        shard: dict[str, NDArray[np.float16] | NDArray[np.uint8]] = {name: weights[name] for name in part}
+        if noise_bytes:
+            shard[f"noise.{number}"] = random.integers(0, 256, noise_bytes, dtype=np.uint8)
+        save_file(shard, directory / file)
+        weight_map |= dict.fromkeys(shard, file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     write_small_files(directory)
     return directory
