@@ -93,7 +93,7 @@ async def test_a_registry_may_be_killed_at_any_time(tmp_path: Path, mesh: Mesh) 
 
 
 async def kill_at_random(tmp_path: Path, mesh: Mesh, chance: random.Random, *, count: int) -> None:
-    """Kills registries that pull four shards at once; whatever is pulled meanwhile gets a new commit, with new bytes."""
+    """Kills registries that pull four shards at once; what is pulled meanwhile gets a new commit, with new bytes."""
     root = tmp_path / "registry"
     async with hugging_face() as hub:
         commits = [shards(tmp_path, 0)]
