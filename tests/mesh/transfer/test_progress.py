@@ -48,7 +48,7 @@ def test_what_an_earlier_transfer_brought_is_done_and_no_rate() -> None:
     teller = ProgressTeller(told.append, 10_000, 0.0)
     teller.found(5_000)
     for tick in range(1, 101):
-        teller.observe(tick * 0.1, 5_000 + tick * 10)
+        teller.observe(tick * 0.1, 5_000 + tick * 10, is_told=tick == 100)
     assert 30 <= len(told) <= 50, "some times a second, not with every byte"
     assert (told[-1].done_bytes, told[-1].total_bytes) == (6_000, 10_000)
     assert told[-1].bytes_per_second == pytest.approx(100.0, rel=0.05)
