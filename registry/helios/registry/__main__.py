@@ -118,9 +118,7 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         sources = Sources(converter, web, settings.sources.with_environment(environment))
         downloads = open_downloads(state.downloads, blobs, settings.sources.downloads)
         ingester = Ingester(catalog, state, sources, downloads, max_concurrent=settings.ingest.max_concurrent)
-        journal = PushJournal(state.pushes, keep_seconds=settings.push.keep_seconds)
-        pusher = Pusher(store, blobs, web, journal, settings=settings.push, oci=settings.sources.oci)
-        add_PushServiceServicer_to_server(PushServicer(pusher), server.grpc)
+        pusher = _serve_pushes(settings, store, blobs, web, server)
         collector = Collector(store.blobs, blobs, settings.collection)
         add_RegistryServiceServicer_to_server(RegistryServicer(catalog, ingester, collector), server.grpc)
         uploads = Uploads(catalog, artifacts, state, settings.artifacts)
@@ -143,9 +141,8 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         add_SyncServiceServicer_to_server(sync, server.grpc)
         usage, prefetches = _usage(settings, database, store, sync, server)
         server.serve(*access.POLICY)
-        await stack.enter_async_context(server)
-        await stack.enter_async_context(ingester)
-        await stack.enter_async_context(pusher)
+        for part in (server, ingester, pusher):
+            await stack.enter_async_context(part)
         stack.callback(hub.close)
         stack.callback(sync.close)
         stack.callback(keys.close)
@@ -168,6 +165,14 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         lifetime.mark_ready(address=server.address)
         await lifetime.wait_stop()
         await server.set_serving(is_serving=False)
+
+
+def _serve_pushes(settings: RegistrySettings, store: Store, blobs: Blobs, web: Web, server: MeshServer) -> Pusher:
+    directory = StateDirectory(settings.state_directory).pushes
+    journal = PushJournal(directory, keep_seconds=settings.push.keep_seconds)
+    pusher = Pusher(store, blobs, web, journal, settings=settings.push, oci=settings.sources.oci)
+    add_PushServiceServicer_to_server(PushServicer(pusher), server.grpc)
+    return pusher
 
 
 def _usage(
