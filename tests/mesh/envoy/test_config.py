@@ -83,6 +83,7 @@ def test_the_edge_knows_no_admin_service(tmp_path: Path) -> None:
         "ArtifactService",
         "PushService",
         "VersionService",
+        "SyncService",
         "RolloutService",
         "FollowService",
         "ProfileService",

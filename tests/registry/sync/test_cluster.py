@@ -176,10 +176,13 @@ def test_of_many_holders_each_agent_is_told_of_others(monkeypatch: pytest.Monkey
 def test_what_an_agent_may_say_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_module, "MAX_BLOBS", 1)
     monkeypatch.setattr(cluster_module, "MAX_WANTS", 1)
+    monkeypatch.setattr(cluster_module, "MAX_CLAIMS", 2)
     cluster = Cluster(claim_seconds=CLAIM_SECONDS)
     cluster.join(agent("a"))
     cluster.hold("a", blobs=BLOBS[:1])
     cluster.want("a", BLOBS[0])
+    for _ in range(2):
+        assert len(cluster.claim("a", BLOBS[0], SPANS, limit=5, excluded=(), now=0).spans) in (0, 2)
     with pytest.raises(InvalidRequest):
         cluster.hold("a", blobs=BLOBS[1:])
     with pytest.raises(InvalidRequest):

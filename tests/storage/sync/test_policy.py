@@ -211,3 +211,11 @@ def test_what_a_registry_wrongly_says_that_others_have_is_read_after_all() -> No
     world.hear = hear  # type: ignore[method-assign]
     assert world.run() == Counter(CHUNKS)
     assert world.now < 120.0
+
+
+def test_whom_the_registry_does_not_know_reads_for_itself_in_the_end() -> None:
+    """Its wants were lost on the way, and every claim is refused."""
+    world = World(1, 1)
+    world.cluster.unwant("n0", HASH, is_whole=False)
+    assert world.run() == Counter(CHUNKS)
+    assert world.now < 120.0

@@ -28,6 +28,9 @@ MAX_TOLD: Final = 64
 MAX_WANTS: Final = 1_024
 """Blobs that an agent may fetch at a time."""
 
+MAX_CLAIMS: Final = 1_024
+"""Spans of one blob that an agent may have claimed at a time; ours claim some ten."""
+
 MAX_BLOBS: Final = 1_000_000
 """Blobs that an agent may hold: a terabyte in pieces of a megabyte."""
 
@@ -190,6 +193,8 @@ class Cluster:
             return Granted((), ())
         claims = {span: claim for span, claim in self._claims.get(hash_, {}).items() if claim.ends_at > now}
         self._claims[hash_] = claims
+        # Twice over the same spans count once too often, which only a strange agent does.
+        limit = min(limit, MAX_CLAIMS - sum(claim.node == node for claim in claims.values()))
         granted: list[Span] = []
         holders: dict[str, Holder] = {}
         others = [other for other in self._nodes_with(hash_) if other != node and other not in excluded]

@@ -51,6 +51,7 @@ class _Peer:
     """It has not said yet what it has, and is waited for until then."""
     spans: Spans = field(default_factory=Spans)
     reads: int = 0
+    begun_count: int = 0
     failures: int = 0
     rests_until: float = 0.0
     is_dropped: bool = False
@@ -138,6 +139,7 @@ class SwarmPolicy:
             self._reading[chunks[place][0]] = chunks[place], source
             if source != STORE:
                 self._peers[source].reads += 1
+                self._peers[source].begun_count += 1
         return choice
 
     def source_of(self, offset: int) -> tuple[Span, str] | None:
@@ -155,8 +157,11 @@ class SwarmPolicy:
         """The chunk that begins here came."""
         self._fed_at = now
         read = self._reading.get(start)
-        if read is not None and read[1] != STORE:
-            self._peers[read[1]].failures = 0
+        if read is not None:
+            # Claimed while a peer was read from already.
+            self._claims.pop(read[0], None)
+            if read[1] != STORE:
+                self._peers[read[1]].failures = 0
         self.ended(start)
 
     def failed(self, start: int, now: float, *, is_dropped: bool = False, has_nothing: bool = False) -> Span | None:
@@ -216,7 +221,7 @@ class SwarmPolicy:
     def _choose(self, chunks: Sequence[Span], now: float) -> tuple[int, str] | None:
         awake = [(a, p) for a, p in self._peers.items() if not p.is_dropped and p.rests_until <= now]
         store_reads = sum(source == STORE for _, source in self._reading.values())
-        own = next((i for i, c in enumerate(chunks) if c in self._claims or self._is_forced(c)), None)
+        own = next((i for i, c in enumerate(chunks) if self._is_own(c)), None)
         shared = [(i, owners) for i, c in enumerate(chunks) if (owners := [(a, p) for a, p in awake if p.has(c)])]
         if own is not None and (not shared or store_reads < max(1, self._parallel // 2)):
             return own, STORE
@@ -226,11 +231,13 @@ class SwarmPolicy:
         place, owners = min(
             shared, key=lambda item: (len(item[1]), self._mix(chunks[item[0]][0]) if is_crowd else 0, item[0])
         )
-        address, _ = min(owners, key=lambda item: (item[1].reads, self._mix(zlib.crc32(item[0].encode()))))
+        # In turns, where they are equally busy.
+        address, _ = min(owners, key=lambda item: (item[1].reads, item[1].begun_count))
         return place, address
 
-    def _is_forced(self, chunk: Span) -> bool:
-        return self._peer_failures[chunk] >= _MAX_FAILURES
+    def _is_own(self, chunk: Span) -> bool:
+        """Whether this node reads a chunk from the cloud, if from nobody else."""
+        return chunk in self._claims or self._is_distrustful or self._peer_failures[chunk] >= _MAX_FAILURES
 
     def _plan_claim(self, chunks: Sequence[Span], now: float) -> None:
         is_early = not self._has_met or any(peer.silent_until > now for peer in self._peers.values())

@@ -34,7 +34,9 @@ _WAIT_SECONDS: Final = 5.0
 
 _ANSWER_SECONDS: Final = 5.0
 _PAUSE_SECONDS: Final = 0.5
-"""Before a peer that has nothing, or does not answer, is asked again."""
+"""Before a peer that has nothing, or does not answer, is asked again; longer each time that it does not answer."""
+
+_MAX_PAUSE_SECONDS: Final = 5.0
 
 
 class Swarms:
@@ -164,6 +166,7 @@ class Swarms:
     async def _watch(self, fetch: "_Fetch", address: str) -> None:
         """Asks a peer what it has, until that is all."""
         version = 0
+        pause_seconds = _PAUSE_SECONDS
         async with Dialer(address, identity=self._identity, peer="storage") as dialer:
             while True:
                 request = pb.FindChunksRequest(hash=fetch.hash, known_version=version)
@@ -173,10 +176,13 @@ class Swarms:
                         request, timeout=_WAIT_SECONDS + _ANSWER_SECONDS
                     )
                 except grpc.aio.AioRpcError as error:
-                    log.info("peer does not answer", peer=address, code=str(error.code()))
+                    report = log.info if pause_seconds == _PAUSE_SECONDS else log.debug
+                    report("peer does not answer", peer=address, code=str(error.code()))
                     fetch.source.unreached(address)
-                    await asyncio.sleep(_PAUSE_SECONDS)
+                    await asyncio.sleep(pause_seconds)
+                    pause_seconds = min(2 * pause_seconds, _MAX_PAUSE_SECONDS)
                     continue
+                pause_seconds = _PAUSE_SECONDS
                 spans = [(span.offset, span.offset + span.length) for span in answer.spans]
                 version = answer.version
                 fetch.source.has(address, spans, is_whole=answer.is_whole)
