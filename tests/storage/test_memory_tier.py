@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from helios.api.storage.v1 import descriptor_message_pb2 as pb
-from helios.mesh.errors import Corrupted, DigestMismatch, InvalidRequest, NotFound, PreconditionFailed
+from helios.mesh.errors import Corrupted, DigestMismatch, DiskFull, InvalidRequest, NotFound, PreconditionFailed
 from helios.mesh.sealed import DescriptorListener, check_sealed, close_all, connect, make_memory_file, seal
 from helios.storage.disk_tier import DiskTier
 from helios.storage.manifest import Digest
@@ -207,6 +207,27 @@ async def test_what_nobody_hands_back_is_lost_with_its_leases_when_the_grace_is_
         assert not (await lend(it.materializer, revision)).is_sealed
     async with node(tmp_path, shelf) as it:
         assert it.memory.is_settled
+
+
+async def test_a_full_disk_keeps_nobody_waiting_for_what_is_lost(
+    tmp_path: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revision = shelf.add({"w": b"some bytes"})
+    async with node(tmp_path, shelf) as it:
+        loan = await it.promoted(revision)
+    async with node(tmp_path, shelf) as it:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise DiskFull("no room for rows")
+
+        with monkeypatch.context() as full:
+            full.setattr("helios.storage.index.Index.delete", refuse)
+            full.setattr("helios.storage.index.Index.delete_leases", refuse)
+            await it.materializer.settle(0.0)
+        assert it.memory.is_settled
+        with pytest.raises(NotFound):
+            await it.materializer.materialize(revision, holder="test", ttl=None, lease_id=loan.lease.id)
+        assert not (await lend(it.materializer, revision)).is_sealed
 
 
 async def test_what_was_not_lent_is_gone_with_the_agent(tmp_path: Path, shelf: Shelf) -> None:

@@ -236,7 +236,11 @@ class Materializer:
         """Waits for what holders hand back after a restart, and ends the leases of what they don't."""
         for room in self.rooms:
             if lost := await room.tier.settle(grace_seconds):
-                await self._end_leases(room, lost)
+                try:
+                    await self._end_leases(room, lost)
+                except (DiskFull, Unavailable) as error:
+                    # They have ended all the same; a restart finds their rows, and waits for their revisions again.
+                    log.warning("ended leases not deleted", tier=room.name, reason=error.reason, error=error.message)
 
     async def evict(self, revision: str) -> int:
         """Drops a revision from all tiers, with the blobs that only it uses; returns the bytes that were freed.
