@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import io
 import json
 import math
 from collections.abc import AsyncIterator, Iterator
@@ -11,9 +12,21 @@ from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
+from rich.console import Console
 
 from helios.api.registry.v1.push_service_pb2_grpc import add_PushServiceServicer_to_server
-from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, PermissionDenied, PreconditionFailed, Unavailable
+from helios.cli import models_push
+from helios.cli.state import StateDirectory
+from helios.mesh.channel import Dialer
+from helios.mesh.errors import (
+    HeliosError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    PreconditionFailed,
+    Unavailable,
+)
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.registry import access
 from helios.registry.push.client import PushClient
@@ -91,7 +104,7 @@ async def test_what_is_pushed_and_pulled_again_is_the_same_revision(tmp_path: Pa
         done = await here.push(f"oci://{registry}/same/m:v1")
         assert done.revision == here.revision
         assert done.location == f"oci://{registry}/same/m@{here.revision}"
-        assert done.sent_bytes == here.size_bytes + len(b"{}")
+        assert done.sent_bytes == here.size_bytes
         files = await stored(here.parts, here.revision)
         async with open_parts(tmp_path / "other") as other:
             for source in (f"oci://{registry}/same/m:v1", done.location):
@@ -112,7 +125,7 @@ async def test_what_the_target_has_is_not_sent(tmp_path: Path, proxy: FaultyProx
         assert sent(proxy, "POST") == 0
         # A repository beside it takes the blobs from there.
         mounted = await here.push(f"oci://{proxy.address}/known/other")
-        assert mounted.sent_bytes <= len(b"{}")
+        assert mounted.sent_bytes == 0
         assert sent(proxy, "PATCH") == 0
 
 
@@ -176,25 +189,30 @@ async def test_a_push_goes_on_where_the_last_one_broke_off(tmp_path: Path, proxy
     assert done.sent_bytes <= here.size_bytes - 4 * CHUNK
 
 
-async def test_a_caller_who_leaves_ends_the_push(tmp_path: Path, proxy: FaultyProxy) -> None:
+async def test_pushes_are_bounded_and_end_with_their_callers(tmp_path: Path, proxy: FaultyProxy) -> None:
     async with open_here(tmp_path) as here:
         proxy.inject(faults.status(429, retry_after=50, method="PATCH", times=100))
         async with aclosing(here.pusher.push("m", f"oci://{proxy.address}/left/m:v1")) as events:
             async for event in events:
                 if isinstance(event, IngestProgress) and event.phase is PushPhase.SEND:
                     break
+            async with aclosing(here.pusher.push("m", f"oci://{proxy.address}/left/n:v1")) as others:
+                await anext(others)
+                with pytest.raises(Overloaded) as refused:
+                    await here.push(f"oci://{proxy.address}/left/o:v1")
+                assert refused.value.reason == "TOO_MANY_PUSHES"
         proxy.heal()
         # The blobs are free again, and so is the place.
         assert await here.parts.catalog.delete_model("m") > 0
 
 
-async def test_pushes_are_bounded_and_share_uploads(tmp_path: Path, proxy: FaultyProxy) -> None:
+async def test_two_pushes_send_a_blob_once(tmp_path: Path, proxy: FaultyProxy) -> None:
     async with open_here(tmp_path) as here:
         targets = [f"oci://{proxy.address}/shared/m:v{number}" for number in range(2)]
         async with asyncio.TaskGroup() as group:
             pushes = [group.create_task(here.push(target), name=target) for target in targets]
         sent_bytes = sum(push.result().sent_bytes for push in pushes)
-        assert sent_bytes == here.size_bytes + len(b"{}")
+        assert sent_bytes == here.size_bytes
 
 
 async def test_a_password_is_shown_to_who_wants_it(tmp_path: Path) -> None:
@@ -232,7 +250,7 @@ async def test_tokens_are_got_for_what_is_done_and_renewed(tmp_path: Path) -> No
             assert len(tokens.handed_out) > 1
             assert tokens.handed_out[0] == ["repository:org/m:pull,push"]
             mounted = await here.push(f"oci://{proxy.address}/org/other:v1")
-            assert mounted.sent_bytes <= len(b"{}")
+            assert mounted.sent_bytes == 0
             assert tokens.handed_out[-1] == ["repository:org/other:pull,push", "repository:org/m:pull"]
         docker = tmp_path / "config.json"
         docker.write_text(json.dumps({"auths": {proxy.address: {"identitytoken": tokens.identity_token}}}))
@@ -248,7 +266,9 @@ async def test_tokens_are_got_for_what_is_done_and_renewed(tmp_path: Path) -> No
             assert missing.value.reason == "TARGET_LOGIN_MISSING"
 
 
-async def test_people_push_through_the_mesh_and_nobody_else(tmp_path: Path, registry: str, mesh: Mesh) -> None:
+async def test_people_push_through_the_mesh_and_nobody_else(
+    tmp_path: Path, registry: str, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with open_here(tmp_path) as here:
         server = MeshServer(
             listen="127.0.0.1:0",
@@ -269,6 +289,33 @@ async def test_people_push_through_the_mesh_and_nobody_else(tmp_path: Path, regi
                 with pytest.raises(NotFound) as missing:
                     await anext(PushClient(dialer).push("none", f"oci://{registry}/mesh/m:v1"))
                 assert missing.value.reason == "MODEL_NOT_FOUND"
+            lines, screen = io.StringIO(), io.StringIO()
+
+            @asynccontextmanager
+            async def open_admin(state: StateDirectory) -> AsyncIterator[Dialer]:
+                del state
+                async with mesh.dialer(server.address, "admin-edge") as dialer:
+                    yield dialer
+
+            monkeypatch.setattr(models_push, "open_admin", open_admin)
+            for output, tag, is_json in ((lines, "v2", True), (screen, "v3", False)):
+                await models_push.models_push(
+                    StateDirectory(tmp_path),
+                    Console(file=output, width=200),
+                    "m",
+                    f"oci://{registry}/mesh/m:{tag}",
+                    is_json=is_json,
+                )
+            location = f"oci://{registry}/mesh/m@{here.revision}"
+            done = json.loads(lines.getvalue().splitlines()[-1])["done"]
+            assert done == {
+                "model": "m",
+                "revision": here.revision,
+                "location": location,
+                "sent_bytes": 0,
+                "known_bytes": here.size_bytes,
+            }
+            assert f"m is {location}, 0 B sent" in screen.getvalue()
             async with mesh.dialer(server.address, "storage") as dialer:
                 with pytest.raises(PermissionDenied):
                     await anext(PushClient(dialer).push("m", f"oci://{registry}/mesh/m:v1"))

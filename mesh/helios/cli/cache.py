@@ -54,11 +54,14 @@ async def evict(state: StateDirectory, console: Console, name: str, *, is_json: 
         console.print(f"{revision[:_SHOWN_DIGEST]}: {decimal(freed_bytes)} freed; the registry keeps the model")
 
 
-async def pin(state: StateDirectory, console: Console, name: str, *, is_pinned: bool) -> None:
+async def pin(state: StateDirectory, console: Console, name: str, *, is_pinned: bool, is_json: bool) -> None:
     """Pins a revision to the node, or takes the pin back."""
     revision = await _revision_of(state, name)
     async with _open_storage(state) as storage:
         await (storage.pin(revision) if is_pinned else storage.unpin(revision))
+    if is_json:
+        console.print_json(json.dumps({"revision": revision, "pinned": is_pinned}))
+        return
     console.print(f"{revision[:_SHOWN_DIGEST]}: {'stays once it is here' if is_pinned else 'may be evicted'}")
 
 

@@ -49,15 +49,15 @@ def cache_prefetch(
 
 
 @app.command("pin")
-def cache_pin(revision: RevisionArgument, state_dir: StateOption) -> None:
+def cache_pin(revision: RevisionArgument, state_dir: StateOption, *, is_json: JsonOption = False) -> None:
     """Have a revision stay on this node once it is here."""
-    run(cache_commands.pin(state_of(state_dir), console, revision, is_pinned=True))
+    run(cache_commands.pin(state_of(state_dir), console, revision, is_pinned=True, is_json=is_json))
 
 
 @app.command("unpin")
-def cache_unpin(revision: RevisionArgument, state_dir: StateOption) -> None:
+def cache_unpin(revision: RevisionArgument, state_dir: StateOption, *, is_json: JsonOption = False) -> None:
     """Let a pinned revision be evicted again."""
-    run(cache_commands.pin(state_of(state_dir), console, revision, is_pinned=False))
+    run(cache_commands.pin(state_of(state_dir), console, revision, is_pinned=False, is_json=is_json))
 
 
 @app.command("scrub")

@@ -205,9 +205,11 @@ def models_set(
     *,
     setting: SettingOption = None,
     unset: Annotated[list[str] | None, typer.Option(help="Setting to take back. May be repeated.")] = None,
+    is_json: JsonOption = False,
 ) -> None:
     """Change how a model's engine is set; without options, show the settings and what can be set."""
-    run(models_set_command(state_of(state_dir), console, name, tuple(setting or ()), tuple(unset or ())))
+    changes = (tuple(setting or ()), tuple(unset or ()))
+    run(models_set_command(state_of(state_dir), console, name, *changes, is_json=is_json))
 
 
 @app.command("tag")

@@ -14,7 +14,13 @@ from helios.registry.client import EngineSettings, Model, RegistryClient
 
 
 async def models_set(
-    state: StateDirectory, console: Console, name: str, assignments: tuple[str, ...], removals: tuple[str, ...]
+    state: StateDirectory,
+    console: Console,
+    name: str,
+    assignments: tuple[str, ...],
+    removals: tuple[str, ...],
+    *,
+    is_json: bool = False,
 ) -> None:
     """Changes a model's engine settings; without a change, shows them and the keys that there are."""
     async with open_admin(state) as dialer:
@@ -24,6 +30,10 @@ async def models_set(
             settings = engine_settings.change(settings_of(model), assignments, removals)
             # They are replaced as a whole: what another person has set meanwhile would be gone.
             model = await registry.update_engine_settings(model.name, _kept(settings), expected_version=model.version)
+    if is_json:
+        shown = {"model": model.name, "engine_settings": engine_settings.flatten(settings_of(model))}
+        console.print_json(json.dumps(shown))
+        return
     for key, value in engine_settings.flatten(settings_of(model)).items():
         console.print(f"{key}={value}", markup=False, highlight=False, soft_wrap=True)
     if assignments or removals:

@@ -75,10 +75,11 @@ async def test_status_shows_tiers_and_revisions(node: Node) -> None:
 
 
 async def test_a_pinned_revision_is_not_evicted_until_it_is_unpinned(node: Node) -> None:
-    await cache.pin(node.state, node.console, node.revision, is_pinned=True)
+    await cache.pin(node.state, node.console, node.revision, is_pinned=True, is_json=True)
+    assert node.printed() == {"revision": node.revision, "pinned": True}
     with pytest.raises(PreconditionFailed, match="pinned"):
         await cache.evict(node.state, node.console, node.revision, is_json=True)
-    await cache.pin(node.state, node.console, node.revision, is_pinned=False)
+    await cache.pin(node.state, node.console, node.revision, is_pinned=False, is_json=False)
     node.screen.truncate(0)
     node.screen.seek(0)
     await cache.evict(node.state, node.console, node.revision, is_json=True)

@@ -93,11 +93,13 @@ class Push:
                 return PushDone(done.revision, done.location, 0, _total(digests))
             missing = await self._missing(target, digests | {_EMPTY_DIGEST})
             progress.begin(PushPhase.SEND, _total(missing))
-            sent_bytes = await self._send_all(target, missing, mounts, progress)
+            sent = await self._send_all(target, missing, mounts, progress)
             progress.begin(PushPhase.COMMIT)
             await target.put_manifest(manifest.canonical_json(), revision.digest)
         self._places.remember(reference, digests)
-        return PushDone(done.revision, done.location, sent_bytes, _total(digests | set(missing)) - sent_bytes)
+        # The model's own bytes: the config that the manifest names is none of its files.
+        sent_bytes = sum(count for digest, count in sent.items() if digest in digests)
+        return PushDone(done.revision, done.location, sent_bytes, _total(digests) - sent_bytes)
 
     async def _missing(self, target: OciTarget, digests: Collection[Digest]) -> list[Digest]:
         """Returns what the target lacks, the largest first: each goes by itself, and the last is waited for alone."""
@@ -112,14 +114,15 @@ class Push:
 
     async def _send_all(
         self, target: OciTarget, missing: Collection[Digest], mounts: Mapping[Digest, str], progress: ProgressLog
-    ) -> int:
-        sent: list[int] = []
+    ) -> dict[Digest, int]:
+        """Returns how many bytes of each blob were sent."""
+        sent: dict[Digest, int] = {}
 
         async def send(digest: Digest) -> None:
-            sent.append(await self._send(target, digest, mounts.get(digest, ""), progress))
+            sent[digest] = await self._send(target, digest, mounts.get(digest, ""), progress)
 
         await each(missing, send, at_once=self._settings.in_flight)
-        return sum(sent)
+        return sent
 
     async def _send(self, target: OciTarget, digest: Digest, mount: str, progress: ProgressLog) -> int:
         lock = self._locks.setdefault(f"{target.name} {digest}", asyncio.Lock())
