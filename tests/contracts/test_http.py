@@ -19,6 +19,7 @@ NATIVE_ONLY = {
     "helios.api.inference.v1.PrefillService": "between replicas",
     "helios.api.registry.v1.ChunkService": "for storage agents",
     "helios.api.registry.v1.ArtifactService.PutArtifact": "from workers, which alone may",
+    "helios.api.registry.v1.ProfileService.ExchangeMeasures": "between proxies and the registry",
     "helios.api.registry.v1.UsageService.ReportUsage": "from proxies, which alone may",
     "helios.api.registry.v1.UsageService.WatchWarmTargets": "a stream without end, for proxies",
     "helios.api.registry.v1.RegistryService.WatchModels": "a stream without end, for proxies",

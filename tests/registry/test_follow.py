@@ -1,4 +1,4 @@
-"""Followed sources: a hub, a web directory and a bucket that change; policies, failures, restarts, several registries."""
+"""Followed sources: a hub, a web directory and a bucket that change; policies, failures, restarts, registries."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping

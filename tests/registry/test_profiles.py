@@ -231,7 +231,7 @@ def test_what_fits_stays_within_its_devices(
 @pytest.mark.parametrize("name", ["tied, odd", "experts", "latent"])
 async def test_a_plan_lists_the_modules_that_stay_whole(name: str) -> None:
     # Two layers are as good as sixty, and quicker.
-    config = CONFIGS[name] | {"num_hidden_layers": 2}
+    config: dict[str, Any] = CONFIGS[name] | {"num_hidden_layers": 2}
     planner = Planner(timeout_seconds=110)
     plan = await planner.plan(name, json.dumps(config).encode())
     assert isinstance(plan, Plan), plan

@@ -1,4 +1,4 @@
-"""A rollout behind the public address: both revisions answer, by weight and by key; it ends without a failed request."""
+"""A rollout behind the public address: both revisions answer, by weight and by key; no request fails at its end."""
 
 import json
 import threading
