@@ -45,6 +45,7 @@ SLOW_FILES = (
     "proxy/test_keys_gateway.py",
     "proxy/test_main.py",
     "proxy/test_process.py",
+    "proxy/test_usage_process.py",
     "registry/test_convert.py",
     "registry/test_database.py",
     "registry/test_follow.py",

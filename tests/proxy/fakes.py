@@ -19,7 +19,9 @@ from helios.api.fleet.v1 import fleet_service_pb2 as fleet_pb
 from helios.api.fleet.v1 import types_pb2
 from helios.api.fleet.v1.fleet_service_pb2_grpc import FleetServiceStub
 from helios.api.registry.v1 import registry_service_pb2 as registry_pb
+from helios.api.registry.v1 import usage_service_pb2 as usage_pb
 from helios.api.registry.v1.registry_service_pb2_grpc import RegistryServiceServicer
+from helios.api.registry.v1.usage_service_pb2_grpc import UsageServiceServicer
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import ModelNotFound
 from helios.mesh.identity import IdentityFiles
@@ -326,6 +328,37 @@ def _answer(response: Any, *, asked_body: bool) -> Answer:
         return Answer(headers, immediate.status.code, immediate.grpc_status.status, body, asked_body)
     mutation = getattr(response, kind).response.header_mutation
     return Answer({o.header.key: o.header.raw_value.decode() for o in mutation.set_headers}, asked_body=asked_body)
+
+
+class FakeUsage(UsageServiceServicer):
+    """Takes reports, once each, and advises what it is told to; targets that change are told to those who watch."""
+
+    def __init__(self) -> None:
+        self.taken: dict[tuple[str, int], usage_pb.ReportUsageRequest] = {}
+        self.targets: list[usage_pb.WarmTarget] = []
+
+    def counts(self, model: str) -> usage_pb.UsageCounts:
+        """The sums of a model."""
+        total = usage_pb.UsageCounts()
+        for report in self.taken.values():
+            for delta in report.deltas:
+                if delta.model == model:
+                    for count, value in delta.counts.ListFields():
+                        setattr(total, count.name, getattr(total, count.name) + value)
+        return total
+
+    async def ReportUsage(self, request: Any, context: Any) -> Any:
+        self.taken[request.reporter, request.sequence] = request
+        return usage_pb.ReportUsageResponse(sequence=request.sequence)
+
+    async def WatchWarmTargets(self, request: Any, context: Any) -> Any:
+        yield usage_pb.WatchWarmTargetsResponse(targets=self.targets)
+        await asyncio.Event().wait()
+
+    async def _unused(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
+    ListUsage = GetUsage = ListBlobHeat = _unused
 
 
 class FakeRegistry(RegistryServiceServicer):

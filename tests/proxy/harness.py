@@ -9,6 +9,7 @@ from typing import Any
 
 from helios.api.registry.v1.key_service_pb2_grpc import add_KeyServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
+from helios.api.registry.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
 from helios.mesh.channel import Dialer
 from helios.mesh.identity import CertificateAuthority, IdentityFiles
 from helios.mesh.process import Lifetime
@@ -19,10 +20,11 @@ from helios.proxy.client import AdminClient, ModelsClient
 from helios.proxy.settings import FleetSettings, HoldSettings, ProxySettings, ReplicaSettings
 from helios.registry.keys.keys import Keys
 from helios.registry.keys.servicer import KeyServicer
-from tests.proxy.fakes import FakeEnvoy, FakeRegistry, FakeWorker, until
+from tests.proxy.fakes import FakeEnvoy, FakeRegistry, FakeUsage, FakeWorker, until
 
 REGISTRY_SERVICE = "helios.api.registry.v1.RegistryService"
 KEY_SERVICE = "helios.api.registry.v1.KeyService"
+USAGE_SERVICE = "helios.api.registry.v1.UsageService"
 
 
 class _Lifetime(Lifetime):
@@ -56,6 +58,7 @@ class World:
     registry: FakeRegistry = field(default_factory=FakeRegistry)
     registry_target: str = ""
     keys: Keys | None = None
+    usage: FakeUsage = field(default_factory=FakeUsage)
 
     def identity(self, component: str) -> IdentityFiles:
         """The leaf of a component."""
@@ -70,10 +73,11 @@ class World:
         server = MeshServer(
             listen=f"unix:{self.directory}/registry.sock",
             identity=self.identity("registry"),
-            policy={REGISTRY_SERVICE: frozenset({"proxy"}), KEY_SERVICE: frozenset({"proxy"})},
+            policy={name: frozenset({"proxy"}) for name in (REGISTRY_SERVICE, KEY_SERVICE, USAGE_SERVICE)},
             options=ServerOptions(drain_seconds=0.1),
         )
         add_RegistryServiceServicer_to_server(self.registry, server.grpc)
+        add_UsageServiceServicer_to_server(self.usage, server.grpc)
         if self.keys is not None:
             add_KeyServiceServicer_to_server(KeyServicer(self.keys), server.grpc)
         async with server:

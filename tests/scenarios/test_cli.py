@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -118,6 +119,31 @@ def test_the_cache_is_shown_and_found_good(mesh: RunningMesh) -> None:
     assert scrubbed.returncode == 0, scrubbed.stdout
     counted = json.loads(scrubbed.stdout)
     assert counted["done_bytes"] == counted["total_bytes"] > 0
+
+
+def test_usage_and_prefetches_are_shown_and_told_by_rest(mesh: RunningMesh) -> None:
+    assert mesh.chat().status == 200
+
+    def shown() -> dict[str, Any]:
+        told: dict[str, Any] = json.loads(mesh.helios("models", "usage", ALIAS, "--json").stdout)
+        return told
+
+    # Reports go twice a minute.
+    mesh.wait(lambda: shown()["counts"]["completion_tokens"] > 0, 60, "what was asked for is known")
+    told = shown()
+    assert told["model"] == MODEL
+    assert told["counts"]["requests"] >= 1
+    assert "warm_target" in json.loads(mesh.helios("models", "show", ALIAS, "--json").stdout)
+    listed = mesh.request("/admin/v1/usage", is_admin=True)
+    assert MODEL in {model["model"] for model in listed.json["models"]}
+    assert mesh.request(f"/admin/v1/usage/{ALIAS}", is_admin=True).json["usage"]["model"] == MODEL
+    heat = mesh.request("/admin/v1/blob-heat", is_admin=True).json["blobs"]
+    assert all(int(blob["requests"]) >= 1 for blob in heat)
+    assert heat
+    asked = json.loads(mesh.helios("cache", "prefetch", ALIAS, "--dry-run", "--json").stdout)
+    assert len(asked["asked_nodes"]) + len(asked["holding_nodes"]) == 1
+    nodes = mesh.request("/admin/v1/prefetches", is_admin=True).json["nodes"]
+    assert [node["node"] for node in nodes] == [*asked["asked_nodes"], *asked["holding_nodes"]]
 
 
 def test_a_model_is_added_shown_answers_and_is_removed(mesh: RunningMesh, smollm2_directory: Path) -> None:
