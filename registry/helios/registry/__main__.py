@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -96,15 +98,8 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
     )
     asyncio.get_running_loop().set_default_executor(threads)
     async with AsyncExitStack() as stack:
-        state = stack.enter_context(StateDirectory(settings.state_directory).owned())
-        url = settings.database_url.get_secret_value()
-        database = await Database.open(url or state.database)
-        stack.push_async_callback(database.close)
-        store, artifacts = Store(database), ArtifactStore(database)
-        blob_store = stack.enter_context(open_store(settings.blob_store, state, environment))
-        blobs = await _open_blobs(settings, state, blob_store, store.blobs, is_shared=database.is_shared)
-        hub = WatchHub(settings.watch_queue_size)
-        catalog = Catalog(store, blobs, hub, artifacts)
+        core = await _open_core(settings, environment, stack)
+        state, database, store, blobs, catalog = core.state, core.database, core.store, core.blobs, core.catalog
         converter = Converter(
             timeout_seconds=settings.ingest.convert_timeout_seconds, require_space=blobs.require_space
         )
@@ -121,18 +116,13 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         pusher = _serve_pushes(settings, store, blobs, web, server)
         collector = Collector(store.blobs, blobs, settings.collection)
         add_RegistryServiceServicer_to_server(RegistryServicer(catalog, ingester, collector), server.grpc)
-        uploads = Uploads(catalog, artifacts, state, settings.artifacts)
-        add_ArtifactServiceServicer_to_server(ArtifactServicer(uploads), server.grpc)
-        versions = Versions(catalog, TagStore(database, store.changes))
-        add_VersionServiceServicer_to_server(VersionServicer(versions, store), server.grpc)
+        uploads = Uploads(catalog, core.artifacts, state, settings.artifacts)
+        _serve_records(core, settings, server, uploads)
         rollouts = RolloutStore(database, store.changes)
         add_RolloutServiceServicer_to_server(RolloutServicer(catalog, rollouts), server.grpc)
         followed = FollowStore(database, store.changes)
         follower = Follower(followed, catalog, rollouts, sources, ingester, settings=settings.follow)
         add_FollowServiceServicer_to_server(FollowServicer(catalog, followed, follower), server.grpc)
-        planner = Planner(timeout_seconds=settings.profiles.plan_timeout_seconds)
-        profiles = Profiles(catalog, MeasureStore(database), planner)
-        add_ProfileServiceServicer_to_server(ProfileServicer(profiles), server.grpc)
         keys = Keys(KeyStore(database), poll_seconds=settings.watch_poll_seconds if database.is_shared else 0.0)
         add_KeyServiceServicer_to_server(KeyServicer(keys), server.grpc)
         chunks = ChunkStore(database)
@@ -143,10 +133,8 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         server.serve(*access.POLICY)
         for part in (server, ingester, pusher):
             await stack.enter_async_context(part)
-        stack.callback(hub.close)
-        stack.callback(sync.close)
-        stack.callback(keys.close)
-        stack.callback(usage.close)
+        for watched in (catalog.hub, sync, keys, usage):
+            stack.callback(watched.close)
         metrics.MODELS.set(await store.count_models())
         await uploads.measure()
         await stack.enter_async_context(collector.running())
@@ -159,9 +147,7 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         }
         if database.is_shared:
             chores["follow changes"] = partial(catalog.follow, settings.watch_poll_seconds)
-        for name, chore in chores.items():
-            task = lifetime.group.create_task(keep_running(name, chore), name=name)
-            stack.callback(task.cancel)
+        _start(chores, lifetime, stack)
         lifetime.mark_ready(address=server.address)
         await lifetime.wait_stop()
         await server.set_serving(is_serving=False)
@@ -186,6 +172,47 @@ def _usage(
     add_UsageServiceServicer_to_server(UsageServicer(usage, store), server.grpc)
     add_PrefetchServiceServicer_to_server(PrefetchServicer(prefetches, store), server.grpc)
     return usage, prefetches
+
+
+def _start(chores: Mapping[str, Callable[[], Awaitable[None]]], lifetime: Lifetime, stack: AsyncExitStack) -> None:
+    """Runs what has no end, until the stack is left."""
+    for name, chore in chores.items():
+        task = lifetime.group.create_task(keep_running(name, chore), name=name)
+        stack.callback(task.cancel)
+
+
+@dataclass(frozen=True)
+class _Core:
+    """What all services stand on."""
+
+    state: StateDirectory
+    database: Database
+    store: Store
+    artifacts: ArtifactStore
+    blobs: Blobs
+    catalog: Catalog
+
+
+async def _open_core(settings: RegistrySettings, environment: Mapping[str, str], stack: AsyncExitStack) -> _Core:
+    """Opens directory, database and blob store, and brings them into order; the stack closes them."""
+    state = stack.enter_context(StateDirectory(settings.state_directory).owned())
+    database = await Database.open(settings.database_url.get_secret_value() or state.database)
+    stack.push_async_callback(database.close)
+    store, artifacts = Store(database), ArtifactStore(database)
+    blob_store = stack.enter_context(open_store(settings.blob_store, state, environment))
+    blobs = await _open_blobs(settings, state, blob_store, store.blobs, is_shared=database.is_shared)
+    catalog = Catalog(store, blobs, WatchHub(settings.watch_queue_size), artifacts)
+    return _Core(state, database, store, artifacts, blobs, catalog)
+
+
+def _serve_records(core: _Core, settings: RegistrySettings, server: MeshServer, uploads: Uploads) -> None:
+    """Adds the services that have nothing but rows: versions, artifacts, profiles."""
+    versions = Versions(core.catalog, TagStore(core.database, core.store.changes))
+    add_VersionServiceServicer_to_server(VersionServicer(versions, core.store), server.grpc)
+    add_ArtifactServiceServicer_to_server(ArtifactServicer(uploads), server.grpc)
+    planner = Planner(timeout_seconds=settings.profiles.plan_timeout_seconds)
+    profiles = Profiles(core.catalog, MeasureStore(core.database), planner)
+    add_ProfileServiceServicer_to_server(ProfileServicer(profiles), server.grpc)
 
 
 async def _open_blobs(
