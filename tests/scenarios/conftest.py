@@ -24,6 +24,8 @@ def mesh(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iter
     settings = [f"{name}.otlp_endpoint={collector.address}" for name in processes]
     # Of models that are to have both forms alone: a test does not wait for half a minute of use.
     settings += ["proxy.swap.after_seconds=1", "proxy.swap.back_off_seconds=1"]
+    # Nor for half a minute until the registry is told of usage.
+    settings += ["proxy.usage.report_interval_seconds=1"]
     running = RunningMesh(Path(tmp_path_factory.mktemp("mesh")) / "state", settings)
     try:
         running.start()

@@ -128,7 +128,6 @@ def test_usage_and_prefetches_are_shown_and_told_by_rest(mesh: RunningMesh) -> N
         told: dict[str, Any] = json.loads(mesh.helios("models", "usage", ALIAS, "--json").stdout)
         return told
 
-    # Reports go twice a minute.
     mesh.wait(lambda: shown()["counts"]["completion_tokens"] > 0, 60, "what was asked for is known")
     told = shown()
     assert told["model"] == MODEL
