@@ -208,7 +208,7 @@ def test_what_a_registry_wrongly_says_that_others_have_is_read_after_all() -> No
         node.policy.meet([(h.address, h.node, h.is_whole) for h in holders], world.now)
         node.policy.has("n1", [], is_whole=False)
 
-    world.hear = hear  # type: ignore[method-assign]
+    world.hear = hear
     assert world.run() == Counter(CHUNKS)
     assert world.now < 120.0
 
