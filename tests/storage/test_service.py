@@ -409,11 +409,12 @@ async def test_progress_comes_in_order_at_most_ten_times_a_second(mesh: Mesh) ->
 
 
 async def test_progress_says_how_fast_bytes_come_and_how_long_they_will(mesh: Mesh) -> None:
-    content = os.urandom(MIB)
+    # An object store's bytes come in pieces of a mebibyte.
+    content = os.urandom(4 * MIB)
     seen: list[Progress] = []
     with serve_blob(content) as server:
         # Some two seconds.
-        server.script = lambda request: Answer(drip_seconds=0.002 if request.last else 0.0)
+        server.script = lambda request: Answer(drip_seconds=0.0005 if request.last else 0.0)
         revision = mesh.shelf.add({"big": content})
         mesh.shelf.url = server.url.removesuffix("/blob")
         async with mesh.agent() as agent, agent.client.materialize(revision, holder="t", on_progress=seen.append):
