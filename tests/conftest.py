@@ -55,6 +55,7 @@ SLOW_FILES = (
     "registry/test_profiles.py",
     "registry/test_pull.py",
     "registry/test_pull_faults.py",
+    "registry/test_pull_files.py",
     "registry/test_pull_places.py",
     "registry/test_push.py",
     "storage/sync/test_session.py",

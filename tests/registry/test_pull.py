@@ -29,10 +29,9 @@ from helios.mesh.errors import (
     PreconditionFailed,
     Unavailable,
 )
-from helios.registry.downloads import DownloadSession, open_downloads
+from helios.registry.downloads import open_downloads
 from helios.registry.engine_settings import EngineSettings
 from helios.registry.records import IngestPhase, IngestProgress, IngestSpec
-from helios.registry.sources.remote import RemoteFile, Repository
 from helios.registry.sources.settings import DownloadSettings, HuggingFaceSettings, SourceSettings
 from tests.emulators import faulty_proxy as faults
 from tests.emulators.faulty_proxy import FaultyProxy
@@ -323,52 +322,6 @@ async def test_several_gguf_files_are_named_for_a_choice(place: Place) -> None:
     with pytest.raises(InvalidRequest, match=r"--include: a-Q4\.gguf \(0.0 GB\), a-Q8\.gguf") as caught:
         await place.parts.ingest("m", "hf:org/g")
     assert caught.value.reason == "AMBIGUOUS_SOURCE"
-
-
-async def test_the_same_weights_in_another_layout_are_not_fetched(place: Place) -> None:
-    weights = place.weights
-    doubled = place.files | {
-        "consolidated.safetensors": weights[:-1] + b"x",
-        "original/consolidated.00.pth": b"p" * 100,
-        "original/params.json": b"{}",
-        "model.fp16.safetensors": weights[:-1] + b"y",
-    }
-    place.hub.repository("org/doubled", doubled)
-    done = await place.parts.ingest("m", "hf:org/doubled")
-    assert {path for path in await place.stored(done.model.revision.digest) if path.endswith(".safetensors")} == {
-        "model.safetensors"
-    }
-    assert {path for _, path, _ in place.hub.bytes_requests()} == {f"/cdn/{hashlib.sha256(weights).hexdigest()}"}
-
-
-async def test_shards_are_fetched_several_at_a_time_the_smallest_first(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = tiny.write_sharded(place.root / "shards", 6)
-    files = {path.name: path.read_bytes() for path in directory.iterdir()}
-    place.hub.repository("org/shards", files)
-    # Nobody passes alone: one after the other, the first would wait for ever.
-    gate, begun, running = asyncio.Barrier(2), list[int](), list[int]()
-    fetch = DownloadSession.fetch
-
-    async def meet(
-        session: DownloadSession, file: RemoteFile, repository: Repository, on_bytes: Callable[[int], None]
-    ) -> tuple[Path | None, str]:
-        begun.append(file.size_bytes)
-        running.append(running[-1] + 1 if running else 1)
-        await gate.wait()
-        try:
-            return await fetch(session, file, repository, on_bytes)
-        finally:
-            running.append(running[-1] - 1)
-
-    monkeypatch.setattr(DownloadSession, "fetch", meet)
-    async with asyncio.timeout(60):
-        done = await place.parts.ingest("m", "hf:org/shards")
-    assert await place.stored(done.model.revision.digest) == files
-    assert len(begun) == 6
-    assert begun == sorted(begun)
-    assert max(running) <= DownloadSettings().files
 
 
 @pytest.mark.slow
