@@ -6,7 +6,7 @@ expected most for its bytes comes first, because bytes are what an hour's budget
 """
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -20,6 +20,11 @@ class Wanted:
     uses: float
     copies: int
     reason: str
+
+    def also(self, other: "Wanted") -> "Wanted":
+        """Returns the same, wanted for two models that serve one revision."""
+        reason = f"{other.reason}; {self.reason}"
+        return Wanted(self.revision, self.size_bytes, self.uses + other.uses, max(self.copies, other.copies), reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class Plan:
 
 
 def place(
-    wanted: Sequence[Wanted],
+    wanted: Iterable[Wanted],
     held: Mapping[str, Collection[str]],
     ordered: Mapping[str, Mapping[str, int]],
     *,
@@ -51,14 +56,14 @@ def place(
     """Returns orders by node, the most useful first.
 
     Args:
-        wanted: What is best somewhere.
+        wanted: What is best somewhere, each revision once.
         held: What nodes have, by node: all that are connected.
         ordered: What was ordered in this hour already, with its bytes: those orders stand and are in no budget twice.
         bytes_per_hour: The budget of each node.
     """
     orders: dict[str, list[Order]] = {node: [] for node in held}
     left = {node: bytes_per_hour - sum(ordered.get(node, {}).values()) for node in held}
-    for one in sorted(wanted, key=_usefulness, reverse=True):
+    for one in most_useful(wanted):
         missing_count = one.copies - sum(one.revision in revisions for revisions in held.values())
         # Who was asked in this hour goes on.
         order = {node: (one.revision not in ordered.get(node, {}), _rank(one, node)) for node in held}
@@ -72,6 +77,11 @@ def place(
             orders[node].append(Order(one.revision, one.size_bytes, is_asked=False, reason=one.reason))
             missing_count -= 1
     return orders
+
+
+def most_useful(wanted: Iterable[Wanted]) -> list[Wanted]:
+    """Returns what is expected most for its bytes, first."""
+    return sorted(wanted, key=_usefulness, reverse=True)
 
 
 def _usefulness(wanted: Wanted) -> tuple[float, str]:

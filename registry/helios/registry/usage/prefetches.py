@@ -14,12 +14,13 @@ from typing import Final, Protocol
 import structlog
 
 from helios.api.registry.v1 import sync_service_pb2 as pb
-from helios.mesh.errors import NotFound
+from helios.mesh.errors import ModelNotFound, NotFound
 from helios.registry.sync.cluster import AgentView
-from helios.registry.usage.prefetch_plan import Order, Plan, Wanted, place
+from helios.registry.usage.prefetch_plan import Order, Plan, Wanted, most_useful, place
 from helios.registry.usage.prefetch_wire import plan_to_proto
-from helios.registry.usage.records import Forecast, hour_of
+from helios.registry.usage.records import Forecast, hour_of, start_of
 from helios.registry.usage.store import UsageStore
+from helios.registry.usage.targets import Target
 from helios.registry.usage.usage import Usage
 
 log = structlog.get_logger()
@@ -28,12 +29,14 @@ _LOOK_SECONDS: Final = 5.0
 # What a person asked for and no node has taken by then, is not wanted any more.
 _ASKED_FOR: Final = timedelta(days=1)
 _DAY_HOURS: Final = 24
-# A minute costs a read of all forecasts; models that are made or deleted meanwhile can wait.
+# Models that serve another revision can wait for so long.
 _READ_AGAIN: Final = timedelta(minutes=1)
 _SETTLED_AFTER: Final = timedelta(seconds=3)
 # The contract's.
 _MAX_ORDERS: Final = 1_000
 _MAX_USES: Final = 10_000
+# As much as nodes can fetch in an hour, and what a hundred nodes are compared with in some ten milliseconds.
+_MAX_WANTED: Final = 2_000
 
 
 class Agents(Protocol):
@@ -106,6 +109,10 @@ class Prefetches:
         self._hour = 0
         self._changed = asyncio.Event()
         self._expected: _Expectations | None = None
+        self._forecasts: list[tuple[Target, Forecast]] = []
+        self._forecasts_of: tuple[int, int] | None = None
+        # Plans are made anew where this is another one: what is expected, and who is there since when.
+        self._planned_for: tuple[datetime, tuple[tuple[str, datetime], ...]] | None = None
 
     def take_report(self, node: str, report: pb.PrefetchReport) -> None:
         """Notes what an agent says."""
@@ -113,13 +120,16 @@ class Prefetches:
             known.report, known.reported_at = report, datetime.now(UTC)
 
     async def ask(self, model: str, node: str, *, is_dry: bool) -> Asked:
-        """Has a node, or all of them, fetch a model. Raises NotFound (NODE_NOT_FOUND)."""
+        """Has a node, or all of them, fetch a model. Raises ModelNotFound, NotFound (NODE_NOT_FOUND)."""
+        served = await self._store.served([model])
+        if model not in served:
+            raise ModelNotFound(f"no model '{model}'", metadata={"model": model})
+        revision, size_bytes = served[model]
         self._meet()
         if node and node not in self._nodes:
             raise NotFound(
                 f"no storage agent of a node '{node}' is connected", reason="NODE_NOT_FOUND", metadata={"node": node}
             )
-        ((revision, size_bytes),) = (await self._store.served([model])).values()
         nodes = [node] if node else sorted(self._nodes)
         holding = tuple(one for one in nodes if self._agents.holds(one, revision))
         asked = tuple(one for one in nodes if one not in holding)
@@ -127,6 +137,7 @@ class Prefetches:
         if not is_dry:
             for one in asked:
                 self._nodes[one].asked[revision] = order, self._usage.now() + _ASKED_FOR
+            self._planned_for = None
             self._changed.set()
         return Asked(revision, size_bytes, asked, holding)
 
@@ -169,11 +180,15 @@ class Prefetches:
         expected = await self._expectations(now)
         # Agents may have come and gone meanwhile.
         self._meet()
+        # One that has just come has not said yet what it has.
+        settled = [name for name, node in self._nodes.items() if now - node.connected_at >= _SETTLED_AFTER]
+        planned_for = expected.read_until, tuple((name, self._nodes[name].connected_at) for name in settled)
+        if planned_for == self._planned_for:
+            return
+        self._planned_for = planned_for
         held = {
             name: {one.revision for one in expected.wanted if self._agents.holds(name, one.revision)}
-            for name, node in self._nodes.items()
-            # One that has just come has not said yet what it has.
-            if now - node.connected_at >= _SETTLED_AFTER
+            for name in settled
         }
         ordered = {name: node.ordered for name, node in self._nodes.items()}
         wanted = expected.wanted if self._bytes_per_hour else ()
@@ -194,30 +209,28 @@ class Prefetches:
                 node.connected_at, node.told, node.report, node.reported_at = since, None, None, None
 
     async def _expectations(self, now: datetime) -> _Expectations:
-        """Returns what is expected, read anew once a minute and with each run of forecasts."""
+        """Returns what is expected: forecasts are read once an hour, and served revisions once a minute."""
         known = self._expected
-        if known is None or now >= known.read_until or known.run_count != self._usage.run_count:
-            known = self._expected = await self._read(now)
-        return known
-
-    async def _read(self, now: datetime) -> _Expectations:
+        if known is not None and now < known.read_until and known.run_count == self._usage.run_count:
+            return known
         hour, run_count = hour_of(now), self._usage.run_count
-        targets, forecasts = await self._usage.targets(), await self._usage.forecasts()
-        served = await self._store.served([target.model for target in targets])
-        wanted: list[Wanted] = []
-        uses: dict[str, float] = {}
-        for target in targets:
-            if target.model not in served:
-                continue
-            revision, size_bytes = served[target.model]
-            expected = _expected_uses(forecasts[target.model], hour)
-            uses[revision] = uses.get(revision, 0.0) + expected
-            wanted.append(
-                Wanted(revision, size_bytes, expected, max(1, target.replica_count), f"{target.model}: {target.reason}")
-            )
-        most = sorted(uses.items(), key=lambda item: (-item[1], item[0]))[:_MAX_USES]
-        expires_at = max((target.expires_at for target in targets), default=now + _ASKED_FOR)
-        return _Expectations(tuple(wanted), tuple(most), expires_at, run_count, now + _READ_AGAIN)
+        if self._forecasts_of != (hour, run_count):
+            self._forecasts = await self._usage.expected()
+            self._forecasts_of = hour, run_count
+        served = await self._store.served([target.model for target, _ in self._forecasts])
+        wanted: dict[str, Wanted] = {}
+        for target, forecast in self._forecasts:
+            if target.model in served:
+                revision, size_bytes = served[target.model]
+                uses, copies = _expected_uses(forecast, hour), max(1, target.replica_count)
+                one = Wanted(revision, size_bytes, uses, copies, f"{target.model}: {target.reason}")
+                wanted[revision] = one.also(wanted[revision]) if revision in wanted else one
+        most = sorted(wanted.values(), key=lambda one: (-one.uses, one.revision))
+        uses_told = tuple((one.revision, one.uses) for one in most[:_MAX_USES])
+        expires_at = max((target.expires_at for target, _ in self._forecasts), default=start_of(hour + 2))
+        best = tuple(most_useful(wanted.values())[:_MAX_WANTED])
+        self._expected = _Expectations(best, uses_told, expires_at, run_count, now + _READ_AGAIN)
+        return self._expected
 
     def _asked(self, name: str, node: _Node, now: datetime) -> list[Order]:
         node.asked = {
@@ -228,10 +241,8 @@ class Prefetches:
         return [order for order, _ in node.asked.values()]
 
     def _tell(self, name: str, node: _Node, plan: Plan) -> None:
-        if node.told is not None and (plan.orders, plan.uses) == (node.told.orders, node.told.uses):
-            # Without news an agent would hold its plan for over.
-            if node.told.expires_at - self._usage.now() > timedelta(hours=1):
-                return
+        if plan == node.told:
+            return
         if self._agents.post(name, pb.SessionResponse(prefetch_plan=plan_to_proto(plan))):
             if plan.orders and (node.told is None or plan.orders != node.told.orders):
                 log.info(

@@ -90,12 +90,12 @@ class Usage:
         """Returns the hottest blobs of the last hours."""
         return await self._store.heat(hour_of(self._now()) - hour_count + 1, limit)
 
-    async def forecasts(self) -> dict[str, Forecast]:
-        """Returns the newest forecast of each model."""
-        return await self._store.forecasts()
-
     async def targets(self) -> list[Target]:
         """Returns how warm models are best kept now, by name."""
+        return [target for target, _ in await self.expected()]
+
+    async def expected(self) -> list[tuple[Target, Forecast]]:
+        """Returns the models that something is expected of: how warm each is best kept now, and its forecast."""
         hour, policy = hour_of(self._now()), self._settings.target_policy
         made = await self._store.forecasts()
         recent = await self._store.counts(hour - _RECENT_HOURS + 1)
@@ -111,7 +111,7 @@ class Usage:
             )
             for name, forecast in sorted(made.items())
         )
-        return [target for target in found if target is not None]
+        return [(target, made[target.model]) for target in found if target is not None]
 
     async def watch_targets(self) -> AsyncGenerator[list[Target], None]:
         """Yields all targets, now and whenever forecasts were made. Raises Draining when the process stops."""

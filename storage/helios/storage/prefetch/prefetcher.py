@@ -67,6 +67,8 @@ class Prefetcher:
                         await self._wait()
 
     async def _decide(self, materializer: Materializer) -> Fetch | GiveUp | None:
+        if self._ahead.is_at_rest(self._clock()):
+            return None
         used = materializer.use_counts()
         self._ahead.look(here=used, is_used=lambda revision: used[revision] > 0)
         if materializer.is_fetching:

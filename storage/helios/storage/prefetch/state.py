@@ -111,6 +111,10 @@ class Ahead:
         """How many uses of a revision are expected; 0 where the plan is over."""
         return self._plan.uses.get(revision, 0.0) if now < self._plan.expires_at else 0.0
 
+    def is_at_rest(self, now: datetime) -> bool:
+        """Whether there is nothing to decide and nothing to count: no orders, and nothing that awaits its use."""
+        return not self._orders(now) and not self._unused
+
     def is_wanted(self, revision: str, now: datetime) -> bool:
         """Whether the plan has a revision."""
         return any(order.revision == revision for order in self._orders(now))
