@@ -18,6 +18,8 @@ NATIVE_ONLY = {
     "helios.api.inference.v1.InferenceService": "the typed twin of the OpenAI calls, for gRPC clients",
     "helios.api.inference.v1.PrefillService": "between replicas",
     "helios.api.registry.v1.ChunkService": "for storage agents",
+    "helios.api.registry.v1.SyncService.Session": "a session between processes",
+    "helios.api.registry.v1.KeyService.WatchKeys": "a stream without end, for proxies",
     "helios.api.registry.v1.ArtifactService.PutArtifact": "from workers, which alone may",
     "helios.api.registry.v1.ProfileService.ExchangeMeasures": "between proxies and the registry",
     "helios.api.registry.v1.UsageService.ReportUsage": "from proxies, which alone may",
