@@ -128,9 +128,9 @@ class PeerSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     targets: tuple[str, ...] = ()
-    """Addresses, ``host:port``, of agents that the registry does not tell of: those of another registry. Those of the same
-    one find each other. A blob that some have, or some of it, is read from them, verified chunk by chunk. A registry
-    whose store is a directory is read alone. This node's own address among them does no harm."""
+    """Addresses, ``host:port``, of agents that the registry does not tell of: those of another registry. Those of the
+    same one find each other. A blob that some have, or some of it, is read from them, verified chunk by chunk. A
+    registry whose store is a directory is read alone. This node's own address among them does no harm."""
     max_reads: int = Field(default=16, ge=1, le=1024)
     """Ranges that are read for peers at a time; more are refused and asked elsewhere. 16: two peers' fetches."""
     address: str = ""

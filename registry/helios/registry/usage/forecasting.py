@@ -96,9 +96,12 @@ class _Expert:
         last; both take weeks to unlearn.
         """
         mean = sum(self._first) / self._season
-        self._model.trend[-1] = 0.0
-        self._model.season.clear()
-        self._model.season.extend(count - mean for count in self._first)
+        trend, season = self._model.trend, self._model.season
+        assert trend is not None, "a forecaster with a season has a trend"
+        assert season is not None, "it is asked for where there is one"
+        trend[-1] = 0.0
+        season.clear()
+        season.extend(count - mean for count in self._first)
 
 
 class Forecaster:
