@@ -21,14 +21,15 @@ from helios.registry.sources.settings import ModelScopeSettings, StoreSettings
 from tests.emulators import faulty_proxy as faults
 from tests.emulators.docker_registry import docker_registry, pusher
 from tests.emulators.faulty_proxy import Fault, FaultyProxy, Reply
+from tests.emulators.google import google
 from tests.emulators.servers import Emulator
 from tests.registry.test_pull import model_files
 from tests.registry.test_pull_places import OciServer, Server, registry, serving, stored
 
 # Asked for here, so that no test takes a server of the whole run for what it left behind.
 pytestmark = pytest.mark.usefixtures("seaweedfs_bucket", "azurite_bucket")
-KINDS = ("http", "ms", "s3", "az", "oci")
-STORES = ("s3", "az")
+KINDS = ("http", "ms", "s3", "gs", "az", "oci")
+STORES = ("s3", "gs", "az")
 # Those whose files have no name but an ETag.
 NAMELESS = ("http", *STORES)
 
@@ -79,16 +80,21 @@ async def open_place(kind: str, files: dict[str, bytes], request: pytest.Fixture
             proxy = stack.enter_context(FaultyProxy(address))
             yield Place(f"oci://{proxy.address}/org/m:v1", proxy, model.blobs.__setitem__)
         else:
-            emulator: Emulator = request.getfixturevalue({"s3": "seaweedfs_server", "az": "azurite_server"}[kind])
-            bucket: str = request.getfixturevalue({"s3": "seaweedfs_bucket", "az": "azurite_bucket"}[kind])
+            name = "azurite" if kind == "az" else "seaweedfs"
+            emulator: Emulator = request.getfixturevalue(f"{name}_server")
+            bucket: str = request.getfixturevalue(f"{name}_bucket")
             prefix = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
             # A way of its own, which keeps no connection open, as the other one does not.
             aside = stack.enter_context(FaultyProxy(emulator.address))
-            write = writer(emulator.through(aside.address), f"{kind}://{bucket}/{prefix}")
+            write = writer(emulator.through(aside.address), f"{emulator.scheme}://{bucket}/{prefix}")
             for path, content in files.items():
                 write(path, content)
-            proxy = stack.enter_context(FaultyProxy(emulator.address))
-            stores = StoreSettings(**{kind: secrets(emulator.through(proxy.address).options)})
+            if kind == "gs":
+                google_proxy = proxy = stack.enter_context(google(emulator))
+                stores = StoreSettings(gs=secrets(google_proxy.emulator.options))
+            else:
+                proxy = stack.enter_context(FaultyProxy(emulator.address))
+                stores = StoreSettings(**{kind: secrets(emulator.through(proxy.address).options)})
             yield Place(f"{kind}://{bucket}/{prefix}", proxy, write, {"stores": stores})
 
 
@@ -129,7 +135,7 @@ async def test_a_bad_network_changes_nothing(
         assert await stored(parts, done.model.revision.digest) == files
 
 
-@pytest.mark.parametrize("kind", [long_form(kind) if kind in {"ms", "az"} else kind for kind in KINDS])
+@pytest.mark.parametrize("kind", [long_form(kind) if kind in {"ms", "gs", "az"} else kind for kind in KINDS])
 async def test_a_place_that_is_broken_is_said_to_be_and_what_came_is_kept(
     tmp_path: Path, files: dict[str, bytes], kind: str, request: pytest.FixtureRequest
 ) -> None:
@@ -150,7 +156,7 @@ async def test_a_place_that_is_broken_is_said_to_be_and_what_came_is_kept(
         assert sum(method == "GET" for method, _ in place.proxy.requests) < 35
 
 
-@pytest.mark.parametrize("kind", [long_form(kind) if kind in {"ms", "oci"} else kind for kind in KINDS])
+@pytest.mark.parametrize("kind", [long_form(kind) if kind in {"ms", "gs", "oci"} else kind for kind in KINDS])
 async def test_a_wrong_etag_begins_a_file_anew(
     tmp_path: Path, files: dict[str, bytes], kind: str, request: pytest.FixtureRequest
 ) -> None:

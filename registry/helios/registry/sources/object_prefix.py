@@ -33,7 +33,7 @@ from helios.registry.strict_json import malformed
 
 T = TypeVar("T")
 
-_ALLOW_HTTP: Final = ("allow_http", "aws_allow_http", "azure_allow_http")
+_ALLOW_HTTP: Final = ("allow_http", "aws_allow_http", "azure_allow_http", "google_allow_http")
 # obstore itself is set to try once, for the sake of transfers.
 _ATTEMPTS: Final = 5
 _STATUS: Final[Mapping[type[HeliosError], int]] = {BlobNotFound: 404, PermissionDenied: 403, Unauthenticated: 401}
