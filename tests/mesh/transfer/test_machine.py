@@ -1,5 +1,8 @@
 """The machine of one transfer: every chunk is fetched, none is believed unread, nothing runs away from the hash."""
 
+import random
+from collections.abc import Sequence
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
@@ -213,3 +216,42 @@ class TransferRules(RuleBasedStateMachine):
 
 
 TestTransferMachine = TransferRules.TestCase
+
+
+@given(seed=st.integers(0, 10**9), claimed=st.sets(st.integers(0, 19)), window_count=st.integers(1, 6))
+def test_a_guided_transfer_begins_what_is_chosen_within_the_window(
+    seed: int, claimed: set[int], window_count: int
+) -> None:
+    rng = random.Random(seed)
+    chunks = uniform_chunks(200, 10)
+    machine = TransferMachine(
+        chunks, dict.fromkeys(claimed, b"x"), policy=RetryPolicy(max_attempts=1000), window_count=window_count
+    )
+    first, now = 0, 0.0
+    busy: list[int] = []
+    verified: set[int] = set()
+
+    def choose(offered: Sequence[Chunk]) -> int | None:
+        assert [chunk.index for chunk in offered] == sorted({chunk.index for chunk in offered} - {*busy})
+        assert all(first <= chunk.index < first + window_count for chunk in offered)
+        return rng.choice([None, rng.randrange(len(offered))])
+
+    while not machine.is_finished:
+        first = next(chunk.index for chunk in chunks if machine.state(chunk.index) is not ChunkState.WRITTEN)
+        job = machine.next_job(now, choose)
+        match job:
+            case Verify(chunk):
+                assert chunk.index in claimed - verified, "once each"
+                verified.add(chunk.index)
+                machine.written(chunk.index) if rng.random() < 0.5 else machine.refuted(chunk.index)
+            case Fetch(chunk):
+                assert verified == claimed, "what is here is looked at first"
+                busy.append(chunk.index)
+        now += 30.0
+        if busy and rng.random() < 0.5:
+            index = busy.pop(rng.randrange(len(busy)))
+            if rng.random() < 0.5:
+                machine.failed(index, now, jitter=0.5)
+            else:
+                machine.written(index)
+    assert machine.next_job(now, choose) == Finished()

@@ -130,7 +130,7 @@ async def end_of(stream: Stream) -> str:
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "pki", CertificateAuthority.open(tmp_path / "ca"), SyncSettings(heartbeat_seconds=0.5))
+    return Registry(tmp_path / "pki", CertificateAuthority.open(tmp_path / "ca"), SyncSettings())
 
 
 async def test_what_a_node_holds_is_known_and_known_again_after_a_restart_of_the_registry(registry: Registry) -> None:
@@ -213,6 +213,7 @@ async def test_a_newer_stream_of_a_node_takes_over(registry: Registry) -> None:
 
 
 async def test_an_agent_that_falls_silent_is_forgotten(registry: Registry) -> None:
+    registry.settings = SyncSettings(heartbeat_seconds=0.3)
     async with (
         registry.serve(),
         Dialer(registry.address, identity=registry.identity("storage"), peer="registry") as dialer,

@@ -7,7 +7,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from helios.registry.sync.servicer import SyncServicer
-from helios.registry.sync.settings import SyncSettings
 from helios.storage.client import StorageClient
 from tests.mesh.transfer.blob_server import Answer, Request, serve_blob
 from tests.storage.harness import AgentProcess, Mesh, agent_process
@@ -32,7 +31,7 @@ async def fetch(mesh: Mesh, agent: AgentProcess, revision: str) -> bool:
 
 
 async def test_when_an_agent_is_killed_the_other_one_brings_its_part(tmp_path: Path) -> None:
-    sync = SyncServicer(SyncSettings(heartbeat_seconds=0.5))
+    sync = SyncServicer()
     is_open = threading.Event()
 
     def script(request: Request) -> Answer:

@@ -17,7 +17,6 @@ from helios.mesh.status import error_from_rpc
 from helios.mesh.transfer.engine import Downloader
 from helios.mesh.transfer.order import TransferOptions
 from helios.registry.sync.servicer import SyncServicer
-from helios.registry.sync.settings import SyncSettings
 from tests.mesh.transfer.blob_server import Answer, BlobServer, Request, serve_blob
 from tests.storage.harness import Agent, Mesh, digest_of
 from tests.storage.sync.test_session import wait_until
@@ -32,7 +31,7 @@ WAIT_SECONDS = 60.0
 @asynccontextmanager
 async def cluster(directory: Path, *names: str) -> AsyncIterator[tuple[Mesh, SyncServicer, list[Agent]]]:
     """Agents with sessions, whose ranges are one chunk of 4 MiB."""
-    sync = SyncServicer(SyncSettings(heartbeat_seconds=0.5))
+    sync = SyncServicer()
     async with indexed_mesh(directory, CONTENT, sync=sync) as mesh, AsyncExitStack() as stack:
         agents = [
             await stack.enter_async_context(

@@ -33,7 +33,7 @@ _Stream = grpc.aio.StreamStreamCall[pb.SessionRequest, pb.SessionResponse]
 
 _WELCOME_SECONDS: Final = 10.0
 _ACK_SECONDS: Final = 30.0
-_CLAIM_SECONDS: Final = 5.0
+_CLAIM_SECONDS: Final = 10.0
 """A registry answers a claim from memory. One that is later is as good as away."""
 
 _LOOK_SECONDS: Final = 1.0
