@@ -4,9 +4,12 @@ from datetime import UTC, datetime, timedelta
 
 from google.protobuf.duration_pb2 import Duration
 
+from helios.api.catalog.v1 import model_service_pb2 as catalog_pb
+from helios.api.catalog.v1.model_service_pb2_grpc import ModelServiceStub
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet_pb
 from helios.api.fleet.v1 import types_pb2
 from helios.api.registry.v1 import usage_service_pb2 as usage_pb
+from helios.mesh.channel import Dialer
 from helios.proxy.settings import UsageSettings
 from helios.proxy.usage.advice import WarmPoolMode
 from tests.proxy.fakes import FakeWorker, until
@@ -50,6 +53,10 @@ async def test_a_model_that_is_to_be_ready_is_started_without_a_request(world: W
     target = usage_pb.WarmTarget(model="m", rung=usage_pb.WARM_RUNG_READY, replica_count=1, reason="mornings")
     target.expires_at.FromDatetime(datetime.now(UTC) + timedelta(hours=1))
     world.usage.targets = [target]
-    async with small_world(world, usage=UsageSettings(warm_pool=WarmPoolMode.ON)) as (_, _, worker):
+    async with small_world(world, usage=UsageSettings(warm_pool=WarmPoolMode.ON)) as (proxy, _, worker):
         await until(lambda: worker.starts)
         assert worker.starts[0].model == "m"
+        async with Dialer(proxy.control_address, identity=world.identity("edge"), peer="proxy") as dialer:
+            told = await dialer.stub(ModelServiceStub).GetModel(catalog_pb.GetModelRequest(model="m"), timeout=10)
+        shown = told.warm_target
+        assert (shown.rung, shown.replica_count, shown.reason, shown.is_followed) == ("ready", 1, "mornings", True)

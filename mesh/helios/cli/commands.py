@@ -42,9 +42,8 @@ from helios.cli.topology import requires_keys
 from helios.cli.topology import settings_of as settings_of_mesh
 from helios.cli.transfer_progress import fetch_text, size
 from helios.cli.up import Mesh, UpOptions, run_mesh
-from helios.cli.usage import target_as_json
 from helios.mesh.errors import DeadlineExceeded, InvalidRequest, PreconditionFailed, Unavailable
-from helios.registry.client import Artifact, ArtifactClient, UsageClient, VersionClient
+from helios.registry.client import Artifact, ArtifactClient, VersionClient
 
 _CALL_SECONDS: Final = 15.0
 _DETACHED_START_SECONDS: Final = 600.0
@@ -194,14 +193,11 @@ async def models_show(state: StateDirectory, console: Console, name: str, *, is_
         artifacts = await ArtifactClient(dialer).list_artifacts(revision=found.revision.digest)
         following = await following_of(dialer, found.model.name)
         profile = await summary_of(dialer, name)
-        usage = await UsageClient(dialer).get(found.model.name)
     settings = engine_settings.flatten(settings_of(found.model))
     fields = _plain(response) | {"engine_settings": settings, "versions": versions_of(found.model)}
     fields["artifacts"] = list(map(_artifact, artifacts))
     fields["following"] = following
     fields["profile"] = profile
-    # How warm the registry advises to keep it; `helios models usage` says more.
-    fields["warm_target"] = target_as_json(usage.target) if usage.target is not None else None
     if is_json:
         console.print_json(json.dumps(fields))
         return

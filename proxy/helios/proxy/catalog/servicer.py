@@ -100,6 +100,19 @@ class ModelServicer(ModelServiceServicer):
             estimated_ready_seconds=0.0 if is_open else round(lifecycle.remaining_seconds(entry, now), 1),
             failure=failure,
             fetch=_fetch(starting),
+            warm_target=self._target(entry.name),
+        )
+
+    def _target(self, name: str) -> pb.WarmPoolTarget | None:
+        advice = self._runtime.advice
+        target = advice.of(name.partition("@")[0])
+        if target is None:
+            return None
+        return pb.WarmPoolTarget(
+            rung=target.rung.name.lower(),
+            replica_count=target.replica_count,
+            reason=target.reason,
+            is_followed=advice.is_followed,
         )
 
 

@@ -48,6 +48,11 @@ class Advice:
         self._now = now
         self._targets: dict[str, Target] = {}
 
+    @property
+    def is_followed(self) -> bool:
+        """Whether anything is done about it."""
+        return self.mode is WarmPoolMode.ON
+
     def take(self, targets: Iterable[Target]) -> None:
         """Replaces the targets; what changed is logged."""
         found = {target.model: target for target in targets} if self.mode is not WarmPoolMode.OFF else {}
@@ -62,7 +67,7 @@ class Advice:
                     rung=new.rung.name,
                     replicas=new.replica_count,
                     reason=new.reason,
-                    is_followed=self.mode is WarmPoolMode.ON,
+                    is_followed=self.is_followed,
                 )
         self._targets = found
 
@@ -73,7 +78,7 @@ class Advice:
 
     def follow(self, kept: Kept, now: float) -> None:
         """Keeps warm what is to be, where the mode says so."""
-        if self.mode is not WarmPoolMode.ON:
+        if not self.is_followed:
             return
         for name in self._targets:
             target = self.of(name)

@@ -151,6 +151,7 @@ class Model(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     PARENT_FIELD_NUMBER: _builtins.int
     FETCH_FIELD_NUMBER: _builtins.int
+    WARM_TARGET_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Name, as requests use it."""
     object: _builtins.str
@@ -187,6 +188,10 @@ class Model(_message.Message):
     def fetch(self) -> Global___ModelFetch:
         """How far the weights are on their way to the replica that starts; unset while none are fetched."""
 
+    @_builtins.property
+    def warm_target(self) -> Global___WarmPoolTarget:
+        """How warm the registry advises to keep it, by what is expected of it; unset: cold, or there is no forecast."""
+
     def __init__(
         self,
         *,
@@ -204,14 +209,49 @@ class Model(_message.Message):
         failure: _builtins.str = ...,
         parent: _builtins.str = ...,
         fetch: Global___ModelFetch | None = ...,
+        warm_target: Global___WarmPoolTarget | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["fetch", b"fetch", "replicas", b"replicas", "resources", b"resources"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fetch", b"fetch", "replicas", b"replicas", "resources", b"resources", "warm_target", b"warm_target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created", b"created", "estimated_ready_seconds", b"estimated_ready_seconds", "failure", b"failure", "fetch", b"fetch", "id", b"id", "max_context_tokens", b"max_context_tokens", "object", b"object", "owned_by", b"owned_by", "parent", b"parent", "replicas", b"replicas", "resources", b"resources", "revision", b"revision", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created", b"created", "estimated_ready_seconds", b"estimated_ready_seconds", "failure", b"failure", "fetch", b"fetch", "id", b"id", "max_context_tokens", b"max_context_tokens", "object", b"object", "owned_by", b"owned_by", "parent", b"parent", "replicas", b"replicas", "resources", b"resources", "revision", b"revision", "state", b"state", "warm_target", b"warm_target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class WarmPoolTarget(_message.Message):
+    """WarmPoolTarget is how warm a model is best kept now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNG_FIELD_NUMBER: _builtins.int
+    REPLICA_COUNT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    IS_FOLLOWED_FIELD_NUMBER: _builtins.int
+    rung: _builtins.str
+    """The rung: "disk", "memory" or "ready"."""
+    replica_count: _builtins.int
+    """How many replicas, where the rung is "ready"; else 0."""
+    reason: _builtins.str
+    """Why, for people."""
+    is_followed: _builtins.bool
+    """Whether this proxy follows it; else it is only shown."""
+    def __init__(
+        self,
+        *,
+        rung: _builtins.str = ...,
+        replica_count: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        is_followed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_followed", b"is_followed", "reason", b"reason", "replica_count", b"replica_count", "rung", b"rung"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WarmPoolTarget: _TypeAlias = WarmPoolTarget  # noqa: Y015
 
 @_typing.final
 class ModelFetch(_message.Message):
