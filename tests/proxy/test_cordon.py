@@ -1,15 +1,17 @@
 """Workers that are taken out of service."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from helios.mesh.errors import NotFound
+from helios.mesh.errors import NotFound, PreconditionFailed
 from helios.proxy.actions import Send
 from helios.proxy.core import Core
 from helios.proxy.fleet.commands import DrainReplica, StartReplica, StopReplica
+from helios.proxy.fleet.state import ReplicaState
 from helios.proxy.store import Store, load_cordons
-from tests.proxy.support import GIB, core, entry, hello, ready
+from tests.proxy.support import GIB, core, entry, hello, ready, replica
 
 
 def two_workers() -> Core:
@@ -67,3 +69,17 @@ async def test_cordons_are_read_back(tmp_path: Path) -> None:
     assert load_cordons(tmp_path) == []
     await Store(tmp_path, subject.catalogue).save_cordons(frozenset({"w", "v"}))
     assert load_cordons(tmp_path) == ["v", "w"]
+
+
+def test_nothing_is_staged_or_woken_on_a_cordoned_worker() -> None:
+    subject = two_workers()
+    subject.cordon("w", 3.0, is_cordoned=True)
+    weighty = replace(entry(), weights_bytes=GIB)
+    subject.lifecycle.warmth.keep_staged(weighty, "w")
+    (worker, _) = subject.fleet.workers()
+    assert not worker.staged
+    asleep = replace(replica("asleep"), state=ReplicaState.ASLEEP)
+    subject.replica_event("w", 2, asleep, 4.0)
+    with pytest.raises(PreconditionFailed) as refused:
+        subject.wake(asleep, 4.0)
+    assert refused.value.reason == "WORKER_CORDONED"

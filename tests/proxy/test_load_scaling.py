@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helios.proxy.actions import Send
+from helios.proxy.actions import Fail, Send
+from helios.proxy.activation.machine import ActivationState
 from helios.proxy.core import Core
-from helios.proxy.fleet.commands import StartReplica
-from helios.proxy.fleet.state import Device, DeviceKind, Load, Replica, WorkerHello
+from helios.proxy.fleet.commands import StartReplica, WakeReplica
+from helios.proxy.fleet.state import Device, DeviceKind, Load, Replica, ReplicaState, WorkerHello
 from helios.proxy.scaling.load import LoadDecision, LoadPolicy, LoadSample, LoadScaler, ScalingMode
 from helios.proxy.traffic import LoadDelta
-from tests.proxy.support import GIB, core, entry, policy, ready
+from tests.proxy.support import GIB, core, entry, hello, policy, ready, replica
 
 POLICY = LoadPolicy(target_ratio=0.5)
 # With 20 requests at once, a replica is to have 10.
@@ -32,7 +33,7 @@ def observe(scaler: LoadScaler, request_count: int, start: float, seconds: int, 
 
 def test_as_many_are_asked_for_as_the_mean_load_needs() -> None:
     decision = observe(LoadScaler(POLICY), 25, 0, 60, replica_count=3)
-    assert decision == LoadDecision(3, "25.0 requests at once, 10 a replica")
+    assert decision == LoadDecision(3, "25.0 requests at once, 10 a replica", asked=3)
     assert observe(LoadScaler(POLICY), 10, 0, 60).count == 1
     assert observe(LoadScaler(POLICY), 0, 0, 60).count == 1
 
@@ -133,3 +134,91 @@ def test_nothing_is_started_where_it_must_not_or_can_not(
     subject, _ = busy(mode, devices, max_replicas=max_replicas)
     assert not [order for second in range(8, 30) for order in starts(subject, float(second))]
     assert bool(subject.lifecycle.loads.decisions) is (mode is not ScalingMode.OFF)
+
+
+def another(subject: Core, first: Replica) -> Replica:
+    """The one replica that is there beside the first."""
+    (found,) = (each for each in subject.fleet.replicas() if each.replica_id != first.replica_id)
+    return found
+
+
+def until_ordered(subject: Core, now: float) -> tuple[StartReplica, float]:
+    """The first start that is ordered from now on, and when."""
+    for second in range(700):
+        orders = starts(subject, now + second)
+        if orders:
+            return orders[0], now + second
+    raise AssertionError("nothing is started")
+
+
+def test_a_proxy_that_restarts_keeps_what_load_had_started() -> None:
+    here = tuple(replace(ready(replica(f"r{n}"), f"127.0.0.1:100{n}"), worker_id="w") for n in range(4))
+    subject = core(known_workers=["w"])
+    subject.models_replaced([entry()], 0.0, is_synced=True)
+    subject.worker_hello(hello("w", replicas=here), 1.0)
+    for now in range(2, 200):
+        starts(subject, float(now))
+    assert not any(subject.traffic.is_draining(each) for each in subject.fleet.replicas())
+    for now in range(200, 400):
+        starts(subject, float(now))
+    assert sum(not subject.traffic.is_draining(each) for each in subject.fleet.replicas()) == 1, "nobody uses them"
+
+
+def test_a_start_for_load_that_fails_is_tried_again_after_pauses_that_double() -> None:
+    subject, first = busy(ScalingMode.ON, GPUS)
+    _, now = until_ordered(subject, 8.0)
+    pauses = []
+    for sequence in range(2, 5):
+        failed = replace(another(subject, first), state=ReplicaState.FAILED, failure_reason="OUT_OF_MEMORY")
+        subject.replica_event("w", sequence, failed, now)
+        _, again = until_ordered(subject, now)
+        pauses.append(again - now)
+        now = again
+    assert pauses == [10.0, 20.0, 40.0]
+
+
+def test_a_start_for_load_that_fails_fails_no_request() -> None:
+    subject, first = busy(ScalingMode.ON, GPUS)
+    _, now = until_ordered(subject, 8.0)
+    model = subject.catalogue.get("m")
+    assert model is not None
+    hold, _ = subject.hold(model, "q", size_bytes=1, deadline=now + 100, now=now)
+    failed = replace(another(subject, first), state=ReplicaState.FAILED, failure_reason="OUT_OF_MEMORY")
+    told_of = subject.replica_event("w", 2, failed, now)
+    assert not [action for action in told_of if isinstance(action, Fail) and action.hold is hold]
+
+
+def test_load_wakes_a_sleeper_before_it_starts_another() -> None:
+    subject, first = busy(ScalingMode.ON, GPUS)
+    asleep = replace(
+        replica("asleep"), state=ReplicaState.ASLEEP, worker_id="w", device_ids=("cuda:1",), can_sleep=True
+    )
+    subject.replica_event("w", 2, asleep, 8.0)
+    sent: list[object] = []
+    for now in range(8, 15):
+        subject.worker_seen("w", float(now))
+        sent += [action.command.order for action in subject.tick(float(now)) if isinstance(action, Send)]
+    assert sent == [WakeReplica("asleep")]
+    assert not subject.traffic.is_draining(first)
+
+
+def test_a_model_that_no_worker_can_run_holds_up_nobody() -> None:
+    subject, _ = busy(ScalingMode.ON, GPUS)
+    subject.model_upserted(entry("x", min_replicas=1, engine_settings='{"engine": "sglang"}'), 7.5)
+    until_ordered(subject, 8.0)
+    assert subject.lifecycle.activation("x").state is ActivationState.WAITING
+
+
+def test_a_load_that_is_over_starts_nothing_more() -> None:
+    subject, first = busy(ScalingMode.ON, (*GPUS, Device("cuda:2", DeviceKind.CUDA, 2 * GIB, 0)))
+    until_ordered(subject, 8.0)
+    for now in range(10, 15):
+        starts(subject, float(now))
+    assert subject.lifecycle.loads.count("m", (), 15.0) == 3
+    told(subject, first.replica_id, 0, 15.0)
+    for now in range(15, 22):
+        starts(subject, float(now))
+    assert subject.lifecycle.loads.count("m", (), 22.0) == 3, "as many may stay"
+    subject.replica_event("w", 2, ready(another(subject, first), "127.0.0.1:1001"), 22.0)
+    subject.endpoints_acknowledged(frozenset({"127.0.0.1:1000", "127.0.0.1:1001"}), 22.0)
+    assert not [order for now in range(22, 60) for order in starts(subject, float(now))]

@@ -16,7 +16,7 @@ from helios.proxy.placement.defragment import Proposal, propose
 from helios.proxy.placement.packing import Want, pack
 from helios.proxy.placement.place import Impossible, Placed, Plan, Preempt, Wait, place
 from helios.proxy.placement.workers import Occupant, WorkerCapacity
-from tests.proxy.support import GIB, MIB, core, entry
+from tests.proxy.support import GIB, MIB, core, entry, replica
 
 
 def worker(
@@ -160,6 +160,18 @@ def test_promised_replicas_come_back_in_an_order_in_which_they_all_fit() -> None
     on_device = {each.model: each.device_ids for each in subject.fleet.replicas()}
     assert sorted(on_device) == ["a", "b", "c", "d"], "by name, a and b would share a device, and d have none"
     assert on_device["c"] != on_device["d"]
+
+
+def test_a_model_keeps_the_replicas_that_its_policy_promises() -> None:
+    gpus = tuple(Device(f"cuda:{n}", DeviceKind.CUDA, 2 * GIB, 0) for n in range(2))
+    subject = core()
+    subject.models_replaced([entry("a", min_replicas=1), entry("b")], 0.0, is_synced=True)
+    idle = tuple(replace(replica(f"a{n}", model="a"), device_ids=(f"cuda:{n}",)) for n in range(2))
+    subject.worker_hello(WorkerHello("w", "1", "node", gpus, ("vllm",), 8, idle), 0.0)
+    subject.endpoints_acknowledged(frozenset({"127.0.0.1:1000"}), 0.0)
+    (worker_,) = subject.fleet.workers()
+    victims = subject.lifecycle.room.capacity(worker_, entry("b"), 1000.0).victims
+    assert len(victims) == 1, "together they are all that it has"
 
 
 # Proposals.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from helios.mesh.errors import HeliosError, PreconditionFailed
 from helios.proxy import actions
@@ -22,7 +23,6 @@ from helios.proxy.fleet.state import Form, Replica, ReplicaState, Staged, Worker
 from helios.proxy.holds import Holds
 from helios.proxy.loads import Loads
 from helios.proxy.placement import place as placement
-from helios.proxy.placement.defragment import propose
 from helios.proxy.refusals import check_unpinned, model_not_found, start_error
 from helios.proxy.room import Room
 from helios.proxy.scaling.desired import Desired, Usage, desired_replicas
@@ -63,6 +63,10 @@ class LifecyclePolicy:
     load: LoadPolicy = field(default_factory=LoadPolicy)
 
 
+_LOOK_SECONDS: Final = 0.2
+"""How often a start that waits looks for room where nothing has changed."""
+
+
 class Lifecycle:
     """Activation, scaling and preemption.
 
@@ -95,6 +99,7 @@ class Lifecycle:
         self._evicting: set[str] = set()
         self._waking: set[str] = set()
         self._drain_seconds: dict[str, float] = {}
+        self._look_after: dict[str, float] = {}
         self.room = Room(
             policy.sizing,
             policy.residency_seconds,
@@ -174,8 +179,6 @@ class Lifecycle:
             self._demand(entry, standing, now)
         elif len(standing) > desired.drain_above:
             self._put_down(entry, standing, len(standing) - desired.drain_above, now)
-        else:
-            self.loads.follow(entry, standing, desired.drain_above, now)
         self._adopt(model, standing, now)
         self.swaps.follow(entry, standing, spares, now, is_wanted=desired.drain_above > 0)
         self.adapters.follow(entry, now)
@@ -233,6 +236,8 @@ class Lifecycle:
             if entry is not None and entry.name == model:
                 self.loads.observe(entry, now)
             self.reconcile(model, now)
+            if entry is not None and entry.name == model and self.is_open:
+                self._follow_load(entry, now)
         self.loads.keep_only(names)
         self._evict_idle()
         self.warmth.relieve()
@@ -240,6 +245,7 @@ class Lifecycle:
     def capacity_changed(self, now: float) -> None:
         """A worker came, or a replica went: activations that wait for room look again."""
         self.warmth.look_again()
+        self._look_after.clear()
         for model, activation in list(self._activations.items()):
             if activation.state is ActivationState.WAITING:
                 self.reconcile(model, now)
@@ -254,6 +260,7 @@ class Lifecycle:
     def ready(self, replica: Replica, now: float) -> None:
         """The replica is ready."""
         self.swaps.ready(replica, now)
+        self.loads.ready(replica)
         self.handle(replica.model, machine.Ready(replica.replica_id), now)
 
     def gone(self, replica: Replica, event: machine.Gone, now: float) -> None:
@@ -264,6 +271,7 @@ class Lifecycle:
         self.room.forget(replica.replica_id)
         self.adapters.forget(replica.replica_id)
         self.swaps.gone(replica, event, now)
+        self.loads.gone(replica, now)
         self.handle(replica.model, event, now)
 
     def drain(self, replica: Replica, now: float, *, seconds: float | None = None) -> None:
@@ -324,7 +332,7 @@ class Lifecycle:
             in_flight_count=sum(1 for replica in current if not self._traffic.is_idle(replica)),
             last_used_at=self._traffic.last_used_at(entry.name),
             is_failing=self._activations[entry.name].is_failing if entry.name in self._activations else False,
-            load_count=self.loads.count(entry.name),
+            load_count=self.loads.count(entry.name, self.swaps.split(current, now)[0], now),
         )
         return desired_replicas(
             min_replicas=entry.min_replicas,
@@ -339,7 +347,11 @@ class Lifecycle:
         may_preempt = self._holds.count(entry.name) > 0 or len(current) < entry.min_replicas
         if any(replica.state.is_starting for replica in current):
             return
-        self.activation(entry.name)
+        # Looking for room looks at every worker, and each request that waits would do so anew.
+        is_waiting = self.activation(entry.name).state is ActivationState.WAITING
+        if is_waiting and now < self._look_after.get(entry.name, 0.0):
+            return
+        self._look_after[entry.name] = now + _LOOK_SECONDS
         self._handle(entry.name, machine.Demanded(), now, may_preempt=may_preempt)
 
     def _handle(self, model: str, event: machine.Event, now: float, *, may_preempt: bool) -> HeliosError | None:
@@ -353,7 +365,9 @@ class Lifecycle:
                     todo += self.activation(model).handle(answer, now)
                 case machine.FailHolds(reason, message, retry_after_seconds):
                     error = start_error(model, reason, message, retry_after_seconds)
-                    held_count = self._fail_holds(model, error)
+                    # What waits for a replica that is busy, or for an adapter, does not wait for this start.
+                    is_served = self._traffic.has_candidates(model)
+                    held_count = 0 if is_served else self._fail_holds(model, error)
                     if held_count or not isinstance(event, machine.Demanded):
                         self.outbox.append(actions.ActivationFailed(model, reason, message, held_count))
                 case machine.Abandon(replica_id):
@@ -400,7 +414,7 @@ class Lifecycle:
                 return machine.Delayed(reason, message)
             case placement.Impossible(reason, message):
                 retry_after = self.estimates.expected_seconds(model, entry.weights_bytes)
-                proposal = propose(self._starts.engine(needs), self.room.with_movable(workers))
+                proposal = self.room.propose_moves(model, self._starts.engine(needs), workers, now)
                 if proposal is not None:
                     self.outbox.append(actions.ActivationDelayed(model, "FRAGMENTED", proposal.text))
                 return machine.Refused(reason, message, max(1.0, retry_after))
@@ -448,6 +462,9 @@ class Lifecycle:
         if replica.state is not ReplicaState.ASLEEP or self._traffic.is_draining(replica):
             message = f"replica {replica.replica_id} is not asleep, or on its way out"
             raise PreconditionFailed(message, reason="REPLICA_NOT_ASLEEP")
+        if replica.worker_id in self._traffic.fleet.cordoned:
+            message = f"worker {replica.worker_id} is cordoned: helios workers uncordon {replica.worker_id}"
+            raise PreconditionFailed(message, reason="WORKER_CORDONED")
         self._traffic.use(replica.model, now)
         self._wake(replica)
         self.activation(replica.model)
@@ -478,7 +495,12 @@ class Lifecycle:
 
     def _adopt(self, model: str, current: list[Replica], now: float) -> None:
         # One that was stopped a moment ago is none: its end would be taken for a failure.
-        awaited = (r for r in current if r.state.is_starting and not self._traffic.is_draining(r))
+        # One for load is awaited by nobody.
+        awaited = (
+            r
+            for r in current
+            if r.state.is_starting and not self._traffic.is_draining(r) and not self.loads.is_starting(r)
+        )
         starting = next(awaited, None)
         if starting is not None:
             self._handle(model, machine.Adopted(starting.replica_id), now, may_preempt=False)
@@ -513,6 +535,7 @@ class Lifecycle:
         for hold in self._holds.take_all(model):
             self.outbox.append(actions.Fail(hold, model_not_found(model)))
         self._activations.pop(model, None)
+        self._look_after.pop(model, None)
         self.swaps.forget(model)
         self._traffic.forget_use(model)
 
@@ -530,15 +553,25 @@ class Lifecycle:
             for worker in self._traffic.fleet.workers():
                 self._send(worker.hello.worker_id, EvictRevision(revision))
 
+    @property
+    def _is_room_wanted(self) -> bool:
+        return any(activation.waits_for_room for activation in self._activations.values())
+
     def _start_spare(self, entry: ModelEntry, now: float) -> Replica | None:
-        is_room_wanted = any(one.state is ActivationState.WAITING for one in self._activations.values())
-        return None if is_room_wanted else self._starts.begin_spare(entry, now)
+        return None if self._is_room_wanted else self._starts.begin_spare(entry, now)
+
+    def _follow_load(self, entry: ModelEntry, now: float) -> None:
+        replicas = self._traffic.fleet.replicas_of(entry.name)
+        current = [r for r in replicas if r.revision == entry.revision and not self._traffic.is_draining(r)]
+        standing, _ = self.swaps.split(current, now)
+        self.loads.follow(entry, standing, self._desired(entry, current, now).drain_above, now)
 
     def _start_another(self, entry: ModelEntry, now: float) -> str:
         """Starts one more replica for a model's load, unless others wait for room, or its last start failed."""
-        is_room_wanted = any(one.state is ActivationState.WAITING for one in self._activations.values())
-        is_free = self.activation(entry.name).state is ActivationState.IDLE
-        return self._starts.begin_another(entry, now) if is_free and not is_room_wanted else ""
+        if self.activation(entry.name).state is not ActivationState.IDLE or self._is_room_wanted:
+            return ""
+        sleeper = self.warmth.sleeper(entry)
+        return self._wake(sleeper) if sleeper is not None else self._starts.begin_another(entry, now)
 
     def _send_start(self, worker_id: str, order: Order) -> None:
         if isinstance(order, StartReplica):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from helios.proxy import actions
@@ -18,6 +18,11 @@ from helios.proxy.traffic import Traffic
 # What an engine runs at once where its settings don't say (ReplicaSpec).
 _RUNNING_REQUESTS: Final = 64
 _MOST_DECISIONS: Final = 1000
+# Looking for room looks at every worker. Room comes and goes with starts, so that seconds are soon enough.
+_NO_ROOM_SECONDS: Final = 10.0
+# After a first start for load that failed, doubling.
+_FAILED_SECONDS: Final = 10.0
+_MOST_FAILED_SECONDS: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +37,21 @@ class Scaled:
     is_advice: bool
 
 
+@dataclass(slots=True)
+class _Starts:
+    """Starts for one model's load: those under way, and when the next one may be tried."""
+
+    under_way: set[str] = field(default_factory=set)
+    failure_count: int = 0
+    pause_until: float = 0.0
+
+
 class Loads:
-    """What the loads of all models ask for, and what was decided by it, the newest last."""
+    """What the loads of all models ask for, and what was decided by it, the newest last.
+
+    A start for load is nobody's activation: nobody waits for it, so its failure fails no request, and is followed by a
+    pause that doubles.
+    """
 
     def __init__(
         self,
@@ -51,21 +69,36 @@ class Loads:
         self._begin = begin
         self._report = report
         self._scalers: dict[str, LoadScaler] = {}
+        self._starts: dict[str, _Starts] = {}
         self.decisions: deque[Scaled] = deque(maxlen=_MOST_DECISIONS)
 
-    def count(self, model: str) -> int:
-        """How many replicas a model's load asks for; 1 where it is not to be asked."""
+    def count(self, model: str, standing: Sequence[Replica], now: float) -> int:
+        """How many replicas a model's load asks for; 1 where it is not to be asked.
+
+        Of a model that was never looked at, as many as there are: another proxy may have started them a moment ago.
+        Where a model has replicas of both forms, one is about to take the other's place.
+        """
+        if self._policy.mode is not ScalingMode.ON:
+            return 1
         scaler = self._scalers.get(model)
-        return scaler.decision.count if scaler is not None and self._policy.mode is ScalingMode.ON else 1
+        if scaler is None and standing:
+            by_form = Counter(replica.form for replica in standing)
+            scaler = self._scalers[model] = LoadScaler(self._policy, max(by_form.values()), now)
+        return scaler.decision.count if scaler is not None else 1
+
+    def is_starting(self, replica: Replica) -> bool:
+        """Whether a replica is on its way for load alone."""
+        starts = self._starts.get(replica.model)
+        return starts is not None and replica.replica_id in starts.under_way
 
     def observe(self, entry: ModelEntry, now: float) -> None:
         """Takes in a model's load; once a second."""
         replicas = [r for r in self._traffic.fleet.replicas_of(entry.name) if not self._traffic.is_draining(r)]
         ready = [replica for replica in replicas if self._traffic.is_candidate(replica.replica_id)]
         if self._policy.mode is ScalingMode.OFF or not replicas:
-            self._scalers.pop(entry.name, None)
+            self._forget(entry.name)
             return
-        scaler = self._scalers.setdefault(entry.name, LoadScaler(self._policy))
+        scaler = self._scalers.setdefault(entry.name, LoadScaler(self._policy, now=now))
         before = scaler.decision.count
         decision = scaler.observe(self._sample(entry, ready), now)
         if decision.count != before:
@@ -74,15 +107,45 @@ class Loads:
             self.decisions.append(scaled)
             self._report(actions.LoadScaled(entry.name, before, decision.count, decision.reason, is_advice=is_advice))
 
-    def follow(self, entry: ModelEntry, standing: Sequence[Replica], wanted_count: int, now: float) -> None:
-        """Has one more replica started where more are wanted, and none is on its way."""
-        if len(standing) < wanted_count and standing and not any(r.state.is_starting for r in standing):
-            self._begin(entry, now)
+    def follow(self, entry: ModelEntry, standing: Sequence[Replica], most: int, now: float) -> None:
+        """Has one more replica started where load asks for more now, up to `most`, and none is on its way."""
+        scaler = self._scalers.get(entry.name)
+        if scaler is None or not standing or len(standing) >= min(scaler.decision.asked, most):
+            return
+        starts = self._starts.setdefault(entry.name, _Starts())
+        if now < starts.pause_until or any(replica.state.is_starting for replica in standing):
+            return
+        replica_id = self._begin(entry, now)
+        if replica_id:
+            starts.under_way.add(replica_id)
+        else:
+            starts.pause_until = now + _NO_ROOM_SECONDS
+
+    def ready(self, replica: Replica) -> None:
+        """A replica is ready."""
+        if self.is_starting(replica):
+            self._starts[replica.model].under_way.discard(replica.replica_id)
+            self._starts[replica.model].failure_count = 0
+
+    def gone(self, replica: Replica, now: float) -> None:
+        """A replica is gone; one that was not ready has failed."""
+        if not self.is_starting(replica):
+            return
+        starts = self._starts[replica.model]
+        starts.under_way.discard(replica.replica_id)
+        starts.pause_until = now + min(_FAILED_SECONDS * 2.0**starts.failure_count, _MOST_FAILED_SECONDS)
+        starts.failure_count = min(starts.failure_count + 1, 30)
 
     def keep_only(self, models: Iterable[str]) -> None:
         """Forgets the loads of all other models."""
         for model in self._scalers.keys() - set(models):
-            del self._scalers[model]
+            self._forget(model)
+
+    def _forget(self, model: str) -> None:
+        scaler = self._scalers.pop(model, None)
+        self._starts.pop(model, None)
+        if scaler is not None and scaler.decision.count > 1:
+            self._report(actions.LoadScaled(model, scaler.decision.count, 1, "it has no replica", is_advice=False))
 
     def _sample(self, entry: ModelEntry, ready: Sequence[Replica]) -> LoadSample:
         loads = [replica.load for replica in ready]

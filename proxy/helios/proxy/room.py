@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Final
@@ -11,6 +11,7 @@ from helios.proxy.catalogue import Catalogue, ModelEntry
 from helios.proxy.engine_needs import EngineNeeds, needs_of, with_form
 from helios.proxy.fleet.state import Form, Replica, ReplicaState, Worker
 from helios.proxy.holds import Holds
+from helios.proxy.placement.defragment import Proposal, propose
 from helios.proxy.placement.packing import Want, pack
 from helios.proxy.placement.workers import Occupant, WorkerCapacity
 from helios.proxy.sizing import GIVEN, MeasuredSizes, ReplicaSize, SizingPolicy, replica_size
@@ -25,6 +26,9 @@ _LEAST_VALUE: Final = 1e-6
 # Models times workers up to which starts are packed, and how often that is tried to do better: milliseconds in all.
 _MOST_PACKED: Final = 256
 _PACK_ROUNDS: Final = 10
+
+
+_PROPOSAL_SECONDS: Final = 60.0
 
 
 class Room:
@@ -48,6 +52,7 @@ class Room:
         self._fetched: dict[str, OrderedDict[str, None]] = {}
         self._packed_wants: tuple[Want, ...] = ()
         self._packed_order: list[str] = []
+        self._propose_after: dict[str, float] = {}
         self._policy = policy
         self._residency_seconds = residency_seconds
         self._traffic = traffic
@@ -59,7 +64,7 @@ class Room:
 
     def size(self, entry: ModelEntry) -> ReplicaSize:
         """What a replica of a model would book where it takes the most."""
-        kinds = {worker.has_gpus for worker in self._traffic.fleet.workers()} or {False}
+        kinds = self._traffic.fleet.gpu_kinds() or {False}
         return max((self._size(entry, is_gpu=is_gpu) for is_gpu in kinds), key=lambda size: size.memory_bytes)
 
     def size_on(self, worker: Worker, entry: ModelEntry) -> ReplicaSize:
@@ -154,11 +159,20 @@ class Room:
             free_slot_count=worker.hello.slot_count - len(replicas),
             draining=tuple(_occupant(each) for each in draining if each.replica_id not in self._late),
             late=tuple(_occupant(each) for each in draining if each.replica_id in self._late),
-            victims=tuple(self._victim(r, now) for r in replicas if self._gives_way(r, entry.name, now)),
+            victims=self._victims(replicas, entry.name, now),
         )
 
-    def with_movable(self, capacities: Iterable[WorkerCapacity]) -> list[WorkerCapacity]:
-        """The same, with the replicas that serve: another worker could have them instead."""
+    def propose_moves(
+        self, model: str, engine: str, capacities: Iterable[WorkerCapacity], now: float
+    ) -> Proposal | None:
+        """Which replicas are in the way of one for which there is room enough, in pieces; once a minute for a model."""
+        if now < self._propose_after.get(model, 0.0):
+            return None
+        self._propose_after = {name: until for name, until in self._propose_after.items() if now < until}
+        self._propose_after[model] = now + _PROPOSAL_SECONDS
+        return propose(engine, self._with_movable(capacities))
+
+    def _with_movable(self, capacities: Iterable[WorkerCapacity]) -> list[WorkerCapacity]:
         fleet = self._traffic.fleet
         workers = ((capacity, fleet.worker(capacity.worker_id)) for capacity in capacities)
         return [
@@ -208,6 +222,30 @@ class Room:
         draft = self._catalogue.named(needs_of(entry.engine_settings).draft_model)
         return replica_size(entry, self._policy, draft, measured=self.measured, is_gpu=is_gpu)
 
+    def _victims(self, replicas: Iterable[Replica], model: str, now: float) -> tuple[Occupant, ...]:
+        """Replicas that may be drained for a start of a model, all of them at once.
+
+        Of a model whose policy promises replicas, no more are offered than it has beyond these.
+        """
+        offered: Counter[str] = Counter()
+        victims: list[Occupant] = []
+        for replica in replicas:
+            if not self._gives_way(replica, model, now):
+                continue
+            if not replica.is_spare and replica.state is not ReplicaState.ASLEEP:
+                if offered[replica.model] >= self._spare_count(replica.model):
+                    continue
+                offered[replica.model] += 1
+            victims.append(self._victim(replica, now))
+        return tuple(victims)
+
+    def _spare_count(self, model: str) -> int:
+        """Replicas that a model has beyond those that its policy promises; those that sleep don't count."""
+        entry = self._catalogue.find(model)
+        of_model = [r for r in self._traffic.fleet.replicas_of(model) if not self._traffic.is_draining(r)]
+        awake_count = sum(r.state is not ReplicaState.ASLEEP and not r.is_spare for r in of_model)
+        return awake_count - (entry.min_replicas if entry is not None else 0)
+
     def _victim(self, replica: Replica, now: float) -> Occupant:
         """What is idle is asked for again the less likely the longer it was not; what is lost then is its start."""
         if replica.is_spare:
@@ -234,9 +272,7 @@ class Room:
         entry = self._catalogue.find(replica.model)
         if entry is None or self._holds.count(replica.model):
             return False
-        of_model = [r for r in self._traffic.fleet.replicas_of(replica.model) if not self._traffic.is_draining(r)]
-        awake_count = sum(other.state is not ReplicaState.ASLEEP and not other.is_spare for other in of_model)
-        return awake_count > entry.min_replicas
+        return self._spare_count(replica.model) > 0
 
 
 def _occupant(replica: Replica, value: float = 0.0) -> Occupant:

@@ -84,6 +84,7 @@ class Starts:
         taken = {
             (replica.worker_id, device_id)
             for replica in self._traffic.fleet.replicas_of(entry.name)
+            if replica.state is not ReplicaState.ASLEEP
             for device_id in replica.device_ids
         }
         others = [

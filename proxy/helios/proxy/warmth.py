@@ -191,7 +191,8 @@ class Warmth:
     def _stage(self, entry: ModelEntry, worker: Worker) -> bool:
         if entry.revision in worker.staged:
             return True
-        if entry.weights_bytes > worker.hello.host_memory_bytes or not worker.is_reachable:
+        is_open = worker.is_reachable and worker.hello.worker_id not in self._traffic.fleet.cordoned
+        if entry.weights_bytes > worker.hello.host_memory_bytes or not is_open:
             return False
         while worker.free_host_bytes < entry.weights_bytes:
             oldest = self._oldest(worker)

@@ -217,6 +217,11 @@ class Activation:
         """Whether the last start failed for good, as far as is known."""
         return self.state is ActivationState.BACKING_OFF and is_permanent(self._reason)
 
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether a start waits for memory that others have, and not for a worker to come."""
+        return self.state is ActivationState.WAITING and self._reason == "NO_CAPACITY"
+
     def elapsed_seconds(self, now: float) -> float:
         """How long the start has been going on; 0 outside STARTING."""
         return now - self.since if self.state is ActivationState.STARTING else 0.0

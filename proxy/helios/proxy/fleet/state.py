@@ -296,11 +296,18 @@ class FleetState:
         self.endpoints_version = 0
         self.cordoned: set[str] = set()
         """Workers on which nothing is to be started, whether or not they are believed in."""
+        self._kinds: frozenset[bool] | None = None
 
     # What is believed.
     def workers(self) -> Iterable[Worker]:
         """All workers, in the order of their first hello."""
         return self._workers.values()
+
+    def gpu_kinds(self) -> frozenset[bool]:
+        """Whether there are workers with GPUs, and such without."""
+        if self._kinds is None:
+            self._kinds = frozenset(worker.has_gpus for worker in self._workers.values())
+        return self._kinds
 
     def open_workers(self) -> list[Worker]:
         """Workers on which something may be started."""
@@ -354,6 +361,7 @@ class FleetState:
             told.setdefault(replica.replica_id, replica)
         before = dict(old.replicas) if old is not None else {}
         self._workers[hello.worker_id] = worker
+        self._kinds = None
         changes = [self._forget(r) for key, r in before.items() if key not in told]
         return changes + [self._believe(worker, replica) for replica in told.values()]
 
@@ -461,6 +469,7 @@ class FleetState:
             return []
         changes = [self._forget(replica) for replica in list(worker.replicas.values())]
         del self._workers[worker_id]
+        self._kinds = None
         return changes
 
     def check(self) -> Iterator[str]:

@@ -13,11 +13,12 @@ from helios.mesh.gangs import Gang
 from helios.proxy.placement.place import able_workers
 from helios.proxy.placement.workers import Occupant, WorkerCapacity
 
-# More moves than this cost more than the place is worth. The rest bounds the time of a proposal to some milliseconds:
-# it is made on the proxy's event loop.
-_MOST_MOVES: Final = 3
-_MOST_CANDIDATES: Final = 8
-_MOST_WORKERS: Final = 8
+# More moves than this cost more than the place is worth. The rest bounds what a proposal takes: it is made on the
+# proxy's event loop, once a minute for a model.
+_MOST_MOVES: Final = 2
+_MOST_CANDIDATES: Final = 4
+_MOST_WORKERS: Final = 4
+_MOST_HOMES: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +51,18 @@ class Proposal:
 
 
 def propose(engine: str, workers: Sequence[WorkerCapacity]) -> Proposal | None:
-    """Finds the fewest moves, then those with the least memory; None where up to three make no place.
+    """Finds the fewest moves, then those with the least memory; None where two make no place.
 
-    The eight workers with the most free memory are looked at, and the eight smallest replicas of each. Moves stay
-    between workers of the same kind, with the same engines: what a replica would book on another is not known here.
+    The four workers with the most free memory are looked at, the four smallest replicas of each, and 32 workers where
+    they could go. Moves stay between workers of the same kind, with the same engines: what a replica would book on
+    another is not known here.
     """
     best: Proposal | None = None
     able = [each for each in able_workers(engine, workers) if each.free_host_bytes >= each.needed_host_bytes]
     if sum(worker.free_bytes for worker in able) < min((worker.needed_bytes for worker in able), default=0):
         return None
-    for worker in sorted(able, key=lambda each: (-each.free_bytes, each.worker_id))[:_MOST_WORKERS]:
+    roomiest = sorted(able, key=lambda each: (-each.free_bytes, each.worker_id))
+    for worker in roomiest[:_MOST_WORKERS]:
         candidates = sorted(worker.movable, key=lambda each: each.memory_bytes)[:_MOST_CANDIDATES]
         for count in range(1, min(_MOST_MOVES, len(candidates)) + 1):
             if best is not None and count > len(best.moves):
@@ -70,7 +73,7 @@ def propose(engine: str, workers: Sequence[WorkerCapacity]) -> Proposal | None:
                     continue
                 if worker.fit(chosen) is None:
                     continue
-                moves = _rehouse(worker, chosen, workers)
+                moves = _rehouse(worker, chosen, roomiest[:_MOST_HOMES])
                 if moves is not None:
                     best = Proposal(worker.worker_id, moves)
     return best

@@ -9,6 +9,7 @@ Where nothing has room, draining replicas are waited for; then idle replicas giv
 lost with them. What may drain for minutes is waited for only where nothing else gives way.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -138,12 +139,21 @@ def _reason(worker: WorkerCapacity, gang: Gang, fit_count: int) -> str:
 
 
 def _cheapest(workers: list[WorkerCapacity], *, may_take_idle: bool) -> Preempt | None:
+    offers = [
+        (worker, victims)
+        for worker in workers
+        if (victims := [victim for victim in worker.victims if may_take_idle or not victim.value])
+    ]
     plans: list[tuple[WorkerCapacity, list[Occupant], tuple[Occupant, ...]]] = []
-    for worker in workers:
-        victims = [victim for victim in worker.victims if may_take_idle or not victim.value]
+    best = math.inf
+    # No set costs less than the cheapest of a worker's victims, so the rest need not be looked at once one costs less.
+    for worker, victims in sorted(offers, key=lambda offer: min(victim.value for victim in offer[1])):
+        if min(victim.value for victim in victims) > best:
+            break
         chosen = _enough(worker, victims)
         if chosen is not None:
             plans.append((worker, victims, chosen))
+            best = min(best, _loss(chosen))
     plans.sort(key=lambda plan: _cost(plan[0], plan[2]))
     closer = [(worker, _least(worker, victims, chosen)) for worker, victims, chosen in plans[:_EXACT_WORKERS]]
     if not closer:

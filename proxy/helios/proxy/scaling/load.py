@@ -72,10 +72,13 @@ class LoadSample:
 
 @dataclass(frozen=True, slots=True)
 class LoadDecision:
-    """How many replicas a model's load asks for, and why, for people."""
+    """How many replicas a model's load asks for, and why, for people. `asked` is by what there is now, without those
+    that are kept for a while.
+    """
 
     count: int
     reason: str
+    asked: int = 1
 
 
 class LoadScaler:
@@ -84,13 +87,14 @@ class LoadScaler:
     Invariants: `count` is at least 1; it never falls in a panic, nor below what was asked for within `keep_seconds`.
     """
 
-    def __init__(self, policy: LoadPolicy) -> None:
+    def __init__(self, policy: LoadPolicy, count: int = 1, now: float = 0.0) -> None:
+        """Begins as if `count` replicas had been asked for `now`: those that an earlier proxy had started."""
         self._policy = policy
         self._samples: deque[tuple[float, int]] = deque(maxlen=_MOST_SAMPLES)
         # Asked-for counts that are still kept, falling from left to right: the first is the most.
-        self._asked: deque[tuple[float, int]] = deque()
+        self._asked: deque[tuple[float, int]] = deque([(now, count)])
         self._panic_until = 0.0
-        self.decision = LoadDecision(1, "no load")
+        self.decision = LoadDecision(count, "as many as there were")
 
     def observe(self, sample: LoadSample, now: float) -> LoadDecision:
         """Takes in a moment and decides; once a second."""
@@ -113,7 +117,7 @@ class LoadScaler:
         kept = self._keep(asked, now)
         if kept > asked:
             reason = f"{kept} were asked for in the last {policy.keep_seconds:.0f} s; now {asked}: {reason}"
-        self.decision = LoadDecision(kept, reason)
+        self.decision = LoadDecision(kept, reason, asked)
         return self.decision
 
     @staticmethod

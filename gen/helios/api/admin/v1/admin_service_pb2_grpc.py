@@ -169,7 +169,7 @@ class AdminServiceServicer:
 
     def WakeReplica(self, request, context):
         """WakeReplica brings a sleeping replica back. Idempotent. Errors: NOT_FOUND (REPLICA_NOT_FOUND), FAILED_PRECONDITION
-        (REPLICA_NOT_ASLEEP).
+        (REPLICA_NOT_ASLEEP, WORKER_CORDONED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

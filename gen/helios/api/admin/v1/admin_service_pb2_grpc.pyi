@@ -45,7 +45,7 @@ class AdminServiceStub:
     """
     WakeReplica: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.WakeReplicaRequest, _admin_service_pb2.WakeReplicaResponse]
     """WakeReplica brings a sleeping replica back. Idempotent. Errors: NOT_FOUND (REPLICA_NOT_FOUND), FAILED_PRECONDITION
-    (REPLICA_NOT_ASLEEP).
+    (REPLICA_NOT_ASLEEP, WORKER_CORDONED).
     """
     ListWorkers: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListWorkersRequest, _admin_service_pb2.ListWorkersResponse]
     """ListWorkers lists the workers that are connected. Idempotent."""
@@ -150,7 +150,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_admin_service_pb2.WakeReplicaRequest, _abc.Awaitable[_admin_service_pb2.WakeReplicaResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.WakeReplicaResponse]:
         """WakeReplica brings a sleeping replica back. Idempotent. Errors: NOT_FOUND (REPLICA_NOT_FOUND), FAILED_PRECONDITION
-        (REPLICA_NOT_ASLEEP).
+        (REPLICA_NOT_ASLEEP, WORKER_CORDONED).
         """
 
     @_abc_1.abstractmethod
