@@ -32,12 +32,12 @@ setup: ## Create .venv and install everything that is locked (instant when nothi
 up: setup ## Start the whole mesh on this machine; ARGS="--detach" and so on are passed on
 	@$(BIN)/helios up $(ARGS)
 
+# The light tests wait about as much as they compute, and the static checks take what they leave. All of it is run
+# whatever of it fails.
 test: setup node emulators debian ## Everything CI runs: static checks, then all tests with real processes and the real model
-	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target --keep-going static
-	@lights=0; $(MAKE) --no-print-directory light || lights=$$?; \
+	@lights=0; $(MAKE) --no-print-directory -j$(JOBS) --output-sync=line --keep-going light static || lights=$$?; \
 	  { $(PYTEST) -m "$(HEAVY)" --junit-xml=build/junit.xml $(ARGS) $(OR_NONE); } && exit $$lights
 
-# The tests first: they wait about as much as they compute, and the static checks take what they leave.
 check: setup ## Static checks and the fast tests
 	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target --keep-going fast static
 
