@@ -68,8 +68,9 @@ class KeyServiceServicer:
     """
 
     def CreateKey(self, request, context):
-        """CreateKey makes a key and returns it, for the only time. Not idempotent: a call that is sent again makes another
-        key. Errors: INVALID_ARGUMENT (INVALID_KEY), FAILED_PRECONDITION (TOO_MANY_KEYS).
+        """CreateKey makes a key and returns it, for the only time. Not idempotent: a call that is sent again is refused, for
+        the name is taken; whoever missed the answer revokes the key and makes another. Errors: INVALID_ARGUMENT
+        (INVALID_KEY: also a name that is taken), FAILED_PRECONDITION (TOO_MANY_KEYS).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -21,8 +21,9 @@ class KeyServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateKey: _aio.UnaryUnaryMultiCallable[_key_service_pb2.CreateKeyRequest, _key_service_pb2.CreateKeyResponse]
-    """CreateKey makes a key and returns it, for the only time. Not idempotent: a call that is sent again makes another
-    key. Errors: INVALID_ARGUMENT (INVALID_KEY), FAILED_PRECONDITION (TOO_MANY_KEYS).
+    """CreateKey makes a key and returns it, for the only time. Not idempotent: a call that is sent again is refused, for
+    the name is taken; whoever missed the answer revokes the key and makes another. Errors: INVALID_ARGUMENT
+    (INVALID_KEY: also a name that is taken), FAILED_PRECONDITION (TOO_MANY_KEYS).
     """
     ListKeys: _aio.UnaryUnaryMultiCallable[_key_service_pb2.ListKeysRequest, _key_service_pb2.ListKeysResponse]
     """ListKeys lists keys, the newest first. Idempotent."""
@@ -48,8 +49,9 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _key_service_pb2.CreateKeyRequest,
         context: _aio.ServicerContext[_key_service_pb2.CreateKeyRequest, _abc.Awaitable[_key_service_pb2.CreateKeyResponse]],
     ) -> _abc.Awaitable[_key_service_pb2.CreateKeyResponse]:
-        """CreateKey makes a key and returns it, for the only time. Not idempotent: a call that is sent again makes another
-        key. Errors: INVALID_ARGUMENT (INVALID_KEY), FAILED_PRECONDITION (TOO_MANY_KEYS).
+        """CreateKey makes a key and returns it, for the only time. Not idempotent: a call that is sent again is refused, for
+        the name is taken; whoever missed the answer revokes the key and makes another. Errors: INVALID_ARGUMENT
+        (INVALID_KEY: also a name that is taken), FAILED_PRECONDITION (TOO_MANY_KEYS).
         """
 
     @_abc_1.abstractmethod
