@@ -317,6 +317,17 @@ def test_closing_while_another_thread_reads_ends_it(tmp_path: Path) -> None:
     assert (files.resident_bytes(), files.locked_bytes) == (0, 0)
 
 
+def test_pages_that_can_not_be_read_are_an_error_and_no_signal(tmp_path: Path) -> None:
+    """What lies behind the end of a file that shrank fails as a bad sector does: EFAULT, or SIGBUS for who touches."""
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(MIB))
+    files = ResidentFiles([path])
+    os.truncate(path, 0)
+    with pytest.raises(OSError, match="can't read"):
+        files.bring_in()
+    files.close()
+
+
 def test_a_file_that_is_not_there_is_an_error_and_leaves_nothing_mapped(tmp_path: Path) -> None:
     present = tmp_path / "present"
     present.write_bytes(b"x")

@@ -9,6 +9,7 @@ libc directly: Python's mmap keeps its address to itself, which mlock needs.
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import threading
@@ -62,7 +63,10 @@ class ResidentFiles:
         return sum(size for _, size in self._locked)
 
     def bring_in(self) -> None:
-        """Reads what is not in memory, and locks what may be locked. Blocks, and ends soon after ``close``."""
+        """Reads what is not in memory, and locks what may be locked. Blocks, and ends soon after ``close``.
+
+        Raises OSError where a file can't be read.
+        """
         for part in tuple(self._parts):
             address, size = part
             for offset in range(0, size, _WINDOW_BYTES):
@@ -111,7 +115,8 @@ def read_in(paths: Iterable[Path], stop: threading.Event) -> int:
     """Reads files into the page cache, for a loader that maps them; returns their bytes.
 
     Large reads of several threads in place of a page fault every few pages. What is in memory costs 4 ms a GiB, and
-    nothing is copied. Blocks; ends within a window once ``stop`` is set. Raises OSError where a file can't be opened.
+    nothing is copied. Blocks; ends within a window once ``stop`` is set. Raises OSError where a file can't be opened or
+    read.
     """
     parts: list[tuple[int, int]] = []
     try:
@@ -151,8 +156,12 @@ def _map(path: Path) -> tuple[int, int]:
 
 
 def _populate(address: int, size: int) -> None:
+    """Brings pages in. Raises OSError where that can't be done: of a bad sector the kernel says EFAULT."""
     if _libc.madvise(address, size, _MADV_POPULATE_READ) == 0:
         return
+    if (number := ctypes.get_errno()) != errno.EINVAL:
+        # Not to be tried by touching: a page that can't be read is a SIGBUS then, the end of the process.
+        raise OSError(number, f"can't read a mapped file: {os.strerror(number)}")
     # An older kernel: each page is touched. string_at copies, so one byte of each.
     for offset in range(0, size, mmap.PAGESIZE):
         ctypes.string_at(address + offset, 1)
