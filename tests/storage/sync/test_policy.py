@@ -219,3 +219,20 @@ def test_whom_the_registry_does_not_know_reads_for_itself_in_the_end() -> None:
     world.cluster.unwant("n0", HASH, is_whole=False)
     assert world.run() == Counter(CHUNKS)
     assert world.now < 120.0
+
+
+@pytest.mark.parametrize(("asked_seconds", "rest_seconds"), [(0.0, 0.5), (1.0, 1.0), (121.0, 2.0)])
+def test_a_peer_rests_for_as_long_as_it_asks_and_no_longer_than_others_can_wait(
+    asked_seconds: float, rest_seconds: float
+) -> None:
+    policy = SwarmPolicy(parallel=PARALLEL, salt=0, now=0.0)
+    policy.meet([("a", "a", True), ("b", "b", True)], 0.0)
+    _, source = policy.choose(CHUNKS[:1], 0.0) or (0, STORE)
+    policy.failed(CHUNKS[0][0], 0.0, rest_seconds=asked_seconds)
+    other = policy.choose(CHUNKS[:1], rest_seconds - 0.01)
+    assert other is not None
+    assert {source, other[1]} == {"a", "b"}
+    policy.ended(CHUNKS[0][0])
+    # Reads go to whom fewest go to.
+    again = [policy.choose([chunk], rest_seconds) for chunk in CHUNKS[:2]]
+    assert {choice[1] for choice in again if choice is not None} == {"a", "b"}

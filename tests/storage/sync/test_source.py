@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helios.mesh.errors import HeliosError, PermissionDenied, Unavailable
+from helios.mesh.errors import HeliosError, Overloaded, PermissionDenied, Unavailable
 from helios.mesh.transfer.engine import Downloader
 from helios.mesh.transfer.order import Transfer, Wanted
 from helios.mesh.transfer.source import ChunkMismatch, RangeSource, Sink, SourceState
@@ -50,6 +50,15 @@ class Others:
     def open_peer(self, address: str, digest: Digest) -> RangeSource:
         assert digest == DIGEST
         return self.peers[address]
+
+
+class Busy(Bytes):
+    """A source that asks for patience, and for more than the engine has."""
+
+    def read(self, state: SourceState, offset: int, length: int, sink: Sink) -> None:
+        del state, sink
+        self.reads.append((offset, length))
+        raise Overloaded("busy", retry_after_seconds=OPTIONS.retry.max_retry_after_seconds + 1)
 
 
 class Refusing(Bytes):
@@ -112,6 +121,14 @@ def test_peers_that_fail_send_too_little_or_refuse_are_replaced(tmp_path: Path) 
     assert (tmp_path / "blob").read_bytes() == CONTENT
     assert source.peer_bytes() == 0
     assert read_bytes(cloud) == len(CONTENT)
+
+
+def test_a_peer_that_asks_for_patience_makes_nobody_else_wait(tmp_path: Path) -> None:
+    busy, good = Busy(), Bytes()
+    source = fetch(Others({"busy": busy, "good": good}), Bytes(), tmp_path / "blob")
+    assert (tmp_path / "blob").read_bytes() == CONTENT
+    assert 0 < len(busy.reads) <= OPTIONS.in_flight, "it rests"
+    assert source.peer_bytes() == read_bytes(good) == len(CONTENT)
 
 
 def test_a_claim_that_could_not_be_read_is_given_back(tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ _MAX_FAILURES: Final = 3
 _REST_SECONDS: Final = 0.5
 """After a first failure; twice as long after each further one."""
 
+_MAX_ASKED_REST_SECONDS: Final = 2.0
+"""A peer that asks for more patience is asked again all the same, and dropped in the end: it is not waited for."""
+
 _REFUSED_SECONDS: Final = 0.25
 """After a claim that brought nothing: others are at it."""
 
@@ -164,7 +167,15 @@ class SwarmPolicy:
                 self._peers[read[1]].failures = 0
         self.ended(start)
 
-    def failed(self, start: int, now: float, *, is_dropped: bool = False, has_nothing: bool = False) -> Span | None:
+    def failed(
+        self,
+        start: int,
+        now: float,
+        *,
+        is_dropped: bool = False,
+        has_nothing: bool = False,
+        rest_seconds: float = 0.0,
+    ) -> Span | None:
         """The read of the chunk that begins here failed by its source's fault. Returns the span if that was claimed.
 
         Args:
@@ -172,6 +183,7 @@ class SwarmPolicy:
             now: When that is.
             is_dropped: The source lied or stalled: it is asked for nothing more.
             has_nothing: The source does not have what it said it had.
+            rest_seconds: How long a peer asks to be left alone; others are read meanwhile.
         """
         read = self._reading.get(start)
         if read is None:
@@ -189,7 +201,8 @@ class SwarmPolicy:
         elif now >= peer.rests_until:
             # Of several reads that were under way when it failed, one counts.
             peer.failures += 1
-            peer.rests_until = now + _REST_SECONDS * 2.0 ** (peer.failures - 1)
+            own_seconds = _REST_SECONDS * 2.0 ** (peer.failures - 1)
+            peer.rests_until = now + max(own_seconds, min(rest_seconds, _MAX_ASKED_REST_SECONDS))
             peer.is_dropped = peer.failures >= _MAX_FAILURES
         return None
 

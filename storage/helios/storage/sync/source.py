@@ -131,13 +131,14 @@ class SwarmSource:
             raise
         except HeliosError as error:
             self._failed(choice, error)
-            if isinstance(error, ChunkMismatch | Unavailable):
+            if isinstance(error, ChunkMismatch | Unavailable) and (address == STORE or not error.retry_after_seconds):
                 raise
             with self._lock:
                 is_alone = address == STORE and self._policy.is_alone()
             if is_alone:
                 raise
-            # Another source may have what this one refuses for good.
+            # Another source may have what this one refuses, for good or for a time. A peer that asks for patience rests
+            # alone: the engine would have all sources rest.
             message = f"{address or 'store'}: {error.message}"
             raise Unavailable(message, reason="SOURCE_UNAVAILABLE") from error
         with self._lock:
@@ -205,7 +206,11 @@ class SwarmSource:
                 self._policy.ended(start)
                 return
             claimed = self._policy.failed(
-                start, time.monotonic(), is_dropped=is_dropped, has_nothing=isinstance(error, BlobNotFound)
+                start,
+                time.monotonic(),
+                is_dropped=is_dropped,
+                has_nothing=isinstance(error, BlobNotFound),
+                rest_seconds=error.retry_after_seconds or 0.0,
             )
         if claimed is not None:
             self._coordinator.end_claims(self, given_up=[claimed])
