@@ -317,6 +317,18 @@ async def test_a_damaged_copy_is_found_by_scrubbing_and_dropped(
         assert tiers_of(it.materializer, revision) == ("disk",)
 
 
+async def test_a_scrub_goes_on_when_what_it_is_about_to_read_is_given_up(tmp_path: Path, shelf: Shelf) -> None:
+    revision = shelf.add({"w": b"some bytes"})
+    async with node(tmp_path, shelf) as it:
+        await it.materializer.release((await it.promoted(revision)).lease.id)
+        steps = it.materializer.scrubber.scrub_all(bytes_per_second=0)
+        total_bytes = (await anext(steps)).total_bytes
+        assert total_bytes == 2 * len(b"some bytes"), "in memory and on the disk"
+        await it.materializer.evict(revision)
+        last = [step async for step in steps][-1]
+        assert (last.done_bytes, last.found) == (total_bytes, ())
+
+
 def test_a_file_is_sealed_for_good() -> None:
     descriptor = memory_file(b"some bytes")
     check_sealed(descriptor, 10)

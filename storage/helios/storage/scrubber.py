@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import structlog
 
-from helios.mesh.errors import HeliosError, PreconditionFailed, Unavailable
+from helios.mesh.errors import BlobNotFound, HeliosError, PreconditionFailed, Unavailable
 from helios.storage.clock import Clock
 from helios.storage.eviction import plan_drop_blob
 from helios.storage.fetch import BlobSource, FetchToken
@@ -136,6 +136,9 @@ class Scrubber:
             # A file that is gone, and a sector that can't be read, are bad blobs; other errors are the disk's.
             if error.metadata.get("errno") not in ("EIO", "ENOENT", "ELOOP"):
                 raise
+            is_good = False
+        except BlobNotFound:
+            # As a file that is gone, of a tier in memory.
             is_good = False
         if self.is_mending(frozenset((blob,))):
             # Another scrub found it before: two that fetch it at once would write to one file.
