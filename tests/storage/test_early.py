@@ -149,6 +149,29 @@ async def test_a_fetch_that_fails_ends_the_load(tmp_path: Path) -> None:
     assert ended == ["load"]
 
 
+@pytest.mark.parametrize("is_here", [False, True])
+async def test_what_a_load_raises_comes_as_it_is(tmp_path: Path, is_here: bool) -> None:
+    gate = threading.Event()
+
+    async def load(early: EarlyFiles) -> int:
+        await early.read(FILE, 0, 8)
+        raise LookupError("no such tensor")
+
+    async with indexed_mesh(tmp_path, CONTENT) as mesh, mesh.agent(downloader=Downloader(OPTIONS)) as agent:
+        with gated(CONTENT, 2 * MIB, gate) as server:
+            revision = shelve(mesh, server)
+            if is_here:
+                gate.set()
+                async with agent.client.materialize(revision, holder="t"):
+                    pass
+            with pytest.raises(LookupError, match="no such tensor"):
+                async with (
+                    asyncio.timeout(SECONDS),
+                    lend_early(agent.dialer, agent.client, revision, holder="t", load=load),
+                ):
+                    pytest.fail("nothing was loaded")
+
+
 def told(file: Path, *spans: tuple[int, int]) -> list[pb.GrowingFile]:
     listed = [pb.VerifiedSpan(offset=start, length=end - start) for start, end in spans]
     return [pb.GrowingFile(path="w", file=str(file), size_bytes=file.stat().st_size, spans=listed)]
@@ -178,6 +201,16 @@ async def test_only_the_very_file_that_was_read_counts_as_lent(tmp_path: Path) -
     whole = EarlyFiles()
     assert whole.complete(other)
     assert bytes(await whole.read("w", 3, 6)) == b"345"
+
+
+async def test_an_empty_file_is_read_as_nothing(tmp_path: Path) -> None:
+    (tmp_path / "w").touch()
+    early = EarlyFiles()
+    early.take(told(tmp_path / "w", (0, 0)))
+    assert early.complete(tmp_path)
+    assert bytes(await early.read("w", 0, 0)) == b""
+    with pytest.raises(Corrupted, match="ends before"):
+        await early.read("w", 0, 1)
 
 
 async def test_a_range_behind_the_end_is_refused(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class Tensor:
 
 @dataclass(slots=True)
 class _File:
-    mapped: mmap.mmap
+    mapped: mmap.mmap | bytes
     identity: tuple[int, int]
     spans: Spans = field(default_factory=Spans)
 
@@ -135,7 +135,8 @@ class EarlyFiles:
             return None
         try:
             status = os.fstat(descriptor)
-            mapped = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
+            # Nothing can't be mapped.
+            mapped = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ) if status.st_size else b""
         finally:
             os.close(descriptor)
         file = self._files[path] = _File(mapped, (status.st_dev, status.st_ino))
@@ -157,29 +158,41 @@ async def lend_early(
         HeliosError: As `StorageClient.materialize`; the load is ended then. What `load` raises.
     """
     early = EarlyFiles()
-    async with task_scope() as group:
-        watching = group.create_task(_watch(dialer, revision, early), name=f"watch {revision}")
-        loading = group.create_task(_attempt(load, early), name=f"load {revision}")
-        async with client.materialize(revision, holder=holder) as lent:
-            is_same = early.complete(Path(lent.path))
-            watching.cancel()
-            loaded = await loading if is_same else None
-            if loaded is None:
-                loading.cancel()
-                log.warning("loaded again: other files are lent than were read", revision=revision)
-                whole = EarlyFiles()
-                whole.complete(Path(lent.path))
-                loaded = (await load(whole),)
-            yield lent, loaded[0]
+    failures: list[BaseException] = []
+    try:
+        async with task_scope() as group:
+            watching = group.create_task(_watch(dialer, revision, early), name=f"watch {revision}")
+            loading = group.create_task(_attempt(load, early, failures), name=f"load {revision}")
+            async with client.materialize(revision, holder=holder) as lent:
+                is_same = early.complete(Path(lent.path))
+                watching.cancel()
+                loaded = await loading if is_same else None
+                if loaded is None:
+                    loading.cancel()
+                    log.warning("loaded again: other files are lent than were read", revision=revision)
+                    whole = EarlyFiles()
+                    whole.complete(Path(lent.path))
+                    loaded = (await load(whole),)
+                yield lent, loaded[0]
+    except BaseExceptionGroup:
+        # Of a task. A group that the caller's block raises is the caller's.
+        if failures:
+            raise failures[0] from None
+        raise
 
 
-async def _attempt(load: Callable[[EarlyFiles], Awaitable[T]], early: EarlyFiles) -> tuple[T] | None:
-    """What a load made; None where the bytes that it read do not count."""
+async def _attempt(
+    load: Callable[[EarlyFiles], Awaitable[T]], early: EarlyFiles, failures: list[BaseException]
+) -> tuple[T] | None:
+    """What a load made; None where the bytes that it read do not count. What it raises, but a cancellation, is kept."""
     try:
         return (await load(early),)
-    except Corrupted:
-        if early.is_lost:
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Corrupted) and early.is_lost:
             return None
+        failures.append(error)
         raise
 
 
