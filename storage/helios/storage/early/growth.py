@@ -42,9 +42,8 @@ def _files(manifest: Manifest, tier: DiskTier, partials: PartialBlobs) -> list[G
         hash_, size_bytes = entry.digest.hash, entry.digest.size_bytes
         if tier.inventory.has_blob(entry.digest):
             found.append(GrowingFile(entry.path, tier.store.blob_path(hash_), size_bytes, ((0, size_bytes),)))
-        elif spans := tuple(partials.spans(hash_)):
-            file = partials.find(hash_, *spans[0])
-            # None: it has just become whole, or began anew.
-            if file is not None:
-                found.append(GrowingFile(entry.path, file, size_bytes, spans))
+        # The file in this tier, which is to be lent: another fetch may bring the blob to another one meanwhile.
+        elif (growing := partials.growing(hash_, tier.store.root)) is not None and growing[1]:
+            file, spans = growing
+            found.append(GrowingFile(entry.path, file, size_bytes, tuple(spans)))
     return found

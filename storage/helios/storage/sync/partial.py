@@ -1,7 +1,8 @@
 """Unfinished blobs that other nodes may read from already, as far as they are here and verified.
 
 Fetching threads say what came, the event loop reads it for peers. A blob is here from the beginning of its fetch until
-its file has its final name; then the tier has it.
+its file has its final name; then the tier has it. Two fetches may bring one blob to two tiers at once: what is here is
+known of each file, and a part is only read from a file that has it.
 """
 
 import asyncio
@@ -15,9 +16,8 @@ from helios.mesh.transfer.spans import Spans
 
 @dataclass(slots=True)
 class _Partial:
-    path: Path
-    version: int
-    spans: Spans = field(default_factory=Spans)
+    version: int = 0
+    files: dict[Path, Spans] = field(default_factory=dict)
 
 
 class PartialBlobs:
@@ -32,43 +32,58 @@ class PartialBlobs:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def begin(self, hash_: str, path: Path) -> None:
-        """A fetch begins, or begins anew: nothing of it is here."""
+        """A fetch to a file begins, or begins anew: nothing of it is here."""
         with self._lock:
-            self._version += 1
-            self._partials[hash_] = _Partial(path, self._version)
+            partial = self._partials.setdefault(hash_, _Partial())
+            partial.files[path] = Spans()
+            self._change(partial)
         self._wake()
 
-    def add(self, hash_: str, start: int, end: int) -> None:
-        """A part is here and verified."""
+    def add(self, hash_: str, path: Path, start: int, end: int) -> None:
+        """A part is in a file, and verified."""
         with self._lock:
-            self._version += 1
-            if (partial := self._partials.get(hash_)) is not None:
-                partial.spans.add(start, end)
-                partial.version = self._version
+            partial = self._partials.get(hash_)
+            if partial is not None and path in partial.files:
+                partial.files[path].add(start, end)
+                self._change(partial)
         self._wake()
 
-    def end(self, hash_: str) -> None:
-        """The fetch has ended. Idempotent."""
+    def end(self, hash_: str, path: Path) -> None:
+        """The fetch to a file has ended. Idempotent."""
         with self._lock:
-            self._partials.pop(hash_, None)
+            partial = self._partials.get(hash_)
+            if partial is not None and partial.files.pop(path, None) is not None:
+                self._change(partial)
+                if not partial.files:
+                    del self._partials[hash_]
         self._wake()
 
     def state(self, hash_: str) -> tuple[int, list[tuple[int, int]]] | None:
-        """What is here of a blob, and the version of that; None while it is not being fetched."""
+        """What is here of a blob in any file, and the version of that; None while it is not being fetched."""
         with self._lock:
             partial = self._partials.get(hash_)
-            return (partial.version, list(partial.spans)) if partial is not None else None
+            if partial is None:
+                return None
+            return partial.version, list(Spans(span for spans in partial.files.values() for span in spans))
 
     def spans(self, hash_: str) -> list[tuple[int, int]]:
-        """What is here of a blob."""
+        """What is here of a blob in any file."""
         state = self.state(hash_)
         return state[1] if state is not None else []
 
     def find(self, hash_: str, start: int, end: int) -> Path | None:
-        """The file that a part of a blob is in, if all of the part is here."""
+        """A file that has all of a part of a blob."""
         with self._lock:
             partial = self._partials.get(hash_)
-            return partial.path if partial is not None and partial.spans.covers(start, end) else None
+            files = partial.files.items() if partial is not None else ()
+            return next((path for path, spans in files if spans.covers(start, end)), None)
+
+    def growing(self, hash_: str, directory: Path) -> tuple[Path, list[tuple[int, int]]] | None:
+        """The file below a directory that a blob is fetched to, and what is here in that one; None: there is none."""
+        with self._lock:
+            partial = self._partials.get(hash_)
+            files = partial.files.items() if partial is not None else ()
+            return next(((path, list(spans)) for path, spans in files if path.is_relative_to(directory)), None)
 
     async def wait(self, seconds: float) -> None:
         """Waits for the next change of any blob, no longer than so long."""
@@ -82,6 +97,10 @@ class PartialBlobs:
             pass
         finally:
             self._waiting.discard(waiting)
+
+    def _change(self, partial: _Partial) -> None:
+        self._version += 1
+        partial.version = self._version
 
     def _wake(self) -> None:
         if self._loop is not None and not self._loop.is_closed():

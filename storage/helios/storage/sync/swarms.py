@@ -99,14 +99,16 @@ class Swarms:
     def end_claims(self, source: SwarmSource, *, done: Sequence[Span] = (), given_up: Sequence[Span] = ()) -> None:
         """Tells spans that are here, and spans that somebody else is to read."""
         for start, end in done:
-            self._partials.add(source.digest.hash, start, end)
+            assert source.target is not None, "what is here came to a target"
+            self._partials.add(source.digest.hash, source.target, start, end)
         if self._session is not None:
             session = self._session
             self._call(lambda: session.end_claims(source.digest.hash, done=done, given_up=given_up))
 
     def end(self, source: SwarmSource, *, is_whole: bool) -> None:
         """The fetch has ended."""
-        self._partials.end(source.digest.hash)
+        if source.target is not None:
+            self._partials.end(source.digest.hash, source.target)
         self._call(self._end, source, is_whole)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
