@@ -51,6 +51,8 @@ async def models_add(state: StateDirectory, console: Console, wanted: Addition, 
     goes on with it.
     """
     source = resolve(wanted)
+    # Before hours of downloading, not after them.
+    wish = wanted.follow.apply(Wish(source, wanted.include, wanted.exclude)).check() if wanted.follow else None
     name = suggest_name(source) if wanted.name is None else wanted.name
     async with open_admin(state) as dialer:
         registry = RegistryClient(dialer)
@@ -74,9 +76,8 @@ async def models_add(state: StateDirectory, console: Console, wanted: Addition, 
                     shown.progress(event)
                 else:
                     shown.done(*reached(wanted, name, event))
-        if wanted.follow is not None:
-            wish = Wish(source, wanted.include, wanted.exclude)
-            await follow_new(dialer, name, wish, wanted.follow)
+        if wish is not None:
+            await follow_new(dialer, name, wish)
 
 
 async def _require_same_place(registry: RegistryClient, name: str, source: str) -> None:

@@ -81,9 +81,9 @@ async def follow(state: StateDirectory, console: Console, model: str, order: Ord
         console.print(table)
 
 
-async def follow_new(dialer: StubSource, model: str, wish: Wish, manner: Manner) -> Following:
+async def follow_new(dialer: StubSource, model: str, wish: Wish) -> Following:
     """Makes a model that was just pulled follow its source."""
-    return await FollowClient(dialer).put(model, manner.apply(wish), request_id=uuid4().hex)
+    return await FollowClient(dialer).put(model, wish, request_id=uuid4().hex)
 
 
 async def following_of(dialer: StubSource, model: str) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from helios.cli.models_add import Addition, Bar, Lines, resolve
+from helios.cli.models_add import Addition, Bar, Lines, models_add, resolve
+from helios.cli.models_follow import Manner
+from helios.cli.state import StateDirectory
 from helios.cli.transfer_progress import size
 from helios.mesh.errors import InvalidRequest
 from helios.registry.client import IngestDone, IngestPhase, IngestProgress, Model, ModelPolicy, ModelProfile, Revision
@@ -46,6 +48,25 @@ def test_a_source_goes_to_the_registry_as_it_is_typed(source: str, revision: str
 def test_what_makes_no_sense_is_refused_before_anything_is_asked(source: str, revision: str, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         resolve(Addition("m", source, revision))
+
+
+@pytest.mark.parametrize(
+    ("source", "manner", "words"),
+    [
+        ("hf:org/m", Manner(policy="bogus"), "no such policy"),
+        ("hf:org/m", Manner(policy="rollout"), "--weight"),
+        ("hf:org/m", Manner("soon"), "is no time"),
+        ("hf:org/m", Manner("1s"), "an interval is"),
+        ("embedded:x", Manner(), "can't be followed"),
+        ("/", Manner(), "can't be followed"),
+    ],
+)
+async def test_how_a_source_is_followed_is_judged_before_it_is_pulled(
+    tmp_path: Path, source: str, manner: Manner, words: str
+) -> None:
+    # No mesh runs here: whoever asked one first would say so.
+    with pytest.raises(InvalidRequest, match=words):
+        await models_add(StateDirectory(tmp_path), Console(file=io.StringIO()), Addition("m", source, follow=manner))
 
 
 def test_a_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
