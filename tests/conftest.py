@@ -49,6 +49,7 @@ SLOW_FILES = (
     "registry/test_convert.py",
     "registry/test_database.py",
     "registry/test_follow.py",
+    "registry/test_follow_races.py",
     "registry/test_ingest.py",
     "registry/test_prefetch_process.py",
     "registry/test_process.py",

@@ -31,6 +31,7 @@ from helios.mesh.errors import (
 )
 from helios.registry.downloads import open_downloads
 from helios.registry.engine_settings import EngineSettings
+from helios.registry.events import Mutation
 from helios.registry.records import IngestPhase, IngestProgress, IngestSpec
 from helios.registry.sources.settings import DownloadSettings, HuggingFaceSettings, SourceSettings
 from tests.emulators import faulty_proxy as faults
@@ -136,6 +137,19 @@ async def open_place(
 async def place(tmp_path: Path) -> AsyncIterator[Place]:
     async with open_place(tmp_path) as opened:
         yield opened
+
+
+async def test_a_pull_that_is_sent_again_asks_nothing_of_a_hub_that_has_moved_on(place: Place) -> None:
+    once = Mutation(request_id="r-1")
+    first = (await place.parts.ingest("m", "hf:org/m", mutation=once)).model
+    place.hub.repositories["org/m"].push(place.files | {"generation_config.json": b"{}"})
+    place.hub.requests.clear()
+    again = await place.parts.ingest("m", "hf:org/m", mutation=once)
+    assert (again.model, again.new_bytes, place.hub.requests) == (first, 0, [])
+    with pytest.raises(InvalidRequest) as caught:
+        await place.parts.ingest("m", "hf:org/m", tags=("t",), mutation=once)
+    assert (caught.value.reason, place.hub.requests) == ("REQUEST_ID_REUSED", [])
+    assert (await place.parts.ingest("m", "hf:org/m")).model.revision != first.revision
 
 
 async def test_a_pulled_model_is_what_the_hub_has(place: Place) -> None:

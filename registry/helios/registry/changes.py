@@ -106,10 +106,23 @@ class ChangeLog:
         async with self._database.transaction() as connection:
             write = Write(connection, mutation, now, self._kept_events)
             if mutation.request_id:
-                text = json.dumps([call, mutation.expected_version, *arguments])
-                fingerprint = hashlib.sha256(text.encode()).hexdigest()
-                write.is_repeat = await _remember(connection, mutation.request_id, fingerprint, now)
+                fingerprint = _fingerprint(mutation, call, arguments)
+                write.is_repeat = await _is_known(connection, mutation.request_id, fingerprint)
+                if not write.is_repeat:
+                    await _remember(connection, mutation.request_id, fingerprint, now)
             yield write
+
+    async def is_known(self, mutation: Mutation, call: str, *arguments: str) -> bool:
+        """Returns whether a call was carried out before, for those that have much to do before they write.
+
+        Raises:
+            InvalidRequest: As ``write``.
+        """
+        mutation.check()
+        if not mutation.request_id:
+            return False
+        async with self._database.snapshot() as connection:
+            return await _is_known(connection, mutation.request_id, _fingerprint(mutation, call, arguments))
 
     @asynccontextmanager
     async def write_model(
@@ -172,19 +185,25 @@ async def _is_kept(connection: AsyncConnection, after: int) -> bool:
     return oldest is not None and oldest <= after + 1
 
 
-async def _remember(connection: AsyncConnection, request_id: str, fingerprint: str, now: datetime) -> bool:
-    """Notes a request; returns whether it was carried out before."""
+def _fingerprint(mutation: Mutation, call: str, arguments: tuple[str, ...]) -> str:
+    text = json.dumps([call, mutation.expected_version, *arguments])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+async def _is_known(connection: AsyncConnection, request_id: str, fingerprint: str) -> bool:
+    """Returns whether a request was carried out before. Raises InvalidRequest (REQUEST_ID_REUSED)."""
     query = select(requests.c.fingerprint).where(requests.c.request_id == request_id)
     found = (await connection.execute(query)).scalar_one_or_none()
-    if found is not None:
-        if found != fingerprint:
-            raise InvalidRequest(
-                f"request_id {request_id!r} was another request's",
-                reason="REQUEST_ID_REUSED",
-                metadata={"param": "request_id"},
-            )
-        return True
+    if found is not None and found != fingerprint:
+        raise InvalidRequest(
+            f"request_id {request_id!r} was another request's",
+            reason="REQUEST_ID_REUSED",
+            metadata={"param": "request_id"},
+        )
+    return found is not None
+
+
+async def _remember(connection: AsyncConnection, request_id: str, fingerprint: str, now: datetime) -> None:
     await connection.execute(delete(requests).where(requests.c.at_us < to_us(now - REQUEST_LIFE)))
     row = {"request_id": request_id, "fingerprint": fingerprint, "at_us": to_us(now)}
     await connection.execute(insert(requests).values(row))
-    return False

@@ -12,6 +12,7 @@ The ingester is an async context manager that owns the tasks; leaving it cancels
 
 import asyncio
 import dataclasses
+import json
 import re
 import time
 from collections.abc import AsyncGenerator
@@ -37,6 +38,7 @@ from helios.registry.blobs import Hold
 from helios.registry.catalog import Catalog
 from helios.registry.downloads import Downloads
 from helios.registry.engine_settings import EngineSettings
+from helios.registry.events import PLAIN
 from helios.registry.inspection import inspect_model
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.names import check_aliases, check_name, check_tag
@@ -46,7 +48,7 @@ from helios.registry.sources.patterns import Selection
 from helios.registry.sources.remote_sources import Sources
 from helios.registry.sources.source import FileSet, Source
 from helios.registry.state import StateDirectory
-from helios.registry.store import NewRevision
+from helios.registry.store import Guard, NewRevision
 
 log = structlog.get_logger()
 
@@ -88,8 +90,14 @@ class Ingester:
             flight.cancel()
         await self._group.__aexit__(None, None, None)
 
-    async def ingest(self, spec: IngestSpec) -> AsyncGenerator[IngestEvent, None]:
+    async def ingest(self, spec: IngestSpec, guard: Guard | None = None) -> AsyncGenerator[IngestEvent, None]:
         """Ingests a model; yields progress, and IngestDone last. Closing it early gives the ingest up.
+
+        One whose ``request_id`` was carried out before does nothing: it yields the model as it is now.
+
+        Args:
+            spec: What to ingest.
+            guard: What must hold at the commit; None: nothing. Its HeliosError is raised otherwise.
 
         Raises:
             InvalidRequest: INVALID_MODEL_NAME, INVALID_SOURCE, UNSUPPORTED_FORMAT.
@@ -99,7 +107,7 @@ class Ingester:
             DiskFull: There is no room.
             Overloaded: Too many ingests run.
         """
-        flight = await self._join(check_spec(spec))
+        flight = await self._join(check_spec(spec), guard)
         flight.follower_count += 1
         try:
             seen: tuple[IngestProgress, ...] = ()
@@ -119,13 +127,13 @@ class Ingester:
                 # The caller's next request must not meet what is left of this one.
                 await offload.uninterrupted(flight.settle())
 
-    async def _join(self, spec: IngestSpec) -> "_Flight":
+    async def _join(self, spec: IngestSpec, guard: Guard | None) -> "_Flight":
         while (flight := self._flights.get(spec.name)) is not None and flight.is_cancelled:
             await flight.settle()
         if self._is_closing:
             raise _draining()
         if flight is not None:
-            if (flight.spec, flight.spec.mutation.expected_version) != (spec, spec.mutation.expected_version):
+            if flight.asked != (spec, spec.mutation.expected_version, guard):
                 raise Conflict(
                     f"another ingest of {spec.name!r} is running, from {flight.spec.source}; wait for it or cancel it",
                     reason="INGEST_RUNNING",
@@ -138,7 +146,7 @@ class Ingester:
                 reason="TOO_MANY_INGESTS",
                 retry_after_seconds=10,
             )
-        flight = self._flights[spec.name] = _Flight(spec)
+        flight = self._flights[spec.name] = _Flight(spec, guard)
         flight.task = self._group.create_task(self._fly(flight), name=f"ingest {spec.name}")
         # A callback, not the task's own end: a task that is cancelled before its first step never runs at all.
         flight.task.add_done_callback(partial(self._land, flight))
@@ -161,8 +169,11 @@ class Ingester:
 class _Flight:
     """One running ingest and those who follow it."""
 
-    def __init__(self, spec: IngestSpec) -> None:
+    def __init__(self, spec: IngestSpec, guard: Guard | None) -> None:
         self.spec = spec
+        self.guard = guard
+        # Who asks for the same follows it.
+        self.asked = (spec, spec.mutation.expected_version, guard)
         self.progress = ProgressLog()
         self.follower_count = 0
         self.is_cancelled = False
@@ -207,6 +218,7 @@ class _Ingest:
         self, flight: _Flight, catalog: Catalog, state: StateDirectory, sources: Sources, downloads: Downloads
     ) -> None:
         self._spec = flight.spec
+        self._guard = flight.guard
         self._progress = flight.progress
         self._catalog = catalog
         self._state = state
@@ -216,6 +228,9 @@ class _Ingest:
     async def run(self) -> IngestDone:
         """Runs all steps; on failure nothing is left."""
         self._progress.begin(IngestPhase.INSPECT)
+        known = await self._catalog.store.find_put(self._spec.name, _asked(self._spec), self._spec.mutation)
+        if known is not None:
+            return IngestDone(known, 0)
         await self._catalog.store.check_names(self._spec.name, self._spec.aliases)
         held: list[str] = []
         try:
@@ -310,7 +325,12 @@ class _Ingest:
         self._progress.begin(IngestPhase.COMMIT)
         spec = self._spec
         revision = dataclasses.replace(
-            revision, engine_settings=spec.engine_settings, tags=spec.tags, is_served=not spec.keep_served
+            revision,
+            engine_settings=spec.engine_settings,
+            tags=spec.tags,
+            is_served=not spec.keep_served,
+            asked=_asked(spec),
+            guard=self._guard,
         )
         return await self._catalog.put_model(spec.name, spec.aliases, revision, spec.mutation)
 
@@ -330,6 +350,11 @@ def check_spec(spec: IngestSpec) -> IngestSpec:
     aliases = check_aliases(spec.name, spec.aliases)
     tags = tuple(sorted({check_tag(tag, param="tags") for tag in spec.tags}))
     return dataclasses.replace(spec, aliases=aliases, expected_sha256=expected, tags=tags)
+
+
+def _asked(spec: IngestSpec) -> str:
+    """Returns what an ingest is asked for, whoever asks and whatever comes of it."""
+    return json.dumps(dataclasses.asdict(dataclasses.replace(spec, mutation=PLAIN)), sort_keys=True)
 
 
 def _draining() -> Draining:

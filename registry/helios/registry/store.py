@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Collection
 from datetime import datetime
+from typing import Protocol
 
 from sqlalchemy import delete, func, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -56,7 +57,17 @@ from helios.registry.tables import (
     revisions,
 )
 
-__all__ = ["NewRevision", "Store"]
+__all__ = ["Guard", "NewRevision", "Store"]
+
+# What requests that put models are remembered as.
+_PUT = "put_model"
+
+
+class Guard(Protocol):
+    """A condition of a write, looked at in its transaction. Guards that mean the same are equal."""
+
+    async def require(self, connection: AsyncConnection) -> None:
+        """Raises HeliosError where it does not hold; the write changes nothing then."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,6 +79,8 @@ class NewRevision:
         engine_settings: The model's from now on; None: it keeps those it has.
         tags: They point at it from now on.
         is_served: The model serves it from now on; False: a model that serves another one goes on with that.
+        asked: What the ingest was asked for, by which a ``request_id`` is known again; empty: this revision.
+        guard: What must hold when it is written; None: nothing.
     """
 
     manifest: Manifest
@@ -77,6 +90,8 @@ class NewRevision:
     engine_settings: EngineSettings | None = None
     tags: tuple[str, ...] = ()
     is_served: bool = True
+    asked: str = ""
+    guard: Guard | None = None
 
 
 class Store:
@@ -143,6 +158,13 @@ class Store:
         async with self._database.snapshot() as connection:
             await _check_names(connection, name, new_aliases)
 
+    async def find_put(self, name: str, asked: str, mutation: Mutation) -> Model | None:
+        """Returns the model, as it is now, if ``put_model`` carried this request out before. Raises as it does then."""
+        if not await self.changes.is_known(mutation, _PUT, name, asked):
+            return None
+        async with self._database.snapshot() as connection:
+            return await require_model(connection, name)
+
     async def put_model(
         self,
         name: str,
@@ -159,12 +181,15 @@ class Store:
             PreconditionFailed: TOO_MANY_TAGS.
             Conflict: STALE_VERSION.
             ModelNotFound: The request was carried out before, and the model is gone.
+            HeliosError: As the guard.
         """
         digest = revision.manifest.digest()
-        async with self.changes.write(mutation, now, "put_model", name, digest) as write:
+        async with self.changes.write(mutation, now, _PUT, name, revision.asked or digest) as write:
             connection = write.connection
             if write.is_repeat:
                 return await require_model(connection, name)
+            if revision.guard is not None:
+                await revision.guard.require(connection)
             await write.require_version(name)
             await _check_names(connection, name, new_aliases)
             await _insert_revision(connection, digest, revision, now)

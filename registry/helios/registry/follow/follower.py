@@ -17,11 +17,12 @@ from typing import Final
 import structlog
 
 from helios.mesh.errors import DeadlineExceeded, Draining, HeliosError, InvalidRequest, ModelNotFound
+from helios.mesh.interceptors import as_helios_error
 from helios.mesh.tasks import task_scope
 from helios.registry.catalog import Catalog
 from helios.registry.follow.following import NEXT_TAG, Following, Policy, next_pause
 from helios.registry.follow.settings import FollowSettings
-from helios.registry.follow.store import FollowStore
+from helios.registry.follow.store import FOLLOWED_OTHERWISE, FollowStore, StillFollows
 from helios.registry.ingest import Ingester
 from helios.registry.names import Reference
 from helios.registry.records import IngestDone, IngestSpec, Model
@@ -64,13 +65,13 @@ class Follower:
         self._asked.set()
 
     async def run(self) -> None:
-        """Looks for ever. Raises what the database raises; sources' errors are noted with their models."""
+        """Looks for ever. Sources' errors are noted with their models; while the database fails it is asked again."""
         free = asyncio.Semaphore(self._settings.max_concurrent)
         async with task_scope() as group:
             while True:
                 self._asked.clear()
                 await free.acquire()
-                due = await self._store.claim_due(datetime.now(UTC), _HOLD)
+                due = await self._claim()
                 if due is not None:
                     group.create_task(self._follow(due, free), name=f"follow {due.model}")
                     continue
@@ -81,21 +82,41 @@ class Follower:
                 except TimeoutError:
                     pass
 
+    async def _claim(self) -> Following | None:
+        try:
+            return await self._store.claim_due(datetime.now(UTC), _HOLD)
+        except (HeliosError, OSError) as error:
+            # The looks and ingests that run do without the database for now, and must not end with this.
+            log.warning("followed sources not asked for", error=str(error))
+            return None
+
     async def _follow(self, seen: Following, free: asyncio.Semaphore) -> None:
         try:
             async with task_scope() as group:
-                group.create_task(self._keep(seen), name=f"keep {seen.model}")
-                await self.look(seen)
-        except HeliosError as error:
-            # The database; another look follows when this one's hold is over.
-            log.warning("followed source not noted", model=seen.model, error=error.message)
+                looking = group.create_task(self._look(seen), name=f"look at {seen.model}")
+                keeping = group.create_task(self._keep(seen), name=f"keep {seen.model}")
+                # The one that ends first ends the other: a look that is over, or one that nobody wants any more.
+                await asyncio.wait((looking, keeping), return_when=asyncio.FIRST_COMPLETED)
         finally:
             free.release()
 
+    async def _look(self, seen: Following) -> None:
+        try:
+            await self.look(seen)
+        except (HeliosError, OSError) as error:
+            # The database; another look follows when this one's hold is over.
+            log.warning("followed source not noted", model=seen.model, error=str(error))
+
     async def _keep(self, seen: Following) -> None:
-        while True:
+        """Holds a look's row while the model follows that."""
+        is_followed = True
+        while is_followed:
             await asyncio.sleep(_KEEP_SECONDS)
-            await self._store.keep(seen, datetime.now(UTC) + _HOLD)
+            try:
+                is_followed = await self._store.keep(seen, datetime.now(UTC) + _HOLD)
+            except (HeliosError, OSError) as error:
+                # The hold outlasts one that failed; at the worst another registry looks, too.
+                log.warning("followed source not held", model=seen.model, error=str(error))
 
     async def look(self, seen: Following) -> None:
         """Looks at one source and does what follows; its errors are noted."""
@@ -118,12 +139,16 @@ class Follower:
             took = f"{seen.wish.source} was not looked at, or not ingested, in time"
             await self._failed(seen, DeadlineExceeded(took, reason="SOURCE_TIMEOUT"))
         except HeliosError as error:
+            if error.reason == FOLLOWED_OTHERWISE:
+                return
             if error.reason in _BUSY:
                 asked = timedelta(seconds=error.retry_after_seconds or 0.0)
                 pause = max(asked, min(_BUSY_PAUSE, seen.wish.interval))
                 await self._store.postponed(seen, datetime.now(UTC), pause)
             else:
                 await self._failed(seen, error)
+        except Exception as error:  # noqa: BLE001 - noted with its model and logged; it would end all other looks
+            await self._failed(seen, as_helios_error(error, f"follow {seen.model}"))
 
     async def _identify(self, seen: Following) -> tuple[str, bool]:
         """Returns what stands for what the place has, and whether the model has that already at the first look."""
@@ -158,7 +183,7 @@ class Follower:
         )
         async with (
             asyncio.timeout(self._settings.ingest_seconds),
-            aclosing(self._ingester.ingest(spec)) as events,
+            aclosing(self._ingester.ingest(spec, StillFollows(seen.model, wish))) as events,
         ):
             model = next(iter([event.model async for event in events if isinstance(event, IngestDone)]))
         if is_served:
@@ -172,8 +197,8 @@ class Follower:
         if seen.wish.policy is not Policy.ROLLOUT or digest in running:
             return after
         target = Reference(seen.model, digest=digest)
-        weight = seen.wish.weight_percent
-        return await self._catalog.write(lambda: self._rollouts.put(target, weight, datetime.now(UTC)))
+        weight, guard = seen.wish.weight_percent, StillFollows(seen.model, seen.wish)
+        return await self._catalog.write(lambda: self._rollouts.put(target, weight, datetime.now(UTC), guard=guard))
 
     async def _failed(self, seen: Following, error: HeliosError) -> None:
         pause = next_pause(

@@ -5,13 +5,14 @@ at does not: nobody who watches models wants to hear of each look.
 """
 
 import json
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import ColumnElement, and_, delete, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from helios.mesh.errors import HeliosError, NotFound
+from helios.mesh.errors import Conflict, HeliosError, NotFound
 from helios.registry.changes import ChangeLog
 from helios.registry.database import Database
 from helios.registry.events import PLAIN, EventKind, Mutation
@@ -19,6 +20,29 @@ from helios.registry.follow.following import MAX_ERROR_CHARS, Following, Policy,
 from helios.registry.model_rows import resolve
 from helios.registry.moments import from_us, to_us
 from helios.registry.tables import followed
+
+FOLLOWED_OTHERWISE: Final = "FOLLOWED_OTHERWISE"
+"""Reason of a Conflict: the model is gone, or follows something else, or in another way, than when a look began."""
+
+
+@dataclass(frozen=True, slots=True)
+class StillFollows:
+    """A guard: what a look leads to is written only while its model follows the source, and in the way, that it began
+    with. How often it is looked at may change.
+    """
+
+    model: str
+    wish: Wish
+
+    async def require(self, connection: AsyncConnection) -> None:
+        """Raises Conflict (FOLLOWED_OTHERWISE)."""
+        query = select(literal(1)).where(_is_followed(self.model, _manner_of(self.wish)))
+        if (await connection.execute(query)).one_or_none() is None:
+            raise Conflict(
+                f"{self.model!r} is gone, or does not follow {self.wish.source} in this way any more",
+                reason=FOLLOWED_OTHERWISE,
+                metadata={"model": self.model},
+            )
 
 
 class FollowStore:
@@ -97,11 +121,12 @@ class FollowStore:
             await connection.execute(held)
             return _following_of(row)
 
-    async def keep(self, seen: Following, until: datetime) -> None:
-        """Has no other registry take a model that is still being looked at."""
-        is_it = (followed.c.model == seen.model) & (followed.c.source == seen.wish.source)
+    async def keep(self, seen: Following, until: datetime) -> bool:
+        """Has no other registry take a model that is still being looked at; returns whether it follows that still."""
+        is_it = _is_followed(seen.model, _manner_of(seen.wish))
         async with self._database.transaction() as connection:
-            await connection.execute(update(followed).where(is_it).values(next_at_us=to_us(until)))
+            kept = await connection.execute(update(followed).where(is_it).values(next_at_us=to_us(until)))
+            return bool(kept.rowcount)
 
     async def looked(self, seen: Following, fingerprint: str, now: datetime, pause: timedelta) -> None:
         """Notes a look that found nothing new, or what was known already."""
@@ -139,8 +164,8 @@ class FollowStore:
 async def _note(
     connection: AsyncConnection, seen: Following, now: datetime, pause: timedelta, values: dict[str, Any]
 ) -> bool:
-    """Notes a look, unless the model has followed something else since; returns whether it was noted."""
-    is_it = (followed.c.model == seen.model) & (followed.c.source == seen.wish.source)
+    """Notes a look, unless the model has followed something else, or otherwise, since; returns whether it was noted."""
+    is_it = _is_followed(seen.model, _values_of(seen.wish))
     times = {"checked_at_us": to_us(now), "next_at_us": to_us(now + pause)}
     return bool((await connection.execute(update(followed).where(is_it).values(values | times))).rowcount)
 
@@ -165,6 +190,17 @@ def _values_of(wish: Wish) -> dict[str, Any]:
         "policy": wish.policy.value,
         "weight_percent": wish.weight_percent,
     }
+
+
+def _manner_of(wish: Wish) -> dict[str, Any]:
+    """Returns what is followed and what becomes of it, however often it is looked at."""
+    values = _values_of(wish)
+    del values["interval_seconds"]
+    return values
+
+
+def _is_followed(model: str, values: dict[str, Any]) -> ColumnElement[bool]:
+    return and_(followed.c.model == model, *(followed.c[name] == value for name, value in values.items()))
 
 
 def _place_of(wish: Wish) -> tuple[object, ...]:

@@ -15,6 +15,7 @@ from helios.registry.pointers import move_pointer
 from helios.registry.records import Model, Rollout
 from helios.registry.rollout import rows
 from helios.registry.rollout.steps import Act, RolloutStep, check_weight
+from helios.registry.store import Guard
 from helios.registry.tables import rollout_steps
 
 
@@ -25,18 +26,29 @@ class RolloutStore:
         self._database = database
         self._changes = changes
 
-    async def put(self, target: Reference, percent: int, now: datetime, mutation: Mutation = PLAIN) -> Model:
-        """Sends a share of a model's requests to a revision of it.
+    async def put(
+        self,
+        target: Reference,
+        percent: int,
+        now: datetime,
+        mutation: Mutation = PLAIN,
+        *,
+        guard: Guard | None = None,
+    ) -> Model:
+        """Sends a share of a model's requests to a revision of it, if ``guard`` holds.
 
         Raises:
             ModelNotFound, NotFound, RevisionNotFound, InvalidRequest: As ``Store.resolve``; INVALID_WEIGHT.
             PreconditionFailed: ROLLOUT_OF_SERVED, ROLLOUT_OF_ADAPTER.
             Conflict: STALE_VERSION.
+            HeliosError: As the guard.
         """
         check_weight(percent)
         asked = ("put_rollout", target.tag, target.digest, str(percent))
         async with self._changes.write_model(target.name, now, mutation, *asked) as (write, before):
             if not write.is_repeat:
+                if guard is not None:
+                    await guard.require(write.connection)
                 revision = await require_revision(write.connection, before, target)
                 metadata = {"model": before.name, "revision": revision.digest}
                 if revision.profile.base_model:
