@@ -15,8 +15,10 @@ from helios.proxy.admission.bucket import Bucket
 from helios.proxy.admission.history import History
 from helios.proxy.admission.keyring import ANYBODY, SECRET_PREFIX, Caller, Keyring, check_model
 from helios.proxy.admission.quotas import Quotas, Usage
+from helios.proxy.fleet.state import Load
 from helios.proxy.picker.limits import duration
-from tests.proxy.support import entry
+from helios.proxy.traffic import LoadDelta
+from tests.proxy.support import core, entry, hello, replica
 
 SECRET = f"{SECRET_PREFIX}{'a' * 43}"
 NOW = 1_800_000_000.0
@@ -240,6 +242,102 @@ def test_a_request_that_envoy_tries_elsewhere_is_settled_where_it_ends() -> None
     assert remaining() == 850
 
 
+def test_what_lapsed_is_charged_when_it_ends_after_all() -> None:
+    quotas = Quotas()
+    for number in range(5):
+        # Each body is slower than a reservation lives.
+        now = 100.0 * number
+        ask(quotas, f"q{number}", now)
+        quotas.lapse(f"q{number}", now + 15.0)
+        quotas.started(f"q{number}")
+        quotas.finished(Usage(f"q{number}", 0, 100, 900), now + 20.0)
+        standing = quotas.standing(LIMITED, now + 20.0)
+        assert standing is not None
+        assert standing.token_remaining == 0
+        with pytest.raises(QuotaExceeded):
+            ask(quotas, "next", now + 20.0)
+
+
+def test_what_lapsed_is_charged_once_and_to_the_limits_that_its_key_has_then() -> None:
+    quotas = Quotas()
+    ask(quotas, "q", 0.0)
+    quotas.lapse("q", 15.0)
+    # The account is forgotten as idle, and made anew with other limits.
+    quotas.tick(700.0)
+    other = replace(LIMITED, tokens_per_minute=500)
+    ask(quotas, "other", 700.0, caller=other)
+    quotas.release("other", 700.0)
+    for _ in range(2):
+        quotas.finished(Usage("q", 0, 0, 200), 700.0)
+    standing = quotas.standing(other, 700.0)
+    assert standing is not None
+    assert standing.token_remaining == 300
+
+
+def test_a_request_that_runs_elsewhere_is_in_no_doubt() -> None:
+    quotas = Quotas()
+    ask(quotas, "q")
+    quotas.finished(Usage("q", UNAVAILABLE, 0, 0), 0.5)
+    quotas.started("q")
+    quotas.tick(16.0)
+    held = quotas.standing(LIMITED, 16.0)
+    assert held is not None
+    assert held.token_remaining == 800
+    quotas.finished(Usage("q", 0, 100, 900), 60.0)
+    settled = quotas.standing(LIMITED, 60.0)
+    assert settled is not None
+    assert settled.token_remaining == 0
+
+
+def test_doubt_that_was_wrong_is_paid_for() -> None:
+    quotas = Quotas()
+    ask(quotas, "q")
+    # The word of its start elsewhere came before that of its end here.
+    quotas.started("q")
+    quotas.finished(Usage("q", UNAVAILABLE, 0, 0), 0.5)
+    quotas.tick(16.0)
+    quotas.finished(Usage("q", 0, 100, 900), 60.0)
+    settled = quotas.standing(LIMITED, 60.0)
+    assert settled is not None
+    assert settled.token_remaining == 0
+
+
+def test_a_workers_hello_and_a_slow_body_let_no_tokens_through() -> None:
+    subject = core()
+    subject.models_replaced([entry()], 0.0, is_synced=True)
+    subject.worker_hello(hello(replicas=(replica(),)), 0.0)
+    subject.endpoints_acknowledged(subject.fleet.endpoints(), 0.0)
+    quotas = subject.traffic.quotas
+    for request_id in ("slow", "runs"):
+        ask(quotas, request_id)
+        assert subject.pick(entry(), request_id, 0.0) is not None
+    subject.load_report([LoadDelta("r", Load(), started=("runs",))], 1.0)
+    subject.worker_hello(hello(replicas=(replica(),)), 2.0)
+    subject.worker_seen("w", 16.0)
+    subject.tick(16.0)
+    usages = (Usage("slow", 0, 100, 300), Usage("runs", 0, 100, 500))
+    finished = (("slow", 0), ("runs", 0))
+    subject.load_report([LoadDelta("r", Load(), started=("slow",), finished=finished, usage=usages)], 120.0)
+    standing = quotas.standing(LIMITED, 120.0)
+    assert standing is not None
+    # 400, and what was not settled as reserved of 600.
+    assert standing.token_remaining == 1000 - 400 - (600 - 200)
+
+
+def test_the_news_of_a_start_elsewhere_ends_doubt() -> None:
+    subject = core()
+    subject.models_replaced([entry()], 0.0, is_synced=True)
+    subject.worker_hello(hello(replicas=(replica(), replica("s", address="127.0.0.1:1001"))), 0.0)
+    ask(subject.traffic.quotas, "q")
+    refused = (Usage("q", UNAVAILABLE, 0, 0),)
+    subject.load_report([LoadDelta("r", Load(), ("q",), (("q", UNAVAILABLE),), refused)], 1.0)
+    subject.load_report([LoadDelta("s", Load(), ("q",))], 2.0)
+    subject.tick(20.0)
+    standing = subject.traffic.quotas.standing(LIMITED, 20.0)
+    assert standing is not None
+    assert standing.token_remaining == 800
+
+
 class QuotaMachine(RuleBasedStateMachine):
     """Quotas under requests that end in every way there is."""
 
@@ -272,6 +370,14 @@ class QuotaMachine(RuleBasedStateMachine):
     @rule(number=st.integers(1, 30))
     def lose(self, number: int) -> None:
         self.quotas.lost([f"q{number}"], self.now)
+
+    @rule(number=st.integers(1, 30))
+    def lapse(self, number: int) -> None:
+        self.quotas.lapse(f"q{number}", self.now)
+
+    @rule(number=st.integers(1, 30))
+    def start(self, number: int) -> None:
+        self.quotas.started(f"q{number}")
 
     @rule(seconds=st.floats(0, 5000))
     def wait(self, seconds: float) -> None:

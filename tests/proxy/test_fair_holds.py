@@ -11,7 +11,7 @@ from helios.mesh.errors import Overloaded, QuotaExceeded
 from helios.proxy import actions
 from helios.proxy.admission.keyring import ANYBODY, Caller
 from helios.proxy.core import Core
-from helios.proxy.fleet.state import Load
+from helios.proxy.fleet.state import Load, ReplicaState
 from helios.proxy.holds import Hold, HoldLimits, Holds
 from helios.proxy.traffic import LoadDelta, RoutingPolicy
 from tests.proxy.support import core, entry, hello, policy, replica
@@ -89,6 +89,15 @@ def test_another_replica_takes_what_a_busy_one_does_not() -> None:
     picked = subject.pick(entry(), "q", 1.0)
     assert picked is not None
     assert [choice.replica_id for choice in picked.choices] == ["s"]
+
+
+def test_a_replica_that_ends_while_it_is_busy_is_forgotten() -> None:
+    subject = busy_core()
+    failed = replace(replica(), state=ReplicaState.FAILED, failure_reason="CRASHED")
+    assert subject.traffic.busy == {"r"}
+    subject.replica_event("w", 1, failed, 1.0)
+    # While any is busy, every pick of every model looks for it among its candidates.
+    assert subject.traffic.busy == set()
 
 
 def test_a_small_tenant_does_not_wait_behind_a_hog() -> None:

@@ -183,6 +183,7 @@ class Traffic:
             return None
         replica_id, touched = delta.replica_id, {delta.replica_id}
         for request_id in delta.started:
+            self.quotas.started(request_id)
             freed = self.ledger.started(request_id, replica_id) or replica_id
             touched.add(freed)
             if freed != replica_id:
@@ -239,7 +240,7 @@ class Traffic:
         for replica_id in self.breakers.tick(now):
             self.refresh(replica_id)
         for reservation in self.ledger.expire(now):
-            self.quotas.release(reservation.request_id, now)
+            self.quotas.lapse(reservation.request_id, now)
             self._rescore(reservation.replica_id)
         self.quotas.tick(now)
 
@@ -250,6 +251,16 @@ class Traffic:
             and not replica.load.waiting_count
             and self.ledger.is_idle(replica.replica_id)
         )
+
+    def takes_requests(self, entry: ModelEntry) -> bool:
+        """Whether a request for an entry's revision would be picked a replica now, and not wait for a busy one."""
+        candidates = self.table.snapshot(entry.name, entry.revision)
+        return any(candidate.replica_id not in self._busy for candidate in candidates)
+
+    @property
+    def busy(self) -> frozenset[str]:
+        """Candidates that take no request for now."""
+        return frozenset(self._busy)
 
     def is_candidate(self, replica_id: str) -> bool:
         """Whether a replica may be picked now."""
@@ -299,6 +310,10 @@ class Traffic:
         """Models that got a candidate since the last call: what waits for them can go on."""
         opened, self._opened = self._opened, set()
         return opened
+
+    def look_again(self, model: str) -> None:
+        """Has those who wait for a model looked at, as if it had a new candidate: others came to it."""
+        self._opened.add(model)
 
     def refresh(self, replica_id: str) -> None:
         """Filters and scores a replica anew."""
@@ -370,6 +385,7 @@ class Traffic:
         replica_id = replica.replica_id
         self._note_exclusion(replica, None)
         self.table.remove(replica_id)
+        self._busy.discard(replica_id)
         self.quotas.lost(self.ledger.forget_replica(replica_id), now)
         self.breakers.forget(replica_id)
         self.outliers.forget(replica_id)

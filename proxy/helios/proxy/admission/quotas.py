@@ -2,7 +2,8 @@
 
 A request reserves what it may take when it comes, and settles what it took when its replica says so. The ledger's
 events end reservations: a request that finished settles by its usage; one that never started gives everything back; one
-whose end nobody will tell (its replica is gone) settles for what it reserved.
+whose end nobody will tell (its replica is gone) settles for what it reserved. Where such an end is told all the same
+(the body was slow, a worker came back), what the request took and did not pay for yet is charged.
 
 | a reservation | event | next |
 |---|---|---|
@@ -10,9 +11,12 @@ whose end nobody will tell (its replica is gone) settles for what it reserved.
 | HELD | finished, with usage or for good | settled by its usage |
 | HELD | finished without usage, UNAVAILABLE (Envoy tries elsewhere) | DOUBTFUL |
 | HELD | released: refused, left, never started | gone, nothing used |
-| HELD | lost with its replica, or older than any request may be | settled as reserved |
+| HELD | its place at a replica lapsed before it started there | LAPSED, nothing used |
+| HELD | lost with its replica, or older than any request may be | LAPSED, settled as reserved |
+| DOUBTFUL | started elsewhere | HELD |
 | DOUBTFUL | finished elsewhere | settled by its usage |
-| DOUBTFUL | its time is over | gone, nothing used |
+| DOUBTFUL | its time is over | LAPSED, nothing used |
+| LAPSED | finished | gone, what it took beyond what was settled is owed |
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ _LIFE_SECONDS: Final = 3600.0
 _DOUBT_SECONDS: Final = 15.0
 _UNAVAILABLE: Final = 14
 _IDLE_SECONDS: Final = 600.0
+# Requests whose end may still be told; more than a proxy picks while a body may be on its way.
+_LAPSED_COUNT: Final = 16_384
 
 
 class Usage(NamedTuple):
@@ -56,11 +62,18 @@ class Standing(NamedTuple):
 
 class _Held(NamedTuple):
     bucket: Bucket | None
-    key_id: str
+    caller: Caller
     model: str
     body_bytes: int
     tokens: int
     expires_at: float
+
+
+class _Lapsed(NamedTuple):
+    caller: Caller
+    model: str
+    body_bytes: int
+    paid_tokens: int
 
 
 class _Account:
@@ -82,7 +95,7 @@ class _Account:
 class Quotas:
     """Accounts by key, and what requests have reserved. Requests without a key are nobody's and have none.
 
-    Invariant: what a bucket has reserved is the sum of what its key's requests hold.
+    Invariants: what a bucket has reserved is the sum of what its key's requests hold; a request is held or lapsed.
     """
 
     def __init__(self, history: History | None = None) -> None:
@@ -90,6 +103,7 @@ class Quotas:
         self._accounts: dict[str, _Account] = {}
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._doubtful: OrderedDict[str, float] = OrderedDict()
+        self._lapsed: OrderedDict[str, _Lapsed] = OrderedDict()
 
     def admit(
         self, caller: Caller, request_id: str, model: str, *, body_bytes: int, max_tokens: int, now: float
@@ -111,6 +125,7 @@ class Quotas:
         if not caller.key_id:
             return None
         self.release(request_id, now)
+        self._lapsed.pop(request_id, None)
         account = self._account(caller, now)
         history = self.history
         answer_tokens = max_tokens or history.long_answer_tokens(model, caller.key_id)
@@ -125,7 +140,7 @@ class Quotas:
             raise _exceeded("TOKENS", account, caller, wait)
         if account.requests is not None:
             account.requests.settle(1, 1, now)
-        self._held[request_id] = _Held(account.tokens, caller.key_id, model, body_bytes, tokens, now + _LIFE_SECONDS)
+        self._held[request_id] = _Held(account.tokens, caller, model, body_bytes, tokens, now + _LIFE_SECONDS)
         return account.standing(now) if any(account.limits) else None
 
     def standing(self, caller: Caller, now: float) -> Standing | None:
@@ -140,6 +155,10 @@ class Quotas:
             return held.tokens
         return self.history.prompt_tokens(model, body_bytes) + self.history.long_answer_tokens(model, "")
 
+    def started(self, request_id: str) -> None:
+        """A request reached a replica, perhaps another one than it was sent to first."""
+        self._doubtful.pop(request_id, None)
+
     def finished(self, usage: Usage, now: float) -> None:
         """A request left a replica."""
         is_elsewhere = usage.status_code == _UNAVAILABLE and not usage.prompt_tokens and not usage.completion_tokens
@@ -148,13 +167,17 @@ class Quotas:
                 self._doubtful.pop(usage.request_id, None)
                 self._doubtful[usage.request_id] = now + _DOUBT_SECONDS
             return
-        held = self._take(usage.request_id)
-        if held is None:
+        tokens = usage.prompt_tokens + usage.completion_tokens
+        request = self._take(usage.request_id) or self._lapsed.pop(usage.request_id, None)
+        if request is None:
             return
-        _settle(held, usage.prompt_tokens + usage.completion_tokens, now)
+        if isinstance(request, _Held):
+            _settle(request, tokens, now)
+        else:
+            self._owe(request, tokens, now)
         if usage.status_code == 0:
-            history = self.history
-            history.learn(held.model, held.key_id, held.body_bytes, usage.prompt_tokens, usage.completion_tokens)
+            key_id, body_bytes = request.caller.key_id, request.body_bytes
+            self.history.learn(request.model, key_id, body_bytes, usage.prompt_tokens, usage.completion_tokens)
 
     def release(self, request_id: str, now: float) -> None:
         """A request that reaches no replica gives its tokens back; harmless where it holds none."""
@@ -162,17 +185,19 @@ class Quotas:
         if held is not None:
             _settle(held, 0, now)
 
+    def lapse(self, request_id: str, now: float) -> None:
+        """A request was not heard of for long: it gives its tokens back, and pays when it is heard of after all."""
+        self._end(request_id, now, is_paid=False)
+
     def lost(self, request_ids: Iterable[str], now: float) -> None:
-        """Nobody will tell how these ended."""
+        """Nobody is likely to tell how these ended."""
         for request_id in request_ids:
-            held = self._take(request_id)
-            if held is not None:
-                _settle(held, held.tokens, now)
+            self._end(request_id, now, is_paid=True)
 
     def tick(self, now: float) -> None:
         """Follows the time; to be called about every second."""
         while self._doubtful and next(iter(self._doubtful.values())) <= now:
-            self.release(next(iter(self._doubtful)), now)
+            self.lapse(next(iter(self._doubtful)), now)
         while self._held and next(iter(self._held.values())).expires_at <= now:
             self.lost([next(iter(self._held))], now)
         for key_id in [key for key, account in self._accounts.items() if _is_idle(account, now)]:
@@ -184,6 +209,22 @@ class Quotas:
             account = self._accounts[caller.key_id] = _Account(caller)
         account.used_at = now
         return account
+
+    def _end(self, request_id: str, now: float, *, is_paid: bool) -> None:
+        held = self._take(request_id)
+        if held is None:
+            return
+        paid_tokens = held.tokens if is_paid else 0
+        _settle(held, paid_tokens, now)
+        self._lapsed[request_id] = _Lapsed(held.caller, held.model, held.body_bytes, paid_tokens)
+        if len(self._lapsed) > _LAPSED_COUNT:
+            self._lapsed.popitem(last=False)
+
+    def _owe(self, lapsed: _Lapsed, tokens: int, now: float) -> None:
+        # Its key may have other limits by now, or have been forgotten as idle.
+        account = self._accounts.get(lapsed.caller.key_id) or self._account(lapsed.caller, now)
+        if account.tokens is not None:
+            account.tokens.settle(0, max(0, tokens - lapsed.paid_tokens), now)
 
     def _take(self, request_id: str) -> _Held | None:
         self._doubtful.pop(request_id, None)
