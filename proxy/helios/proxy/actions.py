@@ -34,6 +34,15 @@ class Fail:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldMoved:
+    """A held request waits for `hold.model` and its `revision` now: the entry that it waited for, `left`, is gone."""
+
+    hold: Hold
+    left: str
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkersChanged:
     """Remember which workers there are, for the next start of this process."""
 
@@ -160,6 +169,7 @@ Action = (
     Send
     | Release
     | Fail
+    | HoldMoved
     | WorkersChanged
     | SwapFailuresChanged
     | Disconnect

@@ -175,12 +175,15 @@ class Core:
         size_bytes: int,
         deadline: float,
         now: float,
+        name: str = "",
         requested_at: float = 0.0,
         traceparent: str = "",
         adapter: str = "",
         caller: Caller = ANYBODY,
     ) -> tuple[Hold, list[actions.Action]]:
         """Holds a request and starts what it waits for; `Hold` says what `requested_at` and `traceparent` are.
+
+        `name` is what the request calls the model; empty: by its own name, or the adapter's.
 
         Raises:
             Overloaded: too much is held already.
@@ -195,6 +198,7 @@ class Core:
             size_bytes,
             now,
             deadline,
+            name or adapter or entry.name,
             requested_at,
             traceparent,
             adapter,

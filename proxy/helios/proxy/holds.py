@@ -46,6 +46,8 @@ class HoldLimits:
 class Hold:
     """A request that waits. Times are monotonic seconds; `model` is the model's own name, `adapter` the one it names.
 
+    `name` is what the request calls it: where the entry goes while it waits, the name may mean another one.
+
     Requests of one model for different adapters wait in lanes of their own; "" is the lane of the model itself.
 
     What a start is told of the request that asked for it: `requested_at`, its arrival in seconds since the epoch (0:
@@ -58,6 +60,7 @@ class Hold:
     size_bytes: int
     since: float
     deadline: float
+    name: str = ""
     requested_at: float = 0.0
     traceparent: str = ""
     adapter: str = ""

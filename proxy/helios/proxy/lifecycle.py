@@ -22,8 +22,9 @@ from helios.proxy.fleet.commands import CommandBook, DrainReplica, EvictRevision
 from helios.proxy.fleet.state import Form, Replica, ReplicaState, Staged, WorkerHello
 from helios.proxy.holds import Holds
 from helios.proxy.loads import Loads
+from helios.proxy.moved import move_holds
 from helios.proxy.placement import place as placement
-from helios.proxy.refusals import check_unpinned, model_not_found, start_error
+from helios.proxy.refusals import check_unpinned, start_error
 from helios.proxy.room import Room
 from helios.proxy.scaling.desired import Desired, Usage, desired_replicas
 from helios.proxy.scaling.load import LoadPolicy
@@ -532,12 +533,17 @@ class Lifecycle:
         for replica in self._traffic.fleet.replicas_of(model):
             if not self._traffic.is_draining(replica):
                 self.drain(replica, now)
-        for hold in self._holds.take_all(model):
-            self.outbox.append(actions.Fail(hold, model_not_found(model)))
         self._activations.pop(model, None)
         self._look_after.pop(model, None)
         self.swaps.forget(model)
         self._traffic.forget_use(model)
+        todo, homes = move_holds(
+            model, now, holds=self._holds, catalogue=self._catalogue, remaining_seconds=self.remaining_seconds
+        )
+        self.outbox += todo
+        for home in sorted(homes):
+            self._traffic.look_again(home)
+            self.reconcile(home, now)
 
     def _fail_holds(self, model: str, error: HeliosError) -> int:
         holds = self._holds.take_all(model)

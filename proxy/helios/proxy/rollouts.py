@@ -1,9 +1,9 @@
 """Models of which a share of the requests goes to another revision: which one answers, and whose replicas are whose.
 
 A canary is an entry of its own (``catalog/addressed``), with its own replicas. It is in use while its model is, so it
-is started and kept with it; but nobody waits for it: while it has no replica that takes requests, and where it can't be
-started at all, its share goes to the served revision. Who sends a part of the requests elsewhere to see whether that
-works does not want those to fail that would have been answered. Pure.
+is started and kept with it; but nobody waits for it: while it has no replica that takes a request at once (none, or
+busy ones), and where it can't be started at all, its share goes to the served revision. Who sends a part of the
+requests elsewhere to see whether that works does not want those to fail that would have been answered. Pure.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WANT_SECONDS: Final = 1.0
 class Assignment(NamedTuple):
     """Which entry answers a request, and why, for people; without `why` and `outcome` where there is no choice.
 
-    `outcome` is "served", "canary", or "fallback": it was the canary's, which had no replica that takes requests.
+    `outcome` is "served", "canary", or "fallback": it was the canary's, which had no replica that took it at once.
     """
 
     entry: ModelEntry
@@ -55,7 +55,7 @@ class Rollouts:
         if canary is None or "@" in name or name in entry.adapters:
             return Assignment(entry)
         self._traffic.use(canary.name, now)
-        is_ready = self._traffic.table.count(canary.name, canary.revision) > 0
+        is_ready = self._traffic.takes_requests(canary)
         if not is_ready and now - self._wanted_at.get(canary.name, -_WANT_SECONDS) >= _WANT_SECONDS:
             self._wanted_at[canary.name] = now
             self._lifecycle.want(canary, now)
@@ -64,13 +64,13 @@ class Rollouts:
             why = f"{entry.canary_percent} % go to {canary.name}, not this one, by its {by}"
             return Assignment(entry, why, "served")
         why = f"{entry.canary_percent} % go to {canary.name}, this one by its {by}"
-        if is_ready:
-            return Assignment(canary, why, "canary")
-        return Assignment(entry, f"{why}, but no replica there takes requests", "fallback")
+        return self.still(Assignment(canary, why, "canary"), entry)
 
-    def is_ready(self, entry: ModelEntry) -> bool:
-        """Whether a replica of an entry's revision takes requests."""
-        return self._traffic.table.count(entry.name, entry.revision) > 0
+    def still(self, assigned: Assignment, served: ModelEntry) -> Assignment:
+        """An assignment as it is now: what is the canary's goes to what is served unless a replica takes it at once."""
+        if assigned.outcome != "canary" or self._traffic.takes_requests(assigned.entry):
+            return assigned
+        return Assignment(served, f"{assigned.why}, but no replica there takes requests", "fallback")
 
     def changed(self, entry: ModelEntry, now: float) -> None:
         """A model, or one of its revisions' entries, is new or another one now."""

@@ -149,6 +149,7 @@ class Runtime:
         self._endpoints_changed = asyncio.Event()
         self._workers_changed = asyncio.Event()
         self._swap_failures_changed = asyncio.Event()
+        self._cordons = asyncio.Lock()
         self._is_stopping = False
 
     async def run(self) -> None:
@@ -197,6 +198,7 @@ class Runtime:
             size_bytes=size_bytes,
             deadline=deadline,
             now=since,
+            name=arrival.name,
             requested_at=arrival.began_wall,
             traceparent=_traceparent(span),
             adapter=adapter,
@@ -261,6 +263,8 @@ class Runtime:
                     self._answer(hold, pick)
                 case actions.Fail(hold, error):
                     self._answer(hold, error)
+                case actions.HoldMoved(hold, left, revision):
+                    self.journal.moved(hold.request_id, left, hold.model, revision)
                 case actions.Send(command):
                     outbox = self._outboxes.get(command.worker_id)
                     if outbox is not None:
@@ -398,7 +402,9 @@ class Runtime:
 
     async def remember_cordons(self) -> None:
         """Has it on disk which workers are cordoned. Raises OSError."""
-        await self._memory.save_cordons(frozenset(self.core.fleet.cordoned))
+        # Two writes at once would share a file, and the older one might come last.
+        async with self._cordons:
+            await self._memory.save_cordons(frozenset(self.core.fleet.cordoned))
 
     async def _remember_swap_failures(self) -> None:
         while True:

@@ -62,6 +62,7 @@ class Journal:
         self._ring = Ring(limits.request_count, limits.total_bytes, wall_offset=wall_offset)
         self.picked: Callable[[str, Picked], None] = self._ring.note
         self._held: dict[str, dict[str, Record]] = {}
+        self._moved: dict[str, str] = {}
         self._asking: dict[str, Start] = {}
         self._starts: OrderedDict[str, Start] = OrderedDict()
         self._failures: deque[FailedReplica] = deque(maxlen=_FAILURE_COUNT)
@@ -91,6 +92,14 @@ class Journal:
         record.size_bytes += len(why) + _START_BYTES
         self._held.setdefault(model, {})[request_id] = record
         self._ring.put(record)
+
+    def moved(self, request_id: str, left: str, model: str, revision: str) -> None:
+        """What a request waited for is gone, and it waits for another model now, under which it is looked for then."""
+        record = self._unhold(left, request_id)
+        if record is not None:
+            record.model, record.revision = model, revision
+            self._held.setdefault(model, {})[request_id] = record
+            self._moved[request_id] = model
 
     def released(self, request_id: str, pick: Pick, excluded: tuple[tuple[str, str], ...], now: float) -> None:
         """A wait is over: a replica takes the request."""
@@ -219,6 +228,7 @@ class Journal:
         return len(self._ring), self._ring.size_bytes
 
     def _unhold(self, model: str, request_id: str) -> Record | None:
+        model = self._moved.pop(request_id, model)
         waiting = self._held.get(model, {})
         record = waiting.pop(request_id, None)
         if not waiting:

@@ -117,9 +117,9 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 entry = split.entry
             if body is None and self._wants_prompt(entry, heads):
                 body = await _ask_prompt(context, heads)
-                if not self._core.rollouts.is_ready(entry):
-                    # While Envoy sent it, the canary went away.
-                    entry = served
+                # While Envoy sent it, the canary may have gone away.
+                split = self._core.rollouts.still(split, served)
+                entry = split.entry
             blocks = _blocks(entry, model, body)
             if split.outcome:
                 metrics.ROLLOUT_REQUESTS.labels(served.name, split.outcome).inc()

@@ -1,0 +1,55 @@
+"""What the runtime has written, and in which order."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+
+from helios.proxy.runtime import Runtime
+from helios.proxy.swap import SwapFailures
+from tests.proxy.support import core, hello
+
+
+class NoEnvoys:
+    def publish(self, endpoints: Iterable[str]) -> int:
+        return len(list(endpoints))
+
+    def open(self) -> None: ...
+
+    async def wait_acked(self, version: int, deadline: float) -> None: ...
+
+
+class SlowDisk:
+    """Its first write of cordons takes until `go_on`."""
+
+    def __init__(self) -> None:
+        self.go_on = asyncio.Event()
+        self.begun = asyncio.Event()
+        self.written: list[frozenset[str]] = []
+
+    async def save(self, worker_ids: frozenset[str]) -> None: ...
+
+    async def save_swap_failures(self, failures: Sequence[SwapFailures]) -> None: ...
+
+    async def save_cordons(self, worker_ids: frozenset[str]) -> None:
+        is_first = not self.begun.is_set()
+        self.begun.set()
+        if is_first:
+            await self.go_on.wait()
+        self.written.append(worker_ids)
+
+
+async def test_the_last_cordon_is_the_one_that_stays_written() -> None:
+    subject, disk = core(), SlowDisk()
+    runtime = Runtime(subject, publisher=NoEnvoys(), memory=disk)
+    for worker_id in ("v", "w"):
+        subject.worker_hello(hello(worker_id), 0.0)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        subject.cordon("v", 1.0, is_cordoned=True)
+        group.create_task(runtime.remember_cordons())
+        await disk.begun.wait()
+        subject.cordon("w", 2.0, is_cordoned=True)
+        second = group.create_task(runtime.remember_cordons())
+        # It has had its turn, and waits for the first one.
+        await asyncio.sleep(0)
+        assert not second.done()
+        disk.go_on.set()
+    assert disk.written == [{"v"}, {"v", "w"}]
