@@ -107,6 +107,19 @@ async def test_a_collector_whose_store_was_taken_over_deletes_nothing(parts: Par
     assert before <= parts.files()
 
 
+async def test_a_collector_whose_store_was_taken_over_leaves_its_uploads(parts: Parts) -> None:
+    claim = Claim(parts.directory, await parts.store.blobs.owner())
+    parts.blobs._require_ownership = lambda: claim.require(NOW)
+    parts.directory.replace_owner(b'{"database": "another", "since": "today"}')
+    upload = parts.state.blobs / "tmp" / "an upload of the new owner"
+    upload.write_bytes(b"half")
+    os.utime(upload, (0, 0))
+    assert (await parts.collector.collect(is_dry_run=True)).unfinished_count == 1
+    with pytest.raises(PreconditionFailed, match="another"):
+        await parts.collector.collect()
+    assert upload.exists()
+
+
 async def test_says_what_is_missing(parts: Parts, model_directory: Path) -> None:
     done = await parts.ingest("model", model_directory)
     entry = (await parts.catalog.locate(done.model.revision.digest)).manifest.entries[0]

@@ -27,6 +27,7 @@ from helios.registry.profiles.measure import Measure
 from helios.registry.profiles.planner import Plan, Planner
 from helios.registry.profiles.shape import Layout, Shape, layout_of, shape_of
 from helios.registry.safetensors_header import SafetensorsHeader, Tensor
+from helios.registry.sources.conversion import environment_of
 from tests.registry import tiny
 from tests.registry.support import Mesh, Parts, serve
 from tests.registry.test_ingest import write_adapter
@@ -255,6 +256,20 @@ async def test_a_model_that_nobody_knows_has_no_plan_and_says_why() -> None:
     found = await Planner(timeout_seconds=110).plan("x", b'{"model_type": "no-such-model"}')
     assert isinstance(found, str)
     assert "no-such-model" in found
+
+
+def test_a_process_that_makes_plans_ends_with_the_registry(tmp_path: Path) -> None:
+    # Its input ends at once; to import torch takes longer than to see that.
+    module = "helios.registry.profiles.empty_weights"
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", module, str(tmp_path / "config.json")],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=100,
+        check=False,
+        env=environment_of(tmp_path),
+    )
+    assert (ended.returncode, ended.stdout) == (3, b"")
 
 
 async def test_a_plan_that_takes_too_long_is_given_up() -> None:

@@ -237,6 +237,21 @@ class Blobs:
         finally:
             self._settle(doomed)
 
+    async def sweep(self, *, before: datetime, is_dry_run: bool = False) -> int:
+        """Removes what unfinished uploads that began before this moment left; returns how many.
+
+        Raises:
+            PreconditionFailed: BLOB_STORE_OWNED; the store was taken over, and they may be its new owner's.
+            Unavailable: The store can't be asked.
+        """
+
+        def work(_: offload.Stop) -> int:
+            if not is_dry_run:
+                self._require_ownership()
+            return self.store.sweep(before=before, is_dry_run=is_dry_run)
+
+        return await offload.run(work)
+
     def _delete(self, hashes: Collection[str], _: offload.Stop) -> None:
         self._require_ownership()
         self.store.delete(hashes)

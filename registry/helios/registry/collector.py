@@ -92,8 +92,7 @@ class Collector:
         for prefix in prefixes(await self._rows.count()):
             await self._collect_some(prefix, _Rule(now, grace, is_dry_run), found, free_since)
         self._free_since = free_since
-        store = self._blobs.store
-        unfinished = await offload.run(lambda _: store.sweep(before=now - grace, is_dry_run=is_dry_run))
+        unfinished = await self._blobs.sweep(before=now - grace, is_dry_run=is_dry_run)
         report = found.report(unfinished)
         if not is_dry_run:
             _record(report)

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     """Converts; returns the exit status."""
     source, target = Path(arguments[0]), Path(arguments[1])
     reports = _take_stdout()
-    _follow_parent()
+    follow_parent()
     try:
         reader = read_gguf(source)
         _report(reports, output_bytes=inspect(source, reader))
@@ -147,7 +147,9 @@ def _report(reports: TextIO, **event: object) -> None:
     print(json.dumps(event), file=reports)
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
+    """Has this process end with the one that holds its standard input open."""
+
     def wait() -> NoReturn:
         while os.read(0, 4096):
             pass

@@ -3,13 +3,16 @@
 The model is built on the meta device, where a tensor has a shape and no bytes, so a model of any size takes a second
 and no memory to speak of. Accelerate then says what its parts weigh, and the model which of them may not be split over
 devices (``_no_split_modules``). A process of its own, because importing torch takes seconds and half a gigabyte, and
-since a model's code is a model's code. Prints one JSON object: the plan, or ``{"error": …}``.
+since a model's code is a model's code. Prints one JSON object: the plan, or ``{"error": …}``. Standard input is the
+lifeline: it ends with the registry, and so does this process.
 """
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from helios.registry.convert import follow_parent
 
 
 def main(path: Path) -> dict[str, Any]:
@@ -49,6 +52,7 @@ def main(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    follow_parent()
     try:
         _found = main(Path(sys.argv[1]))
     except Exception as error:  # noqa: BLE001 - whatever a model's code raises is the answer

@@ -40,6 +40,7 @@ class SyncServicer(SyncServiceServicer):
         self._settings = settings or SyncSettings()
         self._silence_seconds = _SILENT_INTERVALS * self._settings.heartbeat_seconds
         self._outboxes: dict[str, Outbox] = {}
+        self._is_closed = False
         self.cluster = Cluster(claim_seconds=self._settings.claim_seconds)
         self.on_prefetch_report: Callable[[str, pb.PrefetchReport], None] = lambda node, report: None
         """Takes what agents say of prefetches, with the name of their node."""
@@ -83,11 +84,15 @@ class SyncServicer(SyncServiceServicer):
         return outbox is not None
 
     def close(self) -> None:
-        """Ends all sessions; agents come back by themselves."""
+        """Ends all sessions, and takes no more; agents come back by themselves."""
+        self._is_closed = True
         for outbox in self._outboxes.values():
-            outbox.end(Draining("the registry stops"))
+            outbox.end(_draining())
 
     def _connect(self, agent: Agent) -> Outbox:
+        if self._is_closed:
+            # Its hello was on its way while the others were ended; it would hold up the stop.
+            raise _draining()
         if (older := self._outboxes.get(agent.node)) is not None:
             older.end(Conflict("a newer stream of the same node has taken over", reason="TAKEN_OVER"))
         self._outboxes[agent.node] = outbox = Outbox()
@@ -222,3 +227,7 @@ class SyncServicer(SyncServiceServicer):
     def _publish(self) -> None:
         for node, hash_ in self.cluster.take_news():
             self._outboxes[node].tell_holders(hash_)
+
+
+def _draining() -> Draining:
+    return Draining("the registry stops")
