@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,11 +10,19 @@ import pytest
 import structlog.testing
 
 from helios.api.registry.v1.key_service_pb2_grpc import add_KeyServiceServicer_to_server
-from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, PermissionDenied, Unavailable
+from helios.mesh.errors import (
+    HeliosError,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    PreconditionFailed,
+    Unavailable,
+)
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.registry import access
 from helios.registry.client import SECRET_PREFIX, KeyClient, KeySpec, Priority, StoredKey, hash_secret
 from helios.registry.database import Database
+from helios.registry.keys import store as key_store
 from helios.registry.keys.keys import Keys
 from helios.registry.keys.servicer import KeyServicer
 from helios.registry.keys.store import KeyStore
@@ -133,6 +141,71 @@ async def test_whoever_watches_is_told_of_each_change(tmp_path: Path, mesh: Mesh
         with pytest.raises(Unavailable):
             await anext(watch)
     await database.close()
+
+
+class Counting(KeyStore):
+    """Counts how often the table is looked at, and how often its keys are read."""
+
+    looks = 0
+    reads = 0
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self.has_looked_often = asyncio.Event()
+
+    async def changes(self) -> tuple[int, int]:
+        self.looks += 1
+        if self.looks >= 6:
+            self.has_looked_often.set()
+        return await super().changes()
+
+    async def alive(self, now: datetime) -> tuple[StoredKey, ...]:
+        self.reads += 1
+        return await super().alive(now)
+
+
+async def test_one_look_is_for_all_who_watch(database: Database) -> None:
+    store = Counting(database)
+    keys = Keys(store, poll_seconds=600)
+    async with asyncio.timeout(60), aclosing(keys.watch()) as one, aclosing(keys.watch()) as other:
+        assert (await anext(one), await anext(other)) == ((), ())
+        assert (store.looks, store.reads) == (2, 1)
+        key, secret = await keys.create(SPEC, "admin-edge")
+        stored = (StoredKey(key, hash_secret(secret)),)
+        assert (await anext(one), await anext(other)) == (stored, stored)
+        assert (store.looks, store.reads) == (3, 2)
+
+
+async def test_another_registrys_changes_are_told_and_keys_are_read_only_then(database: Database) -> None:
+    store, elsewhere = Counting(database), Keys(KeyStore(database))
+    keys = Keys(store, poll_seconds=0.02)
+    async with asyncio.timeout(60), aclosing(keys.watch()) as watch, asyncio.TaskGroup() as group:
+        assert await anext(watch) == ()
+        told = group.create_task(anext(watch), name="watch")
+        await store.has_looked_often.wait()
+        assert store.reads == 1
+        key, secret = await elsewhere.create(SPEC, "admin-edge")
+        assert await told == (StoredKey(key, hash_secret(secret)),)
+        await elsewhere.revoke(key.id, "admin-edge")
+        assert await anext(watch) == ()
+        assert store.reads == 3
+
+
+async def test_lists_and_keys_are_bounded(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_store, "_MAX_ENDED", 2)
+    now = [NOW]
+    keys = Keys(KeyStore(database), now=lambda: now[0])
+    for name in ("first", "a", "b", "c"):
+        now[0] += timedelta(seconds=1)
+        await keys.create(KeySpec(name), "admin-edge")
+    for name in ("a", "b", "c"):
+        await keys.revoke(name, "admin-edge")
+    assert [key.name for key in await keys.list(show_ended=False)] == ["first"]
+    assert [key.name for key in await keys.list(show_ended=True)] == ["c", "b", "first"], "who lives is never left out"
+    monkeypatch.setattr(key_store, "MAX_KEYS", 1)
+    with pytest.raises(PreconditionFailed) as refused:
+        await keys.create(KeySpec("more"), "admin-edge")
+    assert refused.value.reason == "TOO_MANY_KEYS"
 
 
 @pytest.mark.parametrize("component", ["proxy", "worker", "edge"])

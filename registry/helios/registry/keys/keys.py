@@ -31,6 +31,11 @@ class Keys:
         self._now = now
         self._changed = asyncio.Event()
         self._is_closed = False
+        # What all watchers are told, the state of the table that it is of, and when it is looked at next.
+        self._alive: tuple[StoredKey, ...] = ()
+        self._seen: tuple[int, int] | None = None
+        self._next_look = 0.0
+        self._looking = asyncio.Lock()
 
     async def create(self, spec: KeySpec, actor: str) -> tuple[ApiKey, str]:
         """Makes a key; returns it with its secret. Raises InvalidRequest, PreconditionFailed."""
@@ -49,21 +54,22 @@ class Keys:
         return key
 
     async def list(self, *, show_ended: bool) -> list[ApiKey]:
-        """Returns keys, the newest first."""
-        now = self._now()
-        return [key for key in await self._store.list() if show_ended or key.is_alive(now)]
+        """Returns keys, the newest first; of ended ones the newest 10,000."""
+        return await self._store.list(self._now(), show_ended=show_ended)
 
     async def watch(self) -> AsyncGenerator[tuple[StoredKey, ...], None]:
         """Yields the keys that count, whenever they are others than before. Raises Draining when the process stops."""
         told: tuple[StoredKey, ...] | None = None
+        # Whoever comes is told what is so now.
+        self._next_look = 0.0
         while not self._is_closed:
             changed = self._changed
-            keys = await self._store.alive(self._now())
+            keys = await self._look()
             if keys != told:
                 told = keys
                 yield keys
             try:
-                async with asyncio.timeout(self._wait_seconds):
+                async with asyncio.timeout_at(self._next_look):
                     await changed.wait()
                 await asyncio.sleep(_SETTLE_SECONDS)
             except TimeoutError:
@@ -75,6 +81,28 @@ class Keys:
         self._is_closed = True
         self._announce()
 
+    async def _look(self) -> tuple[StoredKey, ...]:
+        """Returns the keys that count. One look is all watchers', and reads keys only where they are others."""
+        clock = asyncio.get_running_loop().time
+        async with self._looking:
+            if clock() >= self._next_look:
+                # Before it is looked: a change that comes meanwhile has it looked at again.
+                self._next_look = clock() + self._wait_seconds
+                try:
+                    await self._read()
+                except BaseException:
+                    self._next_look = 0.0
+                    raise
+        return self._alive
+
+    async def _read(self) -> None:
+        now, seen = self._now(), await self._store.changes()
+        if seen != self._seen:
+            self._alive, self._seen = await self._store.alive(now), seen
+        elif not all(stored.key.is_alive(now) for stored in self._alive):
+            self._alive = tuple(stored for stored in self._alive if stored.key.is_alive(now))
+
     def _announce(self) -> None:
+        self._next_look = 0.0
         self._changed.set()
         self._changed = asyncio.Event()

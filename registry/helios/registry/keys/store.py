@@ -4,9 +4,10 @@ import json
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import func, insert, or_, select, update
+from sqlalchemy import func, insert, not_, or_, select, update
 
 from helios.mesh.errors import InvalidRequest, NotFound, PreconditionFailed
+from helios.registry import offload
 from helios.registry.database import Database
 from helios.registry.keys.records import ApiKey, Priority, StoredKey
 from helios.registry.moments import from_us, to_us
@@ -14,6 +15,8 @@ from helios.registry.tables import api_keys
 
 # All of them are told to each proxy in one message: 10,000 are some two megabytes.
 MAX_KEYS: Final = 10_000
+# Ended ones that a list has, the newest; nothing deletes them.
+_MAX_ENDED: Final = 10_000
 
 
 class KeyStore:
@@ -67,17 +70,30 @@ class KeyStore:
             row = (await connection.execute(select(api_keys).where(api_keys.c.id == found.id))).one()
             return _key_of(row)
 
-    async def list(self) -> list[ApiKey]:
-        """Returns all keys, the newest first."""
-        query = select(api_keys).order_by(api_keys.c.created_at_us.desc(), api_keys.c.id)
+    async def list(self, now: datetime, *, show_ended: bool) -> list[ApiKey]:
+        """Returns the keys that requests may use, and those that ended last where they are wanted; the newest first."""
+        newest = api_keys.c.created_at_us.desc()
         async with self._database.snapshot() as connection:
-            return [_key_of(row) for row in await connection.execute(query)]
+            rows = list(await connection.execute(select(api_keys).where(_alive(now)).order_by(newest)))
+            if show_ended:
+                ended = select(api_keys).where(not_(_alive(now))).order_by(newest).limit(_MAX_ENDED)
+                rows += await connection.execute(ended)
+        rows.sort(key=lambda row: (-row.created_at_us, row.id))
+        return await offload.run(lambda _: [_key_of(row) for row in rows])
 
     async def alive(self, now: datetime) -> tuple[StoredKey, ...]:
         """Returns the keys that requests may use, by id."""
         query = select(api_keys).where(_alive(now)).order_by(api_keys.c.id)
         async with self._database.snapshot() as connection:
-            return tuple(StoredKey(_key_of(row), row.sha256) for row in await connection.execute(query))
+            rows = (await connection.execute(query)).all()
+        return await offload.run(lambda _: tuple(StoredKey(_key_of(row), row.sha256) for row in rows))
+
+    async def changes(self) -> tuple[int, int]:
+        """Returns what is another after each change: how many keys were made, and how many revoked. None is deleted."""
+        query = select(func.count(), func.count(api_keys.c.revoked_at_us)).select_from(api_keys)
+        async with self._database.snapshot() as connection:
+            made, revoked = (await connection.execute(query)).one()
+        return made, revoked
 
 
 def _alive(now: datetime) -> Any:
