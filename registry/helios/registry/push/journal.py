@@ -1,7 +1,8 @@
 """Which uploads to OCI registries are unfinished, and where they go on: one small file each.
 
 Nothing here must be true: a place that the target has forgotten, or that was not noted, costs bytes that are sent once
-more. So nothing is fsynced. The target alone says how far an upload is, and checks the sha256 when it ends.
+more. So nothing is fsynced, and a disk that is full ends no push. The target alone says how far an upload is, and
+checks the sha256 when it ends.
 """
 
 import hashlib
@@ -24,6 +25,10 @@ class PushJournal:
     def open(self) -> None:
         """Makes the directory, and forgets what is too old."""
         self._directory.mkdir(exist_ok=True, mode=0o700)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Forgets what is too old."""
         oldest = datetime.now(UTC).timestamp() - self._keep_seconds
         for path in self._directory.iterdir():
             with suppress(OSError):
@@ -31,11 +36,12 @@ class PushJournal:
                     path.unlink()
 
     def note(self, repository: str, digest: Digest, place: str) -> None:
-        """Remembers where an upload goes on."""
+        """Remembers where an upload goes on, if the disk takes it."""
         path = self._path(repository, digest)
         beside = path.with_suffix(".new")
-        beside.write_text(json.dumps({"place": place}))
-        beside.replace(path)
+        with suppress(OSError):
+            beside.write_text(json.dumps({"place": place}))
+            beside.replace(path)
 
     def recall(self, repository: str, digest: Digest) -> str:
         """Returns where an upload goes on; empty where none is known."""
@@ -47,7 +53,8 @@ class PushJournal:
 
     def forget(self, repository: str, digest: Digest) -> None:
         """Forgets an upload that has ended."""
-        self._path(repository, digest).unlink(missing_ok=True)
+        with suppress(OSError):
+            self._path(repository, digest).unlink()
 
     def _path(self, repository: str, digest: Digest) -> Path:
         return self._directory / hashlib.sha256(f"{repository} {digest}".encode()).hexdigest()

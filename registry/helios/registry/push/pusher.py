@@ -30,6 +30,7 @@ log = structlog.get_logger()
 
 # Five times a second: smooth for a progress bar, nothing for the loop.
 _REPORT_SECONDS: Final = 0.2
+_TIDY_SECONDS: Final = 3_600.0
 
 
 class Revisions(Protocol):
@@ -80,6 +81,12 @@ class Pusher:
         for task in self._tasks:
             task.cancel()
         await self._group.__aexit__(None, None, None)
+
+    async def keep_tidy(self) -> None:
+        """Forgets unfinished uploads that are too old, for ever: a registry may run for months."""
+        while True:
+            await asyncio.sleep(_TIDY_SECONDS)
+            await offload.run(lambda _: self._journal.tidy())
 
     async def push(self, model: str, target: str) -> AsyncGenerator[PushEvent, None]:
         """Pushes a revision; yields progress, and PushDone last. Closing it early ends the push.

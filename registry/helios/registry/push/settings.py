@@ -15,7 +15,7 @@ class PushSettings(BaseModel):
     Gbit/s, and registries bear it."""
     chunk_bytes: int = Field(default=8 << 20, ge=1 << 16, le=1 << 30)
     """What one request sends of a blob, and what a broken connection costs, in bytes. 8 MiB; a registry that wants
-    larger chunks gets them."""
+    larger chunks gets them, up to 64 MiB, and beyond that the blob in one piece."""
     keep_seconds: float = Field(default=86_400.0, ge=0)
     """How long an unfinished upload is remembered, so that the next push goes on with it. A day: registries forget them
     after a week at most."""

@@ -6,6 +6,9 @@
 What fails for want of a working server is asked for again: first how far the target is, then what it lacks. A try that
 brings the upload further makes up for the failures before it. An upload that the target has lost begins anew; so does
 one that ended with another sha256 than it should, once, because only then the store's own blob can be at fault.
+
+A chunk is in memory while it is sent. A target that wants larger ones than that bears gets the blob in one piece, which
+is read as it is sent.
 """
 
 import asyncio
@@ -25,6 +28,8 @@ from helios.registry.sources.web import MAX_RETRY_AFTER_SECONDS, jitter
 _ATTEMPTS: Final = 6
 # A target may forget an upload when it restarts; one that forgets more often has a fault of its own.
 _RESTARTS: Final = 3
+# The registries that name a least chunk want some MiB; it is their word, so it has a bound.
+_MAX_CHUNK_BYTES: Final = 64 << 20
 
 
 class BlobUpload:
@@ -71,7 +76,7 @@ class BlobUpload:
                 restarts += 1
                 if restarts > _RESTARTS:
                     raise self._broken(str(error)) from error
-                self._restart()
+                await self._restart()
             except Unavailable as error:
                 failures = 1 if self._told_bytes > before else failures + 1
                 pause = error.retry_after_seconds
@@ -80,7 +85,7 @@ class BlobUpload:
                 await asyncio.sleep(pause if pause is not None else jitter(failures))
                 if await self._target.has(self._digest):
                     # Its last answer was lost.
-                    return self._end()
+                    return await self._end()
                 if self._upload is not None:
                     await self._look(self._upload.place)
 
@@ -89,17 +94,19 @@ class BlobUpload:
             self._upload = await self._target.begin(self._digest, mount)
             if self._upload is None:
                 self._tell(self._digest.size_bytes)
-                self._journal.forget(self._target.name, self._digest)
+                await self._forget()
                 return 0
+            if self._upload.min_chunk_bytes > max(_MAX_CHUNK_BYTES, self._chunk_bytes):
+                self._is_chunked = False
         while self._is_chunked and self._left > 0:
             assert self._upload is not None
             length = min(max(self._chunk_bytes, self._upload.min_chunk_bytes), self._left)
             chunk = await self._read(self._upload.offset, length)
             self._upload = await self._target.send(self._upload, lambda chunk=chunk: io.BytesIO(chunk), length)  # type: ignore[misc]
-            self._journal.note(self._target.name, self._digest, self._upload.place)
+            await self._note(self._upload.place)
             self._tell(self._upload.offset)
         await self._finish()
-        return self._end()
+        return await self._end()
 
     async def _finish(self) -> None:
         assert self._upload is not None
@@ -118,7 +125,7 @@ class BlobUpload:
         """Finds the upload that an earlier push left; returns whether there is one."""
         if not self._is_chunked:
             return False
-        place = self._journal.recall(self._target.name, self._digest)
+        place = await offload.run(lambda _: self._journal.recall(self._target.name, self._digest))
         if not place or not await self._look(place):
             return False
         self._kept_bytes = self._told_bytes
@@ -128,18 +135,24 @@ class BlobUpload:
         try:
             self._upload = await self._target.find(place, self._digest)
         except UploadLost:
-            self._restart()
+            await self._restart()
             return False
         self._tell(self._upload.offset)
         return True
 
-    def _restart(self) -> None:
+    async def _restart(self) -> None:
         self._upload, self._kept_bytes = None, 0
         self._tell(0)
-        self._journal.forget(self._target.name, self._digest)
+        await self._forget()
 
-    def _end(self) -> int:
-        self._journal.forget(self._target.name, self._digest)
+    async def _note(self, place: str) -> None:
+        await offload.run(lambda _: self._journal.note(self._target.name, self._digest, place))
+
+    async def _forget(self) -> None:
+        await offload.run(lambda _: self._journal.forget(self._target.name, self._digest))
+
+    async def _end(self) -> int:
+        await self._forget()
         self._tell(self._digest.size_bytes)
         return self._digest.size_bytes - self._kept_bytes
 
