@@ -56,6 +56,45 @@ class Clock:
         return self.now
 
 
+async def test_who_was_away_is_asked_for_what_it_was_asked_for_and_has_the_budget_that_was_left(
+    templates: Templates, tmp_path: Path
+) -> None:
+    agents, clock = Agents({"one": NOW - timedelta(minutes=1)}), Clock()
+
+    async def come_back(prefetches: Prefetches, after: timedelta) -> list[tuple[bool, str]]:
+        """Has the node go, lets somebody look meanwhile, has it come back; returns what it is told to fetch."""
+        del agents.since["one"]
+        assert prefetches.nodes() == []
+        clock.now += after
+        await prefetches.look()
+        agents.since["one"] = clock.now
+        clock.now += timedelta(seconds=10)
+        agents.told.clear()
+        await prefetches.look()
+        return [(order.is_asked, order.revision) for _, plan in agents.told for order in plan.orders]
+
+    with templates.place("sqlite", tmp_path, is_empty=False) as place:
+        async with opened(place) as database:
+            for name, seed in (("a", "a"), ("b", "b")):
+                await Store(database).put_model(name, (), new(seed), NOW)
+            rows = UsageStore(database)
+            deltas = [Delta(name, HOUR - back, Counts(9)) for name in ("a", "b") for back in range(1, 30)]
+            await rows.report("p", 1, deltas, now=NOW)
+            await forecast_run.run(database, since=0, hour=HOUR)
+            usage = Usage(rows, UsageSettings(), database="", now=clock)
+            prefetches = Prefetches(usage, rows, agents, bytes_per_hour=SIZE)
+            await prefetches.look()
+            ((_, (first,)),) = agents.take()
+            agents.held["one"] = {first}
+            assert await come_back(prefetches, timedelta(seconds=5)) == [], "the hour's budget is used"
+            (second,) = {A, B} - {first}
+            asked = {A: "a", B: "b"}[second]
+            await prefetches.ask(asked, "one", is_dry=False)
+            assert await come_back(prefetches, timedelta(seconds=5)) == [(True, second)]
+            assert (True, second) not in await come_back(prefetches, timedelta(days=1)), "for a day at most"
+            assert prefetches._away == {}
+
+
 async def test_nodes_are_told_what_is_best_fetched_ahead(templates: Templates, tmp_path: Path) -> None:
     agents, clock = Agents({"one": NOW}), Clock()
     with templates.place("sqlite", tmp_path, is_empty=False) as place:

@@ -1,7 +1,8 @@
 """Usage: what is reported adds up once, whatever is sent again; forecasts are made once, scored, and told."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy.ext.asyncio import AsyncConnection
 
+from helios.api.registry.v1 import usage_service_pb2 as pb
 from helios.api.registry.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import Bug, Draining, InvalidRequest, ModelNotFound, PermissionDenied
@@ -20,6 +23,11 @@ from helios.registry.client import Counts, Delta, Expectation, Forecast, Rung, U
 from helios.registry.database import Database
 from helios.registry.store import Store
 from helios.registry.usage import forecast_run
+from helios.registry.usage import store as usage_store
+from helios.registry.usage import usage as usage_module
+from helios.registry.usage.answers import ModelUsage
+from helios.registry.usage.records import UsageHour
+from helios.registry.usage.score import Score, score_of
 from helios.registry.usage.servicer import UsageServicer
 from helios.registry.usage.settings import UsageSettings
 from helios.registry.usage.store import UsageStore
@@ -186,7 +194,109 @@ async def test_forecasts_are_made_of_the_hours_before_and_scored_as_hours_pass(
 @pytest.mark.slow
 async def test_a_process_that_can_not_forecast_is_an_error_and_gone(tmp_path: Path) -> None:
     with pytest.raises(Bug):
-        await run_process({"database": str(tmp_path), "since": 0, "hour": HOUR}, timeout_seconds=120)
+        await run_process({"database": str(tmp_path), "since": 0, "hour": HOUR}, {}, timeout_seconds=120)
+
+
+async def test_the_process_that_forecasts_has_what_libpq_reads_and_no_other_secrets() -> None:
+    environment = {"PGPASSWORD": "a", "PGSSLROOTCERT": "b", "HOME": "c", "AWS_SECRET_ACCESS_KEY": "d"}
+    job: dict[str, str | int] = {"names": " ".join(environment)}
+    module = "tests.registry.environment_told"
+    assert await run_process(job, environment, timeout_seconds=120, module=module) == 3
+
+
+async def test_another_registrys_forecasts_are_told_of_when_they_are_there(
+    store: UsageStore, database: Database
+) -> None:
+    await report(store, "p", 1, *(Delta("a", HOUR - back, Counts(10)) for back in range(1, 30)))
+    usage = Usage(store, UsageSettings(), database="", now=lambda: NOW)
+    # That is the other one's: it works on them.
+    await store.claim_run(HOUR)
+    await usage.look()
+    told = usage.run_count
+    await usage.look()
+    assert usage.run_count == told
+    await forecast_run.run(database, since=0, hour=HOUR)
+    await usage.look()
+    assert usage.run_count == told + 1
+    await usage.look()
+    assert usage.run_count == told + 1
+
+
+class Hours(UsageStore):
+    """Notes from which hour on hours are read one by one."""
+
+    since = 0
+
+    async def hours(self, names: Collection[str], since: int) -> dict[str, list[UsageHour]]:
+        self.since = since
+        return await super().hours(names, since)
+
+
+async def test_a_list_of_weeks_reads_no_hours_but_those_that_are_scored(
+    store: UsageStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[int] = set()
+
+    def scored(hours: Sequence[UsageHour], hour: int) -> Score | None:
+        threads.add(threading.get_ident())
+        return score_of(hours, hour)
+
+    monkeypatch.setattr(usage_module, "score_of", scored)
+    await report(store, "p", 1, *(Delta("a", HOUR - back, ONE) for back in (0, 100, 500, 839, 840)))
+    rows = Hours(database)
+    usage = Usage(rows, UsageSettings(), database="", now=lambda: NOW)
+    seen = await usage.page("", 10, 840)
+    assert [(one.model, one.counts.requests, one.hours) for one in seen] == [
+        ("a", 4, ()),
+        ("b", 0, ()),
+        ("twin", 0, ()),
+    ]
+    assert rows.since == HOUR - 168
+    assert threading.get_ident() not in threads, "it would hold up the event loop"
+    (one,) = await usage.of(["a"], 840)
+    assert (one.counts.requests, len(one.hours)) == (4, 4)
+
+
+class Pages(Usage):
+    """Notes how many models are asked for at once."""
+
+    limit = 0
+
+    async def page(self, after: str, limit: int, hour_count: int) -> list[ModelUsage]:
+        self.limit = limit
+        return await super().page(after, limit, hour_count)
+
+
+async def test_pages_are_small_whatever_is_asked_for(store: UsageStore, database: Database) -> None:
+    usage = Pages(store, UsageSettings(), database="", now=lambda: NOW)
+    answer = await UsageServicer(usage, Store(database)).ListUsage(pb.ListUsageRequest(page_size=1000), None)
+    assert len(answer.models) == 3
+    # One more tells whether there is another page.
+    assert usage.limit == 101
+
+
+async def test_rows_of_forecasts_are_made_before_other_writers_wait(
+    store: UsageStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    make_row, transaction = usage_store._forecast_row, database.transaction
+
+    def noted(model: str, forecast: Forecast) -> dict[str, object]:
+        steps.append(model)
+        return make_row(model, forecast)
+
+    @asynccontextmanager
+    async def locked() -> AsyncIterator[AsyncConnection]:
+        steps.append("lock")
+        async with transaction() as connection:
+            yield connection
+
+    monkeypatch.setattr(usage_store, "_forecast_row", noted)
+    monkeypatch.setattr(database, "transaction", locked)
+    forecast = Forecast("daily", 99, HOUR, (Expectation(3, 1, 6),), NOW)
+    await store.save_forecasts({"a": forecast, "b": forecast})
+    assert steps == ["a", "b", "lock"]
+    assert await store.forecasts() == {"a": forecast, "b": forecast}
 
 
 @asynccontextmanager

@@ -129,7 +129,7 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         add_ChunkServiceServicer_to_server(ChunkServicer(chunks), server.grpc)
         sync = SyncServicer(settings.sync)
         add_SyncServiceServicer_to_server(sync, server.grpc)
-        usage, prefetches = _usage(settings, database, store, sync, server)
+        usage, prefetches = _usage(settings, environment, core, sync, server)
         server.serve(*access.POLICY)
         for part in (server, ingester, pusher):
             await stack.enter_async_context(part)
@@ -141,6 +141,7 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         chores = {
             "index chunks": ChunkIndexer(chunks, blobs.store.open, store.changes.version).run,
             "tidy downloads": downloads.keep_tidy,
+            "tidy pushes": pusher.keep_tidy,
             "follow sources": follower.run,
             "forecast usage": usage.run,
             "order prefetches": prefetches.run,
@@ -162,15 +163,19 @@ def _serve_pushes(settings: RegistrySettings, store: Store, blobs: Blobs, web: W
 
 
 def _usage(
-    settings: RegistrySettings, database: Database, store: Store, sync: SyncServicer, server: MeshServer
+    settings: RegistrySettings,
+    environment: Mapping[str, str],
+    core: "_Core",
+    sync: SyncServicer,
+    server: MeshServer,
 ) -> tuple[Usage, Prefetches]:
-    rows = UsageStore(database)
-    url = settings.database_url.get_secret_value()
-    usage = Usage(rows, settings.usage, database=url or str(StateDirectory(settings.state_directory).database))
+    rows = UsageStore(core.database)
+    place = settings.database_url.get_secret_value() or str(StateDirectory(settings.state_directory).database)
+    usage = Usage(rows, settings.usage, database=place, environment=environment)
     prefetches = Prefetches(usage, rows, sync, bytes_per_hour=settings.usage.prefetch_bytes_per_hour)
     sync.on_prefetch_report = prefetches.take_report
-    add_UsageServiceServicer_to_server(UsageServicer(usage, store), server.grpc)
-    add_PrefetchServiceServicer_to_server(PrefetchServicer(prefetches, store), server.grpc)
+    add_UsageServiceServicer_to_server(UsageServicer(usage, core.store), server.grpc)
+    add_PrefetchServiceServicer_to_server(PrefetchServicer(prefetches, core.store), server.grpc)
     return usage, prefetches
 
 

@@ -1,7 +1,8 @@
 """Has storage agents fetch ahead what is expected, and what people ask for; keeps what they say of it.
 
 Plans are states: an agent is told anew whenever its plan is another one, and whenever it comes back. What was ordered
-in an hour is remembered, so that an agent which drops what it fetched is not asked for more than the hour's budget.
+in an hour is remembered, so that an agent which drops what it fetched is not asked for more than the hour's budget. So
+is what people asked for: an agent that restarts, or loses its connection, finds both as they were.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ _SETTLED_AFTER: Final = timedelta(seconds=3)
 # The contract's.
 _MAX_ORDERS: Final = 1_000
 _MAX_USES: Final = 10_000
+# Nodes that are away and of which something is remembered; of more, who left first is forgotten.
+_MAX_AWAY: Final = 1_000
 # As much as nodes can fetch in an hour, and what a hundred nodes are compared with in some ten milliseconds.
 _MAX_WANTED: Final = 2_000
 
@@ -106,6 +109,8 @@ class Prefetches:
         self._agents = agents
         self._bytes_per_hour = bytes_per_hour
         self._nodes: dict[str, _Node] = {}
+        # Those that are not connected, by when they left.
+        self._away: dict[str, _Node] = {}
         self._hour = 0
         self._changed = asyncio.Event()
         self._expected: _Expectations | None = None
@@ -175,8 +180,9 @@ class Prefetches:
         hour = hour_of(now)
         if hour != self._hour:
             self._hour = hour
-            for node in self._nodes.values():
+            for node in (*self._nodes.values(), *self._away.values()):
                 node.ordered.clear()
+        self._forget(now)
         expected = await self._expectations(now)
         # Agents may have come and gone meanwhile.
         self._meet()
@@ -202,11 +208,21 @@ class Prefetches:
     def _meet(self) -> None:
         connected = {view.agent.node: view.agent.connected_at for view in self._agents.agents()}
         for name in self._nodes.keys() - connected.keys():
-            del self._nodes[name]
+            self._away[name] = self._nodes.pop(name)
         for name, since in connected.items():
-            node = self._nodes.setdefault(name, _Node(since))
+            node = self._nodes.get(name) or self._away.pop(name, None) or _Node(since)
+            self._nodes[name] = node
             if node.connected_at != since:
                 node.connected_at, node.told, node.report, node.reported_at = since, None, None, None
+
+    def _forget(self, now: datetime) -> None:
+        """Drops the nodes that are away and have nothing to come back to."""
+        kept = [
+            (name, node)
+            for name, node in self._away.items()
+            if node.ordered or any(now < until for _, until in node.asked.values())
+        ]
+        self._away = dict(kept[-_MAX_AWAY:])
 
     async def _expectations(self, now: datetime) -> _Expectations:
         """Returns what is expected: forecasts are read once an hour, and served revisions once a minute."""

@@ -16,6 +16,8 @@ from helios.registry.usage.usage import Usage
 _DEFAULT_HOURS: Final = 24
 # Longer than anything is kept.
 _MAX_HOURS: Final = 366 * 24
+# A page: each model's forecasts are scored by some two hundred rows.
+_MAX_MODELS: Final = 100
 _TOKEN: Final = "usage"  # noqa: S105 - the kind of a page's token
 
 
@@ -35,7 +37,7 @@ class UsageServicer(UsageServiceServicer):
     async def ListUsage(self, request: pb.ListUsageRequest, context: Any) -> pb.ListUsageResponse:
         """Lists models with their usage."""
         del context
-        size, after = page_size(request.page_size), read_token(request.page_token, _TOKEN)
+        size, after = min(page_size(request.page_size), _MAX_MODELS), read_token(request.page_token, _TOKEN)
         page = await self._usage.page(after, size + 1, _hours(request.hour_count))
         token = make_token(_TOKEN, page[size - 1].model) if len(page) > size else ""
         return pb.ListUsageResponse(models=map(wire.usage_to_proto, page[:size]), next_page_token=token)

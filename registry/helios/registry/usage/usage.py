@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -43,15 +43,21 @@ class Usage:
         settings: UsageSettings,
         *,
         database: str,
+        environment: Mapping[str, str] | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Takes where the database is, for the process that forecasts: a path, or a URL."""
+        """Takes where the database is, for the process that forecasts: a path, or a URL.
+
+        Where the URL leaves something to libpq (a password, TLS), ``environment`` has it.
+        """
         self._store = store
         self._settings = settings
         self._database = database
+        self._environment = environment or {}
         self._now = now
         self._changed = asyncio.Event()
-        self._told_hour = -1
+        # When the newest forecast was made that was told of.
+        self._told_us = -1
         self._is_closed = False
         self.run_count = 0
         """How often new forecasts were told of."""
@@ -65,26 +71,35 @@ class Usage:
         return await self._store.report(reporter, sequence, deltas, now=self._now())
 
     async def page(self, after: str, limit: int, hour_count: int) -> list[ModelUsage]:
-        """Returns the usage of models behind a name, in order."""
-        return await self.of(await self._store.page(after, limit), hour_count)
+        """Returns the usage of models behind a name, in order, without their hours."""
+        return await self._answer(await self._store.page(after, limit), hour_count, listed_count=0)
 
     async def of(self, names: Sequence[str], hour_count: int) -> list[ModelUsage]:
         """Returns the usage of models."""
+        return await self._answer(names, hour_count, listed_count=hour_count)
+
+    async def _answer(self, names: Sequence[str], hour_count: int, *, listed_count: int) -> list[ModelUsage]:
+        """Returns the usage of models, with so many of their hours.
+
+        The database sums hours up; single ones are read as far as they are listed, or scored.
+        """
         hour = hour_of(self._now())
-        since = hour - max(hour_count, _SCORED_HOURS + 1, _RECENT_HOURS) + 1
-        found, made = await self._store.hours(names, since), await self._store.forecasts(names)
+        sums = await self._store.counts(hour - hour_count + 1, names)
+        found = await self._store.hours(names, hour - max(listed_count, _SCORED_HOURS + 1, _RECENT_HOURS) + 1)
+        made = await self._store.forecasts(names)
         bounds = await self._store.max_replicas() if made else {}
         policy = self._settings.target_policy
-        answers: list[ModelUsage] = []
-        for name in names:
-            hours, forecast = found.get(name, []), made.get(name)
-            asked = tuple(one for one in hours if one.hour > hour - hour_count)
-            recent = sum_of([one for one in hours if one.hour > hour - _RECENT_HOURS])
-            target = None
+
+        def usage_of(name: str) -> ModelUsage:
+            hours, forecast, target = found.get(name, []), made.get(name), None
+            listed = tuple(one for one in hours if one.hour > hour - listed_count)
+            scored = [one for one in hours if one.hour > hour - _SCORED_HOURS - 1]
             if forecast is not None:
+                recent = sum_of([one for one in hours if one.hour > hour - _RECENT_HOURS])
                 target = target_of(name, forecast, recent, hour=hour, policy=policy, max_replicas=bounds.get(name, 0))
-            answers.append(ModelUsage(name, sum_of(asked), asked, forecast, score_of(hours, hour), target))
-        return answers
+            return ModelUsage(name, sums.get(name, Counts()), listed, forecast, score_of(scored, hour), target)
+
+        return await offload.run(lambda _: [usage_of(name) for name in names])
 
     async def heat(self, hour_count: int, limit: int) -> list[BlobHeat]:
         """Returns the hottest blobs of the last hours."""
@@ -134,9 +149,10 @@ class Usage:
         is_due = now - start_of(hour) >= timedelta(seconds=self._settings.forecast_delay_seconds)
         if is_due and await self._store.last_run() < hour and await self._store.claim_run(hour):
             await self.forecast(hour)
-        last = await self._store.last_run()
-        if last != self._told_hour:
-            self._told_hour = last
+        # Not when a run began: another registry's would be told of before its forecasts are there, and not afterwards.
+        newest_us = await self._store.newest_us()
+        if newest_us != self._told_us:
+            self._told_us = newest_us
             self._announce()
 
     async def forecast(self, hour: int) -> None:
@@ -144,11 +160,10 @@ class Usage:
         keep_hours = self._settings.keep_days * 24
         began = self._now()
         job: dict[str, str | int] = {"database": self._database, "since": hour - keep_hours, "hour": hour}
-        count = await run_process(job, timeout_seconds=self._settings.forecast_seconds)
+        count = await run_process(job, self._environment, timeout_seconds=self._settings.forecast_seconds)
         pruned = await self._store.prune(hour - keep_hours, now=began)
         seconds = (self._now() - began).total_seconds()
         log.info("forecasts made", models=count, seconds=round(seconds, 1), deleted_hours=pruned)
-        self._announce()
 
     def close(self) -> None:
         """Ends all watches."""
@@ -167,17 +182,23 @@ def sum_of(hours: Sequence[UsageHour]) -> Counts:
     return Counts(**{name: sum(getattr(one.counts, name) for one in hours) for name in Counts.__dataclass_fields__})
 
 
-async def run_process(job: dict[str, str | int], *, timeout_seconds: float) -> int:
+async def run_process(
+    job: dict[str, str | int], environment: Mapping[str, str], *, timeout_seconds: float, module: str = _MODULE
+) -> int:
     """Runs a job of ``forecast_run``; returns how many models it made forecasts of. The process is gone afterwards.
+
+    Of the environment it gets what libpq reads. ``module`` is what ``python -m`` runs; tests put another one there.
 
     Raises:
         DeadlineExceeded: FORECAST_TIMEOUT.
         Bug: It failed.
     """
     # Packages are found where this process finds them; credentials of clouds are none of its business.
-    environment = {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry), "OMP_NUM_THREADS": "1"}
+    own = {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry), "OMP_NUM_THREADS": "1"}
+    # The files that libpq looks for where nobody names them (passwords, certificates) are below HOME.
+    libpq = {name: value for name, value in environment.items() if name.startswith("PG") or name == "HOME"}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-P", "-m", _MODULE, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment
+        sys.executable, "-P", "-m", module, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=libpq | own
     )  # fmt: skip
     try:
         async with asyncio.timeout(timeout_seconds):
