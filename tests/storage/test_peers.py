@@ -3,10 +3,11 @@
 import asyncio
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import grpc
 import grpc.aio
 import hypothesis.strategies as st
 import pytest
@@ -15,8 +16,10 @@ from hypothesis import given
 from helios.api.storage.v1 import blob_service_pb2 as pb
 from helios.api.storage.v1.blob_service_pb2_grpc import BlobServiceStub
 from helios.mesh.status import error_from_rpc
+from helios.mesh.transfer.source import SourceFault
 from helios.storage.blob_messages import HEADER_BYTES, decode_piece, encode_piece
-from helios.storage.blob_servicer import PIECE_BYTES, BlobServicer
+from helios.storage.blob_servicer import PIECE_BYTES, SERVICE_NAME, BlobServicer
+from helios.storage.peers import PeerSource
 from tests.mesh.transfer.blob_server import BlobServer, serve_blob
 from tests.storage.harness import Agent, Mesh, digest_of
 from tests.storage.test_chunk_source import BASE, TUNED, indexed_mesh
@@ -76,6 +79,31 @@ def test_a_message_is_what_protobuf_writes(data: bytes) -> None:
     # A field of a newer Helios, before or after.
     assert decode_piece(b"\x10\x05" + message) == data
     assert decode_piece(message + b"\x10\x05") == data
+
+
+async def test_a_peer_that_lives_and_sends_nothing_is_given_up() -> None:
+    """As one whose disk hangs: its connection answers, and so does every other call."""
+    came = bytearray()
+    buffer = bytearray(HEADER_BYTES) + b"a piece"
+
+    async def hang(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        del request, context
+        yield encode_piece(buffer, len(b"a piece"))
+        await asyncio.Event().wait()
+
+    server = grpc.aio.server()
+    handlers: Any = {"ReadBlob": grpc.unary_stream_rpc_method_handler(hang)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    source = PeerSource(f"127.0.0.1:{port}", DIGEST, identity=None, stall_seconds=2.0)
+    try:
+        with pytest.raises(SourceFault, match="sends nothing"):
+            await asyncio.to_thread(source.read, source.describe(), 0, len(BASE), came.extend)
+        assert came == b"a piece"
+    finally:
+        source.close()
+        await server.stop(None)
 
 
 async def _bring(mesh: Mesh, agent: Agent, server: BlobServer, content: bytes = BASE) -> None:
