@@ -26,6 +26,8 @@ class Node:
         self.evicted: list[str] = []
         self.is_fetching = False
         self.room = 1000
+        self.may_evict: list[bool] = []
+        self.while_asked: Callable[[], None] = lambda: None
         self.let_go = asyncio.Event()
         self.failure: Unavailable | None = None
 
@@ -33,10 +35,12 @@ class Node:
         return dict(self.here)
 
     async def spare_bytes(self) -> int:
+        self.while_asked()
         return self.room
 
-    async def fetch_ahead(self, revision: str) -> int:
+    async def fetch_ahead(self, revision: str, *, may_evict: bool) -> int:
         self.fetches.append(revision)
+        self.may_evict.append(may_evict)
         try:
             await self.let_go.wait()
         except asyncio.CancelledError:
@@ -95,6 +99,32 @@ async def test_somebody_who_waits_for_another_revision_has_the_way() -> None:
         node.let_go.set()
         await until(lambda: node.here)
         assert node.fetches == ["a", "a"], "it is gone on with"
+
+
+async def test_who_comes_while_the_disks_are_asked_has_the_way() -> None:
+    async with running() as (prefetcher, node):
+        asked = asyncio.Event()
+
+        def come() -> None:
+            node.is_fetching = True
+            asked.set()
+
+        node.while_asked = come
+        prefetcher.take(plan("a"))
+        async with asyncio.timeout(WAIT_SECONDS):
+            await asked.wait()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert node.fetches == []
+
+
+async def test_nothing_goes_for_a_forecast_but_what_people_ask_for_is_worth_it() -> None:
+    async with running() as (prefetcher, node):
+        node.let_go.set()
+        orders = (Order("forecast", 10), Order("asked", 10, is_asked=True))
+        prefetcher.take(Plan(orders, {}, NOW + timedelta(hours=1)))
+        await until(lambda: len(node.here) == 2)
+        assert dict(zip(node.fetches, node.may_evict, strict=True)) == {"forecast": False, "asked": True}
 
 
 async def test_a_plan_without_it_ends_a_fetch() -> None:

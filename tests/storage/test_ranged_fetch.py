@@ -12,9 +12,9 @@ import pytest
 
 from helios.mesh.errors import DigestMismatch, HeliosError, InvalidRequest, Unavailable, Unsupported
 from helios.mesh.transfer.engine import Downloader
-from helios.mesh.transfer.gate import DownloadGate
+from helios.mesh.transfer.gate import DownloadGate, Priority
 from helios.mesh.transfer.machine import RetryPolicy
-from helios.mesh.transfer.order import TransferOptions
+from helios.mesh.transfer.order import Transfer, TransferOptions, Transferred
 from helios.storage.client import StorageClient
 from helios.storage.disk_tier import DiskTier
 from helios.storage.fetch import DirectorySource
@@ -135,6 +135,20 @@ async def test_a_cancelled_fetch_ends_soon_and_is_kept(server: BlobServer, tmp_p
         assert time.monotonic() - started < 2.0
     assert not _blob(tmp_path).exists()
     assert _partial(tmp_path) == [DIGEST.hash, f"{DIGEST.hash}.journal"]
+
+
+async def test_a_fetch_is_as_urgent_as_it_is_when_it_begins(server: BlobServer, tmp_path: Path) -> None:
+    priorities: list[Priority] = []
+
+    class Watched(Downloader):
+        def fetch(self, transfer: Transfer) -> Transferred:
+            priorities.append(transfer.priority)
+            return super().fetch(transfer)
+
+    async with DiskTier(tmp_path, fetch_thread_count=1, downloader=Watched(OPTIONS)) as tier:
+        await tier.fetch(_store(server), DIGEST, lambda _: None, priority=lambda: Priority.PREFETCH)
+        await tier.fetch(_store(server), DIGEST, lambda _: None)
+    assert priorities == [Priority.PREFETCH, Priority.START]
 
 
 def test_what_nobody_goes_on_with_goes(tmp_path: Path) -> None:

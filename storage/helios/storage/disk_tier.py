@@ -26,6 +26,7 @@ import structlog
 
 from helios.mesh.errors import HeliosError
 from helios.mesh.transfer.engine import Downloader
+from helios.mesh.transfer.gate import Priority
 from helios.storage.blob_store import BlobStore, write_error
 from helios.storage.eviction import EvictionPlan
 from helios.storage.fetch import BlobFetcher, BlobSource, DirectorySource, FetchToken
@@ -181,7 +182,13 @@ class DiskTier:
             raise write_error(error, self.store.root) from error
 
     async def fetch(
-        self, source: BlobSource, digest: Digest, on_bytes: Callable[[int], None], *, label: str = "source"
+        self,
+        source: BlobSource,
+        digest: Digest,
+        on_bytes: Callable[[int], None],
+        *,
+        label: str = "source",
+        priority: Callable[[], Priority] = lambda: Priority.START,
     ) -> None:
         """Fetches a blob; when this is cancelled the blob is there, or nothing of it.
 
@@ -192,13 +199,14 @@ class DiskTier:
             digest: Which one.
             on_bytes: Called in a thread with the count of bytes that came.
             label: What a local source is called in statistics; others are counted by what they are.
+            priority: Asked in a thread when the fetch begins there: how urgent it is among those over a network.
 
         Raises:
             HeliosError: As `BlobFetcher.fetch`.
         """
         async with self._dropping:
             pass
-        token = FetchToken(on_bytes)
+        token = FetchToken(on_bytes, priority)
         asked_at = time.monotonic()
         is_committed = False
         counts: dict[str, int] = {}

@@ -21,6 +21,7 @@ from typing import Protocol, Self
 
 from helios.mesh.errors import BlobNotFound, Corrupted, HeliosError, Unavailable
 from helios.mesh.transfer.engine import Downloader
+from helios.mesh.transfer.gate import Priority
 from helios.mesh.transfer.order import Guide
 from helios.mesh.transfer.progress import TransferProgress
 from helios.mesh.transfer.source import RangeSource
@@ -106,9 +107,17 @@ class BlobSource(Protocol):
 
 
 class FetchToken:
-    """Cancels a fetch, and counts its bytes: written by the fetching thread, read by the event loop."""
+    """Cancels a fetch, and counts its bytes: written by the fetching thread, read by the event loop.
 
-    def __init__(self, add_bytes: Callable[[int], None] = lambda _: None) -> None:
+    `priority` says how urgent the fetch is, when it begins.
+    """
+
+    def __init__(
+        self,
+        add_bytes: Callable[[int], None] = lambda _: None,
+        priority: Callable[[], Priority] = lambda: Priority.START,
+    ) -> None:
+        self.priority = priority
         self._cancelled = threading.Event()
         self._add_bytes = add_bytes
 
@@ -272,6 +281,7 @@ class BlobFetcher:
                 self._downloader,
                 blob.source,
                 digest,
+                priority=token.priority(),
                 check=lambda: token.advance(0),
                 on_progress=tell,
                 part_lengths=blob.part_lengths,

@@ -5,6 +5,7 @@ One fetch serves everybody who wants a revision, and one fetch of a blob serves 
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Protocol
 import structlog
 
 from helios.mesh.errors import Corrupted, DiskFull, HeliosError
+from helios.mesh.transfer.gate import Priority
 from helios.mesh.transfer.progress import RateMeter, TransferProgress
 from helios.storage import metrics
 from helios.storage.clock import Clock
@@ -62,7 +64,7 @@ class Fetches:
         clock: Clock,
         make_way: Callable[[str], Awaitable[None]],
     ) -> None:
-        """Takes what ends work that can wait, which is called with its revision before each fetch."""
+        """Takes what ends work that can wait, which is called with each revision that somebody waits for."""
         self._rooms = rooms
         self._manifests = manifests
         self._revision_flights = revisions
@@ -70,12 +72,15 @@ class Fetches:
         self._clock = clock
         self._make_way = make_way
         self._fetching: dict[str, _Fetching] = {}
+        # Revisions that somebody waits for, and those whose fetch ahead has chosen among the room that is to spare.
+        self._wanted: Counter[str] = Counter()
+        self._sparing: set[str] = set()
         self._counts = _ByteCounts()
 
     @property
     def is_fetching(self) -> bool:
-        """Whether somebody waits for bytes."""
-        return bool(self._fetching)
+        """Whether somebody waits for bytes, from the moment when a revision is wanted, or some are fetched ahead."""
+        return bool(self._wanted or self._fetching)
 
     async def bring(self, revision: str) -> int:
         """Has a revision be resident in a disk tier; returns the bytes that were fetched for it.
@@ -85,7 +90,32 @@ class Fetches:
         Raises:
             HeliosError: RevisionNotFound, InvalidRequest (INVALID_MANIFEST), DigestMismatch, DiskFull, Unavailable.
         """
-        return await self._revision_flights.join(revision, partial(self._bring, revision))
+        self._wanted[revision] += 1
+        try:
+            await self._make_way(revision)
+            is_sparing = revision in self._sparing
+            try:
+                return await self._join(revision, may_evict=True)
+            except DiskFull:
+                if not is_sparing:
+                    raise
+                # The fetch that was joined was one ahead, for which nothing is given up.
+                return await self._join(revision, may_evict=True)
+        finally:
+            self._wanted[revision] -= 1
+            self._wanted = +self._wanted
+
+    async def bring_ahead(self, revision: str, *, may_evict: bool) -> int:
+        """As `bring`, for nobody yet: what goes on meanwhile goes on, and without `may_evict` the revision comes to a
+        disk that has room to spare, or to none.
+
+        Raises:
+            HeliosError: As `bring`.
+        """
+        return await self._join(revision, may_evict=may_evict)
+
+    async def _join(self, revision: str, *, may_evict: bool) -> int:
+        return await self._revision_flights.join(revision, partial(self._bring, revision, may_evict=may_evict))
 
     def progress(self, revision: str) -> TransferProgress | None:
         """How far the fetch of a revision is; None while there is none, or its manifest is not known yet.
@@ -109,16 +139,28 @@ class Fetches:
         fetching = self._fetching.get(revision)
         return (fetching.manifest, fetching.room.tier) if fetching is not None else None
 
-    async def _bring(self, revision: str) -> int:
+    async def _bring(self, revision: str, *, may_evict: bool) -> int:
         """Fetches what is missing and makes the revision resident; returns the bytes that were fetched."""
-        await self._make_way(revision)
         manifest, source = await self._manifests.get_manifest(revision)
         check_fits_somewhere(manifest, [room.tier.options for room in self._rooms])
+        if may_evict or revision in self._wanted:
+            return await self._bring_somewhere(manifest, source, EvictionReason.ROOM)
+        self._sparing.add(revision)
+        try:
+            return await self._bring_somewhere(manifest, source, None)
+        finally:
+            self._sparing.discard(revision)
+
+    async def _bring_somewhere(self, manifest: Manifest, source: BlobSource, reason: EvictionReason | None) -> int:
+        """Tries the disks, the fastest first; `reason` None: those with room to spare, and nothing is given up."""
+        revision = manifest.revision
         disks = [room for room in self._rooms if room.tier.options.kind is not TierKind.MEMORY]
         refusals: list[HeliosError] = []
         for room in disks:
             try:
-                fetched_bytes = await self._bring_to(room, manifest, source)
+                if reason is None:
+                    await room.check_spare(manifest)
+                fetched_bytes = await self._bring_to(room, manifest, source, reason)
             except HeliosError as error:
                 # Another tier may have what this one lacks: room, or a disk that works.
                 if isinstance(error, DiskFull) or error.reason == "TIER_FAILED":
@@ -131,20 +173,22 @@ class Fetches:
         log.warning("no tier takes the revision", revision=revision, errors=[error.message for error in refusals])
         raise refusals[0]
 
-    async def _bring_to(self, room: Room, manifest: Manifest, source: BlobSource) -> int:
+    async def _bring_to(self, room: Room, manifest: Manifest, source: BlobSource, reason: EvictionReason | None) -> int:
         tier = room.tier
         # What is here already is no part of the rate.
         meter = RateMeter(self._clock().timestamp(), self._done_bytes(manifest, room))
         self._fetching[manifest.revision] = _Fetching(manifest, room, meter)
         try:
-            async with room.want(manifest, source) as missing:
+            async with room.want(manifest, source, reason=reason) as missing:
+                fetch_all = partial(self._fetch_all, room, source, priority=partial(self._priority, manifest.revision))
                 try:
-                    await self._fetch_all(room, source, missing)
+                    await fetch_all(missing)
                 except DiskFull:
                     # The disk said so, whatever it had told before: somebody else fills it as well.
-                    if not await room.evict_for(sum(blob.size_bytes for blob in missing), EvictionReason.ROOM):
+                    missing_bytes = sum(blob.size_bytes for blob in missing)
+                    if reason is None or not await room.evict_for(missing_bytes, reason):
                         raise
-                    await self._fetch_all(room, source, tier.inventory.missing(manifest))
+                    await fetch_all(tier.inventory.missing(manifest))
                 if lost := tier.inventory.missing(manifest):
                     raise Corrupted(f"{len(lost)} blob(s) of the model were found corrupt meanwhile; try again")
                 await tier.add_revision(manifest, self._clock())
@@ -156,12 +200,18 @@ class Fetches:
             del self._fetching[manifest.revision]
         return sum(blob.size_bytes for blob in missing)
 
-    async def _fetch_all(self, room: Room, source: BlobSource, missing: list[Digest]) -> None:
+    def _priority(self, revision: str) -> Priority:
+        """How urgent a blob of a revision is that begins now; called by threads."""
+        return Priority.START if revision in self._wanted else Priority.PREFETCH
+
+    async def _fetch_all(
+        self, room: Room, source: BlobSource, missing: list[Digest], *, priority: Callable[[], Priority]
+    ) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 for blob in missing:
                     key = f"{room.name}/{blob.hash}"
-                    work = self._blob_flights.join(key, partial(self._fetch_one, room, source, blob))
+                    work = self._blob_flights.join(key, partial(self._fetch_one, room, source, blob, priority))
                     group.create_task(work, name=f"want blob {blob.hash}")
         except BaseExceptionGroup as errors:
             # The group's siblings are cancelled and cleaned up by now; one error says why.
@@ -170,12 +220,13 @@ class Fetches:
                 raise
             raise _first(expected) from errors
 
-    async def _fetch_one(self, room: Room, source: BlobSource, blob: Digest) -> None:
+    async def _fetch_one(self, room: Room, source: BlobSource, blob: Digest, priority: Callable[[], Priority]) -> None:
         # Another flight may have brought it between the look and the turn.
         if room.tier.inventory.has_blob(blob):
             return
         with self._counts.counting(blob):
-            await room.tier.fetch(source, blob, partial(self._counts.add, blob), label="registry")
+            on_bytes = partial(self._counts.add, blob)
+            await room.tier.fetch(source, blob, on_bytes, label="registry", priority=priority)
         metrics.FETCHED_BYTES.inc(blob.size_bytes)
 
 

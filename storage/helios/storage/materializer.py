@@ -32,7 +32,7 @@ from helios.storage.room import Room
 from helios.storage.scrubber import Scrubber
 from helios.storage.statistics import EvictionReason
 from helios.storage.threads import Flights
-from helios.storage.tiers import TierKind, in_speed_order, spare_bytes
+from helios.storage.tiers import TierKind, in_speed_order
 
 log = structlog.get_logger()
 
@@ -74,7 +74,7 @@ class Upkeep:
 
     Attributes:
         forecast: Uses that are expected.
-        make_way: Told of each revision that is to be fetched: what else fetches and can wait is to end.
+        make_way: Told of each revision that somebody waits for: what else fetches and can wait is to end.
         scrub_bytes_per_second: How fast the background scrub reads; 0: as fast as it goes.
         scrub_period: Each blob is read once in this time; 0: never.
     """
@@ -169,11 +169,13 @@ class Materializer:
 
     @property
     def is_fetching(self) -> bool:
-        """Whether somebody waits for bytes."""
+        """Whether somebody waits for bytes, or some are fetched ahead."""
         return self._fetches.is_fetching
 
-    async def fetch_ahead(self, revision: str) -> int:
+    async def fetch_ahead(self, revision: str, *, may_evict: bool = False) -> int:
         """Brings a revision to a disk of the node without a lease, so that it may go at any time; returns what came.
+
+        Moves go on beside it. Without `may_evict` it goes where there is room to spare, and nothing goes for it.
 
         Raises:
             InvalidRequest: INVALID_REVISION, INVALID_MANIFEST.
@@ -184,7 +186,7 @@ class Materializer:
         if self._find(revision) is not None:
             return 0
         with self._hold(revision):
-            return await self._fetches.bring(revision)
+            return await self._fetches.bring_ahead(revision, may_evict=may_evict)
 
     def use_counts(self) -> dict[str, int]:
         """How often each revision on the node was lent since it came."""
@@ -196,9 +198,8 @@ class Materializer:
 
     async def spare_bytes(self) -> int:
         """The most that one disk of the node can take without anything being given up, now or soon."""
-        disks = [room.tier for room in self.rooms if room.tier.options.kind is not TierKind.MEMORY]
-        rooms = [(tier, await tier.disk_room()) for tier in disks]
-        return max((spare_bytes(tier.options, tier.inventory.used_bytes, room) for tier, room in rooms), default=0)
+        disks = [room for room in self.rooms if room.tier.options.kind is not TierKind.MEMORY]
+        return max([await room.spare_bytes() for room in disks], default=0)
 
     def progress(self, revision: str) -> TransferProgress | None:
         """How far the fetch of a revision is; None while there is none, or its manifest is not known yet."""

@@ -42,12 +42,13 @@ class PartialFiles:
         self._in_use: set[str] = set()
 
     @contextmanager
-    def fetch(
+    def fetch(  # noqa: PLR0913 - one for each thing that a transfer is told
         self,
         downloader: Downloader,
         source: RangeSource,
         digest: Digest,
         *,
+        priority: Priority,
         check: Callable[[], None],
         on_progress: Callable[[TransferProgress], None],
         part_lengths: tuple[int, ...] = (),
@@ -68,7 +69,7 @@ class PartialFiles:
             source,
             target,
             Wanted(digest.size_bytes, digest.hash, part_lengths, part_hashes),
-            priority=Priority.START,
+            priority=priority,
             check=check,
             on_progress=on_progress,
             guide=guide,

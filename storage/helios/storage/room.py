@@ -14,6 +14,7 @@ from helios.storage.eviction import EvictionPlan, Forecast, no_forecast, plan_ev
 from helios.storage.fetch import BlobSource
 from helios.storage.manifest import Digest, Manifest
 from helios.storage.statistics import EvictionReason
+from helios.storage.tiers import spare_bytes
 
 Kept = Callable[[DiskTier], set[str]]
 """Which revisions a tier must not give up now: those that are lent from it, held, or pinned to it."""
@@ -44,9 +45,11 @@ class Room:
 
     @asynccontextmanager
     async def want(
-        self, manifest: Manifest, source: BlobSource, *, reason: EvictionReason = EvictionReason.ROOM
+        self, manifest: Manifest, source: BlobSource, *, reason: EvictionReason | None = EvictionReason.ROOM
     ) -> AsyncIterator[list[Digest]]:
         """Makes room for what is missing of a revision and keeps it for the block, which is given what is missing.
+
+        `reason` None: nothing is given up for it.
 
         Raises:
             DiskFull: What is kept and wanted is more than the capacity, or others fill the disk.
@@ -80,6 +83,30 @@ class Room:
         held = self.kept().union(spared)
         return plan_eviction(self.tier.inventory, needed_bytes, held=held, keep=self.wanted(), forecast=self._forecast)
 
+    async def spare_bytes(self) -> int:
+        """What it can take without anything being given up, now or soon.
+
+        Raises:
+            Unavailable: TIER_FAILED.
+        """
+        disk = await self.tier.disk_room()
+        return spare_bytes(self.tier.options, self.tier.inventory.used_bytes + self._coming_bytes(), disk)
+
+    async def check_spare(self, manifest: Manifest) -> None:
+        """Checks that what is missing of a revision goes into what is to spare.
+
+        Raises:
+            DiskFull: It does not.
+            Unavailable: TIER_FAILED.
+        """
+        spare = await self.spare_bytes()
+        needed = sum(blob.size_bytes for blob in self.tier.inventory.missing(manifest))
+        if needed > spare:
+            raise DiskFull(
+                f"the tier {self.name} has {spare} bytes to spare, {needed} are needed",
+                metadata={"tier": self.name, "spare_bytes": str(spare), "needed_bytes": str(needed)},
+            )
+
     async def drop_leftovers(self, manifest: Manifest) -> None:
         """Drops what a failed fetch brought, unless somebody else wants it."""
 
@@ -90,8 +117,8 @@ class Room:
 
         await self.tier.drop(plan, EvictionReason.LEFTOVER)
 
-    async def _make(self, source: BlobSource, missing: list[Digest], reason: EvictionReason) -> None:
-        if self._excess_bytes() > 0:
+    async def _make(self, source: BlobSource, missing: list[Digest], reason: EvictionReason | None) -> None:
+        if reason is not None and self._excess_bytes() > 0:
             await self.evict_for(self._excess_bytes(), reason)
         if (excess_bytes := self._excess_bytes()) > 0:
             raise DiskFull(
@@ -103,10 +130,10 @@ class Room:
                 },
             )
         copied_bytes = await self.tier.copied_bytes(source, missing)
-        if copied_bytes > (await self.tier.disk_room()).free_bytes:
+        if reason is not None and copied_bytes > (await self.tier.disk_room()).free_bytes:
             # The beginnings of others are worth less than what is whole.
             await self.tier.drop_unfinished(missing)
-        if copied_bytes > (free_bytes := (await self.tier.disk_room()).free_bytes):
+        if copied_bytes > (free_bytes := (await self.tier.disk_room()).free_bytes) and reason is not None:
             await self.evict_for(copied_bytes - free_bytes, reason)
             free_bytes = (await self.tier.disk_room()).free_bytes
         if copied_bytes > free_bytes:
@@ -123,8 +150,9 @@ class Room:
 
     def _excess_bytes(self) -> int:
         """How far what is here and what is coming is above the capacity."""
-        here = self.tier.inventory
         if self.tier.options.capacity_bytes == 0:
             return 0
-        coming = sum(blob.size_bytes for blob in self.wanted() if not here.has_blob(blob))
-        return here.used_bytes + coming - self.tier.options.capacity_bytes
+        return self.tier.inventory.used_bytes + self._coming_bytes() - self.tier.options.capacity_bytes
+
+    def _coming_bytes(self) -> int:
+        return sum(blob.size_bytes for blob in self.wanted() if not self.tier.inventory.has_blob(blob))

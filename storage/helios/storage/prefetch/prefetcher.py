@@ -61,6 +61,8 @@ class Prefetcher:
                         self._order = order
                         self._task = group.create_task(self._fetch(materializer, order), name="fetch ahead")
                         await asyncio.wait([self._task])
+                        # Not in the task: one that is cancelled before its first step runs nothing.
+                        self._order = None
                     case GiveUp(revision):
                         await self._give_up(materializer, revision)
                     case None:
@@ -71,21 +73,22 @@ class Prefetcher:
             return None
         used = materializer.use_counts()
         self._ahead.look(here=used, is_used=lambda revision: used[revision] > 0)
+        spare_bytes = await materializer.spare_bytes()
+        # Looked at last: somebody may have come while the disks were asked.
         if materializer.is_fetching:
             return None
-        return self._ahead.next(self._clock(), here=used, spare_bytes=await materializer.spare_bytes())
+        return self._ahead.next(self._clock(), here=used, spare_bytes=spare_bytes)
 
     async def _fetch(self, materializer: Materializer, order: Order) -> None:
         self._ahead.began(order, self._clock())
         log.info("fetching ahead", revision=order.revision, size_bytes=order.size_bytes, reason=order.reason)
         fetched_bytes, failure = None, ""
         try:
-            fetched_bytes = await materializer.fetch_ahead(order.revision)
+            fetched_bytes = await materializer.fetch_ahead(order.revision, may_evict=order.is_asked)
         except HeliosError as error:
             failure = f"{error.reason}: {error.message}"
             log.warning("not fetched ahead", revision=order.revision, reason=error.reason, error=error.message)
         finally:
-            self._order = None
             self._ahead.ended(order, self._clock(), fetched_bytes=fetched_bytes, failure=failure)
 
     def _break_off(self, why: str) -> None:
