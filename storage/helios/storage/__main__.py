@@ -1,6 +1,7 @@
 """Composition root of the storage agent: `python -m helios.storage`."""
 
 import os
+import resource
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from functools import partial
@@ -48,6 +49,7 @@ OPTIONS = ServerOptions(drain_seconds=1.0)
 
 async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
     """Serves until the process is asked to stop. Leases live on across a restart."""
+    raise_file_limit()
     identity = settings.mesh.identity
     clock = steady_clock()
     async with AsyncExitStack() as stack:
@@ -119,6 +121,14 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
         background.create_task(session.run(address), name="sync session")
         lifetime.mark_ready(address=addresses[0], addresses=addresses)
         await lifetime.wait_stop()
+
+
+def raise_file_limit() -> None:
+    """Lets this process have as many files open as it may: each one in memory is a descriptor, each one that is handed
+    over another for a moment, and the usual soft limit is 1024.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def local_blobs(tiers: list[DiskTier]) -> dict[Digest, Path]:

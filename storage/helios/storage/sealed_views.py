@@ -99,6 +99,16 @@ class SealedViews:
 
     def _show(self, revision: str, files: Sequence[tuple[pb.SealedFile, int]]) -> Path:
         path = self._directory / revision.replace(":", "-")
+        try:
+            self._link(path, files)
+        except OSError:
+            # What is left of it would be in the way of the next one.
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        return path
+
+    @staticmethod
+    def _link(path: Path, files: Sequence[tuple[pb.SealedFile, int]]) -> None:
         for file, descriptor in files:
             relative = PurePosixPath(file.path)
             # The agent checked its manifest; this process need not trust that a path stays inside.
@@ -107,7 +117,6 @@ class SealedViews:
             link = path / relative
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
-        return path
 
 
 async def _take(socket_path: str, lease_id: str) -> list[tuple[pb.SealedFile, int]]:
@@ -145,5 +154,5 @@ async def _receive(connected: DescriptorSocket) -> tuple[pb.DescriptorMessage, l
 def _error(answer: pb.DescriptorMessage) -> HeliosError:
     if not answer.error_reason:
         return Corrupted("the storage agent handed over other files than it said", reason="NOT_SEALED")
-    kind = Corrupted if answer.error_reason in ("NOT_SEALED", "DIGEST_MISMATCH") else PreconditionFailed
-    return kind(answer.error_message, reason=answer.error_reason)
+    kinds = {"NOT_SEALED": Corrupted, "DIGEST_MISMATCH": Corrupted, Unavailable.default_reason: Unavailable}
+    return kinds.get(answer.error_reason, PreconditionFailed)(answer.error_message, reason=answer.error_reason)

@@ -12,7 +12,14 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from helios.api.storage.v1 import descriptor_message_pb2 as pb
-from helios.mesh.errors import DeadlineExceeded, HeliosError, InvalidRequest, PermissionDenied, PreconditionFailed
+from helios.mesh.errors import (
+    DeadlineExceeded,
+    HeliosError,
+    InvalidRequest,
+    PermissionDenied,
+    PreconditionFailed,
+    Unavailable,
+)
 from helios.mesh.sealed import MAX_PACKET_FILES, DescriptorListener, DescriptorSocket, close_all
 from helios.storage.leases import Lease
 from helios.storage.manifest import Digest, ManifestEntry
@@ -22,6 +29,12 @@ log = structlog.get_logger()
 
 _PACKET_SECONDS: Final = 10.0
 """A peer that is silent for so long is dropped: packets are a few kilobytes and never wait for a disk."""
+
+_STRANGER_SECONDS: Final = 0.2
+"""So long a packet of a user who is not allowed is awaited: it was sent as soon as the socket was connected."""
+
+_PAUSE_SECONDS: Final = 0.5
+"""Between two tries to begin a conversation where the kernel refuses: other conversations end in milliseconds."""
 
 _MAX_CONVERSATIONS: Final = 32
 """At a time; others wait in the socket's backlog. Each holds a few descriptors for milliseconds."""
@@ -49,32 +62,42 @@ class DescriptorServer:
         self._slots = asyncio.Semaphore(_MAX_CONVERSATIONS)
 
     async def run(self) -> None:
-        """Serves until it is cancelled. Raises OSError: the socket can't be used."""
+        """Serves until it is cancelled."""
         async with asyncio.TaskGroup() as group:
             while True:
                 await self._slots.acquire()
                 try:
-                    connected = await self._listener.accept()
+                    connected = await self._accept()
                 except BaseException:
                     self._slots.release()
                     raise
                 task = group.create_task(self._converse(connected), name="descriptor conversation")
                 task.add_done_callback(lambda _: self._slots.release())
 
+    async def _accept(self) -> DescriptorSocket:
+        while True:
+            try:
+                return await self._listener.accept()
+            except OSError as error:
+                # Too many open files, say: whoever connected stays in the backlog meanwhile.
+                log.warning("no conversation about descriptors can begin", error=error.strerror)
+                await asyncio.sleep(_PAUSE_SECONDS)
+
     async def _converse(self, connected: DescriptorSocket) -> None:
         with connected:
             try:
                 await self._answer(connected)
-            except HeliosError as error:
-                log.warning("descriptors refused", reason=error.reason, error=error.message)
-                await _refuse(connected, error)
+            except (HeliosError, OSError) as error:
+                # An OSError here is one of this process's descriptors: too many of them, or too little memory.
+                refusal = error if isinstance(error, HeliosError) else Unavailable(f"no descriptors: {error.strerror}")
+                log.warning("descriptors refused", reason=refusal.reason, error=refusal.message)
+                await _refuse(connected, refusal)
 
     async def _answer(self, connected: DescriptorSocket) -> None:
-        # Before anything is refused: a socket that is closed with a packet unread takes the answer back.
-        message, descriptors = await _receive(connected)
         if (user := connected.peer_user()) not in self._users:
-            close_all(descriptors)
+            await _drain(connected)
             raise PermissionDenied("this user may not take files in memory", metadata={"user": str(user)})
+        message, descriptors = await _receive(connected)
         if message.action == pb.DESCRIPTOR_ACTION_TAKE and not descriptors:
             await self._lend(connected, self._find_lease(message.lease_id))
         elif message.action == pb.DESCRIPTOR_ACTION_GIVE:
@@ -91,8 +114,10 @@ class DescriptorServer:
         entries = resident.manifest.entries
         for start in range(0, len(entries), MAX_PACKET_FILES):
             batch = entries[start : start + MAX_PACKET_FILES]
-            descriptors = [tier.duplicate(entry.digest) for entry in batch]
+            descriptors: list[int] = []
             try:
+                for entry in batch:
+                    descriptors.append(tier.duplicate(entry.digest))  # noqa: PERF401 - what came before a failure is closed
                 answer = pb.DescriptorMessage(
                     files=map(file_to_proto, batch), is_last=start + len(batch) == len(entries)
                 )
@@ -148,11 +173,21 @@ async def _receive(connected: DescriptorSocket) -> tuple[pb.DescriptorMessage, l
         raise InvalidRequest("the packet can't be read", reason="BAD_PACKET") from error
 
 
+async def _drain(connected: DescriptorSocket) -> None:
+    """Takes one packet that is here or on its way: a socket that is closed with it unread takes the answer back."""
+    try:
+        async with asyncio.timeout(_STRANGER_SECONDS):
+            _, descriptors = await connected.receive()
+    except (HeliosError, TimeoutError):
+        return
+    close_all(descriptors)
+
+
 async def _refuse(connected: DescriptorSocket, error: HeliosError) -> None:
     answer = pb.DescriptorMessage(is_last=True, error_reason=error.reason, error_message=error.message)
     try:
         async with asyncio.timeout(_PACKET_SECONDS):
             await connected.send(answer.SerializeToString())
-    except (HeliosError, TimeoutError):
+    except (HeliosError, OSError):
         # Who does not listen needs no answer.
         return
