@@ -142,6 +142,24 @@ def test_tiers_come_from_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("addresses", "told"),
+    [
+        (["127.0.0.1:1"], "127.0.0.1:1"),
+        (["127.0.0.1:1", "unix:/s"], "127.0.0.1:1"),
+        (["127.0.0.1:1", "10.0.0.5:2"], "10.0.0.5:2"),
+        (["[::1]:1", "node.example:2"], "node.example:2"),
+        (["127.0.0.1:1", "0.0.0.0:2"], ""),
+        (["unix:/s", "[::]:2"], ""),
+    ],
+)
+def test_other_nodes_are_told_no_address_that_leads_them_to_themselves(addresses: list[str], told: str) -> None:
+    fields = {"state_directory": "/state", "registry_target": "x:1"}
+    assert StorageSettings.model_validate(fields).address_for_peers(addresses) == told
+    there = StorageSettings.model_validate({**fields, "peers": {"address": "n:1"}})
+    assert there.address_for_peers(addresses) == "n:1"
+
+
+@pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"tiers": [{"name": "disk", "path": "/a"}]}, "one name"),

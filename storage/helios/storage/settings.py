@@ -135,7 +135,8 @@ class PeerSettings(BaseModel):
     """Ranges that are read for peers at a time; more are refused and asked elsewhere. 16: two peers' fetches."""
     address: str = ""
     """Where other nodes reach this agent, ``host:port``; told to them by the registry. Empty: where it listens, if that
-    is a TCP address that others can dial; else nowhere: it then reads from others, and nobody from it."""
+    is a TCP address that others can dial; else nowhere: it then reads from others, and nobody from it. A loopback
+    address is told where it listens at no other: then all of its peers are on this machine."""
 
 
 class FetchSettings(BaseModel):
@@ -195,8 +196,11 @@ class StorageSettings(ProcessSettings):
 
     def address_for_peers(self, addresses: Sequence[str]) -> str:
         """Where other nodes reach an agent that listens at these addresses; empty: nowhere."""
-        local = ("unix:", "0.0.0.0:", "[::]:")
-        return self.peers.address or next((address for address in addresses if not address.startswith(local)), "")
+        wildcards = ("0.0.0.0:", "[::]:")
+        tcp = [address for address in addresses if not address.startswith("unix:")]
+        beyond = [address for address in tcp if not address.startswith(("127.", "[::1]:", "localhost:"))]
+        dialable = [address for address in beyond or tcp if not address.startswith(wildcards)]
+        return self.peers.address or next(iter(dialable), "")
 
     @model_validator(mode="after")
     def _check_tiers(self) -> Self:
