@@ -89,9 +89,12 @@ class FakeLauncher:
         self.behaviours = behaviours
         self.specs: list[ReplicaSpec] = []
         self.error: HeliosError | None = None
+        self.gate: asyncio.Event | None = None
 
     async def fork(self, spec: ReplicaSpec, deadline: float) -> ForkedReplica:
         self.specs.append(spec)
+        if self.gate is not None:
+            await self.gate.wait()
         if self.error is not None:
             raise self.error
         document = spec.to_document() | {"behaviour": self.behaviours.get(spec.replica_id, "normal")}

@@ -1,10 +1,12 @@
 """What a start will load is read while the replica is forked; what it will not, and what memory can't hold, is not."""
 
+import asyncio
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,18 @@ async def test_what_is_larger_than_memory_is_left_to_the_loader(
 
 async def test_a_directory_that_is_gone_is_the_starts_to_tell(tmp_path: Path) -> None:
     await read_ahead("transformers", str(tmp_path / "gone"), REVISION, "")
+
+
+async def test_it_waits_for_no_thread_of_the_loop_and_takes_none(tmp_path: Path) -> None:
+    let_go = threading.Event()
+    with ThreadPoolExecutor(1) as busy:
+        asyncio.get_running_loop().set_default_executor(busy)
+        busy.submit(let_go.wait, 60)
+        try:
+            async with asyncio.timeout(20):
+                await read_ahead("vllm", str(tmp_path), REVISION, "")
+        finally:
+            let_go.set()
 
 
 def test_a_stop_ends_the_reading(checkpoint: Path) -> None:

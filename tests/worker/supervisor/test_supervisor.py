@@ -107,6 +107,39 @@ async def test_a_stop_ends_a_replica_at_once(folder: Path) -> None:
         assert living(process) == []
 
 
+@pytest.mark.parametrize("is_forked", [True, False])
+async def test_reading_ahead_ends_with_the_replica(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, is_forked: bool
+) -> None:
+    ended = asyncio.Event()
+
+    async def read_on(*_: str) -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr("helios.worker.supervisor.replica_runner.read_ahead", read_on)
+    launcher = FakeLauncher()
+    async with running_node(folder, launcher=launcher) as node:
+        if is_forked:
+            await start_ready(node)
+            assert not ended.is_set()
+            node.supervisor.execute("stop", Stop("r1"))
+            await node.wait_state("r1", S.STOPPED)
+        else:
+            launcher.gate = asyncio.Event()
+            launcher.error = Unavailable("the launcher went away", reason="LAUNCHER_GONE")
+            node.supervisor.execute("c", start_of("r1"))
+            while not launcher.specs:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            launcher.gate.set()
+            await node.wait_state("r1", S.FAILED)
+        async with asyncio.timeout(20):
+            await ended.wait()
+
+
 async def test_a_hung_start_is_killed_at_its_deadline(folder: Path) -> None:
     rules = replace(RULES, limits=replace(RULES.limits, start_seconds=0.5))
     async with running_node(folder, launcher=FakeLauncher(r1="hang"), rules=rules) as node:

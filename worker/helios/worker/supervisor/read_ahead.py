@@ -7,6 +7,7 @@ there, so it reads what the start will read, and the loader finds it in the page
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -31,12 +32,16 @@ async def read_ahead(engine: str, model_path: str, revision: str, packed_weights
     if engine.partition(":")[0] not in _READING_ENGINES:
         return
     stop = threading.Event()
+    # Of its own: the loop's threads, which the ends of replicas wait for, must not wait for a disk.
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read checkpoint")
     try:
-        await asyncio.to_thread(_read, Path(model_path), revision, packed_weights_directory, stop)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(pool, _read, Path(model_path), revision, packed_weights_directory, stop)
     except OSError as error:
         log.warning("weights not read ahead", revision=revision, error=str(error))
     finally:
         stop.set()
+        pool.shutdown(wait=False)
 
 
 def _read(directory: Path, revision: str, packed_root: str, stop: threading.Event) -> None:

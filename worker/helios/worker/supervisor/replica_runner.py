@@ -159,6 +159,7 @@ class ReplicaRunner:
         self._is_handling = False
         self._timer: asyncio.TimerHandle | None = None
         self._holding: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
         self._is_released = False
         self._fetch_told_at = -_FETCH_TOLD_SECONDS
         self._revision_paths: dict[str, str] = {}
@@ -302,9 +303,11 @@ class ReplicaRunner:
             case life_actions.Shrink() | life_actions.Regrow():
                 self._book(action)
             case life_actions.KillTree(process):
+                self._stop_reading()
                 self._spawn("kill", self._kill(process))
             case life_actions.ReleaseWeights():
                 self._is_released = True
+                self._stop_reading()
                 if self._holding is not None:
                     self._holding.cancel()
                 self._adapter_leases.follow(frozenset())
@@ -408,7 +411,7 @@ class ReplicaRunner:
         paths = self._revision_paths | self._adapters.paths
         spec = replace(spec, asked_at=action.asked_at, revision_paths=paths)
         reading = read_ahead(spec.engine, spec.model_path, spec.revision, spec.packed_weights_directory)
-        self._spawn("read ahead", reading)
+        self._reading = self._spawn("read ahead", reading)
         try:
             forked = await self._around.launcher.fork(spec, action.deadline)
         except (HeliosError, TimeoutError) as error:
@@ -416,6 +419,11 @@ class ReplicaRunner:
             self.post(life_events.ForkFailed(Failure(reason, str(error) or "the launcher did not answer in time")))
         else:
             self.post(life_events.Forked(ProcessIdentity(forked.pid, forked.start_ticks)))
+
+    def _stop_reading(self) -> None:
+        """Nobody will load what is being read."""
+        if self._reading is not None:
+            self._reading.cancel()
 
     async def _watch(self, process: ProcessIdentity) -> None:
         async with watch_exit(process) as gone:
