@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -428,25 +429,14 @@ async def test_progress_says_how_fast_bytes_come_and_how_long_they_will(mesh: Me
 
 
 async def test_the_event_loop_is_free_while_bytes_are_fetched(mesh: Mesh) -> None:
+    """Bytes are read, hashed and written by other threads. By processor time, which a busy machine does not stretch."""
     revision = mesh.shelf.add({"big": os.urandom(128 * MIB)})
     async with mesh.agent(is_link_allowed=False) as agent:
-        loop = asyncio.get_running_loop()
-        gaps: list[float] = []
-
-        async def watch() -> None:
-            while True:
-                before = loop.time()
-                await asyncio.sleep(0)
-                gaps.append(loop.time() - before)
-                await asyncio.sleep(0.002)
-
-        async with asyncio.TaskGroup() as group:
-            watcher = group.create_task(watch(), name="watch the loop")
-            async with agent.client.materialize(revision, holder="t"):
-                pass
-            watcher.cancel()
-    # The median is the loop's own doing; single turns wait for a processor that others use.
-    assert sorted(gaps)[len(gaps) // 2] < 0.001
+        of_loop, of_all = time.thread_time(), time.process_time()
+        async with agent.client.materialize(revision, holder="t"):
+            of_loop, of_all = time.thread_time() - of_loop, time.process_time() - of_all
+    # Some hundredths; two fifths and more where the loop does the work itself.
+    assert of_loop < 0.2 * of_all
 
 
 async def test_capacity_evicts_the_longest_unused_and_refuses_what_can_not_fit(mesh: Mesh) -> None:
