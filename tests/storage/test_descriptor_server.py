@@ -4,8 +4,10 @@ import asyncio
 import errno
 import os
 import resource
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,10 +15,13 @@ from typing import Any, cast
 import pytest
 
 from helios.api.storage.v1 import descriptor_message_pb2 as pb
+from helios.api.storage.v1 import storage_service_pb2 as storage
+from helios.mesh.channel import Dialer
 from helios.mesh.errors import Unavailable
 from helios.mesh.sealed import DescriptorListener, connect, make_memory_file, seal
 from helios.mesh.tasks import task_scope
 from helios.storage.__main__ import raise_file_limit
+from helios.storage.client import Lent, _Holding
 from helios.storage.leases import Lease
 from helios.storage.manifest import Digest
 from helios.storage.memory.descriptor_server import DescriptorServer
@@ -25,6 +30,8 @@ from helios.storage.sealed_views import SealedViews
 
 REVISION = "sha256:" + "1" * 64
 WAIT_SECONDS = 20.0
+LEFT_SECONDS = 0.5
+"""Of a lease; nothing is awaited before its first look."""
 
 
 class Memory:
@@ -35,6 +42,8 @@ class Memory:
         os.write(self.file, b"x")
         seal(self.file)
         self.left = 100
+        self.renewal_count = 0
+        self.is_renewed = asyncio.Event()
         digest = Digest("2" * 64, 1)
         entries = [SimpleNamespace(path=path, digest=digest) for path in ("a", "b")]
         self.inventory = SimpleNamespace(find=lambda _: SimpleNamespace(manifest=SimpleNamespace(entries=entries)))
@@ -45,16 +54,31 @@ class Memory:
         self.left -= 1
         return os.dup(self.file)
 
+    async def take_back(self, revision: str, files: object) -> None:
+        """Takes as long as it takes to renew the lease twice."""
+        assert (revision, files) == (REVISION, {})
+        await self.is_renewed.wait()
+
+    async def renew(self, lease_id: str) -> Lease:
+        self.renewal_count += 1
+        if self.renewal_count == 2:
+            self.is_renewed.set()
+        return make_lease(lease_id)
+
+
+def make_lease(lease_id: str) -> Lease:
+    return Lease(lease_id, REVISION, "test", timedelta(seconds=0.03), datetime.now(UTC), "memory")
+
 
 @asynccontextmanager
 async def serving(directory: Path, *, users: frozenset[int] | None = None) -> AsyncIterator[tuple[Memory, str]]:
     memory = Memory()
-    lease = cast(Lease, SimpleNamespace(tier="memory", revision=REVISION))
     with DescriptorListener(directory / "d.sock") as listener:
         server = DescriptorServer(
             listener,
             {"memory": cast(MemoryTier, memory)},
-            find_lease=lambda _: lease,
+            find_lease=make_lease,
+            renew=memory.renew,
             users=users or frozenset({os.geteuid()}),
         )
         async with asyncio.timeout(WAIT_SECONDS), task_scope() as group:
@@ -107,6 +131,39 @@ async def test_a_user_who_may_not_is_refused_without_being_listened_to(tmp_path:
         with connect(socket) as silent:
             payload, _ = await silent.receive()
     assert pb.DescriptorMessage.FromString(payload).error_reason == "PERMISSION_DENIED"
+
+
+async def test_a_lease_is_renewed_while_its_files_are_checked(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (memory, socket):
+        with connect(socket) as holder:
+            request = pb.DescriptorMessage(action=pb.DESCRIPTOR_ACTION_GIVE, lease_id="lease", is_last=True)
+            await holder.send(request.SerializeToString())
+            payload, _ = await holder.receive()
+        assert pb.DescriptorMessage.FromString(payload) == pb.DescriptorMessage(is_last=True)
+        assert memory.renewal_count == 2
+
+
+async def test_a_holder_waits_for_the_check_beyond_what_was_left_of_its_lease(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    holding = _Holding(
+        cast(Dialer, None), REVISION, holder="test", ttl_seconds=60.0, on_progress=None, views=cast(SealedViews, None)
+    )
+    lent = Lent(storage.Ready(path="/v", lease_id="lease"), keep=True)
+    lent.descriptor_socket = "/d.sock"
+
+    class Views:
+        async def give_back(self, *_: str) -> None:
+            await asyncio.sleep(LEFT_SECONDS + 0.1)
+
+    async def resume(_: str) -> storage.Ready:
+        await asyncio.sleep(0)
+        return storage.Ready(path="/v", lease_id="lease")
+
+    monkeypatch.setattr(holding, "_views", Views())
+    monkeypatch.setattr(holding, "_open", resume)
+    holding._safe_until = time.monotonic() + LEFT_SECONDS
+    assert await holding._resume(lent, cause=Unavailable("it was restarted"))
 
 
 async def test_a_view_that_could_not_be_made_is_not_in_the_way_of_the_next(

@@ -77,6 +77,7 @@ async def node(
             listener,
             {"memory": memory},
             find_lease=materializer.find_lease,
+            renew=materializer.renew,
             users=frozenset({os.geteuid()}) if users is None else users,
         )
         async with asyncio.TaskGroup() as group:

@@ -97,7 +97,9 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
             background.create_task(keep_running(name, work), name=name)
         if listener is not None:
             users = {os.geteuid(), *settings.descriptors.users}
-            descriptors = DescriptorServer(listener, sealed, find_lease=materializer.find_lease, users=users)
+            descriptors = DescriptorServer(
+                listener, sealed, find_lease=materializer.find_lease, renew=materializer.renew, users=users
+            )
             background.create_task(keep_running("hand over descriptors", descriptors.run), name="hand over descriptors")
             grace_seconds = settings.descriptors.grace_seconds
             background.create_task(materializer.settle(grace_seconds), name="settle tiers in memory")

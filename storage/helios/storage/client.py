@@ -465,8 +465,9 @@ class _Holding:
         wait_seconds = 0.05
         while time.monotonic() < self._safe_until:
             try:
+                # However long it takes: the agent renews the lease while it checks.
+                await self._give_back(lent)
                 async with asyncio.timeout(max(0.0, self._safe_until - time.monotonic())):
-                    await self._give_back(lent)
                     ready = await self._open(lent.lease_id)
             except (Unavailable, TimeoutError):
                 await asyncio.sleep(random.uniform(0, wait_seconds))  # noqa: S311 - jitter, not a secret
@@ -494,6 +495,8 @@ class _Holding:
             return
         try:
             await self._views.give_back(lent.descriptor_socket, lent.lease_id, self._revision)
+            # The agent renewed it a third of its life ago at most.
+            self._safe_until = max(self._safe_until, time.monotonic() + self._ttl_seconds / 3)
         except (PreconditionFailed, Corrupted) as error:
             log.warning("files in memory not taken back", revision=self._revision, reason=error.reason)
 

@@ -5,7 +5,7 @@ a capability. The contract (`descriptor_message.proto`) has the conversation.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Final
 
 import structlog
@@ -21,6 +21,7 @@ from helios.mesh.errors import (
     Unavailable,
 )
 from helios.mesh.sealed import MAX_PACKET_FILES, DescriptorListener, DescriptorSocket, close_all
+from helios.mesh.tasks import task_scope
 from helios.storage.leases import Lease
 from helios.storage.manifest import Digest, ManifestEntry
 from helios.storage.memory.memory_tier import MemoryTier
@@ -52,12 +53,14 @@ class DescriptorServer:
         tiers: Mapping[str, MemoryTier],
         *,
         find_lease: Callable[[str], Lease],
+        renew: Callable[[str], Awaitable[Lease]],
         users: Collection[int],
     ) -> None:
-        """Takes the tiers in memory by name, what finds a lease that lives, and the user ids that may connect."""
+        """Takes the tiers in memory by name, what finds and renews a lease that lives, and who may connect."""
         self._listener = listener
         self._tiers = tiers
         self._find_lease = find_lease
+        self._renew = renew
         self._users = frozenset(users)
         self._slots = asyncio.Semaphore(_MAX_CONVERSATIONS)
 
@@ -144,10 +147,21 @@ class DescriptorServer:
                     break
                 message, descriptors = await _receive(connected)
                 owned += descriptors
-            await self._tier(lease).take_back(lease.revision, files)
+            async with task_scope() as group:
+                group.create_task(self._keep(lease), name="renew lease")
+                await self._tier(lease).take_back(lease.revision, files)
         finally:
             close_all(owned)
         await connected.send(pb.DescriptorMessage(is_last=True).SerializeToString())
+
+    async def _keep(self, lease: Lease) -> None:
+        """Renews a lease while its files are hashed, after those of others: its holder only waits for the answer."""
+        try:
+            while True:
+                await self._renew(lease.id)
+                await asyncio.sleep(lease.ttl.total_seconds() / 3)
+        except HeliosError as error:
+            log.warning("lease ended while its files were handed back", reason=error.reason)
 
     def _tier(self, lease: Lease) -> MemoryTier:
         if (tier := self._tiers.get(lease.tier)) is None:
