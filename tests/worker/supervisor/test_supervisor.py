@@ -131,8 +131,9 @@ async def test_reading_ahead_ends_with_the_replica(
             launcher.gate = asyncio.Event()
             launcher.error = Unavailable("the launcher went away", reason="LAUNCHER_GONE")
             node.supervisor.execute("c", start_of("r1"))
-            while not launcher.specs:
-                await asyncio.sleep(0)
+            async with asyncio.timeout(20):
+                while not launcher.specs:
+                    await asyncio.sleep(0)
             await asyncio.sleep(0)
             launcher.gate.set()
             await node.wait_state("r1", S.FAILED)
