@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helios.proxy.actions import Fail, Send
+from helios.proxy.actions import ActivationDone, ActivationFailed, Fail, Send
 from helios.proxy.activation.machine import ActivationState
 from helios.proxy.core import Core
 from helios.proxy.fleet.commands import StartReplica, WakeReplica
@@ -105,7 +105,8 @@ def test_load_starts_another_replica_and_its_end_drains_one(max_replicas: int) -
     ordered = [order for second in range(8, 15) for order in starts(subject, float(second))]
     assert [order.device_ids != first.device_ids for order in ordered] == [True], "one at a time, on the other device"
     (second,) = (each for each in subject.fleet.replicas() if each.replica_id != first.replica_id)
-    subject.replica_event("w", 2, ready(second, "127.0.0.1:1001"), 15.0)
+    told_of = subject.replica_event("w", 2, ready(second, "127.0.0.1:1001"), 15.0)
+    assert [action.replica_id for action in told_of if isinstance(action, ActivationDone)] == [second.replica_id]
     subject.endpoints_acknowledged(frozenset({"127.0.0.1:1000", "127.0.0.1:1001"}), 15.0)
     assert not starts(subject, 16.0)
     told(subject, first.replica_id, 0, 17.0)
@@ -153,10 +154,12 @@ def until_ordered(subject: Core, now: float) -> tuple[StartReplica, float]:
 
 def test_a_proxy_that_restarts_keeps_what_load_had_started() -> None:
     here = tuple(replace(ready(replica(f"r{n}"), f"127.0.0.1:100{n}"), worker_id="w") for n in range(4))
-    subject = core(known_workers=["w"])
+    subject = core(known_workers=["w", "v"])
     subject.models_replaced([entry()], 0.0, is_synced=True)
     subject.worker_hello(hello("w", replicas=here), 1.0)
-    for now in range(2, 200):
+    starts(subject, 2.0)
+    subject.worker_hello(hello("v"), 3.0)
+    for now in range(3, 200):
         starts(subject, float(now))
     assert not any(subject.traffic.is_draining(each) for each in subject.fleet.replicas())
     for now in range(200, 400):
@@ -185,6 +188,7 @@ def test_a_start_for_load_that_fails_fails_no_request() -> None:
     hold, _ = subject.hold(model, "q", size_bytes=1, deadline=now + 100, now=now)
     failed = replace(another(subject, first), state=ReplicaState.FAILED, failure_reason="OUT_OF_MEMORY")
     told_of = subject.replica_event("w", 2, failed, now)
+    assert [action.reason for action in told_of if isinstance(action, ActivationFailed)] == ["OUT_OF_MEMORY"]
     assert not [action for action in told_of if isinstance(action, Fail) and action.hold is hold]
 
 

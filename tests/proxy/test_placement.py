@@ -147,16 +147,16 @@ def test_the_worker_where_the_least_is_lost_makes_room() -> None:
     assert decide(rich, poor) == Preempt("b", ("y", "z"))
 
 
-def test_promised_replicas_come_back_in_an_order_in_which_they_all_fit() -> None:
+@pytest.mark.parametrize("is_restart", [False, True])
+def test_promised_replicas_come_back_in_an_order_in_which_they_all_fit(*, is_restart: bool) -> None:
     gpus = tuple(Device(f"cuda:{n}", DeviceKind.CUDA, 10 * GIB, 0) for n in range(2))
-    subject = core()
+    subject = core(known_workers=["w"] if is_restart else [])
     sizes = {"a": 4, "b": 4, "c": 6, "d": 6}
     models = [
         replace(entry(name, min_replicas=1), weights_bytes=size * GIB - 256 * MIB) for name, size in sizes.items()
     ]
     subject.models_replaced(models, 0.0, is_synced=True)
     subject.worker_hello(WorkerHello("w", "1", "node", gpus, ("vllm",), 8, ()), 0.0)
-    subject.tick(10.0)
     on_device = {each.model: each.device_ids for each in subject.fleet.replicas()}
     assert sorted(on_device) == ["a", "b", "c", "d"], "by name, a and b would share a device, and d have none"
     assert on_device["c"] != on_device["d"]

@@ -137,12 +137,13 @@ async def test_a_cancelled_fetch_ends_soon_and_is_kept(server: BlobServer, tmp_p
     assert _partial(tmp_path) == [DIGEST.hash, f"{DIGEST.hash}.journal"]
 
 
-async def test_a_fetch_is_as_urgent_as_it_is_when_it_begins(server: BlobServer, tmp_path: Path) -> None:
+async def test_how_urgent_a_fetch_is_may_change_while_it_runs(server: BlobServer, tmp_path: Path) -> None:
     priorities: list[Priority] = []
 
     class Watched(Downloader):
         def fetch(self, transfer: Transfer) -> Transferred:
-            priorities.append(transfer.priority)
+            assert not isinstance(transfer.priority, Priority), "it is asked anew for each chunk"
+            priorities.append(transfer.priority())
             return super().fetch(transfer)
 
     async with DiskTier(tmp_path, fetch_thread_count=1, downloader=Watched(OPTIONS)) as tier:

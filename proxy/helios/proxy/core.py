@@ -513,7 +513,8 @@ class Core:
             return
         self.lifecycle.is_open = True
         self._out([actions.FleetResynchronised(is_complete)])
-        for model in {*self.fleet.models(), *self.holds.models(), *self.catalogue.pinned()}:
+        models = {*self.fleet.models(), *self.holds.models(), *self.catalogue.pinned()}
+        for model in self.lifecycle.room.start_order(models, now):
             self.lifecycle.reconcile(model, now)
 
     def _expired(self, hold: Hold, now: float) -> HoldExpired:

@@ -100,7 +100,7 @@ class Lifecycle:
         self._evicting: set[str] = set()
         self._waking: set[str] = set()
         self._drain_seconds: dict[str, float] = {}
-        self._look_after: dict[str, float] = {}
+        self._looked: dict[str, tuple[float, bool]] = {}
         self.room = Room(
             policy.sizing,
             policy.residency_seconds,
@@ -234,10 +234,12 @@ class Lifecycle:
         for model in self.room.start_order(names, now):
             self.handle(model, machine.Tick(self._start_seconds(model)), now)
             entry = self._catalogue.find(model)
-            if entry is not None and entry.name == model:
+            # Until all workers are back, what there is says nothing of what was asked for.
+            has_load = self.is_open and entry is not None and entry.name == model
+            if entry is not None and has_load:
                 self.loads.observe(entry, now)
             self.reconcile(model, now)
-            if entry is not None and entry.name == model and self.is_open:
+            if entry is not None and has_load:
                 self._follow_load(entry, now)
         self.loads.keep_only(names)
         self._evict_idle()
@@ -246,10 +248,10 @@ class Lifecycle:
     def capacity_changed(self, now: float) -> None:
         """A worker came, or a replica went: activations that wait for room look again."""
         self.warmth.look_again()
-        self._look_after.clear()
-        for model, activation in list(self._activations.items()):
-            if activation.state is ActivationState.WAITING:
-                self.reconcile(model, now)
+        self._looked.clear()
+        waiting = [model for model, one in self._activations.items() if one.state is ActivationState.WAITING]
+        for model in self.room.start_order(waiting, now):
+            self.reconcile(model, now)
 
     def worker_started(self, hello: WorkerHello, now: float) -> None:
         """A worker came that runs anew: what its predecessor could not do for good, it may."""
@@ -261,7 +263,7 @@ class Lifecycle:
     def ready(self, replica: Replica, now: float) -> None:
         """The replica is ready."""
         self.swaps.ready(replica, now)
-        self.loads.ready(replica)
+        self.loads.ready(replica, now)
         self.handle(replica.model, machine.Ready(replica.replica_id), now)
 
     def gone(self, replica: Replica, event: machine.Gone, now: float) -> None:
@@ -272,7 +274,7 @@ class Lifecycle:
         self.room.forget(replica.replica_id)
         self.adapters.forget(replica.replica_id)
         self.swaps.gone(replica, event, now)
-        self.loads.gone(replica, now)
+        self.loads.gone(replica, event, now)
         self.handle(replica.model, event, now)
 
     def drain(self, replica: Replica, now: float, *, seconds: float | None = None) -> None:
@@ -285,6 +287,7 @@ class Lifecycle:
         ):
             return
         self._traffic.drain_asked(replica.replica_id)
+        self.loads.stopped(replica)
         self.handle(replica.model, machine.Withdrawn(replica.replica_id), now)
         seconds = self.policy.drain_seconds if seconds is None else seconds
         seconds = self._drain_seconds.setdefault(replica.replica_id, seconds)
@@ -350,9 +353,10 @@ class Lifecycle:
             return
         # Looking for room looks at every worker, and each request that waits would do so anew.
         is_waiting = self.activation(entry.name).state is ActivationState.WAITING
-        if is_waiting and now < self._look_after.get(entry.name, 0.0):
+        looked_at, did_preempt = self._looked.get(entry.name, (-_LOOK_SECONDS, False))
+        if is_waiting and now < looked_at + _LOOK_SECONDS and (did_preempt or not may_preempt):
             return
-        self._look_after[entry.name] = now + _LOOK_SECONDS
+        self._looked[entry.name] = now, may_preempt
         self._handle(entry.name, machine.Demanded(), now, may_preempt=may_preempt)
 
     def _handle(self, model: str, event: machine.Event, now: float, *, may_preempt: bool) -> HeliosError | None:
@@ -534,7 +538,7 @@ class Lifecycle:
             if not self._traffic.is_draining(replica):
                 self.drain(replica, now)
         self._activations.pop(model, None)
-        self._look_after.pop(model, None)
+        self._looked.pop(model, None)
         self.swaps.forget(model)
         self._traffic.forget_use(model)
         todo, homes = move_holds(

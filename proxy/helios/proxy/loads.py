@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from helios.proxy import actions
+from helios.proxy.activation.machine import Gone
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.engine_needs import needs_of
 from helios.proxy.fleet.state import Replica
@@ -41,7 +42,8 @@ class Scaled:
 class _Starts:
     """Starts for one model's load: those under way, and when the next one may be tried."""
 
-    under_way: set[str] = field(default_factory=set)
+    under_way: dict[str, float] = field(default_factory=dict)
+    """When each was ordered."""
     failure_count: int = 0
     pause_until: float = 0.0
 
@@ -115,24 +117,34 @@ class Loads:
         starts = self._starts.setdefault(entry.name, _Starts())
         if now < starts.pause_until or any(replica.state.is_starting for replica in standing):
             return
+        # One that could not be woken is asleep again, and on its way no more.
+        starts.under_way.clear()
         replica_id = self._begin(entry, now)
         if replica_id:
-            starts.under_way.add(replica_id)
+            starts.under_way[replica_id] = now
         else:
             starts.pause_until = now + _NO_ROOM_SECONDS
 
-    def ready(self, replica: Replica) -> None:
+    def ready(self, replica: Replica, now: float) -> None:
         """A replica is ready."""
         if self.is_starting(replica):
-            self._starts[replica.model].under_way.discard(replica.replica_id)
-            self._starts[replica.model].failure_count = 0
+            starts = self._starts[replica.model]
+            seconds = now - starts.under_way.pop(replica.replica_id)
+            starts.failure_count = 0
+            self._report(actions.ActivationDone(replica.model, replica.replica_id, seconds, replica.phases))
 
-    def gone(self, replica: Replica, now: float) -> None:
+    def stopped(self, replica: Replica) -> None:
+        """A replica is stopped on purpose, which is no failure."""
+        if self.is_starting(replica):
+            del self._starts[replica.model].under_way[replica.replica_id]
+
+    def gone(self, replica: Replica, event: Gone, now: float) -> None:
         """A replica is gone; one that was not ready has failed."""
         if not self.is_starting(replica):
             return
         starts = self._starts[replica.model]
-        starts.under_way.discard(replica.replica_id)
+        del starts.under_way[replica.replica_id]
+        self._report(actions.ActivationFailed(replica.model, event.reason, event.message, 0))
         starts.pause_until = now + min(_FAILED_SECONDS * 2.0**starts.failure_count, _MOST_FAILED_SECONDS)
         starts.failure_count = min(starts.failure_count + 1, 30)
 
@@ -145,7 +157,8 @@ class Loads:
         scaler = self._scalers.pop(model, None)
         self._starts.pop(model, None)
         if scaler is not None and scaler.decision.count > 1:
-            self._report(actions.LoadScaled(model, scaler.decision.count, 1, "it has no replica", is_advice=False))
+            is_advice = self._policy.mode is ScalingMode.ADVISE
+            self._report(actions.LoadScaled(model, scaler.decision.count, 1, "it has no replica", is_advice=is_advice))
 
     def _sample(self, entry: ModelEntry, ready: Sequence[Replica]) -> LoadSample:
         loads = [replica.load for replica in ready]

@@ -50,7 +50,7 @@ class Room:
         """
         self._start_seconds = start_seconds
         self._fetched: dict[str, OrderedDict[str, None]] = {}
-        self._packed_wants: tuple[Want, ...] = ()
+        self._packed_for: tuple[tuple[Want, ...], int] = (), 0
         self._packed_order: list[str] = []
         self._propose_after: dict[str, float] = {}
         self._policy = policy
@@ -187,7 +187,7 @@ class Room:
         Those whose policy promises a replica and that have none, as after an outage, come last, in an order in which
         the most of them fit: by name, small ones would take the places that large ones need.
         """
-        models = list(models)
+        models = sorted(models)
         entries = map(self._catalogue.find, models)
         missing = [entry for entry in entries if entry is not None and self._is_missing(entry)]
         workers = self._traffic.fleet.open_workers()
@@ -195,8 +195,8 @@ class Room:
             return models
         has_gpus = any(worker.has_gpus for worker in workers)
         wants = tuple(self._want(entry, has_gpus=has_gpus) for entry in missing)
-        if wants != self._packed_wants:
-            self._packed_wants = wants
+        if (wants, len(workers)) != self._packed_for:
+            self._packed_for = wants, len(workers)
             self._packed_order = [want.name for want in sorted(wants, key=lambda want: -want.needed_bytes)]
             if len(wants) * len(workers) <= _MOST_PACKED:
                 room = [self.capacity(worker, missing[0], now) for worker in workers]

@@ -199,7 +199,7 @@ class DiskTier:
             digest: Which one.
             on_bytes: Called in a thread with the count of bytes that came.
             label: What a local source is called in statistics; others are counted by what they are.
-            priority: Asked in a thread when the fetch begins there: how urgent it is among those over a network.
+            priority: Asked in threads, as chunks are read: how urgent the fetch is among those over a network.
 
         Raises:
             HeliosError: As `BlobFetcher.fetch`.

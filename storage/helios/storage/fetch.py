@@ -109,7 +109,7 @@ class BlobSource(Protocol):
 class FetchToken:
     """Cancels a fetch, and counts its bytes: written by the fetching thread, read by the event loop.
 
-    `priority` says how urgent the fetch is, when it begins.
+    `priority` says how urgent the fetch is now.
     """
 
     def __init__(
@@ -281,7 +281,7 @@ class BlobFetcher:
                 self._downloader,
                 blob.source,
                 digest,
-                priority=token.priority(),
+                priority=token.priority,
                 check=lambda: token.advance(0),
                 on_progress=tell,
                 part_lengths=blob.part_lengths,

@@ -201,7 +201,7 @@ class Fetches:
         return sum(blob.size_bytes for blob in missing)
 
     def _priority(self, revision: str) -> Priority:
-        """How urgent a blob of a revision is that begins now; called by threads."""
+        """How urgent a revision's blobs are now; called by threads."""
         return Priority.START if revision in self._wanted else Priority.PREFETCH
 
     async def _fetch_all(

@@ -48,7 +48,7 @@ class PartialFiles:
         source: RangeSource,
         digest: Digest,
         *,
-        priority: Priority,
+        priority: Callable[[], Priority],
         check: Callable[[], None],
         on_progress: Callable[[TransferProgress], None],
         part_lengths: tuple[int, ...] = (),

@@ -44,6 +44,26 @@ def test_a_later_transfer_neither_waits_for_its_peers_nor_makes_them_wait() -> N
     assert sum(order) == 3
 
 
+def test_a_prefetch_that_somebody_comes_to_wait_for_reads_beside_other_starts() -> None:
+    policy = GatePolicy(slot_count=1)
+    priority = Priority.PREFETCH
+    prefetch = policy.open(lambda: priority)
+    for _ in range(100):
+        ticket = policy.ask(prefetch, CHUNK)
+        assert policy.grant(0.0) == [ticket]
+        policy.end(ticket, 0.0)
+    start = policy.open(Priority.START)
+    order = []
+    for number in range(12):
+        priority = Priority.START if number >= 6 else Priority.PREFETCH
+        tickets = [policy.ask(prefetch, CHUNK), policy.ask(start, CHUNK)]
+        order += [ticket.flow is prefetch for ticket in policy.grant(0.0)]
+        for ticket in tickets:
+            policy.end(ticket, 0.0)
+    assert order[:6] == [False] * 6
+    assert sum(order[6:]) == 3, "what it got before counts for nothing: the same share from now on"
+
+
 def test_nothing_less_urgent_is_begun_while_a_transfer_reads_and_all_is_when_it_only_waits() -> None:
     policy = GatePolicy(slot_count=SLOTS)
     start, prefetch = policy.open(Priority.START), policy.open(Priority.PREFETCH)

@@ -43,6 +43,8 @@ class Flow:
     ticket_count: int = 0
     read_until: float = -math.inf
     """When its last chunk ended."""
+    urgency: Callable[[], Priority] | None = None
+    """What its priority is now, where it may change: somebody comes to wait for what was fetched ahead."""
 
     def is_reading(self, now: float) -> bool:
         """Whether it reads, wants to, or did a moment ago."""
@@ -75,12 +77,25 @@ class GatePolicy:
         self._debt_bytes = 0.0
         self._paid_at: float | None = None
 
-    def open(self, priority: Priority) -> Flow:
-        """Adds a transfer; it begins where its peers are, so that it neither waits for them nor makes them wait."""
-        peers = [flow.served_bytes for flow in self._flows if flow.priority == priority]
-        flow = Flow(priority, min(peers, default=0))
+    def open(self, priority: Priority | Callable[[], Priority]) -> Flow:
+        """Adds a transfer; it begins where its peers are, so that it neither waits for them nor makes them wait.
+
+        A priority that is a function is asked before chunks are let in, and should be quick.
+        """
+        urgency = None if isinstance(priority, Priority) else priority
+        flow = Flow(priority if isinstance(priority, Priority) else priority(), urgency=urgency)
+        flow.served_bytes = self._place(flow)
         self._flows.append(flow)
         return flow
+
+    def _place(self, flow: Flow) -> int:
+        """Where the peers of a transfer are."""
+        return min((f.served_bytes for f in self._flows if f is not flow and f.priority == flow.priority), default=0)
+
+    def _follow(self, flow: Flow) -> None:
+        if flow.urgency is not None and (priority := flow.urgency()) is not flow.priority:
+            flow.priority = priority
+            flow.served_bytes = self._place(flow)
 
     def close(self, flow: Flow) -> None:
         """The flow's transfer has ended. Raises ValueError where it was never opened."""
@@ -106,6 +121,8 @@ class GatePolicy:
     def grant(self, now: float) -> list[Ticket]:
         """Lets in as many as may; returns them."""
         self._pay(now)
+        for flow in self._flows:
+            self._follow(flow)
         granted: list[Ticket] = []
         most_urgent = min((flow.priority for flow in self._flows if flow.is_reading(now)), default=Priority.PREFETCH)
         while self._waiting and self._granted_count < self._slot_count and self._debt_bytes < 1:
@@ -140,7 +157,7 @@ class DownloadGate:
         self._changed = threading.Condition()
 
     @contextmanager
-    def flow(self, priority: Priority) -> Iterator[Flow]:
+    def flow(self, priority: Priority | Callable[[], Priority]) -> Iterator[Flow]:
         """One transfer's share."""
         with self._changed:
             flow = self._policy.open(priority)

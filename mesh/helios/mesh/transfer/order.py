@@ -77,7 +77,8 @@ class Transfer:
     """The file. When the transfer fails in a way that a later one can carry on from, it stays, with its journal beside
     it. One transfer a target at a time."""
     wanted: Wanted = Wanted()
-    priority: Priority = Priority.START
+    priority: Priority | Callable[[], Priority] = Priority.START
+    """A function is asked before chunks are read, by several threads. Should be quick."""
     deadline: float | None = None
     """On the monotonic clock; None: none."""
     check: Callable[[], None] = _no_check
