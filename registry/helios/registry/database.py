@@ -15,6 +15,7 @@ are REPEATABLE READ. psycopg rather than asyncpg: it is libpq, so a URL may name
 service as any other client's; asyncpg's speed shows in bulk reads, of which there are none.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import QueuePool
 
 from helios.mesh.errors import Conflict, InvalidRequest, Overloaded
 from helios.registry.database_errors import error_of
@@ -45,6 +47,8 @@ _CONNECT_SECONDS: Final = 10
 # A migration may rewrite a large table. Who starts meanwhile waits as a writer does, and then is started again.
 _MIGRATION_TIMEOUT: Final = "30min"
 _POOL_SECONDS: Final = 10.0
+_CLOSE_SECONDS: Final = 5.0
+_CLOSE_POLL_SECONDS: Final = 0.01
 
 Upsert = sqlite.Insert | postgresql.Insert
 
@@ -88,7 +92,18 @@ class Database:
         return database
 
     async def close(self) -> None:
-        """Closes all connections."""
+        """Closes all connections, those in use once they are given back.
+
+        A server that has stopped has cancelled its calls, which end a moment later: a connection that came back after
+        the others were closed would never be.
+        """
+        pool = self._engine.pool
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                while isinstance(pool, QueuePool) and pool.checkedout():
+                    await asyncio.sleep(_CLOSE_POLL_SECONDS)  # noqa: ASYNC110  (a pool tells nobody)
+        except TimeoutError:
+            pass
         await self._engine.dispose()
 
     @asynccontextmanager
