@@ -100,8 +100,8 @@ class Database:
         pool = self._engine.pool
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
-                while isinstance(pool, QueuePool) and pool.checkedout():
-                    await asyncio.sleep(_CLOSE_POLL_SECONDS)  # noqa: ASYNC110  (a pool tells nobody)
+                while isinstance(pool, QueuePool) and pool.checkedout():  # noqa: ASYNC110  (a pool tells nobody)
+                    await asyncio.sleep(_CLOSE_POLL_SECONDS)
         except TimeoutError:
             pass
         await self._engine.dispose()
