@@ -81,12 +81,9 @@ imports:
 
 fast: MARKS := $(LIGHT) and not slow
 light: MARKS := $(LIGHT)
-fast: PROCESSES := $(JOBS)
-# One more than there are cores: half of their time these tests wait for processes and clocks.
-light: PROCESSES := 3
 fast light:
 	@mkdir -p build
-	@$(PYTEST) -q -n $(PROCESSES) --dist worksteal -m "$(MARKS)" -p no:cacheprovider --junit-xml=build/junit-light.xml $(ARGS) $(OR_NONE)
+	@$(PYTEST) -q -n $(JOBS) --dist worksteal -m "$(MARKS)" -p no:cacheprovider --junit-xml=build/junit-light.xml $(ARGS) $(OR_NONE)
 
 debian: $(DEBIAN)/usr/bin/docker-registry $(DEBIAN)/sbin/mkfs.xfs
 

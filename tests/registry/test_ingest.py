@@ -324,7 +324,8 @@ SHARED_SERVERS = ("weed", "postgres", "setpriv")
 def converters() -> list[psutil.Process]:
     """This process's converters and their children; it also has servers that other tests share."""
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if child.is_running() and child.name() not in SHARED_SERVERS]
+    alive = [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in alive if child.name() not in SHARED_SERVERS]
 
 
 async def test_leaving_during_a_conversion_kills_its_whole_process_group(tmp_path: Path, gguf_file: Path) -> None:
