@@ -35,7 +35,7 @@ up: setup ## Start the whole mesh on this machine; ARGS="--detach" and so on are
 # The light tests wait about as much as they compute, and the static checks take what they leave. All of it is run
 # whatever of it fails.
 test: setup node emulators debian ## Everything CI runs: static checks, then all tests with real processes and the real model
-	@lights=0; $(MAKE) --no-print-directory -j$(JOBS) --output-sync=line --keep-going light static || lights=$$?; \
+	@lights=0; $(MAKE) --no-print-directory -j$(JOBS) --keep-going light static || lights=$$?; \
 	  { $(PYTEST) -m "$(HEAVY)" --junit-xml=build/junit.xml $(ARGS) $(OR_NONE); } && exit $$lights
 
 check: setup ## Static checks and the fast tests
