@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from helios.mesh.errors import Unavailable
-from helios.mesh.tasks import keep_running, task_scope
+from helios.mesh.tasks import keep_running, outcome_of, task_scope
 
 
 async def test_runs_again_after_recoverable_errors() -> None:
@@ -88,3 +88,16 @@ async def test_a_scope_keeps_a_cancellation_that_comes_while_its_tasks_end(*, is
         await is_ending.wait()
         owning.cancel()
     assert owning.cancelled()
+
+
+async def test_an_outcome_is_what_came_or_what_was_raised_and_never_a_cancellation() -> None:
+    async def work(error: BaseException | None) -> int:
+        if error is not None:
+            raise error
+        return 1
+
+    failure = ZeroDivisionError()
+    assert await outcome_of(work(None)) == 1
+    assert await outcome_of(work(failure)) is failure
+    with pytest.raises(asyncio.CancelledError):
+        await outcome_of(work(asyncio.CancelledError()))

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, TypeVar
 
 import grpc.aio
 import structlog
@@ -19,6 +19,8 @@ import tenacity
 from helios.mesh.errors import HeliosError, Unavailable
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 RECOVERABLE: Final = (HeliosError, OSError, TimeoutError, grpc.aio.AioRpcError)
 # A run this long was a success: the next failure starts from the shortest wait again.
@@ -76,6 +78,17 @@ async def task_scope() -> AsyncIterator[asyncio.TaskGroup]:
             raise others from None
         if is_cancelled:
             raise asyncio.CancelledError from None
+
+
+async def outcome_of(work: Awaitable[T]) -> T | Exception:
+    """Returns what ``work`` returns, or the exception that it raised; a cancellation is raised.
+
+    For work that a task does for others: its error is theirs, whatever it is, and would end a task group's other work.
+    """
+    try:
+        return await work
+    except Exception as error:  # noqa: BLE001 - whoever waits for the work raises it, where it is logged if unforeseen
+        return error
 
 
 class _EndOfScopeError(Exception):

@@ -33,6 +33,7 @@ from helios.mesh.errors import (
     Overloaded,
     RevisionNotFound,
 )
+from helios.mesh.tasks import outcome_of
 from helios.registry import metrics, offload
 from helios.registry.blobs import Hold
 from helios.registry.catalog import Catalog
@@ -154,11 +155,9 @@ class Ingester:
 
     async def _fly(self, flight: "_Flight") -> IngestDone | Exception:
         """Runs one ingest. What it raises goes to its followers, not to the task group, which would end the others."""
-        try:
-            with metrics.INGESTS_RUNNING.track_inprogress():
-                return await _Ingest(flight, self._catalog, self._state, self._sources, self._downloads).run()
-        except Exception as error:  # noqa: BLE001 - raised to the followers, where the server logs what nobody foresaw
-            return error
+        ingest = _Ingest(flight, self._catalog, self._state, self._sources, self._downloads)
+        with metrics.INGESTS_RUNNING.track_inprogress():
+            return await outcome_of(ingest.run())
 
     def _land(self, flight: "_Flight", task: "asyncio.Task[IngestDone | Exception]") -> None:
         del self._flights[flight.spec.name]

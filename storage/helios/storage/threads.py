@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, ParamSpec, Self, TypeVar
 
+from helios.mesh.tasks import outcome_of
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -112,11 +114,10 @@ class _Flight(Generic[T]):
 
 
 async def _run(flight: _Flight[T], work: Callable[[], Awaitable[T]]) -> None:
-    try:
-        result = await work()
-    except Exception as error:  # noqa: BLE001 - a supervisor: the failure, whatever it is, is the waiters'
-        flight.outcome.set_exception(error)
+    outcome = await outcome_of(work())
+    if isinstance(outcome, Exception):
+        flight.outcome.set_exception(outcome)
         # Marked as seen: all waiters may have left in the same turn of the loop.
         flight.outcome.exception()
     else:
-        flight.outcome.set_result(result)
+        flight.outcome.set_result(outcome)

@@ -18,7 +18,7 @@ import structlog
 
 from helios.mesh.errors import DeadlineExceeded, Draining, HeliosError, InvalidRequest, ModelNotFound
 from helios.mesh.interceptors import as_helios_error
-from helios.mesh.tasks import task_scope
+from helios.mesh.tasks import outcome_of, task_scope
 from helios.registry.catalog import Catalog
 from helios.registry.follow.following import NEXT_TAG, Following, Policy, next_pause
 from helios.registry.follow.settings import FollowSettings
@@ -120,35 +120,35 @@ class Follower:
 
     async def look(self, seen: Following) -> None:
         """Looks at one source and does what follows; its errors are noted."""
-        try:
-            fingerprint, known = await self._identify(seen)
-            if fingerprint == seen.fingerprint or known:
-                await self._store.looked(seen, fingerprint, datetime.now(UTC), self._pause(seen))
+        match await outcome_of(self._follow_change(seen)):
+            case None | ModelNotFound() | Draining():
+                # All is done. Or it was deleted, and with it what it follows; or this process stops.
                 return
-            before = await self._catalog.store.get_model(seen.model)
-            digest = await self._ingest(seen)
-            after = await self._apply(seen, before, digest)
-            await self._catalog.write(
-                lambda: self._store.changed(seen, fingerprint, digest, datetime.now(UTC), self._pause(seen))
-            )
-            log.info("followed source changed", model=after.name, source=seen.wish.source, revision=digest)
-        except (ModelNotFound, Draining):
-            # It was deleted meanwhile, and with it what it follows; or this process stops, and the next one looks.
-            return
-        except TimeoutError:
-            took = f"{seen.wish.source} was not looked at, or not ingested, in time"
-            await self._failed(seen, DeadlineExceeded(took, reason="SOURCE_TIMEOUT"))
-        except HeliosError as error:
-            if error.reason == FOLLOWED_OTHERWISE:
+            case TimeoutError():
+                took = f"{seen.wish.source} was not looked at, or not ingested, in time"
+                await self._failed(seen, DeadlineExceeded(took, reason="SOURCE_TIMEOUT"))
+            case HeliosError(reason=reason) if reason == FOLLOWED_OTHERWISE:
                 return
-            if error.reason in _BUSY:
-                asked = timedelta(seconds=error.retry_after_seconds or 0.0)
+            case HeliosError(reason=reason) as busy if reason in _BUSY:
+                asked = timedelta(seconds=busy.retry_after_seconds or 0.0)
                 pause = max(asked, min(_BUSY_PAUSE, seen.wish.interval))
                 await self._store.postponed(seen, datetime.now(UTC), pause)
-            else:
-                await self._failed(seen, error)
-        except Exception as error:  # noqa: BLE001 - noted with its model and logged; it would end all other looks
-            await self._failed(seen, as_helios_error(error, f"follow {seen.model}"))
+            case error:
+                # One that nobody foresaw is logged, and ends no other look.
+                await self._failed(seen, as_helios_error(error, f"follow {seen.model}"))
+
+    async def _follow_change(self, seen: Following) -> None:
+        fingerprint, known = await self._identify(seen)
+        if fingerprint == seen.fingerprint or known:
+            await self._store.looked(seen, fingerprint, datetime.now(UTC), self._pause(seen))
+            return
+        before = await self._catalog.store.get_model(seen.model)
+        digest = await self._ingest(seen)
+        after = await self._apply(seen, before, digest)
+        await self._catalog.write(
+            lambda: self._store.changed(seen, fingerprint, digest, datetime.now(UTC), self._pause(seen))
+        )
+        log.info("followed source changed", model=after.name, source=seen.wish.source, revision=digest)
 
     async def _identify(self, seen: Following) -> tuple[str, bool]:
         """Returns what stands for what the place has, and whether the model has that already at the first look."""

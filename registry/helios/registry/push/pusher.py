@@ -12,6 +12,7 @@ from typing import Final, Protocol, Self
 import structlog
 
 from helios.mesh.errors import Draining, HeliosError, Overloaded
+from helios.mesh.tasks import outcome_of
 from helios.registry import offload
 from helios.registry.blobs import Blobs
 from helios.registry.manifest import Manifest
@@ -130,16 +131,18 @@ class Pusher:
 
     async def _run(self, resolved: ResolvedModel, target: OciTarget, progress: ProgressLog) -> PushDone | Exception:
         """Runs one push. What it raises goes to its caller, not to the task group, which would end the others."""
-        name, revision = resolved.model.name, resolved.revision
-        try:
-            manifest, _ = await self._revisions.get_manifest(revision.digest)
-            done = await self._push.run(revision, manifest, target, progress)
-        except Exception as error:  # noqa: BLE001 - raised to the caller, where the server logs what nobody foresaw
-            reason = error.reason if isinstance(error, HeliosError) else "INTERNAL"
-            log.warning("push failed", model=name, target=str(target.reference), reason=reason, error=str(error))
-            return error
-        log.info("model pushed", model=name, location=done.location, sent_bytes=done.sent_bytes)
+        name = resolved.model.name
+        done = await outcome_of(self._send(resolved.revision, target, progress))
+        if isinstance(done, Exception):
+            reason = done.reason if isinstance(done, HeliosError) else "INTERNAL"
+            log.warning("push failed", model=name, target=str(target.reference), reason=reason, error=str(done))
+        else:
+            log.info("model pushed", model=name, location=done.location, sent_bytes=done.sent_bytes)
         return done
+
+    async def _send(self, revision: Revision, target: OciTarget, progress: ProgressLog) -> PushDone:
+        manifest, _ = await self._revisions.get_manifest(revision.digest)
+        return await self._push.run(revision, manifest, target, progress)
 
 
 async def _ended(task: "asyncio.Task[PushDone | Exception]") -> None:
