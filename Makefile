@@ -93,11 +93,11 @@ $(DEBIAN)/usr/bin/docker-registry:
 	@cd $(DEBIAN) && { apt-get -qq download docker-registry || { apt-get -qq update && apt-get -qq download docker-registry; }; } 2> apt.log \
 	  && dpkg -x docker-registry_*.deb . || { cat apt.log; echo "debian: one test that needs docker-registry will fail"; }
 
-# Blocks that files share need a file system that can; where it can't be had, or not be mounted, one test is skipped.
+# Blocks that files share need a file system that can. Its test is skipped where nothing may be mounted, and nowhere else.
 $(DEBIAN)/sbin/mkfs.xfs:
 	@mkdir -p $(DEBIAN)
 	@cd $(DEBIAN) && { apt-get -qq download $(XFS) || { apt-get -qq update && apt-get -qq download $(XFS); }; } 2> xfs.log \
-	  && for package in $(XFS); do dpkg -x $${package}_*.deb .; done || { cat xfs.log; echo "debian: no xfsprogs"; }
+	  && for package in $(XFS); do dpkg -x $${package}_*.deb .; done || { cat xfs.log; echo "debian: one test that needs xfsprogs will fail"; }
 
 node: setup $(NODE)/node_modules/.package-lock.json
 

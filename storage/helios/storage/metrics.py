@@ -53,6 +53,7 @@ class TierCollector(Collector):
         yield self._counter(names.TIER_PROMOTIONS_TOTAL, "Revisions copied up to a tier.", lambda s: s.promoted_count)
         yield self._counter(names.TIER_DEMOTIONS_TOTAL, "Revisions copied down to a tier.", lambda s: s.demoted_count)
         yield self._counter(names.TIER_SCRUBBED_BYTES_TOTAL, "Bytes read and compared.", lambda s: s.scrubbed_bytes)
+        yield self._counter(names.TIER_SHARED_BYTES_TOTAL, "Bytes that share blocks.", lambda s: s.shared_bytes)
         yield self._counter(names.TIER_CORRUPT_BLOBS_TOTAL, "Blobs that were bad.", lambda s: s.corrupt_count)
         yield self._labelled(
             names.TIER_WRITTEN_BYTES_TOTAL, "Bytes committed, by source.", "source", lambda s: s.written_bytes

@@ -59,6 +59,21 @@ def read_blob(path: Path, token: FetchToken, *, bytes_per_second: float) -> Read
         os.close(descriptor)
 
 
+def read_memory(descriptor: int, token: FetchToken, *, bytes_per_second: float = 0.0) -> ReadResult:
+    """Reads a file that lies in memory and hashes it, no faster than `bytes_per_second`; closes its descriptor.
+
+    Raises:
+        FetchCancelled: The token was cancelled.
+        OSError: It can't be read.
+    """
+    try:
+        buffer = memoryview(bytearray(_BUFFER_BYTES))
+        # Nothing of it lies in the page cache beside, so that there is nothing to drop.
+        return _read(descriptor, buffer, token, is_direct=True, bytes_per_second=bytes_per_second)
+    finally:
+        os.close(descriptor)
+
+
 def _read(
     descriptor: int, buffer: memoryview, token: FetchToken, *, is_direct: bool, bytes_per_second: float
 ) -> ReadResult:

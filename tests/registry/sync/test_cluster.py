@@ -7,8 +7,9 @@ import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from helios.mesh.errors import InvalidRequest
+from helios.mesh.transfer.spans import Span
 from helios.registry.sync import cluster as cluster_module
-from helios.registry.sync.cluster import Agent, Cluster, Holder, Span
+from helios.registry.sync.cluster import Agent, Cluster, Holder
 
 NODES = ("a", "b", "c", "unreachable")
 BLOBS = ("1" * 64, "2" * 64)

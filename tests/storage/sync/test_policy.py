@@ -13,8 +13,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from helios.mesh.transfer.spans import Span
 from helios.registry.sync.cluster import Agent, Cluster
-from helios.storage.sync.policy import STORE, Span, SwarmPolicy
+from helios.storage.sync.policy import STORE, SwarmPolicy
 
 CHUNKS: tuple[Span, ...] = tuple((start, start + 10) for start in range(0, 300, 10))
 WINDOW, PARALLEL = 12, 4

@@ -20,13 +20,14 @@ from helios.mesh.identity import CertificateAuthority, IdentityFiles
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.status import error_from_rpc
 from helios.mesh.tasks import task_scope
+from helios.mesh.transfer.spans import Span
 from helios.registry.access import SYNC_SERVICE
 from helios.registry.client import SyncClient
 from helios.registry.sync.servicer import SyncServicer
 from helios.registry.sync.settings import SyncSettings
 from helios.storage.sync.holdings import Holdings
 from helios.storage.sync.outbox import SessionRequests
-from helios.storage.sync.session import ClaimAnswer, Peer, Span, SyncSession
+from helios.storage.sync.session import ClaimAnswer, Peer, SyncSession
 
 WAIT_SECONDS = 30.0
 HASH, OTHER = "a" * 64, "b" * 64

@@ -10,8 +10,9 @@ from helios.mesh.errors import HeliosError, Overloaded, PermissionDenied, Unavai
 from helios.mesh.transfer.engine import Downloader
 from helios.mesh.transfer.order import Transfer, Wanted
 from helios.mesh.transfer.source import ChunkMismatch, RangeSource, Sink, SourceState
+from helios.mesh.transfer.spans import Span
 from helios.storage.manifest import Digest
-from helios.storage.sync.policy import Asked, Span
+from helios.storage.sync.policy import Asked
 from helios.storage.sync.source import SwarmSource
 from tests.storage.test_chunks import CONTENT, DIGEST, INDEX, OPTIONS, Bytes
 

@@ -3,27 +3,24 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 
+Span = tuple[int, int]
+"""The first byte, and the one behind the last."""
+
 
 class Spans:
     """Disjoint half-open spans of bytes, in order; neighbours are one. Not thread-safe."""
 
-    def __init__(self, spans: Iterable[tuple[int, int]] = ()) -> None:
-        """Takes pairs of the first byte and the one behind the last."""
+    def __init__(self, spans: Iterable[Span] = ()) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
         for start, end in spans:
             self.add(start, end)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Span]:
         return iter(zip(self._starts, self._ends, strict=True))
 
     def __len__(self) -> int:
         return len(self._starts)
-
-    @property
-    def byte_count(self) -> int:
-        """How many bytes all of them have."""
-        return sum(self._ends) - sum(self._starts)
 
     def add(self, start: int, end: int) -> None:
         """Adds a span that may overlap others; one without bytes changes nothing."""

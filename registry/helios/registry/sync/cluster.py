@@ -20,7 +20,7 @@ from datetime import datetime
 from typing import Final
 
 from helios.mesh.errors import InvalidRequest
-from helios.mesh.transfer.spans import Spans
+from helios.mesh.transfer.spans import Span, Spans
 
 MAX_TOLD: Final = 64
 """Holders that an agent is told of. BitTorrent's clients work with some 50 neighbours."""
@@ -33,9 +33,6 @@ MAX_CLAIMS: Final = 1_024
 
 MAX_BLOBS: Final = 1_000_000
 """Blobs that an agent may hold: a terabyte in pieces of a megabyte."""
-
-Span = tuple[int, int]
-"""The first byte, and the one behind the last."""
 
 
 @dataclass(frozen=True, slots=True)

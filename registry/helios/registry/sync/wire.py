@@ -7,7 +7,8 @@ from typing import Final
 
 from helios.api.registry.v1 import sync_service_pb2 as pb
 from helios.mesh.errors import InvalidRequest
-from helios.registry.sync.cluster import Agent, AgentView, Holder, Span
+from helios.mesh.transfer.spans import Span
+from helios.registry.sync.cluster import Agent, AgentView, Holder
 
 MAX_ENTRIES: Final = 1_000
 """Of one inventory message: some 70 KB."""

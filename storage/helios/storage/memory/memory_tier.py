@@ -6,9 +6,7 @@ back or the grace is over, it takes nothing new and gives nothing up: the memory
 """
 
 import asyncio
-import hashlib
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,13 +17,13 @@ import structlog
 
 from helios.mesh.errors import DiskFull, InvalidRequest, Unavailable
 from helios.mesh.sealed import check_sealed
-from helios.storage.blob_store import HASH_CHUNK_BYTES, digest_mismatch
+from helios.storage.blob_store import check_digest
 from helios.storage.disk_tier import DiskTier
 from helios.storage.fetch import BlobSource, FetchToken, FileReader, RangedBlob
 from helios.storage.inventory import Resident
 from helios.storage.manifest import Digest
 from helios.storage.memory.sealed_store import SealedStore
-from helios.storage.scrub import ReadResult
+from helios.storage.scrub import ReadResult, read_memory
 from helios.storage.tiers import TierOptions
 
 log = structlog.get_logger()
@@ -135,7 +133,8 @@ class MemoryTier(DiskTier):
     async def read(self, digest: Digest, token: FetchToken, *, bytes_per_second: float) -> ReadResult:
         """Hashes a blob as memory has it, no faster than the limit (0: none)."""
         result = await self._scrubbing.run_cancellable(
-            lambda: _hash(self._sealed.duplicate(digest), token, bytes_per_second), cancel=token.cancel
+            lambda: read_memory(self._sealed.duplicate(digest), token, bytes_per_second=bytes_per_second),
+            cancel=token.cancel,
         )
         self.statistics.scrubbed_bytes += result.size_bytes
         self.statistics.read.add(result.size_bytes, result.read_seconds)
@@ -145,34 +144,10 @@ class MemoryTier(DiskTier):
         check_sealed(descriptor, blob.size_bytes)
         token = FetchToken()
         owned = os.dup(descriptor)
-        result = await self._scrubbing.run_cancellable(lambda: _hash(owned, token, 0.0), cancel=token.cancel)
-        if result.hash != blob.hash:
-            raise digest_mismatch(blob, actual_hash=result.hash, actual_bytes=result.size_bytes)
+        result = await self._scrubbing.run_cancellable(lambda: read_memory(owned, token), cancel=token.cancel)
+        check_digest(blob, actual_hash=result.hash, actual_bytes=result.size_bytes)
         self._sealed.keep(blob, os.dup(descriptor))
         await self.note_blob(blob, datetime.now(UTC).timestamp())
 
     def _decide(self, revision: str) -> None:
         self._awaited.pop(revision).is_decided.set()
-
-
-def _hash(descriptor: int, token: FetchToken, bytes_per_second: float) -> ReadResult:
-    """Hashes a file and closes its descriptor."""
-    reader = FileReader(descriptor)
-    try:
-        sha256 = hashlib.sha256()
-        buffer = memoryview(bytearray(HASH_CHUNK_BYTES))
-        offset, read_seconds = 0, 0.0
-        started_at = time.monotonic()
-        while True:
-            before = time.monotonic()
-            count = reader.read_into(offset, buffer)
-            read_seconds += time.monotonic() - before
-            sha256.update(buffer[:count])
-            offset += count
-            token.advance(count)
-            if bytes_per_second > 0:
-                token.wait(started_at + offset / bytes_per_second - time.monotonic())
-            if count < len(buffer):
-                return ReadResult(sha256.hexdigest(), offset, read_seconds, is_direct=True)
-    finally:
-        reader.close()

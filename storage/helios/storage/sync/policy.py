@@ -13,10 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from helios.mesh.transfer.spans import Spans
-
-Span = tuple[int, int]
-"""The first byte, and the one behind the last."""
+from helios.mesh.transfer.spans import Span, Spans
 
 STORE: Final = ""
 """The cloud among the sources; peers are named by their addresses."""

@@ -19,6 +19,7 @@ from helios.api.registry.v1.sync_service_pb2_grpc import SyncServiceStub
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import Unavailable
 from helios.mesh.tasks import keep_running, task_scope
+from helios.mesh.transfer.spans import Span
 from helios.storage.prefetch.state import Plan, Report
 from helios.storage.prefetch.wire import plan_from_proto, report_to_proto
 from helios.storage.sync.holdings import Holdings, apply, next_change
@@ -26,8 +27,6 @@ from helios.storage.sync.outbox import SessionRequests
 
 log = structlog.get_logger()
 
-Span = tuple[int, int]
-"""The first byte, and the one behind the last."""
 
 _Stream = grpc.aio.StreamStreamCall[pb.SessionRequest, pb.SessionResponse]
 

@@ -18,9 +18,10 @@ import structlog
 from helios.mesh.errors import BlobNotFound, HeliosError, Unavailable
 from helios.mesh.transfer.machine import Chunk
 from helios.mesh.transfer.source import ChunkMismatch, Interrupted, RangeSource, Sink, SourceFault, SourceState
+from helios.mesh.transfer.spans import Span
 from helios.storage.chunk_index import ChunkIndex
 from helios.storage.manifest import Digest
-from helios.storage.sync.policy import STORE, Asked, Span, SwarmPolicy
+from helios.storage.sync.policy import STORE, Asked, SwarmPolicy
 from helios.storage.verified_source import VerifiedSource
 
 log = structlog.get_logger()

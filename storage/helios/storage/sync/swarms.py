@@ -19,11 +19,12 @@ from helios.mesh.channel import Dialer
 from helios.mesh.identity import IdentityFiles
 from helios.mesh.tasks import task_scope
 from helios.mesh.transfer.source import RangeSource
+from helios.mesh.transfer.spans import Span
 from helios.storage.chunk_index import ChunkIndex
 from helios.storage.manifest import Digest
 from helios.storage.peers import PeerSource
 from helios.storage.sync.partial import PartialBlobs
-from helios.storage.sync.policy import Asked, Span
+from helios.storage.sync.policy import Asked
 from helios.storage.sync.session import Peer, SyncSession
 from helios.storage.sync.source import SwarmSource
 

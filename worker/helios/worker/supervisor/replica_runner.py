@@ -197,11 +197,6 @@ class ReplicaRunner:
         return self._adapters.revisions.union(self._life.view.order.revisions)
 
     @property
-    def is_attached(self) -> bool:
-        """Whether the replica is in conversation with this supervisor."""
-        return self._link is not None
-
-    @property
     def is_awaited(self) -> bool:
         """Whether it was taken over, runs, and has not said hello yet."""
         return self._life.is_awaited
