@@ -111,6 +111,19 @@ def test_a_request_that_arrives_elsewhere_costs_a_retry() -> None:
     assert len(ask(subject, "b", "other", 1.0)) == 2
 
 
+def test_what_an_only_replica_refuses_costs_no_retry_for_nothing_was_retried() -> None:
+    subject = two_models()
+    subject.traffic.drain_asked("a2")
+    for number in range(30):
+        # A good answer between, so that the breaker stays closed.
+        end(subject, "a1", f"bad {number}", UNAVAILABLE, float(number))
+        end(subject, "a1", f"good {number}", 0, float(number))
+    second = replica("a3", model="a", address="127.0.0.1:1009")
+    subject.replica_event("w", 1, second, 40.0)
+    subject.endpoints_acknowledged(subject.fleet.endpoints(), 40.0)
+    assert len(ask(subject, "a", "q", 40.0)) == 2
+
+
 def test_a_replica_that_fails_every_second_time_is_left_alone_for_a_while() -> None:
     subject = two_models()
     number = 0

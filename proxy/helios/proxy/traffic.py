@@ -118,7 +118,8 @@ class Traffic:
         chosen = pick(entry.name, entry.revision, snapshot, affinity)
         if chosen is None:
             return None
-        if chosen.candidate_count > 1 and not self.retries.request(entry.name):
+        may_retry = self.retries.request(entry.name)
+        if chosen.candidate_count > 1 and not may_retry:
             chosen = chosen._replace(choices=(chosen.choices[0],))
         best = chosen.choices[0].replica_id
         freed = self.ledger.reserve(request_id, best, now)
@@ -208,8 +209,8 @@ class Traffic:
         if not is_failure:
             self.breakers.succeeded(replica_id)
             return
-        if code == _UNAVAILABLE and not self.is_draining(replica):
-            # Envoy tries it elsewhere. What a draining replica refuses was to go elsewhere anyway.
+        if code == _UNAVAILABLE and not self.is_draining(replica) and len(self.staying(replica.model)) > 1:
+            # Envoy tries it elsewhere, where there is another one. What a draining replica refuses was to go anyway.
             self.retries.retried(replica.model)
         self.breakers.failed(replica_id, now)
         neighbours = (other.replica_id for other in self.fleet.replicas_of(replica.model))
@@ -234,6 +235,10 @@ class Traffic:
     def is_draining(self, replica: Replica) -> bool:
         """Whether a replica is on its way out."""
         return replica.state is ReplicaState.DRAINING or replica.replica_id in self._draining
+
+    def staying(self, model: str) -> list[Replica]:
+        """A model's replicas that are not on their way out, of any revision and state."""
+        return [replica for replica in self.fleet.replicas_of(model) if not self.is_draining(replica)]
 
     def tick(self, now: float) -> None:
         """Follows the time: breakers and reservations."""
