@@ -59,14 +59,15 @@ def test_full_kv_caches_ask_for_one_more_where_requests_wait_for_them() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 8)), min_size=1, max_size=200))
 def test_counts_are_bounded_by_the_most_load_and_never_fall_too_soon(steps: list[tuple[int, int]]) -> None:
-    scaler, counts = LoadScaler(replace(POLICY, keep_seconds=30)), []
-    for now, (request_count, replica_count) in enumerate(steps):
-        counts.append(scaler.observe(sample(request_count, replica_count), now).count)
+    scaler = LoadScaler(replace(POLICY, keep_seconds=30))
+    decisions = [scaler.observe(sample(*step), now) for now, step in enumerate(steps)]
+    counts = [decision.count for decision in decisions]
     most = max(request_count for request_count, _ in steps)
     assert min(counts) >= 1
     assert max(counts) <= max(1, -(-most // 10))
-    for index, count in enumerate(counts):
-        assert count >= max(counts[max(0, index - 1) : index + 1]) or index > 30, "what was asked for stays for 30 s"
+    for now, count in enumerate(counts):
+        asked = [decision.asked for decision in decisions[max(0, now - 30) : now + 1]]
+        assert count >= max(asked), "what was asked for stays for 30 s"
 
 
 # What the proxy does.

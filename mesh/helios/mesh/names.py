@@ -85,6 +85,11 @@ ROUTE_ADAPTER_HEADER: Final = "x-helios-route-adapter"
 # Address (`host:port`) of the replica that computes the request's prompt for the one that answers.
 PREFILL_ENDPOINT_HEADER: Final = "x-helios-prefill-endpoint"
 # Answers carry these, as OpenAI's do. The picker, which is gone by then, leaves them with the request (`kept_header`).
+# Fields of OpenAI's bodies that Envoy lifts for the picker. What bounds an answer: the largest, the same by its newer
+# name, and how many.
+ANSWER_FIELDS: Final = ("max_tokens", "max_completion_tokens", "n")
+# Whose request it is, of which conversation, the narrowest first: such requests go to one revision of a rollout.
+SESSION_FIELDS: Final = ("prompt_cache_key", "safety_identifier", "user")
 RATE_LIMIT_HEADERS: Final = tuple(
     f"x-ratelimit-{part}-{what}" for what in ("requests", "tokens") for part in ("limit", "remaining", "reset")
 )

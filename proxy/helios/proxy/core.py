@@ -384,8 +384,7 @@ class Core:
 
         Raises:
             HeliosError: no worker, no capacity, or a start that failed a short while ago. Actions are not lost: the
-            next
-                call or tick returns them.
+                next call or tick returns them.
         """
         if self.is_resynchronised and not any(worker.is_reachable for worker in self.fleet.workers()):
             message = f"the model '{entry.name}' can't be started now: no worker is connected"

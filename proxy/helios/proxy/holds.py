@@ -172,10 +172,6 @@ class Holds:
                 expired.append(hold)
         return expired
 
-    def next_deadline(self) -> float | None:
-        """The earliest deadline, perhaps of a hold that has ended; None where there is none."""
-        return self._deadlines[0][0] if self._deadlines else None
-
     def count(self, model: str) -> int:
         """How many requests of a model are held."""
         return len(self._by_model.get(model, ()))

@@ -168,14 +168,14 @@ class Lifecycle:
             if self._catalogue.is_synced:
                 self._remove(model, now)
             return
-        replicas = [r for r in self._traffic.fleet.replicas_of(model) if not self._traffic.is_draining(r)]
+        replicas = self._traffic.staying(model)
         for replica in replicas:
             # No request is sent to an old revision any more, so its memory is better used otherwise.
             if replica.revision != entry.revision:
                 self.drain(replica, now)
         current = [replica for replica in replicas if replica.revision == entry.revision]
-        desired = self._desired(entry, current, now)
         standing, spares = self.swaps.split(current, now)
+        desired = self._desired(entry, current, standing, now)
         if len(standing) < desired.start_below:
             self._demand(entry, standing, now)
         elif len(standing) > desired.drain_above:
@@ -191,7 +191,7 @@ class Lifecycle:
             HeliosError: a start failed a short while ago, or there is no room.
         """
         self._traffic.use(entry.name, now)
-        current = [r for r in self._traffic.fleet.replicas_of(entry.name) if not self._traffic.is_draining(r)]
+        current = self._traffic.staying(entry.name)
         standing, _ = self.swaps.split(current, now)
         if any(replica.revision == entry.revision for replica in standing) or not self.is_open:
             return
@@ -203,7 +203,7 @@ class Lifecycle:
         """Starts a replica that requests would take and do not wait for: where there is room that nobody has."""
         if not self.is_open:
             return
-        current = [r for r in self._traffic.fleet.replicas_of(entry.name) if not self._traffic.is_draining(r)]
+        current = self._traffic.staying(entry.name)
         standing, _ = self.swaps.split(current, now)
         if not standing:
             self._demand(entry, standing, now)
@@ -330,13 +330,13 @@ class Lifecycle:
         # Stopped in the middle, a compile would begin anew with the next start, and never come to its end.
         return self.policy.swap.start_seconds if replica is not None and replica.form is Form.COMPILED else None
 
-    def _desired(self, entry: ModelEntry, current: list[Replica], now: float) -> Desired:
+    def _desired(self, entry: ModelEntry, current: list[Replica], standing: list[Replica], now: float) -> Desired:
         usage = Usage(
             held_count=self._holds.count(entry.name),
             in_flight_count=sum(1 for replica in current if not self._traffic.is_idle(replica)),
             last_used_at=self._traffic.last_used_at(entry.name),
             is_failing=self._activations[entry.name].is_failing if entry.name in self._activations else False,
-            load_count=self.loads.count(entry.name, self.swaps.split(current, now)[0], now),
+            load_count=self.loads.count(entry.name, standing, now),
         )
         return desired_replicas(
             min_replicas=entry.min_replicas,
@@ -571,10 +571,9 @@ class Lifecycle:
         return None if self._is_room_wanted else self._starts.begin_spare(entry, now)
 
     def _follow_load(self, entry: ModelEntry, now: float) -> None:
-        replicas = self._traffic.fleet.replicas_of(entry.name)
-        current = [r for r in replicas if r.revision == entry.revision and not self._traffic.is_draining(r)]
+        current = [r for r in self._traffic.staying(entry.name) if r.revision == entry.revision]
         standing, _ = self.swaps.split(current, now)
-        self.loads.follow(entry, standing, self._desired(entry, current, now).drain_above, now)
+        self.loads.follow(entry, standing, self._desired(entry, current, standing, now).drain_above, now)
 
     def _start_another(self, entry: ModelEntry, now: float) -> str:
         """Starts one more replica for a model's load, unless others wait for room, or its last start failed."""

@@ -82,11 +82,14 @@ class Loads:
         """
         if self._policy.mode is not ScalingMode.ON:
             return 1
+        return self._scaler(model, standing, now).decision.count if standing or model in self._scalers else 1
+
+    def _scaler(self, model: str, standing: Sequence[Replica], now: float) -> LoadScaler:
         scaler = self._scalers.get(model)
-        if scaler is None and standing:
+        if scaler is None:
             by_form = Counter(replica.form for replica in standing)
-            scaler = self._scalers[model] = LoadScaler(self._policy, max(by_form.values()), now)
-        return scaler.decision.count if scaler is not None else 1
+            scaler = self._scalers[model] = LoadScaler(self._policy, max(by_form.values(), default=1), now)
+        return scaler
 
     def is_starting(self, replica: Replica) -> bool:
         """Whether a replica is on its way for load alone."""
@@ -95,12 +98,12 @@ class Loads:
 
     def observe(self, entry: ModelEntry, now: float) -> None:
         """Takes in a model's load; once a second."""
-        replicas = [r for r in self._traffic.fleet.replicas_of(entry.name) if not self._traffic.is_draining(r)]
+        replicas = self._traffic.staying(entry.name)
         ready = [replica for replica in replicas if self._traffic.is_candidate(replica.replica_id)]
         if self._policy.mode is ScalingMode.OFF or not replicas:
             self._forget(entry.name)
             return
-        scaler = self._scalers.setdefault(entry.name, LoadScaler(self._policy, now=now))
+        scaler = self._scaler(entry.name, ready, now)
         before = scaler.decision.count
         decision = scaler.observe(self._sample(entry, ready), now)
         if decision.count != before:

@@ -37,7 +37,7 @@ ROLLOUT_FIRST_TOKEN: Final = Histogram(
     buckets=_WAIT_BUCKETS,
 )
 LOAD_REPLICAS: Final = Gauge(
-    names.LOAD_REPLICAS, "Replicas that the loads of models ask for, of those that ever asked for two", ["model"]
+    names.LOAD_REPLICAS, "Replicas that the loads of models ask for, of those that ask for two or more", ["model"]
 )
 SWAPS: Final = Counter(names.SWAPS_TOTAL, "Compiled replicas that were to replace eager ones, by outcome", ["outcome"])
 COLD_START_PHASE: Final = Histogram(

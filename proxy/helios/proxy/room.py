@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Final
@@ -23,11 +23,9 @@ _MOST_FETCHED: Final = 1000
 _LEAST_VALUE: Final = 1e-6
 
 
-# Models times workers up to which starts are packed, and how often that is tried to do better: milliseconds in all.
+# Models times workers up to which starts are packed: some ten milliseconds.
 _MOST_PACKED: Final = 256
-_PACK_ROUNDS: Final = 10
-
-
+# How often it is said which replicas are in a model's way: looking for moves takes milliseconds.
 _PROPOSAL_SECONDS: Final = 60.0
 
 
@@ -50,7 +48,7 @@ class Room:
         """
         self._start_seconds = start_seconds
         self._fetched: dict[str, OrderedDict[str, None]] = {}
-        self._packed_for: tuple[tuple[Want, ...], int] = (), 0
+        self._packed_for: tuple[tuple[Want, ...], int, int] = (), 0, 0
         self._packed_order: list[str] = []
         self._propose_after: dict[str, float] = {}
         self._policy = policy
@@ -195,12 +193,14 @@ class Room:
             return models
         has_gpus = any(worker.has_gpus for worker in workers)
         wants = tuple(self._want(entry, has_gpus=has_gpus) for entry in missing)
-        if (wants, len(workers)) != self._packed_for:
-            self._packed_for = wants, len(workers)
+        key = wants, len(workers), sum(r.memory_bytes for worker in workers for r in worker.replicas.values())
+        if key != self._packed_for:
+            self._packed_for = key
             self._packed_order = [want.name for want in sorted(wants, key=lambda want: -want.needed_bytes)]
             if len(wants) * len(workers) <= _MOST_PACKED:
-                room = [self.capacity(worker, missing[0], now) for worker in workers]
-                placed = list(pack(wants, room, rounds=_PACK_ROUNDS))
+                # Of the host's memory each needs its own; a start that lacks it is refused then.
+                room = [replace(self.capacity(worker, missing[0], now), needed_host_bytes=0) for worker in workers]
+                placed = list(pack(wants, room))
                 self._packed_order = placed + [name for name in self._packed_order if name not in placed]
         last = set(self._packed_order)
         return [model for model in models if model not in last] + self._packed_order
@@ -227,22 +227,24 @@ class Room:
 
         Of a model whose policy promises replicas, no more are offered than it has beyond these.
         """
-        offered: Counter[str] = Counter()
+        spare_counts: dict[str, int] = {}
         victims: list[Occupant] = []
         for replica in replicas:
             if not self._gives_way(replica, model, now):
                 continue
             if not replica.is_spare and replica.state is not ReplicaState.ASLEEP:
-                if offered[replica.model] >= self._spare_count(replica.model):
+                count = spare_counts.get(replica.model)
+                count = self._spare_count(replica.model) if count is None else count
+                spare_counts[replica.model] = count - 1
+                if count < 1:
                     continue
-                offered[replica.model] += 1
             victims.append(self._victim(replica, now))
         return tuple(victims)
 
     def _spare_count(self, model: str) -> int:
         """Replicas that a model has beyond those that its policy promises; those that sleep don't count."""
         entry = self._catalogue.find(model)
-        of_model = [r for r in self._traffic.fleet.replicas_of(model) if not self._traffic.is_draining(r)]
+        of_model = self._traffic.staying(model)
         awake_count = sum(r.state is not ReplicaState.ASLEEP and not r.is_spare for r in of_model)
         return awake_count - (entry.min_replicas if entry is not None else 0)
 
@@ -256,7 +258,9 @@ class Room:
         return _occupant(replica, max(_LEAST_VALUE, start_seconds * 3600 / idle_seconds))
 
     def _gives_way(self, replica: Replica, model: str, now: float) -> bool:
-        """Whether a replica may be drained for a start of a model: a spare for any, its own model's included."""
+        """Whether a replica may be drained for a start of a model, but for what its own model's policy promises: a
+        spare for any, its own model's included.
+        """
         if replica.is_spare:
             return not self._traffic.is_draining(replica)
         return replica.model != model and self._is_victim(replica, now)
@@ -269,10 +273,7 @@ class Room:
             return False
         if not self._traffic.is_idle(replica) or now - since < self._residency_seconds:
             return False
-        entry = self._catalogue.find(replica.model)
-        if entry is None or self._holds.count(replica.model):
-            return False
-        return self._spare_count(replica.model) > 0
+        return self._catalogue.find(replica.model) is not None and not self._holds.count(replica.model)
 
 
 def _occupant(replica: Replica, value: float = 0.0) -> Occupant:

@@ -335,7 +335,10 @@ class Runtime:
                 metrics.ACTIVATIONS.labels(reason.lower()).inc()
                 self._end_span(model, {}, error=f"{reason}: {message}")
             case actions.LoadScaled(model, before, count, reason, is_advice):
-                metrics.LOAD_REPLICAS.labels(model).set(count)
+                if count > 1:
+                    metrics.LOAD_REPLICAS.labels(model).set(count)
+                elif before > 1:
+                    metrics.LOAD_REPLICAS.remove(model)
                 what = "load asks for replicas" if is_advice else "scales by load"
                 log.info(what, model=model, before=before, after=count, reason=reason)
             case _:

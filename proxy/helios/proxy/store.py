@@ -6,7 +6,6 @@ truth, and a model that can't be compiled is tried again.
 """
 
 import asyncio
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Final
 import orjson
 import structlog
 
+from helios.mesh.files import write_private
 from helios.proxy.admission.keyring import Caller
 from helios.proxy.catalogue import Catalogue, ModelEntry
 from helios.proxy.swap import SwapFailures
@@ -153,9 +153,4 @@ def _read(path: Path) -> Any:
 
 def _write(path: Path, value: Sequence[Any]) -> None:
     items = [asdict(item) if isinstance(item, ModelEntry | SwapFailures) else item for item in value]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(orjson.dumps(items))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_private(path, orjson.dumps(items))

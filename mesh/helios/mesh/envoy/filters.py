@@ -54,14 +54,13 @@ from envoy_data_plane.envoy.type.v3 import HttpStatus, Percent, StatusCode
 from helios.mesh.envoy import clusters, matching, pack, rest
 from helios.mesh.envoy.headers import NODE_HEADER
 from helios.mesh.envoy.routes import (
-    ANSWER_KEYS,
     CORS_FILTER,
     METADATA_NAMESPACE,
     MODEL_KEY,
     PICKER_FILTER,
-    SESSION_KEYS,
 )
 from helios.mesh.envoy.settings import EdgeSettings, Limits
+from helios.mesh.names import ANSWER_FIELDS, SESSION_FIELDS
 
 # The picker's own deadline ends a hold (503 with an estimate); Envoy's, a 504, is for a picker that hangs.
 _PICKER_GRACE_SECONDS = 30.0
@@ -137,7 +136,7 @@ def lift_model() -> HttpFilter:
                 selectors=[JsonToMetadataSelector(key=key)],
                 on_present=JsonToMetadataKeyValuePair(metadata_namespace=METADATA_NAMESPACE, key=key),
             )
-            for key in (MODEL_KEY, *SESSION_KEYS, *ANSWER_KEYS)
+            for key in (MODEL_KEY, *SESSION_FIELDS, *ANSWER_FIELDS)
         ],
         allow_content_types_regex=RegexMatcher(regex=r"(?i)application/json\s*(;.*)?"),
         allow_empty_content_type=True,

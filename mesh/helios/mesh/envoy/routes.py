@@ -83,10 +83,6 @@ PICKER_FILTER: Final = "envoy.filters.http.ext_proc"
 # Where json_to_metadata puts the model of a JSON body.
 METADATA_NAMESPACE: Final = "helios"
 MODEL_KEY: Final = "model"
-# What else of a JSON body bounds its answer; in order, the later one counts.
-ANSWER_KEYS: Final = ("max_tokens", "max_completion_tokens", "n")
-# Whose request it is, of which conversation: such requests go to one revision of a model that is rolled out.
-SESSION_KEYS: Final = ("prompt_cache_key", "safety_identifier", "user")
 
 # Before the first byte only: Envoy never retries once it has sent response headers. `reset` is for a replica that is
 # killed during prefill, `unavailable` for one that refuses because it drains.

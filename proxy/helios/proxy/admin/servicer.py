@@ -259,8 +259,7 @@ class AdminServicer(AdminServiceServicer):
         await self._runtime.remember_cordons()
 
     def _current(self, entry: ModelEntry) -> list[Replica]:
-        replicas = self._core.fleet.replicas_of(entry.name)
-        return [replica for replica in replicas if not self._core.traffic.is_draining(replica)]
+        return self._core.traffic.staying(entry.name)
 
     def _replica(self, replica: Replica) -> types_pb2.Replica:
         # A drain that was asked counts before the worker has said so.

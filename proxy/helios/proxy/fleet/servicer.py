@@ -15,12 +15,16 @@ import structlog
 from helios.api.fleet.v1 import fleet_service_pb2 as pb
 from helios.api.fleet.v1.fleet_service_pb2_grpc import FleetServiceServicer
 from helios.mesh.errors import InvalidRequest
+from helios.proxy.explain.record import Finished
 from helios.proxy.fleet import wire
 from helios.proxy.fleet.state import WorkerHello
 from helios.proxy.runtime import Outbox, Runtime
 from helios.proxy.usage.meter import Tally
 
 log = structlog.get_logger()
+
+Ends = list[list[tuple[str, Finished]]]
+"""The requests that ended, by their ids, of each delta of a report."""
 
 FLEET_SERVICE: Final = "helios.api.fleet.v1.FleetService"
 # A worker that dials and says nothing is not a worker.
@@ -82,11 +86,12 @@ class FleetServicer(FleetServiceServicer):
         self._runtime.apply(core.worker_seen(worker_id, now))
         match message.WhichOneof("message"):
             case "load":
+                ends = [wire.ends_from_proto(delta, now) for delta in message.load.deltas]
                 # Before the ledger settles what this proxy knows of these requests.
-                self._count(message.load, now)
+                self._count(message.load, ends, now)
                 deltas = [wire.delta_from_proto(delta) for delta in message.load.deltas]
                 self._runtime.apply(core.load_report(deltas, now))
-                self._note(message.load, now)
+                self._note(message.load, ends, now)
                 if message.load.devices:
                     devices = [wire.measure_from_proto(device) for device in message.load.devices]
                     self._runtime.apply(core.devices_measured(worker_id, devices, now))
@@ -117,16 +122,16 @@ class FleetServicer(FleetServiceServicer):
             case _:
                 pass
 
-    def _count(self, report: pb.LoadReport, now: float) -> None:
+    def _count(self, report: pb.LoadReport, ends: Ends, now: float) -> None:
         meter, core, hour = self._runtime.meter, self._runtime.core, self._runtime.hour(now)
         is_ours = core.traffic.ledger.is_ours
-        for delta in report.deltas:
+        for delta, ended in zip(report.deltas, ends, strict=True):
             replica = core.fleet.replica(delta.replica_id)
             if replica is None:
                 continue
             for started in delta.started:
                 meter.started(started.request_id, replica.model, hour, is_ours=is_ours(started.request_id))
-            for request_id, finished in wire.ends_from_proto(delta, now):
+            for request_id, finished in ended:
                 taken = Tally(
                     prompt_tokens=finished.prompt_tokens,
                     completion_tokens=finished.completion_tokens,
@@ -141,12 +146,12 @@ class FleetServicer(FleetServiceServicer):
                     is_ours=is_ours(request_id),
                 )
 
-    def _note(self, report: pb.LoadReport, now: float) -> None:
+    def _note(self, report: pb.LoadReport, ends: Ends, now: float) -> None:
         journal = self._runtime.journal
-        for delta in report.deltas:
+        for delta, ended in zip(report.deltas, ends, strict=True):
             for request_id, at in wire.arrivals_from_proto(delta):
                 journal.arrived(request_id, delta.replica_id, at, now)
-            for request_id, finished in wire.ends_from_proto(delta, now):
+            for request_id, finished in ended:
                 journal.finished(request_id, finished)
 
     async def _write(self, outbox: Outbox, context: Any) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from helios.mesh.names import RATE_LIMIT_HEADERS
+from helios.mesh.names import ANSWER_FIELDS, RATE_LIMIT_HEADERS
 from helios.proxy.admission.quotas import Standing
 
 # What no model's context holds; a body that asks for more is the replica's to refuse.
@@ -15,8 +15,8 @@ def answer_bound(fields: Mapping[str, Any]) -> int:
 
     ``fields`` is a map of protobuf Values, which answers for a key that it has not with an empty one.
     """
-    each = _whole(fields["max_completion_tokens"]) or _whole(fields["max_tokens"])
-    return min(each * max(1, _whole(fields["n"])), _MOST_TOKENS)
+    largest, newer, count = (_whole(fields[name]) for name in ANSWER_FIELDS)
+    return min((newer or largest) * max(1, count), _MOST_TOKENS)
 
 
 def rate_limit_headers(standing: Standing) -> dict[str, str]:

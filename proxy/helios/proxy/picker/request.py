@@ -29,8 +29,6 @@ PROMPT_PATHS: Final = frozenset(
     )
 )
 """Calls whose prompt an engine may have in its cache."""
-# Of OpenAI's bodies, as Envoy lifts them: what a conversation shares, then who talks.
-SESSION_FIELDS: Final = ("prompt_cache_key", "safety_identifier", "user")
 _INFERENCE_MESSAGES: Final[dict[str, type[Message]]] = {
     "Chat": inference_pb.ChatRequest,
     "Complete": inference_pb.CompleteRequest,

@@ -14,7 +14,7 @@ from typing import Final
 from helios.proxy.placement.place import Placed, place
 from helios.proxy.placement.workers import WorkerCapacity
 
-_ROUNDS: Final = 200
+_ROUNDS: Final = 10
 # Of what is placed, taken out in one round at most.
 _MOST_TAKEN_OUT: Final = 8
 

@@ -34,6 +34,7 @@ class LoadPolicy:
     """How load becomes replicas.
 
     Attributes:
+        mode: what is done about it.
         target_ratio: share of the requests that an engine runs at once which a replica should have.
         kv_ratio: a KV cache that is fuller than this is full.
         stable_seconds: the mean over this time counts.
