@@ -1,10 +1,11 @@
 """A bare HTTP server of one file, or of a directory's, with ranges, by sendfile: a store that costs next to nothing.
 
-Run as a process of its own: `python -m tests.benchmarks.range_server FILE`; it prints its port. It ends when its
-standard input does.
+Run as a process of its own: `python -m tests.benchmarks.range_server FILE [RATE]`; it prints its port. It ends when its
+standard input does. With a rate the kernel sends no connection more bytes a second than that, at no cost in CPU.
 """
 
 import os
+import socket
 import socketserver
 import sys
 import threading
@@ -13,10 +14,18 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 _PATH = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("/dev/null")
+_RATE = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+_SO_MAX_PACING_RATE = 47
+"""Of Linux, which Python has no name for. Source: socket(7)."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        if _RATE:
+            self.request.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, _RATE)
+        super().setup()
 
     def do_HEAD(self) -> None:
         self._head(200, self._file().stat().st_size)

@@ -73,9 +73,9 @@ class DownloadSettings(BaseModel):
 
     model_config = _CONFIG
 
-    in_flight: int = Field(default=8, ge=1, le=256)
-    """Ranges that are fetched at a time, of all files together. 8: best on two cores; over a long way 16 to 64 are
-    faster."""
+    in_flight: int = Field(default=32, ge=1, le=256)
+    """Ranges that are fetched at a time, of all files together. 32: an object store gives each connection some 85 MB/s,
+    and where there is no such limit more than 8 cost nothing (measured on two cores: 1.15 s for a GiB with any)."""
     files: int = Field(default=4, ge=1, le=16)
     """Files of a model that are fetched at a time, the smallest first; they share the ranges in flight. 4: while one
     begins or is synced, others move; each more takes a thread and no more bytes."""
