@@ -78,18 +78,24 @@ class WatchFetchResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FILES_FIELD_NUMBER: _builtins.int
+    AWAITED_PATHS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___GrowingFile]:
         """Files of which something is here."""
+
+    @_builtins.property
+    def awaited_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Paths of the revision's files of which nothing is here yet."""
 
     def __init__(
         self,
         *,
         files: _abc.Iterable[Global___GrowingFile] | None = ...,
+        awaited_paths: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaited_paths", b"awaited_paths", "files", b"files"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
