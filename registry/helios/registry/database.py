@@ -135,6 +135,19 @@ def upsert(connection: AsyncConnection, table: Table) -> Upsert:
     return postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)
 
 
+async def clock_us(connection: AsyncConnection) -> int:
+    """Returns the database's own time, in microseconds since 1970: the one clock that all registries on it share.
+
+    The moment of the call, not of the transaction's begin, which may have waited for its turn since. SQLite's has
+    milliseconds.
+    """
+    if connection.dialect.name == "postgresql":
+        query = "SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)"
+    else:
+        query = "SELECT CAST(ROUND((julianday('now') - 2440587.5) * 86400000) AS INTEGER) * 1000"
+    return int((await connection.execute(text(query))).scalar_one())
+
+
 @asynccontextmanager
 async def _begin(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     try:

@@ -363,3 +363,25 @@ forecast_runs = Table(
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("hour", Integer, nullable=False),
 )
+
+# Who may do alone what only one may. A row stays for ever: its epoch must not be granted again.
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", text(63), primary_key=True),
+    # Empty: nobody's.
+    Column("holder", text(128), nullable=False),
+    Column("address", String(256), nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    # By the database's clock.
+    Column("begins_at_us", BigInteger, nullable=False),
+    Column("ends_at_us", BigInteger, nullable=False),
+)
+
+# Workers that nothing more is to be started on.
+cordons = Table(
+    "cordons",
+    metadata,
+    Column("worker_id", text(128), primary_key=True),
+    Column("created_at_us", BigInteger, nullable=False),
+)
