@@ -111,12 +111,15 @@ class GrowingFile(_message.Message):
     FILE_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     SPANS_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Path inside the revision."""
     file: _builtins.str
     """Where its bytes are on the node, until it is whole and has another name."""
     size_bytes: _builtins.int
     """Its size when it is whole."""
+    generation: _builtins.int
+    """Another number each time that its fetch begins anew: what was here before does not count any more. 0: it is whole."""
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerifiedSpan]:
         """What is here and verified, in order."""
@@ -128,10 +131,11 @@ class GrowingFile(_message.Message):
         file: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         spans: _abc.Iterable[Global___VerifiedSpan] | None = ...,
+        generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "path", b"path", "size_bytes", b"size_bytes", "spans", b"spans"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "generation", b"generation", "path", b"path", "size_bytes", b"size_bytes", "spans", b"spans"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
