@@ -308,7 +308,7 @@ def test_an_idle_replica_makes_room_for_another_model() -> None:
     assert sent(subject.tick(3.0)) == []
 
 
-def test_a_busy_replica_is_not_preempted() -> None:
+def test_a_busy_replica_is_waited_for_where_it_may_give_way_and_said_to_be_in_the_way_where_not() -> None:
     subject = core()
     known(subject, "m", "n")
     subject.worker_hello(hello(replicas=(replica(),), memory_bytes=GIB), 0.0)
@@ -316,9 +316,12 @@ def test_a_busy_replica_is_not_preempted() -> None:
     assert subject.pick(entry(), "q0", 0.5) is not None
     _, todo = subject.hold(entry("n"), "q1", size_bytes=0, deadline=99.0, now=1.0)
     assert sent(todo) == []
+    assert not [action for action in todo if isinstance(action, actions.Fail)]
+    # What the policy promises never gives way.
+    todo = subject.model_upserted(entry(min_replicas=1), 2.0) + subject.tick(3.0)
     (failed,) = [action for action in todo if isinstance(action, actions.Fail)]
+    assert isinstance(failed.error, NoReadyReplica)
     assert failed.error.reason == "NO_CAPACITY"
-    assert failed.error.retry_after_seconds is not None
 
 
 def test_min_replicas_are_kept_without_a_request() -> None:

@@ -452,6 +452,7 @@ class Core:
         """Ends holds whose deadline is reached; to be called about every tenth of a second."""
         for hold in self.holds.expire(now):
             self._out([actions.Fail(hold, self._expired(hold, now))])
+        self.lifecycle.activating.look(now)
         return self._take(now)
 
     def tick(self, now: float) -> list[actions.Action]:

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
 
-from helios.mesh.errors import HeliosError, PreconditionFailed
+from helios.mesh.errors import PreconditionFailed
 from helios.proxy import actions
+from helios.proxy.activating import Activating, Outside
 from helios.proxy.activation import machine
 from helios.proxy.activation.estimate import StartEstimates
 from helios.proxy.activation.machine import Activation, ActivationPolicy, ActivationState
+from helios.proxy.activation.turns import TurnPolicy
 from helios.proxy.adapters import Adapters
-from helios.proxy.catalogue import Catalogue, ModelEntry, shown
-from helios.proxy.engine_needs import needs_of
+from helios.proxy.catalogue import Catalogue, ModelEntry
 from helios.proxy.fleet.commands import CommandBook, DrainReplica, EvictRevision, Order, StartReplica, StopReplica
-from helios.proxy.fleet.state import Form, Replica, ReplicaState, Staged, WorkerHello
+from helios.proxy.fleet.state import Replica, ReplicaState, Staged, WorkerHello
 from helios.proxy.holds import Holds
 from helios.proxy.loads import Loads
 from helios.proxy.moved import move_holds
-from helios.proxy.placement import place as placement
-from helios.proxy.refusals import check_unpinned, start_error
+from helios.proxy.refusals import check_unpinned
 from helios.proxy.room import Room
 from helios.proxy.scaling.desired import Desired, Usage, desired_replicas
 from helios.proxy.scaling.load import LoadPolicy
@@ -43,6 +42,7 @@ class LifecyclePolicy:
         engine: engine that replicas run with; empty is the worker's default.
         idle_seconds: a model without requests for this long goes to its minimum; 0 is never.
         residency_seconds: a replica younger than this is not preempted for another model.
+        turns: when a model in use gives way to one that waits.
         drain_seconds: requests that still run after this long at a draining replica are cut off.
         start_base_seconds: guess of a first start, without its weights.
         start_bytes_per_second: guess of how fast weights come.
@@ -59,13 +59,10 @@ class LifecyclePolicy:
     drain_seconds: float
     start_base_seconds: float
     start_bytes_per_second: float
+    turns: TurnPolicy = field(default_factory=TurnPolicy)
     warmth: WarmthPolicy = field(default_factory=WarmthPolicy)
     swap: SwapPolicy = field(default_factory=SwapPolicy)
     load: LoadPolicy = field(default_factory=LoadPolicy)
-
-
-_LOOK_SECONDS: Final = 0.2
-"""How often a start that waits looks for room where nothing has changed."""
 
 
 class Lifecycle:
@@ -96,14 +93,12 @@ class Lifecycle:
         self._catalogue = catalogue
         self._holds = holds
         self._commands = commands
-        self._activations: dict[str, Activation] = {}
         self._evicting: set[str] = set()
-        self._waking: set[str] = set()
         self._drain_seconds: dict[str, float] = {}
-        self._looked: dict[str, tuple[float, bool]] = {}
         self.room = Room(
             policy.sizing,
             policy.residency_seconds,
+            policy.turns,
             traffic=traffic,
             catalogue=catalogue,
             holds=holds,
@@ -123,6 +118,19 @@ class Lifecycle:
             send=self._send_start,
             report=self._report,
         )
+        self.activating = Activating(
+            policy.activation,
+            policy.turns,
+            compiled_seconds=policy.swap.start_seconds,
+            estimates=self.estimates,
+            traffic=traffic,
+            catalogue=catalogue,
+            holds=holds,
+            room=self.room,
+            warmth=self.warmth,
+            starts=self._starts,
+            outside=Outside(self.reconcile, self._drain_within, self._send, self._report),
+        )
         self.loads = Loads(policy.load, traffic=traffic, holds=holds, begin=self._start_another, report=self._report)
         self.swaps = Swaps(
             policy.swap,
@@ -134,14 +142,11 @@ class Lifecycle:
 
     def activation(self, model: str) -> Activation:
         """The model's activation."""
-        activation = self._activations.get(model)
-        if activation is None:
-            activation = self._activations[model] = Activation(self.policy.activation)
-        return activation
+        return self.activating.of(model)
 
     def failure(self, model: str) -> str:
         """Why the model's last start failed, as long as no other one is tried; else empty."""
-        activation = self._activations.get(model)
+        activation = self.activating.find(model)
         if activation is None or activation.state is not ActivationState.BACKING_OFF:
             return ""
         return activation.failure
@@ -151,7 +156,7 @@ class Lifecycle:
 
         Not less than what is left of a fetch at the rate it has: experience knows nothing of today's network.
         """
-        activation = self._activations.get(entry.name)
+        activation = self.activating.find(entry.name)
         elapsed = activation.elapsed_seconds(now) if activation is not None else 0.0
         pause = activation.back_off_remaining_seconds(now) if activation is not None else 0.0
         estimated = pause + self.estimates.remaining_seconds(entry.name, entry.weights_bytes, elapsed)
@@ -177,9 +182,11 @@ class Lifecycle:
         standing, spares = self.swaps.split(current, now)
         desired = self._desired(entry, current, standing, now)
         if len(standing) < desired.start_below:
-            self._demand(entry, standing, now)
-        elif len(standing) > desired.drain_above:
-            self._put_down(entry, standing, len(standing) - desired.drain_above, now)
+            self.activating.demand(entry, standing, entry.min_replicas, now)
+        else:
+            self.activating.unneeded(model, now)
+            if len(standing) > desired.drain_above:
+                self._put_down(entry, standing, len(standing) - desired.drain_above, now)
         self._adopt(model, standing, now)
         self.swaps.follow(entry, standing, spares, now, is_wanted=desired.drain_above > 0)
         self.adapters.follow(entry, now)
@@ -195,7 +202,8 @@ class Lifecycle:
         standing, _ = self.swaps.split(current, now)
         if any(replica.revision == entry.revision for replica in standing) or not self.is_open:
             return
-        error = self._handle(entry.name, machine.Demanded(by_operator=True), now, may_preempt=True)
+        demanded = machine.Demanded(by_operator=True)
+        error = self.activating.handle(entry.name, demanded, now, may_preempt=True)
         if error is not None:
             raise error
 
@@ -206,7 +214,7 @@ class Lifecycle:
         current = self._traffic.staying(entry.name)
         standing, _ = self.swaps.split(current, now)
         if not standing:
-            self._demand(entry, standing, now)
+            self.activating.demand(entry, standing, entry.min_replicas, now)
 
     def keep_ready(self, model: str, now: float) -> None:
         """Has a replica of a model started where there is room that nobody else has, and not drained as idle."""
@@ -225,14 +233,16 @@ class Lifecycle:
 
     def handle(self, model: str, event: machine.Event, now: float) -> None:
         """Hands an event to the model's activation, where there is one."""
-        if model in self._activations:
-            self._handle(model, event, now, may_preempt=self._holds.count(model) > 0)
+        if self.activating.find(model) is not None:
+            self.activating.handle(model, event, now, may_preempt=self._holds.count(model) > 0)
 
     def tick(self, now: float) -> None:
         """Follows the time: every model about which something may be due."""
-        names = {*self._traffic.fleet.models(), *self._catalogue.pinned(), *self._holds.models(), *self._activations}
+        active = self.activating.models()
+        names = {*self._traffic.fleet.models(), *self._catalogue.pinned(), *self._holds.models(), *active}
+        self.activating.look(now)
         for model in self.room.start_order(names, now):
-            self.handle(model, machine.Tick(self._start_seconds(model)), now)
+            self.activating.tick(model, now)
             entry = self._catalogue.find(model)
             # Until all workers are back, what there is says nothing of what was asked for.
             has_load = self.is_open and entry is not None and entry.name == model
@@ -248,16 +258,13 @@ class Lifecycle:
     def capacity_changed(self, now: float) -> None:
         """A worker came, or a replica went: activations that wait for room look again."""
         self.warmth.look_again()
-        self._looked.clear()
-        waiting = [model for model, one in self._activations.items() if one.state is ActivationState.WAITING]
-        for model in self.room.start_order(waiting, now):
-            self.reconcile(model, now)
+        self.activating.capacity_changed(now)
 
     def worker_started(self, hello: WorkerHello, now: float) -> None:
         """A worker came that runs anew: what its predecessor could not do for good, it may."""
         self.swaps.worker_started(hello.worker_id, hello.incarnation)
-        for model, activation in list(self._activations.items()):
-            if activation.is_blocked:
+        for model in list(self.activating.models()):
+            if self.activation(model).is_blocked:
                 self.handle(model, machine.Changed(), now)
 
     def ready(self, replica: Replica, now: float) -> None:
@@ -268,7 +275,7 @@ class Lifecycle:
 
     def gone(self, replica: Replica, event: machine.Gone, now: float) -> None:
         """The replica is gone."""
-        self._waking.discard(replica.replica_id)
+        self.activating.gone(replica.replica_id)
         self._drain_seconds.pop(replica.replica_id, None)
         self.warmth.forget(replica.replica_id)
         self.room.forget(replica.replica_id)
@@ -294,6 +301,9 @@ class Lifecycle:
         is_routable = replica.state in (ReplicaState.READY, ReplicaState.DRAINING)
         order: Order = DrainReplica(replica.replica_id, seconds) if is_routable else StopReplica(replica.replica_id)
         self._send(replica.worker_id, order)
+
+    def _drain_within(self, replica: Replica, now: float, seconds: float | None) -> None:
+        self.drain(replica, now, seconds=seconds)
 
     def drain_all(self, model: str, now: float) -> int:
         """Brings a model to zero now; returns how many replicas drain."""
@@ -323,19 +333,13 @@ class Lifecycle:
             self._evicting.add(revision)
             self._evict_idle()
 
-    def _start_seconds(self, model: str) -> float | None:
-        """How long the model's start under way may take, where that is not the policy's time."""
-        activation = self._activations.get(model)
-        replica = self._traffic.fleet.replica(activation.replica_id or "") if activation is not None else None
-        # Stopped in the middle, a compile would begin anew with the next start, and never come to its end.
-        return self.policy.swap.start_seconds if replica is not None and replica.form is Form.COMPILED else None
-
     def _desired(self, entry: ModelEntry, current: list[Replica], standing: list[Replica], now: float) -> Desired:
+        activation = self.activating.find(entry.name)
         usage = Usage(
             held_count=self._holds.count(entry.name),
             in_flight_count=sum(1 for replica in current if not self._traffic.is_idle(replica)),
             last_used_at=self._traffic.last_used_at(entry.name),
-            is_failing=self._activations[entry.name].is_failing if entry.name in self._activations else False,
+            is_failing=activation is not None and activation.is_failing,
             load_count=self.loads.count(entry.name, standing, now),
         )
         return desired_replicas(
@@ -345,105 +349,6 @@ class Lifecycle:
             idle_seconds=self.policy.idle_seconds,
             now=now,
         )
-
-    def _demand(self, entry: ModelEntry, current: list[Replica], now: float) -> None:
-        # Only what somebody waits for, or what the policy promises, may take another model's memory.
-        may_preempt = self._holds.count(entry.name) > 0 or len(current) < entry.min_replicas
-        if any(replica.state.is_starting for replica in current):
-            return
-        # Looking for room looks at every worker, and each request that waits would do so anew.
-        is_waiting = self.activation(entry.name).state is ActivationState.WAITING
-        looked_at, did_preempt = self._looked.get(entry.name, (-_LOOK_SECONDS, False))
-        if is_waiting and now < looked_at + _LOOK_SECONDS and (did_preempt or not may_preempt):
-            return
-        self._looked[entry.name] = now, may_preempt
-        self._handle(entry.name, machine.Demanded(), now, may_preempt=may_preempt)
-
-    def _handle(self, model: str, event: machine.Event, now: float, *, may_preempt: bool) -> HeliosError | None:
-        error: HeliosError | None = None
-        todo = self.activation(model).handle(event, now)
-        while todo:
-            action = todo.pop(0)
-            match action:
-                case machine.Place():
-                    answer = self._place(model, now, may_preempt=may_preempt)
-                    todo += self.activation(model).handle(answer, now)
-                case machine.FailHolds(reason, message, retry_after_seconds):
-                    error = start_error(model, reason, message, retry_after_seconds)
-                    # What waits for a replica that is busy, or for an adapter, does not wait for this start.
-                    is_served = self._traffic.has_candidates(model)
-                    held_count = 0 if is_served else self._fail_holds(model, error)
-                    if held_count or not isinstance(event, machine.Demanded):
-                        self.outbox.append(actions.ActivationFailed(model, reason, message, held_count))
-                case machine.Abandon(replica_id):
-                    replica = self._traffic.fleet.replica(replica_id)
-                    if replica is not None:
-                        self._traffic.drain_asked(replica_id)
-                        self._send(replica.worker_id, StopReplica(replica_id))
-                case machine.Measured(replica_id, seconds):
-                    # Waking says nothing of how long a start takes.
-                    if replica_id not in self._waking:
-                        self.estimates.record(model, seconds)
-                    self._waking.discard(replica_id)
-                    replica = self._traffic.fleet.replica(replica_id)
-                    phases = replica.phases if replica is not None else ()
-                    self.outbox.append(actions.ActivationDone(model, replica_id, seconds, phases))
-        return error
-
-    def _place(self, model: str, now: float, *, may_preempt: bool) -> machine.Event:
-        entry = self._catalogue.find(model)
-        if entry is None:
-            return machine.Refused("MODEL_NOT_FOUND", f"the model '{model}' was deleted", 1.0)
-        needs = needs_of(entry.engine_settings)
-        if entry.is_adapter:
-            message = (
-                f"'{model}' is a LoRA adapter, made for '{shown(entry.base_model)}': name it in a model's engine"
-                f" settings (helios models set MODEL --set lora.adapters={model}:{model})"
-            )
-            return machine.Refused("INVALID_ENGINE_SETTINGS", message, 1.0)
-        if missing := self._starts.missing_models(needs):
-            message = f"its engine settings name the model '{min(missing)}', which does not exist"
-            return machine.Refused("INVALID_ENGINE_SETTINGS", message, 1.0)
-        sleeper = self.warmth.sleeper(entry)
-        if sleeper is not None:
-            return machine.Placed(self._wake(sleeper))
-        workers = [self.room.capacity(w, entry, now) for w in self._traffic.fleet.open_workers()]
-        plan = placement.place(self._starts.engine(needs), workers, may_preempt=may_preempt)
-        match plan:
-            case placement.Placed() as placed:
-                return machine.Placed(self._starts.begin(entry, placed))
-            case placement.Preempt(worker_id, replica_ids):
-                return self._preempt(model, worker_id, replica_ids, now)
-            case placement.Wait(reason, message):
-                self.outbox.append(actions.ActivationDelayed(model, reason, message))
-                return machine.Delayed(reason, message)
-            case placement.Impossible(reason, message):
-                retry_after = self.estimates.expected_seconds(model, entry.weights_bytes)
-                proposal = self.room.propose_moves(model, self._starts.engine(needs), workers, now)
-                if proposal is not None:
-                    self.outbox.append(actions.ActivationDelayed(model, "FRAGMENTED", proposal.text))
-                return machine.Refused(reason, message, max(1.0, retry_after))
-
-    def _preempt(self, model: str, worker_id: str, replica_ids: tuple[str, ...], now: float) -> machine.Delayed:
-        victims: list[str] = []
-        for replica_id in replica_ids:
-            replica = self._traffic.fleet.replica(replica_id)
-            assert replica is not None
-            idle_seconds = now - (self._traffic.last_used_at(replica.model) or now)
-            unused = "a compiled replica on its way" if replica.is_spare else f"unused for {idle_seconds:.0f} s"
-            victims.append(f"{replica.model} ({unused})")
-            entry = self._catalogue.find(replica.model)
-            if replica.state is ReplicaState.READY:
-                # One that sleeps says nothing of the model's other replicas, which may be in use.
-                self._traffic.forget_use(replica.model)
-                if entry is not None:
-                    self.warmth.keep_staged(entry, worker_id)
-            self.drain(replica, now)
-        # Clients are told of the first; which models those are is for operators.
-        message = "idle replicas of other models are draining to make room"
-        detail = f"{message} on {worker_id}: {', '.join(victims)}"
-        self.outbox.append(actions.ActivationDelayed(model, "NO_CAPACITY", detail))
-        return machine.Delayed("NO_CAPACITY", message)
 
     def put_to_sleep(self, replica: Replica, now: float) -> None:
         """Puts a replica to sleep for an operator; nothing happens to one that sleeps.
@@ -471,7 +376,7 @@ class Lifecycle:
             message = f"worker {replica.worker_id} is cordoned: helios workers uncordon {replica.worker_id}"
             raise PreconditionFailed(message, reason="WORKER_CORDONED")
         self._traffic.use(replica.model, now)
-        self._wake(replica)
+        self.activating.wake(replica)
         self.activation(replica.model)
         self.reconcile(replica.model, now)
 
@@ -486,18 +391,6 @@ class Lifecycle:
         staged = self.warmth.stage(entry)
         return staged, self.drain_all(entry.name, now)
 
-    def _wake(self, replica: Replica) -> str:
-        self._waking.add(replica.replica_id)
-        self.warmth.wake(replica)
-        held_count = self._holds.count(replica.model)
-        asking = self._holds.first(replica.model)
-        traceparent = asking.traceparent if asking is not None else ""
-        begun = actions.ActivationBegun(
-            replica.model, replica.replica_id, replica.worker_id, held_count, "wakes a sleeping replica", traceparent
-        )
-        self.outbox.append(begun)
-        return replica.replica_id
-
     def _adopt(self, model: str, current: list[Replica], now: float) -> None:
         # One that was stopped a moment ago is none: its end would be taken for a failure.
         # One for load is awaited by nobody.
@@ -508,7 +401,7 @@ class Lifecycle:
         )
         starting = next(awaited, None)
         if starting is not None:
-            self._handle(model, machine.Adopted(starting.replica_id), now, may_preempt=False)
+            self.activating.handle(model, machine.Adopted(starting.replica_id), now, may_preempt=False)
 
     def _put_down(self, entry: ModelEntry, current: list[Replica], count: int, now: float) -> None:
         replaced = self.swaps.replaced(entry, current)
@@ -537,8 +430,7 @@ class Lifecycle:
         for replica in self._traffic.fleet.replicas_of(model):
             if not self._traffic.is_draining(replica):
                 self.drain(replica, now)
-        self._activations.pop(model, None)
-        self._looked.pop(model, None)
+        self.activating.forget(model)
         self.swaps.forget(model)
         self._traffic.forget_use(model)
         todo, homes = move_holds(
@@ -549,11 +441,6 @@ class Lifecycle:
             self._traffic.look_again(home)
             self.reconcile(home, now)
 
-    def _fail_holds(self, model: str, error: HeliosError) -> int:
-        holds = self._holds.take_all(model)
-        self.outbox += [actions.Fail(hold, error) for hold in holds]
-        return len(holds)
-
     def _evict_idle(self) -> None:
         for revision in list(self._evicting):
             if any(_uses(replica, revision) for replica in self._traffic.fleet.replicas()):
@@ -563,12 +450,8 @@ class Lifecycle:
             for worker in self._traffic.fleet.workers():
                 self._send(worker.hello.worker_id, EvictRevision(revision))
 
-    @property
-    def _is_room_wanted(self) -> bool:
-        return any(activation.waits_for_room for activation in self._activations.values())
-
     def _start_spare(self, entry: ModelEntry, now: float) -> Replica | None:
-        return None if self._is_room_wanted else self._starts.begin_spare(entry, now)
+        return None if self.activating.is_room_wanted else self._starts.begin_spare(entry, now)
 
     def _follow_load(self, entry: ModelEntry, now: float) -> None:
         current = [r for r in self._traffic.staying(entry.name) if r.revision == entry.revision]
@@ -577,10 +460,10 @@ class Lifecycle:
 
     def _start_another(self, entry: ModelEntry, now: float) -> str:
         """Starts one more replica for a model's load, unless others wait for room, or its last start failed."""
-        if self.activation(entry.name).state is not ActivationState.IDLE or self._is_room_wanted:
+        if self.activation(entry.name).state is not ActivationState.IDLE or self.activating.is_room_wanted:
             return ""
         sleeper = self.warmth.sleeper(entry)
-        return self._wake(sleeper) if sleeper is not None else self._starts.begin_another(entry, now)
+        return self.activating.wake(sleeper) if sleeper is not None else self._starts.begin_another(entry, now)
 
     def _send_start(self, worker_id: str, order: Order) -> None:
         if isinstance(order, StartReplica):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Final
 
+from helios.proxy.activation.turns import Line, TurnPolicy
 from helios.proxy.catalogue import Catalogue, ModelEntry
 from helios.proxy.engine_needs import EngineNeeds, needs_of, with_form
 from helios.proxy.fleet.state import Form, Replica, ReplicaState, Worker
@@ -36,13 +37,14 @@ class Room:
         self,
         policy: SizingPolicy,
         residency_seconds: float,
+        turns: TurnPolicy,
         *,
         traffic: Traffic,
         catalogue: Catalogue,
         holds: Holds,
         start_seconds: Callable[[ModelEntry], float],
     ) -> None:
-        """A replica that is younger than ``residency_seconds`` is nobody's room.
+        """A replica that is younger than ``residency_seconds`` is nobody's room; what is in use has its turn.
 
         ``start_seconds`` estimates how long a model takes to start, which is what is lost with its replica.
         """
@@ -53,6 +55,8 @@ class Room:
         self._propose_after: dict[str, float] = {}
         self._policy = policy
         self._residency_seconds = residency_seconds
+        self._turns = turns
+        self.line = Line()
         self._traffic = traffic
         self._catalogue = catalogue
         self._holds = holds
@@ -140,6 +144,14 @@ class Room:
         replicas = list(worker.replicas.values())
         draining = [replica for replica in replicas if self._traffic.is_draining(replica)]
         size = self.size_on(worker, entry)
+        claims = self.line.claims_on(worker_id, entry.name)
+        devices = worker.gang_devices()
+        for claim in claims:
+            devices = claim.book(devices)
+        victims, turn_over, in_turn = self._who_gives_way(replicas, entry.name, now)
+        if self._turns.turn_seconds:
+            # Whoever comes there will have its turn.
+            in_turn += tuple(claim.as_occupant() for claim in claims)
         return WorkerCapacity(
             worker_id=worker_id,
             engines=worker.hello.engines,
@@ -148,16 +160,18 @@ class Room:
             # Staged revisions give way.
             free_host_bytes=worker.unpinned_host_bytes,
             memory_bytes=worker.memory_bytes_of(device_count),
-            devices=worker.gang_devices(),
+            devices=devices,
             device_count=device_count,
             has_gpus=worker.has_gpus,
             same_model_count=sum(each.model == entry.name and each not in draining for each in replicas),
             is_staged=entry.revision in worker.staged,
             is_on_disk=entry.revision in self._fetched.get(worker_id, ()),
-            free_slot_count=worker.hello.slot_count - len(replicas),
+            free_slot_count=worker.hello.slot_count - len(replicas) - len(claims),
             draining=tuple(_occupant(each) for each in draining if each.replica_id not in self._late),
             late=tuple(_occupant(each) for each in draining if each.replica_id in self._late),
-            victims=self._victims(replicas, entry.name, now),
+            victims=victims,
+            turn_over=turn_over,
+            in_turn=in_turn,
         )
 
     def propose_moves(
@@ -222,24 +236,62 @@ class Room:
         draft = self._catalogue.named(needs_of(entry.engine_settings).draft_model)
         return replica_size(entry, self._policy, draft, measured=self.measured, is_gpu=is_gpu)
 
-    def _victims(self, replicas: Iterable[Replica], model: str, now: float) -> tuple[Occupant, ...]:
-        """Replicas that may be drained for a start of a model, all of them at once.
+    def _who_gives_way(
+        self, replicas: Iterable[Replica], model: str, now: float
+    ) -> tuple[tuple[Occupant, ...], tuple[Occupant, ...], tuple[Occupant, ...]]:
+        """Replicas that may be drained for a start of a model, all of them at once: those that nobody uses, those
+        whose turn is over, and those that will give way in their turn.
 
         Of a model whose policy promises replicas, no more are offered than it has beyond these.
         """
         spare_counts: dict[str, int] = {}
         victims: list[Occupant] = []
+        in_use: list[Replica] = []
         for replica in replicas:
             if not self._gives_way(replica, model, now):
-                continue
-            if not replica.is_spare and replica.state is not ReplicaState.ASLEEP:
-                count = spare_counts.get(replica.model)
-                count = self._spare_count(replica.model) if count is None else count
-                spare_counts[replica.model] = count - 1
-                if count < 1:
-                    continue
-            victims.append(self._victim(replica, now))
-        return tuple(victims)
+                in_use.append(replica)
+            elif replica.is_spare or replica.state is ReplicaState.ASLEEP or self._is_beyond(replica, spare_counts):
+                victims.append(self._victim(replica, now))
+        turn_over: list[Occupant] = []
+        in_turn: list[Occupant] = []
+        if self._turns.turn_seconds:
+            has_waited = self.line.waited_seconds(model, now) >= self._turns.turn_seconds
+            for replica in in_use:
+                if self._has_turn(replica, model) and self._is_beyond(replica, spare_counts):
+                    is_over = has_waited and self._is_turn_over(replica, now)
+                    (turn_over if is_over else in_turn).append(self._in_use(replica, now))
+        return tuple(victims), tuple(turn_over), tuple(in_turn)
+
+    def _is_beyond(self, replica: Replica, spare_counts: dict[str, int]) -> bool:
+        """Whether a replica is not among those that its model's policy promises; `spare_counts` are what is left."""
+        count = spare_counts.get(replica.model)
+        count = self._spare_count(replica.model) if count is None else count
+        spare_counts[replica.model] = count - 1
+        return count > 0
+
+    def _has_turn(self, replica: Replica, model: str) -> bool:
+        """Whether a replica that is on its way, young or in use gives way to another model some time."""
+        if replica.model == model or replica.state is ReplicaState.ASLEEP or self._traffic.is_draining(replica):
+            return False
+        return self._catalogue.find(replica.model) is not None
+
+    def _is_turn_over(self, replica: Replica, now: float) -> bool:
+        """Whether a replica has served for as long as its start took, and all that waited when it got ready."""
+        since = self._traffic.ready_since(replica.replica_id)
+        if replica.state is not ReplicaState.READY or since is None:
+            return False
+        entry = self._catalogue.find(replica.model)
+        start_seconds = self._start_seconds(entry) if entry is not None else 0.0
+        oldest = self._holds.first(replica.model)
+        is_served = oldest is None or oldest.since > since
+        return is_served and now - since >= max(self._residency_seconds, start_seconds)
+
+    def _in_use(self, replica: Replica, now: float) -> Occupant:
+        """What has served for long has had more of its start than what has not."""
+        entry = self._catalogue.find(replica.model)
+        start_seconds = self._start_seconds(entry) if entry is not None else 0.0
+        served_seconds = max(1.0, now - (self._traffic.ready_since(replica.replica_id) or now))
+        return _occupant(replica, max(_LEAST_VALUE, start_seconds * 3600 / served_seconds))
 
     def _spare_count(self, model: str) -> int:
         """Replicas that a model has beyond those that its policy promises; those that sleep don't count."""

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 from helios.mesh.settings import CLOSE_SECONDS, ProcessSettings
 from helios.proxy.activation.machine import ActivationPolicy
+from helios.proxy.activation.turns import TurnPolicy
 from helios.proxy.breaker import BreakerPolicy
 from helios.proxy.core import CorePolicy
 from helios.proxy.holds import HoldLimits
@@ -88,11 +89,19 @@ class ReplicaSettings(BaseModel):
     start_seconds: PositiveFloat = 300.0
     """How long a start may take before it is given up, in seconds; one that compiles, `swap.start_seconds`."""
     wait_seconds: PositiveFloat = 30.0
-    """How long requests wait for a worker to connect, or for memory that is being freed, in seconds."""
+    """How long requests wait for a worker to connect, in seconds. For memory that others have, they wait in line, as
+    long as `hold.limit_seconds` lets them."""
     drain_seconds: PositiveFloat = 30.0
     """How long a draining replica may finish its requests, in seconds."""
     residency_seconds: NonNegativeFloat = 10.0
     """A replica that became ready less than this ago is not preempted for another model, in seconds: anti-thrash."""
+    turn_seconds: NonNegativeFloat = 30.0
+    """A model that has waited for so long takes room from others that are in use, in seconds. These have had their turn
+    when they have served all that waited for their start, for as long as it took and at least residency_seconds; the
+    model that has waited longest is next. 30: below the patience of clients, above the pauses of one. 0: what is in
+    use never gives way."""
+    turn_drain_seconds: PositiveFloat = 120.0
+    """How long requests may go on at a replica whose turn is over, in seconds."""
     start_base_seconds: PositiveFloat = 5.0
     """Guess for a model's first start without its weights, in seconds; measured starts replace it."""
     start_bytes_per_second: PositiveInt = 1 << 30
@@ -317,6 +326,7 @@ class ProxySettings(ProcessSettings):
             engine=replica.engine,
             idle_seconds=self.idle_timeout_seconds,
             residency_seconds=replica.residency_seconds,
+            turns=TurnPolicy(replica.turn_seconds, replica.turn_drain_seconds),
             drain_seconds=replica.drain_seconds,
             start_base_seconds=replica.start_base_seconds,
             start_bytes_per_second=float(replica.start_bytes_per_second),

@@ -4,7 +4,8 @@
 |---|---|---|---|
 | IDLE | Demanded | PLACING | Place |
 | WAITING | Demanded | PLACING | Place |
-| WAITING | Tick, waited for longer than wait_seconds | IDLE | FailHolds |
+| WAITING | Tick, waited for longer than wait_seconds, unless requests wait for room | IDLE | FailHolds |
+| WAITING | Unneeded | IDLE | |
 | PLACING | Placed | STARTING | |
 | PLACING | Delayed | WAITING (keeps the time of its first wait) | |
 | PLACING | Refused | IDLE | FailHolds |
@@ -72,9 +73,15 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed; `start_seconds`: how long the start under way may take, None: as the policy says."""
+    """Time has passed.
+
+    Attributes:
+        start_seconds: how long the start under way may take, None: as the policy says.
+        is_held: requests wait for it. For room, they do until their own deadlines.
+    """
 
     start_seconds: float | None = None
+    is_held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +139,12 @@ class Withdrawn:
     replica_id: str
 
 
-Event = Demanded | Changed | Tick | Placed | Adopted | Delayed | Refused | Ready | Gone | Withdrawn
+@dataclass(frozen=True, slots=True)
+class Unneeded:
+    """Nothing asks for a replica any more, or there is one."""
+
+
+Event = Demanded | Changed | Tick | Placed | Adopted | Delayed | Refused | Ready | Gone | Withdrawn | Unneeded
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +247,9 @@ class Activation:
         match event:
             case Demanded(by_operator):
                 return self._demanded(now, by_operator=by_operator)
-            case Tick(start_seconds):
-                return self._tick(now, self._policy.start_seconds if start_seconds is None else start_seconds)
+            case Tick(start_seconds, is_held):
+                start_seconds = self._policy.start_seconds if start_seconds is None else start_seconds
+                return self._tick(now, start_seconds, is_held=is_held)
             case Placed(replica_id):
                 assert self.state is ActivationState.PLACING
                 return self._starting(replica_id, now)
@@ -254,7 +267,7 @@ class Activation:
                 return self._ready(replica_id, now)
             case Gone():
                 return self._gone(event, now)
-            case Withdrawn() | Changed():
+            case Withdrawn() | Changed() | Unneeded():
                 self._let_go(event)
                 return []
 
@@ -265,13 +278,13 @@ class Activation:
             return self._place()
         return self._place() if self.state in (ActivationState.IDLE, ActivationState.WAITING) else []
 
-    def _tick(self, now: float, start_seconds: float) -> list[Action]:
+    def _tick(self, now: float, start_seconds: float, *, is_held: bool) -> list[Action]:
         if self.state is ActivationState.STARTING and now - self.since > start_seconds:
             assert self.replica_id is not None
             abandoned = self.replica_id
             message = f"the model was not ready after {start_seconds:.0f} s"
             return [Abandon(abandoned), *self._fail("START_TIMEOUT", message, now)]
-        if self.state is ActivationState.WAITING:
+        if self.state is ActivationState.WAITING and not (is_held and self.waits_for_room):
             assert self._waiting_since is not None
             if now - self._waiting_since > self._policy.wait_seconds:
                 reason, message = self._reason, self.failure
@@ -297,8 +310,11 @@ class Activation:
             return self._place()
         return self._fail(event.reason, event.message, now)
 
-    def _let_go(self, event: Withdrawn | Changed) -> None:
-        if isinstance(event, Changed):
+    def _let_go(self, event: Withdrawn | Changed | Unneeded) -> None:
+        if isinstance(event, Unneeded):
+            if self.state is ActivationState.WAITING:
+                self._rest()
+        elif isinstance(event, Changed):
             if self.state is ActivationState.BACKING_OFF:
                 self.failure_count = 0
                 self._rest()

@@ -6,12 +6,13 @@ fastest; on GPUs the one where the least room is left over (best fit), so that w
 processors the one with the most room, because replicas share its cores.
 
 Where nothing has room, draining replicas are waited for; then idle replicas give way, on the worker where the least is
-lost with them. What may drain for minutes is waited for only where nothing else gives way.
+lost with them; then those in use that have had their turn. What may drain for minutes is waited for only where nothing
+else gives way. Where replicas are in their turn, the wait is for its end.
 """
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Final
 
@@ -34,10 +35,12 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Preempt:
-    """Drain these, on this worker, then look again."""
+    """Drain these, on this worker, then look again; `device_ids` is where the replica would go then."""
 
     worker_id: str
     replica_ids: tuple[str, ...]
+    device_ids: tuple[str, ...] = field(default=(), compare=False)
+    share_bytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +92,15 @@ def place(engine: str, workers: list[WorkerCapacity], *, may_preempt: bool) -> P
     if any(worker.draining and worker.fit(worker.draining) for worker in large_enough):
         return Wait("NO_CAPACITY", "replicas of other models are draining to make room")
     preempted = _cheapest(large_enough, may_take_idle=may_preempt)
+    if preempted is None and may_preempt and any(worker.turn_over for worker in large_enough):
+        turns_over = [replace(each, victims=(*each.victims, *each.turn_over)) for each in large_enough]
+        preempted = _cheapest(turns_over, may_take_idle=True)
     if preempted is not None:
         return preempted
     if any(worker.late and worker.fit((*worker.draining, *worker.late)) for worker in large_enough):
         return Wait("NO_CAPACITY", "a replica that another one replaced still has requests")
+    if may_preempt and any(_fits_in_turn(worker) for worker in large_enough):
+        return Wait("NO_CAPACITY", "models that are in use give way in turn")
     return Impossible("NO_CAPACITY", _no_room(large_enough))
 
 
@@ -159,7 +167,15 @@ def _cheapest(workers: list[WorkerCapacity], *, may_take_idle: bool) -> Preempt 
     if not closer:
         return None
     worker, chosen = min(closer, key=lambda plan: _cost(*plan))
-    return Preempt(worker.worker_id, tuple(victim.replica_id for victim in chosen))
+    gang = worker.fit((*worker.draining, *chosen))
+    assert gang is not None
+    victim_ids = tuple(victim.replica_id for victim in chosen)
+    return Preempt(worker.worker_id, victim_ids, gang.device_ids, worker.share_bytes)
+
+
+def _fits_in_turn(worker: WorkerCapacity) -> bool:
+    later = (*worker.turn_over, *worker.in_turn)
+    return bool(later) and worker.fit((*worker.draining, *worker.late, *worker.victims, *later)) is not None
 
 
 def _cost(worker: WorkerCapacity, chosen: tuple[Occupant, ...]) -> tuple[float, int, str]:

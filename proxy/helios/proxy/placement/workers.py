@@ -40,6 +40,9 @@ class WorkerCapacity:
         draining: replicas that go within seconds.
         late: replicas that drain for longer than a start can wait.
         victims: replicas that may be drained for this one.
+        turn_over: replicas in use that may be drained for it, because it has waited for long enough, and they have
+            had their turn.
+        in_turn: replicas that give way in their turn, and not yet.
         movable: replicas that serve, and that another worker could have instead.
         same_model_count: replicas of the model that are there.
         is_staged: the weights are in memory there.
@@ -58,6 +61,8 @@ class WorkerCapacity:
     draining: tuple[Occupant, ...] = ()
     late: tuple[Occupant, ...] = ()
     victims: tuple[Occupant, ...] = ()
+    turn_over: tuple[Occupant, ...] = ()
+    in_turn: tuple[Occupant, ...] = ()
     movable: tuple[Occupant, ...] = ()
     same_model_count: int = 0
     is_staged: bool = False
