@@ -14,8 +14,10 @@ import structlog
 
 from helios.api.registry.v1.artifact_service_pb2_grpc import add_ArtifactServiceServicer_to_server
 from helios.api.registry.v1.chunk_service_pb2_grpc import add_ChunkServiceServicer_to_server
+from helios.api.registry.v1.cordon_service_pb2_grpc import add_CordonServiceServicer_to_server
 from helios.api.registry.v1.follow_service_pb2_grpc import add_FollowServiceServicer_to_server
 from helios.api.registry.v1.key_service_pb2_grpc import add_KeyServiceServicer_to_server
+from helios.api.registry.v1.lease_service_pb2_grpc import add_LeaseServiceServicer_to_server
 from helios.api.registry.v1.prefetch_service_pb2_grpc import add_PrefetchServiceServicer_to_server
 from helios.api.registry.v1.profile_service_pb2_grpc import add_ProfileServiceServicer_to_server
 from helios.api.registry.v1.push_service_pb2_grpc import add_PushServiceServicer_to_server
@@ -39,6 +41,9 @@ from helios.registry.chunk_servicer import ChunkServicer
 from helios.registry.chunk_store import ChunkStore
 from helios.registry.collection import prefixes
 from helios.registry.collector import Collector
+from helios.registry.cordons.cordons import Cordons
+from helios.registry.cordons.servicer import CordonServicer
+from helios.registry.cordons.store import CordonStore
 from helios.registry.database import Database
 from helios.registry.directory_store import DirectoryStore
 from helios.registry.downloads import open_downloads
@@ -49,6 +54,8 @@ from helios.registry.ingest import Ingester
 from helios.registry.keys.keys import Keys
 from helios.registry.keys.servicer import KeyServicer
 from helios.registry.keys.store import KeyStore
+from helios.registry.leases.servicer import LeaseServicer
+from helios.registry.leases.store import LeaseStore
 from helios.registry.ownership import Claim
 from helios.registry.profiles.measures import MeasureStore
 from helios.registry.profiles.planner import Planner
@@ -118,6 +125,7 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         add_RegistryServiceServicer_to_server(RegistryServicer(catalog, ingester, collector), server.grpc)
         uploads = Uploads(catalog, core.artifacts, state, settings.artifacts)
         _serve_records(core, settings, server, uploads)
+        cordons = _serve_proxies(core, settings, server)
         rollouts = RolloutStore(database, store.changes)
         add_RolloutServiceServicer_to_server(RolloutServicer(catalog, rollouts), server.grpc)
         followed = FollowStore(database, store.changes)
@@ -133,7 +141,7 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         server.serve(*access.POLICY)
         for part in (server, ingester, pusher):
             await stack.enter_async_context(part)
-        for watched in (catalog.hub, sync, keys, usage):
+        for watched in (catalog.hub, sync, keys, cordons, usage):
             stack.callback(watched.close)
         metrics.MODELS.set(await store.count_models())
         await uploads.measure()
@@ -218,6 +226,15 @@ def _serve_records(core: _Core, settings: RegistrySettings, server: MeshServer, 
     planner = Planner(timeout_seconds=settings.profiles.plan_timeout_seconds)
     profiles = Profiles(core.catalog, MeasureStore(core.database), planner)
     add_ProfileServiceServicer_to_server(ProfileServicer(profiles), server.grpc)
+
+
+def _serve_proxies(core: _Core, settings: RegistrySettings, server: MeshServer) -> Cordons:
+    """Adds what several proxies agree by: leases and cordons."""
+    add_LeaseServiceServicer_to_server(LeaseServicer(LeaseStore(core.database)), server.grpc)
+    poll_seconds = settings.watch_poll_seconds if core.database.is_shared else None
+    cordons = Cordons(CordonStore(core.database), poll_seconds=poll_seconds)
+    add_CordonServiceServicer_to_server(CordonServicer(cordons), server.grpc)
+    return cordons
 
 
 async def _open_blobs(

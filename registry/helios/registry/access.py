@@ -24,6 +24,8 @@ FOLLOW_SERVICE: Final = "helios.api.registry.v1.FollowService"
 PROFILE_SERVICE: Final = "helios.api.registry.v1.ProfileService"
 PREFETCH_SERVICE: Final = "helios.api.registry.v1.PrefetchService"
 USAGE_SERVICE: Final = "helios.api.registry.v1.UsageService"
+LEASE_SERVICE: Final = "helios.api.registry.v1.LeaseService"
+CORDON_SERVICE: Final = "helios.api.registry.v1.CordonService"
 # A storage agent and a proxy read; the admin edge acts for people.
 POLICY: Final = {
     SERVICE: frozenset({"storage", "proxy", "admin-edge"}),
@@ -42,6 +44,10 @@ POLICY: Final = {
     PROFILE_SERVICE: frozenset({"proxy", "admin-edge"}),
     # Proxies report and take advice, people look.
     USAGE_SERVICE: frozenset({"proxy", "admin-edge"}),
+    # Proxies agree on who leads, people look.
+    LEASE_SERVICE: frozenset({"proxy", "admin-edge"}),
+    # People cordon at a proxy, which knows the workers.
+    CORDON_SERVICE: frozenset({"proxy"}),
     PREFETCH_SERVICE: frozenset({"admin-edge"}),
 }
 
@@ -52,6 +58,7 @@ _PUBLISHERS: Final = frozenset({"worker"})
 _AGENTS: Final = frozenset({"storage"})
 _KEY_WATCHERS: Final = frozenset({"proxy"})
 _REPORTERS: Final = frozenset({"proxy"})
+_LEADERS: Final = frozenset({"proxy"})
 
 
 def check_may_write(context: Any) -> None:
@@ -87,6 +94,11 @@ def check_may_manage_keys(context: Any) -> None:
 def check_may_watch_keys(context: Any) -> None:
     """Raises PermissionDenied unless the caller may know what recognises keys."""
     _check(context, _KEY_WATCHERS, "watch keys")
+
+
+def check_may_lead(context: Any) -> None:
+    """Raises PermissionDenied unless the caller may hold leases and cordon workers."""
+    _check(context, _LEADERS, "hold leases or cordon workers")
 
 
 def check_is_agent(context: Any) -> None:

@@ -21,6 +21,7 @@ from helios.registry.artifact_client import ArtifactClient
 from helios.registry.artifacts import Artifact
 from helios.registry.collection import CollectionReport
 from helios.registry.collection_wire import collection_report_from_proto, collection_to_proto
+from helios.registry.cordons.client import Cordon, CordonClient
 from helios.registry.engine_settings import EngineSettings
 from helios.registry.events import Event, EventKind, EventsMissed
 from helios.registry.follow.client import FollowClient
@@ -28,6 +29,8 @@ from helios.registry.follow.following import Following, Wish
 from helios.registry.follow.following import Policy as FollowPolicy
 from helios.registry.history import Cause, Move
 from helios.registry.keys.client import SECRET_PREFIX, ApiKey, KeyClient, KeySpec, Priority, StoredKey, hash_secret
+from helios.registry.leases.client import Grant, LeaseClient, ToldLease
+from helios.registry.leases.client import Wish as LeaseWish
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.profile import ModelProfile
 from helios.registry.profiles.client import ProfileClient
@@ -86,6 +89,8 @@ __all__ = [
     "BlobLocation",
     "Cause",
     "CollectionReport",
+    "Cordon",
+    "CordonClient",
     "Counts",
     "Delta",
     "Digest",
@@ -99,6 +104,7 @@ __all__ = [
     "FollowPolicy",
     "Following",
     "Forecast",
+    "Grant",
     "IngestDone",
     "IngestEvent",
     "IngestPhase",
@@ -106,6 +112,8 @@ __all__ = [
     "IngestSpec",
     "KeyClient",
     "KeySpec",
+    "LeaseClient",
+    "LeaseWish",
     "LocatedManifest",
     "Manifest",
     "Measure",
@@ -142,6 +150,7 @@ __all__ = [
     "SyncClient",
     "Tag",
     "Target",
+    "ToldLease",
     "UsageClient",
     "UsageHour",
     "VersionClient",

@@ -61,6 +61,7 @@ PROFILE_SERVICE: Final = "helios.api.registry.v1.ProfileService"
 KEY_SERVICE: Final = "helios.api.registry.v1.KeyService"
 PREFETCH_SERVICE: Final = "helios.api.registry.v1.PrefetchService"
 USAGE_SERVICE: Final = "helios.api.registry.v1.UsageService"
+LEASE_SERVICE: Final = "helios.api.registry.v1.LeaseService"
 HEALTH_SERVICE: Final = "grpc.health.v1.Health"
 EDGE_REST_SERVICES: Final = (OPENAI_SERVICE, MODEL_SERVICE)
 REGISTRY_SERVICES: Final = (
@@ -75,6 +76,7 @@ REGISTRY_SERVICES: Final = (
     KEY_SERVICE,
     USAGE_SERVICE,
     PREFETCH_SERVICE,
+    LEASE_SERVICE,
 )
 ADMIN_REST_SERVICES: Final = (MODEL_SERVICE, ADMIN_SERVICE, *REGISTRY_SERVICES)
 

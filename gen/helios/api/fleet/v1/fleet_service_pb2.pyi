@@ -245,6 +245,7 @@ class Hello(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     HOST_MEMORY_FIELD_NUMBER: _builtins.int
     STAGED_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Stable over restarts of the worker."""
     incarnation: _builtins.str
@@ -255,6 +256,8 @@ class Hello(_message.Message):
     """How many replicas it can hold at once."""
     version: _builtins.str
     """Version of the software."""
+    epoch: _builtins.int
+    """The highest epoch that a proxy has said to it; 0: none has."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
         """Its devices."""
@@ -288,10 +291,11 @@ class Hello(_message.Message):
         version: _builtins.str = ...,
         host_memory: Global___HostMemory | None = ...,
         staged: _abc.Iterable[Global___StagedRevision] | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host_memory", b"host_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "engines", b"engines", "host_memory", b"host_memory", "incarnation", b"incarnation", "node", b"node", "replicas", b"replicas", "slot_count", b"slot_count", "staged", b"staged", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "engines", b"engines", "epoch", b"epoch", "host_memory", b"host_memory", "incarnation", b"incarnation", "node", b"node", "replicas", b"replicas", "slot_count", b"slot_count", "staged", b"staged", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -602,8 +606,11 @@ class Welcome(_message.Message):
 
     REPORT_INTERVAL_FIELD_NUMBER: _builtins.int
     PROXY_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     proxy_id: _builtins.str
     """Which proxy this is."""
+    epoch: _builtins.int
+    """Epoch of the lease by which it leads; 0: it does not lead, or there are no leases."""
     @_builtins.property
     def report_interval(self) -> _duration_pb2.Duration:
         """Send load, or a heartbeat, at least this often."""
@@ -613,10 +620,11 @@ class Welcome(_message.Message):
         *,
         report_interval: _duration_pb2.Duration | None = ...,
         proxy_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["report_interval", b"report_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["proxy_id", b"proxy_id", "report_interval", b"report_interval"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "proxy_id", b"proxy_id", "report_interval", b"report_interval"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -686,12 +694,17 @@ class Heartbeat(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Of a proxy: epoch of the lease by which it leads by now; 0: it does not lead, or there are no leases."""
     def __init__(
         self,
+        *,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -713,8 +726,11 @@ class Command(_message.Message):
     SLEEP_FIELD_NUMBER: _builtins.int
     WAKE_FIELD_NUMBER: _builtins.int
     SET_ADAPTERS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     command_id: _builtins.str
     """Unique; repeated when the command is."""
+    epoch: _builtins.int
+    """Epoch of the lease by which the sender leads; 0: there are no leases."""
     @_builtins.property
     def start(self) -> Global___StartReplica:
         """Start a replica."""
@@ -764,10 +780,11 @@ class Command(_message.Message):
         sleep: Global___SleepReplica | None = ...,
         wake: Global___WakeReplica | None = ...,
         set_adapters: Global___SetAdapters | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drain", b"drain", "evict", b"evict", "set_adapters", b"set_adapters", "sleep", b"sleep", "stage", b"stage", "start", b"start", "stop", b"stop", "unstage", b"unstage", "wake", b"wake"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "command_id", b"command_id", "drain", b"drain", "evict", b"evict", "set_adapters", b"set_adapters", "sleep", b"sleep", "stage", b"stage", "start", b"start", "stop", b"stop", "unstage", b"unstage", "wake", b"wake"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "command_id", b"command_id", "drain", b"drain", "epoch", b"epoch", "evict", b"evict", "set_adapters", b"set_adapters", "sleep", b"sleep", "stage", b"stage", "start", b"start", "stop", b"stop", "unstage", b"unstage", "wake", b"wake"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "drain", "stop", "evict", "stage", "unstage", "sleep", "wake", "set_adapters"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
@@ -1083,22 +1100,28 @@ class CommandAck(_message.Message):
     COMMAND_ID_FIELD_NUMBER: _builtins.int
     REFUSED_REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     command_id: _builtins.str
     """Which command."""
     refused_reason: _builtins.str
-    """Empty where the command was accepted; else a stable reason, such as "NO_CAPACITY"."""
+    """Empty where the command was accepted; else a stable reason, such as "NO_CAPACITY". "STALE_LEADER": another proxy
+    has said a higher epoch; nothing was done, and the command may be sent again with a higher epoch.
+    """
     message: _builtins.str
     """For people, where it was refused."""
+    epoch: _builtins.int
+    """Where it was refused as STALE_LEADER: the highest epoch that a proxy has said to the worker."""
     def __init__(
         self,
         *,
         command_id: _builtins.str = ...,
         refused_reason: _builtins.str = ...,
         message: _builtins.str = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id", "message", b"message", "refused_reason", b"refused_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id", "epoch", b"epoch", "message", b"message", "refused_reason", b"refused_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

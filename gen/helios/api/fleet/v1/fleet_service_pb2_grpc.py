@@ -39,6 +39,11 @@ class FleetServiceStub:
     6. worker → staged_event, whenever a staged revision changes; it shares the numbers of replica events.
     7. either side → heartbeat, where it sent nothing else for the interval.
     A stream that breaks changes nothing at the worker: replicas go on serving.
+
+    Several proxies: a worker has a session with each and tells each everything, but for the acks of commands. One of them
+    leads, by a lease with an epoch (helios.api.registry.v1.LeaseService); only it sends commands. A worker keeps the
+    highest epoch that any proxy has said and refuses commands of a lower one, over its own restarts, too. A proxy without
+    leases says 0; its commands are refused while a session with a proxy that leads by an epoch is open.
     """
 
     def __init__(self, channel):
@@ -68,6 +73,11 @@ class FleetServiceServicer:
     6. worker → staged_event, whenever a staged revision changes; it shares the numbers of replica events.
     7. either side → heartbeat, where it sent nothing else for the interval.
     A stream that breaks changes nothing at the worker: replicas go on serving.
+
+    Several proxies: a worker has a session with each and tells each everything, but for the acks of commands. One of them
+    leads, by a lease with an epoch (helios.api.registry.v1.LeaseService); only it sends commands. A worker keeps the
+    highest epoch that any proxy has said and refuses commands of a lower one, over its own restarts, too. A proxy without
+    leases says 0; its commands are refused while a session with a proxy that leads by an epoch is open.
     """
 
     def Session(self, request_iterator, context):
@@ -108,6 +118,11 @@ class FleetService:
     6. worker → staged_event, whenever a staged revision changes; it shares the numbers of replica events.
     7. either side → heartbeat, where it sent nothing else for the interval.
     A stream that breaks changes nothing at the worker: replicas go on serving.
+
+    Several proxies: a worker has a session with each and tells each everything, but for the acks of commands. One of them
+    leads, by a lease with an epoch (helios.api.registry.v1.LeaseService); only it sends commands. A worker keeps the
+    highest epoch that any proxy has said and refuses commands of a lower one, over its own restarts, too. A proxy without
+    leases says 0; its commands are refused while a session with a proxy that leads by an epoch is open.
     """
 
     @staticmethod
