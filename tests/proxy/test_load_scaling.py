@@ -104,7 +104,9 @@ def told(subject: Core, replica_id: str, count: int, now: float) -> None:
 def test_load_starts_another_replica_and_its_end_drains_one(max_replicas: int) -> None:
     subject, first = busy(ScalingMode.ON, GPUS, max_replicas=max_replicas)
     ordered = [order for second in range(8, 15) for order in starts(subject, float(second))]
-    assert [order.device_ids != first.device_ids for order in ordered] == [True], "one at a time, on the other device"
+    assert [order.device_ids != first.device_ids for order in ordered] == [True], (
+        "as many as there are devices without one"
+    )
     (second,) = (each for each in subject.fleet.replicas() if each.replica_id != first.replica_id)
     told_of = subject.replica_event("w", 2, ready(second, "127.0.0.1:1001"), 15.0)
     assert [action.replica_id for action in told_of if isinstance(action, ActivationDone)] == [second.replica_id]
@@ -114,7 +116,7 @@ def test_load_starts_another_replica_and_its_end_drains_one(max_replicas: int) -
     for now in range(18, 60):
         starts(subject, float(now))
     assert sum(not subject.traffic.is_draining(each) for each in subject.fleet.replicas()) == 1
-    decisions = [(each.from_count, each.to_count) for each in subject.lifecycle.loads.decisions]
+    decisions = [(each.from_count, each.to_count) for each in subject.lifecycle.decisions.kept]
     assert decisions[0][0] == 1
     assert max(to_count for _, to_count in decisions) == 3
     assert decisions[-1][1] == 1
@@ -135,7 +137,7 @@ def test_nothing_is_started_where_it_must_not_or_can_not(
 ) -> None:
     subject, _ = busy(mode, devices, max_replicas=max_replicas)
     assert not [order for second in range(8, 30) for order in starts(subject, float(second))]
-    assert bool(subject.lifecycle.loads.decisions) is (mode is not ScalingMode.OFF)
+    assert bool(subject.lifecycle.decisions.kept) is (mode is not ScalingMode.OFF)
 
 
 def another(subject: Core, first: Replica) -> Replica:
@@ -224,6 +226,94 @@ def test_a_load_that_is_over_starts_nothing_more() -> None:
     for now in range(15, 22):
         starts(subject, float(now))
     assert subject.lifecycle.loads.count("m", (), 22.0) == 3, "as many may stay"
-    subject.replica_event("w", 2, ready(another(subject, first), "127.0.0.1:1001"), 22.0)
+    one, other = (each for each in subject.fleet.replicas() if each.replica_id != first.replica_id)
+    subject.replica_event("w", 2, ready(one, "127.0.0.1:1001"), 22.0)
+    subject.replica_event("w", 3, replace(other, state=ReplicaState.FAILED, failure_reason="OUT_OF_MEMORY"), 22.0)
     subject.endpoints_acknowledged(frozenset({"127.0.0.1:1000", "127.0.0.1:1001"}), 22.0)
     assert not [order for now in range(22, 60) for order in starts(subject, float(now))]
+
+
+def test_a_revision_that_is_promoted_under_load_gets_its_replicas_at_once() -> None:
+    gpus = tuple(Device(f"cuda:{n}", DeviceKind.CUDA, 2 * GIB, 0) for n in range(8))
+    subject, _ = busy(ScalingMode.ON, gpus)
+    for now in range(8, 15):
+        starts(subject, float(now))
+    for number, each in enumerate(list(subject.fleet.replicas())):
+        subject.replica_event("w", 10 + number, ready(each, f"127.0.0.1:{2000 + number}"), 15.0)
+    subject.endpoints_acknowledged(subject.fleet.endpoints(), 15.0)
+    old = [each.replica_id for each in subject.fleet.replicas()]
+    assert len(old) == 3
+    for replica_id in old:
+        told(subject, replica_id, 40, 15.0)
+    subject.model_upserted(entry(min_replicas=1, revision="sha256:2"), 16.0)
+    first = next(each for each in subject.fleet.replicas() if each.revision == "sha256:2")
+    subject.replica_event("w", 20, ready(first, "127.0.0.1:3000"), 17.0)
+    subject.endpoints_acknowledged(subject.fleet.endpoints(), 17.0)
+    told(subject, first.replica_id, 120, 17.0)
+    assert [order.revision for order in starts(subject, 18.0)] == ["sha256:2"] * 2
+
+
+def test_a_start_for_load_that_found_no_room_looks_again_when_some_comes() -> None:
+    subject, first = busy(ScalingMode.ON, GPUS[:1])
+    assert not [order for now in range(8, 12) for order in starts(subject, float(now))]
+    subject.worker_hello(WorkerHello("v", "1", "other", GPUS[1:], ("vllm",), 8, ()), 12.0)
+    ordered = [action.command for action in subject.tick(12.5) if isinstance(action, Send)]
+    assert [command.worker_id for command in ordered] == ["v"]
+    assert first.worker_id == "w"
+
+
+def test_full_caches_batches_and_devices_ask_for_replicas_where_they_have_targets() -> None:
+    targets = replace(POLICY, kv_target_ratio=0.5, batch_target_ratio=0.5, device_target_ratio=0.5)
+    scaler = LoadScaler(targets)
+    for now in range(60):
+        scaler.observe(sample(1, 2, kv_usage_ratio=0.8), now)
+    assert (scaler.decision.asked, scaler.decision.reason) == (
+        4,
+        "KV caches would fill 1.6 replicas, each is to be 50% full",
+    )
+    scaler = LoadScaler(targets)
+    for now in range(60):
+        scaler.observe(sample(1, 2, running_count=22), now)
+    assert (scaler.decision.asked, "batches" in scaler.decision.reason) == (3, True)
+    scaler = LoadScaler(targets)
+    for now in range(60):
+        scaler.observe(sample(1, 1, device_busy_ratio=0.9), now)
+    assert (scaler.decision.asked, "devices" in scaler.decision.reason) == (2, True)
+    assert observe(LoadScaler(replace(POLICY, kv_target_ratio=0.0)), 1, 0, 60).asked == 1
+
+
+def test_caches_that_are_full_ask_for_no_more_once_there_are_as_many_replicas_as_they_fill() -> None:
+    scaler = LoadScaler(replace(POLICY, kv_target_ratio=0.8, stable_seconds=10))
+    for now in range(60):
+        # What filled one fills half of two.
+        count = 1 if now < 10 else 2
+        scaler.observe(sample(1, count, kv_usage_ratio=0.95 / count), now)
+    assert scaler.decision.count == 2
+
+
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=300), st.integers(1, 60))
+def test_the_mean_that_is_kept_up_is_the_mean(counts: list[int], seconds: int) -> None:
+    scaler = LoadScaler(LoadPolicy(target_ratio=1.0, stable_seconds=seconds, panic_seconds=1, keep_seconds=0))
+    for now, count in enumerate(counts):
+        decision = scaler.observe(LoadSample(count, 0, 0.0, 1_000_000, 1), now)
+        window = counts[max(0, now - seconds + 1) : now + 1]
+        assert decision.asked == max(1, -(-sum(window) // len(window)))
+
+
+def test_a_round_is_made_in_slices_and_each_model_is_looked_at_once() -> None:
+    whole, sliced = (core(policy(idle_seconds=10.0)) for _ in range(2))
+    for subject in (whole, sliced):
+        subject.models_replaced([entry(f"m{n}", min_replicas=1) for n in range(20)], 0.0, is_synced=True)
+        subject.worker_hello(replace(hello("w", memory_bytes=64 * GIB), slot_count=64), 0.0)
+    at_once = [action for action in whole.tick(1.0) if isinstance(action, Send)]
+    todo = sliced.begin_tick(1.0)
+    is_left, count = True, 0
+    while is_left:
+        more, is_left = sliced.go_on(1.0, 3)
+        todo += more
+        count += 1
+    assert count == 7
+    assert [action.command.order for action in todo if isinstance(action, Send)] == [
+        action.command.order for action in at_once
+    ]
+    assert sliced.go_on(1.0, 3) == ([], False)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from helios.mesh.errors import HeliosError
 from helios.proxy.fleet.commands import Command
+from helios.proxy.fleet.state import Replica
 from helios.proxy.holds import Hold
 from helios.proxy.routing.pick import Pick
+from helios.proxy.scaling.decisions import Scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +110,10 @@ class ActivationFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadScaled:
-    """A model's load asks for another number of replicas; `is_advice`: nothing is done about it."""
+class ModelScaled:
+    """It was decided that a model is to have another number of replicas, or to be kept otherwise warm."""
 
-    model: str
-    from_count: int
-    to_count: int
-    reason: str
-    is_advice: bool
+    decision: Scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +172,12 @@ Action = (
     | SwapFailuresChanged
     | Disconnect
     | FleetResynchronised
+    | WorkerChanged
+    | ReplicaChanged
+    | BreakerChanged
     | ActivationBegun
     | ActivationDelayed
-    | LoadScaled
+    | ModelScaled
     | ActivationDone
     | ActivationFailed
     | SwapBegun

@@ -9,7 +9,9 @@ Pure. Errors are the caller's: `find` returns None.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from helios.proxy.engine_needs import needs_of
@@ -95,6 +97,7 @@ class Catalogue:
         self._aliases: dict[str, str] = {}
         self._pinned: set[str] = set()
         self._prefill: set[str] = set()
+        self._revisions: Counter[str] = Counter()
         self.is_synced = False
 
     def find(self, name: str) -> ModelEntry | None:
@@ -117,7 +120,7 @@ class Catalogue:
         """All models, by name."""
         return [self._models[name] for name in sorted(self._models)]
 
-    def pinned(self) -> Iterable[str]:
+    def pinned(self) -> AbstractSet[str]:
         """Names of models with min_replicas above 0."""
         return self._pinned
 
@@ -126,10 +129,15 @@ class Catalogue:
         entries = [self._models[name] for name in sorted(self._prefill)]
         return [entry for entry in entries if entry.revision == revision]
 
+    def serves(self, revision: str) -> bool:
+        """Whether any model serves a revision."""
+        return self._revisions[revision] > 0
+
     def replace(self, entries: Iterable[ModelEntry]) -> set[str]:
         """Takes in all models at once; returns the names that are new, changed or gone."""
         old = self._models
         self._models, self._aliases, self._pinned, self._prefill = {}, {}, set(), set()
+        self._revisions = Counter()
         for entry in entries:
             self._add(entry)
         names = old.keys() | self._models.keys()
@@ -158,7 +166,10 @@ class Catalogue:
         return len(self._models)
 
     def _add(self, entry: ModelEntry) -> None:
+        if (old := self._models.get(entry.name)) is not None:
+            self._revisions[old.revision] -= 1
         self._models[entry.name] = entry
+        self._revisions[entry.revision] += 1
         # An alias that moved is told with its new owner first or its old owner first; the later word counts.
         for alias in (*entry.aliases, *entry.adapters):
             self._aliases[alias] = entry.name
@@ -169,6 +180,10 @@ class Catalogue:
 
     def _drop(self, entry: ModelEntry) -> None:
         del self._models[entry.name]
+        self._revisions[entry.revision] -= 1
+        if not self._revisions[entry.revision]:
+            # What was served once is not remembered for ever.
+            del self._revisions[entry.revision]
         for alias in (*entry.aliases, *entry.adapters):
             if self._aliases.get(alias) == entry.name:
                 del self._aliases[alias]

@@ -456,10 +456,22 @@ class Core:
         return self._take(now)
 
     def tick(self, now: float) -> list[actions.Action]:
-        """Follows the time in everything else; to be called about every second."""
+        """Follows the time in everything else, at once."""
+        todo, is_left = self.begin_tick(now), True
+        while is_left:
+            more, is_left = self.go_on(now, len(self.catalogue) + 1)
+            todo += more
+        return todo
+
+    def go_on(self, now: float, count: int) -> tuple[list[actions.Action], bool]:
+        """Looks at so many more models of a tick's round; False where there are no more."""
+        is_left = self.lifecycle.go_on(now, count)
+        return self._take(now), is_left
+
+    def begin_tick(self, now: float) -> list[actions.Action]:
+        """Follows the time in everything but models, which `go_on` looks at; to be called about every second."""
         for worker_id in self.fleet.silent(now, self._policy.silence_seconds):
-            for replica in self.fleet.lose(worker_id, now):
-                self.traffic.refresh(replica.replica_id)
+            self._lose(worker_id, now)
         for worker_id in self.fleet.overdue(now, self._policy.worker_grace_seconds):
             self._commands.forget_worker(worker_id)
             self._out([actions.WorkersChanged(), actions.Disconnect(worker_id)])
@@ -468,7 +480,7 @@ class Core:
         if not self.is_resynchronised and now >= self._resync_at:
             self._resynchronise(now, is_complete=False)
         self.traffic.tick(now)
-        self.lifecycle.tick(now)
+        self.lifecycle.begin_round(now)
         return self._take(now)
 
     def _follow(self, changes: Iterable[Change], now: float, *, is_worker_lost: bool) -> None:
@@ -514,7 +526,7 @@ class Core:
         self.lifecycle.is_open = True
         self._out([actions.FleetResynchronised(is_complete)])
         models = {*self.fleet.models(), *self.holds.models(), *self.catalogue.pinned()}
-        for model in self.lifecycle.room.start_order(models, now):
+        for model in self.lifecycle.room.start_order(sorted(models), now):
             self.lifecycle.reconcile(model, now)
 
     def _expired(self, hold: Hold, now: float) -> HoldExpired:

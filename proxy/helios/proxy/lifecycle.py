@@ -6,6 +6,7 @@ about the model changed, and by the clock. It is level-triggered: a lost event c
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ from helios.proxy.loads import Loads
 from helios.proxy.moved import move_holds
 from helios.proxy.refusals import check_unpinned
 from helios.proxy.room import Room
+from helios.proxy.scaling.decisions import Decisions
 from helios.proxy.scaling.desired import Desired, Usage, desired_replicas
 from helios.proxy.scaling.load import LoadPolicy
 from helios.proxy.sizing import SizingPolicy
@@ -88,6 +90,7 @@ class Lifecycle:
             base_seconds=policy.start_base_seconds, bytes_per_second=policy.start_bytes_per_second
         )
         self.outbox: list[actions.Action] = []
+        self._round: deque[str] = deque()
         self.is_open = False
         self._traffic = traffic
         self._catalogue = catalogue
@@ -131,7 +134,15 @@ class Lifecycle:
             starts=self._starts,
             outside=Outside(self.reconcile, self._drain_within, self._send, self._report),
         )
-        self.loads = Loads(policy.load, traffic=traffic, holds=holds, begin=self._start_another, report=self._report)
+        self.decisions = Decisions(lambda decision: self._report(actions.ModelScaled(decision)))
+        self.loads = Loads(
+            policy.load,
+            traffic=traffic,
+            holds=holds,
+            begin=self._start_another,
+            decide=self.decisions.add,
+            report=self._report,
+        )
         self.swaps = Swaps(
             policy.swap,
             traffic=traffic,
@@ -236,12 +247,24 @@ class Lifecycle:
         if self.activating.find(model) is not None:
             self.activating.handle(model, event, now, may_preempt=self._holds.count(model) > 0)
 
-    def tick(self, now: float) -> None:
-        """Follows the time: every model about which something may be due."""
-        active = self.activating.models()
-        names = {*self._traffic.fleet.models(), *self._catalogue.pinned(), *self._holds.models(), *active}
+    def begin_round(self, now: float) -> None:
+        """Begins to look at every model about which something may be due; `go_on` does it."""
+        pinned, active = sorted(self._catalogue.pinned()), self.activating.models()
+        # In an order of their own: sorting thousands of names would be a slice of its own.
+        names = dict.fromkeys((*self._traffic.fleet.models(), *pinned, *self._holds.models(), *active))
+        self.loads.keep_only(names, now)
         self.activating.look(now)
-        for model in self.room.start_order(names, now):
+        self._round = deque(self.room.start_order(names, now))
+        self._evict_idle()
+        self.warmth.relieve()
+
+    def go_on(self, now: float, count: int) -> bool:
+        """Looks at some more models of the round; False once there are no more.
+
+        Thousands of models take longer than a request should wait for its pick, so a round is made in pieces.
+        """
+        for _ in range(min(count, len(self._round))):
+            model = self._round.popleft()
             self.activating.tick(model, now)
             entry = self._catalogue.find(model)
             # Until all workers are back, what there is says nothing of what was asked for.
@@ -251,13 +274,12 @@ class Lifecycle:
             self.reconcile(model, now)
             if entry is not None and has_load:
                 self._follow_load(entry, now)
-        self.loads.keep_only(names)
-        self._evict_idle()
-        self.warmth.relieve()
+        return bool(self._round)
 
     def capacity_changed(self, now: float) -> None:
         """A worker came, or a replica went: activations that wait for room look again."""
         self.warmth.look_again()
+        self.loads.capacity_changed()
         self.activating.capacity_changed(now)
 
     def worker_started(self, hello: WorkerHello, now: float) -> None:
@@ -454,14 +476,16 @@ class Lifecycle:
         return None if self.activating.is_room_wanted else self._starts.begin_spare(entry, now)
 
     def _follow_load(self, entry: ModelEntry, now: float) -> None:
+        """Starts more replicas for a model's load, unless others wait for room, or its last start failed."""
+        if not self.loads.asks_for_more(entry.name):
+            return
+        if self.activation(entry.name).state is not ActivationState.IDLE or self.activating.is_room_wanted:
+            return
         current = [r for r in self._traffic.staying(entry.name) if r.revision == entry.revision]
         standing, _ = self.swaps.split(current, now)
-        self.loads.follow(entry, standing, self._desired(entry, current, standing, now).drain_above, now)
+        self.loads.follow(entry, standing, self._desired(entry, current, standing, now).drain_above, 0, now)
 
     def _start_another(self, entry: ModelEntry, now: float) -> str:
-        """Starts one more replica for a model's load, unless others wait for room, or its last start failed."""
-        if self.activation(entry.name).state is not ActivationState.IDLE or self.activating.is_room_wanted:
-            return ""
         sleeper = self.warmth.sleeper(entry)
         return self.activating.wake(sleeper) if sleeper is not None else self._starts.begin_another(entry, now)
 

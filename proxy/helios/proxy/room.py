@@ -194,13 +194,14 @@ class Room:
         ]
 
     def start_order(self, models: Iterable[str], now: float) -> list[str]:
-        """Models in the order in which they are to be looked at.
+        """Models in the order in which they are to be looked at: their own, but for some.
 
         Those whose policy promises a replica and that have none, as after an outage, come last, in an order in which
         the most of them fit: by name, small ones would take the places that large ones need.
         """
-        models = sorted(models)
-        entries = map(self._catalogue.find, models)
+        models = list(models)
+        pinned = self._catalogue.pinned()
+        entries = (self._catalogue.find(model) for model in models if model in pinned)
         missing = [entry for entry in entries if entry is not None and self._is_missing(entry)]
         workers = self._traffic.fleet.open_workers()
         if len(missing) < 2 or not workers:

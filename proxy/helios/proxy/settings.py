@@ -152,6 +152,15 @@ class ScalingSettings(BaseModel):
     while another replica starts."""
     kv_ratio: float = Field(default=0.9, gt=0, le=1)
     """One more replica is asked for where KV caches are fuller than this and requests wait for them."""
+    kv_target_ratio: float = Field(default=0.8, ge=0, le=1)
+    """How full KV caches should be, on the mean of stable_seconds: few requests with long prompts fill them before
+    their number tells. 0.8: beyond it, engines soon preempt requests. 0: whatever they are."""
+    batch_target_ratio: float = Field(default=0.0, ge=0, le=1)
+    """How full batches should be, of the requests that an engine runs at once. 0: whatever they are, since target_ratio
+    counts these requests, and those that wait, too."""
+    device_target_ratio: float = Field(default=0.0, ge=0, le=1)
+    """How busy devices should be. 0: whatever they are, since a device that decodes one request is as busy as one that
+    decodes fifty."""
     stable_seconds: PositiveFloat = 60.0
     """The mean number of requests over this time counts, in seconds."""
     panic_seconds: PositiveFloat = 6.0

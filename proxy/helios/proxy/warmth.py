@@ -109,7 +109,7 @@ class Warmth:
         if self._policy.stages and worker is not None and entry.weights_bytes:
             self._stage(entry, worker)
 
-    def stage(self, entry: ModelEntry) -> Staged:
+    def stage(self, entry: ModelEntry, *, is_dry_run: bool = False) -> Staged:
         """Stages a model where it runs, or where there is most room for it; what it finds staged, it leaves.
 
         Raises:
@@ -221,8 +221,7 @@ class Warmth:
         """Staged revisions that are older than their model, whose own use would keep them for ever."""
         if not self._catalogue.is_synced:
             return []
-        served = {entry.revision for entry in self._catalogue.models()}
-        return [revision for revision in worker.staged if revision not in served]
+        return [revision for revision in worker.staged if not self._catalogue.serves(revision)]
 
     def _is_idle(self, replica: Replica) -> bool:
         worker = self._traffic.fleet.worker(replica.worker_id)

@@ -166,7 +166,7 @@ class AdminServicer(AdminServiceServicer):
         """Lists what the loads of models asked for, the newest first."""
         entry = self._core.catalogue.find(request.model)
         name = entry.name if entry is not None else request.model
-        found = [each for each in reversed(self._core.lifecycle.loads.decisions) if not name or each.model == name]
+        found = [each for each in reversed(self._core.lifecycle.decisions.kept) if not name or each.model == name]
         offset = self._runtime.journal.wall_offset
         return pb.ListScalingDecisionsResponse(
             decisions=[

@@ -63,7 +63,8 @@ class DeviceKind(enum.Enum):
 class Device:
     """A device of a worker; `booked_bytes` is as of the worker's last word.
 
-    `facts` and `telemetry` are the contract's messages, for showing; nothing is decided by them but `used_ratio`.
+    `facts` and `telemetry` are the contract's messages, for showing; nothing is decided by them but by what
+    is read of them here.
     """
 
     device_id: str
@@ -72,6 +73,8 @@ class Device:
     booked_bytes: int
     is_healthy: bool = True
     used_ratio: float = 0.0
+    busy_ratio: float = 0.0
+    """How busy it was lately, 0..1."""
     is_slice: bool = False
     """Whether it is a MIG slice."""
     ways: tuple[tuple[str, Way], ...] = ()
@@ -399,6 +402,7 @@ class FleetState:
             booked_bytes=measured.booked_bytes,
             is_healthy=measured.is_healthy,
             used_ratio=measured.used_ratio,
+            busy_ratio=measured.busy_ratio,
             telemetry=measured.telemetry,
         )
         return known.is_healthy is not measured.is_healthy

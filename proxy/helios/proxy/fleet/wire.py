@@ -99,6 +99,7 @@ def measure_from_proto(message: pb.DeviceTelemetry) -> Device:
         booked_bytes=message.booked_bytes,
         is_healthy=_is_healthy(message.health),
         used_ratio=message.used_bytes / message.total_bytes if message.total_bytes else 0.0,
+        busy_ratio=message.utilization_ratio,
         telemetry=message.SerializeToString(),
     )
 

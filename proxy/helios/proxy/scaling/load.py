@@ -6,6 +6,10 @@ mean over a minute says how many replicas that is. Where the mean of the last se
 are, a minute is too long to wait: that is a panic, in which the short mean counts and nothing goes. Where KV caches
 are nearly full and requests queue for that, one more is asked for, whatever the number of requests: long prompts.
 
+Beside the number of requests, a target may be set for how full KV caches, batches and devices are; the one that asks
+for the most replicas counts. What is averaged is the demand, in replicas that would be full: a mean of ratios would
+forget that there were fewer replicas a minute ago, and ask for ever more.
+
 Replicas go slowly: as many stay as were asked for at any time of the last minutes, since a replica that comes back
 costs a start, and one that stays costs room that others take from it where they need it.
 """
@@ -37,6 +41,9 @@ class LoadPolicy:
         mode: what is done about it.
         target_ratio: share of the requests that an engine runs at once which a replica should have.
         kv_ratio: a KV cache that is fuller than this is full.
+        kv_target_ratio: how full KV caches should be, on the mean; 0: whatever they are.
+        batch_target_ratio: how full batches should be, of the requests that an engine runs at once; 0: whatever.
+        device_target_ratio: how busy devices should be; 0: whatever they are.
         stable_seconds: the mean over this time counts.
         panic_seconds: the mean over this time counts in a panic.
         panic_ratio: a panic is where the short mean asks for this many times the replicas that there are.
@@ -46,6 +53,9 @@ class LoadPolicy:
     mode: ScalingMode = ScalingMode.ON
     target_ratio: float = 0.7
     kv_ratio: float = 0.9
+    kv_target_ratio: float = 0.8
+    batch_target_ratio: float = 0.0
+    device_target_ratio: float = 0.0
     stable_seconds: float = 60.0
     panic_seconds: float = 6.0
     panic_ratio: float = 2.0
@@ -62,6 +72,8 @@ class LoadSample:
         kv_usage_ratio: mean of its replicas' KV caches, 0 to 1.
         replica_count: replicas that take requests.
         replica_capacity: requests that one of them runs at once.
+        running_count: requests that engines work on.
+        device_busy_ratio: mean of how busy its replicas' devices are, 0 to 1.
     """
 
     request_count: int
@@ -69,6 +81,8 @@ class LoadSample:
     kv_usage_ratio: float
     replica_count: int
     replica_capacity: int
+    running_count: int = 0
+    device_busy_ratio: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +96,39 @@ class LoadDecision:
     asked: int = 1
 
 
+class _Mean:
+    """The mean of what was told within some seconds, each time at the cost of one addition."""
+
+    def __init__(self, seconds: float, least_seconds: float) -> None:
+        """What was told within less than `least_seconds` is taken for as long: of what comes in a second, one can't
+        say how long it lasts.
+        """
+        self._seconds = seconds
+        self._least = min(seconds, least_seconds)
+        self._samples: deque[tuple[float, float]] = deque()
+        self._sum = 0.0
+
+    def add(self, value: float, now: float) -> float:
+        """Takes in a sample, one a second; returns the mean."""
+        samples = self._samples
+        samples.append((now, value))
+        self._sum += value
+        while samples[0][0] <= now - self._seconds or len(samples) > _MOST_SAMPLES:
+            self._sum -= samples.popleft()[1]
+        return self._sum / max(len(samples), self._least)
+
+
+def _demand(name: str, sample: LoadSample) -> float:
+    """How many replicas would be full with what there is."""
+    match name:
+        case "KV caches":
+            return sample.kv_usage_ratio * sample.replica_count
+        case "batches":
+            return sample.running_count / max(1, sample.replica_capacity)
+        case _:
+            return sample.device_busy_ratio * sample.replica_count
+
+
 class LoadScaler:
     """What one model's load was, and what it asks for.
 
@@ -91,7 +138,18 @@ class LoadScaler:
     def __init__(self, policy: LoadPolicy, count: int = 1, now: float = 0.0) -> None:
         """Begins as if `count` replicas had been asked for `now`: those that an earlier proxy had started."""
         self._policy = policy
-        self._samples: deque[tuple[float, int]] = deque(maxlen=_MOST_SAMPLES)
+        self._requests = _Mean(policy.stable_seconds, policy.panic_seconds)
+        self._hurried = _Mean(policy.panic_seconds, policy.panic_seconds)
+        # What is averaged of each ratio, for people; its target; the replicas that would be full.
+        self._demands = tuple(
+            (name, target, _Mean(policy.stable_seconds, policy.panic_seconds))
+            for name, target in (
+                ("KV caches", policy.kv_target_ratio),
+                ("batches", policy.batch_target_ratio),
+                ("devices", policy.device_target_ratio),
+            )
+            if target
+        )
         # Asked-for counts that are still kept, falling from left to right: the first is the most.
         self._asked: deque[tuple[float, int]] = deque([(now, count)])
         self._panic_until = 0.0
@@ -100,11 +158,8 @@ class LoadScaler:
     def observe(self, sample: LoadSample, now: float) -> LoadDecision:
         """Takes in a moment and decides; once a second."""
         policy = self._policy
-        self._samples.append((now, sample.request_count))
-        while self._samples[0][0] < now - policy.stable_seconds:
-            self._samples.popleft()
         target = max(1.0, sample.replica_capacity * policy.target_ratio)
-        stable, short = self._mean(now, policy.stable_seconds), self._mean(now, policy.panic_seconds)
+        stable, short = self._requests.add(sample.request_count, now), self._hurried.add(sample.request_count, now)
         asked, reason = self._wanted(stable, target), f"{stable:.1f} requests at once, {target:.0f} a replica"
         hurried = self._wanted(short, target)
         if hurried >= policy.panic_ratio * max(1, sample.replica_count):
@@ -112,6 +167,11 @@ class LoadScaler:
         if now < self._panic_until and hurried > asked:
             asked = hurried
             reason = f"{short:.1f} requests at once in {policy.panic_seconds:.0f} s, {target:.0f} a replica"
+        for name, ratio, mean in self._demands:
+            demand = mean.add(_demand(name, sample), now)
+            if (needed := self._wanted(demand, ratio)) > asked:
+                asked = needed
+                reason = f"{name} would fill {demand:.1f} replicas, each is to be {ratio:.0%} full"
         if sample.kv_usage_ratio >= policy.kv_ratio and sample.waiting_count and asked <= sample.replica_count:
             asked = sample.replica_count + 1
             reason = f"KV caches are {sample.kv_usage_ratio:.0%} full and {sample.waiting_count} requests wait for them"
@@ -124,11 +184,6 @@ class LoadScaler:
     @staticmethod
     def _wanted(mean: float, target: float) -> int:
         return max(1, math.ceil(mean / target - 1e-9))
-
-    def _mean(self, now: float, seconds: float) -> float:
-        counts = [count for at, count in self._samples if at > now - seconds]
-        # Of a model that has just come into use there is no past; what comes within a second says little.
-        return sum(counts) / max(len(counts), min(seconds, self._policy.panic_seconds))
 
     def _keep(self, asked: int, now: float) -> int:
         """Returns the most that was asked for within `keep_seconds`, which in a panic begin anew."""
