@@ -172,9 +172,6 @@ Action = (
     | SwapFailuresChanged
     | Disconnect
     | FleetResynchronised
-    | WorkerChanged
-    | ReplicaChanged
-    | BreakerChanged
     | ActivationBegun
     | ActivationDelayed
     | ModelScaled

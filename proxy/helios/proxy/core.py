@@ -471,7 +471,8 @@ class Core:
     def begin_tick(self, now: float) -> list[actions.Action]:
         """Follows the time in everything but models, which `go_on` looks at; to be called about every second."""
         for worker_id in self.fleet.silent(now, self._policy.silence_seconds):
-            self._lose(worker_id, now)
+            for replica in self.fleet.lose(worker_id, now):
+                self.traffic.refresh(replica.replica_id)
         for worker_id in self.fleet.overdue(now, self._policy.worker_grace_seconds):
             self._commands.forget_worker(worker_id)
             self._out([actions.WorkersChanged(), actions.Disconnect(worker_id)])
