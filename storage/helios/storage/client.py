@@ -27,6 +27,7 @@ from helios.api.storage.v1 import storage_service_pb2 as pb
 from helios.api.storage.v1.storage_service_pb2_grpc import StorageServiceStub
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import Bug, Corrupted, HeliosError, PreconditionFailed, Unavailable
+from helios.mesh.requests import StreamRequests
 from helios.mesh.status import error_from_rpc
 from helios.mesh.tasks import task_scope
 from helios.storage.sealed_views import SealedViews
@@ -43,6 +44,9 @@ _RELEASE_TIMEOUT_SECONDS = 5.0
 
 _RETRY_CAP_SECONDS = 1.0
 """An agent that restarts is met within a second; with full jitter, so that holders do not come back at one instant."""
+
+_MAX_REQUESTS = 4
+"""A want or a release, and a renewal only after the answer to the one before."""
 
 
 class LeaseLost(Unavailable):
@@ -371,7 +375,7 @@ class _Holding:
         self._ttl_seconds = ttl_seconds
         self._on_progress = on_progress
         self._stream: Stream | None = None
-        self._requests = _Requests()
+        self._requests = _requests()
         self._ended = asyncio.Event()
         # Until when the lease surely lives, on this process's monotonic clock.
         self._safe_until = 0.0
@@ -506,8 +510,8 @@ class _Holding:
         want = pb.Want(revision=self._revision, lease_id=lease_id, holder=self._holder)
         want.ttl.FromMilliseconds(round(self._ttl_seconds * 1000))
         # No deadline: the stream lives as long as the lease.
-        self._requests = _Requests()
-        self._stream = self._dialer.stub(StorageServiceStub).Materialize(self._requests.each())
+        self._requests = _requests()
+        self._stream = self._dialer.stub(StorageServiceStub).Materialize(self._requests)
         self._ended = ended = asyncio.Event()
         self._stream.add_done_callback(lambda _: ended.set())
         try:
@@ -526,7 +530,7 @@ class _Holding:
 
     async def _release(self) -> None:
         self._requests.put(pb.MaterializeRequest(release=pb.Release()))
-        self._requests.close()
+        self._requests.finish()
         with contextlib.suppress(Unavailable):
             while True:
                 await self._read()
@@ -549,26 +553,8 @@ class _Holding:
             self._stream = None
 
 
-class _Requests:
-    """The requests of one stream, as an iterator that ends when it is told to.
-
-    grpcio's own `write` leaves a task behind when the server ends a stream on a channel with interceptors.
-    """
-
-    def __init__(self) -> None:
-        # Unbounded, and small: a want, and a renewal only after the answer to the one before.
-        self._queue: asyncio.Queue[pb.MaterializeRequest | None] = asyncio.Queue()
-
-    def put(self, request: pb.MaterializeRequest) -> None:
-        self._queue.put_nowait(request)
-
-    def close(self) -> None:
-        """Ends the iterator. Idempotent."""
-        self._queue.put_nowait(None)
-
-    async def each(self) -> AsyncIterator[pb.MaterializeRequest]:
-        while (request := await self._queue.get()) is not None:
-            yield request
+def _requests() -> StreamRequests[pb.MaterializeRequest]:
+    return StreamRequests(max_count=_MAX_REQUESTS)
 
 
 def _is_transport(error: Unavailable) -> bool:

@@ -17,6 +17,7 @@ from helios.api.registry.v1.sync_service_pb2_grpc import SyncServiceStub, add_Sy
 from helios.cli.nodes import node_table
 from helios.mesh.channel import Dialer
 from helios.mesh.identity import CertificateAuthority, IdentityFiles
+from helios.mesh.requests import StreamRequests
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.status import error_from_rpc
 from helios.mesh.tasks import task_scope
@@ -26,7 +27,6 @@ from helios.registry.client import SyncClient
 from helios.registry.sync.servicer import SyncServicer
 from helios.registry.sync.settings import SyncSettings
 from helios.storage.sync.holdings import Holdings
-from helios.storage.sync.outbox import SessionRequests
 from helios.storage.sync.session import ClaimAnswer, Peer, SyncSession
 
 WAIT_SECONDS = 30.0
@@ -110,9 +110,7 @@ def hello(node: str, address: str = "") -> pb.SessionRequest:
 @asynccontextmanager
 async def open_stream(dialer: Dialer, first: pb.SessionRequest, *messages: pb.SessionRequest) -> AsyncIterator[Stream]:
     """Says these messages and no more, and leaves the stream open."""
-    requests = SessionRequests(first.hello)
-    for message in messages:
-        requests.put(message)
+    requests = StreamRequests(first, *messages, max_count=1)
     try:
         yield dialer.stub(SyncServiceStub).Session(requests, timeout=WAIT_SECONDS)
     finally:

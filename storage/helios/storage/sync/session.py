@@ -18,17 +18,21 @@ from helios.api.registry.v1 import sync_service_pb2 as pb
 from helios.api.registry.v1.sync_service_pb2_grpc import SyncServiceStub
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import Unavailable
+from helios.mesh.requests import StreamRequests
 from helios.mesh.tasks import keep_running, task_scope
 from helios.mesh.transfer.spans import Span
 from helios.storage.prefetch.state import Plan, Report
 from helios.storage.prefetch.wire import plan_from_proto, report_to_proto
 from helios.storage.sync.holdings import Holdings, apply, next_change
-from helios.storage.sync.outbox import SessionRequests
 
 log = structlog.get_logger()
 
 
 _Stream = grpc.aio.StreamStreamCall[pb.SessionRequest, pb.SessionResponse]
+_Requests = StreamRequests[pb.SessionRequest]
+
+_MAX_MESSAGES: Final = 4_096
+"""More than all fetches of a node say in a minute."""
 
 _WELCOME_SECONDS: Final = 10.0
 _ACK_SECONDS: Final = 30.0
@@ -116,7 +120,7 @@ class SyncSession:
         self._interests: dict[str, Interest] = {}
         self._claims: dict[int, asyncio.Future[ClaimAnswer | None]] = {}
         self._last_id = 0
-        self._requests: SessionRequests | None = None
+        self._requests: _Requests | None = None
         self._told = Holdings()
         self._acked = asyncio.Event()
         self._connected = asyncio.Event()
@@ -191,13 +195,14 @@ class SyncSession:
             self._requests = None
 
     async def _converse(self, address: str) -> None:
-        requests = SessionRequests(pb.AgentHello(node=self._node, address=address))
+        hello = pb.SessionRequest(hello=pb.AgentHello(node=self._node, address=address))
+        requests = _Requests(hello, max_count=_MAX_MESSAGES)
         stream: _Stream = self._dialer.stub(SyncServiceStub).Session(requests)
         try:
             welcome = await self._welcome(stream)
             interval = min(max(welcome.heartbeat_interval.ToTimedelta().total_seconds(), 0.05), 60.0)
             self._begin(requests)
-            requests.begin(interval)
+            requests.beat(interval, _heartbeat)
             log.info("sync session open", node=self._node, address=address)
             async with task_scope() as group:
                 group.create_task(self._tell_holdings(), name="tell holdings")
@@ -211,7 +216,7 @@ class SyncSession:
             requests.close()
             stream.cancel()
 
-    def _begin(self, requests: SessionRequests) -> None:
+    def _begin(self, requests: _Requests) -> None:
         self._requests = requests
         self._told = Holdings()
         for interest in self._interests.values():
@@ -295,6 +300,10 @@ class SyncSession:
                     await self._acked.wait()
             except TimeoutError as error:
                 raise Unavailable("the registry takes no inventory", reason="SESSION_SILENT") from error
+
+
+def _heartbeat() -> pb.SessionRequest:
+    return pb.SessionRequest(heartbeat=pb.SyncHeartbeat())
 
 
 def _want(interest: Interest) -> pb.SessionRequest:
