@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -26,6 +27,7 @@ from helios.api.registry.v1.rollout_service_pb2_grpc import add_RolloutServiceSe
 from helios.api.registry.v1.sync_service_pb2_grpc import add_SyncServiceServicer_to_server
 from helios.api.registry.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
 from helios.api.registry.v1.version_service_pb2_grpc import add_VersionServiceServicer_to_server
+from helios.mesh.addresses import dialable
 from helios.mesh.process import Lifetime, run
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.tasks import keep_running
@@ -41,6 +43,8 @@ from helios.registry.chunk_servicer import ChunkServicer
 from helios.registry.chunk_store import ChunkStore
 from helios.registry.collection import prefixes
 from helios.registry.collector import Collector
+from helios.registry.coordination.relay import Relay
+from helios.registry.coordination.seats import Seats
 from helios.registry.cordons.cordons import Cordons
 from helios.registry.cordons.servicer import CordonServicer
 from helios.registry.cordons.store import CordonStore
@@ -146,7 +150,7 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         metrics.MODELS.set(await store.count_models())
         await uploads.measure()
         await stack.enter_async_context(collector.running())
-        chores = {
+        chores: dict[str, Callable[[], Awaitable[None]]] = {
             "index chunks": ChunkIndexer(chunks, blobs.store.open, store.changes.version).run,
             "tidy downloads": downloads.keep_tidy,
             "tidy pushes": pusher.keep_tidy,
@@ -155,7 +159,7 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
             "order prefetches": prefetches.run,
         }
         if database.is_shared:
-            chores["follow changes"] = partial(catalog.follow, settings.watch_poll_seconds)
+            chores |= _beside_others(settings, core, sync, server.address, stack)
         _start(chores, lifetime, stack)
         lifetime.mark_ready(address=server.address)
         await lifetime.wait_stop()
@@ -183,8 +187,28 @@ def _usage(
     prefetches = Prefetches(usage, rows, sync, bytes_per_hour=settings.usage.prefetch_bytes_per_hour)
     sync.on_prefetch_report = prefetches.take_report
     add_UsageServiceServicer_to_server(UsageServicer(usage, core.store), server.grpc)
-    add_PrefetchServiceServicer_to_server(PrefetchServicer(prefetches, core.store), server.grpc)
+    add_PrefetchServiceServicer_to_server(PrefetchServicer(prefetches, core.store, sync), server.grpc)
     return usage, prefetches
+
+
+def _beside_others(
+    settings: RegistrySettings, core: "_Core", sync: SyncServicer, listens: str, stack: AsyncExitStack
+) -> dict[str, Callable[[], Awaitable[None]]]:
+    """Returns what one registry of several does besides, and has one of them bring the agents of all together."""
+    ttl_seconds = settings.sync.coordinator_seconds
+    seats = Seats(
+        LeaseStore(core.database),
+        holder=secrets.token_hex(8),
+        address=settings.sync.address or dialable([listens]),
+        ttl_seconds=ttl_seconds,
+    )
+    identity = settings.mesh.identity
+    sync.relay = relay = Relay(seats, identity=identity, look_seconds=ttl_seconds / 4, on_moved=sync.send_away)
+    stack.push_async_callback(relay.resign)
+    return {
+        "follow changes": partial(core.catalog.follow, settings.watch_poll_seconds),
+        "coordinate agents": relay.run,
+    }
 
 
 def _start(chores: Mapping[str, Callable[[], Awaitable[None]]], lifetime: Lifetime, stack: AsyncExitStack) -> None:

@@ -34,8 +34,8 @@ POLICY: Final = {
     PUSH_SERVICE: frozenset({"admin-edge"}),
     # A proxy resolves the references that requests name.
     VERSION_SERVICE: frozenset({"proxy", "storage", "admin-edge"}),
-    # People look; a session is for agents only.
-    SYNC_SERVICE: frozenset({"storage", "admin-edge"}),
+    # People look; a session is for agents only. Another registry passes both on, and has looked who asks.
+    SYNC_SERVICE: frozenset({"storage", "admin-edge", "registry"}),
     # People make and end keys, proxies know them by their hashes.
     KEY_SERVICE: frozenset({"proxy", "admin-edge"}),
     ROLLOUT_SERVICE: frozenset({"admin-edge"}),
@@ -48,14 +48,15 @@ POLICY: Final = {
     LEASE_SERVICE: frozenset({"proxy", "admin-edge"}),
     # People cordon at a proxy, which knows the workers.
     CORDON_SERVICE: frozenset({"proxy"}),
-    PREFETCH_SERVICE: frozenset({"admin-edge"}),
+    PREFETCH_SERVICE: frozenset({"admin-edge", "registry"}),
 }
 
 _WRITERS: Final = frozenset({"admin-edge"})
 _POLICY_WRITERS: Final = frozenset({"admin-edge", "proxy"})
 _MEASURERS: Final = frozenset({"proxy"})
 _PUBLISHERS: Final = frozenset({"worker"})
-_AGENTS: Final = frozenset({"storage"})
+_AGENTS: Final = frozenset({"storage", "registry"})
+_ORDERERS: Final = frozenset({"admin-edge", "registry"})
 _KEY_WATCHERS: Final = frozenset({"proxy"})
 _REPORTERS: Final = frozenset({"proxy"})
 _LEADERS: Final = frozenset({"proxy"})
@@ -104,6 +105,11 @@ def check_may_lead(context: Any) -> None:
 def check_is_agent(context: Any) -> None:
     """Raises PermissionDenied unless the caller may say what a node holds."""
     _check(context, _AGENTS, "speak for a node")
+
+
+def check_may_order(context: Any) -> None:
+    """Raises PermissionDenied unless the caller may have nodes fetch ahead."""
+    _check(context, _ORDERERS, "order prefetches")
 
 
 def mutation_of(context: Any, request_id: str, expected_version: int = 0) -> Mutation:

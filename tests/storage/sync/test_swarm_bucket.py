@@ -54,7 +54,7 @@ async def test_a_bucket_is_read_once(tmp_path: Path, seaweedfs_server: Emulator,
         revision = (await ingest(client, "m", source)).model.revision.digest
         entries = (await client.get_manifest(revision)).manifest.entries
         weights = max((entry.digest for entry in entries), key=lambda digest: digest.size_bytes)
-        await _wait_indexed(dialer, weights.hash)
+        await wait_indexed(dialer, weights.hash)
         mesh = Mesh(tmp_path, CertificateAuthority.open(tmp_path / "pki"), make_shelf(tmp_path), address)
         own = json.dumps({name: value for name, value in seaweedfs_server.options.items() if "endpoint" not in name})
         agents = [
@@ -67,7 +67,7 @@ async def test_a_bucket_is_read_once(tmp_path: Path, seaweedfs_server: Emulator,
             while [agent.node for agent in await SyncClient(admin).list_agents()] != list(NODES):
                 await asyncio.sleep(0.05)
         async with asyncio.TaskGroup() as group:
-            pulls = [group.create_task(_pull(mesh, agent, revision)) for agent in agents]
+            pulls = [group.create_task(pull(mesh, agent, revision)) for agent in agents]
         came = [pull.result() for pull in pulls]
     small_bytes = sum(entry.digest.size_bytes for entry in entries) - weights.size_bytes
     # What is small has no chunk index, and is read by both.
@@ -75,7 +75,7 @@ async def test_a_bucket_is_read_once(tmp_path: Path, seaweedfs_server: Emulator,
     assert sum(counts.get("peer", 0) for counts in came) == weights.size_bytes
 
 
-async def _wait_indexed(registry: Dialer, hash_: str) -> None:
+async def wait_indexed(registry: Dialer, hash_: str) -> None:
     async with asyncio.timeout(WAIT_SECONDS):
         while True:
             try:
@@ -88,7 +88,7 @@ async def _wait_indexed(registry: Dialer, hash_: str) -> None:
                 return
 
 
-async def _pull(mesh: Mesh, agent: AgentProcess, revision: str) -> Mapping[str, int]:
+async def pull(mesh: Mesh, agent: AgentProcess, revision: str) -> Mapping[str, int]:
     """Returns where the bytes came from."""
     async with asyncio.timeout(WAIT_SECONDS), mesh.dial(agent.address) as dialer:
         client = StorageClient(dialer)

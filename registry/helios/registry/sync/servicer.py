@@ -8,12 +8,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
+import grpc.aio
 import structlog
 
 from helios.api.registry.v1 import sync_service_pb2 as pb
-from helios.api.registry.v1.sync_service_pb2_grpc import SyncServiceServicer
+from helios.api.registry.v1.sync_service_pb2_grpc import SyncServiceServicer, SyncServiceStub
 from helios.mesh.errors import Conflict, Draining, HeliosError, InvalidRequest, Unavailable
 from helios.mesh.tasks import task_scope
 from helios.registry import access
@@ -33,10 +34,29 @@ _SILENT_INTERVALS: Final = 5
 _NODE_EXCLUSIONS: Final = 1_024
 
 
+S = TypeVar("S")
+
+
+class Coordinator(Protocol):
+    """The way to the one registry of several that brings agents together."""
+
+    async def pass_on(self, first: pb.SessionRequest, requests: AsyncIterator[pb.SessionRequest], context: Any) -> bool:
+        """Has it serve a session, to its end; returns False where that is to be served here."""
+        ...
+
+    async def ask(
+        self, context: Any, stub_class: Callable[[grpc.aio.Channel], S], call: Callable[[S], Any], request: Any
+    ) -> Any:
+        """Returns its answer to a call, None where that is to be answered here."""
+        ...
+
+
 class SyncServicer(SyncServiceServicer):
     """Takes agents in."""
 
     def __init__(self, settings: SyncSettings | None = None) -> None:
+        self.relay: Coordinator = _NoOther()
+        """The way to the registry that brings the agents together, where that is another one."""
         self._settings = settings or SyncSettings()
         self._silence_seconds = _SILENT_INTERVALS * self._settings.heartbeat_seconds
         self._outboxes: dict[str, Outbox] = {}
@@ -47,8 +67,10 @@ class SyncServicer(SyncServiceServicer):
 
     async def ListAgents(self, request: pb.ListAgentsRequest, context: Any) -> pb.ListAgentsResponse:
         """Lists the agents that are connected."""
-        del request, context
-        return pb.ListAgentsResponse(agents=map(wire.agent_to_proto, self.cluster.agents()))
+        answer: pb.ListAgentsResponse | None = await self.relay.ask(
+            context, SyncServiceStub, lambda stub: stub.ListAgents, request
+        )
+        return answer or pb.ListAgentsResponse(agents=map(wire.agent_to_proto, self.cluster.agents()))
 
     # A coroutine that writes to the context, and not an async generator as the generated type has it: a generator that
     # is dropped half-way is closed by the garbage collector, in whatever task that happens to run.
@@ -57,7 +79,10 @@ class SyncServicer(SyncServiceServicer):
     ) -> None:
         """Serves one agent until its stream ends or a newer stream of the same node takes over."""
         access.check_is_agent(context)
-        agent = await self._hello(request_iterator)
+        hello = await self._hello(request_iterator)
+        agent = wire.agent_from_proto(hello.hello)
+        if await self.relay.pass_on(hello, request_iterator, context):
+            return
         outbox = self._connect(agent)
         try:
             outbox.put(pb.SessionResponse(welcome=self._welcome()))
@@ -83,11 +108,15 @@ class SyncServicer(SyncServiceServicer):
             outbox.put(message)
         return outbox is not None
 
-    def close(self) -> None:
-        """Ends all sessions, and takes no more; agents come back by themselves."""
-        self._is_closed = True
+    def send_away(self) -> None:
+        """Ends all sessions that are served here; agents come back by themselves."""
         for outbox in self._outboxes.values():
             outbox.end(_draining())
+
+    def close(self) -> None:
+        """Ends all sessions, and takes no more."""
+        self._is_closed = True
+        self.send_away()
 
     def _connect(self, agent: Agent) -> Outbox:
         if self._is_closed:
@@ -113,7 +142,7 @@ class SyncServicer(SyncServiceServicer):
         welcome.claim_ttl.FromTimedelta(timedelta(seconds=self._settings.claim_seconds))
         return welcome
 
-    async def _hello(self, requests: AsyncIterator[pb.SessionRequest]) -> Agent:
+    async def _hello(self, requests: AsyncIterator[pb.SessionRequest]) -> pb.SessionRequest:
         try:
             async with asyncio.timeout(_HELLO_SECONDS):
                 first = await anext(requests, None)
@@ -121,7 +150,7 @@ class SyncServicer(SyncServiceServicer):
             first = None
         if first is None or first.WhichOneof("message") != "hello":
             raise InvalidRequest("the first message of a session must be a hello", reason="HELLO_EXPECTED")
-        return wire.agent_from_proto(first.hello)
+        return first
 
     async def _read_until_end(self, requests: AsyncIterator[pb.SessionRequest], node: str, outbox: Outbox) -> None:
         try:
@@ -229,5 +258,18 @@ class SyncServicer(SyncServiceServicer):
             self._outboxes[node].tell_holders(hash_)
 
 
+class _NoOther:
+    """There is one registry."""
+
+    async def pass_on(self, first: pb.SessionRequest, requests: AsyncIterator[pb.SessionRequest], context: Any) -> bool:
+        """Serves it here."""
+        del first, requests, context
+        return False
+
+    async def ask(self, context: Any, stub_class: Any, call: Any, request: Any) -> None:
+        """Answers it here."""
+        del context, stub_class, call, request
+
+
 def _draining() -> Draining:
-    return Draining("the registry stops")
+    return Draining("the registry stops, or another one brings the agents together now")

@@ -64,8 +64,8 @@ class PrefetchServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListPrefetches(self, request, context):
-        """ListPrefetches lists the nodes whose agents are connected, each with what it is to fetch ahead and what became of it.
-        With several registries each knows those connected to it. Idempotent.
+        """ListPrefetches lists the nodes whose agents are connected, each with what it is to fetch ahead and what became of it;
+        of several registries on one database any of them answers for all. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -25,8 +25,8 @@ class PrefetchServiceStub:
     PERMISSION_DENIED.
     """
     ListPrefetches: _aio.UnaryUnaryMultiCallable[_prefetch_service_pb2.ListPrefetchesRequest, _prefetch_service_pb2.ListPrefetchesResponse]
-    """ListPrefetches lists the nodes whose agents are connected, each with what it is to fetch ahead and what became of it.
-    With several registries each knows those connected to it. Idempotent.
+    """ListPrefetches lists the nodes whose agents are connected, each with what it is to fetch ahead and what became of it;
+    of several registries on one database any of them answers for all. Idempotent.
     """
 
 class PrefetchServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -52,8 +52,8 @@ class PrefetchServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _prefetch_service_pb2.ListPrefetchesRequest,
         context: _aio.ServicerContext[_prefetch_service_pb2.ListPrefetchesRequest, _abc.Awaitable[_prefetch_service_pb2.ListPrefetchesResponse]],
     ) -> _abc.Awaitable[_prefetch_service_pb2.ListPrefetchesResponse]:
-        """ListPrefetches lists the nodes whose agents are connected, each with what it is to fetch ahead and what became of it.
-        With several registries each knows those connected to it. Idempotent.
+        """ListPrefetches lists the nodes whose agents are connected, each with what it is to fetch ahead and what became of it;
+        of several registries on one database any of them answers for all. Idempotent.
         """
 
 def add_PrefetchServiceServicer_to_server(servicer: PrefetchServiceServicer, server: _aio.Server) -> None: ...

@@ -755,7 +755,7 @@ Global___ExpectedUses: _TypeAlias = ExpectedUses  # noqa: Y015
 
 @_typing.final
 class PrefetchReport(_message.Message):
-    """PrefetchReport is what an agent made of plans since it started."""
+    """PrefetchReport is what an agent made of plans. Bytes are counted over restarts of the agent."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

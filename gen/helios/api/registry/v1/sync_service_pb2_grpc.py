@@ -49,6 +49,9 @@ class SyncServiceStub:
     ends the stream.
     With the stream end the agent's claims, its wants and what it holds. Nothing of it is kept over a restart: agents
     say it again. An agent that has no stream for some seconds fetches by itself.
+
+    Of several registries on one database one brings the agents of all together; the others pass sessions on to it, with
+    the metadata `x-helios-forwarded`, which none of them passes on again (UNAVAILABLE, NOT_COORDINATOR).
     """
 
     def __init__(self, channel):
@@ -93,6 +96,9 @@ class SyncServiceServicer:
     ends the stream.
     With the stream end the agent's claims, its wants and what it holds. Nothing of it is kept over a restart: agents
     say it again. An agent that has no stream for some seconds fetches by itself.
+
+    Of several registries on one database one brings the agents of all together; the others pass sessions on to it, with
+    the metadata `x-helios-forwarded`, which none of them passes on again (UNAVAILABLE, NOT_COORDINATOR).
     """
 
     def Session(self, request_iterator, context):
@@ -105,8 +111,8 @@ class SyncServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListAgents(self, request, context):
-        """ListAgents lists the agents that are connected, by node. With several registries each knows those connected to it.
-        Idempotent.
+        """ListAgents lists the agents that are connected, by node; of several registries on one database any of them answers
+        for all. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,6 +163,9 @@ class SyncService:
     ends the stream.
     With the stream end the agent's claims, its wants and what it holds. Nothing of it is kept over a restart: agents
     say it again. An agent that has no stream for some seconds fetches by itself.
+
+    Of several registries on one database one brings the agents of all together; the others pass sessions on to it, with
+    the metadata `x-helios-forwarded`, which none of them passes on again (UNAVAILABLE, NOT_COORDINATOR).
     """
 
     @staticmethod

@@ -36,6 +36,9 @@ class SyncServiceStub:
         ends the stream.
     With the stream end the agent's claims, its wants and what it holds. Nothing of it is kept over a restart: agents
     say it again. An agent that has no stream for some seconds fetches by itself.
+
+    Of several registries on one database one brings the agents of all together; the others pass sessions on to it, with
+    the metadata `x-helios-forwarded`, which none of them passes on again (UNAVAILABLE, NOT_COORDINATOR).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -45,8 +48,8 @@ class SyncServiceStub:
     agent does not read; SESSION_SILENT).
     """
     ListAgents: _aio.UnaryUnaryMultiCallable[_sync_service_pb2.ListAgentsRequest, _sync_service_pb2.ListAgentsResponse]
-    """ListAgents lists the agents that are connected, by node. With several registries each knows those connected to it.
-    Idempotent.
+    """ListAgents lists the agents that are connected, by node; of several registries on one database any of them answers
+    for all. Idempotent.
     """
 
 class SyncServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -73,6 +76,9 @@ class SyncServiceServicer(metaclass=_abc_1.ABCMeta):
         ends the stream.
     With the stream end the agent's claims, its wants and what it holds. Nothing of it is kept over a restart: agents
     say it again. An agent that has no stream for some seconds fetches by itself.
+
+    Of several registries on one database one brings the agents of all together; the others pass sessions on to it, with
+    the metadata `x-helios-forwarded`, which none of them passes on again (UNAVAILABLE, NOT_COORDINATOR).
     """
 
     @_abc_1.abstractmethod
@@ -92,8 +98,8 @@ class SyncServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sync_service_pb2.ListAgentsRequest,
         context: _aio.ServicerContext[_sync_service_pb2.ListAgentsRequest, _abc.Awaitable[_sync_service_pb2.ListAgentsResponse]],
     ) -> _abc.Awaitable[_sync_service_pb2.ListAgentsResponse]:
-        """ListAgents lists the agents that are connected, by node. With several registries each knows those connected to it.
-        Idempotent.
+        """ListAgents lists the agents that are connected, by node; of several registries on one database any of them answers
+        for all. Idempotent.
         """
 
 def add_SyncServiceServicer_to_server(servicer: SyncServiceServicer, server: _aio.Server) -> None: ...
