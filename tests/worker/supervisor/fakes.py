@@ -304,6 +304,8 @@ class FakeProxy(FleetServiceServicer):
         self.reads = reads
         self.sessions: list[FakeProxySession] = []
         self.address = ""
+        self.epoch = 0
+        """By which it leads, as it says in welcomes and heartbeats."""
         self._joined = asyncio.Event()
 
     async def wait_session(self, count: int = 1) -> FakeProxySession:
@@ -322,7 +324,7 @@ class FakeProxy(FleetServiceServicer):
         session = FakeProxySession(first.hello)
         self.sessions.append(session)
         self._joined.set()
-        welcome = fleet.Welcome(proxy_id="fake")
+        welcome = fleet.Welcome(proxy_id="fake", epoch=self.epoch)
         welcome.report_interval.FromMilliseconds(round(self.interval_seconds * 1000))
         yield fleet.SessionResponse(welcome=welcome)
         async with task_scope() as group:
@@ -333,7 +335,7 @@ class FakeProxy(FleetServiceServicer):
                     async with asyncio.timeout(None if self.is_silent else self.interval_seconds):
                         command = await session.commands.get()
                 except TimeoutError:
-                    yield fleet.SessionResponse(heartbeat=fleet.Heartbeat())
+                    yield fleet.SessionResponse(heartbeat=fleet.Heartbeat(epoch=self.epoch))
                     continue
                 if command is None:
                     return

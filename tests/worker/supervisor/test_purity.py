@@ -10,6 +10,7 @@ import helios.worker.supervisor as package
 PURE = (
     "commands",
     "core_placement",
+    "fence",
     "ledger",
     "life_actions",
     "life_stages",

@@ -40,6 +40,8 @@ from helios.worker.replica_logs import drop_surplus, log_path
 from helios.worker.settings import SOCKET_PATH_LIMIT, WorkerSettings
 from helios.worker.supervisor.attach_servicer import AttachServicer
 from helios.worker.supervisor.core_placement import place
+from helios.worker.supervisor.epoch_file import EpochFile
+from helios.worker.supervisor.fence import Fence
 from helios.worker.supervisor.fleet_session import FleetSession
 from helios.worker.supervisor.front_placement import FrontPlacement, bind_process
 from helios.worker.supervisor.gauges import keep_measuring
@@ -48,6 +50,7 @@ from helios.worker.supervisor.ledger import Booking, Ledger
 from helios.worker.supervisor.life_stages import Limits
 from helios.worker.supervisor.orders import Rules
 from helios.worker.supervisor.process_tree import become_subreaper, boot_id
+from helios.worker.supervisor.proxy_sessions import ProxySessions
 from helios.worker.supervisor.records import ReplicaView
 from helios.worker.supervisor.replica_list import ReplicaList
 from helios.worker.supervisor.supervisor import Supervisor
@@ -121,15 +124,25 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
             log.warning(
                 "replicas are not back yet", awaited_count=awaited_count, waited_seconds=settings.resync_seconds
             )
-        for address in settings.proxies:
-            session = FleetSession(address, identity=identity, feed=supervisor.feed, executor=supervisor)
-            group.create_task(session.run(), name=f"fleet session {address}")
+        group.create_task(_proxy_sessions(settings, supervisor).run(), name="fleet sessions")
         group.create_task(_keep_files_bounded(settings, supervisor), name="keep files bounded")
         engine, _ = split_engine(settings.replica.engine)
         facts = {"supervisor_address": server.address, "on_stop": settings.on_stop}
         group.create_task(_say_ready(launchers, engine, lifetime, facts), name="say ready")
         await lifetime.wait_stop()
         await _stop(supervisor, settings)
+
+
+def _proxy_sessions(settings: WorkerSettings, supervisor: Supervisor) -> ProxySessions:
+    epochs = EpochFile(settings.state_directory / "epoch")
+    fence = Fence(epochs.read(), epochs.write)
+
+    def open_session(address: str) -> FleetSession:
+        return FleetSession(
+            address, identity=settings.mesh.identity, feed=supervisor.feed, executor=supervisor, fence=fence
+        )
+
+    return ProxySessions(settings.proxies, open_session, resolve_seconds=settings.proxies_resolve_seconds)
 
 
 def _place_fronts(settings: WorkerSettings, supervisor: Supervisor, ledger: Ledger) -> None:

@@ -149,7 +149,10 @@ class WorkerSettings(ProcessSettings):
     node: str = Field(default_factory=socket.gethostname, min_length=1)
     """Name of the node. The host's name."""
     proxies: tuple[str, ...] = ()
-    """``host:port`` or ``unix:/path`` of the fleet service of every proxy. Empty: nobody sends work."""
+    """``host:port`` or ``unix:/path`` of the fleet service of every proxy, and ``dns:NAME:PORT``, which stands for all
+    addresses of a name (a headless service of Kubernetes). Empty: nobody sends work."""
+    proxies_resolve_seconds: float = Field(default=5.0, gt=0)
+    """How often names in ``proxies`` are resolved. 5: as long as cluster DNS keeps its answers."""
     storage_target: str = "127.0.0.1:9200"
     """``host:port`` or ``unix:/path`` of the node's storage agent."""
     registry_target: str = ""

@@ -109,11 +109,15 @@ Command = Start | Drain | Stop | Evict | Stage | Unstage | Sleep | Wake | SetAda
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """What became of a command; ``refused_reason`` is empty where it was accepted."""
+    """What became of a command; ``refused_reason`` is empty where it was accepted.
+
+    ``epoch`` is the highest of a leader, where the command was refused for being of a lower one.
+    """
 
     command_id: str
     refused_reason: str = ""
     message: str = ""
+    epoch: int = 0
 
     @property
     def is_accepted(self) -> bool:

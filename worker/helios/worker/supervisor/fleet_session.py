@@ -22,6 +22,7 @@ from helios.mesh.identity import IdentityFiles
 from helios.mesh.tasks import keep_running
 from helios.worker.supervisor import metrics
 from helios.worker.supervisor.commands import Ack, Command
+from helios.worker.supervisor.fence import STALE_LEADER, Fence
 from helios.worker.supervisor.outbox import Outbox
 from helios.worker.supervisor.records import WorkerView
 from helios.worker.supervisor.session_requests import SessionRequests
@@ -78,9 +79,13 @@ class FleetSession:
         identity: IdentityFiles | None,
         feed: Feed,
         executor: Executor,
+        fence: Fence | None = None,
         options: SessionOptions | None = None,
     ) -> None:
+        """``fence`` is all sessions' of this worker."""
+        self.is_open = False
         self._address = address
+        self._fence = fence or Fence()
         self._identity = identity
         self._feed = feed
         self._executor = executor
@@ -107,9 +112,11 @@ class FleetSession:
 
         try:
             with self._feed.subscribe(wake) as (worker, outbox):
-                requests.open(worker, outbox)
+                requests.open(worker, outbox, self._fence.epoch)
                 await self._exchange(stream, requests, outbox)
         finally:
+            self.is_open = False
+            self._fence.left(self._address)
             requests.close()
             stream.cancel()
 
@@ -119,6 +126,8 @@ class FleetSession:
             interval = seconds_from_proto(welcome.report_interval) or 1.0
             interval = min(max(interval, _SHORTEST_INTERVAL_SECONDS), _LONGEST_INTERVAL_SECONDS)
             log.info("fleet session open", proxy=self._address, proxy_id=welcome.proxy_id, interval_seconds=interval)
+            self.is_open = True
+            self._fence.hear(self._address, welcome.epoch)
             requests.begin(interval)
             with metrics.FLEET_SESSIONS.track_inprogress():
                 await self._take_commands(stream, outbox, interval)
@@ -145,13 +154,24 @@ class FleetSession:
                     response = await _read(stream)
             except TimeoutError as error:
                 raise Unavailable(f"the proxy was silent for {silence_seconds:g} s", reason="PROXY_SILENT") from error
-            if response.WhichOneof("message") == "command":
-                outbox.put_ack(self._execute(response.command))
+            match response.WhichOneof("message"):
+                case "command":
+                    outbox.put_ack(self._execute(response.command))
+                case "heartbeat":
+                    self._fence.hear(self._address, response.heartbeat.epoch)
+                case _:
+                    pass
 
     def _execute(self, message: pb.Command) -> Ack:
         try:
+            # Before the answers to earlier commands are looked at: the same command may come again, from a leader.
+            self._fence.check(self._address, message.epoch)
             command = command_from_proto(message)
         except HeliosError as error:
+            if error.reason == STALE_LEADER:
+                metrics.COMMANDS.labels("any", STALE_LEADER).inc()
+                log.warning("command of another time refused", proxy=self._address, epoch=message.epoch)
+                return Ack(message.command_id, error.reason, error.message, self._fence.epoch)
             return Ack(message.command_id, error.reason, error.message)
         return self._executor.execute(message.command_id, command)
 

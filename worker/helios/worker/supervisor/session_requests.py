@@ -33,9 +33,9 @@ class SessionRequests:
         self._is_closed = False
         self._load_at = self._sent_at = asyncio.get_running_loop().time()
 
-    def open(self, worker: WorkerView, outbox: Outbox) -> None:
-        """Says hello."""
-        self._ready.append(pb.SessionRequest(hello=hello_to_proto(worker)))
+    def open(self, worker: WorkerView, outbox: Outbox, epoch: int) -> None:
+        """Says hello, with the highest epoch that a proxy has said."""
+        self._ready.append(pb.SessionRequest(hello=hello_to_proto(worker, epoch)))
         self._outbox = outbox
 
     def begin(self, interval_seconds: float) -> None:

@@ -215,8 +215,8 @@ def replica_from_proto(replica: types.Replica, *, start_ticks: int, lease_id: st
     )
 
 
-def hello_to_proto(worker: WorkerView) -> fleet.Hello:
-    """Returns the message by which a worker introduces itself."""
+def hello_to_proto(worker: WorkerView, epoch: int) -> fleet.Hello:
+    """Returns the message by which a worker introduces itself, and says the highest epoch that it has heard."""
     return fleet.Hello(
         worker_id=worker.worker_id,
         incarnation=worker.incarnation,
@@ -228,12 +228,15 @@ def hello_to_proto(worker: WorkerView) -> fleet.Hello:
         version=worker.version,
         host_memory=host_to_proto(worker.host),
         staged=[staged_to_proto(view) for view in worker.staged],
+        epoch=epoch,
     )
 
 
 def ack_to_proto(ack: Ack) -> fleet.CommandAck:
     """Returns the message of an ack."""
-    return fleet.CommandAck(command_id=ack.command_id, refused_reason=ack.refused_reason, message=ack.message)
+    return fleet.CommandAck(
+        command_id=ack.command_id, refused_reason=ack.refused_reason, message=ack.message, epoch=ack.epoch
+    )
 
 
 def command_from_proto(command: fleet.Command) -> Command:
