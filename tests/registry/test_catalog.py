@@ -20,8 +20,9 @@ from helios.mesh.errors import (
     Unavailable,
 )
 from helios.registry.manifest import MEDIA_CONFIG, MEDIA_WEIGHT, Digest, Entry, Manifest
+from helios.registry.policy import ModelPolicy
 from helios.registry.profile import ModelProfile
-from helios.registry.records import ModelDeleted, ModelPolicy, ModelSnapshot, ModelUpserted, WatchEvent
+from helios.registry.records import ModelDeleted, ModelSnapshot, ModelUpserted, WatchEvent
 from helios.registry.store import NewRevision, Store
 from tests.registry.support import Parts, open_parts
 

@@ -22,7 +22,7 @@ from helios.mesh.errors import (
 from helios.registry.database import Database
 from helios.registry.manifest import Digest
 from helios.registry.migrate import HEAD, SCRIPTS
-from helios.registry.records import ModelPolicy
+from helios.registry.policy import ModelPolicy
 from helios.registry.store import Store
 from helios.registry.tables import blobs, metadata
 from tests.registry.stores import Place, opened

@@ -19,8 +19,8 @@ from helios.registry.engine_settings import EngineSettings
 from helios.registry.events import Mutation
 from helios.registry.manifest import Digest, Entry, Manifest
 from helios.registry.names import parse_reference
+from helios.registry.policy import ModelPolicy
 from helios.registry.profile import ModelProfile
-from helios.registry.records import ModelPolicy
 from helios.registry.store import NewRevision, Store
 from helios.registry.tag_store import TagStore
 

@@ -25,6 +25,7 @@ from helios.mesh.errors import (
     RevisionNotFound,
     Unavailable,
 )
+from helios.mesh.windows import Window
 from helios.registry.client import (
     IngestDone,
     IngestProgress,
@@ -82,6 +83,10 @@ async def test_every_call_of_the_contract(client: RegistryClient, model_director
         blob = Path(located.blob_store_url.removeprefix("file://")) / "sha256" / hash_[:2] / hash_
         assert blob.read_bytes() == (model_directory / entry.path).read_bytes()
 
+    windows = (Window("0 8 * * MON-FRI", 36_000.0, "Europe/Berlin", min_replicas=2),)
+    policy = ModelPolicy(1, 3, windows, idle_seconds=60.0)
+    assert (await client.update_policy("x", policy)).policy == policy
+    assert (await client.get_model("x")).policy == policy
     assert (await client.update_policy("x", ModelPolicy(1, 3))).policy == ModelPolicy(1, 3)
     assert (await client.put_alias("y", "org/m")).aliases == ("x", "y")
     await client.delete_alias("y")

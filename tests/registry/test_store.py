@@ -23,8 +23,9 @@ from helios.registry.events import Event, EventKind, Mutation
 from helios.registry.history import Cause
 from helios.registry.manifest import MEDIA_ARTIFACT, MEDIA_CONFIG, MEDIA_WEIGHT, Digest, Entry, Manifest
 from helios.registry.names import MAX_TAGS, Reference, parse_reference
+from helios.registry.policy import ModelPolicy
 from helios.registry.profile import ModelProfile
-from helios.registry.records import ModelDeleted, ModelPolicy, ModelUpserted
+from helios.registry.records import ModelDeleted, ModelUpserted
 from helios.registry.store import NewRevision, Store
 from helios.registry.tag_store import TagStore
 from tests.registry.stores import Place, opened

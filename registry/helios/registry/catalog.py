@@ -22,11 +22,11 @@ from helios.registry.artifact_store import ArtifactStore
 from helios.registry.blobs import Blobs
 from helios.registry.engine_settings import EngineSettings
 from helios.registry.events import PLAIN, Mutation
+from helios.registry.policy import ModelPolicy
 from helios.registry.records import (
     BlobLocation,
     LocatedManifest,
     Model,
-    ModelPolicy,
     Revision,
     WatchEvent,
 )

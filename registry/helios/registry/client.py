@@ -32,6 +32,7 @@ from helios.registry.keys.client import SECRET_PREFIX, ApiKey, KeyClient, KeySpe
 from helios.registry.leases.client import Grant, LeaseClient, ToldLease
 from helios.registry.leases.client import Wish as LeaseWish
 from helios.registry.manifest import Digest, Entry, Manifest
+from helios.registry.policy import ModelPolicy
 from helios.registry.profile import ModelProfile
 from helios.registry.profiles.client import ProfileClient
 from helios.registry.profiles.measure import Measure
@@ -48,7 +49,6 @@ from helios.registry.records import (
     Model,
     ModelChange,
     ModelDeleted,
-    ModelPolicy,
     ModelSnapshot,
     ModelUpserted,
     Pin,

@@ -11,8 +11,9 @@ from helios.mesh.errors import InvalidRequest, ModelNotFound, NotFound, Revision
 from helios.registry.engine_settings import EngineSettings
 from helios.registry.moments import from_us
 from helios.registry.names import Reference
+from helios.registry.policy import policy_of
 from helios.registry.profile import ModelProfile
-from helios.registry.records import Model, ModelPolicy, Pin, Revision, Rollout, Tag
+from helios.registry.records import Model, Pin, Revision, Rollout, Tag
 from helios.registry.tables import aliases, model_revisions, models, pins, revisions, rollouts, tags
 
 
@@ -20,7 +21,7 @@ async def select_models(connection: AsyncConnection, condition: Any, limit: int 
     """Returns the models that a condition on ``models`` holds for, by name, with all that belongs to them."""
     query = (
         select(models.c.name, models.c.min_replicas, models.c.max_replicas, models.c.created_at_us.label("made_us"))
-        .add_columns(models.c.engine_settings, models.c.version, *revisions.c)
+        .add_columns(models.c.scaling, models.c.engine_settings, models.c.version, *revisions.c)
         .join(revisions, revisions.c.digest == models.c.revision)
         .where(condition)
         .order_by(models.c.name)
@@ -46,7 +47,7 @@ async def select_models(connection: AsyncConnection, condition: Any, limit: int 
             name=row.name,
             aliases=tuple(spoken[row.name]),
             revision=revision_of(row),
-            policy=ModelPolicy(row.min_replicas, row.max_replicas),
+            policy=policy_of(row.min_replicas, row.max_replicas, row.scaling),
             created_at=from_us(row.made_us),
             engine_settings=EngineSettings(row.engine_settings),
             tags=tuple(tagged[row.name]),

@@ -4,32 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Final
 
-from helios.mesh.errors import InvalidRequest
 from helios.registry.engine_settings import NO_SETTINGS, EngineSettings
 from helios.registry.events import PLAIN, Mutation
 from helios.registry.manifest import Manifest
+from helios.registry.policy import ModelPolicy
 from helios.registry.profile import ModelProfile
-
-# A typing error should not start a million replicas; far above what one mesh can hold.
-MAX_REPLICAS: Final = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class ModelPolicy:
-    """How many replicas a model has: at least ``min_replicas``; at most ``max_replicas``, 0 meaning no bound."""
-
-    min_replicas: int = 0
-    max_replicas: int = 0
-
-    def check(self) -> "ModelPolicy":
-        """Returns itself. Raises InvalidRequest (INVALID_POLICY) where it contradicts itself."""
-        if not (0 <= self.min_replicas <= MAX_REPLICAS and 0 <= self.max_replicas <= MAX_REPLICAS):
-            raise _invalid_policy(f"replica counts lie between 0 and {MAX_REPLICAS}")
-        if self.max_replicas and self.min_replicas > self.max_replicas:
-            raise _invalid_policy(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
-        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +198,3 @@ class IngestDone:
 
 
 IngestEvent = IngestProgress | IngestDone
-
-
-def _invalid_policy(message: str) -> InvalidRequest:
-    return InvalidRequest(message, reason="INVALID_POLICY", metadata={"param": "policy"})

@@ -35,12 +35,12 @@ from helios.registry.model_rows import (
 from helios.registry.moments import to_us
 from helios.registry.names import Reference
 from helios.registry.pointers import move_pointer
+from helios.registry.policy import ModelPolicy
 from helios.registry.profile import ModelProfile
 from helios.registry.records import (
     Model,
     ModelChange,
     ModelDeleted,
-    ModelPolicy,
     ModelSnapshot,
     ModelUpserted,
     ResolvedModel,
@@ -312,7 +312,11 @@ class Store:
 
     async def update_policy(self, name: str, policy: ModelPolicy, now: datetime, mutation: Mutation = PLAIN) -> Model:
         """Sets a model's policy, by name or alias. Raises ModelNotFound, Conflict (STALE_VERSION)."""
-        values = dataclasses.asdict(policy)
+        values = {
+            "min_replicas": policy.min_replicas,
+            "max_replicas": policy.max_replicas,
+            "scaling": policy.scaling_document,
+        }
         async with self.changes.write(mutation, now, "update_policy", name, json.dumps(values)) as write:
             model = await resolve(write.connection, name)
             if not write.is_repeat:

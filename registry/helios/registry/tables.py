@@ -111,6 +111,8 @@ models = Table(
     Column("revision", ForeignKey("revisions.digest"), nullable=False),
     Column("min_replicas", Integer, nullable=False),
     Column("max_replicas", Integer, nullable=False),
+    # JSON of what else the policy says: windows, and how warm the model is kept.
+    Column("scaling", String, nullable=False, server_default="{}"),
     # JSON of the contract's EngineSettings: read whole, never searched.
     Column("engine_settings", String, nullable=False, server_default="{}"),
     Column("created_at_us", BigInteger, nullable=False),

@@ -11,9 +11,11 @@ from helios.api.engine.v1 import engine_settings_pb2 as engine_pb
 from helios.api.registry.v1 import registry_service_pb2 as pb
 from helios.mesh.errors import HeliosError, InvalidRequest
 from helios.mesh.status import openai_body
+from helios.mesh.windows import Window
 from helios.registry.engine_settings import EngineSettings
 from helios.registry.events import Mutation
 from helios.registry.manifest import Digest, Entry, Manifest
+from helios.registry.policy import ModelPolicy
 from helios.registry.profile import ModelProfile
 from helios.registry.records import (
     BlobLocation,
@@ -25,7 +27,6 @@ from helios.registry.records import (
     LocatedManifest,
     Model,
     ModelDeleted,
-    ModelPolicy,
     ModelSnapshot,
     ModelUpserted,
     Pin,
@@ -38,6 +39,10 @@ from helios.registry.records import (
 
 # By their names; "commit" is both's, and reads as an ingest's, which equals it.
 _PHASES: Final[dict[str, IngestPhase | PushPhase]] = {phase.value: phase for phase in (*PushPhase, *IngestPhase)}
+
+
+# Of a policy: how long a model stays on a rung.
+_TIMES: Final = ("idle", "asleep", "staged")
 
 
 def timestamp_to_proto(moment: datetime) -> Timestamp:
@@ -103,12 +108,39 @@ def revision_from_proto(message: pb.Revision) -> Revision:
 
 def policy_to_proto(policy: ModelPolicy) -> pb.ModelPolicy:
     """Returns a policy on the wire."""
-    return pb.ModelPolicy(min_replicas=policy.min_replicas, max_replicas=policy.max_replicas)
+    message = pb.ModelPolicy(min_replicas=policy.min_replicas, max_replicas=policy.max_replicas)
+    for window in policy.windows:
+        told = message.windows.add(
+            begins=window.begins,
+            time_zone=window.time_zone,
+            min_replicas=window.min_replicas,
+            max_replicas=window.max_replicas,
+        )
+        told.duration.FromMilliseconds(round(window.seconds * 1000))
+    for name in _TIMES:
+        if (seconds := getattr(policy, f"{name}_seconds")) is not None:
+            getattr(message, f"{name}_time").FromMilliseconds(round(seconds * 1000))
+    return message
 
 
 def policy_from_proto(message: pb.ModelPolicy) -> ModelPolicy:
     """Reads a policy; ``ModelPolicy.check`` judges it."""
-    return ModelPolicy(message.min_replicas, message.max_replicas)
+    windows = tuple(
+        Window(
+            begins=told.begins,
+            seconds=told.duration.ToMilliseconds() / 1000,
+            time_zone=told.time_zone,
+            min_replicas=told.min_replicas if told.HasField("min_replicas") else None,
+            max_replicas=told.max_replicas if told.HasField("max_replicas") else None,
+        )
+        for told in message.windows
+    )
+    times = {
+        f"{name}_seconds": getattr(message, f"{name}_time").ToMilliseconds() / 1000
+        for name in _TIMES
+        if message.HasField(f"{name}_time")
+    }
+    return ModelPolicy(message.min_replicas, message.max_replicas, windows, **times)
 
 
 def engine_settings_to_proto(settings: EngineSettings) -> engine_pb.EngineSettings:

@@ -17,7 +17,7 @@ from helios.mesh.channel import Dialer
 from helios.mesh.errors import Unavailable
 from helios.registry.events import Mutation
 from helios.registry.names import Reference
-from helios.registry.records import ModelPolicy
+from helios.registry.policy import ModelPolicy
 from tests.registry.support import Mesh, Parts, open_parts, serve
 from tests.registry.test_store import A, new
 

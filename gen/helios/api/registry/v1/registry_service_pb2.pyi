@@ -299,29 +299,100 @@ Global___ModelProfile: _TypeAlias = ModelProfile  # noqa: Y015
 
 @_typing.final
 class ModelPolicy(_message.Message):
-    """ModelPolicy says how many replicas a model has."""
+    """ModelPolicy says how many replicas a model has, and how warm it is kept without a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MIN_REPLICAS_FIELD_NUMBER: _builtins.int
     MAX_REPLICAS_FIELD_NUMBER: _builtins.int
+    WINDOWS_FIELD_NUMBER: _builtins.int
+    IDLE_TIME_FIELD_NUMBER: _builtins.int
+    ASLEEP_TIME_FIELD_NUMBER: _builtins.int
+    STAGED_TIME_FIELD_NUMBER: _builtins.int
     min_replicas: _builtins.int
     """At least this many, started without a request."""
     max_replicas: _builtins.int
     """At most this many. 0: no bound but the devices'."""
+    @_builtins.property
+    def windows(self) -> _containers.RepeatedCompositeFieldContainer[Global___PolicyWindow]:
+        """Times with other bounds; of those that are open, the last one counts. At most 32."""
+
+    @_builtins.property
+    def idle_time(self) -> _duration_pb2.Duration:
+        """How long replicas that nobody uses stay ready before they sleep, or stop; 0: for ever. Unset: as proxies are set."""
+
+    @_builtins.property
+    def asleep_time(self) -> _duration_pb2.Duration:
+        """How long replicas sleep before they stop and leave their weights in memory; 0: for ever. Unset: as proxies are set."""
+
+    @_builtins.property
+    def staged_time(self) -> _duration_pb2.Duration:
+        """How long weights stay in host memory; 0: until it is needed. Unset: as proxies are set."""
+
     def __init__(
         self,
         *,
         min_replicas: _builtins.int = ...,
         max_replicas: _builtins.int = ...,
+        windows: _abc.Iterable[Global___PolicyWindow] | None = ...,
+        idle_time: _duration_pb2.Duration | None = ...,
+        asleep_time: _duration_pb2.Duration | None = ...,
+        staged_time: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["asleep_time", b"asleep_time", "idle_time", b"idle_time", "staged_time", b"staged_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_replicas", b"max_replicas", "min_replicas", b"min_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asleep_time", b"asleep_time", "idle_time", b"idle_time", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "staged_time", b"staged_time", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelPolicy: _TypeAlias = ModelPolicy  # noqa: Y015
+
+@_typing.final
+class PolicyWindow(_message.Message):
+    """PolicyWindow is a time with bounds of its own: "two replicas from 8 to 18 on weekdays"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGINS_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    MIN_REPLICAS_FIELD_NUMBER: _builtins.int
+    MAX_REPLICAS_FIELD_NUMBER: _builtins.int
+    begins: _builtins.str
+    """When it begins: a cron expression of five fields, such as "0 8 * * MON-FRI"."""
+    time_zone: _builtins.str
+    """IANA name of the time zone that it is meant in ("Europe/Berlin"). Empty: UTC."""
+    min_replicas: _builtins.int
+    """At least this many then. Unset: as at other times."""
+    max_replicas: _builtins.int
+    """At most this many then; 0: no bound. Unset: as at other times."""
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """How long it lasts by the clock on the wall, a minute to a week."""
+
+    def __init__(
+        self,
+        *,
+        begins: _builtins.str = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        time_zone: _builtins.str = ...,
+        min_replicas: _builtins.int | None = ...,
+        max_replicas: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_replicas", b"_max_replicas", "_min_replicas", b"_min_replicas", "duration", b"duration", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_replicas", b"_max_replicas", "_min_replicas", b"_min_replicas", "begins", b"begins", "duration", b"duration", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "time_zone", b"time_zone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_replicas: _TypeAlias = _typing.Literal["max_replicas"]  # noqa: Y015
+    _WhichOneofArgType__max_replicas: _TypeAlias = _typing.Literal["_max_replicas", b"_max_replicas"]  # noqa: Y015
+    _WhichOneofReturnType__min_replicas: _TypeAlias = _typing.Literal["min_replicas"]  # noqa: Y015
+    _WhichOneofArgType__min_replicas: _TypeAlias = _typing.Literal["_min_replicas", b"_min_replicas"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_replicas) -> _WhichOneofReturnType__max_replicas | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_replicas) -> _WhichOneofReturnType__min_replicas | None: ...
+
+Global___PolicyWindow: _TypeAlias = PolicyWindow  # noqa: Y015
 
 @_typing.final
 class Digest(_message.Message):

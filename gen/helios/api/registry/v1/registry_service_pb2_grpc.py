@@ -178,7 +178,7 @@ class RegistryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdatePolicy(self, request, context):
-        """UpdatePolicy sets how many replicas a model has. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT
+        """UpdatePolicy sets how many replicas a model has, and how warm it is kept; the policy is replaced whole. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT
         (INVALID_POLICY).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -55,7 +55,7 @@ class RegistryServiceStub:
     DeleteAlias: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.DeleteAliasRequest, _registry_service_pb2.DeleteAliasResponse]
     """DeleteAlias removes an alias. Errors: NOT_FOUND (ALIAS_NOT_FOUND)."""
     UpdatePolicy: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.UpdatePolicyRequest, _registry_service_pb2.UpdatePolicyResponse]
-    """UpdatePolicy sets how many replicas a model has. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT
+    """UpdatePolicy sets how many replicas a model has, and how warm it is kept; the policy is replaced whole. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT
     (INVALID_POLICY).
     """
     UpdateEngineSettings: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.UpdateEngineSettingsRequest, _registry_service_pb2.UpdateEngineSettingsResponse]
@@ -169,7 +169,7 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_service_pb2.UpdatePolicyRequest,
         context: _aio.ServicerContext[_registry_service_pb2.UpdatePolicyRequest, _abc.Awaitable[_registry_service_pb2.UpdatePolicyResponse]],
     ) -> _abc.Awaitable[_registry_service_pb2.UpdatePolicyResponse]:
-        """UpdatePolicy sets how many replicas a model has. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT
+        """UpdatePolicy sets how many replicas a model has, and how warm it is kept; the policy is replaced whole. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT
         (INVALID_POLICY).
         """
 
