@@ -173,6 +173,16 @@ async def test_a_leader_of_the_past_is_refused_and_told_of_the_new_one() -> None
         assert len(worker.carried_out) == 3
 
 
+async def test_a_fence_does_nothing_but_shut_out_those_before() -> None:
+    worker = FakeWorker()
+    async with two_proxies(worker, Fence()) as (one, two):
+        first, second = await one.wait_session(), await two.wait_session()
+        fence = fleet.Command(command_id="c1", fence=fleet.Fence(), epoch=5)
+        assert (await ack_of(second, fence)).refused_reason == ""
+        assert (await ack_of(first, drain("c2", 4))).refused_reason == "STALE_LEADER"
+        assert worker.carried_out == []
+
+
 async def test_a_leader_is_heard_of_before_its_first_command() -> None:
     worker, fence = FakeWorker(), Fence(9)
     async with two_proxies(worker, fence) as (one, two):

@@ -166,6 +166,9 @@ class FleetSession:
         try:
             # Before the answers to earlier commands are looked at: the same command may come again, from a leader.
             self._fence.check(self._address, message.epoch)
+            if message.WhichOneof("command") == "fence":
+                # Events of what was accepted before are in the outbox already, and leave in order.
+                return Ack(message.command_id)
             command = command_from_proto(message)
         except HeliosError as error:
             if error.reason == STALE_LEADER:

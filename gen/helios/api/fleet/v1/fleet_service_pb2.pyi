@@ -726,6 +726,7 @@ class Command(_message.Message):
     SLEEP_FIELD_NUMBER: _builtins.int
     WAKE_FIELD_NUMBER: _builtins.int
     SET_ADAPTERS_FIELD_NUMBER: _builtins.int
+    FENCE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     command_id: _builtins.str
     """Unique; repeated when the command is."""
@@ -767,6 +768,10 @@ class Command(_message.Message):
     def set_adapters(self) -> Global___SetAdapters:
         """Say which LoRA adapters a replica is to have."""
 
+    @_builtins.property
+    def fence(self) -> Global___Fence:
+        """Refuse what earlier leaders ordered."""
+
     def __init__(
         self,
         *,
@@ -780,13 +785,14 @@ class Command(_message.Message):
         sleep: Global___SleepReplica | None = ...,
         wake: Global___WakeReplica | None = ...,
         set_adapters: Global___SetAdapters | None = ...,
+        fence: Global___Fence | None = ...,
         epoch: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drain", b"drain", "evict", b"evict", "set_adapters", b"set_adapters", "sleep", b"sleep", "stage", b"stage", "start", b"start", "stop", b"stop", "unstage", b"unstage", "wake", b"wake"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drain", b"drain", "evict", b"evict", "fence", b"fence", "set_adapters", b"set_adapters", "sleep", b"sleep", "stage", b"stage", "start", b"start", "stop", b"stop", "unstage", b"unstage", "wake", b"wake"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "command_id", b"command_id", "drain", b"drain", "epoch", b"epoch", "evict", b"evict", "set_adapters", b"set_adapters", "sleep", b"sleep", "stage", b"stage", "start", b"start", "stop", b"stop", "unstage", b"unstage", "wake", b"wake"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "command_id", b"command_id", "drain", b"drain", "epoch", b"epoch", "evict", b"evict", "fence", b"fence", "set_adapters", b"set_adapters", "sleep", b"sleep", "stage", b"stage", "start", b"start", "stop", b"stop", "unstage", b"unstage", "wake", b"wake"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "drain", "stop", "evict", "stage", "unstage", "sleep", "wake", "set_adapters"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "drain", "stop", "evict", "stage", "unstage", "sleep", "wake", "set_adapters", "fence"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -1090,6 +1096,25 @@ class SetAdapters(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetAdapters: _TypeAlias = SetAdapters  # noqa: Y015
+
+@_typing.final
+class Fence(_message.Message):
+    """Fence does nothing but carry its command's epoch. Once it is accepted, no command of a lower epoch is, and each of
+    these that was accepted before has been told of in the same session, in an event before the ack.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fence: _TypeAlias = Fence  # noqa: Y015
 
 @_typing.final
 class CommandAck(_message.Message):
