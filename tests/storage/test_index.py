@@ -12,6 +12,7 @@ from helios.storage import index as index_module
 from helios.storage.index import Index
 from helios.storage.leases import Lease
 from helios.storage.manifest import Digest, ManifestEntry, manifest_digest
+from helios.storage.prefetch.state import Account
 
 LEASE = Lease("id", "sha256:" + "a" * 64, "worker", timedelta(seconds=60), datetime(2030, 1, 1, tzinfo=UTC))
 
@@ -59,6 +60,16 @@ def test_an_index_of_the_version_before_keeps_what_it_has(tmp_path: Path) -> Non
             assert (resident.revision, resident.use_count, resident.clock) == (revision, 1, 0.0)
             assert [lease.id for lease in index.load_leases()] == ["id"]
             assert (index.load_pins(), index.load_facts()) == ([], {})
+
+
+def test_what_was_fetched_ahead_is_known_again(path: Path) -> None:
+    account = Account(490_000, 5 << 40, {LEASE.revision: 3 << 40, "other": 1}, 7 << 40, 1, 2)
+    with closing(Index(path)) as index:
+        assert index.load_account() == Account()
+        index.put_account(Account(unused={"gone": 1}))
+        index.put_account(account)
+    with closing(Index(path)) as index:
+        assert index.load_account() == account
 
 
 def test_an_index_of_a_version_to_come_is_replaced(path: Path) -> None:

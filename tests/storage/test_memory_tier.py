@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import mmap
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from helios.api.storage.v1 import descriptor_message_pb2 as pb
 from helios.mesh.errors import Corrupted, DigestMismatch, DiskFull, InvalidRequest, NotFound, PreconditionFailed
 from helios.mesh.sealed import DescriptorListener, check_sealed, close_all, connect, make_memory_file, seal
 from helios.storage.disk_tier import DiskTier
+from helios.storage.fetch import FetchToken
 from helios.storage.manifest import Digest
 from helios.storage.materializer import Loan, Materializer, open_materializer
 from helios.storage.memory.descriptor_server import DescriptorServer
 from helios.storage.memory.memory_tier import MemoryTier
+from helios.storage.scrub import ReadResult, read_memory
 from helios.storage.sealed_views import SealedViews
 from helios.storage.statistics import EvictionReason
 from helios.storage.tiers import DiskRoom, TierKind, TierOptions
@@ -192,6 +195,40 @@ async def test_after_a_restart_files_count_once_they_are_back_and_nothing_moves_
         # Twice is as good as once.
         await views.give_back(it.socket, loan.lease.id, lent)
         views.drop(lent)
+
+
+async def test_what_several_holders_hand_back_is_checked_side_by_side_and_once(
+    tmp_path: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = os.urandom(MIB)
+    revisions = [shelf.add({"w": os.urandom(MIB), "shared": shared}) for _ in range(2)]
+    holders = [SealedViews(tmp_path / f"views-{number}") for number in range(2)]
+    # Two threads, whatever machine this is.
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    async with node(tmp_path, shelf) as it:
+        loans = [await it.promoted(revision) for revision in revisions]
+        for views, loan in zip(holders, loans, strict=True):
+            await views.take(it.socket, loan.lease.id, loan.lease.revision)
+    meeting, checked = threading.Barrier(2, timeout=WAIT_SECONDS), list[int]()
+
+    def read(descriptor: int, token: FetchToken) -> ReadResult:
+        # The first two files meet here, or nobody ever comes through.
+        checked.append(descriptor)
+        if len(checked) <= 2:
+            meeting.wait()
+        return read_memory(descriptor, token)
+
+    monkeypatch.setattr("helios.storage.memory.memory_tier.read_memory", read)
+    async with node(tmp_path, shelf) as it, asyncio.timeout(2 * WAIT_SECONDS):
+        async with asyncio.TaskGroup() as group:
+            for views, loan in zip(holders, loans, strict=True):
+                group.create_task(views.give_back(it.socket, loan.lease.id, loan.lease.revision))
+        assert it.memory.is_settled
+        assert len(checked) == 3, "the file of both was read once"
+        for revision in revisions:
+            assert tiers_of(it.materializer, revision) == ("memory", "disk")
+    for views, loan in zip(holders, loans, strict=True):
+        views.drop(loan.lease.revision)
 
 
 async def test_what_nobody_hands_back_is_lost_with_its_leases_when_the_grace_is_over(

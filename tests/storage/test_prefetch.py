@@ -168,6 +168,12 @@ class Prefetching(RuleBasedStateMachine):
             del self.here[revision]
 
     @rule()
+    def the_agent_restarts(self) -> None:
+        kept, self.ahead, self.fetching = self.ahead.account(), Ahead(self.BUDGET), None
+        self.ahead.recall(kept)
+        self.ahead.take(self.plan)
+
+    @rule()
     def it_looks(self) -> None:
         self.ahead.look(here=self.here, is_used=lambda revision: self.here[revision] > 0)
         report = self.ahead.report(self.now)
@@ -181,3 +187,18 @@ class Prefetching(RuleBasedStateMachine):
 
 TestPrefetching = Prefetching.TestCase
 TestPrefetching.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_restart_forgets_nothing_that_was_counted() -> None:
+    ahead = Ahead(1000)
+    for order in (Order("a", 300), Order("b", 300)):
+        ahead.began(order, NOW)
+        ahead.ended(order, NOW, fetched_bytes=200)
+    again = Ahead(1000)
+    again.recall(ahead.account())
+    assert again.account() == ahead.account()
+    # While the agent was down "b" went; "a" was lent since.
+    again.look(here={"a"}, is_used=lambda revision: revision == "a")
+    report = again.report(NOW)
+    assert (report.fetched_bytes, report.used_bytes, report.wasted_bytes) == (400, 200, 200)
+    assert report.budget_bytes == 600

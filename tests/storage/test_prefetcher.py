@@ -10,7 +10,7 @@ from helios.mesh.errors import Unavailable
 from helios.mesh.tasks import task_scope
 from helios.storage.materializer import Materializer
 from helios.storage.prefetch.prefetcher import Prefetcher
-from helios.storage.prefetch.state import Ahead, Order, Plan, State
+from helios.storage.prefetch.state import Account, Ahead, Order, Plan, State
 
 NOW = datetime(2026, 3, 2, 10, 0, tzinfo=UTC)
 WAIT_SECONDS = 20.0
@@ -27,6 +27,7 @@ class Node:
         self.is_fetching = False
         self.room = 1000
         self.may_evict: list[bool] = []
+        self.accounts: list[Account] = []
         self.while_asked: Callable[[], None] = lambda: None
         self.let_go = asyncio.Event()
         self.failure: Unavailable | None = None
@@ -50,6 +51,9 @@ class Node:
             raise self.failure
         self.here[revision] = 0
         return 10
+
+    async def keep_account(self, account: Account) -> None:
+        self.accounts.append(account)
 
     async def evict(self, revision: str) -> int:
         del self.here[revision]
@@ -156,3 +160,17 @@ async def test_what_was_fetched_for_nothing_gives_its_room() -> None:
         await until(lambda: "right" in node.here)
         assert node.evicted == ["wrong"]
         await until(lambda: prefetcher.report().wasted_bytes == 10)
+
+
+async def test_what_is_spent_is_noted_before_it_comes_and_what_came_after() -> None:
+    async with running() as (prefetcher, node):
+        prefetcher.take(plan("a"))
+        await until(lambda: node.fetches)
+        assert node.accounts[-1].spent_bytes == 10
+        assert not node.accounts[-1].unused
+        node.let_go.set()
+        await until(lambda: node.accounts[-1].unused == {"a": 10})
+    again = Prefetcher(Ahead(1000), lambda: NOW)
+    again.recall(node.accounts[-1])
+    assert again.report().fetched_bytes == 10
+    assert again.report().budget_bytes == 990, "a restart gives no budget back"

@@ -83,6 +83,7 @@ async def main(settings: StorageSettings, lifetime: Lifetime) -> None:
         )
         sealed = {tier.name: tier for tier in tiers if isinstance(tier, MemoryTier)}
         materializer = await stack.enter_async_context(open_materializer(tiers, manifests, clock=clock, upkeep=upkeep))
+        prefetcher.recall(materializer.account)
         listener = stack.enter_context(DescriptorListener(settings.descriptor_socket)) if sealed else None
         if listener is not None and settings.descriptors.users:
             listener.allow_everyone()

@@ -35,6 +35,7 @@ from helios.storage.index import CLOCK, Index
 from helios.storage.inventory import Inventory, Resident
 from helios.storage.leases import Lease
 from helios.storage.manifest import Digest, Manifest
+from helios.storage.prefetch.state import Account
 from helios.storage.scrub import ReadResult, read_blob
 from helios.storage.statistics import EvictionReason, TierStatistics
 from helios.storage.threads import BlockingPool
@@ -82,6 +83,7 @@ class DiskTier:
         self.inventory = Inventory()
         self.persisted_leases: list[Lease] = []
         self.persisted_pins: list[str] = []
+        self.persisted_account = Account()
         self.lent_before: list[Resident] = []
         self.scrub_times: dict[str, float] = {}
 
@@ -320,6 +322,10 @@ class DiskTier:
         """Deletes a pin."""
         await self._disk.run(self._opened.delete_pin, revision)
 
+    async def put_account(self, account: Account) -> None:
+        """Persists what fetching ahead has cost and brought."""
+        await self._disk.run(self._opened.put_account, account)
+
     async def put_lease(self, lease: Lease, used: Resident | None = None) -> None:
         """Persists a lease."""
         await self._disk.run(self._opened.put_lease, lease, used)
@@ -356,6 +362,7 @@ class DiskTier:
         index.delete_leases([lease for lease in leases if lease.revision not in names])
         self.persisted_leases = [replace(lease, tier=self.name) for lease in leases if lease.revision in names]
         self.persisted_pins = index.load_pins()
+        self.persisted_account = index.load_account()
         self.scrub_times = index.load_scrub_times()
         facts = index.load_facts()
         self.statistics.read.bytes_per_second = facts.get(_READ, 0.0)

@@ -21,10 +21,11 @@ from helios.mesh.errors import DigestMismatch, DiskFull, HeliosError, InvalidReq
 from helios.storage.inventory import Resident
 from helios.storage.leases import Lease
 from helios.storage.manifest import Digest, ManifestEntry, make_manifest
+from helios.storage.prefetch.state import Account
 
 log = structlog.get_logger()
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 """An older version is upgraded; a newer one is dropped and rebuilt from the blobs, which hashes all of them: the index
 is a cache of the disk, leases and pins aside."""
 
@@ -58,7 +59,20 @@ CREATE TABLE pins (revision TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE facts (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
 """
 
-_UPGRADES = (_SCHEMA_1, _SCHEMA_2)
+_SCHEMA_3 = """
+CREATE TABLE ahead (revision TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL) WITHOUT ROWID;
+"""
+
+_ACCOUNT = {
+    "hour": "ahead_hour",
+    "spent_bytes": "ahead_spent_bytes",
+    "fetched_bytes": "ahead_fetched_bytes",
+    "used_bytes": "ahead_used_bytes",
+    "wasted_bytes": "ahead_wasted_bytes",
+}
+"""The facts that are the counts of fetching ahead; SQLite's REAL holds bytes exactly up to 9 PB."""
+
+_UPGRADES = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3)
 """What makes each version of the one before; the first makes one of nothing."""
 
 
@@ -115,6 +129,12 @@ class Index:
         """What was measured of the tier, and where its clock stands."""
         return dict(self._rows("SELECT name, value FROM facts"))
 
+    def load_account(self) -> Account:
+        """What fetching ahead has cost and brought."""
+        facts = self.load_facts()
+        counts = {field: int(facts.get(name, 0.0)) for field, name in _ACCOUNT.items()}
+        return Account(unused=dict(self._rows("SELECT revision, size_bytes FROM ahead")), **counts)
+
     def load_scrub_times(self) -> dict[str, float]:
         """When each blob was verified last, in seconds of the epoch, by hash; 0: not known."""
         return dict(self._rows("SELECT hash, scrubbed_at FROM blobs"))
@@ -142,6 +162,14 @@ class Index:
         """Writes what was measured."""
         with self._transaction() as transaction:
             transaction.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
+
+    def put_account(self, account: Account) -> None:
+        """Writes what fetching ahead has cost and brought."""
+        with self._transaction() as transaction:
+            rows = [(name, getattr(account, field)) for field, name in _ACCOUNT.items()]
+            transaction.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows)
+            transaction.execute("DELETE FROM ahead")
+            transaction.executemany("INSERT INTO ahead VALUES (?, ?)", account.unused.items())
 
     def put_pin(self, revision: str) -> None:
         """Writes a pin. Idempotent."""

@@ -28,6 +28,7 @@ from helios.storage.fetches import Fetches, ManifestSource
 from helios.storage.leases import Lease, LeaseTable, check_ttl, restore
 from helios.storage.manifest import Digest, Manifest, revision_hash
 from helios.storage.mover import Mover
+from helios.storage.prefetch.state import Account
 from helios.storage.room import Room
 from helios.storage.scrubber import Scrubber
 from helios.storage.statistics import EvictionReason
@@ -196,6 +197,19 @@ class Materializer:
                 counts[resident.revision] = max(resident.use_count, counts.get(resident.revision, 0))
         return counts
 
+    @property
+    def account(self) -> Account:
+        """What fetching ahead had cost and brought when the agent started."""
+        return self._home.persisted_account
+
+    async def keep_account(self, account: Account) -> None:
+        """Persists what fetching ahead has cost and brought.
+
+        Raises:
+            DiskFull, Unavailable: The disk did not take it.
+        """
+        await self._home.put_account(account)
+
     async def spare_bytes(self) -> int:
         """The most that one disk of the node can take without anything being given up, now or soon."""
         disks = [room for room in self.rooms if room.tier.options.kind is not TierKind.MEMORY]
@@ -235,13 +249,9 @@ class Materializer:
 
     async def settle(self, grace_seconds: float) -> None:
         """Waits for what holders hand back after a restart, and ends the leases of what they don't."""
-        for room in self.rooms:
-            if lost := await room.tier.settle(grace_seconds):
-                try:
-                    await self._end_leases(room, lost)
-                except (DiskFull, Unavailable) as error:
-                    # They have ended all the same; a restart finds their rows, and waits for their revisions again.
-                    log.warning("ended leases not deleted", tier=room.name, reason=error.reason, error=error.message)
+        async with asyncio.TaskGroup() as group:
+            for room in self.rooms:
+                group.create_task(self._settle(room, grace_seconds), name=f"settle {room.name}")
 
     async def evict(self, revision: str) -> int:
         """Drops a revision from all tiers, with the blobs that only it uses; returns the bytes that were freed.
@@ -390,6 +400,14 @@ class Materializer:
                     except HeliosError as error:
                         log.warning("no source for a blob", hash=blob.hash, reason=error.reason)
         return []
+
+    async def _settle(self, room: Room, grace_seconds: float) -> None:
+        if lost := await room.tier.settle(grace_seconds):
+            try:
+                await self._end_leases(room, lost)
+            except (DiskFull, Unavailable) as error:
+                # They have ended all the same; a restart finds their rows, and waits for their revisions again.
+                log.warning("ended leases not deleted", tier=room.name, reason=error.reason, error=error.message)
 
     def _check_evictable(self, revision: str) -> None:
         if revision in self._busy_revisions():

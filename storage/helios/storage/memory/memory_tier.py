@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from types import TracebackType
+from typing import Final, Self
 
 import structlog
 
@@ -24,15 +25,23 @@ from helios.storage.inventory import Resident
 from helios.storage.manifest import Digest
 from helios.storage.memory.sealed_store import SealedStore
 from helios.storage.scrub import ReadResult, read_memory
+from helios.storage.threads import BlockingPool
 from helios.storage.tiers import TierOptions
 
 log = structlog.get_logger()
+
+
+_MAX_CHECK_THREADS: Final = 8
+"""That hash what is handed back, no more than there are cores: each brings 1 to 2 GB/s, and with so many memory has no
+more to give. They hold a replica's lease up, and nothing else runs that early."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Awaited:
     resident: Resident
     is_decided: asyncio.Event = field(default_factory=asyncio.Event)
+    # Two holders may hand one revision back at once.
+    taking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class SealedSource:
@@ -61,13 +70,24 @@ class MemoryTier(DiskTier):
     def __init__(self, root: Path, *, options: TierOptions) -> None:
         self._sealed = SealedStore(root)
         super().__init__(root, fetch_thread_count=1, is_link_allowed=False, options=options, store=self._sealed)
+        self._checking = BlockingPool("check", min(_MAX_CHECK_THREADS, os.cpu_count() or 1))
         self._awaited: dict[str, _Awaited] = {}
-        self._taking = asyncio.Lock()
+        # Blobs that are being checked: two revisions may have one, and it is hashed once.
+        self._checks: dict[Digest, asyncio.Lock] = {}
+        self._taking_count = 0
+        self._has_taken = asyncio.Event()
+        self._is_grace_over = False
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
         self._awaited = {resident.revision: _Awaited(resident) for resident in self.lent_before}
         return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._checking.close()
+        await super().__aexit__(kind, error, trace)
 
     @property
     def is_settled(self) -> bool:
@@ -94,17 +114,19 @@ class MemoryTier(DiskTier):
             Corrupted: NOT_SEALED; DigestMismatch. Nothing of that file is kept.
             InvalidRequest: FILES_MISSING.
         """
-        async with self._taking:
-            if (awaited := self._awaited.get(revision)) is None:
-                return
-            manifest = awaited.resident.manifest
-            missing = self.inventory.missing(manifest)
-            if not files.keys() >= set(missing):
-                raise InvalidRequest("not all files of the revision were handed back", reason="FILES_MISSING")
-            for blob in missing:
-                await self._take_one(blob, files[blob])
-            await self.add_revision(manifest, awaited.resident.last_used_at, like=awaited.resident)
-            self._decide(revision)
+        if (awaited := self._awaited.get(revision)) is None or self._is_grace_over:
+            return
+        self._taking_count += 1
+        try:
+            async with awaited.taking:
+                if awaited.is_decided.is_set():
+                    return
+                await self._take(awaited.resident, files)
+                self._decide(revision)
+        finally:
+            self._taking_count -= 1
+            self._has_taken.set()
+        manifest = awaited.resident.manifest
         log.info("revision handed back", tier=self.name, revision=revision, size_bytes=manifest.size_bytes)
 
     async def settle(self, grace_seconds: float) -> set[str]:
@@ -118,16 +140,19 @@ class MemoryTier(DiskTier):
                     await awaited.is_decided.wait()
         except TimeoutError:
             log.warning("files in memory were not handed back", tier=self.name, revisions=sorted(self._awaited))
-        async with self._taking:
-            lost = set(self._awaited)
-            try:
-                if lost:
-                    await self.forget_revisions(lost)
-            except (DiskFull, Unavailable) as error:
-                # The next start drops the rows: their leases have ended by then.
-                log.warning("index is behind until the next start", tier=self.name, error=error.message)
-            for revision in lost:
-                self._decide(revision)
+        self._is_grace_over = True
+        while self._taking_count:
+            self._has_taken.clear()
+            await self._has_taken.wait()
+        lost = set(self._awaited)
+        try:
+            if lost:
+                await self.forget_revisions(lost)
+        except (DiskFull, Unavailable) as error:
+            # The next start drops the rows: their leases have ended by then.
+            log.warning("index is behind until the next start", tier=self.name, error=error.message)
+        for revision in lost:
+            self._decide(revision)
         return lost
 
     async def read(self, digest: Digest, token: FetchToken, *, bytes_per_second: float) -> ReadResult:
@@ -140,14 +165,32 @@ class MemoryTier(DiskTier):
         self.statistics.read.add(result.size_bytes, result.read_seconds)
         return result
 
+    async def _take(self, resident: Resident, files: Mapping[Digest, int]) -> None:
+        missing = self.inventory.missing(resident.manifest)
+        if not files.keys() >= set(missing):
+            raise InvalidRequest("not all files of the revision were handed back", reason="FILES_MISSING")
+        try:
+            async with asyncio.TaskGroup() as group:
+                for blob in missing:
+                    group.create_task(self._take_one(blob, files[blob]), name=f"check {blob.hash}")
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        await self.add_revision(resident.manifest, resident.last_used_at, like=resident)
+
     async def _take_one(self, blob: Digest, descriptor: int) -> None:
         check_sealed(descriptor, blob.size_bytes)
-        token = FetchToken()
-        owned = os.dup(descriptor)
-        result = await self._scrubbing.run_cancellable(lambda: read_memory(owned, token), cancel=token.cancel)
-        check_digest(blob, actual_hash=result.hash, actual_bytes=result.size_bytes)
-        self._sealed.keep(blob, os.dup(descriptor))
-        await self.note_blob(blob, datetime.now(UTC).timestamp())
+        async with self._checks.setdefault(blob, asyncio.Lock()):
+            if self.inventory.has_blob(blob):
+                return
+            token = FetchToken()
+            result = await self._checking.run_cancellable(
+                lambda: read_memory(os.dup(descriptor), token), cancel=token.cancel
+            )
+            check_digest(blob, actual_hash=result.hash, actual_bytes=result.size_bytes)
+            self._sealed.keep(blob, os.dup(descriptor))
+            await self.note_blob(blob, datetime.now(UTC).timestamp())
 
     def _decide(self, revision: str) -> None:
         self._awaited.pop(revision).is_decided.set()
+        if not self._awaited:
+            self._checks.clear()

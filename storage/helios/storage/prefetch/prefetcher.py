@@ -9,11 +9,11 @@ from typing import Final
 
 import structlog
 
-from helios.mesh.errors import HeliosError, PreconditionFailed
+from helios.mesh.errors import DiskFull, HeliosError, PreconditionFailed, Unavailable
 from helios.mesh.tasks import task_scope
 from helios.storage.clock import Clock
 from helios.storage.materializer import Materializer
-from helios.storage.prefetch.state import Ahead, Fetch, GiveUp, Order, Plan, Report
+from helios.storage.prefetch.state import Account, Ahead, Fetch, GiveUp, Order, Plan, Report
 
 log = structlog.get_logger()
 
@@ -30,6 +30,12 @@ class Prefetcher:
         self._changed = asyncio.Event()
         self._order: Order | None = None
         self._task: asyncio.Task[None] | None = None
+        self._kept = Account()
+
+    def recall(self, account: Account) -> None:
+        """Goes on from what an earlier run of the agent has kept; to be called before anything else."""
+        self._ahead.recall(account)
+        self._kept = account
 
     def take(self, plan: Plan) -> None:
         """Replaces the plan: what is in it no longer is broken off."""
@@ -56,6 +62,7 @@ class Prefetcher:
         async with task_scope() as group:
             while True:
                 decision = await self._decide(materializer)
+                await self._keep(materializer)
                 match decision:
                     case Fetch(order):
                         self._order = order
@@ -84,12 +91,25 @@ class Prefetcher:
         log.info("fetching ahead", revision=order.revision, size_bytes=order.size_bytes, reason=order.reason)
         fetched_bytes, failure = None, ""
         try:
+            # Before the first byte: an agent that is killed again and again must not spend the hour's budget each time.
+            await self._keep(materializer)
             fetched_bytes = await materializer.fetch_ahead(order.revision, may_evict=order.is_asked)
         except HeliosError as error:
             failure = f"{error.reason}: {error.message}"
             log.warning("not fetched ahead", revision=order.revision, reason=error.reason, error=error.message)
         finally:
             self._ahead.ended(order, self._clock(), fetched_bytes=fetched_bytes, failure=failure)
+
+    async def _keep(self, materializer: Materializer) -> None:
+        account = self._ahead.account()
+        if account == self._kept:
+            return
+        try:
+            await materializer.keep_account(account)
+        except (DiskFull, Unavailable) as error:
+            log.warning("what was fetched ahead is not noted", reason=error.reason, error=error.message)
+            return
+        self._kept = account
 
     def _break_off(self, why: str) -> None:
         if self._task is not None and self._order is not None:

@@ -55,8 +55,24 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Account:
+    """What fetching ahead has cost and brought on this node so far: what is kept over a restart.
+
+    `unused` are revisions that were fetched ahead and are not wanted yet, with the bytes that came for them; `hour` is
+    the one, since 1970, in which `spent_bytes` were booked.
+    """
+
+    hour: int = 0
+    spent_bytes: int = 0
+    unused: Mapping[str, int] = field(default_factory=dict)
+    fetched_bytes: int = 0
+    used_bytes: int = 0
+    wasted_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """What became of the plan's orders, and bytes since the agent started: fetched, and of that used and wasted."""
+    """What became of the plan's orders, and bytes on this node so far: fetched, and of that used and wasted."""
 
     outcomes: tuple[Outcome, ...]
     fetched_bytes: int
@@ -100,6 +116,25 @@ class Ahead:
         self._fetched_bytes = 0
         self._used_bytes = 0
         self._wasted_bytes = 0
+
+    def recall(self, account: Account) -> None:
+        """Goes on from what an earlier run has kept; to be called before anything else."""
+        self._hour, self._spent_bytes = account.hour, account.spent_bytes
+        self._unused = dict(account.unused)
+        self._fetched_bytes = account.fetched_bytes
+        self._used_bytes = account.used_bytes
+        self._wasted_bytes = account.wasted_bytes
+
+    def account(self) -> Account:
+        """What is to be kept."""
+        return Account(
+            self._hour,
+            self._spent_bytes,
+            dict(self._unused),
+            self._fetched_bytes,
+            self._used_bytes,
+            self._wasted_bytes,
+        )
 
     def take(self, plan: Plan) -> None:
         """Replaces the plan; what failed is tried again."""
