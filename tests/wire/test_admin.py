@@ -156,6 +156,13 @@ async def test_there_is_no_cors(gateway: Gateway) -> None:
         ("GET", "/admin/v1/workers", "ListWorkers", {}),
         ("GET", "/admin/v1/workers?page_size=7", "ListWorkers", {"page_size": 7}),
         ("GET", "/admin/v1/replicas?model=org/name", "ListReplicas", {"model": "org/name"}),
+        ("POST", "/admin/v1/replicas/r-1:reset-breaker", "ResetBreaker", {"replica_id": "r-1"}),
+        (
+            "GET",
+            "/admin/v1/events?model=org/name&until_now=true",
+            "WatchEvents",
+            {"model": "org/name", "until_now": True},
+        ),
         ("GET", "/admin/v1/requests/1f-2e", "ExplainRequest", {"request_id": "1f-2e"}),
         ("GET", "/admin/v1/requests?model=org/name&state=REQUEST_STATE_REFUSED", "ListRequests", {"state": 5}),
         ("GET", "/v1/models", "ListModels", {}),

@@ -253,56 +253,6 @@ async def chat(state: StateDirectory, console: Console, model: str, turns: Turns
             console.print(f"\n[dim]{usage.prompt_tokens} + {usage.completion_tokens} tokens[/]")
 
 
-async def scale(state: StateDirectory, console: Console, model: str, count: int) -> None:
-    """Sets the number of replicas."""
-    async with open_admin(state) as dialer:
-        request = admin_pb.ScaleModelRequest(model=model, replica_count=count)
-        response = await dialer.stub(AdminServiceStub).ScaleModel(request, timeout=_CALL_SECONDS)
-    console.print(f"{model}: {response.desired_count} asked for, {response.ready_count} ready")
-
-
-async def evict(state: StateDirectory, console: Console, model: str) -> None:
-    """Stops a model's replicas and drops its bytes from the node."""
-    async with open_admin(state) as dialer:
-        request = admin_pb.EvictModelRequest(model=model)
-        response = await dialer.stub(AdminServiceStub).EvictModel(request, timeout=_CALL_SECONDS)
-    console.print(f"{model}: {response.draining_count} replica(s) draining; the registry keeps the model")
-
-
-async def stage(state: StateDirectory, console: Console, model: str) -> None:
-    """Keeps a model's weights in memory and stops its replicas."""
-    async with open_admin(state) as dialer:
-        request = admin_pb.StageModelRequest(model=model)
-        response = await dialer.stub(AdminServiceStub).StageModel(request, timeout=_CALL_SECONDS)
-    is_done = response.state == fleet_service_pb2.STAGED_STATE_STAGED
-    stands = "its weights are in memory" if is_done else "its weights are on their way to memory"
-    console.print(f"{model}: {stands} on {response.worker_id}; {response.draining_count} replica(s) draining")
-
-
-async def unstage(state: StateDirectory, console: Console, model: str) -> None:
-    """Gives a staged model's memory back."""
-    async with open_admin(state) as dialer:
-        request = admin_pb.UnstageModelRequest(model=model)
-        response = await dialer.stub(AdminServiceStub).UnstageModel(request, timeout=_CALL_SECONDS)
-    console.print(f"{model}: memory given back on {response.worker_count} node(s)")
-
-
-async def sleep_replica(state: StateDirectory, console: Console, replica: str) -> None:
-    """Puts a replica to sleep."""
-    async with open_admin(state) as dialer:
-        request = admin_pb.SleepReplicaRequest(replica_id=replica)
-        response = await dialer.stub(AdminServiceStub).SleepReplica(request, timeout=_CALL_SECONDS)
-    console.print(f"{replica} of {response.replica.model} goes to sleep; a request wakes it")
-
-
-async def wake_replica(state: StateDirectory, console: Console, replica: str) -> None:
-    """Wakes a replica."""
-    async with open_admin(state) as dialer:
-        request = admin_pb.WakeReplicaRequest(replica_id=replica)
-        response = await dialer.stub(AdminServiceStub).WakeReplica(request, timeout=_CALL_SECONDS)
-    console.print(f"{replica} of {response.replica.model} wakes")
-
-
 async def logs(state: StateDirectory, console: Console, process: str, *, is_following: bool, line_count: int) -> None:
     """Prints the ends of logs, and goes on with new lines where asked."""
     paths = sorted(state.logs.glob("*.log"))

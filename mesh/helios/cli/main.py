@@ -4,7 +4,7 @@ from typing import Annotated, Final
 
 import typer
 
-from helios.cli import cache_app, commands, keys_app, models_app, workers, workers_app
+from helios.cli import cache_app, commands, keys_app, models_app, operate_app, workers, workers_app
 from helios.cli import why as explanations
 from helios.cli.options import JsonOption, StateOption, console, run, state_of
 from helios.cli.state import StateDirectory
@@ -23,6 +23,8 @@ app.add_typer(models_app.app, name="models")
 app.add_typer(cache_app.app, name="cache")
 app.add_typer(keys_app.app, name="keys")
 app.add_typer(workers_app.app, name="workers")
+# Without a name its commands are the program's own.
+app.add_typer(operate_app.app)
 
 
 @app.command()
@@ -98,16 +100,6 @@ def chat(
     run(commands.chat(state_of(state_dir), console, model, turns))
 
 
-@app.command()
-def scale(
-    model: Annotated[str, typer.Argument(help="Name or alias.")],
-    count: Annotated[int, typer.Argument(help="Replicas to keep; 0: none until a request comes.", min=0, max=1000)],
-    state_dir: StateOption,
-) -> None:
-    """Set how many replicas a model has."""
-    run(commands.scale(state_of(state_dir), console, model, count))
-
-
 @app.command("scaling")
 def scaling_decisions(
     state_dir: StateOption,
@@ -118,12 +110,6 @@ def scaling_decisions(
 ) -> None:
     """List how many replicas the loads of models asked for, and why, the newest first."""
     run(workers.scaling(state_of(state_dir), console, model, count=count, is_json=is_json))
-
-
-@app.command()
-def evict(model: Annotated[str, typer.Argument(help="Name or alias.")], state_dir: StateOption) -> None:
-    """Stop a model's replicas and drop its weights from this node's cache."""
-    run(commands.evict(state_of(state_dir), console, model))
 
 
 @app.command()
@@ -152,34 +138,6 @@ def requests(
     """List the last requests, for helios why."""
     state = state_of(state_dir)
     run(explanations.requests(state, console, model=model, status=status, count=count, is_json=is_json))
-
-
-@app.command()
-def stage(model: Annotated[str, typer.Argument(help="Name or alias.")], state_dir: StateOption) -> None:
-    """Keep a model's weights in memory without a process: its next start reads no disk."""
-    run(commands.stage(state_of(state_dir), console, model))
-
-
-@app.command()
-def unstage(model: Annotated[str, typer.Argument(help="Name or alias.")], state_dir: StateOption) -> None:
-    """Give the memory of a staged model back; the disk keeps its weights."""
-    run(commands.unstage(state_of(state_dir), console, model))
-
-
-@app.command("sleep")
-def sleep_replica(
-    replica: Annotated[str, typer.Argument(help="Id of a replica; `helios status` lists them.")], state_dir: StateOption
-) -> None:
-    """Take an idle replica off its GPU; the next request of its model wakes it."""
-    run(commands.sleep_replica(state_of(state_dir), console, replica))
-
-
-@app.command("wake")
-def wake_replica(
-    replica: Annotated[str, typer.Argument(help="Id of a replica; `helios status` lists them.")], state_dir: StateOption
-) -> None:
-    """Bring a sleeping replica back."""
-    run(commands.wake_replica(state_of(state_dir), console, replica))
 
 
 @app.command()

@@ -36,6 +36,8 @@ StateOption = Annotated[
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and do nothing.")]
+
 
 def state_of(path: Path) -> StateDirectory:
     """The mesh's directory, whatever the working directory is later."""

@@ -5,13 +5,11 @@ from typing import Annotated, Final
 import typer
 
 from helios.cli import workers
-from helios.cli.options import JsonOption, StateOption, console, run, state_of
+from helios.cli.options import DryRunOption, JsonOption, StateOption, console, run, state_of
 
 app: Final = typer.Typer(help="Who runs replicas.", no_args_is_help=True)
 
 WorkerArgument = Annotated[str, typer.Argument(help="A worker's id: `helios workers list`.")]
-
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and do nothing.")]
 
 
 @app.command("list")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from helios.mesh.errors import HeliosError
@@ -68,6 +69,41 @@ class FleetResynchronised:
     is_complete: bool
 
 
+class WorkerChange(enum.Enum):
+    """What can happen to a worker."""
+
+    CONNECTED = 1
+    UNREACHABLE = 2
+    GONE = 3
+    CORDONED = 4
+    UNCORDONED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerChanged:
+    """Something happened to a worker."""
+
+    worker_id: str
+    change: WorkerChange
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaChanged:
+    """A replica is in another state than before, or gone; as it was last told of."""
+
+    replica: Replica
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerChanged:
+    """A replica's breaker opened or closed."""
+
+    model: str
+    replica_id: str
+    worker_id: str
+    is_open: bool
+
+
 @dataclass(frozen=True, slots=True)
 class ActivationBegun:
     """A start command goes out; `placement` says, for people, why there, `traceparent` is of the request that asked."""
@@ -101,12 +137,13 @@ class ActivationDone:
 
 @dataclass(frozen=True, slots=True)
 class ActivationFailed:
-    """A start failed, or there was no room; `held_count` requests were told so."""
+    """A start failed, or there was no room; `held_count` requests are told so, those of other proxies among them."""
 
     model: str
     reason: str
     message: str
     held_count: int
+    retry_after_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +209,9 @@ Action = (
     | SwapFailuresChanged
     | Disconnect
     | FleetResynchronised
+    | WorkerChanged
+    | ReplicaChanged
+    | BreakerChanged
     | ActivationBegun
     | ActivationDelayed
     | ModelScaled

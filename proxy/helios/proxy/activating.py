@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from helios.mesh.errors import HeliosError
+from helios.mesh.errors import HeliosError, InvalidRequest, Unavailable
 from helios.proxy import actions
 from helios.proxy.activation import machine
 from helios.proxy.activation.estimate import StartEstimates
@@ -193,7 +193,8 @@ class Activating:
                     is_served = self._traffic.has_candidates(model)
                     held_count = 0 if is_served else self._fail_holds(model, error)
                     if held_count or not isinstance(event, machine.Demanded):
-                        self._outside.report(actions.ActivationFailed(model, reason, message, held_count))
+                        failed = actions.ActivationFailed(model, reason, message, held_count, retry_after_seconds)
+                        self._outside.report(failed)
                 case machine.Abandon(replica_id):
                     replica = self._traffic.fleet.replica(replica_id)
                     if replica is not None:
@@ -238,21 +239,13 @@ class Activating:
         entry = self._catalogue.find(model)
         if entry is None:
             return machine.Refused("MODEL_NOT_FOUND", f"the model '{model}' was deleted", 1.0)
-        needs = needs_of(entry.engine_settings)
-        if entry.is_adapter:
-            message = (
-                f"'{model}' is a LoRA adapter, made for '{shown(entry.base_model)}': name it in a model's engine"
-                f" settings (helios models set MODEL --set lora.adapters={model}:{model})"
-            )
-            return machine.Refused("INVALID_ENGINE_SETTINGS", message, 1.0)
-        if missing := self._starts.missing_models(needs):
-            message = f"its engine settings name the model '{min(missing)}', which does not exist"
-            return machine.Refused("INVALID_ENGINE_SETTINGS", message, 1.0)
+        if problem := self._problem(entry):
+            return machine.Refused("INVALID_ENGINE_SETTINGS", problem, 1.0)
         sleeper = self._warmth.sleeper(entry)
         if sleeper is not None:
             return machine.Placed(self.wake(sleeper))
         workers = [self._room.capacity(w, entry, now) for w in self._traffic.fleet.open_workers()]
-        engine = self._starts.engine(needs)
+        engine = self._starts.engine(needs_of(entry.engine_settings))
         plan = placement.place(engine, workers, may_preempt=may_preempt)
         match plan:
             case placement.Placed() as placed:
@@ -267,6 +260,43 @@ class Activating:
                 if proposal is not None:
                     self._outside.report(actions.ActivationDelayed(model, "FRAGMENTED", proposal.text))
                 return machine.Refused(reason, message, max(1.0, retry_after))
+
+    def _problem(self, entry: ModelEntry) -> str:
+        """Says, for people, why a model can't be started whatever room there is; empty where it can."""
+        if entry.is_adapter:
+            return (
+                f"'{entry.name}' is a LoRA adapter, made for '{shown(entry.base_model)}': name it in a model's engine"
+                f" settings (helios models set MODEL --set lora.adapters={entry.name}:{entry.name})"
+            )
+        missing = self._starts.missing_models(needs_of(entry.engine_settings))
+        return f"its engine settings name the model '{min(missing)}', which does not exist" if missing else ""
+
+    def preview(self, entry: ModelEntry, now: float) -> tuple[str, str]:
+        """Says what a start by an operator would do, and does nothing.
+
+        Returns the worker, empty where nothing is free yet, and for people why there or what it would wait for.
+
+        Raises:
+            InvalidRequest: INVALID_ENGINE_SETTINGS.
+            Unavailable: NO_CAPACITY, NO_WORKER.
+        """
+        metadata = {"model": entry.name}
+        if problem := self._problem(entry):
+            raise InvalidRequest(problem, reason="INVALID_ENGINE_SETTINGS", metadata=metadata)
+        sleeper = self._warmth.sleeper(entry)
+        if sleeper is not None:
+            return sleeper.worker_id, f"replica {sleeper.replica_id} sleeps there and would be woken"
+        workers = [self._room.capacity(w, entry, now) for w in self._traffic.fleet.open_workers()]
+        engine = self._starts.engine(needs_of(entry.engine_settings))
+        match placement.place(engine, workers, may_preempt=True):
+            case placement.Placed(worker_id, reason):
+                return worker_id, reason
+            case placement.Preempt(worker_id, replica_ids):
+                return "", f"on {worker_id}, once {', '.join(replica_ids)} gave way"
+            case placement.Wait("NO_WORKER" as reason, message) | placement.Impossible(reason, message):
+                raise Unavailable(message, reason=reason, metadata=metadata)
+            case placement.Wait(_, message):
+                return "", message
 
     def _delayed(self, model: str, reason: str, message: str, now: float, *, may_preempt: bool) -> machine.Delayed:
         """Room or a worker is to come; whoever may take room from others joins the line."""
@@ -311,4 +341,4 @@ class Activating:
         holds = self._holds.take_all(model)
         for hold in holds:
             self._outside.report(actions.Fail(hold, error))
-        return len(holds)
+        return len(holds) + self._holds.elsewhere_count(model)

@@ -10,6 +10,7 @@ ejected. It opens after consecutive failures, so that one failure among many goo
 | OPEN | tick at or after its end | HALF_OPEN |
 | HALF_OPEN | picked | PROBING until now + probe_seconds: no further pick |
 | HALF_OPEN, PROBING | success | CLOSED |
+| any | reset, by an operator | CLOSED, count 0 |
 | HALF_OPEN, PROBING | failure | OPEN, for twice as long as before, at most max_open_seconds |
 | PROBING | tick at or after its end (nothing came back) | HALF_OPEN |
 
@@ -62,6 +63,12 @@ class Breakers:
     def __init__(self, policy: BreakerPolicy) -> None:
         self._policy = policy
         self._circuits: dict[str, _Circuit] = {}
+        self._changes: list[tuple[str, bool]] = []
+
+    def take_changes(self) -> list[tuple[str, bool]]:
+        """Circuits that opened (True) or closed since the last call, in order."""
+        changes, self._changes = self._changes, []
+        return changes
 
     def allows(self, replica_id: str) -> bool:
         """Whether the replica may be picked now."""
@@ -90,8 +97,15 @@ class Breakers:
         circuit = self._circuits.get(replica_id)
         if circuit is None or circuit.state is BreakerState.OPEN:
             return False
-        del self._circuits[replica_id]
-        return circuit.state is not BreakerState.CLOSED
+        return self.reset(replica_id)
+
+    def reset(self, replica_id: str) -> bool:
+        """Closes a circuit, and forgets the failures of a closed one; True where it was not closed."""
+        circuit = self._circuits.pop(replica_id, None)
+        if circuit is None or circuit.state is BreakerState.CLOSED:
+            return False
+        self._changes.append((replica_id, False))
+        return True
 
     def failed(self, replica_id: str, now: float) -> bool:
         """Notes a failure of the replica's own; True where the circuit opened by it."""
@@ -101,16 +115,18 @@ class Breakers:
         circuit.failure_count += 1
         if circuit.state is BreakerState.CLOSED and circuit.failure_count < self._policy.failure_count:
             return False
-        self._open(circuit, now)
+        self._open(replica_id, circuit, now)
         return True
 
     def trip(self, replica_id: str, now: float) -> None:
         """Opens a closed circuit whose failures were not in a row."""
         circuit = self._circuits.setdefault(replica_id, _Circuit())
         if circuit.state is BreakerState.CLOSED:
-            self._open(circuit, now)
+            self._open(replica_id, circuit, now)
 
-    def _open(self, circuit: _Circuit, now: float) -> None:
+    def _open(self, replica_id: str, circuit: _Circuit, now: float) -> None:
+        if circuit.state is BreakerState.CLOSED:
+            self._changes.append((replica_id, True))
         longer = min(max(self._policy.open_seconds, circuit.open_seconds * 2), self._policy.max_open_seconds)
         circuit.state, circuit.open_seconds, circuit.until = BreakerState.OPEN, longer, now + longer
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from helios.mesh.errors import HeliosError, HoldExpired, NotFound, Unavailable
 from helios.proxy import actions
-from helios.proxy.activation import machine
+from helios.proxy.activation import ends, machine
 from helios.proxy.activation.machine import ActivationState
 from helios.proxy.admission.keyring import ANYBODY, Caller, Keyring
 from helios.proxy.breaker import BreakerPolicy
@@ -39,7 +39,8 @@ from helios.proxy.routing.prefix import NO_BLOCKS, Blocks
 from helios.proxy.starts import asked_replica
 from helios.proxy.traffic import LoadDelta, RoutingPolicy, Traffic
 
-_LOST_IN_SLEEP = frozenset({"CANARY_FAILED", "WAKE_FAILED", "WAKE_TIMEOUT"})
+STALE_LEADER = "STALE_LEADER"
+"""Why a worker refuses what a proxy orders: it has heard of a leader after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,11 +234,14 @@ class Core:
         pending = self._commands.pending(hello.worker_id)
         hello = replace(hello, replicas=tuple(self._as_ordered(hello.worker_id, one) for one in hello.replicas))
         known = self.fleet.worker(hello.worker_id)
+        is_news = known is None or not known.is_reachable or known.hello.incarnation != hello.incarnation
         starts = [command.order for command in pending if isinstance(command.order, StartReplica)]
         asked = [self.rollouts.at_home(asked_replica(hello.worker_id, order)) for order in starts]
         changes = self.fleet.hello(hello, asked, now)
         self.traffic.resynchronised((replica.replica_id for replica in hello.replicas), now)
         self._out([actions.WorkersChanged(), *(actions.Send(command) for command in pending)])
+        if is_news:
+            self._tell(hello.worker_id, actions.WorkerChange.CONNECTED)
         self._follow(changes, now, is_worker_lost=True)
         self._repeat_drains(hello, now)
         self._awaited.discard(hello.worker_id)
@@ -250,9 +254,19 @@ class Core:
 
     def worker_lost(self, worker_id: str, now: float) -> list[actions.Action]:
         """A worker's stream broke: its replicas are not picked until it is back."""
+        self._lose(worker_id, now)
+        return self._take(now)
+
+    def _lose(self, worker_id: str, now: float) -> None:
+        worker = self.fleet.worker(worker_id)
+        if worker is None or not worker.is_reachable:
+            return
         for replica in self.fleet.lose(worker_id, now):
             self.traffic.refresh(replica.replica_id)
-        return self._take(now)
+        self._tell(worker_id, actions.WorkerChange.UNREACHABLE)
+
+    def _tell(self, worker_id: str, change: actions.WorkerChange) -> None:
+        self._out([actions.WorkerChanged(worker_id, change)])
 
     def worker_seen(self, worker_id: str, now: float) -> list[actions.Action]:
         """A worker said something on its stream; one that had fallen silent is reachable again."""
@@ -261,6 +275,7 @@ class Core:
         for replica in self.fleet.seen(worker_id, now):
             self.traffic.refresh(replica.replica_id)
         if is_back:
+            self._tell(worker_id, actions.WorkerChange.CONNECTED)
             self.lifecycle.capacity_changed(now)
         return self._take(now)
 
@@ -324,7 +339,7 @@ class Core:
                 if replica is None:
                     return
                 if isinstance(order, StartReplica):
-                    change = self.fleet.forget(_failed(replica, reason, message))
+                    change = self.fleet.forget(ends.failed(replica, reason, message))
                     self._follow([change], now, is_worker_lost=False)
                 elif isinstance(order, SleepReplica):
                     # One that may sleep another time waits for the next tick: at once, it would be refused again.
@@ -395,9 +410,16 @@ class Core:
     def cordon(self, worker_id: str, now: float, *, is_cordoned: bool) -> list[actions.Action]:
         """Has nothing more started on a worker, or lets it. Raises NotFound for one that nobody knows."""
         self.check_worker(worker_id)
-        change = self.fleet.cordoned.add if is_cordoned else self.fleet.cordoned.discard
-        change(worker_id)
+        if is_cordoned is not (worker_id in self.fleet.cordoned):
+            change = self.fleet.cordoned.add if is_cordoned else self.fleet.cordoned.discard
+            change(worker_id)
+            self._tell(worker_id, actions.WorkerChange.CORDONED if is_cordoned else actions.WorkerChange.UNCORDONED)
         self.lifecycle.capacity_changed(now)
+        return self._take(now)
+
+    def reset_breaker(self, replica: Replica, now: float) -> list[actions.Action]:
+        """Has a replica picked again, whatever it failed at."""
+        self.traffic.reset_breaker(replica.replica_id)
         return self._take(now)
 
     def drain_worker(self, worker_id: str, now: float) -> list[actions.Action]:
@@ -471,11 +493,11 @@ class Core:
     def begin_tick(self, now: float) -> list[actions.Action]:
         """Follows the time in everything but models, which `go_on` looks at; to be called about every second."""
         for worker_id in self.fleet.silent(now, self._policy.silence_seconds):
-            for replica in self.fleet.lose(worker_id, now):
-                self.traffic.refresh(replica.replica_id)
+            self._lose(worker_id, now)
         for worker_id in self.fleet.overdue(now, self._policy.worker_grace_seconds):
             self._commands.forget_worker(worker_id)
             self._out([actions.WorkersChanged(), actions.Disconnect(worker_id)])
+            self._tell(worker_id, actions.WorkerChange.GONE)
             self._follow(self.fleet.remove_worker(worker_id), now, is_worker_lost=True)
             self.lifecycle.room.forget_worker(worker_id)
         if not self.is_resynchronised and now >= self._resync_at:
@@ -491,12 +513,14 @@ class Core:
             if change.before is None and change.after is None:
                 continue
             replica = change.replica
+            if change.before is None or change.after is None or change.before.state is not change.after.state:
+                self._out([actions.ReplicaChanged(replica)])
             is_gone = change.after is None or change.after.state.is_gone
             self.lifecycle.room.measure(replica)
             self.lifecycle.room.note_place(replica)
             if is_gone:
                 has_room = True
-                self.lifecycle.gone(replica, _gone(replica, is_worker_lost=is_worker_lost), now)
+                self.lifecycle.gone(replica, ends.gone(replica, is_worker_lost=is_worker_lost), now)
             elif replica.state is ReplicaState.READY:
                 self.lifecycle.ready(replica, now)
             self.lifecycle.reconcile(replica.model, now)
@@ -551,20 +575,8 @@ class Core:
     def _take(self, now: float) -> list[actions.Action]:
         for model in self.traffic.take_opened():
             self._release(model, now)
+        for replica_id, is_open in self.traffic.breakers.take_changes():
+            if (replica := self.fleet.replica(replica_id)) is not None:
+                self._out([actions.BreakerChanged(replica.model, replica_id, replica.worker_id, is_open)])
         taken, self.lifecycle.outbox = self.lifecycle.outbox, []
         return taken
-
-
-def _failed(replica: Replica, reason: str, message: str) -> Replica:
-    return replace(replica, state=ReplicaState.FAILED, failure_reason=reason, failure_message=message)
-
-
-def _gone(replica: Replica, *, is_worker_lost: bool) -> machine.Gone:
-    if is_worker_lost and not replica.failure_reason:
-        return machine.Gone(replica.replica_id, "WORKER_LOST", "its worker went away", is_worker_lost=True)
-    reason = replica.failure_reason or "STOPPED"
-    # The first line is the cause. What follows, the end of a log, is for operators and not for clients.
-    cause = replica.failure_message.partition("\n")[0]
-    message = f"{reason}: {cause}" if cause else reason
-    # A replica that can't wake is replaced at once, like one whose worker went away: the model itself starts well.
-    return machine.Gone(replica.replica_id, reason, message, is_worker_lost=reason in _LOST_IN_SLEEP)

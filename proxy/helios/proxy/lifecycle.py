@@ -373,34 +373,44 @@ class Lifecycle:
         )
 
     def put_to_sleep(self, replica: Replica, now: float) -> None:
-        """Puts a replica to sleep for an operator; nothing happens to one that sleeps.
+        """Puts a replica to sleep for an operator; nothing happens to one that sleeps. Raises as `check_sleep`."""
+        if self.check_sleep(replica):
+            self._traffic.forget_use(replica.model)
+            self.warmth.sleep(replica)
+
+    def check_sleep(self, replica: Replica) -> bool:
+        """Whether an operator's word would put a replica to sleep; False where it sleeps.
 
         Raises:
             PreconditionFailed: it can't sleep now, or its model's policy keeps replicas, which would wake it at once.
         """
         if replica.state is ReplicaState.ASLEEP and not self._traffic.is_draining(replica):
-            return
+            return False
         self.warmth.check_sleep(replica)
         entry = self._catalogue.get(replica.model)
         if entry is not None:
             check_unpinned(entry)
-        self._traffic.forget_use(replica.model)
-        self.warmth.sleep(replica)
+        return True
 
     def wake_up(self, replica: Replica, now: float) -> None:
         """Wakes a replica for an operator. Raises PreconditionFailed."""
+        if self.check_wake(replica):
+            self._traffic.use(replica.model, now)
+            self.activating.wake(replica)
+            self.activation(replica.model)
+            self.reconcile(replica.model, now)
+
+    def check_wake(self, replica: Replica) -> bool:
+        """Whether an operator's word would wake a replica; False where it is awake. Raises PreconditionFailed."""
         if replica.state in (ReplicaState.READY, ReplicaState.WAKING):
-            return
+            return False
         if replica.state is not ReplicaState.ASLEEP or self._traffic.is_draining(replica):
             message = f"replica {replica.replica_id} is not asleep, or on its way out"
             raise PreconditionFailed(message, reason="REPLICA_NOT_ASLEEP")
         if replica.worker_id in self._traffic.fleet.cordoned:
             message = f"worker {replica.worker_id} is cordoned: helios workers uncordon {replica.worker_id}"
             raise PreconditionFailed(message, reason="WORKER_CORDONED")
-        self._traffic.use(replica.model, now)
-        self.activating.wake(replica)
-        self.activation(replica.model)
-        self.reconcile(replica.model, now)
+        return True
 
     def stage(self, entry: ModelEntry, now: float) -> tuple[Staged, int]:
         """Stages a model and drains it; returns where it stands and how many replicas drain.

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Protocol
+from uuid import uuid4
 
 import structlog
 from opentelemetry import propagate, trace
@@ -18,6 +19,8 @@ from helios.proxy import actions, metrics
 from helios.proxy.admission.keyring import ANYBODY, Caller
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
+from helios.proxy.events.log import EventLog
+from helios.proxy.events.record import event_of
 from helios.proxy.explain.journal import Journal, JournalLimits
 from helios.proxy.explain.record import Finished
 from helios.proxy.fleet.commands import Command
@@ -144,6 +147,9 @@ class Runtime:
         self.journal = Journal(journal_limits or JournalLimits(), wall_offset=_wall_offset())
         self.journal.on_phase = _measure_phase
         self.meter = Meter()
+        self.events = EventLog(uuid4().hex[:8])
+        # Set, and replaced by another one, when an event was added.
+        self.events_changed = asyncio.Event()
         self.advice = Advice(warm_pool)
         self.journal.on_split = _measure_split
         self._publisher = publisher
@@ -290,8 +296,15 @@ class Runtime:
                     )
                     self._publisher.open()
                 case _:
+                    self._note_event(action)
                     self._report(action)
         self._publish()
+
+    def _note_event(self, action: actions.Action) -> None:
+        event = event_of(action)
+        if event is not None and self.events.add(event, time.monotonic()):
+            changed, self.events_changed = self.events_changed, asyncio.Event()
+            changed.set()
 
     def _why_held(self, model: str, adapter: str) -> str:
         """Says, for people, why no replica of a model takes a request now."""

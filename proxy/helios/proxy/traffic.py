@@ -219,6 +219,12 @@ class Traffic:
             # Once it is tried again, it begins anew.
             self.outliers.forget(replica_id)
 
+    def reset_breaker(self, replica_id: str) -> None:
+        """Has a replica picked again, whatever it failed at."""
+        self.breakers.reset(replica_id)
+        self.outliers.forget(replica_id)
+        self.refresh(replica_id)
+
     def published(self, addresses: frozenset[str]) -> None:
         """Every Envoy knows exactly these addresses."""
         changed = self._published ^ addresses

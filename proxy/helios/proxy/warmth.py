@@ -109,8 +109,14 @@ class Warmth:
         if self._policy.stages and worker is not None and entry.weights_bytes:
             self._stage(entry, worker)
 
-    def stage(self, entry: ModelEntry, *, is_dry_run: bool = False) -> Staged:
-        """Stages a model where it runs, or where there is most room for it; what it finds staged, it leaves.
+    def stage(self, entry: ModelEntry) -> Staged:
+        """Stages a model at its `home`; what is staged there, it leaves. Raises Unavailable."""
+        worker = self.home(entry)
+        self._stage(entry, worker)
+        return worker.staged[entry.revision]
+
+    def home(self, entry: ModelEntry) -> Worker:
+        """The worker that a model is staged on: where it is, where it runs, or where there is most room for it.
 
         Raises:
             Unavailable: NO_WORKER, NO_CAPACITY.
@@ -118,12 +124,12 @@ class Warmth:
         fleet = self._traffic.fleet
         workers = fleet.open_workers()
         for worker in workers:
-            if (staged := worker.staged.get(entry.revision)) is not None:
-                return staged
+            if entry.revision in worker.staged:
+                return worker
         homes = {replica.worker_id for replica in fleet.replicas_of(entry.name)}
         for worker in sorted(workers, key=lambda w: (w.hello.worker_id in homes, w.free_host_bytes), reverse=True):
-            if self._stage(entry, worker):
-                return worker.staged[entry.revision]
+            if self._may_stage(entry, worker):
+                return worker
         reason = "NO_CAPACITY" if workers else "NO_WORKER"
         message = "no worker has the host memory for its weights" if workers else "no worker is connected"
         raise Unavailable(
@@ -188,22 +194,19 @@ class Warmth:
         if not self._is_idle(replica):
             raise PreconditionFailed(f"replica {name} has requests", reason="REPLICA_BUSY", metadata=metadata)
 
-    def _stage(self, entry: ModelEntry, worker: Worker) -> bool:
-        if entry.revision in worker.staged:
-            return True
+    def _may_stage(self, entry: ModelEntry, worker: Worker) -> bool:
+        """Whether there is room for a model's weights once all others' are given back."""
         is_open = worker.is_reachable and worker.hello.worker_id not in self._traffic.fleet.cordoned
-        if entry.weights_bytes > worker.hello.host_memory_bytes or not is_open:
-            return False
-        while worker.free_host_bytes < entry.weights_bytes:
-            oldest = self._oldest(worker)
-            if oldest is None:
-                return False
-            self._unstage(worker, oldest.revision)
+        return is_open and entry.weights_bytes <= worker.unpinned_host_bytes
+
+    def _stage(self, entry: ModelEntry, worker: Worker) -> None:
+        if entry.revision in worker.staged or not self._may_stage(entry, worker):
+            return
+        self.make_room(worker, entry.weights_bytes)
         worker.staged[entry.revision] = Staged(
             entry.revision, entry.name, StagedState.STAGING, worker.hello.worker_id, entry.weights_bytes
         )
         self._send(worker.hello.worker_id, StageRevision(entry.revision, entry.name, entry.weights_bytes))
-        return True
 
     def _unstage(self, worker: Worker, revision: str) -> None:
         # Commands of a worker are carried out in their order, so its room is there for what is staged next.

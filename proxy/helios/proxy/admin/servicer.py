@@ -1,8 +1,9 @@
-"""AdminService: preload, scale and evict models; list workers and replicas."""
+"""AdminService: what operators order, ask and watch. A dry run is answered by `plans` and changes nothing."""
 
 import bisect
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
@@ -12,6 +13,9 @@ from helios.api.fleet.v1 import fleet_service_pb2 as fleet_pb
 from helios.api.fleet.v1 import types_pb2
 from helios.mesh.audit import audit
 from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, Unavailable
+from helios.proxy.admin.plans import plan_evict, plan_preload, plan_stage, plan_unstage
+from helios.proxy.admin.watch import EventWatches
+from helios.proxy.breaker import BreakerState
 from helios.proxy.catalog.servicer import find_model
 from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry, shown
@@ -25,6 +29,13 @@ MAX_REPLICA_COUNT: Final = 1_000
 _DEFAULT_PAGE_SIZE: Final = 100
 _MAX_PAGE_SIZE: Final = 1_000
 
+_BREAKER_STATES: Final = {
+    BreakerState.CLOSED: pb.BREAKER_STATE_CLOSED,
+    BreakerState.OPEN: pb.BREAKER_STATE_OPEN,
+    BreakerState.HALF_OPEN: pb.BREAKER_STATE_HALF_OPEN,
+    BreakerState.PROBING: pb.BREAKER_STATE_HALF_OPEN,
+}
+
 T = TypeVar("T")
 
 
@@ -35,10 +46,15 @@ class AdminServicer(AdminServiceServicer):
         self._runtime = runtime
         self._core = runtime.core
         self._models = models
+        self._watches = EventWatches(runtime)
 
     async def PreloadModel(self, request: pb.PreloadModelRequest, context: Any) -> pb.PreloadModelResponse:
         """Starts a replica unless there is one."""
         entry = await self._find(request.model)
+        if request.dry_run:
+            plan = plan_preload(self._core, entry, time.monotonic())
+            replicas = [replica_to_proto(replica) for replica in self._current(entry)]
+            return pb.PreloadModelResponse(replicas=replicas, worker_id=plan.worker_id, placement=plan.placement)
         try:
             self._runtime.apply(self._core.preload(entry, time.monotonic()))
         except HeliosError:
@@ -59,18 +75,21 @@ class AdminServicer(AdminServiceServicer):
                 metadata={"param": "replica_count"},
             )
         entry = await self._find(request.model)
-        bound = entry.max_replicas if not entry.max_replicas or entry.max_replicas >= count else count
-        entry = await self._write_policy(entry.name, min_replicas=count, max_replicas=bound)
-        self._runtime.apply(self._core.model_upserted(entry, time.monotonic()))
-        if not count:
-            self._runtime.apply(self._core.drain_model(entry, time.monotonic()))
-        _note("scale model", model=entry.name, replica_count=count)
+        if not request.dry_run:
+            bound = entry.max_replicas if not entry.max_replicas or entry.max_replicas >= count else count
+            entry = await self._write_policy(entry.name, min_replicas=count, max_replicas=bound)
+            self._runtime.apply(self._core.model_upserted(entry, time.monotonic()))
+            if not count:
+                self._runtime.apply(self._core.drain_model(entry, time.monotonic()))
+            _note("scale model", model=entry.name, replica_count=count)
         ready = [replica for replica in self._current(entry) if replica.state is ReplicaState.READY]
         return pb.ScaleModelResponse(desired_count=count, ready_count=len(ready))
 
     async def EvictModel(self, request: pb.EvictModelRequest, context: Any) -> pb.EvictModelResponse:
         """Drains a model and drops its bytes from the nodes."""
         entry = await self._find(request.model)
+        if request.dry_run:
+            return pb.EvictModelResponse(draining_count=plan_evict(self._core, entry))
         count, todo = self._core.evict(entry, time.monotonic())
         self._runtime.apply(todo)
         _note("evict model", model=entry.name)
@@ -79,9 +98,12 @@ class AdminServicer(AdminServiceServicer):
     async def StageModel(self, request: pb.StageModelRequest, context: Any) -> pb.StageModelResponse:
         """Brings a model's weights to memory and drains its replicas."""
         entry = await self._find(request.model)
-        staged, count, todo = self._core.stage(entry, time.monotonic())
-        self._runtime.apply(todo)
-        _note("stage model", model=entry.name)
+        if request.dry_run:
+            staged, count = plan_stage(self._core, entry)
+        else:
+            staged, count, todo = self._core.stage(entry, time.monotonic())
+            self._runtime.apply(todo)
+            _note("stage model", model=entry.name)
         return pb.StageModelResponse(
             worker_id=staged.worker_id, state=staged_to_proto(staged).state, draining_count=count
         )
@@ -89,6 +111,8 @@ class AdminServicer(AdminServiceServicer):
     async def UnstageModel(self, request: pb.UnstageModelRequest, context: Any) -> pb.UnstageModelResponse:
         """Gives a staged model's memory back."""
         entry = await self._find(request.model)
+        if request.dry_run:
+            return pb.UnstageModelResponse(worker_count=plan_unstage(self._core, entry))
         count, todo = self._core.unstage(entry, time.monotonic())
         self._runtime.apply(todo)
         _note("unstage model", model=entry.name)
@@ -97,15 +121,21 @@ class AdminServicer(AdminServiceServicer):
     async def SleepReplica(self, request: pb.SleepReplicaRequest, context: Any) -> pb.SleepReplicaResponse:
         """Puts a replica to sleep."""
         replica = self._find_replica(request.replica_id)
-        self._runtime.apply(self._core.sleep(replica, time.monotonic()))
-        _note("sleep replica", replica=request.replica_id)
+        if request.dry_run:
+            self._core.lifecycle.check_sleep(replica)
+        else:
+            self._runtime.apply(self._core.sleep(replica, time.monotonic()))
+            _note("sleep replica", replica=request.replica_id)
         return pb.SleepReplicaResponse(replica=self._replica(self._find_replica(request.replica_id)))
 
     async def WakeReplica(self, request: pb.WakeReplicaRequest, context: Any) -> pb.WakeReplicaResponse:
         """Wakes a replica."""
         replica = self._find_replica(request.replica_id)
-        self._runtime.apply(self._core.wake(replica, time.monotonic()))
-        _note("wake replica", replica=request.replica_id)
+        if request.dry_run:
+            self._core.lifecycle.check_wake(replica)
+        else:
+            self._runtime.apply(self._core.wake(replica, time.monotonic()))
+            _note("wake replica", replica=request.replica_id)
         return pb.WakeReplicaResponse(replica=self._replica(self._find_replica(request.replica_id)))
 
     async def ListWorkers(self, request: pb.ListWorkersRequest, context: Any) -> pb.ListWorkersResponse:
@@ -188,7 +218,9 @@ class AdminServicer(AdminServiceServicer):
         replicas = self._core.fleet.replicas() if entry is None else self._core.fleet.replicas_of(entry.name)
         ordered = sorted(replicas, key=_replica_key)
         page, token = _page(ordered, request.page_size, request.page_token, _replica_key)
-        items = [pb.ReplicaOnWorker(replica=self._replica(r), worker_id=r.worker_id) for r in page]
+        items = [
+            pb.ReplicaOnWorker(replica=self._replica(r), worker_id=r.worker_id, breaker=self._breaker(r)) for r in page
+        ]
         response = pb.ListReplicasResponse(replicas=items, next_page_token=token)
         if not request.page_token:
             journal = self._runtime.journal
@@ -225,6 +257,23 @@ class AdminServicer(AdminServiceServicer):
         token = page[-1].request_id if page and start + size < len(found) else ""
         return pb.ListRequestsResponse(requests=[summary_to_proto(record) for record in page], next_page_token=token)
 
+    async def WatchEvents(self, request: pb.WatchEventsRequest, context: Any) -> AsyncIterator[pb.WatchEventsResponse]:
+        """Tells what happens to workers and replicas."""
+        model = (await self._find(request.model)).name if request.model else ""
+        after = request.after if request.HasField("after") else None
+        async with aclosing(self._watches.watch(after, model, until_now=request.until_now)) as events:
+            async for event in events:
+                yield event
+
+    async def ResetBreaker(self, request: pb.ResetBreakerRequest, context: Any) -> pb.ResetBreakerResponse:
+        """Has a replica picked again."""
+        replica = self._find_replica(request.replica_id)
+        before = self._breaker(replica)
+        if not request.dry_run:
+            self._runtime.apply(self._core.reset_breaker(replica, time.monotonic()))
+            _note("reset breaker", replica=request.replica_id)
+        return pb.ResetBreakerResponse(before=before)
+
     async def _find(self, name: str) -> ModelEntry:
         if not name:
             raise InvalidRequest("you must provide a model", metadata={"param": "model"})
@@ -260,6 +309,9 @@ class AdminServicer(AdminServiceServicer):
 
     def _current(self, entry: ModelEntry) -> list[Replica]:
         return self._core.traffic.staying(entry.name)
+
+    def _breaker(self, replica: Replica) -> pb.BreakerState.ValueType:
+        return _BREAKER_STATES[self._core.traffic.breakers.state(replica.replica_id)]
 
     def _replica(self, replica: Replica) -> types_pb2.Replica:
         # A drain that was asked counts before the worker has said so.

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from helios.api.admin.v1 import explanation_pb2 as _explanation_pb2
 from helios.api.fleet.v1 import fleet_service_pb2 as _fleet_service_pb2
 from helios.api.fleet.v1 import types_pb2 as _types_pb2
@@ -22,6 +23,114 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _BreakerState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BreakerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BreakerState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BREAKER_STATE_UNSPECIFIED: _BreakerState.ValueType  # 0
+    """Not set: never sent."""
+    BREAKER_STATE_CLOSED: _BreakerState.ValueType  # 1
+    """It is picked."""
+    BREAKER_STATE_OPEN: _BreakerState.ValueType  # 2
+    """It failed too often and is left alone for a while."""
+    BREAKER_STATE_HALF_OPEN: _BreakerState.ValueType  # 3
+    """One request may try it, or does."""
+
+class BreakerState(_BreakerState, metaclass=_BreakerStateEnumTypeWrapper):
+    """BreakerState is the state of a replica's circuit breaker, which each proxy has of its own."""
+
+BREAKER_STATE_UNSPECIFIED: BreakerState.ValueType  # 0
+"""Not set: never sent."""
+BREAKER_STATE_CLOSED: BreakerState.ValueType  # 1
+"""It is picked."""
+BREAKER_STATE_OPEN: BreakerState.ValueType  # 2
+"""It failed too often and is left alone for a while."""
+BREAKER_STATE_HALF_OPEN: BreakerState.ValueType  # 3
+"""One request may try it, or does."""
+Global___BreakerState: _TypeAlias = BreakerState  # noqa: Y015
+
+class _FleetEventKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FleetEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FleetEventKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FLEET_EVENT_KIND_UNSPECIFIED: _FleetEventKind.ValueType  # 0
+    """Not set: never sent."""
+    FLEET_EVENT_KIND_WORKER_CONNECTED: _FleetEventKind.ValueType  # 1
+    """A worker introduced itself."""
+    FLEET_EVENT_KIND_WORKER_UNREACHABLE: _FleetEventKind.ValueType  # 2
+    """A worker's stream broke, or it was silent for too long: its replicas are not picked."""
+    FLEET_EVENT_KIND_WORKER_GONE: _FleetEventKind.ValueType  # 3
+    """A worker did not come back; its replicas are not counted on any more."""
+    FLEET_EVENT_KIND_WORKER_CORDONED: _FleetEventKind.ValueType  # 4
+    """Nothing more is started on a worker."""
+    FLEET_EVENT_KIND_WORKER_UNCORDONED: _FleetEventKind.ValueType  # 5
+    """Replicas may be started on a worker again."""
+    FLEET_EVENT_KIND_REPLICA_CHANGED: _FleetEventKind.ValueType  # 6
+    """A replica is in another state: `reason`."""
+    FLEET_EVENT_KIND_START_BEGUN: _FleetEventKind.ValueType  # 7
+    """A start was ordered."""
+    FLEET_EVENT_KIND_START_DELAYED: _FleetEventKind.ValueType  # 8
+    """A start waits for room or for a worker."""
+    FLEET_EVENT_KIND_START_DONE: _FleetEventKind.ValueType  # 9
+    """What was started is ready."""
+    FLEET_EVENT_KIND_START_FAILED: _FleetEventKind.ValueType  # 10
+    """A start failed."""
+    FLEET_EVENT_KIND_SCALED: _FleetEventKind.ValueType  # 11
+    """A model's load asks for another number of replicas."""
+    FLEET_EVENT_KIND_SWAP_BEGUN: _FleetEventKind.ValueType  # 12
+    """A compiled replica was ordered to take over from an eager one."""
+    FLEET_EVENT_KIND_SWAP_DONE: _FleetEventKind.ValueType  # 13
+    """It took over."""
+    FLEET_EVENT_KIND_SWAP_ENDED: _FleetEventKind.ValueType  # 14
+    """It was stopped, or failed: `reason`."""
+    FLEET_EVENT_KIND_BREAKER_OPENED: _FleetEventKind.ValueType  # 15
+    """A replica failed too often and is left alone for a while."""
+    FLEET_EVENT_KIND_BREAKER_CLOSED: _FleetEventKind.ValueType  # 16
+    """A replica is picked again."""
+
+class FleetEventKind(_FleetEventKind, metaclass=_FleetEventKindEnumTypeWrapper):
+    """What can happen."""
+
+FLEET_EVENT_KIND_UNSPECIFIED: FleetEventKind.ValueType  # 0
+"""Not set: never sent."""
+FLEET_EVENT_KIND_WORKER_CONNECTED: FleetEventKind.ValueType  # 1
+"""A worker introduced itself."""
+FLEET_EVENT_KIND_WORKER_UNREACHABLE: FleetEventKind.ValueType  # 2
+"""A worker's stream broke, or it was silent for too long: its replicas are not picked."""
+FLEET_EVENT_KIND_WORKER_GONE: FleetEventKind.ValueType  # 3
+"""A worker did not come back; its replicas are not counted on any more."""
+FLEET_EVENT_KIND_WORKER_CORDONED: FleetEventKind.ValueType  # 4
+"""Nothing more is started on a worker."""
+FLEET_EVENT_KIND_WORKER_UNCORDONED: FleetEventKind.ValueType  # 5
+"""Replicas may be started on a worker again."""
+FLEET_EVENT_KIND_REPLICA_CHANGED: FleetEventKind.ValueType  # 6
+"""A replica is in another state: `reason`."""
+FLEET_EVENT_KIND_START_BEGUN: FleetEventKind.ValueType  # 7
+"""A start was ordered."""
+FLEET_EVENT_KIND_START_DELAYED: FleetEventKind.ValueType  # 8
+"""A start waits for room or for a worker."""
+FLEET_EVENT_KIND_START_DONE: FleetEventKind.ValueType  # 9
+"""What was started is ready."""
+FLEET_EVENT_KIND_START_FAILED: FleetEventKind.ValueType  # 10
+"""A start failed."""
+FLEET_EVENT_KIND_SCALED: FleetEventKind.ValueType  # 11
+"""A model's load asks for another number of replicas."""
+FLEET_EVENT_KIND_SWAP_BEGUN: FleetEventKind.ValueType  # 12
+"""A compiled replica was ordered to take over from an eager one."""
+FLEET_EVENT_KIND_SWAP_DONE: FleetEventKind.ValueType  # 13
+"""It took over."""
+FLEET_EVENT_KIND_SWAP_ENDED: FleetEventKind.ValueType  # 14
+"""It was stopped, or failed: `reason`."""
+FLEET_EVENT_KIND_BREAKER_OPENED: FleetEventKind.ValueType  # 15
+"""A replica failed too often and is left alone for a while."""
+FLEET_EVENT_KIND_BREAKER_CLOSED: FleetEventKind.ValueType  # 16
+"""A replica is picked again."""
+Global___FleetEventKind: _TypeAlias = FleetEventKind  # noqa: Y015
+
 @_typing.final
 class PreloadModelRequest(_message.Message):
     """PreloadModelRequest names a model."""
@@ -29,16 +138,20 @@ class PreloadModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name or alias."""
+    dry_run: _builtins.bool
+    """Say what would happen, and do nothing."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -51,6 +164,14 @@ class PreloadModelResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REPLICAS_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Of a dry run where a replica would be started: on which worker. Empty: none would be, or nothing is free yet and
+    others give way first.
+    """
+    placement: _builtins.str
+    """The same for people: why there, or what it would wait for."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Replica]:
         """Replicas that are ready or starting."""
@@ -59,10 +180,12 @@ class PreloadModelResponse(_message.Message):
         self,
         *,
         replicas: _abc.Iterable[_types_pb2.Replica] | None = ...,
+        worker_id: _builtins.str = ...,
+        placement: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["replicas", b"replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement", "replicas", b"replicas", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -76,19 +199,23 @@ class ScaleModelRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     REPLICA_COUNT_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name or alias."""
     replica_count: _builtins.int
     """Replicas to keep. Required, because 0 stops the model: a misspelt field must not. At most 1,000."""
+    dry_run: _builtins.bool
+    """Say what would happen, and do nothing."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         replica_count: _builtins.int | None = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_replica_count", b"_replica_count", "replica_count", b"replica_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_replica_count", b"_replica_count", "model", b"model", "replica_count", b"replica_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_replica_count", b"_replica_count", "dry_run", b"dry_run", "model", b"model", "replica_count", b"replica_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__replica_count: _TypeAlias = _typing.Literal["replica_count"]  # noqa: Y015
     _WhichOneofArgType__replica_count: _TypeAlias = _typing.Literal["_replica_count", b"_replica_count"]  # noqa: Y015
@@ -129,16 +256,20 @@ class EvictModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name or alias."""
+    dry_run: _builtins.bool
+    """Say what would happen, and do nothing."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -173,16 +304,20 @@ class StageModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name or alias."""
+    dry_run: _builtins.bool
+    """Say what would happen, and do nothing."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -225,16 +360,20 @@ class UnstageModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name or alias."""
+    dry_run: _builtins.bool
+    """Say what would happen, and do nothing."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -269,16 +408,20 @@ class SleepReplicaRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REPLICA_ID_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """Its id."""
+    dry_run: _builtins.bool
+    """Say whether it could be done, and do nothing."""
     def __init__(
         self,
         *,
         replica_id: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_id", b"replica_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "replica_id", b"replica_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -315,16 +458,20 @@ class WakeReplicaRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REPLICA_ID_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """Its id."""
+    dry_run: _builtins.bool
+    """Say whether it could be done, and do nothing."""
     def __init__(
         self,
         *,
         replica_id: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_id", b"replica_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "replica_id", b"replica_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -893,8 +1040,11 @@ class ReplicaOnWorker(_message.Message):
 
     REPLICA_FIELD_NUMBER: _builtins.int
     WORKER_ID_FIELD_NUMBER: _builtins.int
+    BREAKER_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Its worker."""
+    breaker: Global___BreakerState.ValueType
+    """Whether the proxy that answers sends it requests."""
     @_builtins.property
     def replica(self) -> _types_pb2.Replica:
         """The replica."""
@@ -904,10 +1054,11 @@ class ReplicaOnWorker(_message.Message):
         *,
         replica: _types_pb2.Replica | None = ...,
         worker_id: _builtins.str = ...,
+        breaker: Global___BreakerState.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["breaker", b"breaker", "replica", b"replica", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -946,3 +1097,189 @@ class FailedReplica(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FailedReplica: _TypeAlias = FailedReplica  # noqa: Y015
+
+@_typing.final
+class WatchEventsRequest(_message.Message):
+    """WatchEventsRequest starts a watch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    UNTIL_NOW_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Only what happens to this model, by name or alias; empty: everything."""
+    after: _builtins.str
+    """Only what came after the event with this `cursor`. Unset: what comes from now on; empty: all that is known."""
+    until_now: _builtins.bool
+    """End with what is known now, rather than go on with what comes."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        after: _builtins.str | None = ...,
+        until_now: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_after", b"_after", "after", b"after"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after", b"_after", "after", b"after", "model", b"model", "until_now", b"until_now"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__after: _TypeAlias = _typing.Literal["after"]  # noqa: Y015
+    _WhichOneofArgType__after: _TypeAlias = _typing.Literal["_after", b"_after"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__after) -> _WhichOneofReturnType__after | None: ...
+
+Global___WatchEventsRequest: _TypeAlias = WatchEventsRequest  # noqa: Y015
+
+@_typing.final
+class WatchEventsResponse(_message.Message):
+    """WatchEventsResponse is an event, or says that some were missed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    MISSED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> Global___FleetEvent:
+        """An event."""
+
+    @_builtins.property
+    def missed(self) -> Global___EventsMissed:
+        """Events before those that follow are not known any more."""
+
+    def __init__(
+        self,
+        *,
+        event: Global___FleetEvent | None = ...,
+        missed: Global___EventsMissed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "message", b"message", "missed", b"missed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "message", b"message", "missed", b"missed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["event", "missed"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___WatchEventsResponse: _TypeAlias = WatchEventsResponse  # noqa: Y015
+
+@_typing.final
+class EventsMissed(_message.Message):
+    """EventsMissed says that events are not known any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CURSOR_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.str
+    """A cursor before all that is known."""
+    def __init__(
+        self,
+        *,
+        cursor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EventsMissed: _TypeAlias = EventsMissed  # noqa: Y015
+
+@_typing.final
+class FleetEvent(_message.Message):
+    """FleetEvent is something that happened to a worker or replica."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CURSOR_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.str
+    """What `after` takes to go on behind this event."""
+    kind: Global___FleetEventKind.ValueType
+    """What happened."""
+    model: _builtins.str
+    """The model that it happened to; empty: none."""
+    replica_id: _builtins.str
+    """The replica; empty: none."""
+    worker_id: _builtins.str
+    """The worker; empty: none."""
+    reason: _builtins.str
+    """A word for programs, such as a replica's state or why it failed; empty where the kind says all."""
+    message: _builtins.str
+    """For people; may be empty."""
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    def __init__(
+        self,
+        *,
+        cursor: _builtins.str = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
+        kind: Global___FleetEventKind.ValueType = ...,
+        model: _builtins.str = ...,
+        replica_id: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "cursor", b"cursor", "kind", b"kind", "message", b"message", "model", b"model", "reason", b"reason", "replica_id", b"replica_id", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FleetEvent: _TypeAlias = FleetEvent  # noqa: Y015
+
+@_typing.final
+class ResetBreakerRequest(_message.Message):
+    """ResetBreakerRequest names a replica."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    """Its id."""
+    dry_run: _builtins.bool
+    """Say what would happen, and do nothing."""
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "replica_id", b"replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResetBreakerRequest: _TypeAlias = ResetBreakerRequest  # noqa: Y015
+
+@_typing.final
+class ResetBreakerResponse(_message.Message):
+    """ResetBreakerResponse says what it was."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEFORE_FIELD_NUMBER: _builtins.int
+    before: Global___BreakerState.ValueType
+    """Its state before."""
+    def __init__(
+        self,
+        *,
+        before: Global___BreakerState.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before", b"before"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResetBreakerResponse: _TypeAlias = ResetBreakerResponse  # noqa: Y015

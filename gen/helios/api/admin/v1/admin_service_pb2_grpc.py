@@ -110,6 +110,16 @@ class AdminServiceStub:
                 request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListRequestsRequest.SerializeToString,
                 response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListRequestsResponse.FromString,
                 _registered_method=True)
+        self.WatchEvents = channel.unary_stream(
+                '/helios.api.admin.v1.AdminService/WatchEvents',
+                request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.WatchEventsRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.WatchEventsResponse.FromString,
+                _registered_method=True)
+        self.ResetBreaker = channel.unary_unary(
+                '/helios.api.admin.v1.AdminService/ResetBreaker',
+                request_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ResetBreakerRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ResetBreakerResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -238,6 +248,24 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchEvents(self, request, context):
+        """WatchEvents tells what happens to workers and replicas, for as long as the caller stays: what is known after its
+        cursor, then each change as it comes. The proxy keeps the last few thousand; where more was missed, or the proxy was
+        restarted meanwhile, that is said. Changes of models are VersionService's. Errors: INVALID_ARGUMENT
+        (INVALID_CURSOR), UNAVAILABLE (TOO_MANY_WATCHERS).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResetBreaker(self, request, context):
+        """ResetBreaker closes a replica's circuit breaker: it is picked again at once. Idempotent. Errors: NOT_FOUND
+        (REPLICA_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -315,6 +343,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListRequests,
                     request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListRequestsRequest.FromString,
                     response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListRequestsResponse.SerializeToString,
+            ),
+            'WatchEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEvents,
+                    request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.WatchEventsRequest.FromString,
+                    response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.WatchEventsResponse.SerializeToString,
+            ),
+            'ResetBreaker': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetBreaker,
+                    request_deserializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ResetBreakerRequest.FromString,
+                    response_serializer=helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ResetBreakerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -723,6 +761,60 @@ class AdminService:
             '/helios.api.admin.v1.AdminService/ListRequests',
             helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListRequestsRequest.SerializeToString,
             helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ListRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/helios.api.admin.v1.AdminService/WatchEvents',
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.WatchEventsRequest.SerializeToString,
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.WatchEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetBreaker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.admin.v1.AdminService/ResetBreaker',
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ResetBreakerRequest.SerializeToString,
+            helios_dot_api_dot_admin_dot_v1_dot_admin__service__pb2.ResetBreakerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -76,6 +76,16 @@ class AdminServiceStub:
     """ListRequests lists requests that can be explained, the newest first. Idempotent. Errors: INVALID_ARGUMENT
     (INVALID_REQUEST).
     """
+    WatchEvents: _aio.UnaryStreamMultiCallable[_admin_service_pb2.WatchEventsRequest, _admin_service_pb2.WatchEventsResponse]
+    """WatchEvents tells what happens to workers and replicas, for as long as the caller stays: what is known after its
+    cursor, then each change as it comes. The proxy keeps the last few thousand; where more was missed, or the proxy was
+    restarted meanwhile, that is said. Changes of models are VersionService's. Errors: INVALID_ARGUMENT
+    (INVALID_CURSOR), UNAVAILABLE (TOO_MANY_WATCHERS).
+    """
+    ResetBreaker: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ResetBreakerRequest, _admin_service_pb2.ResetBreakerResponse]
+    """ResetBreaker closes a replica's circuit breaker: it is picked again at once. Idempotent. Errors: NOT_FOUND
+    (REPLICA_NOT_FOUND).
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """AdminService steers models, replicas and workers. It exists on the admin edge only."""
@@ -228,6 +238,28 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_admin_service_pb2.ListRequestsResponse]:
         """ListRequests lists requests that can be explained, the newest first. Idempotent. Errors: INVALID_ARGUMENT
         (INVALID_REQUEST).
+        """
+
+    @_abc_1.abstractmethod
+    def WatchEvents(
+        self,
+        request: _admin_service_pb2.WatchEventsRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.WatchEventsRequest, _abc.AsyncIterator[_admin_service_pb2.WatchEventsResponse]],
+    ) -> _abc.AsyncIterator[_admin_service_pb2.WatchEventsResponse]:
+        """WatchEvents tells what happens to workers and replicas, for as long as the caller stays: what is known after its
+        cursor, then each change as it comes. The proxy keeps the last few thousand; where more was missed, or the proxy was
+        restarted meanwhile, that is said. Changes of models are VersionService's. Errors: INVALID_ARGUMENT
+        (INVALID_CURSOR), UNAVAILABLE (TOO_MANY_WATCHERS).
+        """
+
+    @_abc_1.abstractmethod
+    def ResetBreaker(
+        self,
+        request: _admin_service_pb2.ResetBreakerRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.ResetBreakerRequest, _abc.Awaitable[_admin_service_pb2.ResetBreakerResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.ResetBreakerResponse]:
+        """ResetBreaker closes a replica's circuit breaker: it is picked again at once. Idempotent. Errors: NOT_FOUND
+        (REPLICA_NOT_FOUND).
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _aio.Server) -> None: ...

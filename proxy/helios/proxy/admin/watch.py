@@ -1,0 +1,75 @@
+"""WatchEvents: what happens to workers and replicas, as it comes."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Final
+
+from helios.api.admin.v1 import admin_service_pb2 as pb
+from helios.mesh.errors import Overloaded
+from helios.proxy.events.log import EventLog, Numbered
+from helios.proxy.fleet.wire import timestamp
+from helios.proxy.runtime import Runtime
+
+# Each holds a stream of the control server, which workers' sessions share.
+_MOST_WATCHERS: Final = 64
+
+
+class EventWatches:
+    """The watches that run, and their bound."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._count = 0
+
+    async def watch(
+        self, after: str | None, model: str, *, until_now: bool
+    ) -> AsyncGenerator[pb.WatchEventsResponse, None]:
+        """Yields events after a cursor; None is from now on, empty all that is known. Ends only where `until_now`.
+
+        Raises:
+            InvalidRequest: INVALID_CURSOR.
+            Overloaded: TOO_MANY_WATCHERS.
+        """
+        log = self._runtime.events
+        number, is_missed = log.position(after)
+        if self._count >= _MOST_WATCHERS:
+            raise Overloaded(
+                f"{_MOST_WATCHERS} watches run already", reason="TOO_MANY_WATCHERS", retry_after_seconds=30
+            )
+        self._count += 1
+        try:
+            if is_missed:
+                yield _missed(log, number)
+            while True:
+                changed = self._runtime.events_changed
+                page = log.after(number, model)
+                if page.is_missed:
+                    yield _missed(log, page.events[0].number - 1 if page.events else page.number)
+                for each in page.events:
+                    yield pb.WatchEventsResponse(event=self._to_proto(log, each))
+                if page.number == number:
+                    if until_now:
+                        return
+                    await changed.wait()
+                number = page.number
+                # One that is far behind lets requests have their turn.
+                await asyncio.sleep(0)
+        finally:
+            self._count -= 1
+
+    def _to_proto(self, log: EventLog, each: Numbered) -> pb.FleetEvent:
+        event = each.event
+        return pb.FleetEvent(
+            cursor=log.cursor(each.number),
+            at=timestamp(each.at + self._runtime.journal.wall_offset),
+            kind=pb.FleetEventKind.ValueType(event.kind.value),
+            model=event.model,
+            replica_id=event.replica_id,
+            worker_id=event.worker_id,
+            reason=event.reason,
+            message=event.message,
+        )
+
+
+def _missed(log: EventLog, number: int) -> pb.WatchEventsResponse:
+    return pb.WatchEventsResponse(missed=pb.EventsMissed(cursor=log.cursor(number)))
