@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from helios.registry.usage.forecasting import Outlook, forecast_of
 from helios.registry.usage.records import Counts, Expectation, Forecast, UsageHour, hour_of, start_of
 from helios.registry.usage.score import score_of
-from helios.registry.usage.targets import Rung, TargetPolicy, target_of
+from helios.registry.usage.targets import Rung, Target, TargetPolicy, target_of
+from helios.registry.usage.wire import target_from_proto, target_to_proto
 
 NOW = datetime(2026, 3, 2, 10, 5, tzinfo=UTC)
 HOUR = hour_of(NOW)
@@ -112,6 +113,31 @@ def test_the_more_is_expected_the_warmer_a_model_is_kept() -> None:
     assert rung(0.0, 0.001) is None
     old = Forecast("recent", 100, HOUR - 48, (Expectation(50, 40, 60),) * 24, NOW)
     assert target_of("m", old, Counts(), hour=HOUR, policy=POLICY) is None, "an old forecast is no advice"
+
+
+def test_a_model_is_ready_only_where_a_request_comes_almost_surely_and_else_its_replicas_go_sooner() -> None:
+    def target(low: float) -> Target:
+        forecast = Forecast("recent", 100, HOUR, (Expectation(20.0, low, 60.0),) * 24, NOW)
+        found = target_of("m", forecast, Counts(), hour=HOUR, policy=TargetPolicy(idle_seconds=150.0))
+        assert found is not None
+        return found
+
+    assert (target(0.5).rung, target(0.5).idle_seconds) == (Rung.READY, 0.0)
+    assert (target(0.4).rung, target(0.4).idle_seconds) == (Rung.MEMORY, 150.0)
+    assert target_from_proto(target_to_proto(target(0.4))) == target(0.4)
+    assert target_from_proto(target_to_proto(target(0.5))) == target(0.5)
+
+
+def test_a_rhythm_is_sure_of_its_busy_hours_and_bursts_are_not() -> None:
+    rhythm = [20.0 if 8 <= hour % 24 < 18 else 0.0 for hour in range(14 * 24 + 10)]
+    assert forecast_of(rhythm, 1).hours[0].low > 10
+    generator = random.Random(3)
+    bursts = [0.0] * (14 * 24)
+    for begin in generator.sample(range(10, 14 * 24 - 2), 25):
+        bursts[begin] = 30.0
+    expected = forecast_of([*bursts, 30.0], 1).hours[0]
+    assert expected.requests > 1, "what has just begun may last"
+    assert expected.low == 0, "and most often did not"
 
 
 def test_replicas_are_as_many_as_the_busy_end_of_the_bounds_keeps_busy() -> None:

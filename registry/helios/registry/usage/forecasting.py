@@ -11,7 +11,9 @@ tenth of a second a model, which is a quarter of an hour for as many, and bring 
 MB, most of it scipy and numpy); sktime wraps those; augurs is small and fast, and has had no release for two years.
 
 The spread is measured, not modelled: errors of the last week on the scale of square roots, where the noise of counts is
-the same for busy and quiet models (Anscombe). A model of less than a day is given that of a Poisson process, and half.
+the same for busy and quiet models (Anscombe). Of busy hours it is taken from hours that were expected to be busy: that
+nothing came where nothing was expected says nothing of them, and bursts would look as sure as a rhythm. Where there are
+too few errors, it is that of a Poisson process, and half.
 """
 
 from __future__ import annotations
@@ -38,9 +40,13 @@ _SEASON_COUNT: Final = 2
 _SHIFT: Final = 1.0
 # Errors count half after a week.
 _FADING: Final = 0.5 ** (1 / 168)
-# Errors that the spread is taken from: a week's. Fewer than a day's say too little.
+# Errors that the spread is taken from: a week's, or as many busy hours'. Fewer than a day's say too little.
 _ERROR_COUNT: Final = 168
 _MIN_ERROR_COUNT: Final = 24
+_MIN_BUSY_COUNT: Final = 8
+# Hours are as busy as others where what is expected of them is within a factor of four; below one request, quiet.
+_BUSY: Final = 1.0
+_LEVELS: Final = 4.0
 # One side of four fifths of a normal distribution; the square root of a Poisson count has a deviation of a half.
 _NORMAL_SIDE: Final = 1.2816
 _FIRST_SPREAD: Final = 1.5 * 0.5 * _NORMAL_SIDE
@@ -116,6 +122,7 @@ class Forecaster:
             _Expert("weekly", _WEEKLY, seen_hours=_SEASON_COUNT * 168),
         )
         self._errors: deque[float] = deque(maxlen=_ERROR_COUNT)
+        self._busy_errors: dict[int, deque[float]] = {}
         self._hour_count = 0
         self._most = 0.0
         self._sum = 0.0
@@ -129,7 +136,10 @@ class Forecaster:
                 expert.judge(count)
         expected = chosen.expected if chosen is not None else self._mean
         if self._hour_count:
-            self._errors.append(_root(count) - _root(expected))
+            error = _root(count) - _root(expected)
+            self._errors.append(error)
+            if level := _level(expected):
+                self._busy_errors.setdefault(level, deque(maxlen=_ERROR_COUNT)).append(error)
         for expert in self._experts:
             expert.learn(count)
         self._hour_count += 1
@@ -139,13 +149,14 @@ class Forecaster:
     def forecast(self, horizon: int) -> Outlook:
         """Returns what is expected of the next ``horizon`` hours."""
         chosen = self._choose()
+        known: dict[int, tuple[float, float]] = {}
         if chosen is None:
-            hours = tuple(self._spread(self._mean, 1.0) for _ in range(horizon))
+            hours = tuple(self._spread(self._mean, 1.0, known) for _ in range(horizon))
             return Outlook("recent", self._hour_count, hours)
         means = chosen.expect(horizon, self._ceiling)
         # The level wanders by alpha times each error to come.
         widths = (math.sqrt(1.0 + index * chosen.alpha**2) for index in range(horizon))
-        hours = tuple(self._spread(mean, width) for mean, width in zip(means, widths, strict=True))
+        hours = tuple(self._spread(mean, width, known) for mean, width in zip(means, widths, strict=True))
         return Outlook(chosen.name, self._hour_count, hours)
 
     @property
@@ -162,11 +173,23 @@ class Forecaster:
         judged = [expert for expert in able if expert.weight >= _MIN_ERROR_COUNT / 2] or able[:1]
         return min(judged, key=lambda expert: expert.error / max(expert.weight, 1.0), default=None)
 
-    def _spread(self, mean: float, width: float) -> Expectation:
-        below, above = _quantiles(self._errors)
-        root = _root(mean)
-        low, high = _square(root + width * below), _square(root + width * above)
+    def _spread(self, mean: float, width: float, known: dict[int, tuple[float, float]]) -> Expectation:
+        level, root = _level(mean), _root(mean)
+        sides = known.get(level)
+        if sides is None:
+            sides = known[level] = self._sides(level)
+        low, high = _square(root + width * sides[0]), _square(root + width * sides[1])
         return Expectation(mean, min(low, mean), max(high, mean))
+
+    def _sides(self, level: int) -> tuple[float, float]:
+        """How far below and above what is expected most hours are that are as busy."""
+        if not level:
+            return _quantiles(self._errors)
+        errors = self._busy_errors.get(level, ())
+        if len(errors) >= _MIN_BUSY_COUNT:
+            return _quantiles(errors, _MIN_BUSY_COUNT)
+        # Nothing is sure of hours that there were none of.
+        return -math.inf, _quantiles(self._errors)[1]
 
 
 def forecast_of(counts: Iterable[float], horizon: int) -> Outlook:
@@ -177,13 +200,17 @@ def forecast_of(counts: Iterable[float], horizon: int) -> Outlook:
     return forecaster.forecast(horizon)
 
 
-def _quantiles(errors: Sequence[float]) -> tuple[float, float]:
+def _quantiles(errors: Sequence[float], least: int = _MIN_ERROR_COUNT) -> tuple[float, float]:
     """Returns the tenth and ninetieth of a hundred errors; with few, those of a process that is half again as wide."""
-    if len(errors) < _MIN_ERROR_COUNT:
+    if len(errors) < least:
         return -_FIRST_SPREAD, _FIRST_SPREAD
     ordered = sorted(errors)
     index = len(ordered) // 10
     return min(0.0, ordered[index]), max(0.0, ordered[-1 - index])
+
+
+def _level(mean: float) -> int:
+    return 1 + int(math.log(mean, _LEVELS)) if mean >= _BUSY else 0
 
 
 def _root(count: float) -> float:

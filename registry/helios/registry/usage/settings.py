@@ -20,14 +20,19 @@ class UsageSettings(BaseModel):
     """A run that takes longer is ended; forecasts of the hour before go on to hold. 900: 10,000 models in use every
     hour take some three minutes of one core."""
     ready_requests: float = Field(default=6.0, gt=0)
-    """Requests expected in an hour from which a model is to have replicas ready. 6: one in ten minutes, more often than
-    an idle replica goes."""
+    """Requests expected in an hour from which a model is to have replicas ready, where one comes in nine of ten such
+    hours. 6: two conversations of three turns."""
     memory_ratio: float = Field(default=0.3, gt=0, le=1)
     """Chance of a request within an hour from which weights are to be in host memory."""
     disk_ratio: float = Field(default=0.05, gt=0, le=1)
     """Chance of a request within a day from which a model is to be on nodes' disks."""
     concurrency: float = Field(default=8.0, gt=0)
     """Requests that a replica works on at once, for the number of replicas."""
+
+    idle_seconds: float = Field(default=180.0, ge=0)
+    """How long a replica without requests is worth keeping where its model is not to be ready, in seconds; proxies that
+    follow targets stop it then, or earlier where their own setting says so. 180: the pauses within a conversation. 0:
+    nothing is said."""
 
     prefetch_bytes_per_hour: int = Field(default=20_000_000_000, ge=0)
     """Most that each node is asked to fetch ahead in an hour, in bytes; its agent has a bound of its own, and takes
@@ -37,4 +42,6 @@ class UsageSettings(BaseModel):
     @property
     def target_policy(self) -> TargetPolicy:
         """The share of the settings that targets are made by."""
-        return TargetPolicy(self.ready_requests, self.memory_ratio, self.disk_ratio, self.concurrency)
+        return TargetPolicy(
+            self.ready_requests, self.memory_ratio, self.disk_ratio, self.concurrency, self.idle_seconds
+        )

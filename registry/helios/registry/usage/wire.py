@@ -1,7 +1,7 @@
 """Between the contract of usage and the registry's own types: plain functions, both ways."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -113,6 +113,7 @@ def target_to_proto(target: Target) -> pb.WarmTarget:
         replica_count=target.replica_count,
         reason=target.reason,
         expires_at=_timestamp(target.expires_at),
+        idle_timeout=timedelta(seconds=target.idle_seconds) if target.idle_seconds else None,
     )
 
 
@@ -123,7 +124,8 @@ def target_from_proto(message: pb.WarmTarget) -> Target | None:
     except ValueError:
         return None
     expires_at = _moment(message.expires_at)
-    return Target(message.model, rung, message.replica_count, message.reason, expires_at)
+    idle_seconds = message.idle_timeout.ToTimedelta().total_seconds()
+    return Target(message.model, rung, message.replica_count, message.reason, expires_at, idle_seconds)
 
 
 def _values(counts: Counts) -> tuple[int, ...]:

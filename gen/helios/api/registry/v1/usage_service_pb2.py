@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*helios/api/registry/v1/usage_service.proto\x12\x16helios.api.registry.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb5\x01\n\x0bUsageCounts\x12\x1a\n\x08requests\x18\x01 \x01(\x04R\x08requests\x12#\n\rprompt_tokens\x18\x02 \x01(\x04R\x0cpromptTokens\x12+\n\x11\x63ompletion_tokens\x18\x03 \x01(\x04R\x10\x63ompletionTokens\x12\x1f\n\x0b\x63old_starts\x18\x04 \x01(\x04R\ncoldStarts\x12\x17\n\x07\x62usy_ms\x18\x05 \x01(\x04R\x06\x62usyMs\"\x88\x01\n\x12ReportUsageRequest\x12\x1a\n\x08reporter\x18\x01 \x01(\tR\x08reporter\x12\x1a\n\x08sequence\x18\x02 \x01(\x04R\x08sequence\x12:\n\x06\x64\x65ltas\x18\x03 \x03(\x0b\x32\".helios.api.registry.v1.UsageDeltaR\x06\x64\x65ltas\"s\n\nUsageDelta\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x12\n\x04hour\x18\x02 \x01(\rR\x04hour\x12;\n\x06\x63ounts\x18\x03 \x01(\x0b\x32#.helios.api.registry.v1.UsageCountsR\x06\x63ounts\"1\n\x13ReportUsageResponse\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\"m\n\x10ListUsageRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\x12\x1d\n\nhour_count\x18\x03 \x01(\rR\thourCount\"w\n\x11ListUsageResponse\x12:\n\x06models\x18\x01 \x03(\x0b\x32\".helios.api.registry.v1.ModelUsageR\x06models\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"F\n\x0fGetUsageRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1d\n\nhour_count\x18\x02 \x01(\rR\thourCount\"\x85\x01\n\x10GetUsageResponse\x12\x38\n\x05usage\x18\x01 \x01(\x0b\x32\".helios.api.registry.v1.ModelUsageR\x05usage\x12\x37\n\x05hours\x18\x02 \x03(\x0b\x32!.helios.api.registry.v1.UsageHourR\x05hours\"\x9b\x02\n\nModelUsage\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12;\n\x06\x63ounts\x18\x02 \x01(\x0b\x32#.helios.api.registry.v1.UsageCountsR\x06\x63ounts\x12\x41\n\x08\x66orecast\x18\x03 \x01(\x0b\x32%.helios.api.registry.v1.UsageForecastR\x08\x66orecast\x12;\n\x05score\x18\x04 \x01(\x0b\x32%.helios.api.registry.v1.ForecastScoreR\x05score\x12:\n\x06target\x18\x05 \x01(\x0b\x32\".helios.api.registry.v1.WarmTargetR\x06target\"\xc8\x01\n\tUsageHour\x12\x37\n\tbegins_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08\x62\x65ginsAt\x12;\n\x06\x63ounts\x18\x02 \x01(\x0b\x32#.helios.api.registry.v1.UsageCountsR\x06\x63ounts\x12\x45\n\x0b\x65xpectation\x18\x03 \x01(\x0b\x32#.helios.api.registry.v1.ExpectationR\x0b\x65xpectation\"O\n\x0b\x45xpectation\x12\x1a\n\x08requests\x18\x01 \x01(\x01R\x08requests\x12\x10\n\x03low\x18\x02 \x01(\x01R\x03low\x12\x12\n\x04high\x18\x03 \x01(\x01R\x04high\"\xf5\x01\n\rUsageForecast\x12\x33\n\x07made_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x06madeAt\x12\x16\n\x06method\x18\x02 \x01(\tR\x06method\x12#\n\rhistory_hours\x18\x03 \x01(\rR\x0chistoryHours\x12\x37\n\tbegins_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08\x62\x65ginsAt\x12\x39\n\x05hours\x18\x05 \x03(\x0b\x32#.helios.api.registry.v1.ExpectationR\x05hours\"\x9a\x01\n\rForecastScore\x12\x1d\n\nhour_count\x18\x01 \x01(\rR\thourCount\x12\x19\n\x05wmape\x18\x02 \x01(\x01H\x00R\x05wmape\x88\x01\x01\x12\x17\n\x04mase\x18\x03 \x01(\x01H\x01R\x04mase\x88\x01\x01\x12#\n\rcovered_ratio\x18\x04 \x01(\x01R\x0c\x63overedRatioB\x08\n\x06_wmapeB\x07\n\x05_mase\"J\n\x13ListBlobHeatRequest\x12\x14\n\x05limit\x18\x01 \x01(\rR\x05limit\x12\x1d\n\nhour_count\x18\x02 \x01(\rR\thourCount\"N\n\x14ListBlobHeatResponse\x12\x36\n\x05\x62lobs\x18\x01 \x03(\x0b\x32 .helios.api.registry.v1.BlobHeatR\x05\x62lobs\"z\n\x08\x42lobHeat\x12\x12\n\x04hash\x18\x01 \x01(\tR\x04hash\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12\x1a\n\x08requests\x18\x03 \x01(\x04R\x08requests\x12\x1f\n\x0bmodel_count\x18\x04 \x01(\rR\nmodelCount\"\x19\n\x17WatchWarmTargetsRequest\"X\n\x18WatchWarmTargetsResponse\x12<\n\x07targets\x18\x01 \x03(\x0b\x32\".helios.api.registry.v1.WarmTargetR\x07targets\"\xd0\x01\n\nWarmTarget\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x34\n\x04rung\x18\x02 \x01(\x0e\x32 .helios.api.registry.v1.WarmRungR\x04rung\x12#\n\rreplica_count\x18\x03 \x01(\rR\x0creplicaCount\x12\x16\n\x06reason\x18\x04 \x01(\tR\x06reason\x12\x39\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\texpiresAt*d\n\x08WarmRung\x12\x19\n\x15WARM_RUNG_UNSPECIFIED\x10\x00\x12\x12\n\x0eWARM_RUNG_DISK\x10\x01\x12\x14\n\x10WARM_RUNG_MEMORY\x10\x02\x12\x13\n\x0fWARM_RUNG_READY\x10\x03\x32\xf7\x04\n\x0cUsageService\x12\x66\n\x0bReportUsage\x12*.helios.api.registry.v1.ReportUsageRequest\x1a+.helios.api.registry.v1.ReportUsageResponse\x12y\n\tListUsage\x12(.helios.api.registry.v1.ListUsageRequest\x1a).helios.api.registry.v1.ListUsageResponse\"\x17\x82\xd3\xe4\x93\x02\x11\x12\x0f/admin/v1/usage\x12\x81\x01\n\x08GetUsage\x12\'.helios.api.registry.v1.GetUsageRequest\x1a(.helios.api.registry.v1.GetUsageResponse\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/admin/v1/usage/{model=**}\x12\x86\x01\n\x0cListBlobHeat\x12+.helios.api.registry.v1.ListBlobHeatRequest\x1a,.helios.api.registry.v1.ListBlobHeatResponse\"\x1b\x82\xd3\xe4\x93\x02\x15\x12\x13/admin/v1/blob-heat\x12w\n\x10WatchWarmTargets\x12/.helios.api.registry.v1.WatchWarmTargetsRequest\x1a\x30.helios.api.registry.v1.WatchWarmTargetsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*helios/api/registry/v1/usage_service.proto\x12\x16helios.api.registry.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb5\x01\n\x0bUsageCounts\x12\x1a\n\x08requests\x18\x01 \x01(\x04R\x08requests\x12#\n\rprompt_tokens\x18\x02 \x01(\x04R\x0cpromptTokens\x12+\n\x11\x63ompletion_tokens\x18\x03 \x01(\x04R\x10\x63ompletionTokens\x12\x1f\n\x0b\x63old_starts\x18\x04 \x01(\x04R\ncoldStarts\x12\x17\n\x07\x62usy_ms\x18\x05 \x01(\x04R\x06\x62usyMs\"\x88\x01\n\x12ReportUsageRequest\x12\x1a\n\x08reporter\x18\x01 \x01(\tR\x08reporter\x12\x1a\n\x08sequence\x18\x02 \x01(\x04R\x08sequence\x12:\n\x06\x64\x65ltas\x18\x03 \x03(\x0b\x32\".helios.api.registry.v1.UsageDeltaR\x06\x64\x65ltas\"s\n\nUsageDelta\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x12\n\x04hour\x18\x02 \x01(\rR\x04hour\x12;\n\x06\x63ounts\x18\x03 \x01(\x0b\x32#.helios.api.registry.v1.UsageCountsR\x06\x63ounts\"1\n\x13ReportUsageResponse\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\"m\n\x10ListUsageRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\x12\x1d\n\nhour_count\x18\x03 \x01(\rR\thourCount\"w\n\x11ListUsageResponse\x12:\n\x06models\x18\x01 \x03(\x0b\x32\".helios.api.registry.v1.ModelUsageR\x06models\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"F\n\x0fGetUsageRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1d\n\nhour_count\x18\x02 \x01(\rR\thourCount\"\x85\x01\n\x10GetUsageResponse\x12\x38\n\x05usage\x18\x01 \x01(\x0b\x32\".helios.api.registry.v1.ModelUsageR\x05usage\x12\x37\n\x05hours\x18\x02 \x03(\x0b\x32!.helios.api.registry.v1.UsageHourR\x05hours\"\x9b\x02\n\nModelUsage\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12;\n\x06\x63ounts\x18\x02 \x01(\x0b\x32#.helios.api.registry.v1.UsageCountsR\x06\x63ounts\x12\x41\n\x08\x66orecast\x18\x03 \x01(\x0b\x32%.helios.api.registry.v1.UsageForecastR\x08\x66orecast\x12;\n\x05score\x18\x04 \x01(\x0b\x32%.helios.api.registry.v1.ForecastScoreR\x05score\x12:\n\x06target\x18\x05 \x01(\x0b\x32\".helios.api.registry.v1.WarmTargetR\x06target\"\xc8\x01\n\tUsageHour\x12\x37\n\tbegins_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08\x62\x65ginsAt\x12;\n\x06\x63ounts\x18\x02 \x01(\x0b\x32#.helios.api.registry.v1.UsageCountsR\x06\x63ounts\x12\x45\n\x0b\x65xpectation\x18\x03 \x01(\x0b\x32#.helios.api.registry.v1.ExpectationR\x0b\x65xpectation\"O\n\x0b\x45xpectation\x12\x1a\n\x08requests\x18\x01 \x01(\x01R\x08requests\x12\x10\n\x03low\x18\x02 \x01(\x01R\x03low\x12\x12\n\x04high\x18\x03 \x01(\x01R\x04high\"\xf5\x01\n\rUsageForecast\x12\x33\n\x07made_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x06madeAt\x12\x16\n\x06method\x18\x02 \x01(\tR\x06method\x12#\n\rhistory_hours\x18\x03 \x01(\rR\x0chistoryHours\x12\x37\n\tbegins_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08\x62\x65ginsAt\x12\x39\n\x05hours\x18\x05 \x03(\x0b\x32#.helios.api.registry.v1.ExpectationR\x05hours\"\x9a\x01\n\rForecastScore\x12\x1d\n\nhour_count\x18\x01 \x01(\rR\thourCount\x12\x19\n\x05wmape\x18\x02 \x01(\x01H\x00R\x05wmape\x88\x01\x01\x12\x17\n\x04mase\x18\x03 \x01(\x01H\x01R\x04mase\x88\x01\x01\x12#\n\rcovered_ratio\x18\x04 \x01(\x01R\x0c\x63overedRatioB\x08\n\x06_wmapeB\x07\n\x05_mase\"J\n\x13ListBlobHeatRequest\x12\x14\n\x05limit\x18\x01 \x01(\rR\x05limit\x12\x1d\n\nhour_count\x18\x02 \x01(\rR\thourCount\"N\n\x14ListBlobHeatResponse\x12\x36\n\x05\x62lobs\x18\x01 \x03(\x0b\x32 .helios.api.registry.v1.BlobHeatR\x05\x62lobs\"z\n\x08\x42lobHeat\x12\x12\n\x04hash\x18\x01 \x01(\tR\x04hash\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12\x1a\n\x08requests\x18\x03 \x01(\x04R\x08requests\x12\x1f\n\x0bmodel_count\x18\x04 \x01(\rR\nmodelCount\"\x19\n\x17WatchWarmTargetsRequest\"X\n\x18WatchWarmTargetsResponse\x12<\n\x07targets\x18\x01 \x03(\x0b\x32\".helios.api.registry.v1.WarmTargetR\x07targets\"\x8e\x02\n\nWarmTarget\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x34\n\x04rung\x18\x02 \x01(\x0e\x32 .helios.api.registry.v1.WarmRungR\x04rung\x12#\n\rreplica_count\x18\x03 \x01(\rR\x0creplicaCount\x12\x16\n\x06reason\x18\x04 \x01(\tR\x06reason\x12\x39\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\texpiresAt\x12<\n\x0cidle_timeout\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0bidleTimeout*d\n\x08WarmRung\x12\x19\n\x15WARM_RUNG_UNSPECIFIED\x10\x00\x12\x12\n\x0eWARM_RUNG_DISK\x10\x01\x12\x14\n\x10WARM_RUNG_MEMORY\x10\x02\x12\x13\n\x0fWARM_RUNG_READY\x10\x03\x32\xf7\x04\n\x0cUsageService\x12\x66\n\x0bReportUsage\x12*.helios.api.registry.v1.ReportUsageRequest\x1a+.helios.api.registry.v1.ReportUsageResponse\x12y\n\tListUsage\x12(.helios.api.registry.v1.ListUsageRequest\x1a).helios.api.registry.v1.ListUsageResponse\"\x17\x82\xd3\xe4\x93\x02\x11\x12\x0f/admin/v1/usage\x12\x81\x01\n\x08GetUsage\x12\'.helios.api.registry.v1.GetUsageRequest\x1a(.helios.api.registry.v1.GetUsageResponse\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/admin/v1/usage/{model=**}\x12\x86\x01\n\x0cListBlobHeat\x12+.helios.api.registry.v1.ListBlobHeatRequest\x1a,.helios.api.registry.v1.ListBlobHeatResponse\"\x1b\x82\xd3\xe4\x93\x02\x15\x12\x13/admin/v1/blob-heat\x12w\n\x10WatchWarmTargets\x12/.helios.api.registry.v1.WatchWarmTargetsRequest\x1a\x30.helios.api.registry.v1.WatchWarmTargetsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,46 +40,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_USAGESERVICE'].methods_by_name['GetUsage']._serialized_options = b'\202\323\344\223\002\034\022\032/admin/v1/usage/{model=**}'
   _globals['_USAGESERVICE'].methods_by_name['ListBlobHeat']._loaded_options = None
   _globals['_USAGESERVICE'].methods_by_name['ListBlobHeat']._serialized_options = b'\202\323\344\223\002\025\022\023/admin/v1/blob-heat'
-  _globals['_WARMRUNG']._serialized_start=2647
-  _globals['_WARMRUNG']._serialized_end=2747
-  _globals['_USAGECOUNTS']._serialized_start=134
-  _globals['_USAGECOUNTS']._serialized_end=315
-  _globals['_REPORTUSAGEREQUEST']._serialized_start=318
-  _globals['_REPORTUSAGEREQUEST']._serialized_end=454
-  _globals['_USAGEDELTA']._serialized_start=456
-  _globals['_USAGEDELTA']._serialized_end=571
-  _globals['_REPORTUSAGERESPONSE']._serialized_start=573
-  _globals['_REPORTUSAGERESPONSE']._serialized_end=622
-  _globals['_LISTUSAGEREQUEST']._serialized_start=624
-  _globals['_LISTUSAGEREQUEST']._serialized_end=733
-  _globals['_LISTUSAGERESPONSE']._serialized_start=735
-  _globals['_LISTUSAGERESPONSE']._serialized_end=854
-  _globals['_GETUSAGEREQUEST']._serialized_start=856
-  _globals['_GETUSAGEREQUEST']._serialized_end=926
-  _globals['_GETUSAGERESPONSE']._serialized_start=929
-  _globals['_GETUSAGERESPONSE']._serialized_end=1062
-  _globals['_MODELUSAGE']._serialized_start=1065
-  _globals['_MODELUSAGE']._serialized_end=1348
-  _globals['_USAGEHOUR']._serialized_start=1351
-  _globals['_USAGEHOUR']._serialized_end=1551
-  _globals['_EXPECTATION']._serialized_start=1553
-  _globals['_EXPECTATION']._serialized_end=1632
-  _globals['_USAGEFORECAST']._serialized_start=1635
-  _globals['_USAGEFORECAST']._serialized_end=1880
-  _globals['_FORECASTSCORE']._serialized_start=1883
-  _globals['_FORECASTSCORE']._serialized_end=2037
-  _globals['_LISTBLOBHEATREQUEST']._serialized_start=2039
-  _globals['_LISTBLOBHEATREQUEST']._serialized_end=2113
-  _globals['_LISTBLOBHEATRESPONSE']._serialized_start=2115
-  _globals['_LISTBLOBHEATRESPONSE']._serialized_end=2193
-  _globals['_BLOBHEAT']._serialized_start=2195
-  _globals['_BLOBHEAT']._serialized_end=2317
-  _globals['_WATCHWARMTARGETSREQUEST']._serialized_start=2319
-  _globals['_WATCHWARMTARGETSREQUEST']._serialized_end=2344
-  _globals['_WATCHWARMTARGETSRESPONSE']._serialized_start=2346
-  _globals['_WATCHWARMTARGETSRESPONSE']._serialized_end=2434
-  _globals['_WARMTARGET']._serialized_start=2437
-  _globals['_WARMTARGET']._serialized_end=2645
-  _globals['_USAGESERVICE']._serialized_start=2750
-  _globals['_USAGESERVICE']._serialized_end=3381
+  _globals['_WARMRUNG']._serialized_start=2741
+  _globals['_WARMRUNG']._serialized_end=2841
+  _globals['_USAGECOUNTS']._serialized_start=166
+  _globals['_USAGECOUNTS']._serialized_end=347
+  _globals['_REPORTUSAGEREQUEST']._serialized_start=350
+  _globals['_REPORTUSAGEREQUEST']._serialized_end=486
+  _globals['_USAGEDELTA']._serialized_start=488
+  _globals['_USAGEDELTA']._serialized_end=603
+  _globals['_REPORTUSAGERESPONSE']._serialized_start=605
+  _globals['_REPORTUSAGERESPONSE']._serialized_end=654
+  _globals['_LISTUSAGEREQUEST']._serialized_start=656
+  _globals['_LISTUSAGEREQUEST']._serialized_end=765
+  _globals['_LISTUSAGERESPONSE']._serialized_start=767
+  _globals['_LISTUSAGERESPONSE']._serialized_end=886
+  _globals['_GETUSAGEREQUEST']._serialized_start=888
+  _globals['_GETUSAGEREQUEST']._serialized_end=958
+  _globals['_GETUSAGERESPONSE']._serialized_start=961
+  _globals['_GETUSAGERESPONSE']._serialized_end=1094
+  _globals['_MODELUSAGE']._serialized_start=1097
+  _globals['_MODELUSAGE']._serialized_end=1380
+  _globals['_USAGEHOUR']._serialized_start=1383
+  _globals['_USAGEHOUR']._serialized_end=1583
+  _globals['_EXPECTATION']._serialized_start=1585
+  _globals['_EXPECTATION']._serialized_end=1664
+  _globals['_USAGEFORECAST']._serialized_start=1667
+  _globals['_USAGEFORECAST']._serialized_end=1912
+  _globals['_FORECASTSCORE']._serialized_start=1915
+  _globals['_FORECASTSCORE']._serialized_end=2069
+  _globals['_LISTBLOBHEATREQUEST']._serialized_start=2071
+  _globals['_LISTBLOBHEATREQUEST']._serialized_end=2145
+  _globals['_LISTBLOBHEATRESPONSE']._serialized_start=2147
+  _globals['_LISTBLOBHEATRESPONSE']._serialized_end=2225
+  _globals['_BLOBHEAT']._serialized_start=2227
+  _globals['_BLOBHEAT']._serialized_end=2349
+  _globals['_WATCHWARMTARGETSREQUEST']._serialized_start=2351
+  _globals['_WATCHWARMTARGETSREQUEST']._serialized_end=2376
+  _globals['_WATCHWARMTARGETSRESPONSE']._serialized_start=2378
+  _globals['_WATCHWARMTARGETSRESPONSE']._serialized_end=2466
+  _globals['_WARMTARGET']._serialized_start=2469
+  _globals['_WARMTARGET']._serialized_end=2739
+  _globals['_USAGESERVICE']._serialized_start=2844
+  _globals['_USAGESERVICE']._serialized_end=3475
 # @@protoc_insertion_point(module_scope)

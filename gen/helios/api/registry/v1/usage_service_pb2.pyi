@@ -5,6 +5,7 @@ Usage: how much each model is used, what is expected of it, and how warm it is t
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -623,6 +624,7 @@ class WarmTarget(_message.Message):
     REPLICA_COUNT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    IDLE_TIMEOUT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's own name."""
     rung: Global___WarmRung.ValueType
@@ -635,6 +637,10 @@ class WarmTarget(_message.Message):
     def expires_at(self) -> _timestamp_pb2.Timestamp:
         """Until when it holds; a target that was not renewed by then counts for nothing."""
 
+    @_builtins.property
+    def idle_timeout(self) -> _duration_pb2.Duration:
+        """How long a replica is worth keeping after its last request, where the rung is not READY; not set: nothing is said."""
+
     def __init__(
         self,
         *,
@@ -643,10 +649,11 @@ class WarmTarget(_message.Message):
         replica_count: _builtins.int = ...,
         reason: _builtins.str = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
+        idle_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "idle_timeout", b"idle_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "model", b"model", "reason", b"reason", "replica_count", b"replica_count", "rung", b"rung"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "idle_timeout", b"idle_timeout", "model", b"model", "reason", b"reason", "replica_count", b"replica_count", "rung", b"rung"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
