@@ -71,6 +71,7 @@ SLOW_FILES = (
     "wire/test_changes.py",
     "wire/test_grpc.py",
     "wire/test_large_bodies.py",
+    "wire/test_proxies.py",
     "wire/test_request_id.py",
     "wire/test_rest.py",
     "wire/test_strip.py",

@@ -135,6 +135,8 @@ class FakePicker(external_processor_pb2_grpc.ExternalProcessorServicer):
     bodies: list[bytes] = field(default_factory=list)
     pick: Pick | None = None
     hold: Callable[[PickRequest], Any] | None = None
+    cluster: str = ""
+    """Where there are several proxies: Envoy's cluster that this one's endpoints are in."""
 
     async def Process(self, request_iterator: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         """Answers one request."""
@@ -142,7 +144,8 @@ class FakePicker(external_processor_pb2_grpc.ExternalProcessorServicer):
         async for message in request_iterator:
             if message.HasField("request_body"):
                 self.bodies.append(message.request_body.body)
-                yield external_processor_pb2.ProcessingResponse(request_body=external_processor_pb2.BodyResponse())
+                response = external_processor_pb2.ProcessingResponse(request_body=external_processor_pb2.BodyResponse())
+                yield in_cluster(response, response.request_body, self.cluster)
                 return
             headers = {h.key: h.raw_value.decode() or h.value for h in message.request_headers.headers.headers}
             lifted = message.metadata_context.filter_metadata["helios"].fields["model"].string_value
@@ -154,7 +157,8 @@ class FakePicker(external_processor_pb2_grpc.ExternalProcessorServicer):
             if isinstance(choice, errors.HeliosError):
                 yield rejected(choice)
                 return
-            yield picked(choice, wants_body=not request.model)
+            response = picked(choice, wants_body=not request.model)
+            yield in_cluster(response, response.request_headers, self.cluster)
             if request.model:
                 return
 
@@ -169,6 +173,15 @@ def picked(endpoints: Iterable[str], *, wants_body: bool = False) -> Any:
         option.header.key, option.header.raw_value = key, value.encode()
     if wants_body:
         response.mode_override.request_body_mode = processing_mode_pb2.ProcessingMode.BUFFERED
+    return response
+
+
+def in_cluster(response: Any, part: Any, cluster: str) -> Any:
+    """Returns the answer, with the cluster that its endpoints are in, where there is more than one."""
+    if cluster:
+        part.response.clear_route_cache = True
+        option = part.response.header_mutation.set_headers.add()
+        option.header.key, option.header.raw_value = "x-helios-cluster", cluster.encode()
     return response
 
 

@@ -7,7 +7,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from envoy.service.discovery.v3 import ads_pb2_grpc
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
 
 from helios.api.admin.v1 import admin_service_pb2
@@ -19,7 +18,7 @@ from helios.mesh.envoy.process import command
 from helios.mesh.envoy.settings import EdgeSettings, Limits
 from helios.mesh.identity import CertificateAuthority
 from helios.mesh.server import MeshServer, ServerOptions
-from helios.mesh.xds.server import ADS_SERVICE, XdsServer
+from helios.mesh.xds.server import ADS_SERVICE, XdsServer, add_xds
 from tests.ports import free_port
 from tests.wire import fakes
 
@@ -159,7 +158,7 @@ async def _proxy(gateway: Gateway) -> AsyncIterator[MeshServer]:
         options=PROXY,
     )
     external_processor_pb2_grpc.add_ExternalProcessorServicer_to_server(gateway.picker, server.grpc)
-    ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(gateway.xds, server.grpc)
+    add_xds(gateway.xds, server.grpc)
     gateway.control.add(model_service_pb2, "ModelService", server.grpc)
     gateway.control.add(admin_service_pb2, "AdminService", server.grpc)
     server.serve("helios.api.catalog.v1.ModelService", "helios.api.admin.v1.AdminService")

@@ -79,6 +79,8 @@ BODY_BYTES_HEADER: Final = "x-helios-body-bytes"
 SESSION_HEADER: Final = "x-session-id"
 ENDPOINT_HEADER: Final = "x-helios-endpoint"
 ROUTE_MODEL_HEADER: Final = "x-helios-route-model"
+CLUSTER_HEADER: Final = "x-helios-cluster"
+"""Which of Envoy's clusters the endpoint is in, where there are several proxies: the one that the picking one fills."""
 ROUTE_REVISION_HEADER: Final = "x-helios-route-revision"
 # Set where the requested name is a LoRA adapter's: a replica that has no such adapter must not answer without it.
 ROUTE_ADAPTER_HEADER: Final = "x-helios-route-adapter"

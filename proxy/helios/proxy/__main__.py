@@ -132,7 +132,13 @@ def _picker(settings: ProxySettings, runtime: Runtime, models: ModelSource, ads:
         intercept=False, drain_seconds=settings.drain_seconds, transport="http2", header_table_bytes=0
     )
     server = MeshServer(listen=settings.picker_listen, identity=identity, policy={}, options=options)
-    picker = PickerServicer(runtime, models, hold_limit_seconds=settings.hold.limit_seconds, own=_own_id(settings))
+    picker = PickerServicer(
+        runtime,
+        models,
+        hold_limit_seconds=settings.hold.limit_seconds,
+        own=_own_id(settings),
+        cluster=settings.replica_cluster,
+    )
     picker.add_to(server.grpc)
     ads.add_to(server.grpc)
     return server

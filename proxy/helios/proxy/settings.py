@@ -260,7 +260,10 @@ class ProxySettings(ProcessSettings):
     registry_target: str = ""
     """`ip:port` or `unix:/path` of the registry. Empty: none; only the catalogue on disk is known."""
     proxy_id: str = "proxy"
-    """Names this proxy to workers."""
+    """Names this proxy to workers, and among several proxies."""
+    replica_cluster: str = ""
+    """Envoy's cluster that this proxy's endpoints are in, where Envoy has one for each of several proxies. Empty: there
+    is but one, fed by whichever proxy Envoy is connected to."""
     idle_timeout_seconds: NonNegativeFloat = 900.0
     """A model without requests for this long goes to zero (or to its min_replicas), in seconds. 900: above the pauses
     of a conversation. 0: never."""

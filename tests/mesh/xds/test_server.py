@@ -12,7 +12,7 @@ from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 
 from helios.mesh.errors import Unavailable
 from helios.mesh.server import MeshServer, ServerOptions
-from helios.mesh.xds.server import ADS_SERVICE, ENDPOINTS_TYPE, XdsServer
+from helios.mesh.xds.server import ADS_SERVICE, ENDPOINTS_TYPE, XdsServer, add_xds
 
 A, B = "127.0.0.1:1", "127.0.0.1:2"
 
@@ -53,7 +53,7 @@ async def xds() -> XdsServer:
 async def channel(xds: XdsServer) -> AsyncIterator[grpc.aio.Channel]:
     options = ServerOptions(drain_seconds=0.1)
     server = MeshServer(listen="127.0.0.1:0", identity=None, policy={ADS_SERVICE: frozenset({"edge"})}, options=options)
-    ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(xds, server.grpc)
+    add_xds(xds, server.grpc)
     async with server, grpc.aio.insecure_channel(server.address) as opened:
         yield opened
 

@@ -13,14 +13,7 @@ from envoy_data_plane.envoy.config.bootstrap.v3 import (
     Watchdogs,
 )
 from envoy_data_plane.envoy.config.core.v3 import (
-    ApiConfigSource,
-    ApiConfigSourceApiType,
-    ApiVersion,
-    BackoffStrategy,
-    GrpcService,
-    GrpcServiceEnvoyGrpc,
     Node,
-    RetryPolicy,
 )
 from envoy_data_plane.envoy.config.overload.v3 import (
     OverloadAction,
@@ -52,13 +45,15 @@ def edge_config(settings: EdgeSettings) -> Bootstrap:
     Raises:
         InvalidRequest: An address is not understood, or the descriptor set is missing.
     """
+    # With several proxies each cluster of endpoints has a stream of its own.
+    dynamic = None if settings.feeds else BootstrapDynamicResources(ads_config=clusters.endpoint_feed(clusters.PICKER))
     return Bootstrap(
         node=Node(id=settings.node_id, cluster="helios-edge"),
         static_resources=BootstrapStaticResources(
             listeners=[edge_listener(settings), admin_listener(settings)],
             clusters=clusters.all_clusters(settings),
         ),
-        dynamic_resources=BootstrapDynamicResources(ads_config=_ads()),
+        dynamic_resources=dynamic,
         admin=Admin(address=pack.address(settings.envoy_admin, socket_mode=0o600)),
         overload_manager=_overload(settings.limits),
         watchdogs=Watchdogs(main_thread_watchdog=_watchdog(), worker_watchdog=_watchdog()),
@@ -78,21 +73,6 @@ def install(settings: EdgeSettings) -> Path:
     path = settings.directory / CONFIG_NAME
     write_private(path, json.dumps(edge_config(settings).to_dict(), indent=1).encode())
     return path
-
-
-def _ads() -> ApiConfigSource:
-    # A proxy that comes back is met within a second; Envoy's default may wait 30 s.
-    pause = BackoffStrategy(base_interval=pack.seconds(0.1), max_interval=pack.seconds(1))
-    # The pauses between streams of xDS are EnvoyGrpc's. GrpcService has a field of the same name, for single calls.
-    service = GrpcService(
-        envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=clusters.PICKER, retry_policy=RetryPolicy(retry_back_off=pause))
-    )
-    return ApiConfigSource(
-        api_type=ApiConfigSourceApiType.DELTA_GRPC,
-        transport_api_version=ApiVersion.V3,
-        grpc_services=[service],
-        set_node_on_first_message_only=True,
-    )
 
 
 def _watchdog() -> Watchdog:

@@ -18,11 +18,17 @@ from envoy_data_plane.envoy.config.cluster.v3 import (
 )
 from envoy_data_plane.envoy.config.core.v3 import (
     AggregatedConfigSource,
+    ApiConfigSource,
+    ApiConfigSourceApiType,
     ApiVersion,
+    BackoffStrategy,
     ConfigSource,
+    GrpcService,
+    GrpcServiceEnvoyGrpc,
     HealthCheck,
     HealthCheckGrpcHealthCheck,
     HttpProtocolOptions,
+    RetryPolicy,
 )
 from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints
 from envoy_data_plane.envoy.extensions.load_balancing_policies.override_host.v3 import (
@@ -46,7 +52,7 @@ from envoy_data_plane.google.protobuf import Any
 
 from helios.mesh.envoy import pack
 from helios.mesh.envoy.headers import ENDPOINT_HEADER
-from helios.mesh.envoy.settings import EdgeSettings
+from helios.mesh.envoy.settings import EdgeSettings, replica_cluster
 from helios.mesh.envoy.tls import upstream_tls
 from helios.mesh.identity import IdentityFiles, server_name
 
@@ -80,7 +86,7 @@ def all_clusters(settings: EdgeSettings) -> list[Cluster]:
     """Returns every cluster of the gateway."""
     edge, admin = settings.edge_identity, settings.admin_identity
     clusters = [
-        _replicas(settings),
+        *_replica_clusters(settings),
         _static(settings, PICKER, settings.picker, identity=edge, peer="proxy"),
         _static(settings, CONTROL, settings.control, identity=edge, peer="proxy", is_probed=True),
         _static(settings, CONTROL_ADMIN, settings.control, identity=admin, peer="proxy"),
@@ -91,19 +97,54 @@ def all_clusters(settings: EdgeSettings) -> list[Cluster]:
     return clusters
 
 
-def _replicas(settings: EdgeSettings) -> Cluster:
-    ads = ConfigSource(
-        ads=AggregatedConfigSource(),
-        resource_api_version=ApiVersion.V3,
-        initial_fetch_timeout=pack.seconds(_FIRST_ENDPOINTS_SECONDS),
+def _replica_clusters(settings: EdgeSettings) -> Iterable[Cluster]:
+    """Yields where requests go: one cluster, or one for each of several proxies.
+
+    A pick is good where its endpoint is known, and a proxy knows that of the Envoys that it feeds itself. Envoy has
+    one ADS stream, to one proxy; what that one told Envoy says nothing of what another one may pick. With a cluster
+    each, every proxy waits for its own acknowledgements, and one that dies takes nothing with it.
+    """
+    if not settings.feeds:
+        wait = pack.seconds(_FIRST_ENDPOINTS_SECONDS)
+        ads = AggregatedConfigSource()
+        source = ConfigSource(ads=ads, resource_api_version=ApiVersion.V3, initial_fetch_timeout=wait)
+        yield _replicas(settings, REPLICAS, source)
+    for name, address in settings.feeds:
+        feed = f"feed-{name}"
+        yield _static(settings, feed, (address,), identity=settings.edge_identity, peer="proxy")
+        source = ConfigSource(
+            api_config_source=endpoint_feed(feed),
+            resource_api_version=ApiVersion.V3,
+            initial_fetch_timeout=pack.seconds(_FIRST_ENDPOINTS_SECONDS),
+        )
+        yield _replicas(settings, replica_cluster(name), source)
+
+
+def endpoint_feed(cluster: str) -> ApiConfigSource:
+    """Returns how to read endpoints from a cluster of proxies, by delta xDS."""
+    # A proxy that comes back is met within a second; Envoy's default may wait 30 s.
+    pause = BackoffStrategy(base_interval=pack.seconds(0.1), max_interval=pack.seconds(1))
+    # The pauses between streams of xDS are EnvoyGrpc's. GrpcService has a field of the same name, for single calls.
+    service = GrpcService(
+        envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=cluster, retry_policy=RetryPolicy(retry_back_off=pause))
     )
+    return ApiConfigSource(
+        api_type=ApiConfigSourceApiType.DELTA_GRPC,
+        transport_api_version=ApiVersion.V3,
+        grpc_services=[service],
+        set_node_on_first_message_only=True,
+    )
+
+
+def _replicas(settings: EdgeSettings, name: str, source: ConfigSource) -> Cluster:
     return _cluster(
         settings,
-        REPLICAS,
+        name,
         identity=settings.edge_identity,
         peer="worker",
         type=ClusterDiscoveryType.EDS,
-        eds_cluster_config=ClusterEdsClusterConfig(eds_config=ads),
+        # Every proxy calls them the same.
+        eds_cluster_config=ClusterEdsClusterConfig(eds_config=source, service_name=REPLICAS),
         load_balancing_policy=_picked_endpoint_or_nothing(),
         ignore_health_on_host_removal=True,
     )
@@ -189,7 +230,7 @@ def _cluster(
         explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(
             http2_protocol_options=pack.http2(
                 keepalive_seconds=5,
-                timeout_seconds=_REPLICA_PING_SECONDS if name == REPLICAS else _PING_SECONDS,
+                timeout_seconds=_REPLICA_PING_SECONDS if peer == "worker" else _PING_SECONDS,
                 # A body is queued whole. Envoy's limit is 160 MB of such frames: five bodies at once, and the sixth
                 # would have ended all calls of the connection (502). The heap is what bounds them.
                 max_outbound_frames=max(_MIN_QUEUED_FRAMES, settings.limits.max_heap_bytes // _FRAME_BYTES),

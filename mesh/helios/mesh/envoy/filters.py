@@ -11,6 +11,7 @@ from envoy_data_plane.envoy.config.core.v3 import (
     GrpcServiceEnvoyGrpc,
     HeaderValue,
     RetryPolicy,
+    RetryPolicyRetryHostPredicate,
 )
 from envoy_data_plane.envoy.config.rbac.v3 import Permission, Policy, Principal, PrincipalSet, RbacAction
 from envoy_data_plane.envoy.config.rbac.v3 import Rbac as RbacRules
@@ -48,8 +49,10 @@ from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
 from envoy_data_plane.envoy.extensions.filters.http.rbac.v3 import Rbac
 from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
+from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
 from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
 from envoy_data_plane.envoy.type.v3 import HttpStatus, Percent, StatusCode
+from envoy_data_plane.google.protobuf import Any
 
 from helios.mesh.envoy import clusters, matching, pack, rest
 from helios.mesh.envoy.headers import NODE_HEADER
@@ -64,6 +67,8 @@ from helios.mesh.names import ANSWER_FIELDS, SESSION_FIELDS
 
 # The picker's own deadline ends a hold (503 with an estimate); Envoy's, a 504, is for a picker that hangs.
 _PICKER_GRACE_SECONDS = 30.0
+# How often the balancer is asked again where it named a picker that has failed: of two, it names the other one next.
+_OTHER_HOST_TRIES = 3
 _LUA = "envoy.filters.http.lua"
 _GRPC = r"application/grpc.*"
 
@@ -176,6 +181,8 @@ def picker(settings: EdgeSettings) -> HttpFilter:
             retry_on="connect-failure,refused-stream,reset,unavailable,cancelled",
             num_retries=20,
             retry_back_off=BackoffStrategy(base_interval=pack.seconds(0.1), max_interval=pack.seconds(1)),
+            retry_host_predicate=_other_hosts(settings),
+            host_selection_retry_max_attempts=_OTHER_HOST_TRIES,
         ),
     )
     processor = ExternalProcessor(
@@ -200,6 +207,14 @@ def picker(settings: EdgeSettings) -> HttpFilter:
         mutation_rules=HeaderMutationRules(allow_envoy=True),
     )
     return pack.http_filter(PICKER_FILTER, processor)
+
+
+def _other_hosts(settings: EdgeSettings) -> list[RetryPolicyRetryHostPredicate]:
+    """Has a call that failed at one of several pickers go to one that it has not been to."""
+    if len(settings.picker) == 1:
+        return []
+    config = Any.pack(PreviousHostsPredicate())
+    return [RetryPolicyRetryHostPredicate(name="envoy.retry_host_predicates.previous_hosts", typed_config=config)]
 
 
 def router() -> HttpFilter:

@@ -71,7 +71,7 @@ def edge_listener(settings: EdgeSettings) -> Listener:
         filters.picker(settings),
         filters.router(),
     ]
-    manager = _manager(settings, EDGE, routes.edge_routes(settings.limits), chain)
+    manager = _manager(settings, EDGE, routes.edge_routes(settings), chain)
     return _listener(EDGE, f"{settings.edge_host}:{settings.edge_port}", manager)
 
 

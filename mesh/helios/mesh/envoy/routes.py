@@ -43,8 +43,8 @@ from envoy_data_plane.google.protobuf import Any
 
 from helios.mesh.envoy import clusters, pack
 from helios.mesh.envoy.headers import AUTHORIZATION_HEADER, CLIENT_REQUEST_ID_HEADER, MODEL_HEADER, kept_for_answer
-from helios.mesh.envoy.settings import Limits
-from helios.mesh.names import RATE_LIMIT_HEADERS, REFUSAL_REASON_HEADER
+from helios.mesh.envoy.settings import EdgeSettings, Limits
+from helios.mesh.names import CLUSTER_HEADER, RATE_LIMIT_HEADERS, REFUSAL_REASON_HEADER
 
 OPENAI_SERVICE: Final = "helios.api.inference.v1.OpenAIService"
 INFERENCE_SERVICE: Final = "helios.api.inference.v1.InferenceService"
@@ -106,14 +106,15 @@ _CORS_RESPONSE_HEADERS: Final = ", ".join(
 )
 
 
-def edge_routes(limits: Limits) -> RouteConfiguration:
+def edge_routes(settings: EdgeSettings) -> RouteConfiguration:
     """Returns the public listener's routes."""
+    limits = settings.limits
     inference = [
         route
         for service in (OPENAI_SERVICE, INFERENCE_SERVICE)
         for route in (
-            _inference(_nameless(service, limits)),
-            _inference(_grpc(service, clusters.REPLICAS, limits, retry_policy=_retries(limits))),
+            _inference(_nameless(service, limits), settings),
+            _inference(_grpc(service, clusters.REPLICAS, limits, retry_policy=_retries(limits)), settings),
         )
     ]
     control = [_unpicked(_grpc(service, clusters.CONTROL, limits)) for service in (MODEL_SERVICE, HEALTH_SERVICE)]
@@ -140,8 +141,14 @@ def admin_routes(limits: Limits) -> RouteConfiguration:
     return RouteConfiguration(name="admin", virtual_hosts=[VirtualHost(name="admin", domains=["*"], routes=routes)])
 
 
-def _inference(route: Route) -> Route:
-    """Keeps API keys from replicas (the picker has read them before), and says where the caller's limits stand."""
+def _inference(route: Route, settings: EdgeSettings) -> Route:
+    """Keeps API keys from replicas (the picker has read them before), and says where the caller's limits stand.
+
+    With several proxies, the one that picks says in which cluster its endpoints are.
+    """
+    if settings.feeds:
+        assert route.route is not None, "an inference route forwards"
+        route.route.cluster, route.route.cluster_header = None, CLUSTER_HEADER
     route.request_headers_to_remove = [AUTHORIZATION_HEADER]
     route.response_headers_to_add = kept_for_answer(RATE_LIMIT_HEADERS)
     return route

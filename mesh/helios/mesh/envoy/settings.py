@@ -10,6 +10,11 @@ LOOPBACK_HOST: Final = "127.0.0.1"
 _FRAME_BYTES: Final = 1 << 20
 
 
+def replica_cluster(name: str) -> str:
+    """Returns the cluster of the endpoints that one of several proxies feeds."""
+    return f"replicas-{name}"
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Bounds of what clients and replicas may cost Envoy."""
@@ -60,6 +65,9 @@ class EdgeSettings:
     """The bearer token that the admin listener demands."""
     picker: tuple[str, ...]
     """Endpoint pickers (ext_proc) and ADS servers: the proxies."""
+    feeds: tuple[tuple[str, str], ...] = ()
+    """With several proxies: name and address of each one's endpoint feed. Each then has a cluster of its own,
+    ``replica_cluster(name)``, and says with each pick that it is in there. Empty: one cluster, fed by ADS."""
     control: tuple[str, ...]
     """The proxies' control services: ModelService, AdminService, health, reflection."""
     registry: tuple[str, ...]

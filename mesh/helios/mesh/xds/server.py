@@ -1,4 +1,6 @@
-"""The ADS servicer: delta xDS for any number of Envoys, and the proxy's two verbs, ``publish`` and ``wait_acked``."""
+"""Delta xDS for any number of Envoys, by ADS or by a stream of endpoints alone (which Envoy opens to each of several
+proxies), and the proxy's two verbs, ``publish`` and ``wait_acked``.
+"""
 
 import asyncio
 import time
@@ -8,6 +10,7 @@ from typing import Any, Final
 import structlog
 from envoy.config.endpoint.v3 import endpoint_pb2
 from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
+from envoy.service.endpoint.v3 import eds_pb2_grpc
 
 from helios.mesh.errors import Unavailable, Unsupported
 from helios.mesh.xds.state import CLUSTER, Answer, Endpoint, Push, Statistics, XdsState
@@ -15,14 +18,15 @@ from helios.mesh.xds.state import CLUSTER, Answer, Endpoint, Push, Statistics, X
 log = structlog.get_logger()
 
 ADS_SERVICE: Final = "envoy.service.discovery.v3.AggregatedDiscoveryService"
+EDS_SERVICE: Final = "envoy.service.endpoint.v3.EndpointDiscoveryService"
 ENDPOINTS_TYPE: Final = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
 
 
-class XdsServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
+class XdsServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer, eds_pb2_grpc.EndpointDiscoveryServiceServicer):
     """Serves endpoints of the cluster ``replicas``. One event loop owns it; no call of it blocks.
 
-    Usage: ``ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(xds, server.grpc)``; the policy lets
-    component ``edge`` call ``ADS_SERVICE``. Then ``publish`` at will, ``open`` once the workers have resynchronised.
+    Usage: ``add_xds(xds, server.grpc)``; the policy lets component ``edge`` call ``ADS_SERVICE`` and ``EDS_SERVICE``.
+    Then ``publish`` at will, ``open`` once the workers have resynchronised.
     """
 
     def __init__(self) -> None:
@@ -102,6 +106,10 @@ class XdsServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
             self._notify()
             log.info("envoy disconnected", node=first.node.id)
 
+    async def DeltaEndpoints(self, requests: AsyncIterator[Any], context: Any) -> None:
+        """Serves one Envoy that has this stream for endpoints alone; the messages are the same."""
+        await self.DeltaAggregatedResources(requests, context)
+
     async def StreamAggregatedResources(self, requests: AsyncIterator[Any], context: Any) -> None:
         """Refuses the state-of-the-world protocol: acknowledgements would need a second bookkeeping."""
         raise Unsupported("only the delta protocol is served: set api_type DELTA_GRPC")
@@ -138,6 +146,12 @@ class XdsServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
         # Everybody who waits wakes and looks again; those who come later wait for the next change.
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+def add_xds(servicer: Any, server: Any) -> None:
+    """Registers both services; ``servicer`` has the methods of ``XdsServer``."""
+    ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(servicer, server)
+    eds_pb2_grpc.add_EndpointDiscoveryServiceServicer_to_server(servicer, server)
 
 
 def _response(push: Push) -> Any:

@@ -6,17 +6,18 @@ from typing import Any, Final
 
 import grpc.aio
 from envoy.service.discovery.v3 import ads_pb2_grpc
+from envoy.service.endpoint.v3 import eds_pb2_grpc
 
 from helios.mesh import status
 from helios.mesh.errors import HeliosError
 from helios.mesh.identity import SpiffeId
 from helios.mesh.server import check_peer
-from helios.mesh.xds.server import ADS_SERVICE, XdsServer
+from helios.mesh.xds.server import ADS_SERVICE, XdsServer, add_xds
 
 _EDGE: Final = frozenset({"edge"})
 
 
-class GuardedXds(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
+class GuardedXds(ads_pb2_grpc.AggregatedDiscoveryServiceServicer, eds_pb2_grpc.EndpointDiscoveryServiceServicer):
     """Lets only the edge's Envoys read endpoints."""
 
     def __init__(self, xds: XdsServer, *, own: SpiffeId | None) -> None:
@@ -26,13 +27,17 @@ class GuardedXds(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
         self._streams: set[asyncio.Task[None]] = set()
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Registers the service."""
-        ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(self, server)
+        """Registers the services."""
+        add_xds(self, server)
 
     def close(self) -> None:
         """Ends every stream: they last for as long as Envoy, and a server that drains would wait for them."""
         for stream in tuple(self._streams):
             stream.cancel()
+
+    async def DeltaEndpoints(self, requests: AsyncIterator[Any], context: Any) -> None:
+        """Serves one Envoy that reads endpoints alone."""
+        await self.DeltaAggregatedResources(requests, context)
 
     async def DeltaAggregatedResources(self, requests: AsyncIterator[Any], context: Any) -> None:
         """Serves one Envoy until it leaves, or until `close`."""

@@ -78,15 +78,25 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
     """Answers Envoy. One stream is one request."""
 
     def __init__(
-        self, runtime: Runtime, models: ModelSource, *, hold_limit_seconds: float, own: SpiffeId | None
+        self,
+        runtime: Runtime,
+        models: ModelSource,
+        *,
+        hold_limit_seconds: float,
+        own: SpiffeId | None,
+        cluster: str = "",
     ) -> None:
-        """``own`` is who the proxy is; None lets everybody in (no TLS)."""
+        """``own`` is who the proxy is; None lets everybody in (no TLS).
+
+        ``cluster`` is Envoy's that this proxy's endpoints are in; empty: there is but one.
+        """
         self._runtime = runtime
         self._core = runtime.core
         self._journal = runtime.journal
         self._models = models
         self._hold_limit_seconds = hold_limit_seconds
         self._own = own
+        self._cluster = {names.CLUSTER_HEADER: cluster} if cluster else {}
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the service."""
@@ -136,7 +146,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             return
         finally:
             gate.leave()
-        more = self._more_headers(pick, model) | gate.left_for_answer()
+        more = self._more_headers(pick, model) | gate.left_for_answer() | self._cluster
         await context.write(_answer(pick, model, is_body=body is not None, more=more))
         # Behind the answer: a long prompt has many blocks.
         self._core.traffic.prompt_sent(entry, pick.choices[0].replica_id, blocks)
@@ -315,6 +325,9 @@ def _trace_of(context: Any) -> str:
 def _answer(pick: Pick, model: str, *, is_body: bool, more: dict[str, str]) -> Any:
     response = ext_proc.ProcessingResponse()
     part = response.request_body if is_body else response.request_headers
+    if names.CLUSTER_HEADER in more:
+        # The route was chosen before its cluster was named.
+        part.response.clear_route_cache = True
     headers = part.response.header_mutation.set_headers
     _set(headers, names.ENDPOINT_HEADER, pick.endpoints.encode())
     _set(headers, names.ROUTE_MODEL_HEADER, model.encode())
