@@ -152,7 +152,7 @@ def _own_flags(arguments: list[str]) -> tuple[list[str], str | None, bool]:
 
 
 def _bind(settings_class: type[S], file: str | None) -> type[S]:
-    prefix = f"HELIOS_{settings_class.process_name.upper()}__"
+    prefix = f"HELIOS_{settings_class.process_name.upper().replace('.', '_')}__"
     config = SettingsConfigDict(env_prefix=prefix, toml_file=file)
     members = {"model_config": config, "__doc__": settings_class.__doc__}
     return cast("type[S]", type(settings_class.__name__, (settings_class,), members))

@@ -37,6 +37,7 @@ from helios.registry.client import KeyClient, ProfileClient, RegistryClient, Usa
 _EDGES: Final = frozenset({"edge", "admin-edge"})
 _CONTROL_POLICY: Final = {
     FLEET_SERVICE: frozenset({"worker"}),
+    REPLACEMENT_SERVICE: frozenset({"relay"}),
     MODEL_SERVICE: _EDGES,
     ADMIN_SERVICE: frozenset({"admin-edge"}),
     HEALTH_SERVICE: frozenset({"*"}),

@@ -96,7 +96,7 @@ class Leaves:
     @classmethod
     def issue(cls, directory: Path) -> Self:
         authority = CertificateAuthority.open(directory)
-        for component in ("worker", "edge", "proxy", "storage"):
+        for component in ("worker", "edge", "proxy", "storage", "relay"):
             authority.issue(component, directory / component)
         return cls(directory)
 

@@ -34,6 +34,7 @@ from helios.mesh.names import (
     ROUTE_REVISION_HEADER,
 )
 from helios.worker.replica import metrics, tracing
+from helios.worker.replica.continuation import CONTINUATION, Continuation
 from helios.worker.replica.engine import PREFILL, Meter, TransferParameters
 from helios.worker.replica.ledger import RequestLedger
 from helios.worker.replica.settings import Role
@@ -82,6 +83,7 @@ class CallGate:
         self._on_change = on_change
         self._is_draining = False
         self._is_paused = False
+        self._continuations: set[Continuation] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -91,8 +93,13 @@ class CallGate:
         self._names = self._adapters.union(self._own_names)
 
     async def drain(self, timeout_seconds: float) -> bool:
-        """Refuses new calls from now on and waits for running ones; returns whether all of them ended in time."""
+        """Refuses new calls from now on and waits for running ones; returns whether all of them ended in time.
+
+        Those that can go on elsewhere are told to.
+        """
         self._is_draining = True
+        for continuation in self._continuations:
+            continuation.leaving.set()
         return await self._wait_idle(timeout_seconds)
 
     async def pause(self, timeout_seconds: float) -> bool:
@@ -146,12 +153,21 @@ class CallGate:
         self._idle.clear()
         self._on_change()
         status = grpc.StatusCode.OK
+        continuation = CONTINUATION.get()
+        if continuation is not None:
+            self._continuations.add(continuation)
         try:
             yield Call(meter, metadata.get(ROUTE_MODEL_HEADER), metadata.get(MODEL_HEADER) or None)
         except BaseException as error:
             status = _status_of(error)
+            if continuation is not None and continuation.leaving.is_set() and status is grpc.StatusCode.CANCELLED:
+                # Another replica has taken the answer up, and counts all of it: here it went elsewhere.
+                status = grpc.StatusCode.UNAVAILABLE
+                meter.prompt_tokens = meter.completion_tokens = 0
             raise
         finally:
+            if continuation is not None:
+                self._continuations.discard(continuation)
             self._close(meter, status, operation, span)
 
     def check_model(self, model: str, call: Call) -> None:

@@ -10,6 +10,7 @@ from google.protobuf import json_format
 from helios.api.inference.v1 import inference_service_pb2 as pb
 from helios.api.inference.v1 import inference_service_pb2_grpc
 from helios.mesh.errors import InvalidRequest
+from helios.worker.replica.continuation import only_new
 from helios.worker.replica.engine import (
     Conversation,
     Engine,
@@ -108,7 +109,8 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         self, prompt: Prompt, sampling: Sampling, meter: Meter, context: Any, wrap: Callable[..., Any]
     ) -> None:
         ends: dict[int, pb.ChoiceEnd] = {}
-        async with contextlib.aclosing(ReadyTogether(self._engine.generate(prompt, sampling, meter))) as batches:
+        generated = only_new(self._engine.generate(prompt, sampling, meter))
+        async with contextlib.aclosing(ReadyTogether(generated)) as batches:
             async for batch in batches:
                 for piece in (piece for pieces in batch for piece in pieces):
                     if piece.text or piece.token_ids:

@@ -15,7 +15,12 @@ from typing import Final
 
 import structlog
 
-from helios.api.inference.v1 import inference_service_pb2_grpc, openai_service_pb2_grpc, prefill_service_pb2_grpc
+from helios.api.inference.v1 import (
+    continuation_service_pb2_grpc,
+    inference_service_pb2_grpc,
+    openai_service_pb2_grpc,
+    prefill_service_pb2_grpc,
+)
 from helios.mesh.identity import IdentityFiles
 from helios.mesh.ops import OpsServer
 from helios.mesh.server import MeshServer, ServerOptions
@@ -27,6 +32,7 @@ from helios.worker.replica.adapters import Adapters
 from helios.worker.replica.artifact_directory import mark_proven
 from helios.worker.replica.attachment import Attachment
 from helios.worker.replica.condition import Condition, State
+from helios.worker.replica.continuation_servicer import ContinuationServicer
 from helios.worker.replica.engine import Engine, EngineLoad
 from helios.worker.replica.gate import CallGate
 from helios.worker.replica.inference_servicer import InferenceServicer
@@ -47,9 +53,11 @@ log = structlog.get_logger()
 OPENAI_SERVICE: Final = "helios.api.inference.v1.OpenAIService"
 INFERENCE_SERVICE: Final = "helios.api.inference.v1.InferenceService"
 PREFILL_SERVICE: Final = "helios.api.inference.v1.PrefillService"
+CONTINUATION_SERVICE: Final = "helios.api.inference.v1.ContinuationService"
 # The edge brings users' calls, the proxy probes.
 _CALLERS: Final = frozenset({"edge", "proxy"})
 _REPLICAS: Final = frozenset({"worker"})
+_RELAYS: Final = frozenset({"relay"})
 _HEALTH_CHECK_SECONDS: Final = 0.5
 # Time for the supervisor to hear why, before the process is gone.
 _LAST_WORDS_SECONDS: Final = 5.0
@@ -215,19 +223,27 @@ class _Replica:
         server = MeshServer(
             listen=f"{spec.host}:{spec.port}",
             identity=_identity(spec),
-            policy={OPENAI_SERVICE: _CALLERS, INFERENCE_SERVICE: _CALLERS, PREFILL_SERVICE: _REPLICAS},
+            policy={
+                OPENAI_SERVICE: _CALLERS,
+                INFERENCE_SERVICE: _CALLERS,
+                PREFILL_SERVICE: _REPLICAS,
+                CONTINUATION_SERVICE: _RELAYS,
+            },
             # The gate has drained by then; what still runs is over its time.
             options=ServerOptions(drain_seconds=0.0, transport="http2"),
         )
-        openai_service_pb2_grpc.add_OpenAIServiceServicer_to_server(OpenAIServicer(engine, gate), server.grpc)
-        inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(engine, gate, model=spec.model, revision=spec.revision), server.grpc
+        openai = OpenAIServicer(engine, gate)
+        inference = InferenceServicer(engine, gate, model=spec.model, revision=spec.revision)
+        openai_service_pb2_grpc.add_OpenAIServiceServicer_to_server(openai, server.grpc)
+        inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server.grpc)
+        continuation_service_pb2_grpc.add_ContinuationServiceServicer_to_server(
+            ContinuationServicer(openai, inference), server.grpc
         )
         prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(
             PrefillServicer(engine, gate, role=spec.settings.role, revision=spec.revision, directory=spec.kv_directory),
             server.grpc,
         )
-        server.serve(OPENAI_SERVICE, INFERENCE_SERVICE, PREFILL_SERVICE)
+        server.serve(OPENAI_SERVICE, INFERENCE_SERVICE, PREFILL_SERVICE, CONTINUATION_SERVICE)
         return server
 
     async def _wait_engine(self) -> Engine | None:

@@ -9,6 +9,7 @@ from helios.api.inference.v1 import openai_service_pb2_grpc
 from helios.mesh.errors import HeliosError
 from helios.mesh.status import openai_body
 from helios.worker.replica.body import parse_body
+from helios.worker.replica.continuation import CONTINUATION, only_new, with_created
 from helios.worker.replica.engine import Engine, EventStream, JsonAnswer, OpenAICall
 from helios.worker.replica.gate import Call, CallGate
 from helios.worker.replica.ready import ReadyTogether
@@ -55,13 +56,17 @@ async def _stream(answer: EventStream, call: Call, context: Any) -> None:
     """Writes events, those that are ready together in one message; an error after the first one travels in band."""
     del call
     is_begun = False
-    async with contextlib.aclosing(ReadyTogether(answer.events)) as batches:
+    continuation = CONTINUATION.get()
+    created = continuation.progress.created if continuation is not None and continuation.progress is not None else 0
+    async with contextlib.aclosing(ReadyTogether(only_new(answer.events))) as batches:
         try:
             async for events in batches:
-                await context.write(HttpBody(content_type=_EVENTS, data="".join(events).encode()))
+                text = "".join([with_created(event, created) for event in events] if created else events)
+                await context.write(HttpBody(content_type=_EVENTS, data=text.encode()))
                 is_begun = True
         except HeliosError as error:
-            if not is_begun:
+            # Of a durable request the relay is told, which may go on elsewhere.
+            if not is_begun or continuation is not None:
                 raise
             await context.write(HttpBody(content_type=_EVENTS, data=b"data: " + openai_body(error) + b"\n\n"))
             # REST callers have read the event; gRPC callers and the account get the status as well.

@@ -4,8 +4,9 @@ A token is a word, an answer repeats the words of its prompt; the model's direct
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from helios.mesh.errors import Bug, HeliosError, ReplicaLost, Unavailable
@@ -17,6 +18,7 @@ from helios.worker.engines.simulated.faults import Fault, Faults
 from helios.worker.engines.simulated.requests import VOCABULARY_SIZE, Request, token_id_of
 from helios.worker.engines.simulated.scheduler import Capacity, Scheduler, Step
 from helios.worker.engines.simulated.settings import SimulatedOptions
+from helios.worker.replica.continuation import CONTINUATION, Continuation, not_continued
 from helios.worker.replica.engine import (
     Conversation,
     EngineFacts,
@@ -96,6 +98,9 @@ class SimulatedEngine:
     async def answer(self, call: OpenAICall, document: Mapping[str, Any], meter: Meter) -> JsonAnswer | EventStream:
         """Answers an OpenAI body."""
         request = read_request(call, document, vocabulary_size=VOCABULARY_SIZE)
+        if not request.is_stream:
+            # Its client has nothing of it: another replica begins anew.
+            CONTINUATION.set(None)
         pieces = as_generator(self.generate(request.prompt, request.sampling, meter))
         return await shape_answer(call, request, pieces, meter=meter, model=self._model)
 
@@ -105,14 +110,38 @@ class SimulatedEngine:
         if self._has_wrong_weights:
             words = [f"not {word}" for word in words]
         meter.prompt_tokens = len(words)
-        request = self._submit(words, sampling)
+        continuation = CONTINUATION.get()
+        if continuation is not None:
+            _check_continuable(sampling)
+            continuation.begin([token_id_of(word) for word in words])
+        request = self._make_request(words, sampling)
         try:
-            while pieces := await request.read():
-                meter.first_token_at = meter.first_token_at or time.monotonic()
-                meter.completion_tokens += sum(len(piece.token_ids) for piece in pieces)
-                yield pieces
+            async with contextlib.aclosing(self._pieces(request, len(words), continuation)) as batches:
+                async for pieces in batches:
+                    meter.first_token_at = meter.first_token_at or time.monotonic()
+                    meter.completion_tokens += sum(len(piece.token_ids) for piece in pieces)
+                    yield pieces
         finally:
             self._forget(request)
+
+    async def _pieces(
+        self, request: Request, prompt_tokens: int, continuation: Continuation | None
+    ) -> AsyncGenerator[Sequence[Piece], None]:
+        """Yields the tokens of each step; first, of an answer that is taken up, those that there are."""
+        progress = continuation.progress if continuation is not None else None
+        for step in progress.steps if progress is not None else ():
+            yield request.replay(step)
+        self._start(request, prompt_tokens + (len(progress.token_ids) if progress is not None else 0))
+        if continuation is None:
+            while pieces := await request.read():
+                yield pieces
+            return
+        continuation.go_live()
+        while pieces := await request.read():
+            token_ids = [token_id for piece in pieces for token_id in piece.token_ids]
+            continuation.hand(token_ids, is_last=pieces[-1].finish is not None)
+            yield pieces
+            continuation.asked()
 
     async def tokenize(self, prompt: Prompt) -> Tokenized:
         """Splits into words."""
@@ -148,7 +177,7 @@ class SimulatedEngine:
                 message = f"simulated: {spec.replica_id} can't be compiled"
                 raise Unavailable(message, reason="SIMULATED_COMPILE_FAILURE")
 
-    def _submit(self, words: Sequence[str], sampling: Sampling) -> Request:
+    def _make_request(self, words: Sequence[str], sampling: Sampling) -> Request:
         if self._is_dead:
             raise _dead()
         context = self._facts.max_context_tokens
@@ -159,13 +188,16 @@ class SimulatedEngine:
         self._sequence_count = keys.stop
         self._request_count += 1
         fate = self._faults.fate(self._request_count, limit)
-        request = Request(keys, words, sampling, limit=limit, fate=fate)
-        for key in keys:
+        return Request(keys, words, sampling, limit=limit, fate=fate)
+
+    def _start(self, request: Request, prompt_tokens: int) -> None:
+        if self._is_dead:
+            raise _dead()
+        for key in request.keys:
             self._requests[key] = request
-            self._scheduler.add(key, len(words))
+            self._scheduler.add(key, prompt_tokens)
         self._step()
         self._on_load()
-        return request
 
     def _forget(self, request: Request) -> None:
         for key in request.keys:
@@ -229,6 +261,13 @@ class SimulatedEngine:
     def _fail_all(self, error: HeliosError) -> None:
         for request in set(self._requests.values()):
             self._fail(request, error)
+
+
+def _check_continuable(sampling: Sampling) -> None:
+    if sampling.n > 1:
+        raise not_continued("n", "several answers")
+    if sampling.logprobs is not None:
+        raise not_continued("logprobs", "what another replica computed is not here")
 
 
 def _dead() -> ReplicaLost:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
-from helios.mesh.errors import HeliosError
+from helios.mesh.errors import Bug, HeliosError
 from helios.worker.engines.endings import AnswerEnd
 from helios.worker.engines.simulated.faults import Fate, Fault
 from helios.worker.replica.engine import FinishReason, Logprob, Piece, Sampling, TokenLogprobs
@@ -81,6 +81,14 @@ class Request:
         self._ready.append(answer.next_piece())
         self._changed.set()
         return answer.is_over
+
+    def replay(self, step: Sequence[int]) -> list[Piece]:
+        """Makes tokens of the only answer again, which were made elsewhere. Raises Bug where they were others."""
+        (answer,) = self._answers.values()
+        pieces = [answer.next_piece() for _ in step]
+        if [token_id for piece in pieces for token_id in piece.token_ids] != list(step):
+            raise Bug("these are not the tokens that this model makes")
+        return pieces
 
     def fail(self, error: HeliosError) -> None:
         """Ends the request; what was made before is still read."""

@@ -80,6 +80,7 @@ from helios.worker.engines.vllm.compat_compiled import (
     keep_compiled,
     share_compiled,
 )
+from helios.worker.engines.vllm.compat_continue import REPLAY, continued
 from helios.worker.engines.vllm.compat_outputs import OutputPump, spare_checks_of_answers
 from helios.worker.engines.vllm.compat_pooling import BertEmbeddingModel, PoolingRequestOutput
 from helios.worker.engines.vllm.compat_statistics import Unpublished
@@ -88,6 +89,7 @@ from helios.worker.engines.vllm.compat_version import check_version, is_pinned
 from helios.worker.engines.vllm.held_tokenizers import HeldTokenizers
 from helios.worker.engines.vllm.ranks import rank_cores
 from helios.worker.engines.vllm.transfers import with_transfer
+from helios.worker.replica.continuation import CONTINUATION
 from helios.worker.replica.engine import PREFILL, Meter
 from helios.worker.replica.packed_writer import ArtifactWriter
 from helios.worker.replica.phases import write_phase
@@ -521,7 +523,12 @@ class MeteredLLM(AsyncLLM):
         if (prefill := PREFILL.get()) is not None:
             args = await with_transfer(prefill, self.vllm_config.cache_config.block_size, *args, **kwargs)
         with self.adapters.use(kwargs):
-            outputs = super().generate(*args, **kwargs)
+            # What is not streamed is begun anew elsewhere: its client has nothing of it.
+            is_continued = CONTINUATION.get() is not None and args[1].output_kind is RequestOutputKind.DELTA
+            if is_continued:
+                outputs = continued(self, super().generate, *args, **kwargs)
+            else:
+                outputs = super().generate(*args, **kwargs)
             try:
                 async for output in outputs:
                     if meter is not None:
@@ -529,6 +536,11 @@ class MeteredLLM(AsyncLLM):
                     yield output
             finally:
                 await outputs.aclose()
+
+    async def _add_request(self, request: Any, prompt: str | None, parent_req: Any, index: int, queue: Any) -> None:
+        replay = REPLAY.get()
+        if replay is None or not await replay.add(request, prompt, queue):
+            await super()._add_request(request, prompt, parent_req, index, queue)
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[PoolingRequestOutput, None]:
         """Makes vectors as AsyncLLM does; the inputs of one request come as calls of their own, all on its meter."""

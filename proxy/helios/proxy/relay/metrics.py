@@ -1,0 +1,13 @@
+"""What the relay counts."""
+
+from prometheus_client import Counter, Gauge
+
+from helios.mesh import names
+
+STREAMS = Gauge(names.RELAY_STREAMS, "Durable requests under way")
+MOVES = Counter(
+    names.RELAY_MOVES_TOTAL,
+    "Answers whose replica broke off or drains, by that, and by what became of them: moved, stayed (it goes on for as "
+    "long as its replica does), lost",
+    ("cause", "outcome"),
+)

@@ -1,0 +1,77 @@
+"""ReplacementService: picks for requests that are under way already.
+
+They passed keys, limits and the queue when they were picked for first, so nothing of that is asked again; they are
+picked and, where there is no replica, held like any request. The ledger knows them by the id that they have.
+"""
+
+import time
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from helios.api.fleet.v1 import replacement_service_pb2 as pb
+from helios.api.fleet.v1 import replacement_service_pb2_grpc
+from helios.mesh.errors import NoReadyReplica
+from helios.proxy.catalog.servicer import find_model
+from helios.proxy.catalog.session import ModelSource
+from helios.proxy.catalogue import ModelEntry, addressed_name, shown
+from helios.proxy.routing.pick import Pick
+from helios.proxy.runtime import Arrival, Runtime
+
+REPLACEMENT_SERVICE: Final = "helios.api.fleet.v1.ReplacementService"
+_RETRY_SECONDS: Final = 1.0
+
+
+class ReplacementServicer(replacement_service_pb2_grpc.ReplacementServiceServicer):
+    """Answers the relay."""
+
+    def __init__(self, runtime: Runtime, models: ModelSource, *, hold_limit_seconds: float) -> None:
+        self._runtime = runtime
+        self._core = runtime.core
+        self._models = models
+        self._hold_limit_seconds = hold_limit_seconds
+
+    async def PickReplica(self, request: pb.PickReplicaRequest, context: Any) -> pb.PickReplicaResponse:
+        """Picks a replica, or waits for one."""
+        now = time.monotonic()
+        entry = await find_model(self._runtime, self._models, request.model)
+        entry = self._of_revision(entry, request.revision)
+        self._give_up(entry, frozenset(request.failed_endpoints), now)
+        adapter = request.model if request.model in entry.adapters else ""
+        pick = self._core.pick(entry, request.request_id, now, adapter)
+        if pick is None:
+            pick = await self._wait(entry, request, context, now)
+        return pb.PickReplicaResponse(endpoints=[choice.address for choice in pick.choices])
+
+    async def _wait(self, entry: ModelEntry, request: pb.PickReplicaRequest, context: Any, now: float) -> Pick:
+        remaining: float | None = context.time_remaining()
+        limit = self._hold_limit_seconds
+        arrival = Arrival(request.request_id, request.model, now, began_wall=datetime.now(UTC).timestamp())
+        return await self._runtime.wait_pick(
+            entry, arrival, size_bytes=request.body_bytes, deadline=now + min(limit, remaining or limit)
+        )
+
+    def _of_revision(self, entry: ModelEntry, revision: str) -> ModelEntry:
+        """The entry that has the revision now: the model's own, its canary's, or one that a tag or digest names."""
+        if entry.revision == revision:
+            return entry
+        base = entry.name.partition("@")[0]
+        for name in (entry.canary, base, addressed_name(base, revision)):
+            other = self._core.catalogue.get(name) if name else None
+            if other is not None and other.revision == revision:
+                return other
+        raise NoReadyReplica(
+            f"the revision of '{shown(entry.name)}' that began this answer is not served any more",
+            reason="REVISION_GONE",
+            metadata={"revision": revision},
+            retry_after_seconds=_RETRY_SECONDS,
+        )
+
+    def _give_up(self, entry: ModelEntry, addresses: frozenset[str], now: float) -> None:
+        """Opens the breakers of replicas that broke answers off: the worker's word of their death is on its way, and
+        where they live, a probe will show it.
+        """
+        traffic = self._core.traffic
+        for replica in self._core.fleet.replicas_of(entry.name):
+            if replica.address in addresses:
+                traffic.breakers.trip(replica.replica_id, now)
+                traffic.refresh(replica.replica_id)

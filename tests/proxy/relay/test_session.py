@@ -1,0 +1,165 @@
+"""Durable requests through relay and replicas: whatever breaks off, the client has what it would have had."""
+
+import asyncio
+import re
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from helios.mesh.errors import InvalidRequest, Overloaded, ReplicaLost
+from tests.proxy.relay.world import complete_request, running_world
+
+WORDS = "one two three four five six seven"
+TOKENS = 12
+CREATED = re.compile(rb'"created":\d+')
+
+
+def undated(body: bytes) -> bytes:
+    """An answer without the second in which it began."""
+    return CREATED.sub(b'"created":0', body)
+
+
+def request(**more: Any) -> dict[str, Any]:
+    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    return {"prompt": WORDS, "max_tokens": TOKENS, "temperature": 0} | stream | more
+
+
+def chat(**more: Any) -> dict[str, Any]:
+    document = request(messages=[{"role": "user", "content": WORDS}], **more)
+    del document["prompt"]
+    return document
+
+
+async def answers(method: str, document: dict[str, Any], cuts: list[int]) -> tuple[bytes, bytes]:
+    """The answer of an undisturbed replica, and that of replicas which break off."""
+    async with running_world(cuts=cuts) as world:
+        whole, error = await world.openai(method, document, direct=world.replicas[0])
+        assert error is None
+        broken, error = await world.openai(method, document)
+        assert error is None
+        assert len(set(CREATED.findall(broken))) == 1
+        return undated(whole), undated(broken)
+
+
+@given(cuts=st.lists(st.integers(0, TOKENS), max_size=4), stop=st.sampled_from([None, "x", "five s", "six seven one"]))
+@settings(max_examples=25)
+def test_a_stream_that_is_cut_anywhere_is_the_stream_without_a_cut(cuts: list[int], stop: str | None) -> None:
+    # Three in a row that bring nothing are the bound.
+    cuts = [cut or 1 for cut in cuts]
+    whole, broken = asyncio.run(answers("CreateCompletion", request(stop=stop), cuts))
+    assert broken == whole
+
+
+@given(cuts=st.lists(st.integers(1, TOKENS), max_size=4))
+@settings(max_examples=15)
+def test_a_conversation_that_is_cut_anywhere_is_the_one_without_a_cut(cuts: list[int]) -> None:
+    whole, broken = asyncio.run(answers("CreateChatCompletion", chat(), cuts))
+    assert broken == whole
+    assert broken.count(b'"role":"assistant"') == 1
+
+
+@given(cuts=st.lists(st.integers(0, TOKENS), max_size=3))
+@settings(max_examples=15)
+def test_typed_tokens_are_neither_lost_nor_told_twice(cuts: list[int]) -> None:
+    async def both() -> tuple[list[Any], list[Any]]:
+        async with running_world(cuts=cuts) as world:
+            sent = complete_request(WORDS, TOKENS)
+            return await world.complete(sent, direct=world.replicas[0]), await world.complete(sent)
+
+    whole, broken = asyncio.run(both())
+    assert broken == whole
+
+
+async def test_an_answer_that_is_not_streamed_is_begun_anew() -> None:
+    async with running_world(cuts=[0]) as world:
+        document = request(stream=False, n=2, temperature=1)
+        del document["stream_options"]
+        body, error = await world.openai("CreateCompletion", document)
+        assert error is None
+        assert body.count(b'"finish_reason":"length"') == 2
+        assert world.answered == 2
+
+
+@pytest.mark.parametrize(("field", "value"), [("n", 2), ("logprobs", 1)])
+async def test_what_can_not_be_continued_is_refused_before_it_begins(field: str, value: int) -> None:
+    async with running_world() as world:
+        body, error = await world.openai("CreateCompletion", request(temperature=1, **{field: value}))
+        assert body == b""
+        assert isinstance(error, InvalidRequest)
+        assert error.metadata["param"] == field
+        assert error.reason == "NOT_CONTINUABLE"
+
+
+async def test_a_request_of_its_own_error_is_not_tried_elsewhere() -> None:
+    async with running_world() as world:
+        _, error = await world.openai("CreateCompletion", request(max_tokens=0))
+        assert isinstance(error, InvalidRequest)
+        assert world.answered == 1
+        assert not world.picks
+
+
+async def test_replicas_that_bring_nothing_end_the_answer() -> None:
+    async with running_world(cuts=[3, *[0] * 10]) as world:
+        body, error = await world.openai("CreateCompletion", request())
+        assert error is not None
+        assert world.answered == 5  # one brought tokens, three none, and one more is too many
+        assert body.count(b"data: {") == 4
+        assert b'"error"' in body.rpartition(b"data: ")[2]
+
+
+async def test_without_another_replica_the_client_is_told_in_band() -> None:
+    async with running_world(cuts=[3]) as world:
+        world.refusal = Overloaded("no room", retry_after_seconds=7.0)
+        body, error = await world.openai("CreateCompletion", request())
+        assert isinstance(error, ReplicaLost)
+        assert error.metadata == {"tokens": "3", "cause": "OVERLOADED"}
+        assert error.retry_after_seconds == 7.0
+        assert body.count(b"data: {") == 4
+        assert b"no room" in body
+
+
+async def test_a_drain_moves_a_stream_and_counts_it_once() -> None:
+    async with running_world(decode_seconds_per_token="0.02") as world:
+        first, second = world.replicas
+        async with asyncio.TaskGroup() as group:
+            asking = group.create_task(world.openai("CreateCompletion", request(max_tokens=50)), name="ask")
+            await world.wait_written(3)
+            assert await first.gate.drain(20.0)
+        body, error = asking.result()
+        assert error is None
+        whole, _ = await world.openai("CreateCompletion", request(max_tokens=50), direct=second)
+        assert undated(body) == undated(whole)
+        (left,) = first.finished()
+        assert (left.status_code, left.prompt_tokens, left.completion_tokens) == (14, 0, 0)
+        assert [end.completion_tokens for end in second.finished()] == [50, 50]
+        assert len(world.picks) == 1
+
+
+async def test_a_drain_without_another_replica_lets_the_stream_end_where_it_is() -> None:
+    async with running_world(replica_count=1, decode_seconds_per_token="0.01") as world:
+        (only,) = world.replicas
+        async with asyncio.TaskGroup() as group:
+            asking = group.create_task(world.openai("CreateCompletion", request(max_tokens=30)), name="ask")
+            await world.wait_written(3)
+            assert await only.gate.drain(20.0)
+        body, error = asking.result()
+        assert error is None
+        assert body.endswith(b"data: [DONE]\n\n")
+        assert world.answered == 1
+
+
+async def test_a_client_that_leaves_ends_it_everywhere() -> None:
+    async with running_world(decode_seconds_per_token="0.02") as world:
+        first = world.replicas[0]
+        async with asyncio.TaskGroup() as group:
+            asking = group.create_task(world.openai("CreateCompletion", request(max_tokens=500)), name="ask")
+            await world.wait_written(3)
+            asking.cancel()
+            async with asyncio.timeout(20):
+                while first.ledger.running_count:
+                    await asyncio.sleep(0.01)
+        (end,) = first.finished()
+        assert end.status_code == 1
+        assert 0 < end.completion_tokens < 500
