@@ -116,7 +116,7 @@ def test_load_starts_another_replica_and_its_end_drains_one(max_replicas: int) -
     for now in range(18, 60):
         starts(subject, float(now))
     assert sum(not subject.traffic.is_draining(each) for each in subject.fleet.replicas()) == 1
-    decisions = [(each.from_count, each.to_count) for each in subject.lifecycle.decisions.kept]
+    decisions = [(each.from_count, each.to_count) for each in subject.lifecycle.wants.decisions.kept]
     assert decisions[0][0] == 1
     assert max(to_count for _, to_count in decisions) == 3
     assert decisions[-1][1] == 1
@@ -137,7 +137,7 @@ def test_nothing_is_started_where_it_must_not_or_can_not(
 ) -> None:
     subject, _ = busy(mode, devices, max_replicas=max_replicas)
     assert not [order for second in range(8, 30) for order in starts(subject, float(second))]
-    assert bool(subject.lifecycle.decisions.kept) is (mode is not ScalingMode.OFF)
+    assert bool(subject.lifecycle.wants.decisions.kept) is (mode is not ScalingMode.OFF)
 
 
 def another(subject: Core, first: Replica) -> Replica:

@@ -1,8 +1,7 @@
-"""Usage as the proxy counts and reports it: each request once, nothing lost or twice; and advice, as far as taken."""
+"""Usage as the proxy counts and reports it: each request once, nothing lost or twice; and the registry's targets."""
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -11,15 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from helios.mesh.errors import Unavailable
-from helios.proxy.core import Core
-from helios.proxy.fleet.commands import Order, StageRevision, StartReplica
 from helios.proxy.ledger import Ledger
-from helios.proxy.usage.advice import Advice, WarmPoolMode
+from helios.proxy.scaling.forecast import Expected
+from helios.proxy.scaling.ladder import Rung as Warmth
+from helios.proxy.usage.advice import watch_advice
 from helios.proxy.usage.meter import Meter, Outgoing, Tally
 from helios.proxy.usage.reporter import UsageReporter
 from helios.registry.client import Counts, Delta, Rung, Target
-from tests.proxy.support import entry
-from tests.proxy.test_warmth import orders, world
 
 NOW = datetime(2026, 3, 2, 10, 5, tzinfo=UTC)
 TAKEN = Tally(prompt_tokens=7, completion_tokens=3, busy_ms=40)
@@ -199,46 +196,26 @@ def test_what_does_not_fit_any_more_is_the_oldest_and_is_told() -> None:
     assert all(len(report.tallies) <= 10_000 for report in outgoing.all())
 
 
-def target(rung: Rung, count: int = 0, *, lasts: timedelta = timedelta(hours=1)) -> Target:
-    return Target("m", rung, count, "because", NOW + lasts)
+class Targets:
+    """A registry that tells targets once."""
+
+    def __init__(self, *targets: Target) -> None:
+        self.targets = list(targets)
+
+    async def watch_targets(self) -> AsyncGenerator[list[Target], None]:
+        yield self.targets
 
 
-def advice(mode: WarmPoolMode, *targets: Target) -> Advice:
-    made = Advice(mode, now=lambda: NOW)
-    made.take(targets)
-    return made
-
-
-def tick(subject: Core, told: Advice, now: float) -> list[Order]:
-    """As the runtime does each second."""
-    subject.worker_seen("w", now)
-    told.follow(subject.lifecycle, now)
-    return orders(subject.tick(now))
-
-
-def test_advice_that_expired_is_none() -> None:
-    assert advice(WarmPoolMode.ADVISE, target(Rung.READY, 1)).of("m") is not None
-    assert advice(WarmPoolMode.ADVISE, target(Rung.READY, 1, lasts=timedelta(0))).of("m") is None
-    assert advice(WarmPoolMode.OFF, target(Rung.READY, 1)).of("m") is None
-
-
-def test_a_model_that_is_to_be_ready_is_started_and_does_not_go_for_idleness() -> None:
-    for mode, expected in ((WarmPoolMode.ADVISE, 0), (WarmPoolMode.ON, 1)):
-        subject, told, started = world(), advice(mode, target(Rung.READY, 1)), 0
-        for now in range(1, 200, 20):
-            started += sum(isinstance(order, StartReplica) for order in tick(subject, told, now))
-        assert started == expected
-        assert len(subject.fleet.replicas_of("m")) == expected
-
-
-def test_a_model_that_is_to_be_in_memory_is_staged_where_it_is_free_and_once() -> None:
-    def staged(host_gib: int, mode: WarmPoolMode = WarmPoolMode.ON) -> int:
-        model = replace(entry(), weights_bytes=4 << 30)
-        subject, told, count = world(models=(model,), host_gib=host_gib), advice(mode, target(Rung.MEMORY)), 0
-        for now in range(1, 5):
-            count += sum(isinstance(order, StageRevision) for order in tick(subject, told, now))
-        return count
-
-    assert staged(16) == 1
-    assert staged(0) == 0
-    assert staged(16, WarmPoolMode.ADVISE) == 0
+async def test_the_registry_s_targets_become_the_scaler_s_with_a_time_of_this_process() -> None:
+    told: list[Mapping[str, Expected]] = []
+    targets = Targets(
+        Target("a", Rung.READY, 2, "busy", NOW + timedelta(hours=1)),
+        Target("b", Rung.MEMORY, 0, "soon", NOW + timedelta(hours=1), idle_seconds=60.0),
+    )
+    await watch_advice(targets, told.append, lambda: 500.0, wall=lambda: NOW)  # type: ignore[arg-type]
+    assert told == [
+        {
+            "a": Expected(Warmth.READY, 2, "busy", 4100.0),
+            "b": Expected(Warmth.STAGED, 0, "soon", 4100.0, idle_seconds=60.0),
+        }
+    ]

@@ -1,7 +1,9 @@
 """The proxy process: the composition root of `python -m helios.proxy`."""
 
 import time
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from functools import partial
 from typing import Final
 from uuid import uuid4
@@ -30,7 +32,8 @@ from helios.proxy.reflection import REFLECTION_SERVICES, ReflectionServicer
 from helios.proxy.runtime import Runtime
 from helios.proxy.settings import ProxySettings
 from helios.proxy.store import Store, load_cordons, load_keys, load_models, load_swap_failures, load_usage, load_workers
-from helios.proxy.usage.advice import WarmPoolMode, watch_advice
+from helios.proxy.scaling.forecast import Expected, WarmPoolMode
+from helios.proxy.usage.advice import watch_advice
 from helios.proxy.usage.reporter import UsageReporter
 from helios.registry.client import KeyClient, ProfileClient, RegistryClient, UsageClient, VersionClient
 
@@ -58,6 +61,7 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
     )
     core.lifecycle.swaps.restore(load_swap_failures(directory))
     core.fleet.cordoned.update(load_cordons(directory))
+    core.lifecycle.wants.set_clock(datetime.now(UTC).timestamp() - time.monotonic(), time.monotonic())
     core.models_replaced(load_models(directory), time.monotonic(), is_synced=False)
     if (keys := load_keys(directory)) is not None:
         core.keyring.replace(keys)
@@ -65,7 +69,7 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
     xds = XdsServer()
     ads = GuardedXds(xds, own=_own_id(settings))
     limits = JournalLimits(settings.explain.request_count, settings.explain.total_bytes)
-    runtime = Runtime(core, publisher=xds, memory=store, journal_limits=limits, warm_pool=settings.usage.warm_pool)
+    runtime = Runtime(core, publisher=xds, memory=store, journal_limits=limits)
     async with AsyncExitStack() as stack:
         models = await _registry(settings, lifetime, stack, runtime, store)
         lifetime.group.create_task(runtime.run(), name="runtime")
@@ -121,7 +125,11 @@ def _report_usage(
     stack.push_async_callback(reporter.close)
     reporting = lifetime.group.create_task(keep_running("report usage", reporter.run), name="report usage")
     stack.callback(reporting.cancel)
-    watching = partial(watch_advice, client, runtime.advice)
+
+    def take(expected: Mapping[str, Expected]) -> None:
+        runtime.apply(runtime.core.expect(expected, time.monotonic()))
+
+    watching = partial(watch_advice, client, take, time.monotonic)
     if settings.usage.warm_pool is not WarmPoolMode.OFF:
         lifetime.group.create_task(keep_running("watch advice", watching), name="watch advice")
 

@@ -15,6 +15,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from helios.proxy.engine_needs import needs_of
+from helios.proxy.scaling.policy import Scaling
 
 # The registry refuses longer names.
 _NAME_LENGTH = 200
@@ -50,6 +51,8 @@ class ModelEntry:
     base_model: str = ""
     canary: str = ""
     canary_percent: int = 0
+    scaling: Scaling | None = None
+    """What the policy says beside the bounds that hold now; None: nothing."""
 
     @property
     def is_adapter(self) -> bool:
@@ -97,6 +100,7 @@ class Catalogue:
         self._aliases: dict[str, str] = {}
         self._pinned: set[str] = set()
         self._prefill: set[str] = set()
+        self._scheduled: set[str] = set()
         self._revisions: Counter[str] = Counter()
         self.is_synced = False
 
@@ -124,6 +128,10 @@ class Catalogue:
         """Names of models with min_replicas above 0."""
         return self._pinned
 
+    def scheduled(self) -> AbstractSet[str]:
+        """Names of models whose bounds change with time."""
+        return self._scheduled
+
     def prefill_models(self, revision: str) -> list[ModelEntry]:
         """Models of this revision whose replicas compute prompts for those that decode."""
         entries = [self._models[name] for name in sorted(self._prefill)]
@@ -137,7 +145,7 @@ class Catalogue:
         """Takes in all models at once; returns the names that are new, changed or gone."""
         old = self._models
         self._models, self._aliases, self._pinned, self._prefill = {}, {}, set(), set()
-        self._revisions = Counter()
+        self._scheduled, self._revisions = set(), Counter()
         for entry in entries:
             self._add(entry)
         names = old.keys() | self._models.keys()
@@ -175,6 +183,8 @@ class Catalogue:
             self._aliases[alias] = entry.name
         if entry.min_replicas:
             self._pinned.add(entry.name)
+        if entry.scaling is not None and entry.scaling.windows:
+            self._scheduled.add(entry.name)
         if entry.role == "prefill":
             self._prefill.add(entry.name)
 
@@ -189,3 +199,4 @@ class Catalogue:
                 del self._aliases[alias]
         self._pinned.discard(entry.name)
         self._prefill.discard(entry.name)
+        self._scheduled.discard(entry.name)

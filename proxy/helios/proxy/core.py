@@ -10,7 +10,7 @@ published: an Envoy that fails over between proxies never gets a poorer view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from helios.mesh.errors import HeliosError, HoldExpired, NotFound, Unavailable
@@ -38,6 +38,7 @@ from helios.proxy.routing.pick import Pick, pick
 from helios.proxy.routing.prefix import NO_BLOCKS, Blocks
 from helios.proxy.starts import asked_replica
 from helios.proxy.traffic import LoadDelta, RoutingPolicy, Traffic
+from helios.proxy.scaling.forecast import Expected
 
 STALE_LEADER = "STALE_LEADER"
 """Why a worker refuses what a proxy orders: it has heard of a leader after it."""
@@ -361,7 +362,7 @@ class Core:
     # Models.
     def models_replaced(self, entries: Iterable[ModelEntry], now: float, *, is_synced: bool) -> list[actions.Action]:
         """All models, from the registry (`is_synced`) or from the copy on disk."""
-        changed = self.catalogue.replace(entries)
+        changed = self.catalogue.replace(map(self.lifecycle.wants.bounds.now, entries))
         self.catalogue.is_synced = is_synced
         self.rollouts.rehome(self.fleet.models(), now)
         # Replicas and holds of names that are in neither list were made while the catalogue was out of step.
@@ -385,6 +386,7 @@ class Core:
 
     def model_deleted(self, name: str, now: float) -> list[actions.Action]:
         """A model is gone: its replicas drain, and its bytes leave the nodes unless another model has the same."""
+        entry = self.lifecycle.wants.bounds.now(entry)
         entry = self.catalogue.find(name)
         if self.catalogue.delete(name):
             self.rollouts.deleted(name)
@@ -481,6 +483,11 @@ class Core:
         """Follows the time in everything else, at once."""
         todo, is_left = self.begin_tick(now), True
         while is_left:
+    def expect(self, expected: Mapping[str, Expected], now: float) -> list[actions.Action]:
+        """Forecasts were made: how warm models are best kept."""
+        self.lifecycle.wants.expect(expected, now)
+        return self._take(now)
+
             more, is_left = self.go_on(now, len(self.catalogue) + 1)
             todo += more
         return todo

@@ -19,6 +19,7 @@ from helios.proxy.activation.machine import Activation, ActivationPolicy, Activa
 from helios.proxy.activation.turns import TurnPolicy
 from helios.proxy.adapters import Adapters
 from helios.proxy.catalogue import Catalogue, ModelEntry
+from helios.proxy.cooling import Cooling
 from helios.proxy.fleet.commands import CommandBook, DrainReplica, EvictRevision, Order, StartReplica, StopReplica
 from helios.proxy.fleet.state import Replica, ReplicaState, Staged, WorkerHello
 from helios.proxy.holds import Holds
@@ -26,13 +27,15 @@ from helios.proxy.loads import Loads
 from helios.proxy.moved import move_holds
 from helios.proxy.refusals import check_unpinned
 from helios.proxy.room import Room
-from helios.proxy.scaling.decisions import Decisions
-from helios.proxy.scaling.desired import Desired, Usage, desired_replicas
+from helios.proxy.scaling.desired import Desired
+from helios.proxy.scaling.forecast import WarmPoolMode
+from helios.proxy.scaling.ladder import Cooldowns
 from helios.proxy.scaling.load import LoadPolicy
 from helios.proxy.sizing import SizingPolicy
 from helios.proxy.starts import Starts
 from helios.proxy.swap import SwapPolicy, Swaps
 from helios.proxy.traffic import Traffic
+from helios.proxy.wants import Wants
 from helios.proxy.warmth import Warmth, WarmthPolicy
 
 
@@ -44,6 +47,7 @@ class LifecyclePolicy:
         engine: engine that replicas run with; empty is the worker's default.
         idle_seconds: a model without requests for this long goes to its minimum; 0 is never.
         residency_seconds: a replica younger than this is not preempted for another model.
+        warm_pool: what is made of forecasts.
         turns: when a model in use gives way to one that waits.
         drain_seconds: requests that still run after this long at a draining replica are cut off.
         start_base_seconds: guess of a first start, without its weights.
@@ -61,6 +65,7 @@ class LifecyclePolicy:
     drain_seconds: float
     start_base_seconds: float
     start_bytes_per_second: float
+    warm_pool: WarmPoolMode = WarmPoolMode.ADVISE
     turns: TurnPolicy = field(default_factory=TurnPolicy)
     warmth: WarmthPolicy = field(default_factory=WarmthPolicy)
     swap: SwapPolicy = field(default_factory=SwapPolicy)
@@ -134,13 +139,23 @@ class Lifecycle:
             starts=self._starts,
             outside=Outside(self.reconcile, self._drain_within, self._send, self._report),
         )
-        self.decisions = Decisions(lambda decision: self._report(actions.ModelScaled(decision)))
+        self.wants = Wants(
+            Cooldowns(policy.idle_seconds, policy.warmth.asleep_seconds, policy.warmth.staged_seconds),
+            policy.warm_pool,
+            traffic=traffic,
+            catalogue=catalogue,
+            holds=holds,
+            tell=lambda decision: self._report(actions.ModelScaled(decision)),
+        )
+        self.cooling = Cooling(
+            traffic=traffic, holds=holds, warmth=self.warmth, drain=self.drain, decide=self.wants.decide
+        )
         self.loads = Loads(
             policy.load,
             traffic=traffic,
             holds=holds,
             begin=self._start_another,
-            decide=self.decisions.add,
+            decide=self.wants.decide,
             report=self._report,
         )
         self.swaps = Swaps(
@@ -227,21 +242,6 @@ class Lifecycle:
         if not standing:
             self.activating.demand(entry, standing, entry.min_replicas, now)
 
-    def keep_ready(self, model: str, now: float) -> None:
-        """Has a replica of a model started where there is room that nobody else has, and not drained as idle."""
-        entry = self._catalogue.get(model)
-        if entry is not None and not entry.is_adapter:
-            self._traffic.use(model, now)
-            # The next tick looks at it from now on.
-            self.activation(model)
-
-    def keep_staged(self, model: str, now: float) -> None:
-        """Has a model's weights brought to host memory that is free, where no replica has them."""
-        del now
-        entry = self._catalogue.get(model)
-        if entry is not None and not self._traffic.fleet.replicas_of(model):
-            self.warmth.stage_spare(entry)
-
     def handle(self, model: str, event: machine.Event, now: float) -> None:
         """Hands an event to the model's activation, where there is one."""
         if self.activating.find(model) is not None:
@@ -249,9 +249,12 @@ class Lifecycle:
 
     def begin_round(self, now: float) -> None:
         """Begins to look at every model about which something may be due; `go_on` does it."""
+        self.wants.follow_clock(now)
         pinned, active = sorted(self._catalogue.pinned()), self.activating.models()
         # In an order of their own: sorting thousands of names would be a slice of its own.
-        names = dict.fromkeys((*self._traffic.fleet.models(), *pinned, *self._holds.models(), *active))
+        expected, fleet = self.wants.forecasts.models(), self._traffic.fleet
+        staged = (one.model for worker in fleet.workers() for one in worker.staged.values())
+        names = dict.fromkeys((*fleet.models(), *pinned, *self._holds.models(), *active, *expected, *staged))
         self.loads.keep_only(names, now)
         self.activating.look(now)
         self._round = deque(self.room.start_order(names, now))
@@ -274,6 +277,7 @@ class Lifecycle:
             self.reconcile(model, now)
             if entry is not None and has_load:
                 self._follow_load(entry, now)
+                self.cooling.follow(entry, now, self.wants.cooldowns(entry), self.wants.floor(model, now))
         return bool(self._round)
 
     def capacity_changed(self, now: float) -> None:
@@ -357,19 +361,12 @@ class Lifecycle:
 
     def _desired(self, entry: ModelEntry, current: list[Replica], standing: list[Replica], now: float) -> Desired:
         activation = self.activating.find(entry.name)
-        usage = Usage(
-            held_count=self._holds.count(entry.name),
-            in_flight_count=sum(1 for replica in current if not self._traffic.is_idle(replica)),
-            last_used_at=self._traffic.last_used_at(entry.name),
-            is_failing=activation is not None and activation.is_failing,
+        return self.wants.desired(
+            entry,
+            current,
+            now,
             load_count=self.loads.count(entry.name, standing, now),
-        )
-        return desired_replicas(
-            min_replicas=entry.min_replicas,
-            max_replicas=entry.max_replicas,
-            usage=usage,
-            idle_seconds=self.policy.idle_seconds,
-            now=now,
+            is_failing=activation is not None and activation.is_failing,
         )
 
     def put_to_sleep(self, replica: Replica, now: float) -> None:
@@ -487,13 +484,14 @@ class Lifecycle:
 
     def _follow_load(self, entry: ModelEntry, now: float) -> None:
         """Starts more replicas for a model's load, unless others wait for room, or its last start failed."""
-        if not self.loads.asks_for_more(entry.name):
+        floor = self.wants.expected_count(entry.name, now)
+        if floor < 2 and not self.loads.asks_for_more(entry.name):
             return
         if self.activation(entry.name).state is not ActivationState.IDLE or self.activating.is_room_wanted:
             return
         current = [r for r in self._traffic.staying(entry.name) if r.revision == entry.revision]
         standing, _ = self.swaps.split(current, now)
-        self.loads.follow(entry, standing, self._desired(entry, current, standing, now).drain_above, 0, now)
+        self.loads.follow(entry, standing, self._desired(entry, current, standing, now).drain_above, floor, now)
 
     def _start_another(self, entry: ModelEntry, now: float) -> str:
         sleeper = self.warmth.sleeper(entry)

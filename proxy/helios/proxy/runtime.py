@@ -29,7 +29,6 @@ from helios.proxy.holds import Hold
 from helios.proxy.routing.pick import Pick
 from helios.proxy.scaling.decisions import Cause, Scaled
 from helios.proxy.swap import SwapFailures
-from helios.proxy.usage.advice import Advice, WarmPoolMode
 from helios.proxy.usage.meter import Meter
 
 log = structlog.get_logger()
@@ -141,7 +140,6 @@ class Runtime:
         publisher: EndpointPublisher,
         memory: Memory,
         journal_limits: JournalLimits | None = None,
-        warm_pool: WarmPoolMode = WarmPoolMode.ADVISE,
     ) -> None:
         self.core = core
         self.journal = Journal(journal_limits or JournalLimits(), wall_offset=_wall_offset())
@@ -150,7 +148,6 @@ class Runtime:
         self.events = EventLog(uuid4().hex[:8])
         # Set, and replaced by another one, when an event was added.
         self.events_changed = asyncio.Event()
-        self.advice = Advice(warm_pool)
         self.journal.on_split = _measure_split
         self._publisher = publisher
         self._memory = memory
@@ -405,7 +402,7 @@ class Runtime:
             if now >= next_tick:
                 next_tick = now + _TICK_SECONDS
                 self.journal.wall_offset = _wall_offset()
-                self.advice.follow(self.core.lifecycle, now)
+                self.core.lifecycle.wants.set_clock(self.journal.wall_offset, now)
                 self.apply(self.core.begin_tick(now))
                 await self._round()
                 self._measure()

@@ -14,11 +14,11 @@ from helios.proxy.holds import HoldLimits
 from helios.proxy.lifecycle import LifecyclePolicy
 from helios.proxy.outliers import OutlierPolicy
 from helios.proxy.retries import RetryPolicy
+from helios.proxy.scaling.forecast import WarmPoolMode
 from helios.proxy.scaling.load import LoadPolicy, ScalingMode
 from helios.proxy.sizing import SizingPolicy
 from helios.proxy.swap import SwapPolicy
 from helios.proxy.traffic import RoutingPolicy
-from helios.proxy.usage.advice import WarmPoolMode
 from helios.proxy.warmth import WarmthPolicy
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -78,6 +78,12 @@ class ReplicaSettings(BaseModel):
     stages: bool = True
     """Whether a model whose last replica is stopped for idleness stays staged: its weights in the node's memory, while
     there is room. The ones used longest ago give way to others."""
+    asleep_seconds: NonNegativeFloat = 3600.0
+    """A replica that has slept for so long without a request stops, and its weights stay staged, in seconds; a model's
+    own policy may say otherwise. 3,600: processes that wait hold host memory and a CUDA context. 0: never."""
+    staged_seconds: NonNegativeFloat = 0.0
+    """Weights that have lain in memory for so long after that are given back, in seconds; a model's own policy may say
+    otherwise. 0: when the memory is needed."""
     pressure_ratio: PositiveFloat = Field(default=0.9, le=1)
     """Staged weights are given back where more of a node's memory than this is used."""
     context_count: PositiveInt = 4
@@ -241,9 +247,10 @@ class UsageSettings(BaseModel):
     report_interval_seconds: PositiveFloat = 30.0
     """How often the registry is told, in seconds. 30: what a crash costs at most, and one small call twice a minute."""
     warm_pool: WarmPoolMode = WarmPoolMode.ADVISE
-    """What is made of the registry's advice on how warm models are kept. ``advise``: it is logged and shown. ``on``: a
-    model that is to be ready is started where there is room and does not go for idleness, one that is to be in memory
-    is staged where memory is free. ``off``: nothing."""
+    """What is made of the registry's advice on how warm models are kept. ``advise``: it is logged, listed among the
+    scaling decisions, and shown. ``on``: replicas that are to be ready are started where there is room and do not go
+    for idleness, weights that are to be in memory are staged where memory is free, and other models go as soon as they
+    are no longer worth waiting for. ``off``: nothing."""
 
 
 class ProxySettings(ProcessSettings):
@@ -342,7 +349,14 @@ class ProxySettings(ProcessSettings):
             drain_seconds=replica.drain_seconds,
             start_base_seconds=replica.start_base_seconds,
             start_bytes_per_second=float(replica.start_bytes_per_second),
-            warmth=WarmthPolicy(sleeps=replica.sleeps, stages=replica.stages, pressure_ratio=replica.pressure_ratio),
+            warmth=WarmthPolicy(
+                sleeps=replica.sleeps,
+                stages=replica.stages,
+                pressure_ratio=replica.pressure_ratio,
+                asleep_seconds=replica.asleep_seconds,
+                staged_seconds=replica.staged_seconds,
+            ),
+            warm_pool=self.usage.warm_pool,
             load=LoadPolicy(**self.scaling.model_dump()),
             swap=SwapPolicy(**self.swap.model_dump()),
         )

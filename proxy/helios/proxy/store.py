@@ -17,6 +17,7 @@ import structlog
 from helios.mesh.files import write_private
 from helios.proxy.admission.keyring import Caller
 from helios.proxy.catalogue import Catalogue, ModelEntry
+from helios.proxy.scaling.policy import Scaling
 from helios.proxy.swap import SwapFailures
 
 log = structlog.get_logger()
@@ -133,7 +134,8 @@ def load_usage(directory: Path) -> object:
 
 def _entry(item: dict[str, Any]) -> ModelEntry:
     known = {key: value for key, value in item.items() if key in _FIELDS}
-    return ModelEntry(**{**known, "aliases": tuple(known.get("aliases", ()))})
+    scaling = Scaling.of_fields(known["scaling"]) if known.get("scaling") else None
+    return ModelEntry(**{**known, "aliases": tuple(known.get("aliases", ())), "scaling": scaling})
 
 
 def _read_names(path: Path) -> list[str]:

@@ -29,11 +29,15 @@ class WarmthPolicy:
         sleeps: idle replicas go to sleep where their engine can.
         stages: a model whose last replica goes stays staged, while there is room.
         pressure_ratio: staged weights are given back where more of a node's memory than this is used, 0..1.
+        asleep_seconds: a replica that has slept for so long stops; 0: none does for that.
+        staged_seconds: weights that nobody used for so long after that are given back; 0: where memory is needed.
     """
 
     sleeps: bool = True
     stages: bool = True
     pressure_ratio: float = 0.9
+    asleep_seconds: float = 3600.0
+    staged_seconds: float = 0.0
 
 
 class Warmth:

@@ -224,9 +224,16 @@ class RegistryClient:
         response = await _call(self._stub().GetManifest(request, timeout=self._timeout_seconds))
         return wire.located_manifest_from_proto(response)
 
-    async def update_policy(self, name: str, policy: ModelPolicy) -> Model:
-        """Sets how many replicas a model has. Raises ModelNotFound, InvalidRequest (INVALID_POLICY)."""
-        request = pb.UpdatePolicyRequest(name=name, policy=wire.policy_to_proto(policy))
+    async def update_policy(self, name: str, policy: ModelPolicy, *, expected_version: int = 0) -> Model:
+        """Replaces a model's policy.
+
+        Raises:
+            ModelNotFound: No such model.
+            InvalidRequest: INVALID_POLICY.
+            Conflict: STALE_VERSION, the model does not have the expected version, if one is given, any more.
+        """
+        policy_message = wire.policy_to_proto(policy)
+        request = pb.UpdatePolicyRequest(name=name, policy=policy_message, expected_version=expected_version)
         # Idempotent, and an operator waits for it: a registry that restarts is waited for.
         stub = self._stub()
         response = await _call(stub.UpdatePolicy(request, timeout=RESTART_SECONDS, wait_for_ready=True))

@@ -41,10 +41,6 @@ from helios.registry.records import (
 _PHASES: Final[dict[str, IngestPhase | PushPhase]] = {phase.value: phase for phase in (*PushPhase, *IngestPhase)}
 
 
-# Of a policy: how long a model stays on a rung.
-_TIMES: Final = ("idle", "asleep", "staged")
-
-
 def timestamp_to_proto(moment: datetime) -> Timestamp:
     """Returns a moment on the wire."""
     result = Timestamp()
@@ -117,9 +113,15 @@ def policy_to_proto(policy: ModelPolicy) -> pb.ModelPolicy:
             max_replicas=window.max_replicas,
         )
         told.duration.FromMilliseconds(round(window.seconds * 1000))
-    for name in _TIMES:
-        if (seconds := getattr(policy, f"{name}_seconds")) is not None:
-            getattr(message, f"{name}_time").FromMilliseconds(round(seconds * 1000))
+    for seconds, time in (
+        (policy.idle_seconds, message.idle_time),
+        (policy.asleep_seconds, message.asleep_time),
+        (policy.staged_seconds, message.staged_time),
+    ):
+        if seconds is not None:
+            # Of no time at all, nothing would be set.
+            time.SetInParent()
+            time.FromMilliseconds(round(seconds * 1000))
     return message
 
 
@@ -135,12 +137,14 @@ def policy_from_proto(message: pb.ModelPolicy) -> ModelPolicy:
         )
         for told in message.windows
     )
-    times = {
-        f"{name}_seconds": getattr(message, f"{name}_time").ToMilliseconds() / 1000
-        for name in _TIMES
-        if message.HasField(f"{name}_time")
-    }
-    return ModelPolicy(message.min_replicas, message.max_replicas, windows, **times)
+    return ModelPolicy(
+        min_replicas=message.min_replicas,
+        max_replicas=message.max_replicas,
+        windows=windows,
+        idle_seconds=message.idle_time.ToMilliseconds() / 1000 if message.HasField("idle_time") else None,
+        asleep_seconds=message.asleep_time.ToMilliseconds() / 1000 if message.HasField("asleep_time") else None,
+        staged_seconds=message.staged_time.ToMilliseconds() / 1000 if message.HasField("staged_time") else None,
+    )
 
 
 def engine_settings_to_proto(settings: EngineSettings) -> engine_pb.EngineSettings:

@@ -76,7 +76,9 @@ class AdminServicer(AdminServiceServicer):
             )
         entry = await self._find(request.model)
         if not request.dry_run:
-            bound = entry.max_replicas if not entry.max_replicas or entry.max_replicas >= count else count
+            # Of a window that is open, what the policy says at other times.
+            most = entry.scaling.max_replicas if entry.scaling is not None else entry.max_replicas
+            bound = most if not most or most >= count else count
             entry = await self._write_policy(entry.name, min_replicas=count, max_replicas=bound)
             self._runtime.apply(self._core.model_upserted(entry, time.monotonic()))
             if not count:
@@ -196,7 +198,7 @@ class AdminServicer(AdminServiceServicer):
         """Lists what the loads of models asked for, the newest first."""
         entry = self._core.catalogue.find(request.model)
         name = entry.name if entry is not None else request.model
-        found = [each for each in reversed(self._core.lifecycle.decisions.kept) if not name or each.model == name]
+        found = [each for each in reversed(self._core.lifecycle.wants.decisions.kept) if not name or each.model == name]
         offset = self._runtime.journal.wall_offset
         return pb.ListScalingDecisionsResponse(
             decisions=[

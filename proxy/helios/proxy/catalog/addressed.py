@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from helios.proxy.catalogue import ModelEntry, addressed_name
-from helios.registry.client import Model, Revision
+from helios.proxy.scaling.policy import Scaling
+from helios.registry.client import Model, ModelPolicy, Revision
 
 # Of references that people spelled out by digits; the ones of tags are told by the registry and bounded there.
 MAX_SPELLINGS = 64
@@ -69,7 +70,21 @@ def entry_from_model(model: Model) -> ModelEntry:
         min_replicas=model.policy.min_replicas,
         max_replicas=model.policy.max_replicas,
         engine_settings=model.engine_settings.document,
+        scaling=_scaling(model.policy),
     )
+
+
+def _scaling(policy: ModelPolicy) -> Scaling | None:
+    """What a policy says beside two bounds; None: nothing."""
+    scaling = Scaling(
+        min_replicas=policy.min_replicas,
+        max_replicas=policy.max_replicas,
+        windows=policy.windows,
+        idle_seconds=policy.idle_seconds,
+        asleep_seconds=policy.asleep_seconds,
+        staged_seconds=policy.staged_seconds,
+    )
+    return scaling if scaling != Scaling(policy.min_replicas, policy.max_replicas) else None
 
 
 def _other(model: Model, revision: Revision, aliases: Iterable[str]) -> ModelEntry:
@@ -81,6 +96,7 @@ def _other(model: Model, revision: Revision, aliases: Iterable[str]) -> ModelEnt
         name=name,
         aliases=tuple(alias for alias in aliases if alias != name),
         min_replicas=0,
+        scaling=replace(entry.scaling, min_replicas=0, windows=()) if entry.scaling is not None else None,
         engine_settings=_without_adapters(entry.engine_settings),
     )
 

@@ -16,6 +16,7 @@ from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.engine_needs import needs_of
 from helios.proxy.fleet.state import Replica, ReplicaState
 from helios.proxy.runtime import Runtime
+from helios.proxy.scaling.ladder import Rung
 
 MODEL_SERVICE: Final = "helios.api.catalog.v1.ModelService"
 _MAX_PAGE_SIZE: Final = 10_000
@@ -104,15 +105,15 @@ class ModelServicer(ModelServiceServicer):
         )
 
     def _target(self, name: str) -> pb.WarmPoolTarget | None:
-        advice = self._runtime.advice
-        target = advice.of(name.partition("@")[0])
-        if target is None:
+        forecasts = self._runtime.core.lifecycle.wants.forecasts
+        expected = forecasts.of(name.partition("@")[0], time.monotonic())
+        if expected is None:
             return None
         return pb.WarmPoolTarget(
-            rung=target.rung.name.lower(),
-            replica_count=target.replica_count,
-            reason=target.reason,
-            is_followed=advice.is_followed,
+            rung="memory" if expected.rung is Rung.STAGED else expected.rung.name.lower(),
+            replica_count=expected.replica_count,
+            reason=expected.reason,
+            is_followed=forecasts.is_followed,
         )
 
 

@@ -7,7 +7,7 @@ marked out of step, so that an unknown name is asked for and not refused.
 import time
 from collections.abc import Collection
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -19,7 +19,6 @@ from helios.proxy.runtime import Runtime
 from helios.registry.client import (
     Model,
     ModelDeleted,
-    ModelPolicy,
     ModelSnapshot,
     ModelUpserted,
     RegistryClient,
@@ -92,8 +91,10 @@ class RegistrySession:
         return entry
 
     async def set_policy(self, name: str, *, min_replicas: int, max_replicas: int) -> ModelEntry:
-        """Writes through to the registry."""
-        model = await self._clients.steady.update_policy(name, ModelPolicy(min_replicas, max_replicas))
+        """Writes through to the registry; what else the policy says stays."""
+        model = await self._clients.steady.get_model(name)
+        policy = replace(model.policy, min_replicas=min_replicas, max_replicas=max_replicas)
+        model = await self._clients.steady.update_policy(name, policy, expected_version=model.version)
         return entries_of(model, self._spelled.get(model.name, {}))[0]
 
     async def watch(self) -> None:

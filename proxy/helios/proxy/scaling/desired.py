@@ -1,8 +1,8 @@
 """How many replicas a model should have now. Pure.
 
-One while a model is in use, more where its load asks for them (`load`), none when it has been idle for long enough,
-never fewer than its policy says. Two numbers come out, because they answer different questions: `start_below` (start
-one where fewer exist, whoever has to give way) and `drain_above` (drain the surplus).
+One while a model is in use, more where its load asks for them (`load`) or is expected to (`forecast`), none when it has
+been idle for long enough, never fewer than its policy says. Two numbers come out, because they answer different
+questions: `start_below` (start one where fewer exist, whoever has to give way) and `drain_above` (drain the surplus).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 class Usage:
     """How a model is used now. `last_used_at` is None where it was never used, or was told to go to zero.
 
-    `load_count` is how many replicas its load asks for.
+    `load_count` is how many replicas its load asks for, `forecast_count` how many what is expected of it does.
     """
 
     held_count: int
@@ -22,6 +22,7 @@ class Usage:
     last_used_at: float | None
     is_failing: bool
     load_count: int = 1
+    forecast_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,17 @@ def desired_replicas(*, min_replicas: int, max_replicas: int, usage: Usage, idle
     is_recent = usage.last_used_at is not None and (not idle_seconds or now - usage.last_used_at < idle_seconds)
     is_wanted = usage.held_count > 0
     keep = max(1, usage.load_count) if is_wanted or usage.in_flight_count or is_recent else 0
+    keep = max(keep, usage.forecast_count)
     # A model that fails to start is tried again by requests and by its policy, not because it was used a while ago.
-    start = 1 if is_wanted or (is_recent and not usage.is_failing) else 0
+    start = 1 if is_wanted or ((is_recent or usage.forecast_count) and not usage.is_failing) else 0
     if max_replicas:
         keep, start = min(keep, max(max_replicas, 1)), min(start, max(max_replicas, 1))
     return Desired(max(min_replicas, start), max(min_replicas, keep))
+
+
+def idle_after(idle_seconds: float, advised_seconds: float | None) -> float:
+    """How long a model stays that nobody uses, where it is known how long one is worth waiting for.
+
+    Never longer than the policy says, and for ever where that says so (0).
+    """
+    return min(idle_seconds, advised_seconds) if advised_seconds else idle_seconds

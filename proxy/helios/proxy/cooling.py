@@ -1,0 +1,77 @@
+"""Brings models down the ladder that nobody uses, and keeps those up of which something is expected.
+
+From ready to asleep is `lifecycle`'s, which knows how many replicas are wanted; from there on this is it: a replica
+that has slept for long enough stops and leaves its weights in memory, and weights that have lain there for long enough
+are given back. What a forecast expects is staged where memory is free. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from helios.proxy.catalogue import ModelEntry
+from helios.proxy.fleet.state import Replica, ReplicaState
+from helios.proxy.holds import Holds
+from helios.proxy.scaling.decisions import Cause, Scaled
+from helios.proxy.scaling.ladder import Cooldowns, Rung, rung_after
+from helios.proxy.traffic import Traffic
+from helios.proxy.warmth import Warmth
+
+
+class Cooling:
+    """One model at a time, once a second."""
+
+    def __init__(
+        self,
+        *,
+        traffic: Traffic,
+        holds: Holds,
+        warmth: Warmth,
+        drain: Callable[[Replica, float], None],
+        decide: Callable[[Scaled], None],
+    ) -> None:
+        """``drain`` takes a replica out, ``decide`` takes down what is decided."""
+        self._traffic = traffic
+        self._holds = holds
+        self._warmth = warmth
+        self._drain = drain
+        self._decide = decide
+        self._since: float | None = None
+        self._promised_at: dict[str, float] = {}
+
+    def follow(self, entry: ModelEntry, now: float, cooldowns: Cooldowns, floor: Rung) -> None:
+        """Does what is due for a model; ``floor`` is the rung that something expected of it is worth."""
+        if self._since is None:
+            self._since = now
+        if self._holds.count(entry.name):
+            return
+        if entry.min_replicas or floor is Rung.READY:
+            # Its times begin when nothing promises it any more.
+            self._promised_at[entry.name] = now
+            return
+        # What was used before this proxy began, nobody knows: as if it had been used then.
+        used_at = max(self._traffic.last_wanted_at(entry.name), self._since)
+        unused_seconds = now - max(used_at, self._promised_at.get(entry.name, used_at))
+        rung = rung_after(unused_seconds, cooldowns, floor)
+        replicas = self._traffic.staying(entry.name)
+        if rung < Rung.ASLEEP:
+            self._wind_up(entry, replicas, rung, unused_seconds, now)
+        if rung is Rung.DISK:
+            self._promised_at.pop(entry.name, None)
+        if rung is Rung.DISK and not replicas and self._warmth.unstage(entry.revision):
+            self._decided(entry.name, f"its weights were in memory, unused for {unused_seconds:.0f} s", now)
+        if floor >= Rung.STAGED and not replicas:
+            self._warmth.stage_spare(entry)
+
+    def _wind_up(
+        self, entry: ModelEntry, replicas: list[Replica], rung: Rung, unused_seconds: float, now: float
+    ) -> None:
+        for replica in replicas:
+            if replica.state is ReplicaState.ASLEEP:
+                if rung is Rung.STAGED:
+                    self._warmth.keep_staged(entry, replica.worker_id)
+                self._drain(replica, now)
+                self._decided(entry.name, f"a replica slept, unused for {unused_seconds:.0f} s", now)
+
+    def _decided(self, model: str, reason: str, now: float) -> None:
+        self._decide(Scaled(now, model, 0, 0, reason, is_advice=False, cause=Cause.COOLDOWN))
