@@ -30,6 +30,7 @@ def settings(directory: Path, **changes: Any) -> EdgeSettings:
         "picker": ("127.0.0.1:7001", f"unix:{directory}/proxy.sock"),
         "control": ("127.0.0.1:7001",),
         "registry": ("127.0.0.1:7002",),
+        "relay": ("127.0.0.1:7003",),
         "edge_identity": authority.issue("edge", directory / "pki" / "edge"),
         "admin_identity": authority.issue("admin-edge", directory / "pki" / "admin-edge"),
     }
@@ -41,11 +42,12 @@ def settings(directory: Path, **changes: Any) -> EdgeSettings:
     [
         {},
         {"edge_identity": None, "admin_identity": None},
+        {"relay": ()},
         {"otlp_endpoint": "127.0.0.1:4317"},
         {"edge_host": "::1", "admin_host": "::1"},
         {"edge_host": "0.0.0.0", "access_log": Path("access.log"), "namespace": "prod", "trust_domain": "example.org"},
     ],
-    ids=["plain", "no-tls", "tracing", "ipv6", "all-interfaces"],
+    ids=["plain", "no-tls", "no-relay", "tracing", "ipv6", "all-interfaces"],
 )
 def test_envoy_takes_it(tmp_path: Path, changes: dict[str, Any]) -> None:
     if "access_log" in changes:
@@ -114,6 +116,7 @@ def test_every_cluster_of_the_mesh_demands_a_peer_and_shows_a_leaf(tmp_path: Pat
         "control": ("edge", "proxy"),
         "control-admin": ("admin-edge", "proxy"),
         "registry": ("admin-edge", "registry"),
+        "relay": ("edge", "relay"),
     }
     found = {}
     for cluster in config["staticResources"]["clusters"]:
@@ -152,16 +155,22 @@ def test_what_is_no_address_is_refused(text: str) -> None:
         address(text)
 
 
-@given(st.text("x-heliosmdap", max_size=20).map(lambda tail: "x-helios-" + tail) | st.just("x-helios-model"))
-def test_the_pattern_matches_every_name_but_one(name: str) -> None:
-    pattern = all_names_but("x-helios-", "x-helios-model")
-    assert bool(re.fullmatch(pattern, name)) == (name != "x-helios-model")
+NAMES = ("x-helios-model", "x-helios-durable")
 
 
-@given(st.integers(0, 5), st.text("modelx", max_size=3))
-def test_the_pattern_matches_near_misses(cut: int, tail: str) -> None:
-    name = "x-helios-" + "model"[:cut] + tail
-    assert bool(re.fullmatch(all_names_but("x-helios-", "x-helios-model"), name)) == (name != "x-helios-model")
+def is_removed(name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in all_names_but("x-helios-", *NAMES))
+
+
+@given(st.text("x-heliosmdapurb", max_size=20).map(lambda tail: "x-helios-" + tail) | st.sampled_from(NAMES))
+def test_the_pattern_matches_every_name_but_some(name: str) -> None:
+    assert is_removed(name) == (name not in NAMES)
+
+
+@given(st.sampled_from(NAMES), st.integers(0, 20), st.text("modelxdurable", max_size=3))
+def test_the_pattern_matches_near_misses(near: str, cut: int, tail: str) -> None:
+    name = "x-helios-" + near.removeprefix("x-helios-")[:cut] + tail
+    assert is_removed(name) == (name not in NAMES)
 
 
 def test_paths_and_methods_come_from_the_contracts() -> None:

@@ -1,4 +1,4 @@
-"""Where Envoy sends: the replicas, the picker, the control plane, the registry.
+"""Where Envoy sends: the replicas, the relay, the picker, the control plane, the registry.
 
 Every cluster speaks HTTP/2. Circuit breakers are Envoy's only as a bound against runaway: the breaker that knows
 replicas is the proxy's, since override_host also sends to hosts that Envoy's outlier detection has ejected.
@@ -61,6 +61,7 @@ PICKER: Final = "picker"
 CONTROL: Final = "control"
 CONTROL_ADMIN: Final = "control-admin"
 REGISTRY: Final = "registry"
+RELAY: Final = "relay"
 OTLP: Final = "otlp"
 
 # Loopback and a rack answer in milliseconds; a SYN that is lost once is sent again after one second. TLS counts, too,
@@ -92,6 +93,8 @@ def all_clusters(settings: EdgeSettings) -> list[Cluster]:
         _static(settings, CONTROL_ADMIN, settings.control, identity=admin, peer="proxy"),
         _static(settings, REGISTRY, settings.registry, identity=admin, peer="registry"),
     ]
+    if settings.relay:
+        clusters.append(_static(settings, RELAY, settings.relay, identity=edge, peer="relay"))
     if settings.otlp_endpoint is not None:
         clusters.append(_static(settings, OTLP, (settings.otlp_endpoint,), identity=None, peer=OTLP))
     return clusters

@@ -21,7 +21,7 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
 
 from helios.mesh.envoy import pack
-from helios.mesh.names import kept_header
+from helios.mesh.names import DURABLE_HEADER, kept_header
 
 MODEL_HEADER = "x-helios-model"
 BODY_BYTES_HEADER = "x-helios-body-bytes"
@@ -30,6 +30,8 @@ ENDPOINT_HEADER = "x-helios-endpoint"
 NODE_HEADER = "x-helios-envoy"
 CLIENT_REQUEST_ID_HEADER = "x-client-request-id"
 OWN_PREFIX = "x-helios-"
+# What clients may send of the mesh's own.
+CLIENT_HEADERS = (MODEL_HEADER, DURABLE_HEADER)
 AUTHORIZATION_HEADER = "authorization"
 
 
@@ -51,7 +53,10 @@ def strip_client_headers() -> TypedExtensionConfig:
         Mutation(append=kept_id),
         Mutation(remove="x-request-id"),
         _remove(StringMatcher(prefix="x-envoy-")),
-        _remove(StringMatcher(safe_regex=RegexMatcher(regex=all_names_but(OWN_PREFIX, MODEL_HEADER)))),
+        *(
+            _remove(StringMatcher(safe_regex=RegexMatcher(regex=pattern)))
+            for pattern in all_names_but(OWN_PREFIX, *CLIENT_HEADERS)
+        ),
         # Only the error filter reads it, and only in responses; a client's would be echoed by nothing, and means
         # nothing.
         Mutation(remove="x-openai-error"),
@@ -74,16 +79,26 @@ def kept_for_answer(names: Iterable[str]) -> list[HeaderValueOption]:
     ]
 
 
-def all_names_but(prefix: str, kept: str) -> str:
-    """Returns an RE2 pattern for every name with the prefix except one; RE2 has no look-ahead.
+def all_names_but(prefix: str, *kept: str) -> list[str]:
+    """Returns RE2 patterns for every name with the prefix except some; RE2 has no look-ahead.
 
-    A name differs from ``kept`` because it ends early, because it has another character somewhere, or because it
-    goes on.
+    A name differs from a kept one because it ends early, because it has another character somewhere, or because it
+    goes on. There is a pattern for each first character of theirs: Envoy takes none above 100 of RE2's instructions.
     """
-    rest = kept.removeprefix(prefix)
-    differs = [f"{re.escape(rest[:i])}([^{re.escape(rest[i])}].*)?" for i in range(len(rest))]
-    goes_on = f"{re.escape(rest)}.+"
-    return f"{re.escape(prefix)}({'|'.join([*differs, goes_on])})"
+    rests = {name.removeprefix(prefix) for name in kept}
+    heads = sorted({rest[0] for rest in rests})
+    start = re.escape(prefix)
+    differing = [
+        f"{start}{re.escape(head)}{_all_but({rest[1:] for rest in rests if rest[0] == head})}" for head in heads
+    ]
+    return [f"{start}([^{re.escape(''.join(heads))}].*)?", *differing]
+
+
+def _all_but(texts: set[str]) -> str:
+    heads = sorted({text[0] for text in texts if text})
+    others = [f"[^{re.escape(''.join(heads))}].*"] if heads else [".+"]
+    others += [re.escape(head) + _all_but({text[1:] for text in texts if text[:1] == head}) for head in heads]
+    return f"({'|'.join(others)}){'' if '' in texts else '?'}"
 
 
 def _remove(matcher: StringMatcher) -> Mutation:

@@ -8,6 +8,7 @@ An inference request that names its model neither in the header nor in a JSON bo
 ext_proc buffers from the start: the picker will want the body.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Final
 
@@ -44,7 +45,7 @@ from envoy_data_plane.google.protobuf import Any
 from helios.mesh.envoy import clusters, pack
 from helios.mesh.envoy.headers import AUTHORIZATION_HEADER, CLIENT_REQUEST_ID_HEADER, MODEL_HEADER, kept_for_answer
 from helios.mesh.envoy.settings import EdgeSettings, Limits
-from helios.mesh.names import CLUSTER_HEADER, RATE_LIMIT_HEADERS, REFUSAL_REASON_HEADER
+from helios.mesh.names import CLUSTER_HEADER, DURABLE_HEADER, RATE_LIMIT_HEADERS, REFUSAL_REASON_HEADER
 
 OPENAI_SERVICE: Final = "helios.api.inference.v1.OpenAIService"
 INFERENCE_SERVICE: Final = "helios.api.inference.v1.InferenceService"
@@ -89,10 +90,17 @@ MODEL_KEY: Final = "model"
 # Before the first byte only: Envoy never retries once it has sent response headers. `reset` is for a replica that is
 # killed during prefill, `unavailable` for one that refuses because it drains.
 _RETRY_ON: Final = "connect-failure,refused-stream,unavailable,reset,reset-before-request"
+# What another replica may answer is the relay's to try.
+_RETRY_RELAY_ON: Final = "connect-failure,refused-stream"
+# Calls whose answers can go on on another replica.
+DURABLE_METHODS: Final = {
+    OPENAI_SERVICE: ("CreateChatCompletion", "CreateCompletion"),
+    INFERENCE_SERVICE: ("Chat", "Complete"),
+}
 # Browsers' preflights ask for these; "*" covers the rest (openai's x-stainless-*), but never stands for authorization.
 _CORS_REQUEST_HEADERS: Final = (
     "authorization, content-type, openai-organization, openai-project, openai-beta, x-request-id, "
-    f"{CLIENT_REQUEST_ID_HEADER}, {MODEL_HEADER}, traceparent, tracestate, idempotency-key, *"
+    f"{CLIENT_REQUEST_ID_HEADER}, {MODEL_HEADER}, {DURABLE_HEADER}, traceparent, tracestate, idempotency-key, *"
 )
 _CORS_RESPONSE_HEADERS: Final = ", ".join(
     (
@@ -110,12 +118,18 @@ def edge_routes(settings: EdgeSettings) -> RouteConfiguration:
     """Returns the public listener's routes."""
     limits = settings.limits
     inference = [
-        route
+        _inference(route, settings)
         for service in (OPENAI_SERVICE, INFERENCE_SERVICE)
         for route in (
-            _inference(_nameless(service, limits), settings),
-            _inference(_grpc(service, clusters.REPLICAS, limits, retry_policy=_retries(limits)), settings),
+            _nameless(service, limits),
+            _grpc(service, clusters.REPLICAS, limits, retry_policy=_retries(limits)),
         )
+    ]
+    durable = [
+        _durable(_inference(route, settings), methods)
+        for service, methods in DURABLE_METHODS.items()
+        for route in (_nameless(service, limits), _grpc(service, clusters.RELAY, limits))
+        if settings.relay
     ]
     control = [_unpicked(_grpc(service, clusters.CONTROL, limits)) for service in (MODEL_SERVICE, HEALTH_SERVICE)]
     reflection = _unpicked(_forward("/grpc.reflection.", clusters.CONTROL, limits.message_bytes))
@@ -123,7 +137,7 @@ def edge_routes(settings: EdgeSettings) -> RouteConfiguration:
     host = VirtualHost(
         name="edge",
         domains=["*"],
-        routes=[*inference, *control, reflection, *others],
+        routes=[*durable, *inference, *control, reflection, *others],
         typed_per_filter_config={CORS_FILTER: Any.pack(_any_origin())},
     )
     return RouteConfiguration(name="edge", virtual_hosts=[host])
@@ -151,6 +165,22 @@ def _inference(route: Route, settings: EdgeSettings) -> Route:
         route.route.cluster, route.route.cluster_header = None, CLUSTER_HEADER
     route.request_headers_to_remove = [AUTHORIZATION_HEADER]
     route.response_headers_to_add = kept_for_answer(RATE_LIMIT_HEADERS)
+    return route
+
+
+def _durable(route: Route, methods: Iterable[str]) -> Route:
+    """Sends requests that are to outlive their replica to the relay, which tries other replicas by itself.
+
+    It goes by the header, which the client has sent, or the picker, by its model's policy: that one has Envoy choose
+    the route again.
+    """
+    assert route.route is not None, "an inference route forwards"
+    assert route.match is not None, "and fits a path"
+    route.match.safe_regex = RegexMatcher(regex=f"{re.escape(route.match.prefix or '')}({'|'.join(methods)})")
+    route.match.prefix = None
+    route.match.headers.append(HeaderMatcher(name=DURABLE_HEADER, string_match=StringMatcher(exact="true")))
+    route.route.cluster, route.route.cluster_header = clusters.RELAY, None
+    route.route.retry_policy = RetryPolicy(retry_on=_RETRY_RELAY_ON, num_retries=1)
     return route
 
 

@@ -72,6 +72,8 @@ class EdgeSettings:
     """The proxies' control services: ModelService, AdminService, health, reflection."""
     registry: tuple[str, ...]
     """The registry, for the admin listener."""
+    relay: tuple[str, ...] = ()
+    """Where durable requests go. Empty: nowhere; they end with their replica, like others."""
     edge_identity: IdentityFiles | None = None
     """Leaf ``edge``, for the public listener's upstreams. None: no TLS (a sidecar adds it)."""
     admin_identity: IdentityFiles | None = None
