@@ -32,6 +32,7 @@ from helios.cli.chat import Conversation
 from helios.cli.children import child_environment, kill_leftovers
 from helios.cli.edge import open_admin, open_edge
 from helios.cli.greeting import greeting
+from helios.cli.leaders import leader_line, leases_of
 from helios.cli.log_files import read_lines, tail
 from helios.cli.model_versions import versions_of
 from helios.cli.models_follow import following_of
@@ -90,6 +91,7 @@ def _spawn_up(options: UpOptions, log_path: Path) -> subprocess.Popen[bytes]:
     state = options.state
     arguments = [sys.executable, "-m", "helios.cli", "up", "--state-dir", str(state.root), "--host", options.host]
     arguments += ["--port", str(options.port), "--admin-port", str(options.admin_port), "--model", options.model]
+    arguments += ["--proxies", str(options.proxies)]
     arguments += [f"--set={override}" for override in options.overrides]
     log_path.unlink(missing_ok=True)
     with log_path.open("ab") as log_file:
@@ -158,13 +160,17 @@ async def status(state: StateDirectory, console: Console, *, is_json: bool) -> N
         replicas = await admin.ListReplicas(admin_pb.ListReplicasRequest(page_size=1000), timeout=_CALL_SECONDS)
         catalog = dialer.stub(ModelServiceStub)
         models = await catalog.ListModels(catalog_pb.ListModelsRequest(), timeout=_CALL_SECONDS)
+        leases = await leases_of(dialer)
     if is_json:
+        document["leases"] = [asdict(lease) for lease in leases]
         document |= {"workers": _plain(workers)["workers"], "replicas": _plain(replicas)["replicas"]}
         document["failures"] = _plain(replicas)["failures"]
         console.print_json(json.dumps(document | {"models": _plain(models)["data"]}))
         return
     console.print(f"mesh [bold]{record.state}[/]  edge http://{record.edge}/v1  admin {record.admin}  {state.root}")
     console.print(_process_table(record))
+    if leader := leader_line(leases):
+        console.print(leader, highlight=False)
     console.print(_worker_table(workers))
     console.print(model_table(models.data))
     if replicas.replicas:

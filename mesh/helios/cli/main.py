@@ -38,6 +38,9 @@ def up(
     port: Annotated[int, typer.Option(help="Port of the public listener.", min=1, max=65535)] = 8080,
     admin_port: Annotated[int, typer.Option(help="Port of the admin listener.", min=1, max=65535)] = 8081,
     model: Annotated[str, typer.Option(help="Model to have at hand; empty: none.")] = EMBEDDED_MODEL,
+    proxies: Annotated[
+        int, typer.Option(help="How many proxies: all pick, one leads, and another one when that dies.", min=1, max=8)
+    ] = 1,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="Setting of a process, such as proxy.idle_timeout_seconds=60. May be repeated."),
@@ -50,6 +53,7 @@ def up(
         port=port,
         admin_port=admin_port,
         model=model,
+        proxies=proxies,
         overrides=tuple(setting or ()),
     )
     run(commands.up_detached(options, console) if detach else commands.up(options, console))

@@ -94,7 +94,8 @@ class StateDirectory:
         if (self.run / "lock").exists() or not self.root.is_dir():
             return
         try:
-            strangers = sorted({entry.name for entry in self.root.iterdir()} - _OWN_NAMES)
+            names = {entry.name for entry in self.root.iterdir()}
+            strangers = sorted(name for name in names - _OWN_NAMES if not name.startswith("proxy-"))
         except OSError as error:
             raise PreconditionFailed(
                 f"can't read {self.root} ({error.strerror}); choose another place with --state-dir"

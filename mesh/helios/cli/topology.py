@@ -53,7 +53,7 @@ def default_state_directory() -> Path:
 
 def settings_of(options: "UpOptions") -> Settings:
     """Returns the settings of each process, the user's overrides applied. Raises InvalidRequest for a bad override."""
-    settings = _defaults(options.state)
+    settings = _defaults(options.state, options.proxies)
     if not ip_address(options.host.strip("[]")).is_loopback:
         # Else an address that others can reach would serve anybody.
         settings["proxy"]["admission"] = {"require_keys": True}
@@ -69,8 +69,54 @@ def requires_keys(settings: Settings) -> bool:
 
 def children(state: StateDirectory, settings: Settings, options: "UpOptions") -> list[ChildSpec]:
     """Returns how to start each process; writes Envoy's configuration."""
-    specs = [_python_process(state, name, settings[name]) for name in PROCESSES]
-    return [*specs, _envoy(state, settings, options)]
+    proxies = _proxies(state, settings, options.proxies)
+    specs = [
+        _python_process(state, name, instance)
+        for process in PROCESSES
+        for name, instance in (proxies if process == "proxy" else {process: settings[process]}).items()
+    ]
+    return [*specs, _envoy(state, settings, proxies, options)]
+
+
+def component_of(process: str) -> str:
+    """Returns what a process is an instance of: ``proxy-2`` is a proxy."""
+    name, _, number = process.rpartition("-")
+    return name if number.isdecimal() else process
+
+
+def _proxy_names(count: int) -> tuple[str, ...]:
+    return ("proxy", *(f"proxy-{number}" for number in range(2, count + 1)))
+
+
+def _proxies(state: StateDirectory, settings: Settings, count: int) -> Settings:
+    """Returns the settings of each proxy by the name of its process: all of them the user's, but for what is its own.
+
+    One proxy is what it is without this; of several, each has its sockets, its directory, and its cluster at Envoy.
+    """
+    if count == 1:
+        return {"proxy": settings["proxy"]}
+    # Most of a second of every command: see _envoy.
+    from helios.mesh.envoy.settings import replica_cluster  # noqa: PLC0415
+
+    return {
+        name: settings["proxy"]
+        | {
+            "proxy_id": name,
+            "state_directory": state.component(name),
+            "control_listen": _control(state, name),
+            "picker_listen": _picker(state, name),
+            "replica_cluster": replica_cluster(name),
+        }
+        for name in _proxy_names(count)
+    }
+
+
+def _control(state: StateDirectory, proxy: str) -> str:
+    return f"unix:{state.sockets / proxy.replace('proxy', 'control')}.sock"
+
+
+def _picker(state: StateDirectory, proxy: str) -> str:
+    return f"unix:{state.sockets / proxy.replace('proxy', 'picker')}.sock"
 
 
 async def drain_envoy(state: StateDirectory, deadline: float) -> None:
@@ -88,17 +134,16 @@ async def drain_envoy(state: StateDirectory, deadline: float) -> None:
                 await asyncio.sleep(_DRAIN_POLL_SECONDS)
 
 
-def _defaults(state: StateDirectory) -> Settings:
+def _defaults(state: StateDirectory, proxy_count: int) -> Settings:
     sockets = state.sockets
     registry, storage = f"unix:{sockets / 'registry.sock'}", f"unix:{sockets / 'storage.sock'}"
-    control, picker = f"unix:{sockets / 'control.sock'}", f"unix:{sockets / 'picker.sock'}"
     specific: Settings = {
         "registry": {"state_directory": state.component("registry"), "listen": registry},
         "storage": {"state_directory": state.component("storage"), "listen": storage, "registry_target": registry},
         "proxy": {
             "state_directory": state.component("proxy"),
-            "control_listen": control,
-            "picker_listen": picker,
+            "control_listen": _control(state, "proxy"),
+            "picker_listen": _picker(state, "proxy"),
             "registry_target": registry,
         },
         "worker": {
@@ -106,7 +151,7 @@ def _defaults(state: StateDirectory) -> Settings:
             "supervisor_listen": f"unix:{sockets / 'supervisor.sock'}",
             "storage_target": storage,
             "registry_target": registry,
-            "proxies": [control],
+            "proxies": [_control(state, name) for name in _proxy_names(proxy_count)],
             "log_directory": state.logs,
         },
         "envoy": {},
@@ -137,9 +182,10 @@ def _apply(settings: Settings, override: str) -> None:
 def _python_process(state: StateDirectory, name: str, settings: Mapping[str, Any]) -> ChildSpec:
     from helios.mesh.settings import to_arguments  # noqa: PLC0415 - see _envoy
 
+    component = component_of(name)
     ready = state.run / f"{name}.ready.json"
     flags = to_arguments(deepcopy(dict(settings)))
-    arguments = [sys.executable, "-m", f"helios.{name}", f"--ready-file={ready}", *flags]
+    arguments = [sys.executable, "-m", f"helios.{component}", f"--ready-file={ready}", *flags]
     # A worker drains its replicas first, which takes as long as its own setting allows (30: helios.worker.settings).
     drain_seconds = _number(settings, "replica", "drain_seconds", 30.0) if name == "worker" else 0.0
     return ChildSpec(
@@ -151,7 +197,7 @@ def _python_process(state: StateDirectory, name: str, settings: Mapping[str, Any
     )
 
 
-def _envoy(state: StateDirectory, settings: Settings, options: "UpOptions") -> ChildSpec:
+def _envoy(state: StateDirectory, settings: Settings, proxies: Settings, options: "UpOptions") -> ChildSpec:
     # Most of a second of every command (aiohttp, Envoy's messages, pydantic), for what only `up` needs.
     from helios.mesh.envoy.admin import EnvoyAdmin  # noqa: PLC0415
     from helios.mesh.envoy.bootstrap import install  # noqa: PLC0415
@@ -160,8 +206,9 @@ def _envoy(state: StateDirectory, settings: Settings, options: "UpOptions") -> C
         directory=state.component("envoy"),
         envoy_admin=_envoy_admin(state),
         admin_token=state.admin_token(),
-        picker=(settings["proxy"]["picker_listen"],),
-        control=(settings["proxy"]["control_listen"],),
+        picker=tuple(proxy["picker_listen"] for proxy in proxies.values()),
+        feeds=tuple((name, proxy["picker_listen"]) for name, proxy in proxies.items() if len(proxies) > 1),
+        control=tuple(proxy["control_listen"] for proxy in proxies.values()),
         registry=(settings["registry"]["listen"],),
         edge_identity=identity_of(state, "edge"),
         admin_identity=identity_of(state, "admin-edge"),

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import Final
@@ -55,6 +55,8 @@ class UpOptions:
     admin_port: int = 8081
     model: str = topology.EMBEDDED_MODEL
     """Model to have ready at the end of the start; the embedded one is ingested on first use. Empty: none."""
+    proxies: int = 1
+    """How many proxies; of several, all pick and one leads."""
     overrides: tuple[str, ...] = ()
     """``component.field=value``: settings of the processes."""
 
@@ -93,9 +95,13 @@ class Mesh:
         """How long stopping takes at most: each step its own limit, after which what still runs is killed, this process
         last (`end_within`).
         """
-        limits = {child.spec.name: child.spec.stop_seconds for child in self.children}
+        limits = {topology.component_of(child.spec.name): child.spec.stop_seconds for child in self.children}
         steps = sum(max(limits[name] for name in names) for names in STOP_ORDER)
         return DRAIN_SECONDS + steps + _STOP_GRACE_SECONDS
+
+    def children_of(self, components: Sequence[str]) -> list[Child]:
+        """Returns the processes of components, of which there may be several each."""
+        return [child for child in self.children if topology.component_of(child.spec.name) in components]
 
     @property
     def requires_keys(self) -> bool:
@@ -201,17 +207,17 @@ class Mesh:
 
     async def _stop(self, deadline: float) -> None:
         """Stops everything by a deadline (``time.monotonic()``); what still runs then is killed."""
-        by_name = {child.spec.name: child for child in self.children}
         try:
             await topology.drain_envoy(self._options.state, min(time.monotonic() + DRAIN_SECONDS, deadline))
         finally:
             # Whatever Envoy answered, no process may be left behind.
             for names in STOP_ORDER:
                 async with asyncio.TaskGroup() as group:
-                    for name in names:
-                        group.create_task(by_name[name].stop(deadline), name=f"stop {name}")
+                    for child in self.children_of(names):
+                        group.create_task(child.stop(deadline), name=f"stop {child.spec.name}")
         # A worker that says so leaves its replicas to its successor, for an upgrade.
-        if by_name["worker"].facts.get("on_stop") != "leave":
+        worker = next(child for child in self.children if child.spec.name == "worker")
+        if worker.facts.get("on_stop") != "leave":
             orphans_by = deadline + _STOP_GRACE_SECONDS / 2
             killed = await asyncio.to_thread(kill_orphans, self._own_pids(), orphans_by)
             if killed:

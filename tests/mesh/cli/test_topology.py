@@ -1,5 +1,6 @@
 """Overrides of settings that make no sense are refused with a message, before anything starts."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from helios.cli import topology
 from helios.cli.certificates import issue_due
 from helios.cli.state import StateDirectory
-from helios.cli.up import Mesh, UpOptions
+from helios.cli.up import STOP_ORDER, Mesh, UpOptions
 from helios.mesh.errors import InvalidRequest
 from helios.mesh.settings import load_settings, to_arguments
 from helios.proxy.settings import ProxySettings
@@ -67,6 +68,36 @@ def test_a_mesh_says_how_long_its_stop_may_take(tmp_path: Path, overrides: tuple
     worker = next(child.spec for child in mesh.children if child.spec.name == "worker")
     assert worker.stop_seconds > ReplicaSettings().drain_seconds
     assert mesh.stop_seconds == seconds
+
+
+def test_several_proxies_have_what_is_their_own_and_share_the_rest(tmp_path: Path) -> None:
+    state = StateDirectory(tmp_path)
+    state.create()
+    issue_due(state)
+    options = UpOptions(state, proxies=3, overrides=("proxy.idle_timeout_seconds=7",))
+    settings = topology.settings_of(options)
+    specs = {spec.name: spec for spec in topology.children(state, settings, options)}
+    assert list(specs) == ["registry", "storage", "proxy", "proxy-2", "proxy-3", "worker", "envoy"]
+    read = [load_settings(ProxySettings, specs[name].arguments[4:]) for name in ("proxy", "proxy-2", "proxy-3")]
+    for name in ("proxy_id", "state_directory", "control_listen", "picker_listen", "replica_cluster"):
+        assert len({getattr(proxy, name) for proxy in read}) == 3, name
+    assert {proxy.idle_timeout_seconds for proxy in read} == {7.0}
+    assert settings["worker"]["proxies"] == [proxy.control_listen for proxy in read]
+    envoy = json.loads((tmp_path / "envoy" / "envoy.json").read_text())
+    clusters = {cluster["name"] for cluster in envoy["staticResources"]["clusters"]}
+    assert {proxy.replica_cluster for proxy in read} <= clusters
+    # A directory that had three is one of its own.
+    (state.run / "lock").unlink(missing_ok=True)
+    state.create()
+
+
+def test_all_processes_of_several_proxies_are_stopped_in_order(tmp_path: Path) -> None:
+    state = StateDirectory(tmp_path)
+    state.create()
+    issue_due(state)
+    mesh = Mesh(UpOptions(state, proxies=2), lambda _: None)
+    stopped = [child.spec.name for names in STOP_ORDER for child in mesh.children_of(names)]
+    assert stopped == ["envoy", "worker", "proxy", "proxy-2", "registry", "storage"]
 
 
 def test_commands_do_not_wait_for_envoys_types() -> None:
