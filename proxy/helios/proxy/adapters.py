@@ -77,7 +77,11 @@ class Adapters:
         wanted = self.wanted(entry)
         for replica in replicas:
             self._follow(replica, wanted, now)
-        for name in lanes:
+        self.answer(entry)
+
+    def answer(self, entry: ModelEntry) -> None:
+        """Tells those who wait for an adapter that none of the model's replicas can have."""
+        for name in [name for name in self._holds.lanes(entry.name) if name]:
             error = self.problem(entry, name)
             if error is not None:
                 for hold in self._holds.take_lane(entry.name, name):

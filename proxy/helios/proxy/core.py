@@ -22,6 +22,7 @@ from helios.proxy.breaker import BreakerPolicy
 from helios.proxy.catalogue import Catalogue, ModelEntry, is_by_digest, shown
 from helios.proxy.fleet.commands import (
     CommandBook,
+    Fence,
     Order,
     SetAdapters,
     SleepReplica,
@@ -32,13 +33,14 @@ from helios.proxy.fleet.commands import (
 from helios.proxy.fleet.state import Change, Device, Replica, ReplicaState, Staged, WorkerHello
 from helios.proxy.holds import Hold, HoldLimits, Holds, too_many
 from helios.proxy.lifecycle import Lifecycle, LifecyclePolicy
+from helios.proxy.peers.leadership import Leadership, Parts
 from helios.proxy.refusals import model_not_found
 from helios.proxy.rollouts import Rollouts
 from helios.proxy.routing.pick import Pick, pick
 from helios.proxy.routing.prefix import NO_BLOCKS, Blocks
+from helios.proxy.scaling.forecast import Expected
 from helios.proxy.starts import asked_replica
 from helios.proxy.traffic import LoadDelta, RoutingPolicy, Traffic
-from helios.proxy.scaling.forecast import Expected
 
 STALE_LEADER = "STALE_LEADER"
 """Why a worker refuses what a proxy orders: it has heard of a leader after it."""
@@ -101,14 +103,15 @@ class Core:
             commands=self._commands,
             new_id=new_id,
         )
+        self.leadership = Leadership(
+            Parts(self.lifecycle, self.traffic, self.catalogue, self.holds, self._commands),
+            fence_seconds=policy.resync_seconds,
+        )
+        self.is_resynchronised = False
+        """Whether the fleet is believed to be complete."""
         self.rollouts = Rollouts(traffic=self.traffic, catalogue=self.catalogue, lifecycle=self.lifecycle)
         if not self._awaited:
             self._resynchronise(now, is_complete=True)
-
-    @property
-    def is_resynchronised(self) -> bool:
-        """Whether the fleet is believed to be complete."""
-        return self.lifecycle.is_open
 
     # Requests.
     def resolve(self, name: str) -> ModelEntry | None:
@@ -232,6 +235,10 @@ class Core:
     # Workers.
     def worker_hello(self, hello: WorkerHello, now: float) -> list[actions.Action]:
         """A worker introduced itself: what it says replaces what was believed of it."""
+        if not self.lifecycle.leads:
+            # What was ordered while this proxy led is the leader's by now.
+            self._commands.forget_worker(hello.worker_id)
+        self.leadership.worker_hello(hello.worker_id)
         pending = self._commands.pending(hello.worker_id)
         hello = replace(hello, replicas=tuple(self._as_ordered(hello.worker_id, one) for one in hello.replicas))
         known = self.fleet.worker(hello.worker_id)
@@ -322,6 +329,11 @@ class Core:
     ) -> list[actions.Action]:
         """A worker accepted a command, or refused it."""
         command = self._commands.acknowledge(worker_id, command_id)
+        if refused_reason == STALE_LEADER and self.leadership.epoch:
+            self.leadership.follow(now)
+        elif command is not None and isinstance(command.order, Fence):
+            self.leadership.fenced(worker_id, now)
+            return self._take(now)
         if command is not None and refused_reason:
             self._refused(worker_id, command.order, refused_reason, message, now)
         return self._take(now)
@@ -374,6 +386,7 @@ class Core:
 
     def model_upserted(self, entry: ModelEntry, now: float) -> list[actions.Action]:
         """A model was made or changed."""
+        entry = self.lifecycle.wants.bounds.now(entry)
         if self.catalogue.upsert(entry):
             self.rollouts.changed(entry, now)
             self.lifecycle.handle(entry.name, machine.Changed(), now)
@@ -386,7 +399,6 @@ class Core:
 
     def model_deleted(self, name: str, now: float) -> list[actions.Action]:
         """A model is gone: its replicas drain, and its bytes leave the nodes unless another model has the same."""
-        entry = self.lifecycle.wants.bounds.now(entry)
         entry = self.catalogue.find(name)
         if self.catalogue.delete(name):
             self.rollouts.deleted(name)
@@ -410,8 +422,7 @@ class Core:
         return self._take(now)
 
     def cordon(self, worker_id: str, now: float, *, is_cordoned: bool) -> list[actions.Action]:
-        """Has nothing more started on a worker, or lets it. Raises NotFound for one that nobody knows."""
-        self.check_worker(worker_id)
+        """Has nothing more started on a worker, whether or not it is known, or lets it."""
         if is_cordoned is not (worker_id in self.fleet.cordoned):
             change = self.fleet.cordoned.add if is_cordoned else self.fleet.cordoned.discard
             change(worker_id)
@@ -425,7 +436,7 @@ class Core:
         return self._take(now)
 
     def drain_worker(self, worker_id: str, now: float) -> list[actions.Action]:
-        """Cordons a worker and drains what it holds; models in use start elsewhere. Raises NotFound."""
+        """Cordons a worker and drains what it holds; models in use start elsewhere."""
         todo = self.cordon(worker_id, now, is_cordoned=True)
         worker = self.fleet.worker(worker_id)
         replicas = list(worker.replicas.values()) if worker is not None else []
@@ -471,6 +482,11 @@ class Core:
         self.lifecycle.wake_up(replica, now)
         return self._take(now)
 
+    def expect(self, expected: Mapping[str, Expected], now: float) -> list[actions.Action]:
+        """Forecasts were made: how warm models are best kept."""
+        self.lifecycle.wants.expect(expected, now)
+        return self._take(now)
+
     # Time.
     def expire_holds(self, now: float) -> list[actions.Action]:
         """Ends holds whose deadline is reached; to be called about every tenth of a second."""
@@ -483,11 +499,6 @@ class Core:
         """Follows the time in everything else, at once."""
         todo, is_left = self.begin_tick(now), True
         while is_left:
-    def expect(self, expected: Mapping[str, Expected], now: float) -> list[actions.Action]:
-        """Forecasts were made: how warm models are best kept."""
-        self.lifecycle.wants.expect(expected, now)
-        return self._take(now)
-
             more, is_left = self.go_on(now, len(self.catalogue) + 1)
             todo += more
         return todo
@@ -509,6 +520,7 @@ class Core:
             self.lifecycle.room.forget_worker(worker_id)
         if not self.is_resynchronised and now >= self._resync_at:
             self._resynchronise(now, is_complete=False)
+        self.leadership.tick(now)
         self.traffic.tick(now)
         self.lifecycle.begin_round(now)
         return self._take(now)
@@ -553,18 +565,16 @@ class Core:
                 self._out([actions.Release(hold, chosen)])
 
     def _resynchronise(self, now: float, *, is_complete: bool) -> None:
-        if self.lifecycle.is_open:
+        if self.is_resynchronised:
             return
-        self.lifecycle.is_open = True
+        self.is_resynchronised = True
         self._out([actions.FleetResynchronised(is_complete)])
-        models = {*self.fleet.models(), *self.holds.models(), *self.catalogue.pinned()}
-        for model in self.lifecycle.room.start_order(sorted(models), now):
-            self.lifecycle.reconcile(model, now)
+        self.leadership.resynchronised(now)
 
     def _expired(self, hold: Hold, now: float) -> HoldExpired:
         entry = self.catalogue.find(hold.model)
         retry_after = self.lifecycle.remaining_seconds(entry, now) if entry is not None else 1.0
-        state = self.lifecycle.activation(hold.model).state
+        state = self.lifecycle.state(hold.model)
         progress = "is still starting" if state is ActivationState.STARTING else "has no replica that takes requests"
         if self.traffic.has_candidates(hold.model) and not hold.adapter:
             progress = "has more requests than it can answer"
@@ -575,6 +585,10 @@ class Core:
             metadata={"model": hold.model, "waited_seconds": f"{now - hold.since:.1f}", "activation": state.name},
             retry_after_seconds=retry_after,
         )
+
+    def follow_up(self, now: float) -> list[actions.Action]:
+        """What follows from what a part of the core was told (`leadership`)."""
+        return self._take(now)
 
     def _out(self, items: Iterable[actions.Action]) -> None:
         self.lifecycle.outbox.extend(items)

@@ -91,6 +91,7 @@ class Holds:
         # Entries of holds that left are skipped when met: a heap has no cheap removal.
         self._deadlines: list[tuple[float, int]] = []
         self._size_bytes = 0
+        self._elsewhere: dict[str, int] = {}
 
     def admit(self, hold: Hold) -> Hold | None:
         """Begins to hold a request; returns the one that it puts out, where the model's queue was full.
@@ -116,8 +117,19 @@ class Holds:
         self._size_bytes += hold.size_bytes
         return shed
 
+    def elsewhere(self, model: str, count: int) -> None:
+        """Says how many requests wait for a model at other proxies, which count on this one to start it."""
+        if count:
+            self._elsewhere[model] = count
+        else:
+            self._elsewhere.pop(model, None)
+
+    def elsewhere_count(self, model: str) -> int:
+        """How many requests wait for a model at other proxies."""
+        return self._elsewhere.get(model, 0)
+
     def first(self, model: str) -> Hold | None:
-        """The hold of a model that came first."""
+        """The hold of a model that came first, of this proxy's own."""
         queue = self._by_model.get(model)
         return next(iter(queue.values())) if queue else None
 
@@ -173,12 +185,19 @@ class Holds:
         return expired
 
     def count(self, model: str) -> int:
-        """How many requests of a model are held."""
-        return len(self._by_model.get(model, ()))
+        """How many requests of a model are held, here and elsewhere."""
+        own_count = len(self._by_model.get(model, ()))
+        return own_count + self._elsewhere.get(model, 0) if self._elsewhere else own_count
 
     def models(self) -> list[str]:
-        """Models that requests wait for."""
-        return list(self._by_model)
+        """Models that requests wait for, here or elsewhere."""
+        if not self._elsewhere:
+            return list(self._by_model)
+        return [*self._by_model, *(model for model in self._elsewhere if model not in self._by_model)]
+
+    def own_counts(self) -> dict[str, int]:
+        """How many requests wait here, by model."""
+        return {model: len(queue) for model, queue in self._by_model.items()}
 
     def statistics(self) -> HoldStatistics:
         """What is held, in all."""

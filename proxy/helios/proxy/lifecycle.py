@@ -25,6 +25,7 @@ from helios.proxy.fleet.state import Replica, ReplicaState, Staged, WorkerHello
 from helios.proxy.holds import Holds
 from helios.proxy.loads import Loads
 from helios.proxy.moved import move_holds
+from helios.proxy.peers.following import Outlooks
 from helios.proxy.refusals import check_unpinned
 from helios.proxy.room import Room
 from helios.proxy.scaling.desired import Desired
@@ -97,6 +98,11 @@ class Lifecycle:
         self.outbox: list[actions.Action] = []
         self._round: deque[str] = deque()
         self.is_open = False
+        self.leads = True
+        self.outlooks = Outlooks()
+        """What a leader expects, where this proxy follows."""
+        self.wished: set[str] = set()
+        """Models that requests would take and do not wait for, to be told a leader."""
         self._traffic = traffic
         self._catalogue = catalogue
         self._holds = holds
@@ -172,10 +178,16 @@ class Lifecycle:
 
     def failure(self, model: str) -> str:
         """Why the model's last start failed, as long as no other one is tried; else empty."""
+        if not self.leads:
+            return self.outlooks.failure(model)
         activation = self.activating.find(model)
         if activation is None or activation.state is not ActivationState.BACKING_OFF:
             return ""
         return activation.failure
+
+    def state(self, model: str) -> ActivationState:
+        """Where the model's activation stands, as far as this proxy knows."""
+        return self.activation(model).state if self.leads else self.outlooks.state(model)
 
     def remaining_seconds(self, entry: ModelEntry, now: float) -> float:
         """Estimated time until a replica of the model could take a request that comes now.
@@ -186,13 +198,39 @@ class Lifecycle:
         elapsed = activation.elapsed_seconds(now) if activation is not None else 0.0
         pause = activation.back_off_remaining_seconds(now) if activation is not None else 0.0
         estimated = pause + self.estimates.remaining_seconds(entry.name, entry.weights_bytes, elapsed)
+        if not self.leads:
+            estimated = self.outlooks.remaining_seconds(entry.name, now) or estimated
         fetches = [r.fetch for r in self._traffic.fleet.replicas_of(entry.name) if r.revision == entry.revision]
         left = [fetch.remaining_seconds for fetch in fetches if fetch and fetch.remaining_seconds is not None]
         return max(estimated, min(left, default=0.0))
 
+    def lead(self) -> None:
+        """This proxy decides what runs from now on; nothing happens before `open`."""
+        self.leads, self.is_open = True, False
+        self.wants.is_deciding = True
+        self.outlooks.clear()
+
+    def step_down(self) -> None:
+        """Another proxy decides what runs: nothing is ordered any more, and what was begun is its own."""
+        self.leads = self.is_open = self.wants.is_deciding = False
+        for model in list(self.activating.models()):
+            self.activating.forget(model)
+        self._evicting.clear()
+
+    def open(self, now: float) -> None:
+        """What there is is known: begins to bring it to what is wanted."""
+        self.is_open = True
+        for replica in [r for r in self._traffic.fleet.replicas() if self._traffic.is_draining(r)]:
+            # The leader before may have told of it and died before it ordered it.
+            self.drain(replica, now)
+        models = {*self._traffic.fleet.models(), *self._holds.models(), *self._catalogue.pinned()}
+        for model in self.room.start_order(sorted(models), now):
+            self.reconcile(model, now)
+
     def reconcile(self, model: str, now: float) -> None:
-        """Does the next step for a model."""
+        """Does the next step for a model; where this proxy follows, for those alone who wait for it here."""
         if not self.is_open:
+            self._observe(model, now)
             return
         entry = self._catalogue.find(model)
         if entry is None or entry.name != model:
@@ -236,6 +274,8 @@ class Lifecycle:
     def want(self, entry: ModelEntry, now: float) -> None:
         """Starts a replica that requests would take and do not wait for: where there is room that nobody has."""
         if not self.is_open:
+            if not self.leads:
+                self.wished.add(entry.name)
             return
         current = self._traffic.staying(entry.name)
         standing, _ = self.swaps.split(current, now)
@@ -250,6 +290,10 @@ class Lifecycle:
     def begin_round(self, now: float) -> None:
         """Begins to look at every model about which something may be due; `go_on` does it."""
         self.wants.follow_clock(now)
+        if not self.leads:
+            for model in self._holds.models():
+                self._observe(model, now)
+            return
         pinned, active = sorted(self._catalogue.pinned()), self.activating.models()
         # In an order of their own: sorting thousands of names would be a slice of its own.
         expected, fleet = self.wants.forecasts.models(), self._traffic.fleet
@@ -315,6 +359,8 @@ class Lifecycle:
 
         Requests that run may go on for `seconds`, also where the order is repeated; None is the policy's time.
         """
+        if not self.leads:
+            return
         if self._traffic.is_draining(replica) and self._commands.has_pending_drain(
             replica.worker_id, replica.replica_id
         ):
@@ -355,7 +401,7 @@ class Lifecycle:
 
     def discard(self, revision: str) -> None:
         """Drops the bytes of a deleted model's revision from the nodes once no replica uses them."""
-        if all(entry.revision != revision for entry in self._catalogue.models()):
+        if self.leads and all(entry.revision != revision for entry in self._catalogue.models()):
             self._evicting.add(revision)
             self._evict_idle()
 
@@ -455,6 +501,16 @@ class Lifecycle:
                 self.warmth.keep_staged(entry, replica.worker_id)
             self.drain(replica, now)
 
+    def _observe(self, model: str, now: float) -> None:
+        """Answers those who wait here for what will not come, or has become another name's."""
+        if self.leads:
+            return
+        entry = self._catalogue.find(model)
+        if entry is not None and entry.name == model:
+            self.adapters.answer(entry)
+        elif self._catalogue.is_synced:
+            self._move_holds(model, now)
+
     def _remove(self, model: str, now: float) -> None:
         for replica in self._traffic.fleet.replicas_of(model):
             if not self._traffic.is_draining(replica):
@@ -462,6 +518,9 @@ class Lifecycle:
         self.activating.forget(model)
         self.swaps.forget(model)
         self._traffic.forget_use(model)
+        self._move_holds(model, now)
+
+    def _move_holds(self, model: str, now: float) -> None:
         todo, homes = move_holds(
             model, now, holds=self._holds, catalogue=self._catalogue, remaining_seconds=self.remaining_seconds
         )
@@ -503,6 +562,9 @@ class Lifecycle:
         self._send(worker_id, order)
 
     def _send(self, worker_id: str, order: Order) -> None:
+        if not self.leads:
+            # Workers would refuse it.
+            return
         self.outbox.append(actions.Send(self._commands.issue(worker_id, order)))
 
     def _report(self, action: actions.Action) -> None:

@@ -238,6 +238,18 @@ class Traffic:
         self._draining.add(replica_id)
         self.refresh(replica_id)
 
+    @property
+    def draining(self) -> frozenset[str]:
+        """Replicas that were un-picked for good."""
+        return frozenset(self._draining)
+
+    def set_draining(self, replica_ids: frozenset[str]) -> None:
+        """Has exactly these un-picked for good: what a leader says."""
+        changed = self._draining ^ replica_ids
+        self._draining = set(replica_ids)
+        for replica_id in changed:
+            self.refresh(replica_id)
+
     def is_draining(self, replica: Replica) -> bool:
         """Whether a replica is on its way out."""
         return replica.state is ReplicaState.DRAINING or replica.replica_id in self._draining
@@ -292,6 +304,14 @@ class Traffic:
     def use(self, model: str, now: float) -> None:
         """Counts as a use of the model, so that it is not drained as idle."""
         self._last_used[model] = now
+
+    def used(self, model: str, at: float) -> None:
+        """Another proxy used a model then."""
+        self._last_used[model] = max(at, self._last_used.get(model, at))
+
+    def uses(self) -> Iterable[tuple[str, float]]:
+        """When each model was used last."""
+        return self._last_used.items()
 
     def forget_use(self, model: str) -> None:
         """Lets a model go to zero at once."""

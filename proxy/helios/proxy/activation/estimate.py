@@ -22,6 +22,14 @@ class StartEstimates:
         mean = self._means.get(model)
         self._means[model] = seconds if mean is None else mean + _NEW_SHARE * (seconds - mean)
 
+    def measured(self) -> dict[str, float]:
+        """How long models take, as far as was measured."""
+        return self._means
+
+    def believe(self, model: str, seconds: float) -> None:
+        """Takes in another proxy's mean."""
+        self._means[model] = seconds
+
     def expected_seconds(self, model: str, weights_bytes: int) -> float:
         """How long a start takes from its beginning."""
         mean = self._means.get(model)

@@ -21,10 +21,11 @@ class Bucket:
     reserved.
     """
 
-    def __init__(self, per_minute: int) -> None:
+    def __init__(self, per_minute: int, used_up_at: float | None = None) -> None:
+        """``used_up_at``: when all of it counts as used, because nobody knows what was; None: nothing was."""
         self.capacity = per_minute
         self._rate = per_minute / 60.0
-        self._empty_at = 0.0
+        self._empty_at = used_up_at + 60.0 if used_up_at is not None else 0.0
         self._reserved = 0
 
     def reserve(self, amount: int, now: float) -> float:
@@ -44,6 +45,10 @@ class Bucket:
         self._reserved -= reserved
         if actual:
             self._empty_at = max(self._empty_at, now) + actual / self._rate
+
+    def wait_seconds(self, amount: int, now: float) -> float:
+        """How long an amount has to wait if all that is reserved is given back; 0: it would fit then."""
+        return max(0.0, self._used(now) + amount - self.capacity) / self._rate
 
     def remaining(self, now: float) -> int:
         """What may be reserved now."""

@@ -22,13 +22,14 @@ whose end nobody will tell (its replica is gone) settles for what it reserved. W
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
-from helios.mesh.errors import InvalidRequest, QuotaExceeded
+from helios.mesh.errors import InvalidRequest, QuotaExceeded, Unavailable
 from helios.proxy.admission.bucket import Bucket
 from helios.proxy.admission.history import History
 from helios.proxy.admission.keyring import Caller
+from helios.proxy.admission.slice import Slice
 
 # Envoy cuts a request that sees no byte for an hour; one that streams for longer is settled as reserved meanwhile.
 _LIFE_SECONDS: Final = 3600.0
@@ -60,8 +61,19 @@ class Standing(NamedTuple):
     token_reset: float
 
 
+Limit = Bucket | Slice
+Limits = tuple[Limit | None, Limit | None]
+"""Of requests, and of tokens; None where a key has no such limit."""
+
+
+def own_limits(caller: Caller, used_up_at: float | None = None) -> Limits:
+    """The limits of a key where this proxy counts for itself and for all others."""
+    requests, tokens = caller.requests_per_minute, caller.tokens_per_minute
+    return Bucket(requests, used_up_at) if requests else None, Bucket(tokens, used_up_at) if tokens else None
+
+
 class _Held(NamedTuple):
-    bucket: Bucket | None
+    bucket: Limit | None
     caller: Caller
     model: str
     body_bytes: int
@@ -79,10 +91,9 @@ class _Lapsed(NamedTuple):
 class _Account:
     """The two buckets of a key, either of which may be missing."""
 
-    def __init__(self, caller: Caller) -> None:
+    def __init__(self, caller: Caller, limits: Limits) -> None:
         self.limits = (caller.requests_per_minute, caller.tokens_per_minute)
-        self.requests = Bucket(caller.requests_per_minute) if caller.requests_per_minute else None
-        self.tokens = Bucket(caller.tokens_per_minute) if caller.tokens_per_minute else None
+        self.requests, self.tokens = limits
         self.used_at = 0.0
 
     def standing(self, now: float) -> Standing:
@@ -104,6 +115,21 @@ class Quotas:
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._doubtful: OrderedDict[str, float] = OrderedDict()
         self._lapsed: OrderedDict[str, _Lapsed] = OrderedDict()
+        self._limits_of: Callable[[Caller], Limits] = own_limits
+        self._may_spend: Callable[[float], bool] | None = None
+
+    def share(self, limits_of: Callable[[Caller], Limits], may_spend: Callable[[float], bool] | None) -> None:
+        """Has limits of keys counted anew, in another way; requests that run settle where they reserved.
+
+        `may_spend` says whether any of them may be used at a time; None: always.
+        """
+        self._limits_of, self._may_spend = limits_of, may_spend
+        self._accounts.clear()
+
+    def limits(self, caller: Caller, now: float) -> Limits:
+        """The limits of a key, for those who reserve of them for others."""
+        account = self._account(caller, now)
+        return account.requests, account.tokens
 
     def admit(
         self, caller: Caller, request_id: str, model: str, *, body_bytes: int, max_tokens: int, now: float
@@ -127,6 +153,8 @@ class Quotas:
         self.release(request_id, now)
         self._lapsed.pop(request_id, None)
         account = self._account(caller, now)
+        if self._may_spend is not None and any(account.limits) and not self._may_spend(now):
+            raise _not_told(caller)
         history = self.history
         answer_tokens = max_tokens or history.long_answer_tokens(model, caller.key_id)
         tokens = history.prompt_tokens(model, body_bytes) + answer_tokens
@@ -206,7 +234,7 @@ class Quotas:
     def _account(self, caller: Caller, now: float) -> _Account:
         account = self._accounts.get(caller.key_id)
         if account is None or account.limits != (caller.requests_per_minute, caller.tokens_per_minute):
-            account = self._accounts[caller.key_id] = _Account(caller)
+            account = self._accounts[caller.key_id] = _Account(caller, self._limits_of(caller))
         account.used_at = now
         return account
 
@@ -236,7 +264,7 @@ def _settle(held: _Held, actual: int, now: float) -> None:
         held.bucket.settle(held.tokens, actual, now)
 
 
-def _fitting(tokens: int, max_tokens: int, bucket: Bucket) -> int:
+def _fitting(tokens: int, max_tokens: int, bucket: Limit) -> int:
     """What to reserve of a bucket: a guess that is larger than all of it is no reason to refuse, a request is."""
     if tokens <= bucket.capacity:
         return tokens
@@ -257,7 +285,17 @@ def _is_idle(account: _Account, now: float) -> bool:
     return all(bucket is None or not bucket.reset_seconds(now) for bucket in (account.requests, account.tokens))
 
 
-def _three(bucket: Bucket, now: float) -> tuple[int, int, float]:
+def _not_told(caller: Caller) -> Unavailable:
+    """What a key used elsewhere is not known, and might be all of its limit."""
+    return Unavailable(
+        "the API key's limits can't be checked now: the gateway's proxies have lost sight of one another",
+        reason="LIMITS_UNKNOWN",
+        metadata={"key": caller.key_id},
+        retry_after_seconds=1,
+    )
+
+
+def _three(bucket: Limit, now: float) -> tuple[int, int, float]:
     return bucket.capacity, bucket.remaining(now), bucket.reset_seconds(now)
 
 

@@ -97,8 +97,14 @@ class SetAdapters:
     adapters: tuple[Adapter, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Refuse what leaders before this one ordered: nothing but the command's epoch. Its answer says that it holds."""
+
+
 Order = (
-    StartReplica
+    Fence
+    | StartReplica
     | DrainReplica
     | StopReplica
     | EvictRevision

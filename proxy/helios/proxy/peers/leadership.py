@@ -1,0 +1,244 @@
+"""What it means for a core to lead or to follow. Pure; times are monotonic seconds.
+
+| | leads | follows |
+|---|---|---|
+| picks, holds, admits, publishes endpoints | yes | yes |
+| orders anything of workers | yes, once they are fenced | no: believes what workers say |
+| who waits | its own, and those of followers | tells the leader how many |
+| answers those who wait | its own starts' failures | the leader's word |
+| limits of keys | buckets, of which it grants slices | slices |
+
+A proxy without leases leads from the start, in epoch 0, and nothing here is ever called.
+
+Whoever takes the lead sends each worker a `Fence` and orders nothing before all have answered: from then on a worker
+refuses what a leader before it orders, and has told of all that it accepted. So a start in flight is known, and is
+adopted rather than made twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from helios.proxy import actions
+from helios.proxy.activation.machine import ActivationState
+from helios.proxy.admission.bucket import Bucket
+from helios.proxy.admission.keyring import Caller
+from helios.proxy.admission.quotas import own_limits
+from helios.proxy.catalogue import Catalogue
+from helios.proxy.fleet.commands import CommandBook, Fence
+from helios.proxy.holds import Holds
+from helios.proxy.lifecycle import Lifecycle
+from helios.proxy.peers.escrow import Buckets, Escrow, Slices
+from helios.proxy.peers.followers import Followers
+from helios.proxy.peers.following import Following
+from helios.proxy.peers.messages import Failure, Hello, News, Outlook, Report, SliceKey
+from helios.proxy.refusals import start_error
+from helios.proxy.traffic import Traffic
+
+_AT_REST: Final = (ActivationState.IDLE, ActivationState.PLACING)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The core's parts that leading and following are about."""
+
+    lifecycle: Lifecycle
+    traffic: Traffic
+    catalogue: Catalogue
+    holds: Holds
+    commands: CommandBook
+
+
+class Leadership:
+    """Who leads, and the sessions with other proxies.
+
+    Invariants: the lifecycle is open only while this proxy leads and the fleet is resynchronised; it orders nothing
+    with an epoch before each reachable worker has answered a fence of that epoch, or had `fence_seconds` to.
+    """
+
+    def __init__(self, parts: Parts, *, fence_seconds: float) -> None:
+        self._lifecycle, self._traffic = parts.lifecycle, parts.traffic
+        self._catalogue, self._holds, self._commands = parts.catalogue, parts.holds, parts.commands
+        self._fence_seconds = fence_seconds
+        self._fence_until = 0.0
+        self._unfenced: set[str] = set()
+        self._is_resynchronised = False
+        self.epoch = 0
+        """In which this proxy leads; 0: it does not, or there are no leases."""
+        self.seen_epoch = 0
+        """The highest that this proxy has heard of."""
+        self.lease_until = 0.0
+        """Until when the registry gives the lead to nobody else."""
+        self.escrow = Escrow(self._buckets)
+        self.followers = Followers(self.escrow, self, parts.holds.elsewhere)
+        self.following: Following | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this proxy decides what runs."""
+        return self._lifecycle.leads
+
+    # Who leads.
+    def lead(self, epoch: int, now: float) -> None:
+        """This proxy leads from now on, or in another epoch; the one before may have ended in the meantime."""
+        was_leading = self.leads and self.epoch > 0
+        self.epoch = epoch
+        self.seen_epoch = max(self.seen_epoch, epoch)
+        if not was_leading:
+            self.following = None
+            self._traffic.quotas.share(partial(own_limits, used_up_at=now if epoch > 1 else None), self.may_spend)
+        self._lifecycle.lead()
+        self._fence_until = now + self._fence_seconds
+        self._unfenced = set()
+        for worker in self._traffic.fleet.workers() if epoch else ():
+            worker_id = worker.hello.worker_id
+            self._lifecycle.outbox.append(actions.Send(self._commands.issue(worker_id, Fence())))
+            if worker.is_reachable:
+                self._unfenced.add(worker_id)
+        self._open(now)
+
+    def follow(self, now: float) -> None:
+        """This proxy leads no more, or not yet: another one does, or will."""
+        self.epoch, self.lease_until = 0, 0.0
+        self._unfenced = set()
+        self._lifecycle.step_down()
+        self.followers.clear(now)
+        self.begin_session(now)
+
+    def resynchronised(self, now: float) -> None:
+        """The fleet is believed to be complete."""
+        self._is_resynchronised = True
+        self._open(now)
+
+    def tick(self, now: float) -> list[str]:
+        """Follows the time; returns sessions of followers that are over."""
+        if self._unfenced and self.leads:
+            reachable = {w.hello.worker_id for w in self._traffic.fleet.workers() if w.is_reachable}
+            self._unfenced &= reachable if now < self._fence_until else set()
+            self._open(now)
+        if self.following is not None:
+            self.following.slices.follow()
+        return self.followers.tick(now) if self.epoch else []
+
+    def may_spend(self, now: float) -> bool:
+        """Whether no other proxy counts the limits of keys: by the lease, or by the word of all who could have it."""
+        return now < self.lease_until or now < self.followers.promised_until()
+
+    # Workers.
+    def worker_hello(self, worker_id: str) -> None:
+        """A worker introduces itself; what it has not answered is sent again after that."""
+        if self.epoch and not any(isinstance(one.order, Fence) for one in self._commands.pending(worker_id)):
+            self._commands.issue(worker_id, Fence())
+            if not self._lifecycle.is_open:
+                self._unfenced.add(worker_id)
+
+    def fenced(self, worker_id: str, now: float) -> None:
+        """A worker answered a fence."""
+        self._unfenced.discard(worker_id)
+        self._open(now)
+
+    def _open(self, now: float) -> None:
+        if self.leads and self._is_resynchronised and not self._unfenced and not self._lifecycle.is_open:
+            self._lifecycle.open(now)
+
+    # The leader's end of sessions.
+    def connect(self, hello: Hello, now: float) -> str:
+        """A follower begins a session; returns its name."""
+        self.seen_epoch = max(self.seen_epoch, hello.epoch)
+        return self.followers.connect(hello, now)
+
+    def disconnect(self, session: str, now: float, *, is_leaving: bool = False) -> None:
+        """A session is over."""
+        self.followers.disconnect(session, now, is_leaving=is_leaving)
+
+    def report(self, session: str, report: Report, now: float) -> None:
+        """Takes in what a follower says."""
+        demands = self.followers.report(session, report, now)
+        for model, seconds in demands.used:
+            self._traffic.used(model, now - seconds)
+        for model in (*demands.wished, *demands.changed):
+            entry = self._catalogue.get(model)
+            if entry is None:
+                continue
+            if model in demands.wished:
+                self._lifecycle.want(entry, now)
+            self._lifecycle.activation(model)
+            self._lifecycle.reconcile(model, now)
+
+    def news(self, session: str, now: float) -> News:
+        """What is to be told a follower now."""
+        return self.followers.take(session, self.epoch, now)
+
+    def active_models(self) -> Iterable[str]:
+        """Models with a start under way, or a failure."""
+        activating = self._lifecycle.activating
+        return [model for model in activating.models() if activating.of(model).state not in _AT_REST]
+
+    def outlook(self, model: str, now: float) -> Outlook:
+        """What is expected of a model."""
+        entry = self._catalogue.get(model)
+        activation = self._lifecycle.activating.find(model)
+        if entry is None or activation is None:
+            return Outlook(model, ActivationState.IDLE, 1.0)
+        failure = self._lifecycle.failure(model)
+        return Outlook(model, activation.state, self._lifecycle.remaining_seconds(entry, now), failure)
+
+    def measured_seconds(self) -> dict[str, float]:
+        """How long models take to start, as far as was measured."""
+        return self._lifecycle.estimates.measured()
+
+    def draining(self) -> frozenset[str]:
+        """Replicas that are taken out."""
+        return self._traffic.draining
+
+    def _buckets(self, key: SliceKey, now: float) -> Buckets:
+        caller = Caller(
+            key.key_id, requests_per_minute=key.requests_per_minute, tokens_per_minute=key.tokens_per_minute
+        )
+        requests, tokens = self._traffic.quotas.limits(caller, now)
+        return (
+            requests if isinstance(requests, Bucket) else None,
+            tokens if isinstance(tokens, Bucket) else None,
+        )
+
+    # The follower's end.
+    def begin_session(self, now: float) -> Following:
+        """A session with a leader begins: what an earlier one was told, it is told again."""
+        slices = Slices()
+        self._traffic.quotas.share(slices.open, slices.is_valid)
+        self.following = Following(slices, self.following.used_since if self.following is not None else now)
+        return self.following
+
+    def own_report(self, now: float) -> Report:
+        """What is to be told the leader now."""
+        assert self.following is not None
+        wished, self._lifecycle.wished = self._lifecycle.wished, set()
+        return self.following.report(self._holds.own_counts(), self._traffic.uses(), sorted(wished), now)
+
+    def heard(self, news: News, now: float) -> None:
+        """Takes in what the leader says. Ignored where it leads by an epoch lower than one that was heard of."""
+        if self.following is None or news.epoch < self.seen_epoch:
+            return
+        self.seen_epoch = news.epoch
+        self.following.heard(news, now)
+        if news.draining is not None:
+            self._traffic.set_draining(frozenset(news.draining))
+        for model, seconds in news.estimates:
+            self._lifecycle.estimates.believe(model, seconds)
+        for outlook in news.outlooks:
+            self._lifecycle.outlooks.take(outlook, now)
+        for failure in news.failures:
+            self._answer(failure)
+
+    def _answer(self, failure: Failure) -> None:
+        assert self.following is not None
+        self.following.answered(failure)
+        # What waits for a replica that is busy, or for an adapter, does not wait for this start.
+        if self._traffic.has_candidates(failure.model):
+            return
+        for hold in self._holds.take_all(failure.model):
+            told = start_error(failure.model, failure.reason, failure.message, failure.retry_after_seconds)
+            self._lifecycle.outbox.append(actions.Fail(hold, told))

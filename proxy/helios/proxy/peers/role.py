@@ -1,0 +1,97 @@
+"""When a proxy asks for the lead, and when it gives it up. Pure; times are monotonic seconds.
+
+| state | event | next |
+|---|---|---|
+| follows | its promise to a leader is over, and nobody is known to hold the lease | asks |
+| follows | granted | leads, in the grant's epoch |
+| leads | a third of the TTL is over | renews |
+| leads | the registry can't be asked | leads: workers are fenced, and nobody else can get an epoch |
+| leads | the lease ended, and is nobody's | asks anew, and leads on meanwhile |
+| leads | the lease is another's, or a higher epoch is heard of | follows |
+
+A follower that hears the leader does not ask, whatever the registry says: an outage of the registry moves no lead.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+from helios.proxy.peers.leadership import Leadership
+
+LEASE_NAME: Final = "proxy-leader"
+
+
+class Ask(enum.Enum):
+    """What is to be asked of the registry."""
+
+    ACQUIRE = 1
+    RENEW = 2
+
+
+class Role:
+    """One proxy's part in who leads.
+
+    Invariant: what the registry answered to a question that was asked before a change is not taken for an answer after.
+    """
+
+    def __init__(self, leadership: Leadership, *, ttl_seconds: float) -> None:
+        self._leadership = leadership
+        self._ttl_seconds = ttl_seconds
+        self._next_at = 0.0
+        self._is_lost = False
+        self.leader_address = ""
+        """Where the leader listens; empty: this proxy leads, or nobody is known to."""
+
+    def due(self, now: float) -> Ask | None:
+        """What is to be asked now."""
+        if now < self._next_at:
+            return None
+        leadership = self._leadership
+        if leadership.epoch:
+            return Ask.ACQUIRE if self._is_lost else Ask.RENEW
+        following = leadership.following
+        return Ask.ACQUIRE if following is None or now >= following.promised_until() else None
+
+    def granted(self, epoch: int, asked_at: float, now: float) -> None:
+        """The lease is this proxy's, since the question was asked at the latest."""
+        self.leader_address, self._is_lost = "", False
+        self._leadership.lead(epoch, now)
+        self.renewed(epoch, asked_at)
+
+    def renewed(self, epoch: int, asked_at: float) -> None:
+        """The lease goes on."""
+        if epoch == self._leadership.epoch:
+            self._leadership.lease_until = asked_at + self._ttl_seconds
+            self._next_at = asked_at + self._ttl_seconds / 3
+
+    def refused(self, address: str, epoch: int, rest_seconds: float, now: float) -> None:
+        """The lease is another's, which listens there; for so long, unless it renews it."""
+        self._next_at = now + min(max(rest_seconds, 0.1), self._ttl_seconds / 3)
+        if epoch >= max(self._leadership.epoch, self._leadership.seen_epoch):
+            self.leader_address = address
+        self.outdone(epoch, now)
+
+    def lost(self, epoch: int, holder: str, now: float) -> None:
+        """The lease with this epoch has ended; `holder` has it now, or nobody."""
+        if epoch != self._leadership.epoch:
+            return
+        self._leadership.lease_until = 0.0
+        self._is_lost, self._next_at = True, now
+        if holder:
+            self._follow(now)
+
+    def unreachable(self, now: float) -> None:
+        """The registry could not be asked."""
+        self._next_at = now + self._ttl_seconds / 6
+
+    def outdone(self, epoch: int, now: float) -> None:
+        """Somebody has heard of this epoch."""
+        leadership = self._leadership
+        leadership.seen_epoch = max(leadership.seen_epoch, epoch)
+        if leadership.epoch and epoch > leadership.epoch:
+            self._follow(now)
+
+    def _follow(self, now: float) -> None:
+        self._is_lost = False
+        self._leadership.follow(now)

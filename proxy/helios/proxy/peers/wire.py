@@ -1,0 +1,167 @@
+"""What proxies tell each other, as messages and back."""
+
+from google.protobuf.duration_pb2 import Duration
+
+from helios.api.proxy.v1 import peer_service_pb2 as pb
+from helios.proxy.activation.machine import ActivationState
+from helios.proxy.peers.messages import (
+    Failure,
+    Granted,
+    Hello,
+    News,
+    Outlook,
+    Report,
+    SliceGrant,
+    SliceKey,
+    SliceReport,
+    Spent,
+)
+
+_PREFIX = "ACTIVATION_STATE_"
+
+
+def hello_to_proto(hello: Hello) -> pb.Hello:
+    """Writes a hello."""
+    return pb.Hello(proxy_id=hello.proxy_id, incarnation=hello.incarnation, epoch=hello.epoch)
+
+
+def hello_from_proto(message: pb.Hello) -> Hello:
+    """Reads a hello."""
+    return Hello(message.proxy_id, message.incarnation, message.epoch)
+
+
+def report_to_proto(report: Report) -> pb.Report:
+    """Writes a report."""
+    return pb.Report(
+        sent_at=report.sent_at,
+        heard_at=report.heard_at,
+        held=[pb.HeldRequests(model=model, count=count) for model, count in report.held],
+        used=[pb.UsedModel(model=model, ago=_duration(seconds)) for model, seconds in report.used],
+        wished=report.wished,
+        slices=[
+            pb.SliceReport(key=_key_to_proto(one.key), requests=_spent(one.requests), tokens=_spent(one.tokens))
+            for one in report.slices
+        ],
+    )
+
+
+def report_from_proto(message: pb.Report) -> Report:
+    """Reads a report."""
+    return Report(
+        message.sent_at,
+        message.heard_at,
+        held=tuple((held.model, held.count) for held in message.held),
+        used=tuple((used.model, _seconds(used.ago)) for used in message.used),
+        wished=tuple(message.wished),
+        slices=tuple(
+            SliceReport(_key_from_proto(one.key), _spent_from(one.requests), _spent_from(one.tokens))
+            for one in message.slices
+        ),
+    )
+
+
+def news_to_proto(news: News) -> pb.News:
+    """Writes news."""
+    return pb.News(
+        epoch=news.epoch,
+        sent_at=news.sent_at,
+        heard_at=news.heard_at,
+        draining=pb.Draining(replica_ids=news.draining) if news.draining is not None else None,
+        outlooks=[_outlook_to_proto(outlook) for outlook in news.outlooks],
+        failures=[
+            pb.StartFailure(
+                model=failed.model,
+                reason=failed.reason,
+                message=failed.message,
+                retry_after=_duration(failed.retry_after_seconds),
+            )
+            for failed in news.failures
+        ],
+        estimates=[pb.StartEstimate(model=model, seconds=_duration(seconds)) for model, seconds in news.estimates],
+        slices=[
+            pb.SliceGrant(key=_key_to_proto(one.key), requests=_granted(one.requests), tokens=_granted(one.tokens))
+            for one in news.slices
+        ],
+    )
+
+
+def news_from_proto(message: pb.News) -> News:
+    """Reads news."""
+    return News(
+        message.epoch,
+        message.sent_at,
+        message.heard_at,
+        draining=tuple(message.draining.replica_ids) if message.HasField("draining") else None,
+        outlooks=tuple(_outlook_from_proto(outlook) for outlook in message.outlooks),
+        failures=tuple(
+            Failure(one.model, one.reason, one.message, _seconds(one.retry_after)) for one in message.failures
+        ),
+        estimates=tuple((one.model, _seconds(one.seconds)) for one in message.estimates),
+        slices=tuple(
+            SliceGrant(_key_from_proto(one.key), _granted_from(one.requests), _granted_from(one.tokens))
+            for one in message.slices
+        ),
+    )
+
+
+def _outlook_to_proto(outlook: Outlook) -> pb.Outlook:
+    return pb.Outlook(
+        model=outlook.model,
+        state=pb.ActivationState.Value(_PREFIX + outlook.state.name),
+        remaining=_duration(outlook.remaining_seconds),
+        failure=outlook.failure,
+    )
+
+
+def _outlook_from_proto(message: pb.Outlook) -> Outlook:
+    name = pb.ActivationState.Name(message.state).removeprefix(_PREFIX)
+    # One that a newer version sends is as good as none.
+    state = ActivationState[name] if name in ActivationState.__members__ else ActivationState.IDLE
+    return Outlook(message.model, state, _seconds(message.remaining), message.failure)
+
+
+def _key_to_proto(key: SliceKey) -> pb.SliceKey:
+    return pb.SliceKey(
+        key_id=key.key_id,
+        requests_per_minute=key.requests_per_minute,
+        tokens_per_minute=key.tokens_per_minute,
+        number=key.number,
+    )
+
+
+def _key_from_proto(message: pb.SliceKey) -> SliceKey:
+    return SliceKey(message.key_id, message.requests_per_minute, message.tokens_per_minute, message.number)
+
+
+def _spent(spent: Spent) -> pb.Spent:
+    return pb.Spent(wanted=spent.wanted, used=spent.used, owed=spent.owed, returned=spent.returned)
+
+
+def _spent_from(message: pb.Spent) -> Spent:
+    return Spent(message.wanted, message.used, message.owed, message.returned)
+
+
+def _granted(granted: Granted) -> pb.Granted:
+    return pb.Granted(
+        granted=granted.granted,
+        remaining=granted.remaining,
+        reset=_duration(granted.reset_seconds),
+        wait=_duration(granted.wait_seconds),
+        reclaimed=granted.is_reclaimed,
+    )
+
+
+def _granted_from(message: pb.Granted) -> Granted:
+    return Granted(
+        message.granted, message.remaining, _seconds(message.reset), _seconds(message.wait), message.reclaimed
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
+
+
+def _seconds(message: Duration) -> float:
+    return message.seconds + message.nanos / 1e9

@@ -1,0 +1,276 @@
+"""Several proxies as cores: one leads, none loses a request, and a key's limit holds for all of them together."""
+
+import pytest
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from helios.mesh.errors import HeliosError, NoReadyReplica
+from tests.proxy.peers_world import KEY, World
+
+RARELY = st.sampled_from([True, False, False, False])
+
+
+def settled(proxy_count: int = 2) -> World:
+    world = World(proxy_count)
+    world.go_well(2)
+    return world
+
+
+def leader_of(world: World) -> str:
+    (leader,) = world.leaders()
+    return leader
+
+
+def follower_of(world: World) -> str:
+    return next(name for name in world.nodes if name != leader_of(world))
+
+
+def test_one_leads_and_the_others_follow() -> None:
+    world = settled(3)
+    assert world.leaders() == ["p1"]
+    assert [node.session is not None for node in world.nodes.values()] == [False, True, True]
+
+
+def test_what_waits_at_a_follower_is_started_once_and_released_there() -> None:
+    world = settled()
+    assert not world.request("p2", "a", 60)
+    assert not world.request("p1", "a", 60)
+    world.go_well(2)
+    assert [error for node in world.nodes.values() for _, error in node.answered] == [None, None]
+    assert sum(len(machine.replicas) for machine in world.machines.values()) == 1
+
+
+def test_a_failed_start_answers_those_who_wait_at_a_follower() -> None:
+    world = settled()
+    world.request("p2", "a", 60)
+    world.go_well(2, fails=True)
+    ((_, error),) = world.nodes["p2"].answered
+    assert isinstance(error, NoReadyReplica)
+    assert error.metadata["cause"] == "ENGINE_DIED"
+    assert world.nodes["p2"].core.lifecycle.failure("a")
+    assert world.nodes["p1"].core.holds.count("a") == 0
+
+
+def test_a_follower_tells_the_leader_s_estimate() -> None:
+    world = settled()
+    world.request("p1", "a", 60)
+    world.go_well(3)
+    world.nodes["p1"].core.lifecycle.estimates.believe("b", 40.0)
+    world.request("p2", "b", 1)
+    for _ in range(6):
+        world.pass_time(0.25)
+        world.deliver("p2")
+    ((_, error),) = world.nodes["p2"].answered
+    assert error is not None
+    assert error.retry_after_seconds == pytest.approx(39, abs=1.5)
+
+
+def test_the_next_leader_takes_over_a_start_in_flight() -> None:
+    world = settled()
+    world.request("p2", "a", 60)
+    world.pass_time(0.1)
+    world.deliver("p2")
+    world.pass_time(0.1)
+    for machine in world.machines.values():
+        world.obey(machine, "p1")
+    assert len(world.starting("a")) == 1
+    world.kill("p1")
+    for _ in range(40):
+        world.pass_time(0.25)
+        for machine in world.machines.values():
+            while machine.commands["p2"]:
+                world.obey(machine, "p2")
+            while machine.events["p2"]:
+                world.hear(machine, "p2")
+    assert world.leaders() == ["p2"]
+    assert len(world.starting("a")) == 1
+    world.go_well(2)
+    assert [error for _, error in world.nodes["p2"].answered] == [None]
+
+
+def test_what_waits_at_a_follower_waits_for_the_next_leader() -> None:
+    world = settled(3)
+    world.kill("p1")
+    world.request("p3", "a", 60)
+    world.go_well(12)
+    assert len(world.leaders()) == 1
+    assert [error for _, error in world.nodes["p3"].answered] == [None]
+
+
+def test_an_outage_of_the_registry_moves_no_lead() -> None:
+    world = settled(3)
+    world.cut |= {frozenset((name, "registry")) for name in world.nodes}
+    world.go_well(30)
+    assert world.leaders() == ["p1"]
+    assert world.spend("p1", 100)
+    world.request("p2", "a", 60)
+    world.go_well(2)
+    assert [error for _, error in world.nodes["p2"].answered] == [None]
+
+
+def test_a_leader_that_was_replaced_orders_nothing_and_follows() -> None:
+    world = settled()
+    world.cut |= {frozenset(("p1", "registry")), frozenset(("p1", "p2"))}
+    world.go_well(20)
+    world.request("p1", "a", 60)
+    world.go_well(3)
+    assert world.leaders() == ["p2"]
+    world.cut.clear()
+    world.go_well(3)
+    assert [error for _, error in world.nodes["p1"].answered] == [None]
+    assert sum(len(machine.replicas) for machine in world.machines.values()) == 1
+
+
+def spend_all(world: World, name: str, seconds: float) -> int:
+    """A follower is asked for as much as it can get; returns how much that was."""
+    count = 0
+    for _ in range(round(seconds * 4)):
+        while world.spend(name, 10):
+            world.settle(1.0)
+            count += 10
+        world.go_well(0.25)
+    return count
+
+
+def test_a_follower_with_all_of_the_demand_gets_nearly_all_of_the_limit() -> None:
+    world = settled()
+    assert spend_all(world, "p2", 60) >= 0.9 * 2 * KEY.tokens_per_minute
+    assert world.most_in_a_window() <= 1e-3
+
+
+def test_what_one_proxy_does_not_use_another_one_gets() -> None:
+    world = settled(3)
+    spend_all(world, "p2", 5)
+    world.go_well(60)
+    assert spend_all(world, "p3", 6) >= 0.9 * KEY.tokens_per_minute
+
+
+def test_a_request_too_large_for_what_is_left_is_refused_until_it_fits() -> None:
+    world = settled()
+    spend_all(world, "p2", 8)
+    assert not world.spend("p2", 300)
+    world.go_well(0.5)
+    assert not world.spend("p2", 300)
+    assert world.nodes["p2"].core.leadership.following is not None
+    assert world.nodes["p2"].core.leadership.following.slices.is_refused(KEY.key_id)
+    # Nothing is kept for what nobody asks for any more.
+    world.go_well(40)
+    world.spend("p2", 300)
+    world.go_well(0.5)
+    assert world.spend("p2", 300)
+
+
+class PeersMachine(RuleBasedStateMachine):
+    """Three proxies, two workers and a registry, with everything late, cut or dead at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(3)
+
+    @initialize()
+    def begin(self) -> None:
+        self.world.go_well(2)
+
+    @rule(data=st.data(), model=st.sampled_from("ab"), seconds=st.sampled_from([1.0, 20.0, 300.0]))
+    def request(self, data: st.DataObject, model: str, seconds: float) -> None:
+        self.world.request(self.any_proxy(data), model, seconds)
+
+    @rule(data=st.data(), tokens=st.integers(1, 300))
+    def spend(self, data: st.DataObject, tokens: int) -> None:
+        self.world.spend(self.any_proxy(data), tokens)
+
+    @rule(data=st.data())
+    def spend_all(self, data: st.DataObject) -> None:
+        name = self.any_proxy(data)
+        while self.world.spend(name, 37):
+            pass
+
+    @rule(share=st.floats(0, 1))
+    def settle(self, share: float) -> None:
+        self.world.settle(share)
+
+    @rule(data=st.data())
+    def a_worker_obeys(self, data: st.DataObject) -> None:
+        self.world.obey(self.any_machine(data), self.any_proxy(data))
+
+    @rule(data=st.data())
+    def a_proxy_hears_a_worker(self, data: st.DataObject) -> None:
+        self.world.hear(self.any_machine(data), self.any_proxy(data))
+
+    @rule(data=st.data())
+    def a_session_delivers(self, data: st.DataObject) -> None:
+        self.world.deliver(self.any_proxy(data))
+
+    @rule(data=st.data())
+    def a_session_breaks(self, data: st.DataObject) -> None:
+        self.world.break_session(self.any_proxy(data))
+
+    @rule(fails=RARELY)
+    def starts_end(self, fails: bool) -> None:
+        self.world.finish_starts(fails=fails)
+
+    @rule(seconds=st.sampled_from([0.05, 0.5, 1.0, 2.5]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.pass_time(seconds)
+
+    @rule(data=st.data(), other=st.sampled_from(["p1", "p2", "p3", "registry"]))
+    def a_link_is_cut(self, data: st.DataObject, other: str) -> None:
+        name = self.any_proxy(data)
+        if name != other:
+            self.world.cut.add(frozenset((name, other)))
+
+    @rule()
+    def links_heal(self) -> None:
+        self.world.cut.clear()
+
+    @rule(data=st.data(), happens=RARELY)
+    def a_proxy_is_killed(self, data: st.DataObject, happens: bool) -> None:
+        if happens and len(self.world.nodes) > 1:
+            self.world.kill(self.any_proxy(data))
+
+    @rule()
+    def a_proxy_comes_back(self) -> None:
+        for name in ("p1", "p2", "p3"):
+            if name not in self.world.nodes:
+                self.world.start_proxy(name)
+                return
+
+    @rule(seconds=st.sampled_from([1.0, 12.0]))
+    def all_goes_well_for_a_while(self, seconds: float) -> None:
+        self.world.go_well(seconds)
+
+    @rule()
+    def test_in_the_end_one_leads_and_everybody_is_answered(self) -> None:
+        self.world.cut.clear()
+        self.world.go_well(25)
+        assert len(self.world.leaders()) == 1
+        for node in self.world.nodes.values():
+            assert node.waiting == {}
+            assert node.core.leadership.leads or node.session is not None
+
+    @invariant()
+    def test_every_hold_is_accounted_for(self) -> None:
+        for node in self.world.nodes.values():
+            assert sum(node.core.holds.own_counts().values()) == len(node.waiting)
+            for _, error in node.answered:
+                assert error is None or (isinstance(error, HeliosError) and error.retry_after_seconds)
+
+    @invariant()
+    def test_a_model_has_at_most_one_start_under_way(self) -> None:
+        for model in "ab":
+            assert len(self.world.starting(model)) <= 1
+
+    @invariant()
+    def test_all_proxies_together_let_in_no_more_than_the_limit(self) -> None:
+        assert self.world.most_in_a_window() <= 1e-3
+
+    def any_proxy(self, data: st.DataObject) -> str:
+        return data.draw(st.sampled_from(sorted(self.world.nodes)))
+
+    def any_machine(self, data: st.DataObject):  # type: ignore[no-untyped-def]
+        return self.world.machines[data.draw(st.sampled_from(sorted(self.world.machines)))]
+
+
+TestPeers = PeersMachine.TestCase
+TestPeers.settings = hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)
