@@ -1,7 +1,6 @@
 """Workers that are taken out of service."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,6 @@ from helios.proxy.actions import Send
 from helios.proxy.core import Core
 from helios.proxy.fleet.commands import DrainReplica, StartReplica, StopReplica
 from helios.proxy.fleet.state import ReplicaState
-from helios.proxy.store import Store, load_cordons
 from tests.proxy.support import GIB, core, entry, hello, ready, replica
 
 
@@ -60,15 +58,8 @@ def test_a_cordon_outlives_the_worker_and_a_drained_one_stays_cordoned() -> None
 
 def test_a_worker_that_nobody_knows_is_not_cordoned() -> None:
     with pytest.raises(NotFound) as refused:
-        core().cordon("nobody", 0.0, is_cordoned=True)
+        core().check_worker("nobody")
     assert refused.value.reason == "WORKER_NOT_FOUND"
-
-
-async def test_cordons_are_read_back(tmp_path: Path) -> None:
-    subject = two_workers()
-    assert load_cordons(tmp_path) == []
-    await Store(tmp_path, subject.catalogue).save_cordons(frozenset({"w", "v"}))
-    assert load_cordons(tmp_path) == ["v", "w"]
 
 
 def test_nothing_is_staged_or_woken_on_a_cordoned_worker() -> None:

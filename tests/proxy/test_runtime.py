@@ -29,12 +29,13 @@ class SlowDisk:
 
     async def save_swap_failures(self, failures: Sequence[SwapFailures]) -> None: ...
 
-    async def save_cordons(self, worker_ids: frozenset[str]) -> None:
+    async def save_cordons(self, own: Iterable[str], shared: Iterable[str]) -> None:
         is_first = not self.begun.is_set()
         self.begun.set()
         if is_first:
             await self.go_on.wait()
-        self.written.append(worker_ids)
+        assert not frozenset(shared)
+        self.written.append(frozenset(own))
 
 
 async def test_the_last_cordon_is_the_one_that_stays_written() -> None:
@@ -43,11 +44,9 @@ async def test_the_last_cordon_is_the_one_that_stays_written() -> None:
     for worker_id in ("v", "w"):
         subject.worker_hello(hello(worker_id), 0.0)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        subject.cordon("v", 1.0, is_cordoned=True)
-        group.create_task(runtime.remember_cordons())
+        group.create_task(runtime.cordons.change("v", is_cordoned=True))
         await disk.begun.wait()
-        subject.cordon("w", 2.0, is_cordoned=True)
-        second = group.create_task(runtime.remember_cordons())
+        second = group.create_task(runtime.cordons.change("w", is_cordoned=True))
         # It has had its turn, and waits for the first one.
         await asyncio.sleep(0)
         assert not second.done()

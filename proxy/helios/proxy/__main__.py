@@ -35,7 +35,7 @@ from helios.proxy.store import Store, load_cordons, load_keys, load_models, load
 from helios.proxy.scaling.forecast import Expected, WarmPoolMode
 from helios.proxy.usage.advice import watch_advice
 from helios.proxy.usage.reporter import UsageReporter
-from helios.registry.client import KeyClient, ProfileClient, RegistryClient, UsageClient, VersionClient
+from helios.registry.client import CordonClient, KeyClient, ProfileClient, RegistryClient, UsageClient, VersionClient
 
 _EDGES: Final = frozenset({"edge", "admin-edge"})
 _CONTROL_POLICY: Final = {
@@ -60,7 +60,6 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
         now=time.monotonic(),
     )
     core.lifecycle.swaps.restore(load_swap_failures(directory))
-    core.fleet.cordoned.update(load_cordons(directory))
     core.lifecycle.wants.set_clock(datetime.now(UTC).timestamp() - time.monotonic(), time.monotonic())
     core.models_replaced(load_models(directory), time.monotonic(), is_synced=False)
     if (keys := load_keys(directory)) is not None:
@@ -70,6 +69,7 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
     ads = GuardedXds(xds, own=_own_id(settings))
     limits = JournalLimits(settings.explain.request_count, settings.explain.total_bytes)
     runtime = Runtime(core, publisher=xds, memory=store, journal_limits=limits)
+    runtime.cordons.restore(*load_cordons(directory))
     async with AsyncExitStack() as stack:
         models = await _registry(settings, lifetime, stack, runtime, store)
         lifetime.group.create_task(runtime.run(), name="runtime")
@@ -100,6 +100,9 @@ async def _registry(
     watching = partial(watch_keys, KeyClient(dialer), runtime.core.keyring, store)
     lifetime.group.create_task(keep_running("watch keys", watching, cap_seconds=1), name="watch keys")
     _report_usage(settings, lifetime, stack, runtime, store, client=UsageClient(dialer))
+    runtime.cordons.use(CordonClient(dialer))
+    cordons = keep_running("watch cordons", runtime.cordons.watch, cap_seconds=1)
+    lifetime.group.create_task(cordons, name="watch cordons")
     measures = MeasureExchange(runtime.core.lifecycle.room.measured, runtime.core.catalogue, ProfileClient(dialer))
     lifetime.group.create_task(keep_running("exchange measures", measures.run), name="exchange measures")
     return session

@@ -24,6 +24,7 @@ from helios.proxy.events.record import event_of
 from helios.proxy.explain.journal import Journal, JournalLimits
 from helios.proxy.explain.record import Finished
 from helios.proxy.fleet.commands import Command
+from helios.proxy.fleet.cordons import CordonMemory, Cordons
 from helios.proxy.fleet.state import ReplicaState
 from helios.proxy.holds import Hold
 from helios.proxy.routing.pick import Pick
@@ -69,7 +70,7 @@ class EndpointPublisher(Protocol):
         ...
 
 
-class Memory(Protocol):
+class Memory(CordonMemory, Protocol):
     """Remembers, over restarts of this process, which workers there are, and what could not be compiled."""
 
     async def save(self, worker_ids: frozenset[str]) -> None:
@@ -78,10 +79,6 @@ class Memory(Protocol):
 
     async def save_swap_failures(self, failures: Sequence[SwapFailures]) -> None:
         """Replaces what is remembered of failed swaps."""
-        ...
-
-    async def save_cordons(self, worker_ids: frozenset[str]) -> None:
-        """Replaces what is remembered of cordoned workers."""
         ...
 
 
@@ -149,6 +146,7 @@ class Runtime:
         # Set, and replaced by another one, when an event was added.
         self.events_changed = asyncio.Event()
         self.journal.on_split = _measure_split
+        self.cordons = Cordons(core, self.apply, memory)
         self._publisher = publisher
         self._memory = memory
         self._waiting: dict[int, asyncio.Future[Pick]] = {}
@@ -159,7 +157,6 @@ class Runtime:
         self._endpoints_changed = asyncio.Event()
         self._workers_changed = asyncio.Event()
         self._swap_failures_changed = asyncio.Event()
-        self._cordons = asyncio.Lock()
         self._is_stopping = False
 
     async def run(self) -> None:
@@ -426,12 +423,6 @@ class Runtime:
             await self._workers_changed.wait()
             self._workers_changed.clear()
             await self._memory.save(frozenset(worker.hello.worker_id for worker in self.core.fleet.workers()))
-
-    async def remember_cordons(self) -> None:
-        """Has it on disk which workers are cordoned. Raises OSError."""
-        # Two writes at once would share a file, and the older one might come last.
-        async with self._cordons:
-            await self._memory.save_cordons(frozenset(self.core.fleet.cordoned))
 
     async def _remember_swap_failures(self) -> None:
         while True:

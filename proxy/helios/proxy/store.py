@@ -6,7 +6,7 @@ truth, and a model that can't be compiled is tried again.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final
@@ -62,9 +62,9 @@ class Store:
         """Remembers the workers."""
         await asyncio.to_thread(_write, self._workers, sorted(worker_ids))
 
-    async def save_cordons(self, worker_ids: frozenset[str]) -> None:
-        """Remembers the cordoned workers."""
-        await asyncio.to_thread(_write, self._cordons, sorted(worker_ids))
+    async def save_cordons(self, own: Iterable[str], shared: Iterable[str]) -> None:
+        """Remembers the cordoned workers: those that only this proxy knows of, and those of the registry."""
+        await asyncio.to_thread(_write, self._cordons, [{"own": sorted(own), "shared": sorted(shared)}])
 
     async def save_swap_failures(self, failures: Sequence[SwapFailures]) -> None:
         """Remembers which models' compiled replicas failed, and how often."""
@@ -97,9 +97,15 @@ def load_workers(directory: Path) -> list[str]:
     return _read_names(directory / "workers.json")
 
 
-def load_cordons(directory: Path) -> list[str]:
-    """The workers that an earlier run was told to start nothing on; empty where there were none."""
-    return _read_names(directory / "cordons.json")
+def load_cordons(directory: Path) -> tuple[list[str], list[str]]:
+    """The workers that an earlier run was told to start nothing on: its own cordons, and the registry's.
+
+    Before cordons were shared, the file was a list of names.
+    """
+    document = _read(directory / "cordons.json")
+    if isinstance(document, list) and document and isinstance(document[0], dict):
+        return [str(name) for name in document[0].get("own", ())], [str(name) for name in document[0].get("shared", ())]
+    return [str(name) for name in document] if isinstance(document, list) else [], []
 
 
 def load_swap_failures(directory: Path) -> list[SwapFailures]:

@@ -169,16 +169,16 @@ class AdminServicer(AdminServiceServicer):
         """Has nothing more started on a worker."""
         self._core.check_worker(request.worker_id)
         if not request.dry_run:
-            self._runtime.apply(self._core.cordon(request.worker_id, time.monotonic(), is_cordoned=True))
-            await self._cordons_changed("cordon worker", request.worker_id)
+            await self._runtime.cordons.change(request.worker_id, is_cordoned=True)
+            _note("cordon worker", worker=request.worker_id)
         return pb.CordonWorkerResponse(replica_count=len(self._replicas_on(request.worker_id)))
 
     async def UncordonWorker(self, request: pb.UncordonWorkerRequest, context: Any) -> pb.UncordonWorkerResponse:
         """Lets replicas be started on a worker again."""
         self._core.check_worker(request.worker_id)
         if not request.dry_run:
-            self._runtime.apply(self._core.cordon(request.worker_id, time.monotonic(), is_cordoned=False))
-            await self._cordons_changed("uncordon worker", request.worker_id)
+            await self._runtime.cordons.change(request.worker_id, is_cordoned=False)
+            _note("uncordon worker", worker=request.worker_id)
         return pb.UncordonWorkerResponse()
 
     async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Any) -> pb.DrainWorkerResponse:
@@ -187,8 +187,9 @@ class AdminServicer(AdminServiceServicer):
         replicas = self._replicas_on(request.worker_id)
         others = {r.model for r in self._core.fleet.replicas() if r.worker_id != request.worker_id}
         if not request.dry_run:
+            await self._runtime.cordons.change(request.worker_id, is_cordoned=True)
             self._runtime.apply(self._core.drain_worker(request.worker_id, time.monotonic()))
-            await self._cordons_changed("drain worker", request.worker_id)
+            _note("drain worker", worker=request.worker_id)
         only_here = sorted({replica.model for replica in replicas} - others)
         return pb.DrainWorkerResponse(draining_count=len(replicas), only_here=only_here)
 
@@ -304,10 +305,6 @@ class AdminServicer(AdminServiceServicer):
     def _replicas_on(self, worker_id: str) -> list[Replica]:
         worker = self._core.fleet.worker(worker_id)
         return list(worker.replicas.values()) if worker is not None else []
-
-    async def _cordons_changed(self, what: str, worker_id: str) -> None:
-        _note(what, worker=worker_id)
-        await self._runtime.remember_cordons()
 
     def _current(self, entry: ModelEntry) -> list[Replica]:
         return self._core.traffic.staying(entry.name)

@@ -1,0 +1,112 @@
+"""Cordons: workers that operators want nothing more started on.
+
+The registry is the truth, so that all proxies have the same: a change is written there before it counts here, and each
+proxy watches. What it said last is on disk, for a start while it is away. Without a registry the disk is the truth; so
+it was before there were several proxies, and what such a proxy knows is handed to the registry at the first chance.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Protocol
+
+import structlog
+
+from helios.mesh.errors import HeliosError, Unavailable
+from helios.proxy.actions import Action
+from helios.proxy.core import Core
+
+log = structlog.get_logger()
+
+
+class Cordoned(Protocol):
+    """What the registry says of one cordon."""
+
+    @property
+    def worker_id(self) -> str:
+        """Which worker."""
+        ...
+
+
+class CordonSource(Protocol):
+    """The registry's cordons."""
+
+    async def set(self, worker_id: str, *, is_cordoned: bool) -> Sequence[Cordoned]:
+        """Cordons a worker, or lifts its cordon; returns all cordons. Idempotent. Raises HeliosError."""
+        ...
+
+    def watch(self) -> AsyncIterator[Sequence[Cordoned]]:
+        """Yields all cordons, now and after each change. Raises HeliosError when it breaks."""
+        ...
+
+
+class CordonMemory(Protocol):
+    """Keeps cordons over restarts."""
+
+    async def save_cordons(self, own: Iterable[str], shared: Iterable[str]) -> None:
+        """Replaces what is kept: what only this proxy knows, and what the registry said. Raises OSError."""
+        ...
+
+
+class Cordons:
+    """What is cordoned, in the core and on disk. Changes are written in the order in which they come."""
+
+    def __init__(self, core: Core, apply: Callable[[list[Action]], None], memory: CordonMemory) -> None:
+        self._core = core
+        self._apply = apply
+        self._memory = memory
+        self._source: CordonSource | None = None
+        self._own: frozenset[str] = frozenset()
+        self._writing = asyncio.Lock()
+
+    def restore(self, own: Iterable[str], shared: Iterable[str]) -> None:
+        """Begins with what an earlier run kept."""
+        self._own = frozenset(own)
+        self._core.fleet.cordoned.update(self._own, shared)
+
+    def use(self, source: CordonSource) -> None:
+        """Has the registry's cordons be the truth; ``watch`` is to run."""
+        self._source = source
+
+    async def change(self, worker_id: str, *, is_cordoned: bool) -> None:
+        """Cordons a worker, or lifts its cordon, for all proxies.
+
+        Raises:
+            Unavailable: REGISTRY_UNAVAILABLE; nothing has changed.
+        """
+        if self._source is None:
+            cordoned = self._core.fleet.cordoned
+            self._own = frozenset(cordoned | {worker_id} if is_cordoned else cordoned - {worker_id})
+            await self._take(self._own)
+            return
+        try:
+            cordons = await self._source.set(worker_id, is_cordoned=is_cordoned)
+        except HeliosError as error:
+            if not isinstance(error, Unavailable) and error.grpc_code not in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
+                raise
+            raise Unavailable(
+                "cordons can't be changed: the registry is not reachable",
+                reason="REGISTRY_UNAVAILABLE",
+                metadata={"worker_id": worker_id},
+                retry_after_seconds=2,
+            ) from error
+        self._own -= {worker_id}
+        await self._take(cordon.worker_id for cordon in cordons)
+
+    async def watch(self) -> None:
+        """Follows the registry's cordons until the watch breaks. Raises HeliosError then; call it again."""
+        assert self._source is not None, "there is a registry"
+        for worker_id in sorted(self._own):
+            await self._source.set(worker_id, is_cordoned=True)
+            log.info("cordon handed to the registry", worker=worker_id)
+            self._own -= {worker_id}
+        async for cordons in self._source.watch():
+            await self._take(cordon.worker_id for cordon in cordons)
+
+    async def _take(self, worker_ids: Iterable[str]) -> None:
+        wanted, now = frozenset(worker_ids) | self._own, time.monotonic()
+        for worker_id in sorted(wanted ^ self._core.fleet.cordoned):
+            self._apply(self._core.cordon(worker_id, now, is_cordoned=worker_id in wanted))
+        # Two writes at once might end in another order than they began.
+        async with self._writing:
+            await self._memory.save_cordons(self._own, self._core.fleet.cordoned - self._own)
