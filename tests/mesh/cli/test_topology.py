@@ -78,7 +78,7 @@ def test_several_proxies_have_what_is_their_own_and_share_the_rest(tmp_path: Pat
     settings = topology.settings_of(options)
     specs = {spec.name: spec for spec in topology.children(state, settings, options)}
     assert list(specs) == ["registry", "storage", "proxy", "proxy-2", "proxy-3", "worker", "envoy"]
-    read = [load_settings(ProxySettings, specs[name].arguments[4:]) for name in ("proxy", "proxy-2", "proxy-3")]
+    read = [load_settings(ProxySettings, list(specs[name].arguments[4:])) for name in ("proxy", "proxy-2", "proxy-3")]
     for name in ("proxy_id", "state_directory", "control_listen", "picker_listen", "replica_cluster"):
         assert len({getattr(proxy, name) for proxy in read}) == 3, name
     assert {proxy.idle_timeout_seconds for proxy in read} == {7.0}
