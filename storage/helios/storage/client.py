@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,6 +30,7 @@ from helios.mesh.errors import Bug, Corrupted, HeliosError, PreconditionFailed, 
 from helios.mesh.requests import StreamRequests
 from helios.mesh.status import error_from_rpc
 from helios.mesh.tasks import task_scope
+from helios.storage.early.watching import Growth, watch_fetch
 from helios.storage.sealed_views import SealedViews
 
 log = structlog.get_logger()
@@ -223,6 +224,10 @@ class StorageClient:
                 yield lent
         finally:
             await holding.end(lent)
+
+    def watch_fetch(self, revision: str) -> AsyncGenerator[Growth, None]:
+        """Tells what is here of a revision while it is fetched; see `early.watching`."""
+        return watch_fetch(self._dialer, revision)
 
     async def evict(self, revision: str, *, timeout_seconds: float = _UNARY_TIMEOUT_SECONDS) -> int:
         """Drops a revision from the node; returns the bytes that were freed. Idempotent.

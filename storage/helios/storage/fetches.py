@@ -20,6 +20,7 @@ from helios.mesh.transfer.progress import RateMeter, TransferProgress
 from helios.storage import metrics
 from helios.storage.clock import Clock
 from helios.storage.disk_tier import DiskTier
+from helios.storage.early.order import in_reading_order
 from helios.storage.fetch import BlobSource, is_leftover_unwanted
 from helios.storage.manifest import Digest, Manifest
 from helios.storage.room import Room
@@ -180,7 +181,7 @@ class Fetches:
         self._fetching[manifest.revision] = _Fetching(manifest, room, meter)
         try:
             async with room.want(manifest, source, reason=reason) as missing:
-                fetch_all = partial(self._fetch_all, room, source, priority=partial(self._priority, manifest.revision))
+                fetch_all = partial(self._fetch_all, room, source, manifest)
                 try:
                     await fetch_all(missing)
                 except DiskFull:
@@ -204,12 +205,12 @@ class Fetches:
         """How urgent a revision's blobs are now; called by threads."""
         return Priority.START if revision in self._wanted else Priority.PREFETCH
 
-    async def _fetch_all(
-        self, room: Room, source: BlobSource, missing: list[Digest], *, priority: Callable[[], Priority]
-    ) -> None:
+    async def _fetch_all(self, room: Room, source: BlobSource, manifest: Manifest, missing: list[Digest]) -> None:
+        priority = partial(self._priority, manifest.revision)
         try:
             async with asyncio.TaskGroup() as group:
-                for blob in missing:
+                # Threads take them in this order.
+                for blob in in_reading_order(manifest, missing):
                     key = f"{room.name}/{blob.hash}"
                     work = self._blob_flights.join(key, partial(self._fetch_one, room, source, blob, priority))
                     group.create_task(work, name=f"want blob {blob.hash}")

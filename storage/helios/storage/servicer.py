@@ -23,7 +23,8 @@ from helios.mesh.server import check_peer
 from helios.mesh.transfer.progress import TransferProgress
 from helios.storage.clock import Clock, steady_clock
 from helios.storage.disk_tier import DiskTier
-from helios.storage.early.growth import GrowingFile, watch_growth
+from helios.storage.early.growth import watch_growth
+from helios.storage.early.watching import growth_to_proto
 from helios.storage.leases import Lease
 from helios.storage.manifest import revision_hash
 from helios.storage.materializer import Loan, Materializer
@@ -161,8 +162,8 @@ class StorageServicer(StorageServiceServicer):
         revision_hash(request.revision)
         find = partial(self._materializer.fetching, request.revision)
         async with contextlib.aclosing(watch_growth(find, self._partials)) as changes:
-            async for files in changes:
-                await context.write(pb.WatchFetchResponse(files=map(growing_to_proto, files)))
+            async for growth in changes:
+                await context.write(growth_to_proto(growth))
 
     @staticmethod
     def _check(context: Context, allowed: frozenset[str] | None) -> None:
@@ -364,12 +365,6 @@ def progress_to_proto(progress: TransferProgress) -> pb.Progress:
     if progress.remaining_seconds is not None:
         message.remaining.FromNanoseconds(round(progress.remaining_seconds * 1e9))
     return message
-
-
-def growing_to_proto(file: GrowingFile) -> pb.GrowingFile:
-    """Writes what is here of a file."""
-    spans = (pb.VerifiedSpan(offset=start, length=end - start) for start, end in file.spans)
-    return pb.GrowingFile(path=file.path, file=str(file.file), size_bytes=file.size_bytes, spans=spans)
 
 
 def scrub_to_proto(progress: ScrubProgress) -> pb.ScrubResponse:

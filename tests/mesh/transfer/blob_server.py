@@ -1,9 +1,9 @@
-"""An HTTP server with one blob at any path, with ranges, ETags, and whatever fault a test scripts."""
+"""An HTTP server with one blob at any path, or some by their names, with ranges, ETags, and whatever fault a test scripts."""
 
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -51,6 +51,8 @@ class BlobServer:
     """None: plain HTTP."""
     stopped: threading.Event = field(default_factory=threading.Event)
     url: str = ""
+    named: Mapping[str, bytes] = field(default_factory=dict)
+    """Other blobs, by the last part of their paths."""
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -87,11 +89,15 @@ class _Handler(BaseHTTPRequestHandler):
     blob: BlobServer
     lock: threading.Lock
 
+    @property
+    def _content(self) -> bytes:
+        return self.blob.named.get(self.path.rpartition("/")[2], self.blob.content)
+
     def do_HEAD(self) -> None:
-        self._head(200, len(self.blob.content), {"Last-Modified": "Sun, 22 Nov 2026 00:00:00 GMT"})
+        self._head(200, len(self._content), {"Last-Modified": "Sun, 22 Nov 2026 00:00:00 GMT"})
 
     def do_GET(self) -> None:
-        blob, content = self.blob, self.blob.content
+        blob, content = self.blob, self._content
         span = self.headers.get("Range", "")
         first, _, last = span.removeprefix("bytes=").partition("-") if span else ("0", "", str(len(content) - 1))
         with self.lock:

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 from hypothesis import given
 
 from helios.storage.disk_tier import DiskTier
-from helios.storage.early.growth import GrowingFile, watch_growth
+from helios.storage.early.growth import watch_growth
 from helios.storage.manifest import Digest, Manifest, ManifestEntry
 from helios.storage.sync.partial import PartialBlobs
 
@@ -23,7 +23,9 @@ def test_two_fetches_of_one_blob_are_two() -> None:
     partials.add(HASH, TWO, 4, 8)
     assert partials.find(HASH, 4, 8) == TWO
     assert partials.find(HASH, 2, 6) is None, "no file has all of it"
-    assert partials.growing(HASH, Path("/two")) == (TWO, [(4, 8)])
+    growing = partials.growing(HASH, Path("/two"))
+    assert growing is not None
+    assert (growing[0], growing[2]) == (TWO, [(4, 8)])
     partials.end(HASH, ONE)
     partials.end(HASH, ONE)
     assert partials.spans(HASH) == [(4, 8)]
@@ -74,5 +76,21 @@ async def test_a_loader_is_told_of_the_file_that_is_to_be_lent(tmp_path: Path) -
     partials.add(HASH, slow, 0, 4)
     async with DiskTier(tmp_path / "slow", fetch_thread_count=1, is_link_allowed=False) as tier:
         changes = watch_growth(lambda: (manifest, tier), partials)
-        assert await anext(changes) == [GrowingFile("w", slow, 8, ((0, 4),))]
+        (file,) = (await anext(changes)).files
+        assert (file.path, file.place, file.size_bytes, file.spans) == ("w", str(slow), 8, ((0, 4),))
         await changes.aclose()
+
+
+def test_a_fetch_that_begins_anew_is_told_apart_from_the_one_before() -> None:
+    partials = PartialBlobs()
+    generations = []
+    for _ in range(3):
+        partials.begin(HASH, TWO)
+        partials.add(HASH, TWO, 0, 4)
+        growing = partials.growing(HASH, TWO.parent)
+        assert growing is not None
+        generations.append(growing[1])
+        partials.add(HASH, TWO, 4, 8)
+        assert partials.growing(HASH, TWO.parent) == (TWO, generations[-1], [(0, 8)])
+    assert 0 not in generations
+    assert len(set(generations)) == 3

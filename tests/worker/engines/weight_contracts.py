@@ -24,8 +24,9 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from helios.mesh.errors import Corrupted, Unsupported
-from helios.worker.artifacts.requests import Ask, decode_request, encode_line
+from helios.worker.artifacts.requests import Ask, decode_request
 from helios.worker.engines.vllm import compat_packed, packed_products, packing
+from helios.worker.line_door import encode_line
 from helios.worker.replica.packed_weights import (
     PackedInputs,
     PackedManifest,

@@ -1,7 +1,7 @@
 """A replica without an engine: the processes and the conversation are real, the rest is not there.
 
 Run as ``python fake_replica.py SPEC`` in a session of its own; SPEC is a ReplicaSpec's document with a ``behaviour``:
-``normal``; ``stubborn`` ignores SIGTERM and drains; ``hang`` never says hello; ``broken`` reports a failure; ``silent``
+``normal``; ``hasty`` is ready before its weights were lent; ``stubborn`` ignores SIGTERM and drains; ``hang`` never says hello; ``broken`` reports a failure; ``silent``
 says hello once and never again; ``drowsy`` can sleep; ``muddled`` can, too, and fails its canary after waking. Like
 vLLM's, it is three processes: front, EngineCore, Worker.
 """
@@ -82,6 +82,8 @@ def _converse(document: dict[str, object], behaviour: str) -> None:
                         outgoing.put(_woken(pb, types, address, behaviour))
                     if kind == "welcome" and replica.state == types.REPLICA_STATE_LOADING:
                         for message in _start(pb, types, address, behaviour):
+                            if message.HasField("ready") and document["early_door"] and behaviour != "hasty":
+                                _wait_lent(document)
                             outgoing.put(message)
                         replica.state = types.REPLICA_STATE_READY
                         replica.address, replica.max_context_tokens = address, 512
@@ -91,6 +93,11 @@ def _converse(document: dict[str, object], behaviour: str) -> None:
                     time.sleep(600)
             outgoing.put(None)
         time.sleep(0.05)
+
+
+def _wait_lent(document: dict[str, object]) -> None:
+    arrivals: Any = import_module("helios.worker.early.asking").Arrivals
+    arrivals(str(document["early_door"]), document["replica_id"], str(document["model_path"])).wait_whole()
 
 
 def _take_adapters(types: Any, replica: Any, wanted: Any) -> None:

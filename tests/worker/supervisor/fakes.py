@@ -23,6 +23,7 @@ from helios.api.worker.v1.supervisor_service_pb2_grpc import add_SupervisorServi
 from helios.mesh.errors import HeliosError
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.tasks import task_scope
+from helios.worker.early.loads import EarlyLoads
 from helios.worker.launcher.client import ForkedReplica
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.supervisor.attach_servicer import AttachServicer
@@ -35,7 +36,7 @@ from helios.worker.supervisor.outbox import Outbox, ReplicaEvent
 from helios.worker.supervisor.process_tree import find_tree, read_process
 from helios.worker.supervisor.records import Device, DeviceKind, ProcessIdentity, ReplicaState, ReplicaView
 from helios.worker.supervisor.replica_list import ReplicaList
-from helios.worker.supervisor.replica_runner import Coming
+from helios.worker.supervisor.replica_runner import Coming, Launcher, Weights
 from helios.worker.supervisor.supervisor import Supervisor
 
 REVISION = "sha256:" + "ab" * 32
@@ -224,12 +225,13 @@ class Node:
 async def running_node(
     folder: Path,
     *,
-    launcher: FakeLauncher,
-    weights: FakeWeights | None = None,
+    launcher: Launcher,
+    weights: Weights | None = None,
     rules: Rules = RULES,
     memory_bytes: int = 4 << 30,
     host_memory_bytes: int = 0,
     packed: Path | None = None,
+    early: EarlyLoads | None = None,
 ) -> AsyncIterator[Node]:
     """Runs a supervisor for the block; its replicas live on after it, as after a crash."""
     socket = f"unix:{folder / 's.sock'}"
@@ -265,6 +267,7 @@ async def running_node(
             make_spec=make_spec,
             host_memory_bytes=host_memory_bytes,
         )
+        supervisor.early = early
         node = Node(supervisor, socket)
         with supervisor.feed.subscribe(node.see):
             supervisor.recover()

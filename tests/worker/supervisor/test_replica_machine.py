@@ -76,6 +76,48 @@ def test_a_start_goes_through_all_states_and_keeps_its_phases() -> None:
     assert machine.deadline is None
 
 
+def early_machine() -> ReplicaMachine:
+    machine = ReplicaMachine(ORDER, LIMITS)
+    machine.handle(on.Begin(), 10.0)
+    actions = machine.handle(on.WeightsEnough("/growing"), 12.0)
+    assert actions == [act.Fork("/growing", "", 42.0, 12.0, is_early=True), act.Publish()]
+    drive(machine, on.Forked(PROCESS), now=12.5)
+    return machine
+
+
+def test_an_early_start_shows_its_fetch_and_gets_its_time_when_all_is_lent() -> None:
+    machine = early_machine()
+    assert machine.deadline == 70.0, "the fetch's"
+    machine.handle(on.Progressed(ReplicaState.WARMING, PhaseTiming("load", 30.0)), 44.0)
+    machine.handle(on.WeightsCome(FetchProgress(1, 2)), 45.0)
+    assert (machine.view.state, machine.view.fetch) == (ReplicaState.WARMING, FetchProgress(1, 2))
+    assert machine.handle(on.WeightsReady("/w", "lease"), 50.0) == [act.Publish()]
+    assert (machine.view.fetch, machine.view.lease_id, machine.deadline) == (None, "lease", 80.0)
+    machine.handle(on.BecameReady("127.0.0.1:9", 512), 51.0)
+    assert machine.view.state is ReplicaState.READY
+    phases = {phase.phase: phase.seconds for phase in machine.view.phases}
+    assert phases == {"fetch": 2.0, "load": 30.0, "report": 9.0}, "from the order to ready, and nothing twice"
+
+
+def test_a_fetch_that_fails_ends_an_early_start_with_its_reason() -> None:
+    machine = early_machine()
+    assert drive(machine, on.WeightsFailed(BOOM), now=20.0) == [act.KillTree(PROCESS), act.Publish()]
+    drive(machine, on.TreeGone(), now=20.1)
+    assert (machine.view.state, machine.view.failure) == (ReplicaState.FAILED, BOOM)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [on.BecameReady("127.0.0.1:9", 512), on.Attached(PROCESS, ReplicaState.READY, "127.0.0.1:9", 512)],
+    ids=["ready", "hello"],
+)
+def test_a_replica_that_says_it_is_ready_before_its_weights_are_lent_is_killed(event: on.Event) -> None:
+    machine = early_machine()
+    assert drive(machine, event, now=20.0)[-2:] == [act.KillTree(PROCESS), act.Publish()]
+    assert machine.view.failure is not None
+    assert machine.view.failure.reason == "READY_UNLENT"
+
+
 def test_a_hung_start_is_killed_at_its_deadline_and_says_so() -> None:
     machine = ReplicaMachine(ORDER, LIMITS)
     drive(machine, on.Begin(), on.WeightsReady("/w", "l"), on.Forked(PROCESS))
@@ -306,9 +348,20 @@ class Lives(RuleBasedStateMachine):
     def weights_are_on_their_way(self) -> None:
         self.play(on.WeightsCome(FetchProgress(1, 2)))
 
+    @precondition(lambda self: self.is_fetching)
+    @rule()
+    def enough_is_here(self) -> None:
+        self.play(on.WeightsEnough("/growing"))
+
     @invariant()
     def only_a_replica_that_fetches_shows_a_fetch(self) -> None:
-        assert self.machine.view.fetch is None or self.machine.view.state is ReplicaState.FETCHING
+        fetches = (ReplicaState.FETCHING, ReplicaState.LOADING, ReplicaState.WARMING)
+        assert self.machine.view.fetch is None or (self.machine.view.state in fetches and not self.machine.is_lent)
+
+    @invariant()
+    def nothing_is_ready_before_it_is_lent(self) -> None:
+        if self.machine.view.state in (ReplicaState.READY, ReplicaState.ASLEEP, ReplicaState.WAKING):
+            assert self.machine.is_lent
 
     @precondition(lambda self: self.is_fetching)
     @rule(is_ok=st.booleans())

@@ -31,6 +31,7 @@ from helios.worker.artifacts.packed_shelf import PackedShelf
 from helios.worker.artifacts.requests import COMPILE_CACHE, PACKED_WEIGHTS
 from helios.worker.artifacts.shelf import CompileShelf
 from helios.worker.devices.inventory import Inventory, open_inventory
+from helios.worker.early.loads import EarlyLoads
 from helios.worker.launcher.launchers import Launchers
 from helios.worker.replica.artifact_directory import drop_unused
 from helios.worker.replica.engines import installed_engines, split_engine
@@ -98,6 +99,7 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
             make_spec=_SpecMaker(settings, inventory),
             host_memory_bytes=staging_memory_bytes(settings.device.staging_bytes),
         )
+        supervisor.early = await _open_early_loads(settings, stack, weights)
         keeper = await _share_artifacts(settings, group, stack, weights)
         supervisor.on_ended = _note_ends(settings, keeper)
         _place_fronts(settings, supervisor, ledger)
@@ -124,6 +126,8 @@ async def main(settings: WorkerSettings, lifetime: Lifetime) -> None:
             log.warning(
                 "replicas are not back yet", awaited_count=awaited_count, waited_seconds=settings.resync_seconds
             )
+        if supervisor.early is not None:
+            supervisor.early.sweep(supervisor.replica_ids())
         group.create_task(_proxy_sessions(settings, supervisor).run(), name="fleet sessions")
         group.create_task(_keep_files_bounded(settings, supervisor), name="keep files bounded")
         engine, _ = split_engine(settings.replica.engine)
@@ -165,6 +169,18 @@ def _place(settings: WorkerSettings, slot: int, view: ReplicaView) -> Placement:
         engine_core_count=settings.device.engine_core_count,
         rank_count=view.order.settings.rank_count,
     )
+
+
+async def _open_early_loads(
+    settings: WorkerSettings, stack: AsyncExitStack, storage: StorageClient
+) -> EarlyLoads | None:
+    """Opens the door where loads ask what is here, where they may begin before all is; else returns None."""
+    door = settings.early_door
+    if door is None:
+        if settings.replica.early_load:
+            log.warning("replicas load when all is here: the path of their socket would be too long")
+        return None
+    return await stack.enter_async_context(EarlyLoads(settings.early_directory, door, storage))
 
 
 async def _share_artifacts(
@@ -225,7 +241,7 @@ async def _say_ready(launchers: Launchers, engine: str, lifetime: Lifetime, fact
 async def _stop(supervisor: Supervisor, settings: WorkerSettings) -> None:
     supervisor.cordon()
     if settings.on_stop == "leave":
-        await supervisor.end_unforked()
+        await supervisor.end_unlent()
     else:
         await supervisor.end_all(settings.replica.drain_seconds)
     supervisor.write_list()

@@ -21,12 +21,12 @@ _PART_LENGTH: Final = 100
 
 def log_path(directory: Path, model: str, replica_id: str) -> Path:
     """Returns where a replica logs: ``replica-<model>.<id>.log``, both without what has a meaning in paths."""
-    return directory / f"{_PREFIX}{_part(model)}.{_part(replica_id)}{_SUFFIX}"
+    return directory / f"{_PREFIX}{path_part(model)}.{path_part(replica_id)}{_SUFFIX}"
 
 
 def surplus(names: Iterable[str], living: Collection[str]) -> list[str]:
     """Returns which of these log files may go: the names, newest first, and the ids of the replicas that live."""
-    spared = {_part(replica_id) for replica_id in living}
+    spared = {path_part(replica_id) for replica_id in living}
     kept: Counter[str] = Counter()
     gone = []
     for name in names:
@@ -56,6 +56,6 @@ def drop_surplus(directory: Path, living: Collection[str]) -> int:
     return len(names)
 
 
-def _part(text: str) -> str:
+def path_part(text: str) -> str:
     """Returns a name as part of a file name: what others make up must not lead out of the directory."""
     return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in text)[:_PART_LENGTH]

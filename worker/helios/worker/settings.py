@@ -84,6 +84,10 @@ class ReplicaSettings(BaseModel):
     stall_seconds: float = Field(default=120.0, gt=0)
     """A replica whose engine has requests and does nothing for this long gives up. 120: a step of a large model on a
     slow CPU takes a minute."""
+    early_load: bool = True
+    """Whether a replica is forked, and loads, while its weights are still on their way, where every part of them can be
+    verified as it comes (vLLM; the registry knows the chunks). It is ready when all is verified. False: all is fetched,
+    then the replica is forked."""
     lease_ttl_seconds: float = Field(default=60.0, ge=5, le=3600)
     """Life of the lease of a replica's weights from each renewal; what a supervisor has to come back in."""
 
@@ -229,6 +233,17 @@ class WorkerSettings(ProcessSettings):
         """The socket where replicas ask for artifacts; None where there is nobody to ask, or no room for its name."""
         path = Path(f"{self.socket_target.removeprefix('unix:')}.a")
         return path if self.registry_target and len(str(path).encode()) <= SOCKET_PATH_LIMIT else None
+
+    @property
+    def early_door(self) -> Path | None:
+        """The socket where loads ask what is here; None where none begins early, or there is no room for its name."""
+        path = Path(f"{self.socket_target.removeprefix('unix:')}.e")
+        return path if self.replica.early_load and len(str(path).encode()) <= SOCKET_PATH_LIMIT else None
+
+    @property
+    def early_directory(self) -> Path:
+        """Where early loads see their files."""
+        return (self.state_directory / "early").absolute()
 
     @property
     def published_weights_bytes(self) -> int:

@@ -33,9 +33,11 @@ _REASONS: Final = {
     "kv_cache": "room for the KV cache",
     "connect": "the front and the process that computes found each other",
     "api": "the engine's OpenAI interface",
+    "await_bytes": "the load waited for weights that were still on their way",
     "load": "weights to where the engine computes",
     "compile": "kernels and graphs that no cache had",
     "warm_up": "first steps of the engine, so that no request pays for them",
+    "commit": "the digests of weights that were loaded on their way were compared, and the weights lent",
     "serve": "the replica's gRPC server",
     "report": "from ready at the replica to its worker",
 }

@@ -18,6 +18,7 @@ from helios.mesh.transfer.spans import Spans
 class _Partial:
     version: int = 0
     files: dict[Path, Spans] = field(default_factory=dict)
+    generations: dict[Path, int] = field(default_factory=dict)
 
 
 class PartialBlobs:
@@ -37,6 +38,7 @@ class PartialBlobs:
             partial = self._partials.setdefault(hash_, _Partial())
             partial.files[path] = Spans()
             self._change(partial)
+            partial.generations[path] = partial.version
         self._wake()
 
     def add(self, hash_: str, path: Path, start: int, end: int) -> None:
@@ -53,6 +55,7 @@ class PartialBlobs:
         with self._lock:
             partial = self._partials.get(hash_)
             if partial is not None and partial.files.pop(path, None) is not None:
+                del partial.generations[path]
                 self._change(partial)
                 if not partial.files:
                     del self._partials[hash_]
@@ -78,12 +81,16 @@ class PartialBlobs:
             files = partial.files.items() if partial is not None else ()
             return next((path for path, spans in files if spans.covers(start, end)), None)
 
-    def growing(self, hash_: str, directory: Path) -> tuple[Path, list[tuple[int, int]]] | None:
-        """The file below a directory that a blob is fetched to, and what is here in that one; None: there is none."""
+    def growing(self, hash_: str, directory: Path) -> tuple[Path, int, list[tuple[int, int]]] | None:
+        """The file below a directory that a blob is fetched to, which try that is, as a number of its own, and what is
+        here in that file; None: there is none.
+        """
         with self._lock:
             partial = self._partials.get(hash_)
-            files = partial.files.items() if partial is not None else ()
-            return next(((path, list(spans)) for path, spans in files if path.is_relative_to(directory)), None)
+            if partial is None:
+                return None
+            found = ((path, spans) for path, spans in partial.files.items() if path.is_relative_to(directory))
+            return next(((path, partial.generations[path], list(spans)) for path, spans in found), None)
 
     async def wait(self, seconds: float) -> None:
         """Waits for the next change of any blob, no longer than so long."""

@@ -4,20 +4,14 @@ Whatever goes wrong on the way is a warning: the replica then makes what it did 
 """
 
 import asyncio
-import socket
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
 from helios.mesh.errors import InvalidRequest
-from helios.worker.artifacts.requests import (
-    MAX_LINE_BYTES,
-    ArtifactRequest,
-    Ask,
-    decode_line,
-    encode_request,
-)
+from helios.worker import line_door
+from helios.worker.artifacts.requests import ArtifactRequest, Ask, encode_request
 
 log = structlog.get_logger()
 
@@ -74,13 +68,8 @@ async def tell_proven(
             await asyncio.sleep(_TELL_PAUSE_SECONDS)
 
 
-def _ask(door: str, ask: Ask, request: ArtifactRequest, timeout_seconds: float) -> dict[str, Any]:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
-        connection.settimeout(timeout_seconds)
-        connection.connect(door)
-        connection.sendall(encode_request(ask, request))
-        with connection.makefile("rb") as answers:
-            return decode_line(answers.readline(MAX_LINE_BYTES))
+def _ask(door: str, ask: Ask, request: ArtifactRequest, timeout_seconds: float) -> line_door.Document:
+    return line_door.ask(door, encode_request(ask, request), timeout_seconds=timeout_seconds)
 
 
 async def _tell(door: str, request: ArtifactRequest) -> bool:

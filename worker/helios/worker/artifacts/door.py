@@ -1,32 +1,15 @@
-"""The supervisor's door for artifacts: a unix socket that only processes of the same user get through.
+"""The supervisor's door for artifacts.
 
-A request is one line and gets one. It names a kind and inputs and nothing of the file system, so that what a replica
-says can't lead a path anywhere.
+A request names a kind and inputs and nothing of the file system, so that what a replica says can't lead a path
+anywhere.
 """
 
-import asyncio
-import os
-import socket
-import struct
 from pathlib import Path
-from typing import Final, Protocol, Self
+from typing import Protocol
 
-import structlog
-
-from helios.mesh.errors import HeliosError, InvalidRequest, PermissionDenied
-from helios.worker.artifacts.requests import (
-    MAX_LINE_BYTES,
-    ArtifactRequest,
-    Ask,
-    decode_request,
-    encode_line,
-)
-
-log = structlog.get_logger()
-
-_READ_SECONDS: Final = 5.0
-# struct ucred: pid, uid, gid. Source: unix(7).
-_UCRED: Final = struct.Struct("iII")
+from helios.mesh.errors import InvalidRequest
+from helios.worker.artifacts.requests import ArtifactRequest, Ask, decode_request
+from helios.worker.line_door import Document, LineDoor
 
 
 class Artifacts(Protocol):
@@ -45,49 +28,15 @@ class Artifacts(Protocol):
         ...
 
 
-class ArtifactDoor:
+class ArtifactDoor(LineDoor):
     """Serves the socket. An async context manager; leaving it cuts off who waits."""
 
     def __init__(self, path: Path, artifacts: Artifacts) -> None:
         """Takes the socket's path, which is replaced if it is there: this process owns its directory."""
-        self._path = path
+        super().__init__(path, self._tell)
         self._artifacts = artifacts
-        self._server: asyncio.Server | None = None
-        self._serving: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> Self:
-        self._path.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(self._serve, self._path, limit=MAX_LINE_BYTES)
-        self._path.chmod(0o600)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        assert self._server is not None
-        self._server.close()
-        for task in self._serving:
-            task.cancel()
-        if self._serving:
-            await asyncio.wait(self._serving)
-        self._path.unlink(missing_ok=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._serving.add(task)
-        try:
-            _check_peer(writer)
-            async with asyncio.timeout(_READ_SECONDS):
-                line = await reader.readline()
-            writer.write(encode_line(await self._answer(line)))
-            await writer.drain()
-        except (HeliosError, OSError, TimeoutError, ValueError) as error:
-            # ValueError: a line beyond the limit.
-            log.warning("request for an artifact not answered", error=str(error))
-        finally:
-            self._serving.discard(task)
-            writer.close()
-
-    async def _answer(self, line: bytes) -> dict[str, object]:
+    async def _tell(self, line: bytes) -> Document:
         try:
             ask, request = decode_request(line)
         except InvalidRequest as error:
@@ -100,11 +49,3 @@ class ArtifactDoor:
             return {}
         why = await self._artifacts.take(request)
         return {"is_here": not why, "why": why}
-
-
-def _check_peer(writer: asyncio.StreamWriter) -> None:
-    connection: socket.socket = writer.get_extra_info("socket")
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    _, uid, _ = _UCRED.unpack(credentials)
-    if uid != os.getuid():
-        raise PermissionDenied("another user's process asked for an artifact", metadata={"uid": str(uid)})

@@ -1,23 +1,17 @@
-"""What a replica says at the supervisor's door for artifacts: one JSON line there, one back.
-
-Not gRPC: a replica asks before its engine has forked, when its process must have no threads of gRPC.
-"""
+"""What a replica says at the supervisor's door for artifacts."""
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
 from helios.mesh.errors import InvalidRequest
+from helios.worker.line_door import decode_line, encode_line
 
 COMPILE_CACHE: Final = "compile-cache"
 """Kind of what vLLM and torch keep of a compilation."""
 PACKED_WEIGHTS: Final = "packed-weights"
 """Kind of weights as a processor computes with them, which replicas map."""
-
-MAX_LINE_BYTES: Final = 128 << 10
-"""Inputs have at most 64 KiB; twice that, for their quotes in JSON."""
 
 
 class Ask(StrEnum):
@@ -49,11 +43,6 @@ class ArtifactRequest:
         return hashlib.sha256(self.inputs.encode()).hexdigest()
 
 
-def encode_line(document: dict[str, Any]) -> bytes:
-    """Returns a line."""
-    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
-
-
 def encode_request(ask: Ask, request: ArtifactRequest) -> bytes:
     """Returns the line that a replica sends."""
     return encode_line({"ask": ask, **asdict(request)})
@@ -70,14 +59,3 @@ def decode_request(line: bytes) -> tuple[Ask, ArtifactRequest]:
     if not all(isinstance(value, str) for value in asdict(request).values()):
         raise InvalidRequest("the fields of a request for an artifact are text")
     return ask, request
-
-
-def decode_line(line: bytes) -> dict[str, Any]:
-    """Reads a JSON object. Raises InvalidRequest."""
-    try:
-        document = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise InvalidRequest("not a JSON object")
-    return document

@@ -50,6 +50,7 @@ class ReplicaSpec:
         packed_weights_bytes: What is kept there of all models; None: any number.
         artifact_door: Socket of the supervisor where artifacts are asked for; empty: there are none.
         artifact_seconds: How long the start may wait for one.
+        early_door: Socket of the supervisor where a load asks which bytes of ``model_path`` are here; empty: all are.
         kv_directory: Where KV caches lie that travel between this node's replicas through files; empty: they don't.
         created_at: When its start was asked for, with a time zone.
         placement: Cores.
@@ -95,6 +96,7 @@ class ReplicaSpec:
     packed_weights_bytes: int | None = None
     artifact_door: str = ""
     artifact_seconds: float = 15.0
+    early_door: str = ""
     kv_directory: str = ""
     created_at: datetime
     placement: Placement = Placement()

@@ -14,6 +14,7 @@ from typing import Final
 
 from helios.mesh.errors import HeliosError
 from helios.worker.artifacts.requests import ArtifactRequest
+from helios.worker.early.asking import Arrivals
 from helios.worker.replica.engine import Engine, EngineHooks
 from helios.worker.replica.engines import engine_module
 from helios.worker.replica.spec import ReplicaSpec
@@ -90,6 +91,7 @@ class EngineStart:
     def _make(self) -> None:
         try:
             engine = engine_module(self._spec.engine).build(self._spec, self._hooks)
+            self._wait_lent(engine)
         except Exception as error:  # noqa: BLE001  handed to whoever waits for the engine
             self.ended_at = time.monotonic()
             self.engine.set_exception(error)
@@ -98,3 +100,15 @@ class EngineStart:
             self.engine.set_result(engine)
         finally:
             self._forked.set()
+
+    def _wait_lent(self, engine: Engine) -> None:
+        """Waits until a model that was loaded early is lent: only then is it known to be what it should be."""
+        spec = self._spec
+        if not spec.early_door:
+            return
+        try:
+            with self._hooks.phase("commit"):
+                Arrivals(spec.early_door, spec.replica_id, spec.model_path).wait_whole()
+        except BaseException:
+            engine.close()
+            raise

@@ -16,13 +16,14 @@ class Fetch:
 class Fork:
     """Have the launcher fork a process on these weights before ``deadline`` (same clock as ``now``).
 
-    ``asked_at`` is where the replica's own phases begin, on the same clock.
+    ``asked_at`` is where the replica's own phases begin, on the same clock. ``is_early``: the weights are on their way.
     """
 
     path: str
     lease_id: str
     deadline: float
     asked_at: float = 0.0
+    is_early: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,13 @@ class Begin:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightsEnough:
+    """Enough of the weights is here for a replica to begin its start on; the rest comes, and nothing is lent yet."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class WeightsReady:
     """The storage agent lent the weights."""
 
@@ -145,6 +152,7 @@ class Tick:
 Event = (
     Begin
     | WeightsCome
+    | WeightsEnough
     | WeightsReady
     | WeightsFailed
     | Forked

@@ -8,6 +8,7 @@ from helios.worker.supervisor.records import ReplicaState
 
 START_TIMEOUT: Final = "START_TIMEOUT"
 FETCH_TIMEOUT: Final = "FETCH_TIMEOUT"
+READY_UNLENT: Final = "READY_UNLENT"
 REPLICA_DIED: Final = "REPLICA_DIED"
 REPLICA_LOST: Final = "REPLICA_LOST"
 REPLICA_HUNG: Final = "REPLICA_HUNG"

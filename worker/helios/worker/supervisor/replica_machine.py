@@ -46,11 +46,13 @@ from helios.worker.supervisor.life_events import (
     TreeGone,
     WakeRequested,
     WeightsCome,
+    WeightsEnough,
     WeightsFailed,
     WeightsReady,
 )
 from helios.worker.supervisor.life_stages import (
     FETCH_TIMEOUT,
+    READY_UNLENT,
     REPLICA_DIED,
     REPLICA_HUNG,
     REPLICA_LOST,
@@ -96,6 +98,10 @@ class ReplicaMachine:
     | PENDING | Begin | FETCHING | Fetch |
     | FETCHING | WeightsCome | FETCHING | |
     | FETCHING | WeightsReady | LOADING | Fork |
+    | FETCHING | WeightsEnough | LOADING, not lent | Fork |
+    | LOADING, WARMING, not lent | WeightsCome | the same | |
+    | LOADING, WARMING, not lent | WeightsReady | the same, lent | |
+    | LOADING, WARMING, not lent | WeightsFailed, the fetch's deadline, BecameReady | ENDING | KillTree, if … |
     | FETCHING | WeightsFailed, its deadline | FAILED | ReleaseWeights, Free |
     | PENDING, FETCHING | DrainRequested, StopRequested | STOPPED | ReleaseWeights, Free |
     | LOADING | Forked | LOADING | Watch |
@@ -125,7 +131,8 @@ class ReplicaMachine:
     | ENDING | TreeGone | STOPPED, FAILED | ReleaseWeights, Free |
 
     Anything else changes nothing. Invariants: KillTree comes once; Free comes once, as the last thing, and after a
-    KillTree only upon TreeGone; the first reason to end is the one that is reported; ended is for good.
+    KillTree only upon TreeGone; the first reason to end is the one that is reported; ended is for good; ready only
+    what is lent.
     """
 
     def __init__(self, order: Order, limits: Limits) -> None:
@@ -141,6 +148,7 @@ class ReplicaMachine:
         self._heard_at: float | None = None
         self._left_bytes = 0
         self._is_wake_wanted = False
+        self._is_lent = False
 
     @classmethod
     def returning(cls, view: ReplicaView, limits: Limits, *, return_by: float) -> "ReplicaMachine":
@@ -155,6 +163,7 @@ class ReplicaMachine:
         machine._view = view
         machine._stage = _REPORTABLE[view.state]
         machine._deadline = return_by
+        machine._is_lent = True
         machine._overdue = Failure(REPLICA_LOST, "the replica did not come back after its supervisor restarted")
         return machine
 
@@ -167,6 +176,11 @@ class ReplicaMachine:
     def view(self) -> ReplicaView:
         """The replica as others see it, without its load."""
         return self._view
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether its weights were lent; a replica that loads early is forked before that."""
+        return self._is_lent
 
     @property
     def deadline(self) -> float | None:
@@ -191,7 +205,7 @@ class ReplicaMachine:
         match event:
             case Begin():
                 return self._begin(now)
-            case WeightsCome() | WeightsReady() | WeightsFailed():
+            case WeightsCome() | WeightsEnough() | WeightsReady() | WeightsFailed():
                 return self._on_weights(event, now)
             case Forked() | ForkFailed():
                 return self._on_fork(event)
@@ -255,23 +269,46 @@ class ReplicaMachine:
         )
         return [Fetch(), *self._enter(Stage.FETCHING)]
 
-    def _on_weights(self, event: WeightsCome | WeightsReady | WeightsFailed, now: float) -> list[Action]:
-        if self._stage is not Stage.FETCHING:
-            # An adopted replica's lease was renewed, perhaps under a new id.
-            if isinstance(event, WeightsReady) and self._stage in _RUNNING:
-                self._view = replace(self._view, lease_id=event.lease_id)
-            return []
-        if isinstance(event, WeightsCome):
-            self._view = replace(self._view, fetch=event.progress)
-            return [Publish()]
-        if isinstance(event, WeightsFailed):
-            return self._end(event.failure)
-        deadline = now + self._start_seconds
+    def _on_weights(
+        self, event: WeightsCome | WeightsEnough | WeightsReady | WeightsFailed, now: float
+    ) -> list[Action]:
+        match event:
+            case WeightsCome(progress) if self._is_fetching:
+                self._view = replace(self._view, fetch=progress)
+                return [Publish()]
+            case WeightsFailed(failure) if self._is_fetching:
+                return self._end(failure)
+            case WeightsEnough(path) if self._stage is Stage.FETCHING:
+                return self._fork_on(path, "", now)
+            case WeightsReady(path, lease_id) if self._stage is Stage.FETCHING:
+                self._take_lease(lease_id, now)
+                return self._fork_on(path, lease_id, now)
+            case WeightsReady(_, lease_id) if self._is_fetching:
+                self._take_lease(lease_id, now)
+                return [Publish()]
+            case WeightsReady(_, lease_id) if self._stage in _RUNNING:
+                # An adopted replica's lease was renewed, perhaps under a new id.
+                self._view = replace(self._view, lease_id=lease_id)
+                return []
+            case _:
+                return []
+
+    @property
+    def _is_fetching(self) -> bool:
+        return self._stage is Stage.FETCHING or (self._stage in _STARTING and not self._is_lent)
+
+    def _take_lease(self, lease_id: str, now: float) -> None:
+        self._is_lent = True
+        self._view = replace(self._view, lease_id=lease_id, fetch=None)
+        # Of an early start too: it has waited for the fetch until now.
         self._set_start_deadline(now)
-        self._view = replace(self._view, lease_id=event.lease_id)
+
+    def _fork_on(self, path: str, lease_id: str, now: float) -> list[Action]:
+        # What is fetched beside the start is the start's to tell, as far as it waits for it.
         self._add_phases([PhaseTiming("fetch", now - self._fetching_since)])
         self._fork_asked_at = now
-        return [Fork(event.path, event.lease_id, deadline, now), *self._enter(Stage.LOADING)]
+        fork = Fork(path, lease_id, now + self._start_seconds, now, is_early=not self._is_lent)
+        return [fork, *self._enter(Stage.LOADING)]
 
     def _on_fork(self, event: Forked | ForkFailed) -> list[Action]:
         if self._stage not in (*_STARTING, Stage.ENDING) or self._view.process is not None:
@@ -306,6 +343,8 @@ class ReplicaMachine:
         if self._stage in _IN_BED:
             return [*actions, *self._attached_in_bed(event, now)]
         reported = _REPORTABLE.get(event.state, self._stage)
+        if self._is_fetching and reported in (Stage.READY, *_IN_BED):
+            return [*actions, *self._end_unlent()]
         if reported in _STARTING and (self._stage not in _STARTING or self.is_awaited):
             self._set_start_deadline(now)
         elif reported in (Stage.ASLEEP, Stage.WAKING):
@@ -322,6 +361,8 @@ class ReplicaMachine:
         if self._stage not in (*_STARTING, Stage.FALLING_ASLEEP, Stage.WAKING):
             return []
         if isinstance(event, BecameReady):
+            if self._is_fetching:
+                return self._end_unlent()
             self._view = replace(
                 self._view,
                 address=event.address,
@@ -473,9 +514,12 @@ class ReplicaMachine:
         ended = Stage.STOPPED if self._view.failure is None else Stage.FAILED
         return [ReleaseWeights(), Free(), *self._enter(ended)]
 
+    def _end_unlent(self) -> list[Action]:
+        return self._end(Failure(READY_UNLENT, "the replica would serve weights that are not known to be right"))
+
     def _enter(self, stage: Stage) -> list[Action]:
         self._stage = stage
-        self._view = replace(self._view, state=stage.shown, fetch=None)
+        self._view = replace(self._view, state=stage.shown, fetch=self._view.fetch if self._is_fetching else None)
         return [Publish()]
 
     def _set_deadline(self, deadline: float | None, overdue: Failure | None) -> None:

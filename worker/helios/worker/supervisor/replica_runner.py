@@ -18,6 +18,9 @@ import structlog
 from opentelemetry import propagate, trace
 
 from helios.mesh.errors import HeliosError
+from helios.worker.early.asking import BytesLost
+from helios.worker.early.growth import suits
+from helios.worker.early.loads import EarlyLoads
 from helios.worker.replica.adapter_state import AdapterFiles, AdapterStatus
 from helios.worker.replica.settings import LoraAdapter, LoraSettings
 from helios.worker.replica.spec import ReplicaSpec
@@ -25,7 +28,6 @@ from helios.worker.supervisor import life_actions, life_events
 from helios.worker.supervisor.adapter_book import AdapterBook
 from helios.worker.supervisor.adapter_leases import AdapterLeases
 from helios.worker.supervisor.last_words import last_lines
-from helios.worker.supervisor.life_stages import Stage
 from helios.worker.supervisor.process_tree import kill_tree, watch_exit
 from helios.worker.supervisor.read_ahead import read_ahead
 from helios.worker.supervisor.records import (
@@ -128,7 +130,8 @@ class Surroundings:
     """What a runner acts on.
 
     ``spec`` makes the launcher's order from a view, the weights' path and the trace context. ``on_asleep`` takes what a
-    replica that sleeps left behind, ``on_regrown`` one that is awake against all belief.
+    replica that sleeps left behind, ``on_regrown`` one that is awake against all belief. Without ``early``, replicas
+    are forked when all of their weights is here.
     """
 
     group: asyncio.TaskGroup
@@ -142,6 +145,7 @@ class Surroundings:
     on_freed: Callable[[ReplicaView], None]
     on_asleep: Callable[[str, int], None]
     on_regrown: Callable[[str], None]
+    early: EarlyLoads | None = None
 
 
 class ReplicaRunner:
@@ -160,6 +164,7 @@ class ReplicaRunner:
         self._timer: asyncio.TimerHandle | None = None
         self._holding: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
         self._is_released = False
         self._fetch_told_at = -_FETCH_TOLD_SECONDS
         self._revision_paths: dict[str, str] = {}
@@ -195,6 +200,11 @@ class ReplicaRunner:
     def revisions(self) -> frozenset[str]:
         """All that it needs on the node, what its engine still has of adapters that are unloaded included."""
         return self._adapters.revisions.union(self._life.view.order.revisions)
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether its weights were lent; before that a successor can't carry on with it."""
+        return self._life.is_lent
 
     @property
     def is_awaited(self) -> bool:
@@ -287,6 +297,7 @@ class ReplicaRunner:
         match action:
             case life_actions.Fetch(lease_id):
                 self._holding = self._spawn("weights", self._hold_weights(lease_id))
+                self._follow_fetch()
                 self._adapter_leases.follow(self._adapters.revisions)
             case life_actions.Fork():
                 self._spawn("fork", self._fork(action))
@@ -305,6 +316,7 @@ class ReplicaRunner:
                 self._stop_reading()
                 if self._holding is not None:
                     self._holding.cancel()
+                self._end_early_load()
                 self._adapter_leases.follow(frozenset())
             case life_actions.Free():
                 self._around.on_freed(self.view)
@@ -360,13 +372,13 @@ class ReplicaRunner:
                             other = await stack.enter_async_context(self._borrow(draft))
                             all_lent.append(other)
                             self._revision_paths[draft] = other.path
-                        self.post(life_events.WeightsReady(lent.path, lent.lease_id))
+                        self._weights_lent(lent)
                         await lent.wait_lost()
                     finally:
                         for one in all_lent:
                             one.keep = not self._is_released
             except HeliosError as error:
-                if self._life.stage is Stage.FETCHING:
+                if not self._life.is_lent:
                     self.post(life_events.WeightsFailed(Failure(error.reason, error.message)))
                     return
                 log.warning("lease of a running replica lost", replica=order.replica_id, reason=error.reason)
@@ -375,6 +387,34 @@ class ReplicaRunner:
             if not lease_id:
                 await asyncio.sleep(_LEASE_RETRY_SECONDS)
             lease_id = ""
+
+    def _follow_fetch(self) -> None:
+        """Has the replica be forked as soon as its start has something to do, where that can be before all is here."""
+        early, order = self._around.early, self._life.view.order
+        if early is not None and not self._life.is_lent and suits(order.engine, order.settings):
+            following = early.follow(
+                order.replica_id,
+                order.revision,
+                on_enough=lambda path: self.post(life_events.WeightsEnough(path)),
+            )
+            self._following = self._spawn("follow fetch", following)
+
+    def _weights_lent(self, lent: Lent) -> None:
+        early = self._around.early
+        counts = early is None or self._following is None or early.lend(self._life.view.replica_id, lent.path)
+        if self._following is not None:
+            self._following.cancel()
+            self._following = None
+        if not counts:
+            message = "the fetch of the weights began anew just after they were loaded; what is lent was not read"
+            self.post(life_events.ReportedFailure(Failure(BytesLost.default_reason, message)))
+        self.post(life_events.WeightsReady(lent.path, lent.lease_id))
+
+    def _end_early_load(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+        if self._around.early is not None:
+            self._around.early.drop(self._life.view.replica_id)
 
     def _weights_come(self, coming: Coming) -> None:
         """Tells of a fetch; not of each message of it, for everybody who watches replicas hears of it."""
@@ -405,8 +445,11 @@ class ReplicaRunner:
         spec = self._around.spec(self.view, action.path, self._traceparent())
         paths = self._revision_paths | self._adapters.paths
         spec = replace(spec, asked_at=action.asked_at, revision_paths=paths)
-        reading = read_ahead(spec.engine, spec.model_path, spec.revision, spec.packed_weights_directory)
-        self._reading = self._spawn("read ahead", reading)
+        if action.is_early and self._around.early is not None:
+            spec = replace(spec, early_door=str(self._around.early.door))
+        else:
+            reading = read_ahead(spec.engine, spec.model_path, spec.revision, spec.packed_weights_directory)
+            self._reading = self._spawn("read ahead", reading)
         try:
             forked = await self._around.launcher.fork(spec, action.deadline)
         except (HeliosError, TimeoutError) as error:

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 import structlog
 
 from helios.mesh.errors import AlreadyExists, Draining, HeliosError, NotFound, PreconditionFailed
+from helios.worker.early.loads import EarlyLoads
 from helios.worker.replica.adapter_state import AdapterStatus
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.supervisor import commands, life_events, metrics
@@ -57,7 +58,8 @@ class Supervisor:
     ``group`` runs its tasks and belongs to the caller: cancelling it leaves replicas and leases to a successor, which
     is why ``end_all`` comes first where replicas are to end. Call ``recover`` once before anything else.
 
-    ``on_ended`` is called with the view of each replica that ended, once.
+    ``on_ended`` is called with the view of each replica that ended, once. With ``early`` set, replicas may be forked
+    before all of their weights is here.
 
     Invariants: a replica in ``view`` is booked in the ledger and the other way round; an id that ended never comes
     back.
@@ -76,6 +78,7 @@ class Supervisor:
         host_memory_bytes: int = 0,
     ) -> None:
         self._rules = rules
+        self.early: EarlyLoads | None = None
         self.on_ended: Callable[[ReplicaView], None] = lambda _: None
         self.on_changed: Callable[[], None] = lambda: None
         self._group = group
@@ -359,9 +362,11 @@ class Supervisor:
             await runner.wait_ended()
         await self._staging.close()
 
-    async def end_unforked(self) -> None:
-        """Ends replicas that have no process yet, which no successor could find."""
-        runners = tuple(runner for runner in self._runners.values() if runner.view.process is None)
+    async def end_unlent(self) -> None:
+        """Ends replicas that have no process yet, which no successor could find, or none that it could go on with."""
+        runners = tuple(
+            runner for runner in self._runners.values() if runner.view.process is None or not runner.is_lent
+        )
         for runner in runners:
             runner.post(life_events.StopRequested())
         for runner in runners:
@@ -371,8 +376,9 @@ class Supervisor:
         """Writes the list of running replicas now."""
         listed = []
         for booking in self._ledger.bookings:
-            view = self._runners[booking.replica_id].view
-            if view.process is not None:
+            runner = self._runners[booking.replica_id]
+            view = runner.view
+            if view.process is not None and runner.is_lent:
                 listed.append(ListedReplica(view, booking.port))
         try:
             self._list.write(listed)
@@ -432,6 +438,7 @@ class Supervisor:
             on_asleep=self._on_asleep,
             on_regrown=self._ledger.regrow,
             device_ids=booking.device_ids,
+            early=self.early,
         )
         runner = ReplicaRunner(life, surroundings)
         self._runners[booking.replica_id] = runner

@@ -72,7 +72,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
-from helios.worker.engines.vllm import compat_packed, failures, quick_start
+from helios.worker.engines.vllm import compat_early, compat_packed, failures, quick_start
 from helios.worker.engines.vllm.compat_adapters import AdapterTable, correct_kernels
 from helios.worker.engines.vllm.compat_compiled import (
     SETTINGS_KEY,
@@ -228,6 +228,7 @@ def prepare_before_fork() -> None:
     current_platform.register_triton_kernel_overrides()
     setattr(type(current_platform), "register_triton_kernel_overrides", classmethod(lambda _: None))  # noqa: B010
     spare_checks_of_answers()
+    compat_early.install()
     quick_start.apply(is_cpu=current_platform.is_cpu())
     if current_platform.is_cpu():
         correct_kernels()
@@ -327,7 +328,11 @@ class PlacedWorker(DeviceWorker):
             yield
         began_at, self._told_at = self._told_at, time.monotonic()
         if self.rank == 0:
-            write_phase(self._phase_descriptor, name, began_at, self._told_at)
+            # As one stretch, though there were many: a phase is what it took, not when.
+            loads_at = began_at + compat_early.take_waited_seconds()
+            if loads_at > began_at:
+                write_phase(self._phase_descriptor, "await_bytes", began_at, loads_at)
+            write_phase(self._phase_descriptor, name, loads_at, self._told_at)
 
 
 def make_llm(

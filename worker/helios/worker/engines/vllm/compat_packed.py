@@ -31,6 +31,7 @@ from vllm.model_executor.model_loader import get_model_loader, register_model_lo
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from helios.mesh.errors import Corrupted, Unsupported
+from helios.worker.engines.vllm.compat_early import EARLY_FORMAT
 from helios.worker.engines.vllm.packed_products import (
     bytes_at,
     computes_alike,
@@ -85,9 +86,13 @@ class _OrdinaryLoader(BaseModelLoader):
 
     def __init__(self, load_config: Any) -> None:
         super().__init__(load_config)
-        self._settings: dict[str, str] = dict(load_config.model_loader_extra_config)
-        ordinary = replace(load_config, load_format="auto", model_loader_extra_config={})
-        self._ordinary: Any = get_model_loader(ordinary)
+        self._settings: dict[str, Any] = dict(load_config.model_loader_extra_config)
+        # The checkpoint may be on its way.
+        early = self._settings.pop("early", {})
+        ordinary = EARLY_FORMAT if early else "auto"
+        self._ordinary: Any = get_model_loader(
+            replace(load_config, load_format=ordinary, model_loader_extra_config=early)
+        )
 
     def download_model(self, model_config: Any) -> None:
         """Loads nothing from anywhere: the model is on the node."""

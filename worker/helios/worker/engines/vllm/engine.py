@@ -16,6 +16,7 @@ from helios.worker.artifacts.requests import COMPILE_CACHE, ArtifactRequest
 from helios.worker.engines.vllm import compat, compat_config, compat_statistics, errors, kv_files
 from helios.worker.engines.vllm.arguments import compile_inputs, engine_arguments
 from helios.worker.engines.vllm.compat_adapters import AdaptedModels, adapter_rank
+from helios.worker.engines.vllm.early import load_early
 from helios.worker.engines.vllm.openai_api import OpenAIApi, TextApi, VectorApi
 from helios.worker.engines.vllm.packing import map_weights
 from helios.worker.engines.vllm.pieces import PieceCutter
@@ -87,6 +88,7 @@ class VllmEngine:
         arguments = engine_arguments(spec, hooks.phase_descriptor)
         # Never released: it is in use for as long as the replica lives.
         self._mapped = map_weights(arguments, spec, hooks)
+        load_early(arguments, spec)
         if spec.compile_cache_directory and not arguments.enforce_eager:
             _use_compiled(spec, hooks)
         self._llm = compat.make_llm(

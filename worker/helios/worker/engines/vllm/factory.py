@@ -1,9 +1,11 @@
 """What the launcher and the replica's process call to have vLLM: ``preload`` before the fork, ``build`` after it."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 from helios.mesh.errors import HeliosError
+from helios.worker.early.asking import Arrivals
 from helios.worker.engines.vllm import compat, failures
 from helios.worker.engines.vllm.arguments import engine_arguments
 from helios.worker.engines.vllm.engine import VllmEngine
@@ -24,12 +26,23 @@ def prepare(spec: ReplicaSpec) -> Callable[[], None] | None:
     """
     if not compat.HELD_TOKENIZERS.is_installed:
         return None
+    if spec.early_door:
+        # What is on its way can't be read here, where nothing may wait, and has another place when it is lent.
+        return functools.partial(_pack_when_lent, spec)
     # A model that can't be run: its replica has said why.
     with contextlib.suppress(HeliosError, *failures.START_ERRORS):
         if not compat.HELD_TOKENIZERS.holds(spec.model_path):
             compat.HELD_TOKENIZERS.hold(engine_arguments(spec, -1).create_model_config())
         return packing_of(spec)
     return None
+
+
+def _pack_when_lent(spec: ReplicaSpec) -> None:
+    with contextlib.suppress(HeliosError, *failures.START_ERRORS):
+        Arrivals(spec.early_door, spec.replica_id, spec.model_path).wait_whole()
+        work = packing_of(spec)
+        if work is not None:
+            work()
 
 
 def build(spec: ReplicaSpec, hooks: EngineHooks) -> Engine:
