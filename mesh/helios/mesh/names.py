@@ -93,6 +93,12 @@ ANSWER_FIELDS: Final = ("max_tokens", "max_completion_tokens", "n")
 # Whose request it is, of which conversation, the narrowest first: such requests go to one revision of a rollout.
 SESSION_FIELDS: Final = ("prompt_cache_key", "safety_identifier", "user")
 RATE_LIMIT_HEADERS: Final = tuple(
+PRIORITY_HEADER: Final = "x-helios-priority"
+"""The band of priority of a request's caller, for the engine's queue: 1 is low, 2 normal, 3 high."""
+EXPECTED_TOKENS_HEADER: Final = "x-helios-expected-tokens"
+"""Tokens that its answer is likely to have, by what its caller's answers had."""
+COHORT_HEADER: Final = "x-helios-cohort"
+"""The same for requests whose prompts begin alike."""
     f"x-ratelimit-{part}-{what}" for what in ("requests", "tokens") for part in ("limit", "remaining", "reset")
 )
 # Why a request was refused before it reached a replica: the error's reason, in lower case.

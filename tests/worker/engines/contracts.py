@@ -19,7 +19,7 @@ from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import psutil
 import pytest
@@ -44,6 +44,7 @@ import vllm.v1.sample.logits_processor
 import vllm.v1.structured_output
 import vllm.v1.worker.utils
 from pydantic import ValidationError
+from vllm.config.scheduler import SchedulerPolicy
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.serving import BaseServing
@@ -57,6 +58,8 @@ from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.params import TokenizeParams
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import EngineCoreClient
@@ -65,12 +68,14 @@ from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.executor import Executor, UniProcExecutor
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from helios.worker.engines.vllm import compat, compat_compiled, compat_statistics, errors, quick_start
 from helios.worker.engines.vllm.pieces import PieceCutter
 from helios.worker.replica.engine import FinishReason, Meter, Sampling
+from helios.worker.replica.queueing import ORDER
 
 Contract = Callable[[], None]
 CONTRACTS: list[Contract] = []
@@ -160,6 +165,43 @@ def async_llm_takes_what_make_llm_gives() -> None:
     assert inspect.isasyncgenfunction(AsyncLLM.generate)
     assert isinstance(AsyncLLM.errored, property)
     assert "timeout" in parameters(AsyncLLM.shutdown)
+
+
+@contract
+def requests_of_a_lower_priority_are_begun_first_and_then_those_that_came_first() -> None:
+    assert "priority" in get_args(SchedulerPolicy)
+    assert "scheduling_policy" in {field.name for field in dataclasses.fields(compat.AsyncEngineArgs)}
+    assert "priority" in parameters(AsyncLLM.add_request)
+    assert "add_request" in AsyncLLM.generate.__code__.co_names
+    queue = create_request_queue(SchedulingPolicy.PRIORITY)
+    # Milliseconds of a clock that has run for a year, and below zero.
+    came = [("late", 31_536_000_000, 1.0), ("first", -5, 3.0), ("second", 7, 1.0), ("third", 7, 2.0)]
+    for request_id, priority, arrival_time in came:
+        sampling = SamplingParams(max_tokens=1)
+        queue.add_request(Request(request_id, [1], sampling, None, arrival_time=arrival_time, priority=priority))
+    assert [queue.pop_request().request_id for _ in came] == ["first", "second", "third", "late"]
+
+
+@contract
+def what_a_client_says_of_its_priority_is_not_heard() -> None:
+    heard: list[object] = []
+
+    async def add_request(*_: object, **kwargs: object) -> None:
+        heard.append(kwargs["priority"])
+
+    stock: Any = AsyncLLM
+    original, stock.add_request = stock.add_request, add_request
+    # One that was never begun can't be shut down.
+    stock.__del__ = lambda _: None
+    try:
+        llm = compat.MeteredLLM.__new__(compat.MeteredLLM)
+        asyncio.run(llm.add_request("r", {}, None, priority=-99))
+        ORDER.set(1234)
+        asyncio.run(llm.add_request("r", {}, None, priority=-99))
+    finally:
+        ORDER.set(None)
+        stock.add_request = original
+    assert heard == [0, 1234]
 
 
 @contract

@@ -18,6 +18,7 @@ from helios.worker.engines.simulated.faults import Fault, Faults
 from helios.worker.engines.simulated.scheduler import Capacity, Scheduler, Step
 from helios.worker.engines.simulated.settings import SimulatedOptions
 from helios.worker.replica.engine import EngineHooks, Meter, Piece, Sampling, Text
+from helios.worker.replica.queueing import ORDER, Hints, Queueing
 from helios.worker.replica.spec import ReplicaSpec
 
 CAPACITY = Capacity(max_batch=4, max_batched_tokens=6, block_count=8, block_tokens=2)
@@ -34,11 +35,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.count = 0
         self.step: Step | None = None
 
-    @rule(prompt=st.integers(1, LONGEST - 1), answer=st.integers(1, LONGEST))
-    def a_request_comes(self, prompt: int, answer: int) -> None:
+    @rule(prompt=st.integers(1, LONGEST - 1), answer=st.integers(1, LONGEST), order=st.integers(0, 3))
+    def a_request_comes(self, prompt: int, answer: int, order: int) -> None:
         self.count += 1
         self.left[self.count] = min(answer, LONGEST - prompt)
-        self.scheduler.add(self.count, prompt)
+        self.scheduler.add(self.count, prompt, order)
 
     @precondition(lambda self: self.left)
     @rule(data=st.data())
@@ -132,6 +133,42 @@ async def ask_together(made: SimulatedEngine, count: int, **sizes: int) -> list[
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(ask(made, **sizes)) for _ in range(count)]
     return [task.result() for task in tasks]
+
+
+async def finished(made: SimulatedEngine, requests: list[tuple[str, Hints, float]]) -> list[str]:
+    """Asks one after the other, each as if it had come at its time; returns them in the order of their ends."""
+    queueing, ended = Queueing(), []
+
+    async def one(name: str) -> None:
+        await ask(made, words=1, answer=2)
+        ended.append(name)
+
+    async with asyncio.TaskGroup() as group:
+        for name, hints, at in requests:
+            ORDER.set(queueing.order(hints, at))
+            # A task has the context of where it was made.
+            group.create_task(one(name))
+            await asyncio.sleep(0)
+    return ended
+
+
+async def test_a_high_priority_overtakes_those_that_wait_and_low_ones_do_not_starve() -> None:
+    low, high = Hints(band=1), Hints(band=3)
+    with engine(max_batch="1", decode_seconds_per_token="0.001") as made:
+        waiting = [("running", low, 0.0), ("low 1", low, 0.1), ("low 2", low, 0.2)]
+        assert await finished(made, [*waiting, ("high", high, 5.0)]) == ["running", "high", "low 1", "low 2"]
+        # High ones that keep coming are behind a low one that has waited for as long as bands are apart.
+        flood = [(f"high {at}", high, float(at)) for at in range(1, 31)]
+        ended = await finished(made, [("running", low, 0.0), ("low", low, 0.1), *flood])
+        assert ended.index("low") == 1 + sum(at < 20.1 for at in range(1, 31))
+
+
+async def test_short_answers_go_first_and_without_hints_the_order_is_that_of_arrival() -> None:
+    with engine(max_batch="1", decode_seconds_per_token="0.001") as made:
+        plain = [(str(at), Hints(), float(at)) for at in range(5)]
+        assert await finished(made, plain) == ["0", "1", "2", "3", "4"]
+        sized = [("0", Hints(), 0.0), ("long", Hints(expected_tokens=900), 0.1), ("short", Hints(expected_tokens=9), 1)]
+        assert await finished(made, sized) == ["0", "short", "long"]
 
 
 async def test_a_request_takes_the_time_that_was_set() -> None:

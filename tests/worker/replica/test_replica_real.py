@@ -25,7 +25,7 @@ from helios.api.inference.v1 import (
     openai_service_pb2_grpc,
 )
 from helios.api.worker.v1 import supervisor_service_pb2 as worker_pb
-from helios.mesh.names import ROUTE_MODEL_HEADER, ROUTE_REVISION_HEADER
+from helios.mesh.names import PRIORITY_HEADER, ROUTE_MODEL_HEADER, ROUTE_REVISION_HEADER
 from tests.worker.replica.support import (
     MODEL,
     REVISION,
@@ -443,3 +443,36 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest(
     loop = asyncio.get_running_loop()
     exited = await loop.run_in_executor(None, launcher.wait_exit, running.pid, 10)
     assert exited.status == 0
+
+
+@pytest.mark.soak
+async def test_a_high_priority_overtakes_requests_that_wait_in_the_engine(
+    launcher: Launcher, leaves: Leaves, tmp_path: Path, smollm2_directory: Path
+) -> None:
+    """One at a time, so that the others wait; the simulated engine has the same test in every run."""
+    running = fork_real(launcher, leaves, tmp_path, smollm2_directory, max_running_requests=1)
+    try:
+        async with leaves.dial(running.address) as dialer:
+            stub, ended = dialer.stub(openai_service_pb2_grpc.OpenAIServiceStub), []
+
+            def ask(band: str, **fields: Any) -> Any:
+                metadata = ((ROUTE_MODEL_HEADER, MODEL), (ROUTE_REVISION_HEADER, REVISION), (PRIORITY_HEADER, band))
+                return stub.CreateChatCompletion(
+                    body(**fields), metadata=metadata, timeout=START_SECONDS, wait_for_ready=True
+                )
+
+            async def wait(band: str) -> None:
+                assert await read(ask(band, max_tokens=4))
+                ended.append(band)
+
+            long = ask("1", stream=True, max_tokens=400, min_tokens=400)
+            await anext(aiter(long))
+            async with asyncio.TaskGroup() as group:
+                for band in "1213":
+                    group.create_task(wait(band))
+                await read(long)
+                assert not ended
+            assert ended == ["3", "2", "1", "1"]
+    finally:
+        os.kill(running.pid, signal.SIGTERM)
+        assert launcher.wait_exit(running.pid, 10).status == 0

@@ -35,6 +35,7 @@ from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.explain.record import Refusal
 from helios.proxy.picker.gate import Gate
+from helios.proxy.picker.hints import hint_headers
 from helios.proxy.picker.prompt import NO_PROMPT
 from helios.proxy.picker.request import (
     INFERENCE_PREFIX,
@@ -146,7 +147,8 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             return
         finally:
             gate.leave()
-        more = self._more_headers(pick, model) | gate.left_for_answer() | self._cluster
+        hints = hint_headers(gate.caller, entry.name, blocks, self._core.traffic.quotas.history)
+        more = self._more_headers(pick, model) | hints | gate.left_for_answer() | self._cluster
         await context.write(_answer(pick, model, is_body=body is not None, more=more))
         # Behind the answer: a long prompt has many blocks.
         self._core.traffic.prompt_sent(entry, pick.choices[0].replica_id, blocks)

@@ -37,6 +37,7 @@ from helios.worker.replica import metrics, tracing
 from helios.worker.replica.continuation import CONTINUATION, Continuation
 from helios.worker.replica.engine import PREFILL, Meter, TransferParameters
 from helios.worker.replica.ledger import RequestLedger
+from helios.worker.replica.queueing import ORDER, Queueing, read_hints
 from helios.worker.replica.settings import Role
 
 log = structlog.get_logger()
@@ -81,6 +82,7 @@ class CallGate:
         self._revision = revision
         self._ledger = ledger
         self._on_change = on_change
+        self._queueing = Queueing()
         self._is_draining = False
         self._is_paused = False
         self._continuations: set[Continuation] = set()
@@ -148,7 +150,9 @@ class CallGate:
                 metadata={"param": "model", "model": adapter},
                 retry_after_seconds=_DRAINING_RETRY_SECONDS,
             )
-        meter = self._ledger.start(_request_id(metadata), time.monotonic())
+        now = time.monotonic()
+        ORDER.set(self._queueing.order(read_hints(metadata), now))
+        meter = self._ledger.start(_request_id(metadata), now)
         span = tracing.start_request(metadata, operation, self._model, meter.request_id)
         self._idle.clear()
         self._on_change()

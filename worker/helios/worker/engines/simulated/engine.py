@@ -34,6 +34,7 @@ from helios.worker.replica.engine import (
     TokenIds,
     Tokenized,
 )
+from helios.worker.replica.queueing import ORDER
 from helios.worker.replica.settings import Compilation
 from helios.worker.replica.spec import ReplicaSpec
 
@@ -195,7 +196,7 @@ class SimulatedEngine:
             raise _dead()
         for key in request.keys:
             self._requests[key] = request
-            self._scheduler.add(key, prompt_tokens)
+            self._scheduler.add(key, prompt_tokens, ORDER.get() or 0)
         self._step()
         self._on_load()
 

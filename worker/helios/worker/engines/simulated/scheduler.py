@@ -1,8 +1,9 @@
 """Continuous batching over a limited number of KV blocks, the way vLLM's scheduler does it. Pure: no clock, no tasks.
 
 Each step computes tokens for some sequences: whole prompts or parts of them, and one token for each answer that is
-under way. Sequences run in the order of their arrival. One that needs a block when none is free takes those of the
-youngest running one, which goes back to the head of the queue and is computed anew later, its answer so far included.
+under way. Sequences begin in the order that is said of them, else that of their arrival. One that needs a block when
+none is free takes those of the youngest running one, which goes back to the head of the queue and is computed anew
+later, its answer so far included.
 
 Invariants (a hypothesis machine holds them): blocks in use and free blocks add up to the capacity; no more sequences
 run than the batch holds; no step computes more tokens than it may; whatever is added ends, if each sequence alone fits.
@@ -45,6 +46,7 @@ class _Sequence:
     key: int
     total: int
     """Tokens of the prompt and of the answer so far."""
+    order: int = 0
     computed: int = 0
     blocks: int = 0
     is_begun: bool = False
@@ -74,9 +76,13 @@ class Scheduler:
         """Share of the blocks in use."""
         return 1 - self._free / self._capacity.block_count
 
-    def add(self, key: int, prompt_tokens: int) -> None:
-        """Queues a sequence. ``key`` is unique among those that are here."""
-        self._waiting.append(_Sequence(key, prompt_tokens))
+    def add(self, key: int, prompt_tokens: int, order: int = 0) -> None:
+        """Queues a sequence behind those of a lower or the same order. ``key`` is unique among those that are here."""
+        index = len(self._waiting)
+        # What was begun before stays at the head.
+        while index and order < self._waiting[index - 1].order and not self._waiting[index - 1].is_begun:
+            index -= 1
+        self._waiting.insert(index, _Sequence(key, prompt_tokens, order=order))
 
     def remove(self, key: int) -> None:
         """Takes a sequence out, wherever it is, and frees its blocks. Does nothing where it is not here."""

@@ -21,8 +21,10 @@ from helios.worker.replica.spec import ReplicaSpec
 
 # One prefill step: enough to keep two cores busy, small enough that running answers are not held up for long.
 _BATCHED_TOKENS: Final = 1024
-# Arguments that no compiled code depends on: other names or another size of the cache are the same model.
-_NOT_COMPILED: Final = frozenset({"model", "served_model_name", "kv_cache_memory_bytes", "kv_transfer_config"})
+# Arguments that no compiled code depends on: other names, another order or size of the cache are the same model.
+_NOT_COMPILED: Final = frozenset(
+    {"model", "served_model_name", "kv_cache_memory_bytes", "kv_transfer_config", "scheduling_policy"}
+)
 # The connector of kv_files, by the name that vLLM loads it by.
 FILES: Final = "FileConnector"
 _RUNNERS: Final[Mapping[Task, Mapping[str, Any]]] = {
@@ -63,6 +65,8 @@ def arguments_of(spec: ReplicaSpec) -> dict[str, Any]:
         # vLLM's bound is that of one rank.
         "kv_cache_memory_bytes": spec.kv_cache_bytes // settings.rank_count,
         "enforce_eager": _is_eager(settings),
+        # The order of arrival, but for what hints are worth: replica.queueing.
+        "scheduling_policy": "priority",
         **_batch_sizes(spec),
         **_RUNNERS[settings.task],
     }

@@ -93,6 +93,7 @@ from helios.worker.replica.continuation import CONTINUATION
 from helios.worker.replica.engine import PREFILL, Meter
 from helios.worker.replica.packed_writer import ArtifactWriter
 from helios.worker.replica.phases import write_phase
+from helios.worker.replica.queueing import ORDER
 
 # The CPU worker patches torch when it is imported, so only the device's own worker may be.
 if current_platform.is_cpu():
@@ -521,6 +522,12 @@ class MeteredLLM(AsyncLLM):
         """Asks the engine. A request does this first, and vLLM's own reader of outputs would be started by it."""
         self._run_output_handler()
         return await super().get_supported_tasks()
+
+    async def add_request(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds a request where it stands in the queue: what a client says of that (`priority`) is not its to say."""
+        # vLLM begins the lowest first. Nobody's request is the replica's own.
+        kwargs["priority"] = ORDER.get() or 0
+        return await super().add_request(*args, **kwargs)
 
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
         """Generates as AsyncLLM does. Closing the generator aborts the request at once, not when it is collected."""
