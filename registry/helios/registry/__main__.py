@@ -74,6 +74,7 @@ from helios.registry.servicer import RegistryServicer
 from helios.registry.settings import RegistrySettings
 from helios.registry.sources.conversion import Converter
 from helios.registry.sources.remote_sources import Sources
+from helios.registry.sources.settings import OciSettings
 from helios.registry.sources.web import Web
 from helios.registry.state import StateDirectory
 from helios.registry.store import Store
@@ -121,10 +122,11 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
             options=ServerOptions(drain_seconds=settings.drain_seconds),
         )
         web = await stack.enter_async_context(Web())
-        sources = Sources(converter, web, settings.sources.with_environment(environment))
+        places = settings.sources.with_environment(environment)
+        sources = Sources(converter, web, places)
         downloads = open_downloads(state.downloads, blobs, settings.sources.downloads)
         ingester = Ingester(catalog, state, sources, downloads, max_concurrent=settings.ingest.max_concurrent)
-        pusher = _serve_pushes(settings, store, blobs, web, server)
+        pusher = _serve_pushes(settings, places.oci, core, web, server)
         collector = Collector(store.blobs, blobs, settings.collection)
         add_RegistryServiceServicer_to_server(RegistryServicer(catalog, ingester, collector), server.grpc)
         uploads = Uploads(catalog, core.artifacts, state, settings.artifacts)
@@ -166,10 +168,10 @@ async def main(settings: RegistrySettings, lifetime: Lifetime) -> None:
         await server.set_serving(is_serving=False)
 
 
-def _serve_pushes(settings: RegistrySettings, store: Store, blobs: Blobs, web: Web, server: MeshServer) -> Pusher:
+def _serve_pushes(settings: RegistrySettings, oci: OciSettings, core: "_Core", web: Web, server: MeshServer) -> Pusher:
     directory = StateDirectory(settings.state_directory).pushes
     journal = PushJournal(directory, keep_seconds=settings.push.keep_seconds)
-    pusher = Pusher(store, blobs, web, journal, settings=settings.push, oci=settings.sources.oci)
+    pusher = Pusher(core.store, core.blobs, web, journal, settings=settings.push, oci=oci)
     add_PushServiceServicer_to_server(PushServicer(pusher), server.grpc)
     return pusher
 

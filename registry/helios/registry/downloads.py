@@ -127,9 +127,9 @@ class Downloads:
             self._users[key] = session
         return has_waited
 
-    def require_space(self, files: Collection[RemoteFile]) -> None:
+    def require_space(self, files: Collection[RemoteFile], more_bytes: int = 0) -> None:
         """Raises DiskFull unless the files fit, what is there of them counted; old downloads make room first."""
-        needed_bytes = sum(max(0, file.size_bytes - _allocated_bytes(self.path(file))) for file in files)
+        needed_bytes = more_bytes + sum(max(0, file.size_bytes - _allocated_bytes(self.path(file))) for file in files)
         try:
             self._room.require_space(needed_bytes)
         except DiskFull:
@@ -175,6 +175,10 @@ class DownloadSession:
         """Returns whether the registry has this blob, which then stays at least until the ingest's end."""
         return await self._hold.take([digest])
 
+    def require_space(self, needed_bytes: int) -> None:
+        """Raises DiskFull unless the disk can take this much, beside what is downloaded."""
+        self._downloads.require_space((), needed_bytes)
+
     async def begin(self, files: Iterable[RemoteFile]) -> None:
         """Makes these files this ingest's to fetch; waits for another one that fetches any of them.
 
@@ -182,7 +186,7 @@ class DownloadSession:
             DiskFull: There is no room for what is missing of them.
         """
         wanted = tuple(files)
-        self._has_waited = await self._downloads.reserve(wanted, self)
+        self._has_waited |= await self._downloads.reserve(wanted, self)
         self._downloads.require_space(wanted)
 
     async def fetch(
@@ -198,7 +202,9 @@ class DownloadSession:
             HeliosError: The source refuses it, is not to be reached, or has other bytes than it promised.
             DiskFull: There is no room.
         """
-        if self._has_waited and file.sha256 and await self.have(Digest(file.sha256, file.size_bytes)):
+        # Of an archive the files in it are wanted, whoever has it as a blob.
+        is_blob = bool(file.sha256) and not file.packing
+        if self._has_waited and is_blob and await self.have(Digest(file.sha256, file.size_bytes)):
             on_bytes(file.size_bytes)
             return None, file.sha256
         target = self._downloads.path(file)
@@ -254,7 +260,9 @@ class DownloadSession:
 
 
 def _key(file: RemoteFile) -> str:
-    return hashlib.sha256(f"{file.identity or file.place} {file.size_bytes}".encode()).hexdigest()
+    # Archives are a kind of their own: they are reserved first by everybody, so that no two wait for each other.
+    packed = f" {file.packing}" if file.packing else ""
+    return hashlib.sha256(f"{file.identity or file.place} {file.size_bytes}{packed}".encode()).hexdigest()
 
 
 def _allocated_bytes(path: Path) -> int:

@@ -19,7 +19,7 @@ from helios.mesh.errors import (
     Unavailable,
 )
 from helios.registry.manifest import Digest
-from helios.registry.sources.oci_login import OciLogin, base_url, find_credentials, said
+from helios.registry.sources.oci_login import OciLogin, said
 from helios.registry.sources.reference import OciReference, parse_reference
 from helios.registry.sources.settings import OciSettings
 from helios.registry.sources.web import Answer, Body, Refused, Web, redirected
@@ -72,10 +72,9 @@ class OciTarget:
 
     def __init__(self, reference: OciReference, web: Web, settings: OciSettings) -> None:
         self.reference = reference
-        host, self.repository = reference.host, reference.repository
-        self._base = base_url(host, self.repository, settings)
-        credentials = find_credentials(host, settings)
-        self._login = OciLogin(self._base, self.repository, web, credentials, actions="pull,push")
+        self.repository = reference.repository
+        self._login = OciLogin(reference, web, settings, actions="pull,push")
+        self._base = self._login.base
 
     @property
     def name(self) -> str:

@@ -1,8 +1,9 @@
 """A model in an OCI registry, by CNCF ModelPack: a manifest whose layers are the files, each named by its sha256.
 
-Layers are taken as they are (``.raw``), which is how Helios itself would write them: a file keeps its sha256 from
-registry to registry, so one that is known is not fetched again. A layer that is a tar archive has another sha256 than
-the files in it, and is refused.
+Layers that are the files as they are (``.raw``), which is how Helios itself writes them, keep their sha256 from
+registry to registry, so one that is known is not fetched again. A layer that is an archive (``.tar``, ``.tar+gzip``,
+``.tar+zstd``) has another sha256 than the files in it, so it is fetched to be seen, and unpacked; what becomes of it is
+remembered by the manifest, and the files in it are blobs by their own sha256.
 
 Source: https://github.com/modelpack/model-spec v0.0.7; OCI distribution-spec 1.1.
 """
@@ -15,10 +16,11 @@ from typing import Any, Final
 from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, PermissionDenied, PreconditionFailed
 from helios.mesh.transfer.http import HttpSource
 from helios.mesh.transfer.source import RangeSource
-from helios.registry.sources.oci_login import OciLogin, base_url, find_credentials, said
+from helios.registry.sources.oci_login import OciLogin, said
 from helios.registry.sources.reference import OciReference
 from helios.registry.sources.remote import Listing, RemoteFile, changed, mismatch
 from helios.registry.sources.settings import OciSettings
+from helios.registry.sources.unpack import PACKINGS
 from helios.registry.sources.web import Refused, Web
 from helios.registry.strict_json import malformed
 
@@ -38,9 +40,8 @@ class OciRepository:
     def __init__(self, reference: OciReference, web: Web, settings: OciSettings) -> None:
         self._reference = reference
         self._web = web
-        host, repository = reference.host, reference.repository
-        self._base = base_url(host, repository, settings)
-        self._login = OciLogin(self._base, repository, web, find_credentials(host, settings))
+        self._login = OciLogin(reference, web, settings)
+        self._base = self._login.base
 
     async def list_files(self) -> Listing:
         """Returns the files that the manifest names."""
@@ -102,15 +103,16 @@ class OciRepository:
             f"{host} answered {status} for {source}{said}", reason="INVALID_SOURCE", metadata=metadata
         )
 
-    def _file(self, path: str, digest: str, size_bytes: int) -> RemoteFile:
-        return RemoteFile(path, size_bytes, f"{self._base}/blobs/{digest}", sha256=digest.removeprefix("sha256:"))
+    def _file(self, path: str, digest: str, size_bytes: int, packing: str) -> RemoteFile:
+        place, sha256 = f"{self._base}/blobs/{digest}", digest.removeprefix("sha256:")
+        return RemoteFile(path, size_bytes, place, sha256=sha256, packing=packing)
 
 
-def read_layers(manifest: Any, source: str) -> list[tuple[str, str, int]]:
-    """Returns path, digest and size of each file of a model's manifest.
+def read_layers(manifest: Any, source: str) -> list[tuple[str, str, int, str]]:
+    """Returns path, digest, size and packing of each layer of a model's manifest.
 
     Raises:
-        InvalidRequest: UNSUPPORTED_FORMAT, when it is no model, or its files are packed.
+        InvalidRequest: UNSUPPORTED_FORMAT, when it is no model.
     """
     if not isinstance(manifest, dict) or not isinstance(manifest.get("layers"), list):
         raise malformed(f"{source} is no manifest of one model")
@@ -121,19 +123,17 @@ def read_layers(manifest: Any, source: str) -> list[tuple[str, str, int]]:
     return [_read_layer(layer, source) for layer in manifest["layers"]]
 
 
-def _read_layer(layer: Any, source: str) -> tuple[str, str, int]:
+def _read_layer(layer: Any, source: str) -> tuple[str, str, int, str]:
     match layer:
         case {"mediaType": str(kind), "digest": str(digest), "size": int(size), "annotations": dict(annotations)}:
             found = _LAYER.fullmatch(kind)
             path = next((annotations[name] for name in _PATHS if isinstance(annotations.get(name), str)), "")
             if found is None or not path or not digest.startswith("sha256:"):
                 raise malformed(f"{source} has a layer of type {kind[:100]!r} that is no file by CNCF ModelPack")
-            if found[1] != "raw":
-                raise malformed(
-                    f"{source} packs {path[:100]} in a tar archive; push it with raw layers (modctl build --raw), so"
-                    " that files keep their own sha256"
-                )
-            return path, digest, size
+            packing = "" if found[1] == "raw" else found[1]
+            if packing and packing not in PACKINGS:
+                raise malformed(f"{source} packs {path[:100]} as {packing!r}, which nothing here unpacks")
+            return path, digest, size, packing
     raise malformed(f"{source} has a layer that is no file by CNCF ModelPack: {json.dumps(layer)[:200]}")
 
 

@@ -1,70 +1,39 @@
 """Who the registry is to an OCI registry: credentials, and the tokens that they are exchanged for.
 
-Credentials are settings, or the logins that ``docker login`` wrote; a source or target never holds any. They go to the
-registry that they are for, and to the token service that it names, over TLS unless the registry itself has none.
-``credHelpers`` and ``credsStore`` of Docker's file are not asked: they are programs, which a server does not start.
+Credentials are settings, or the logins that ``docker login`` left; a source or target never holds any. They are looked
+for with the first request, and go to the registry that they are for, and to the token service that it names, over TLS
+unless the registry itself has none.
 
 Source: https://distribution.github.io/distribution/spec/auth/token/ and …/oauth/.
 """
 
 import asyncio
-import base64
 import json
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlencode, urlsplit
 
+from helios.registry.sources.docker_config import DOCKER_HUB, Credentials, find_credentials
+from helios.registry.sources.reference import OciReference
 from helios.registry.sources.settings import OciSettings
 from helios.registry.sources.web import Answer, Refused, Web, origin, unavailable
 
 _CHALLENGE: Final = re.compile(r'(\w+)="([^"]*)"')
 _LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
-# Docker Hub has a name, another host, and a third one in Docker's own file.
-_DOCKER_HUB: Final = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
 _DOCKER_HUB_HOST: Final = "registry-1.docker.io"
-_DOCKER_HUB_KEY: Final = "https://index.docker.io/v1/"
 # Registries' own default is a minute, and they may say nothing.
 _TOKEN_SECONDS: Final = 60.0
 _LOGIN_SECONDS: Final = 60.0
-_MAX_DOCKER_CONFIG_BYTES: Final = 1 << 20
 _MAX_SAID_CHARS: Final = 300
-
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """A login. ``basic`` is a header's value; ``identity_token`` is exchanged for tokens. Both empty: anybody."""
-
-    basic: str = field(default="", repr=False)
-    identity_token: str = field(default="", repr=False)
-
-    def __bool__(self) -> bool:
-        """Whether there is a login."""
-        return bool(self.basic or self.identity_token)
 
 
 def base_url(host: str, repository: str, settings: OciSettings) -> str:
     """Returns where a repository is."""
     is_plain = host in settings.plain_http or (urlsplit(f"//{host}").hostname or "") in _LOOPBACK
-    where = _DOCKER_HUB_HOST if host in _DOCKER_HUB else host
+    where = _DOCKER_HUB_HOST if host in DOCKER_HUB else host
     return f"{'http' if is_plain else 'https'}://{where}/v2/{repository}"
-
-
-def find_credentials(host: str, settings: OciSettings) -> Credentials:
-    """Returns the login for a host: that of the settings, else Docker's. Reads a small file."""
-    if (found := settings.credentials.get(host)) is not None:
-        return Credentials(_basic(found.get_secret_value()))
-    logins = _docker_logins(settings)
-    names = (host, f"https://{host}", *((_DOCKER_HUB_KEY,) if host in _DOCKER_HUB else ()))
-    login: dict[str, Any] = next((logins[name] for name in names if isinstance(logins.get(name), dict)), {})
-    if isinstance(token := login.get("identitytoken"), str) and token:
-        return Credentials(identity_token=token)
-    auth = login.get("auth")
-    if isinstance(auth, str) and auth.isascii() and auth.isprintable():
-        return Credentials(f"Basic {auth}")
-    return Credentials()
 
 
 def said(error: Refused) -> str:
@@ -80,14 +49,17 @@ def said(error: Refused) -> str:
 class OciLogin:
     """The login to one repository; made anew for each pull and push. Belongs to the event loop."""
 
-    def __init__(
-        self, base: str, repository: str, web: Web, credentials: Credentials, *, actions: str = "pull"
-    ) -> None:
-        """Asks for tokens that allow ``actions`` (``pull``, ``pull,push``) on the repository at ``base``."""
-        self.credentials = credentials
-        self._base = base
+    def __init__(self, reference: OciReference, web: Web, settings: OciSettings, *, actions: str = "pull") -> None:
+        """Asks for tokens that allow ``actions`` (``pull``, ``pull,push``) on the reference's repository."""
+        self.credentials = Credentials()
+        """The login; none before the first request."""
+        self.base = base_url(reference.host, reference.repository, settings)
+        """Where the repository is."""
+        self._host = reference.host
+        self._settings = settings
+        self._is_known = False
         self._web = web
-        self._scopes = [f"repository:{repository}:{actions}"]
+        self._scopes = [f"repository:{reference.repository}:{actions}"]
         self._challenge: dict[str, str] = {}
         self._authorization = ""
         self._renew_at = float("inf")
@@ -117,11 +89,13 @@ class OciLogin:
         Raises:
             Refused: Also after a login.
             Unavailable: SOURCE_UNAVAILABLE.
+            PreconditionFailed: LOGIN_HELPER_FAILED.
         """
         self._loop = asyncio.get_running_loop()
+        await self._know()
         await self.renew()
         shown, sent = self._authorization, dict(headers or {})
-        if origin(url) != origin(self._base):
+        if origin(url) != origin(self.base):
             # Uploads may have a place elsewhere, which its address alone opens.
             return await self._web.request(method, url, headers=sent, **more)
         try:
@@ -150,6 +124,12 @@ class OciLogin:
             asyncio.run_coroutine_threadsafe(self.renew(), self._loop).result(_LOGIN_SECONDS)
         return self.headers()
 
+    async def _know(self) -> None:
+        async with self._renewing:
+            if not self._is_known:
+                self.credentials = await find_credentials(self._host, self._settings)
+                self._is_known = True
+
     async def _answer(self, challenge: str, shown: str) -> None:
         async with self._renewing:
             if self._authorization != shown:
@@ -164,7 +144,7 @@ class OciLogin:
     async def _get_token(self) -> None:
         realm = self._challenge["realm"]
         # A realm without TLS would read the password on the way, unless the registry itself is spoken to like that.
-        is_safe = urlsplit(realm).scheme == "https" or self._base.startswith("http:")
+        is_safe = urlsplit(realm).scheme == "https" or self.base.startswith("http:")
         try:
             answer = (await self._ask_token(realm, self.credentials if is_safe else Credentials())).document()
         except Refused as error:
@@ -195,21 +175,3 @@ class OciLogin:
         query = urlencode([*(("scope", scope) for scope in self._scopes), *service])
         headers = {"authorization": credentials.basic} if credentials.basic else {}
         return await self._web.request("GET", f"{realm}{'&' if '?' in realm else '?'}{query}", headers=headers)
-
-
-def _docker_logins(settings: OciSettings) -> dict[str, Any]:
-    """Returns ``auths`` of Docker's file; none where it is missing or is no such file."""
-    if settings.docker_config is None:
-        return {}
-    try:
-        with settings.docker_config.expanduser().open("rb") as file:
-            document = json.loads(file.read(_MAX_DOCKER_CONFIG_BYTES))
-    except (OSError, ValueError, RuntimeError, RecursionError):
-        # RuntimeError: there is no home directory.
-        return {}
-    logins = document.get("auths") if isinstance(document, dict) else None
-    return logins if isinstance(logins, dict) else {}
-
-
-def _basic(credentials: str) -> str:
-    return f"Basic {base64.b64encode(credentials.encode()).decode()}"

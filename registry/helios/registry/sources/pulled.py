@@ -14,7 +14,7 @@ remembered with what it became: pulled again, unchanged, nothing is fetched at a
 import errno
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from helios.registry.inspection import (
     read_index,
     select_weights,
 )
-from helios.registry.manifest import MAX_ENTRIES, Digest
+from helios.registry.manifest import MAX_ENTRIES, Digest, check_paths
 from helios.registry.progress import ProgressLog
 from helios.registry.records import IngestPhase
 from helios.registry.safetensors_header import LENGTH_BYTES, header_length
@@ -44,6 +44,7 @@ from helios.registry.sources.gguf import GGUF_SUFFIX, check_magic, choose_gguf
 from helios.registry.sources.patterns import Selection
 from helios.registry.sources.remote import Listing, RemoteFile, Repository, fingerprint
 from helios.registry.sources.source import FileSet
+from helios.registry.sources.unpack import UnpackedFile, Unpacker
 from helios.registry.strict_json import malformed, parse_object
 
 # Stands where a converter's version does; raised when another choice of files is made from the same listing.
@@ -87,11 +88,17 @@ class Fetcher(Protocol):
         ...
 
     async def begin(self, files: Iterable[RemoteFile]) -> None:
-        """Makes these files this ingest's to fetch; waits for another one that fetches any of them. Called once.
+        """Makes these files this ingest's to fetch; waits for another one that fetches any of them.
+
+        Called once for archives, and then once for all else.
 
         Raises:
             DiskFull: There is no room for what is missing of them.
         """
+        ...
+
+    def require_space(self, needed_bytes: int) -> None:
+        """Raises DiskFull unless the disk can take this much, beside what is fetched. Thread-safe."""
         ...
 
 
@@ -139,6 +146,8 @@ class PulledSource:
         self._files = choose(listing, self._selection, self._text)
         self._gguf = _only_gguf(self._files, self._text)
         self.is_file = self._gguf is not None
+        if self._gguf is not None and self._gguf.packing:
+            raise malformed(f"{self._text} packs {self._gguf.path} in an archive; a GGUF file is taken as it is only")
         if self._gguf is not None:
             return await self._gguf_fingerprint(self._gguf, expected_sha256, progress)
         stands_for = fingerprint(self._files)
@@ -148,10 +157,15 @@ class PulledSource:
         """Probes the model, then fetches what the registry does not have."""
         if self._gguf is not None:
             return await self._convert(self._gguf, workspace, progress)
-        probe = workspace / "probe"
+        probe, unpacked = workspace / "probe", dict[str, UnpackedFile]()
         probe.mkdir()
+        if packed := [file for file in self._files if file.packing]:
+            unpacked = await self._unpack(packed, workspace / "unpacked", progress)
+            self._files = tuple(file for file in self._files if not file.packing)
+            check_paths([*unpacked, *(file.path for file in self._files)])
         try:
-            holes = await self._probe(probe)
+            await offload.run(lambda stop: _lay_out(probe, unpacked.values(), stop))
+            holes = await self._probe(probe, unpacked)
             found = await offload.run(partial(_check_probe, probe))
         except OSError as error:
             if error.errno not in _FULL:
@@ -164,7 +178,7 @@ class PulledSource:
         await self._fetcher.begin(missing)
         progress.begin(IngestPhase.FETCH, sum(file.size_bytes for file in missing))
         places: dict[str, Path] = {}
-        sums = self._sums
+        sums = self._sums | {path: file.sha256 for path, file in unpacked.items()}
 
         async def fetch(same: list[RemoteFile]) -> None:
             # Files of the same content are one download.
@@ -187,6 +201,33 @@ class PulledSource:
             for entry in found.files
         )
         return FileSet(files, is_owned=True, ignored=found.ignored)
+
+    async def _unpack(
+        self, packed: list[RemoteFile], directory: Path, progress: ProgressLog
+    ) -> dict[str, UnpackedFile]:
+        directory.mkdir()
+        await self._fetcher.begin(packed)
+        total_bytes = sum(file.size_bytes for file in packed)
+        progress.begin(IngestPhase.FETCH, total_bytes)
+        archives: dict[Path, RemoteFile] = {}
+
+        async def fetch(same: list[RemoteFile]) -> None:
+            location, _ = await self._fetcher.fetch(same[0], self._repository, progress.advance)
+            assert location is not None, "an archive never becomes a blob"
+            archives[location] = same[0]
+
+        await each(_by_content(packed), fetch, at_once=self._fetcher.at_once)
+        progress.begin(IngestPhase.CONVERT, total_bytes)
+        unpacker = Unpacker(directory, self._selection.takes, self._fetcher.require_space, progress.advance)
+        for location, file in sorted(archives.items(), key=lambda item: item[1].path):
+            what = f"{file.path} of {self._text}"
+            try:
+                await offload.run(partial(unpacker.unpack, location, file.packing, what))
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                raise DiskFull(f"the registry's disk can't hold the files of {self._text}") from error
+        return unpacker.files
 
     async def _known(self, file: RemoteFile) -> Digest | None:
         if not file.sha256:
@@ -224,7 +265,7 @@ class PulledSource:
         self._fetched, sha256 = await self._fetcher.fetch(file, self._repository, progress.advance)
         return sha256
 
-    async def _probe(self, probe: Path) -> set[str]:
+    async def _probe(self, probe: Path, unpacked: Mapping[str, UnpackedFile]) -> set[str]:
         """Makes the directory that looks like the model; returns the paths whose bytes are not there."""
         files = [file for file in self._files if "/" not in file.path or _MODULE.fullmatch(file.path)]
         if len(files) > MAX_ENTRIES:
@@ -232,13 +273,15 @@ class PulledSource:
         by_path = {file.path: file for file in files}
         if (config := by_path.get(CONFIG)) is not None:
             content = await self._read(config)
-            check_architecture(parse_object(content, CONFIG), self._text, is_any=self._is_any_architecture)
             await offload.run(lambda _: _write(probe / CONFIG, content))
+        if config is not None or CONFIG in unpacked:
+            document = parse_object(await offload.run(lambda _: _config_of(probe)), CONFIG)
+            check_architecture(document, self._text, is_any=self._is_any_architecture)
         whole = [file for file in files if file.path != CONFIG and _is_read_whole(file)]
         await each(whole, lambda file: self._take(file, probe), at_once=_PARALLEL)
         holes = [file for file in files if file.path != CONFIG and not _is_read_whole(file)]
         await offload.run(lambda stop: _make_holes(probe, holes, stop))
-        await each(_weights(probe, by_path), lambda file: self._take_header(file, probe), at_once=_PARALLEL)
+        await each(_weights(probe, by_path, unpacked), lambda file: self._take_header(file, probe), at_once=_PARALLEL)
         return {file.path for file in holes}
 
     async def _take(self, file: RemoteFile, probe: Path) -> None:
@@ -297,15 +340,15 @@ def _only_gguf(files: Iterable[RemoteFile], text: str) -> RemoteFile | None:
     return names[choose_gguf({name: names[name].size_bytes for name in found}, text, "choose one with --include")]
 
 
-def _weights(probe: Path, files: dict[str, RemoteFile]) -> list[RemoteFile]:
-    """Returns the weights files that are the model, as the scan of the directory will choose them."""
-    if CONFIG not in files and ADAPTER_CONFIG in files:
+def _weights(probe: Path, files: dict[str, RemoteFile], here: Collection[str]) -> list[RemoteFile]:
+    """Returns the weights files that are the model, as the scan of the directory will choose them, and are not here."""
+    names = {name for name in (*files, *here) if "/" not in name}
+    if CONFIG not in names and ADAPTER_CONFIG in names:
         return [files[ADAPTER_WEIGHTS]] if ADAPTER_WEIGHTS in files else []
-    names = {name for name in files if "/" not in name}
     if not any(name.endswith(WEIGHT_SUFFIX) for name in names):
         return []
-    index = read_index(probe / INDEX) if INDEX in files else None
-    return [files[name] for name in sorted(select_weights(names, index))]
+    index = read_index(probe / INDEX) if INDEX in names else None
+    return [files[name] for name in sorted(select_weights(names, index)) if name in files]
 
 
 def _check_probe(probe: Path, stop: offload.Stop) -> FileSet:
@@ -323,6 +366,22 @@ def _by_content(files: Iterable[RemoteFile]) -> list[list[RemoteFile]]:
     for file in sorted(files, key=lambda file: file.size_bytes):
         groups.setdefault((file.identity or file.place, file.size_bytes), []).append(file)
     return list(groups.values())
+
+
+def _lay_out(probe: Path, files: Iterable[UnpackedFile], stop: offload.Stop) -> None:
+    """Moves what was unpacked to where it belongs."""
+    for file in files:
+        stop.check()
+        location = probe / file.path
+        location.parent.mkdir(parents=True, exist_ok=True)
+        file.location.rename(location)
+
+
+def _config_of(probe: Path) -> bytes:
+    location = probe / CONFIG
+    if location.stat().st_size > _MAX_LOOKED_INTO_BYTES:
+        raise malformed(f"{CONFIG} is larger than {_MAX_LOOKED_INTO_BYTES >> 20} MiB")
+    return location.read_bytes()
 
 
 def _write(location: Path, content: bytes) -> None:

@@ -26,6 +26,7 @@ class RemoteFile:
         git_sha1: Name of the content as a git blob.
         etag: Strong validator of the place's present content, by which it is known again.
         state: The ETag that the bytes come with; empty: any, because another identity is checked, or there is none.
+        packing: How files are packed in it (``unpack.PACKINGS``), which are wanted rather than it; empty: it is one.
     """
 
     path: str
@@ -35,6 +36,7 @@ class RemoteFile:
     git_sha1: str = ""
     etag: str = ""
     state: str = ""
+    packing: str = ""
 
     def __post_init__(self) -> None:
         check_path(self.path)
@@ -121,7 +123,7 @@ def fingerprint(files: tuple[RemoteFile, ...]) -> str:
     """Returns the sha256 that stands for the content of all the files; empty where one of them has no identity."""
     if not files or not all(file.identity for file in files):
         return ""
-    rows = sorted([file.path, file.size_bytes, file.identity] for file in files)
+    rows = sorted([file.path, file.size_bytes, file.identity, *filter(None, [file.packing])] for file in files)
     return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 

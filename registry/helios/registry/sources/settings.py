@@ -6,6 +6,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 _HTTP = r"^https?://[^?#]+$"
+# Of the environment, what is not for the programs that Docker's file names.
+_OWN_NAMES = ("HELIOS_", "PG", "HF_TOKEN", "MODELSCOPE_API_TOKEN")
 _CONFIG = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
@@ -62,8 +64,15 @@ class OciSettings(BaseModel):
     credentials: dict[str, SecretStr] = Field(default_factory=dict)
     """Host (with port, as the source has it) to ``user:password``. For others ``docker_config`` is looked into."""
     docker_config: Path | None = Path("~/.docker/config.json")
-    """File with logins, read anew at every pull and push: where ``docker login`` writes them, unless it keeps them
-    elsewhere (``credsStore``). None, and a file or host that is not there: registries are asked as anybody."""
+    """File with logins, read anew at every pull and push: where ``docker login`` writes them, or names the programs
+    that keep them (``credHelpers``, ``credsStore``). None, and a file or host that is not there: registries are asked
+    as anybody."""
+    helper_seconds: float = Field(default=30.0, ge=0)
+    """How long such a program may take; then it is killed, and the pull or push fails. 30: some ask a cloud for a
+    token. 0: none is started."""
+    helper_environment: dict[str, SecretStr] = Field(default_factory=dict)
+    """The whole environment of such a program. Empty: the registry's own, without what is the registry's (``HELIOS_…``,
+    ``PG…``)."""
     plain_http: list[str] = Field(default_factory=list)
     """Hosts that are spoken to without TLS. Loopback always is."""
 
@@ -106,7 +115,8 @@ class SourceSettings(BaseModel):
     """How bytes are fetched."""
 
     def with_environment(self, environment: Mapping[str, str]) -> "SourceSettings":
-        """Returns these settings with the tokens that the hubs' own clients take from the environment.
+        """Returns these settings with the tokens that the hubs' own clients take from the environment, and with what
+        login helpers get of it.
 
         A token that is set goes before ``HF_TOKEN`` and ``MODELSCOPE_API_TOKEN``; those go before a file.
         """
@@ -116,4 +126,7 @@ class SourceSettings(BaseModel):
             token = environment.get(name, "").strip()
             if token and not hub.token.get_secret_value():
                 found[field] = hub.model_copy(update={"token": SecretStr(token)})
+        if not self.oci.helper_environment:
+            theirs = {name: SecretStr(value) for name, value in environment.items() if not name.startswith(_OWN_NAMES)}
+            return self.model_copy(update=found | {"oci": self.oci.model_copy(update={"helper_environment": theirs})})
         return self.model_copy(update=found)
