@@ -15,7 +15,9 @@ WINDOW = Window("0 8 * * MON-FRI", 10 * HOUR, "Europe/Berlin", min_replicas=2, m
 FULL = ModelPolicy(1, 3, (WINDOW, Window("0 0 1 * *", 60.0, max_replicas=2)), 60.0, 0.0, 3600.5)
 
 
-@pytest.mark.parametrize("policy", [ModelPolicy(), ModelPolicy(1, 2), FULL, ModelPolicy(idle_seconds=0.0)])
+@pytest.mark.parametrize(
+    "policy", [ModelPolicy(), ModelPolicy(1, 2), FULL, ModelPolicy(idle_seconds=0.0, is_durable=True)]
+)
 def test_a_policy_is_kept_and_told_as_it_was_said(policy: ModelPolicy) -> None:
     assert policy.check() == policy
     assert policy_of(policy.min_replicas, policy.max_replicas, policy.scaling_document) == policy

@@ -11,7 +11,7 @@ from helios.mesh.identity import LEAF_LIFETIME, CertificateAuthority, IdentityFi
 
 log = structlog.get_logger()
 
-COMPONENTS: Final = ("registry", "storage", "worker", "proxy", "edge", "admin-edge")
+COMPONENTS: Final = ("registry", "storage", "worker", "proxy", "relay", "edge", "admin-edge")
 _CHECK_SECONDS: Final = 60.0
 
 

@@ -10,6 +10,7 @@ from helios.cli import models_rollout as rollouts
 from helios.cli import usage as usages
 from helios.cli.models_add import Addition
 from helios.cli.models_add import models_add as models_add_command
+from helios.cli.models_durable import models_durable as models_durable_command
 from helios.cli.models_gc import CollectOptions
 from helios.cli.models_gc import models_gc as models_gc_command
 from helios.cli.models_profile import profile as models_profile_command
@@ -210,6 +211,23 @@ def models_set(
     """Change how a model's engine is set; without options, show the settings and what can be set."""
     changes = (tuple(setting or ()), tuple(unset or ()))
     run(models_set_command(state_of(state_dir), console, name, *changes, is_json=is_json))
+
+
+@app.command("durable")
+def models_durable(
+    name: Annotated[str, typer.Argument(help="Name or alias.")],
+    state_dir: StateOption,
+    *,
+    durable: Annotated[
+        bool | None,
+        typer.Option(
+            "--on/--off", help="Have its streams go on on another replica where theirs dies or drains; or not."
+        ),
+    ] = None,
+    is_json: JsonOption = False,
+) -> None:
+    """Say whether a model's streams outlive their replicas; without an option, show what holds."""
+    run(models_durable_command(state_of(state_dir), console, name, is_durable=durable, is_json=is_json))
 
 
 @app.command("tag")

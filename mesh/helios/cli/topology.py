@@ -30,7 +30,9 @@ EMBEDDED_MODEL: Final = "smollm2-135m-instruct"
 EMBEDDED_SOURCES: Final = {EMBEDDED_MODEL: f"embedded:{EMBEDDED_MODEL}"}
 EMBEDDED_ALIASES: Final = {EMBEDDED_MODEL: ("smollm2",)}
 
-PROCESSES: Final = ("registry", "storage", "proxy", "worker")
+PROCESSES: Final = ("registry", "storage", "proxy", "relay", "worker")
+# Where the module of a process is not called as the process.
+_MODULES: Final = {"relay": "proxy.relay"}
 # Envoy's wait for the picker is 30 s longer than the proxy's longest hold (helios.mesh.envoy.settings.Limits).
 _ACTIVE_REQUESTS: Final = re.compile(
     r"^envoy_http_downstream_rq_active\{[^}]*prefix=\"(?:edge|admin)_listener\"[^}]*\} (\d+)", re.MULTILINE
@@ -146,6 +148,10 @@ def _defaults(state: StateDirectory, proxy_count: int) -> Settings:
             "picker_listen": _picker(state, "proxy"),
             "registry_target": registry,
         },
+        "relay": {
+            "listen": f"unix:{sockets / 'relay.sock'}",
+            "proxies": [_control(state, name) for name in _proxy_names(proxy_count)],
+        },
         "worker": {
             "state_directory": state.component("worker"),
             "supervisor_listen": f"unix:{sockets / 'supervisor.sock'}",
@@ -185,7 +191,7 @@ def _python_process(state: StateDirectory, name: str, settings: Mapping[str, Any
     component = component_of(name)
     ready = state.run / f"{name}.ready.json"
     flags = to_arguments(deepcopy(dict(settings)))
-    arguments = [sys.executable, "-m", f"helios.{component}", f"--ready-file={ready}", *flags]
+    arguments = [sys.executable, "-m", f"helios.{_MODULES.get(component, component)}", f"--ready-file={ready}", *flags]
     # A worker drains its replicas first, which takes as long as its own setting allows (30: helios.worker.settings).
     drain_seconds = _number(settings, "replica", "drain_seconds", 30.0) if name == "worker" else 0.0
     return ChildSpec(
@@ -210,6 +216,7 @@ def _envoy(state: StateDirectory, settings: Settings, proxies: Settings, options
         feeds=tuple((name, proxy["picker_listen"]) for name, proxy in proxies.items() if len(proxies) > 1),
         control=tuple(proxy["control_listen"] for proxy in proxies.values()),
         registry=(settings["registry"]["listen"],),
+        relay=(settings["relay"]["listen"],),
         edge_identity=identity_of(state, "edge"),
         admin_identity=identity_of(state, "admin-edge"),
         edge_host=options.host,

@@ -40,7 +40,7 @@ START_TIMEOUT_SECONDS: Final = 180.0
 # What a stop gives to requests; what is left then is cut off.
 DRAIN_SECONDS: Final = 20.0
 # The order of the traffic: no new requests, then what serves them, then what they need.
-STOP_ORDER: Final = (("envoy",), ("worker",), ("proxy",), ("storage", "registry"))
+STOP_ORDER: Final = (("envoy",), ("worker", "relay"), ("proxy",), ("storage", "registry"))
 # For what is not waited for step by step: orphans, the kernel's own work after a SIGKILL, the end of this process.
 _STOP_GRACE_SECONDS: Final = 5.0
 

@@ -30,6 +30,9 @@ HOLDS: Final = "helios_holds"
 HOLD_SECONDS: Final = "helios_hold_seconds"
 PICKS_TOTAL: Final = "helios_picks_total"
 PICK_SECONDS: Final = "helios_pick_seconds"
+RELAY_MOVES_TOTAL: Final = "helios_relay_moves_total"
+RELAY_REQUESTS_TOTAL: Final = "helios_relay_requests_total"
+RELAY_STREAMS: Final = "helios_relay_streams"
 REPLICAS: Final = "helios_replicas"
 RESERVATIONS: Final = "helios_reservations"
 WORKERS: Final = "helios_workers"
@@ -71,8 +74,12 @@ MODELS: Final = "helios_registry_models"
 # Every process.
 RPC_ERRORS_TOTAL: Final = "helios_rpc_errors_total"
 
-# Request metadata. Clients may send MODEL_HEADER; Envoy strips every other `x-helios-*` that comes from outside.
+# Request metadata. Clients may send the first two; Envoy strips every other `x-helios-*` that comes from outside.
 MODEL_HEADER: Final = "x-helios-model"
+# "true" has a streamed answer go on on another replica where its own dies, and is refused where that can't be; "auto"
+# is "true" where it can be; "false": not, whatever the model's policy says.
+DURABLE_HEADER: Final = "x-helios-durable"
+DURABLE_AUTO: Final = "auto"
 # What the client said of its body's length: Envoy's transcoder takes content-length off before the picker sees it.
 BODY_BYTES_HEADER: Final = "x-helios-body-bytes"
 # A client's own name for a conversation, whose requests meet the same revision of a model that is rolled out.

@@ -53,6 +53,8 @@ class ModelEntry:
     canary_percent: int = 0
     scaling: Scaling | None = None
     """What the policy says beside the bounds that hold now; None: nothing."""
+    is_durable: bool = False
+    """Streamed answers go on on another replica where their own dies, unless a request says otherwise."""
 
     @property
     def is_adapter(self) -> bool:

@@ -25,6 +25,7 @@ class ModelPolicy:
         idle_seconds: How long replicas stay ready that nobody uses; 0: for ever. None: as the proxies are set.
         asleep_seconds: The same of those that sleep.
         staged_seconds: The same of weights in host memory.
+        is_durable: Streamed answers go on on another replica where their own dies or drains.
     """
 
     min_replicas: int = 0
@@ -33,6 +34,7 @@ class ModelPolicy:
     idle_seconds: float | None = None
     asleep_seconds: float | None = None
     staged_seconds: float | None = None
+    is_durable: bool = False
 
     def check(self) -> "ModelPolicy":
         """Returns itself. Raises InvalidRequest (INVALID_POLICY) where it contradicts itself."""
@@ -55,7 +57,7 @@ class ModelPolicy:
     def scaling_document(self) -> str:
         """What it says beside the two bounds, as it is kept: JSON, "{}" where that is nothing."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _BOUNDS}
-        said: dict[str, Any] = {name: value for name, value in values.items() if value not in (None, ())}
+        said: dict[str, Any] = {name: value for name, value in values.items() if _says(value)}
         if self.windows:
             said["windows"] = [asdict(window) for window in self.windows]
         return json.dumps(said, sort_keys=True)
@@ -70,6 +72,11 @@ def policy_of(min_replicas: int, max_replicas: int, scaling_document: str) -> Mo
     said = {name: value for name, value in json.loads(scaling_document).items() if name in known}
     windows = tuple(Window(**window) for window in said.pop("windows", ()))
     return ModelPolicy(min_replicas, max_replicas, windows, **said)
+
+
+def _says(value: object) -> bool:
+    # 0 says something: for ever.
+    return value is not None and value is not False and value != ()
 
 
 def _check_bounds(least: int, most: int) -> None:

@@ -104,7 +104,9 @@ def revision_from_proto(message: pb.Revision) -> Revision:
 
 def policy_to_proto(policy: ModelPolicy) -> pb.ModelPolicy:
     """Returns a policy on the wire."""
-    message = pb.ModelPolicy(min_replicas=policy.min_replicas, max_replicas=policy.max_replicas)
+    message = pb.ModelPolicy(
+        min_replicas=policy.min_replicas, max_replicas=policy.max_replicas, is_durable=policy.is_durable
+    )
     for window in policy.windows:
         told = message.windows.add(
             begins=window.begins,
@@ -144,6 +146,7 @@ def policy_from_proto(message: pb.ModelPolicy) -> ModelPolicy:
         idle_seconds=message.idle_time.ToMilliseconds() / 1000 if message.HasField("idle_time") else None,
         asleep_seconds=message.asleep_time.ToMilliseconds() / 1000 if message.HasField("asleep_time") else None,
         staged_seconds=message.staged_time.ToMilliseconds() / 1000 if message.HasField("staged_time") else None,
+        is_durable=message.is_durable,
     )
 
 

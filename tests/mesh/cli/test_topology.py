@@ -77,7 +77,7 @@ def test_several_proxies_have_what_is_their_own_and_share_the_rest(tmp_path: Pat
     options = UpOptions(state, proxies=3, overrides=("proxy.idle_timeout_seconds=7",))
     settings = topology.settings_of(options)
     specs = {spec.name: spec for spec in topology.children(state, settings, options)}
-    assert list(specs) == ["registry", "storage", "proxy", "proxy-2", "proxy-3", "worker", "envoy"]
+    assert list(specs) == ["registry", "storage", "proxy", "proxy-2", "proxy-3", "relay", "worker", "envoy"]
     read = [load_settings(ProxySettings, list(specs[name].arguments[4:])) for name in ("proxy", "proxy-2", "proxy-3")]
     for name in ("proxy_id", "state_directory", "control_listen", "picker_listen", "replica_cluster"):
         assert len({getattr(proxy, name) for proxy in read}) == 3, name
@@ -97,7 +97,7 @@ def test_all_processes_of_several_proxies_are_stopped_in_order(tmp_path: Path) -
     issue_due(state)
     mesh = Mesh(UpOptions(state, proxies=2), lambda _: None)
     stopped = [child.spec.name for names in STOP_ORDER for child in mesh.children_of(names)]
-    assert stopped == ["envoy", "worker", "proxy", "proxy-2", "registry", "storage"]
+    assert stopped == ["envoy", "relay", "worker", "proxy", "proxy-2", "registry", "storage"]
 
 
 def test_commands_do_not_wait_for_envoys_types() -> None:

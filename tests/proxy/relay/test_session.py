@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from helios.mesh.errors import InvalidRequest, Overloaded, ReplicaLost
+from helios.mesh.errors import InvalidRequest, Overloaded, ReplicaLost, Unavailable
 from tests.proxy.relay.world import complete_request, running_world
 
 WORDS = "one two three four five six seven"
@@ -90,6 +90,20 @@ async def test_what_can_not_be_continued_is_refused_before_it_begins(field: str,
         assert isinstance(error, InvalidRequest)
         assert error.metadata["param"] == field
         assert error.reason == "NOT_CONTINUABLE"
+
+
+async def test_what_a_policy_makes_durable_is_not_refused_but_ends_with_its_replica() -> None:
+    async with running_world() as world:
+        document = request(temperature=1, n=2)
+        body, error = await world.openai("CreateCompletion", document, durable="auto")
+        assert error is None
+        whole, _ = await world.openai("CreateCompletion", document, direct=world.replicas[1])
+        assert undated(body) == undated(whole)
+        world.cuts = [3]
+        body, error = await world.openai("CreateCompletion", document, durable="auto")
+        assert isinstance(error, Unavailable)
+        assert body.count(b"data: {") > 3
+        assert not world.picks
 
 
 async def test_a_request_of_its_own_error_is_not_tried_elsewhere() -> None:

@@ -117,16 +117,16 @@ class World(replacement_service_pb2_grpc.ReplacementServiceServicer):
             raise NoReadyReplica("there is no other replica")
         return fleet_pb.PickReplicaResponse(endpoints=others[:1])
 
-    def metadata(self, **more: str) -> list[tuple[str, str]]:
+    def metadata(self, durable: str = "true") -> list[tuple[str, str]]:
         """What Envoy and the picker add to a request."""
         own = {
             names.ENDPOINT_HEADER: self.replicas[0].server.address,
             names.ROUTE_MODEL_HEADER: MODEL,
             names.ROUTE_REVISION_HEADER: REVISION,
             names.REQUEST_ID_HEADER: "r-1",
-            names.DURABLE_HEADER: "true",
+            names.DURABLE_HEADER: durable,
         }
-        return list((own | more).items())
+        return list(own.items())
 
     async def wait_written(self, count: int) -> None:
         """Waits until replicas have sent so many messages."""
@@ -135,7 +135,7 @@ class World(replacement_service_pb2_grpc.ReplacementServiceServicer):
                 await asyncio.sleep(0.005)
 
     async def openai(
-        self, method: str, document: dict[str, Any], *, direct: SimulatedReplica | None = None
+        self, method: str, document: dict[str, Any], *, direct: SimulatedReplica | None = None, durable: str = "true"
     ) -> tuple[bytes, HeliosError | None]:
         """Calls OpenAIService, of the relay or of a replica; gives the body as its bytes, and how it failed."""
         body = HttpBody(content_type="application/json", data=orjson.dumps({"model": MODEL} | document))
@@ -143,7 +143,7 @@ class World(replacement_service_pb2_grpc.ReplacementServiceServicer):
             call = getattr(dialer.stub(openai_service_pb2_grpc.OpenAIServiceStub), method)
             parts: list[bytes] = []
             try:
-                async for message in call(body, metadata=self.metadata(), timeout=60):
+                async for message in call(body, metadata=self.metadata(durable), timeout=60):
                     parts.append(message.data)  # noqa: PERF401 - what came before an error is wanted, too
             except grpc.aio.AioRpcError as error:
                 return b"".join(parts), error_from_rpc(error)

@@ -160,6 +160,7 @@ async def test_what_an_engine_keeps_for_itself_is_refused_from_the_start(
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await answer(survivor, pb.AnswerRequest.CALL_OPENAI_COMPLETION, completion(**fields), None)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert details(caught.value).reason == "NOT_CONTINUABLE"
     assert details(caught.value).metadata["param"] == param
 
 

@@ -45,7 +45,7 @@ from envoy_data_plane.google.protobuf import Any
 from helios.mesh.envoy import clusters, pack
 from helios.mesh.envoy.headers import AUTHORIZATION_HEADER, CLIENT_REQUEST_ID_HEADER, MODEL_HEADER, kept_for_answer
 from helios.mesh.envoy.settings import EdgeSettings, Limits
-from helios.mesh.names import CLUSTER_HEADER, DURABLE_HEADER, RATE_LIMIT_HEADERS, REFUSAL_REASON_HEADER
+from helios.mesh.names import CLUSTER_HEADER, DURABLE_AUTO, DURABLE_HEADER, RATE_LIMIT_HEADERS, REFUSAL_REASON_HEADER
 
 OPENAI_SERVICE: Final = "helios.api.inference.v1.OpenAIService"
 INFERENCE_SERVICE: Final = "helios.api.inference.v1.InferenceService"
@@ -92,6 +92,7 @@ MODEL_KEY: Final = "model"
 _RETRY_ON: Final = "connect-failure,refused-stream,unavailable,reset,reset-before-request"
 # What another replica may answer is the relay's to try.
 _RETRY_RELAY_ON: Final = "connect-failure,refused-stream"
+_IS_DURABLE: Final = StringMatcher(safe_regex=RegexMatcher(regex=f"true|{DURABLE_AUTO}"))
 # Calls whose answers can go on on another replica.
 DURABLE_METHODS: Final = {
     OPENAI_SERVICE: ("CreateChatCompletion", "CreateCompletion"),
@@ -178,7 +179,7 @@ def _durable(route: Route, methods: Iterable[str]) -> Route:
     assert route.match is not None, "and fits a path"
     route.match.safe_regex = RegexMatcher(regex=f"{re.escape(route.match.prefix or '')}({'|'.join(methods)})")
     route.match.prefix = None
-    route.match.headers.append(HeaderMatcher(name=DURABLE_HEADER, string_match=StringMatcher(exact="true")))
+    route.match.headers.append(HeaderMatcher(name=DURABLE_HEADER, string_match=_IS_DURABLE))
     route.route.cluster, route.route.cluster_header = clusters.RELAY, None
     route.route.retry_policy = RetryPolicy(retry_on=_RETRY_RELAY_ON, num_retries=1)
     return route

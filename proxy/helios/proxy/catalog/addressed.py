@@ -71,6 +71,7 @@ def entry_from_model(model: Model) -> ModelEntry:
         max_replicas=model.policy.max_replicas,
         engine_settings=model.engine_settings.document,
         scaling=_scaling(model.policy),
+        is_durable=model.policy.is_durable,
     )
 
 

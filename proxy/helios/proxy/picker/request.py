@@ -49,6 +49,7 @@ class Heads:
     timeout: str
     traceparent: str
     session: str = ""
+    durable: str = ""
     authorization: str = field(default="", repr=False)
     """Holds a secret: never to be logged, nor kept for longer than the request."""
 
@@ -74,6 +75,7 @@ def read_heads(headers: dict[str, str]) -> Heads:
         timeout=headers.get("grpc-timeout", ""),
         traceparent=headers.get("traceparent", ""),
         session=headers.get(names.SESSION_HEADER, ""),
+        durable=headers.get(names.DURABLE_HEADER, ""),
         authorization=headers.get("authorization", ""),
     )
 

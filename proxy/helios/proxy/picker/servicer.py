@@ -148,7 +148,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
         finally:
             gate.leave()
         hints = hint_headers(gate.caller, entry.name, blocks, self._core.traffic.quotas.history)
-        more = self._more_headers(pick, model) | hints | gate.left_for_answer() | self._cluster
+        more = self._more_headers(pick, model, heads) | hints | gate.left_for_answer() | self._cluster
         await context.write(_answer(pick, model, is_body=body is not None, more=more))
         # Behind the answer: a long prompt has many blocks.
         self._core.traffic.prompt_sent(entry, pick.choices[0].replica_id, blocks)
@@ -175,12 +175,16 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             and self._core.traffic.wants_prompt(entry)
         )
 
-    def _more_headers(self, pick: Pick, model: str) -> dict[str, str]:
-        """What only requests of some models carry: the adapter that they name, the replica that computes the prompt."""
+    def _more_headers(self, pick: Pick, model: str, heads: Heads) -> dict[str, str]:
+        """What only requests of some models carry: the adapter that they name, the replica that computes the prompt,
+        and that they are to outlive their replica.
+        """
         entry = self._core.catalogue.get(pick.model)
-        if entry is None or not entry.engine_settings:
+        if entry is None or not (entry.engine_settings or entry.is_durable):
             return {}
-        found = {names.PREFILL_ENDPOINT_HEADER: self._core.prefill_endpoint(entry, pick, time.monotonic())}
+        is_durable = entry.is_durable and not heads.durable and heads.path in PROMPT_PATHS
+        found = {names.DURABLE_HEADER: names.DURABLE_AUTO if is_durable else ""}
+        found |= {names.PREFILL_ENDPOINT_HEADER: self._core.prefill_endpoint(entry, pick, time.monotonic())}
         if model in entry.adapters:
             found[names.ROUTE_ADAPTER_HEADER] = model
         return {name: value for name, value in found.items() if value}
@@ -327,8 +331,8 @@ def _trace_of(context: Any) -> str:
 def _answer(pick: Pick, model: str, *, is_body: bool, more: dict[str, str]) -> Any:
     response = ext_proc.ProcessingResponse()
     part = response.request_body if is_body else response.request_headers
-    if names.CLUSTER_HEADER in more:
-        # The route was chosen before its cluster was named.
+    if names.CLUSTER_HEADER in more or names.DURABLE_HEADER in more:
+        # The route was chosen before its cluster was named, or before it was known that it is the relay's.
         part.response.clear_route_cache = True
     headers = part.response.header_mutation.set_headers
     _set(headers, names.ENDPOINT_HEADER, pick.endpoints.encode())

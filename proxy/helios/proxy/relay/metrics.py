@@ -4,6 +4,7 @@ from prometheus_client import Counter, Gauge
 
 from helios.mesh import names
 
+REQUESTS = Counter(names.RELAY_REQUESTS_TOTAL, "Durable requests that came")
 STREAMS = Gauge(names.RELAY_STREAMS, "Durable requests under way")
 MOVES = Counter(
     names.RELAY_MOVES_TOTAL,

@@ -47,6 +47,7 @@ class RelayServicer:
         if self._held_bytes + size > self._max_held_bytes:
             raise Overloaded("the relay has as many durable requests as it may remember", retry_after_seconds=1.0)
         self._held_bytes += size
+        metrics.REQUESTS.inc()
         metrics.STREAMS.inc()
         try:
             await Session(call, request, context, self._around).run()

@@ -35,7 +35,7 @@ Call: TypeAlias = pb.AnswerRequest.Call.ValueType
 _OWN_PREFIX: Final = "x-helios-"
 _PASSED: Final = frozenset({names.REQUEST_ID_HEADER, names.SESSION_HEADER, "traceparent", "tracestate"})
 _FIRST_ONLY: Final = frozenset({names.PREFILL_ENDPOINT_HEADER})
-_NOT_PASSED: Final = frozenset({names.ENDPOINT_HEADER, names.DURABLE_HEADER, names.BODY_BYTES_HEADER})
+_NOT_PASSED: Final = frozenset({names.ENDPOINT_HEADER, names.BODY_BYTES_HEADER})
 # What says that a replica is gone, where others are of one that is there and refuses.
 _LOST: Final = frozenset({"UNAVAILABLE", "REPLICA_LOST"})
 _EVENTS: Final = "text/event-stream"

@@ -56,8 +56,12 @@ class Continuation:
     asks for another one; and ``go_live`` when serving code has taken all of `progress` and asks for more.
     """
 
-    def __init__(self, progress: Progress | None = None) -> None:
+    def __init__(self, progress: Progress | None = None, *, is_strict: bool = True) -> None:
         self.progress = progress
+        self.is_strict = is_strict
+        """Whether a request that another replica could not go on with is refused; else it is an ordinary one."""
+        self.is_ordinary = False
+        """Whether the answer ends with this replica after all."""
         self.is_live = progress is None
         """Whether what comes out is new to the client."""
         self.is_begun = False
@@ -67,14 +71,30 @@ class Continuation:
         """Whether all that was handed over has become events."""
         self.prompt: Sequence[int] = ()
         self.cached_prompt_tokens = 0
+        self.refusal: InvalidRequest | None = None
+        """Why another replica could not go on with this request; serving code may have put it into other words."""
         self.leaving = asyncio.Event()
         """Set when the replica drains: the answer should go on elsewhere."""
         self._steps: list[tuple[int, ...]] = []
 
+    def refuse(self, field: str, why: str) -> InvalidRequest | None:
+        """Another replica could not go on with this request: returns the error to raise, and keeps it; None where it
+        is an ordinary one from now on.
+        """
+        if not self.is_strict:
+            self.is_ordinary = True
+            return None
+        self.refusal = InvalidRequest(
+            f"{field}: {why} in a durable request; leave it out, or the header {DURABLE_HEADER}",
+            reason="NOT_CONTINUABLE",
+            metadata={"param": field},
+        )
+        return self.refusal
+
     def begin(self, prompt: Sequence[int]) -> None:
         """The engine takes the request, with this prompt. Raises InvalidRequest for the second one of an answer."""
-        if self.is_begun:
-            raise not_continued("prompt", "one prompt at a time")
+        if self.is_begun and (error := self.refuse("prompt", "one prompt at a time")) is not None:
+            raise error
         self.is_begun = True
         self.prompt = prompt
 
@@ -102,15 +122,6 @@ CONTINUATION: Final[ContextVar[Continuation | None]] = ContextVar("helios_contin
 """The current request's; None: it ends with this replica."""
 
 
-def not_continued(field: str, why: str) -> InvalidRequest:
-    """The answer to a durable request that another replica could not go on with."""
-    return InvalidRequest(
-        f"{field}: {why} in a durable request; leave it out, or the header {DURABLE_HEADER}",
-        reason="NOT_CONTINUABLE",
-        metadata={"param": field},
-    )
-
-
 def only_new(items: AsyncIterator[T]) -> AsyncIterator[T]:
     """Returns the items of an answer that its client does not have.
 
@@ -123,8 +134,10 @@ def only_new(items: AsyncIterator[T]) -> AsyncIterator[T]:
 async def _only_new(items: AsyncIterator[T], continuation: Continuation) -> AsyncGenerator[T, None]:
     try:
         async for item in items:
-            if not continuation.is_begun:
-                raise not_continued(DURABLE_HEADER, "the engine of this model can't take up an answer")
+            if not (continuation.is_begun or continuation.is_ordinary):
+                error = continuation.refuse(DURABLE_HEADER, "the engine of this model can't take up an answer")
+                if error is not None:
+                    raise error
             if continuation.is_live:
                 yield item
     finally:

@@ -13,7 +13,8 @@ from google.protobuf.message import DecodeError, Message
 from helios.api.inference.v1 import continuation_service_pb2 as pb
 from helios.api.inference.v1 import continuation_service_pb2_grpc
 from helios.api.inference.v1 import inference_service_pb2 as inference_pb
-from helios.mesh.errors import InvalidRequest
+from helios.mesh.errors import HeliosError, InvalidRequest
+from helios.mesh.names import DURABLE_AUTO, DURABLE_HEADER
 from helios.mesh.tasks import task_scope
 from helios.worker.replica.continuation import CONTINUATION, Continuation, Progress, created_of
 from helios.worker.replica.inference_servicer import InferenceServicer
@@ -45,12 +46,17 @@ class ContinuationServicer(continuation_service_pb2_grpc.ContinuationServiceServ
             message = kind.FromString(request.request)
         except DecodeError as error:
             raise InvalidRequest("the request message can't be parsed") from error
-        continuation = Continuation(progress_from_proto(request.progress) if request.HasField("progress") else None)
+        progress = progress_from_proto(request.progress) if request.HasField("progress") else None
+        is_auto = (DURABLE_HEADER, DURABLE_AUTO) in (context.invocation_metadata() or ())
+        continuation = Continuation(progress, is_strict=not is_auto)
         CONTINUATION.set(continuation)
         capture = _Capture(context, continuation)
         async with task_scope() as group:
             group.create_task(_tell_leaving(continuation, context), name="tell that the replica leaves")
-            await handler(message, capture)
+            try:
+                await handler(message, capture)
+            except HeliosError as error:
+                raise continuation.refusal or error from error
         await capture.finish()
 
 
@@ -74,7 +80,10 @@ class _Capture:
         continuation = self._continuation
         self._messages.append(message.SerializeToString())
         self._note(message)
-        if continuation.is_begun and continuation.is_between and not continuation.is_finishing:
+        if continuation.is_ordinary:
+            self._steps.clear()
+            await self._send(is_finished=False)
+        elif continuation.is_begun and continuation.is_between and not continuation.is_finishing:
             await self._send(is_finished=False)
 
     async def finish(self) -> None:

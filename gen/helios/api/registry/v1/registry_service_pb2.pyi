@@ -309,10 +309,15 @@ class ModelPolicy(_message.Message):
     IDLE_TIME_FIELD_NUMBER: _builtins.int
     ASLEEP_TIME_FIELD_NUMBER: _builtins.int
     STAGED_TIME_FIELD_NUMBER: _builtins.int
+    IS_DURABLE_FIELD_NUMBER: _builtins.int
     min_replicas: _builtins.int
     """At least this many, started without a request."""
     max_replicas: _builtins.int
     """At most this many. 0: no bound but the devices'."""
+    is_durable: _builtins.bool
+    """Streamed answers go on on another replica where their own dies or drains, unless a request says otherwise
+    (x-helios-durable: false).
+    """
     @_builtins.property
     def windows(self) -> _containers.RepeatedCompositeFieldContainer[Global___PolicyWindow]:
         """Times with other bounds; of those that are open, the last one counts. At most 32."""
@@ -338,10 +343,11 @@ class ModelPolicy(_message.Message):
         idle_time: _duration_pb2.Duration | None = ...,
         asleep_time: _duration_pb2.Duration | None = ...,
         staged_time: _duration_pb2.Duration | None = ...,
+        is_durable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["asleep_time", b"asleep_time", "idle_time", b"idle_time", "staged_time", b"staged_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asleep_time", b"asleep_time", "idle_time", b"idle_time", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "staged_time", b"staged_time", "windows", b"windows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asleep_time", b"asleep_time", "idle_time", b"idle_time", "is_durable", b"is_durable", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "staged_time", b"staged_time", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -18,7 +18,7 @@ from helios.worker.engines.simulated.faults import Fault, Faults
 from helios.worker.engines.simulated.requests import VOCABULARY_SIZE, Request, token_id_of
 from helios.worker.engines.simulated.scheduler import Capacity, Scheduler, Step
 from helios.worker.engines.simulated.settings import SimulatedOptions
-from helios.worker.replica.continuation import CONTINUATION, Continuation, not_continued
+from helios.worker.replica.continuation import CONTINUATION, Continuation
 from helios.worker.replica.engine import (
     Conversation,
     EngineFacts,
@@ -113,8 +113,7 @@ class SimulatedEngine:
         meter.prompt_tokens = len(words)
         continuation = CONTINUATION.get()
         if continuation is not None:
-            _check_continuable(sampling)
-            continuation.begin([token_id_of(word) for word in words])
+            continuation = _begun(continuation, sampling, words)
         request = self._make_request(words, sampling)
         try:
             async with contextlib.aclosing(self._pieces(request, len(words), continuation)) as batches:
@@ -264,11 +263,19 @@ class SimulatedEngine:
             self._fail(request, error)
 
 
-def _check_continuable(sampling: Sampling) -> None:
+def _begun(continuation: Continuation, sampling: Sampling, words: Sequence[str]) -> Continuation | None:
+    """Begins an answer that another replica can take up; None where it is an ordinary one. Raises InvalidRequest."""
+    error = None
     if sampling.n > 1:
-        raise not_continued("n", "several answers")
-    if sampling.logprobs is not None:
-        raise not_continued("logprobs", "what another replica computed is not here")
+        error = continuation.refuse("n", "several answers")
+    elif sampling.logprobs is not None:
+        error = continuation.refuse("logprobs", "what another replica computed is not here")
+    if error is not None:
+        raise error
+    if continuation.is_ordinary:
+        return None
+    continuation.begin([token_id_of(word) for word in words])
+    return continuation
 
 
 def _dead() -> ReplicaLost:

@@ -19,7 +19,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.metrics.stats import PrefillStats
 
 from helios.mesh.errors import InvalidRequest
-from helios.worker.replica.continuation import CONTINUATION, Continuation, not_continued
+from helios.worker.replica.continuation import CONTINUATION, Continuation
 
 # What the engine counts or tracks over the tokens of an answer, which it would take for a part of the prompt: names of
 # SamplingParams, what they are without effect, and what a caller knows them as.
@@ -39,8 +39,10 @@ _TRACKED: Final[tuple[tuple[str, Any, str], ...]] = (
 )
 
 
-def check_continuable(params: Any) -> None:
-    """Raises VLLMValidationError, with the field's name, for a request that another replica could not go on with."""
+def check_continuable(params: Any, continuation: Continuation) -> bool:
+    """Returns whether another replica could go on with a request; raises VLLMValidationError, with the field's name,
+    where it was asked for.
+    """
     for name, without_effect, field in _TRACKED:
         value = getattr(params, name)
         if value != without_effect and value not in ([], ()):
@@ -49,15 +51,19 @@ def check_continuable(params: Any) -> None:
                 if name == "structured_outputs"
                 else ""
             )
-            raise _refused(field, f"depends on what an engine keeps of the tokens that it made{what}")
+            return _refuse(continuation, field, f"depends on what an engine keeps of the tokens that it made{what}")
     # Greedy tokens need none; other ones come of a generator's state, which has drawn once for each token.
     if params.seed is not None and params.temperature > 0:
-        raise _refused("seed", "would need the state of a random generator")
+        return _refuse(continuation, "seed", "would need the state of a random generator")
+    return True
 
 
-def _refused(field: str, why: str) -> VLLMValidationError:
-    # vLLM's serving code knows its own errors only.
-    return VLLMValidationError(not_continued(field, why).message, parameter=field)
+def _refuse(continuation: Continuation, field: str, why: str) -> bool:
+    error = continuation.refuse(field, why)
+    if error is not None:
+        # vLLM's serving code knows its own errors only.
+        raise VLLMValidationError(error.message, parameter=field)
+    return False
 
 
 class Replay:
@@ -117,7 +123,11 @@ async def continued(
     """Yields what ``generate`` does, AsyncLLM's own, for an answer that can be taken up or is."""
     continuation = CONTINUATION.get()
     assert continuation is not None
-    check_continuable(args[1])
+    if not check_continuable(args[1], continuation):
+        async with aclosing(generate(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                yield output
+        return
     replay = Replay(llm, continuation)
     REPLAY.set(replay)
     async with aclosing(generate(*args, **kwargs)) as outputs:
