@@ -11,6 +11,7 @@ from uuid import uuid4
 from helios.api.admin.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from helios.api.catalog.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
 from helios.api.fleet.v1.fleet_service_pb2_grpc import add_FleetServiceServicer_to_server
+from helios.api.fleet.v1.replacement_service_pb2_grpc import add_ReplacementServiceServicer_to_server
 from helios.mesh.channel import Dialer
 from helios.mesh.identity import SpiffeId
 from helios.mesh.process import Lifetime, run
@@ -29,6 +30,7 @@ from helios.proxy.picker.ads import GuardedXds
 from helios.proxy.picker.request import INFERENCE_PREFIX, OPENAI_PREFIX
 from helios.proxy.picker.servicer import PickerServicer
 from helios.proxy.reflection import REFLECTION_SERVICES, ReflectionServicer
+from helios.proxy.replacement.servicer import REPLACEMENT_SERVICE, ReplacementServicer
 from helios.proxy.runtime import Runtime
 from helios.proxy.settings import ProxySettings
 from helios.proxy.store import Store, load_cordons, load_keys, load_models, load_swap_failures, load_usage, load_workers
@@ -171,6 +173,8 @@ def _control(settings: ProxySettings, runtime: Runtime, models: ModelSource) -> 
         runtime, proxy_id=settings.proxy_id, report_interval_seconds=settings.fleet.report_interval_seconds
     )
     add_FleetServiceServicer_to_server(fleet, server.grpc)
+    replacements = ReplacementServicer(runtime, models, hold_limit_seconds=settings.hold.limit_seconds)
+    add_ReplacementServiceServicer_to_server(replacements, server.grpc)
     add_ModelServiceServicer_to_server(ModelServicer(runtime, models), server.grpc)
     add_AdminServiceServicer_to_server(AdminServicer(runtime, models), server.grpc)
     ReflectionServicer().add_to(server.grpc)
