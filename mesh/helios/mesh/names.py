@@ -93,6 +93,12 @@ ROUTE_REVISION_HEADER: Final = "x-helios-route-revision"
 ROUTE_ADAPTER_HEADER: Final = "x-helios-route-adapter"
 # Address (`host:port`) of the replica that computes the request's prompt for the one that answers.
 PREFILL_ENDPOINT_HEADER: Final = "x-helios-prefill-endpoint"
+PRIORITY_HEADER: Final = "x-helios-priority"
+"""The band of priority of a request's caller, for the engine's queue: 1 is low, 2 normal, 3 high."""
+EXPECTED_TOKENS_HEADER: Final = "x-helios-expected-tokens"
+"""Tokens that its answer is likely to have, by what its caller's answers had."""
+COHORT_HEADER: Final = "x-helios-cohort"
+"""The same for requests whose prompts begin alike."""
 # Answers carry these, as OpenAI's do. The picker, which is gone by then, leaves them with the request (`kept_header`).
 # Fields of OpenAI's bodies that Envoy lifts for the picker. What bounds an answer: the largest, the same by its newer
 # name, and how many.
@@ -100,17 +106,20 @@ ANSWER_FIELDS: Final = ("max_tokens", "max_completion_tokens", "n")
 # Whose request it is, of which conversation, the narrowest first: such requests go to one revision of a rollout.
 SESSION_FIELDS: Final = ("prompt_cache_key", "safety_identifier", "user")
 RATE_LIMIT_HEADERS: Final = tuple(
-PRIORITY_HEADER: Final = "x-helios-priority"
-"""The band of priority of a request's caller, for the engine's queue: 1 is low, 2 normal, 3 high."""
-EXPECTED_TOKENS_HEADER: Final = "x-helios-expected-tokens"
-"""Tokens that its answer is likely to have, by what its caller's answers had."""
-COHORT_HEADER: Final = "x-helios-cohort"
-"""The same for requests whose prompts begin alike."""
     f"x-ratelimit-{part}-{what}" for what in ("requests", "tokens") for part in ("limit", "remaining", "reset")
 )
 # Why a request was refused before it reached a replica: the error's reason, in lower case.
 REFUSAL_REASON_HEADER: Final = "x-helios-reason"
 REQUEST_ID_HEADER: Final = "x-request-id"
+# How many other candidates Envoy may try before the first byte.
+MAX_RETRIES_HEADER: Final = "x-envoy-max-retries"
+# Where Envoy puts what it lifts from a JSON body, and the model's key there.
+METADATA_NAMESPACE: Final = "helios"
+MODEL_KEY: Final = "model"
+# The filter of Envoy that is the express lane, and the resource of xDS that says what it does.
+EXPRESS_FILTER: Final = "helios.express"
+# What our own API keys begin with; other secrets in Authorization are whatever a client library insists on.
+KEY_PREFIX: Final = "sk-helios-"
 
 
 def kept_header(name: str) -> str:
