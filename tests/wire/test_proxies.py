@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
 
+from helios.api.catalog.v1 import model_service_pb2
 from helios.api.inference.v1 import inference_service_pb2
 from helios.api.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from helios.mesh.envoy.settings import EdgeSettings, replica_cluster
@@ -42,6 +43,7 @@ class Proxy:
     identity: IdentityFiles
     picker: fakes.FakePicker = field(default_factory=fakes.FakePicker)
     xds: XdsServer = field(default_factory=XdsServer)
+    control: fakes.Recorder = field(default_factory=fakes.Recorder)
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     async def start(self, *endpoints: str) -> None:
@@ -50,10 +52,12 @@ class Proxy:
         self.picker = fakes.FakePicker(endpoints=list(endpoints), cluster=replica_cluster(self.name))
         self.xds.open()
         self.xds.publish(endpoints)
-        policy = {fakes.EXT_PROC_SERVICE: frozenset({"edge"}), EDS_SERVICE: frozenset({"edge"})}
+        served = (fakes.EXT_PROC_SERVICE, EDS_SERVICE, "helios.api.catalog.v1.ModelService")
+        policy = {service: frozenset({"edge"}) for service in served}
         server = MeshServer(listen=self.address, identity=self.identity, policy=policy, options=PROXY)
         external_processor_pb2_grpc.add_ExternalProcessorServicer_to_server(self.picker, server.grpc)
         add_xds(self.xds, server.grpc)
+        self.control.add(model_service_pb2, "ModelService", server.grpc)
         await self._stack.enter_async_context(server)
 
     async def stop(self) -> None:
@@ -192,4 +196,16 @@ async def test_a_hold_moves_when_its_proxy_goes(gateway: Gateway, rest: httpx.As
             assert (await ask(rest)).status_code == 200
         assert len(other.picker.requests) == 5
     await first.start(gateway.endpoint)
+    await gateway.fed()
+
+
+async def test_calls_of_control_go_to_the_proxy_that_is_there(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    one, two = gateway.proxies
+    await one.stop()
+    try:
+        for _ in range(6):
+            assert (await rest.get("/v1/models")).status_code == 200
+    finally:
+        await one.start(gateway.endpoint)
+    assert two.control.calls
     await gateway.fed()

@@ -19,6 +19,7 @@ from envoy_data_plane.envoy.config.route.v3 import (
     HeaderMatcher,
     RetryPolicy,
     RetryPolicyRetryBackOff,
+    RetryPolicyRetryHostPredicate,
     Route,
     RouteAction,
     RouteConfiguration,
@@ -33,6 +34,7 @@ from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
     ProcessingModeBodySendMode,
     ProcessingModeHeaderSendMode,
 )
+from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
 from envoy_data_plane.envoy.type.matcher.v3 import (
     MetadataMatcher,
     MetadataMatcherPathSegment,
@@ -132,7 +134,10 @@ def edge_routes(settings: EdgeSettings) -> RouteConfiguration:
         for route in (_nameless(service, limits), _grpc(service, clusters.RELAY, limits))
         if settings.relay
     ]
-    control = [_unpicked(_grpc(service, clusters.CONTROL, limits)) for service in (MODEL_SERVICE, HEALTH_SERVICE)]
+    control = [
+        _unpicked(_grpc(service, clusters.CONTROL, limits, retry_policy=_at_another_proxy()))
+        for service in (MODEL_SERVICE, HEALTH_SERVICE)
+    ]
     reflection = _unpicked(_forward("/grpc.reflection.", clusters.CONTROL, limits.message_bytes))
     others = [_unpicked(route) for route in _unknown("/v1/", clusters.CONTROL, limits)]
     host = VirtualHost(
@@ -148,7 +153,7 @@ def admin_routes(limits: Limits) -> RouteConfiguration:
     """Returns the admin listener's routes."""
     control = (ADMIN_SERVICE, MODEL_SERVICE, HEALTH_SERVICE)
     routes = [
-        *(_grpc(service, clusters.CONTROL_ADMIN, limits) for service in control),
+        *(_grpc(service, clusters.CONTROL_ADMIN, limits, retry_policy=_at_another_proxy()) for service in control),
         _forward("/grpc.reflection.", clusters.CONTROL_ADMIN, limits.message_bytes),
         *(_grpc(service, clusters.REGISTRY, limits) for service in REGISTRY_SERVICES),
         *_unknown("/admin/v1/", clusters.CONTROL_ADMIN, limits),
@@ -257,6 +262,19 @@ def _nameless(service: str, limits: Limits) -> Route:
     buffered: betterproto2.Message = ExtProcPerRoute(overrides=ExtProcOverrides(processing_mode=mode))
     route.typed_per_filter_config[PICKER_FILTER] = Any.pack(buffered)
     return route
+
+
+def _at_another_proxy() -> RetryPolicy:
+    """Has a call that reached no proxy go to another one, where there is one: nothing was done yet."""
+    predicate = RetryPolicyRetryHostPredicate(
+        name="envoy.retry_host_predicates.previous_hosts", typed_config=Any.pack(PreviousHostsPredicate())
+    )
+    return RetryPolicy(
+        retry_on="connect-failure,refused-stream,reset-before-request",
+        num_retries=2,
+        retry_host_predicate=[predicate],
+        host_selection_retry_max_attempts=3,
+    )
 
 
 def _retries(limits: Limits) -> RetryPolicy:
