@@ -44,6 +44,7 @@ SLOW_FILES = (
     "proxy/test_gateway.py",
     "proxy/test_keys_gateway.py",
     "proxy/test_main.py",
+    "proxy/test_peers_process.py",
     "proxy/test_process.py",
     "proxy/test_usage_process.py",
     "registry/test_convert.py",

@@ -5,7 +5,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from helios.mesh.errors import HeliosError, NoReadyReplica
+from helios.mesh.errors import NoReadyReplica
 from tests.proxy.peers_world import KEY, World
 
 RARELY = st.sampled_from([True, False, False, False])
@@ -254,7 +254,7 @@ class PeersMachine(RuleBasedStateMachine):
         for node in self.world.nodes.values():
             assert sum(node.core.holds.own_counts().values()) == len(node.waiting)
             for _, error in node.answered:
-                assert error is None or (isinstance(error, HeliosError) and error.retry_after_seconds)
+                assert error is None or error.retry_after_seconds
 
     @invariant()
     def test_a_model_has_at_most_one_start_under_way(self) -> None:

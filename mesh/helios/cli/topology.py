@@ -104,10 +104,12 @@ def _proxies(state: StateDirectory, settings: Settings, count: int) -> Settings:
         name: settings["proxy"]
         | {
             "proxy_id": name,
+            "peers": {"lease": True},
             "state_directory": state.component(name),
             "control_listen": _control(state, name),
             "picker_listen": _picker(state, name),
             "replica_cluster": replica_cluster(name),
+            "peers": settings["proxy"].get("peers", {}) | {"lease": True},
         }
         for name in _proxy_names(count)
     }

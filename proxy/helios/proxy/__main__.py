@@ -26,6 +26,7 @@ from helios.proxy.core import Core
 from helios.proxy.explain.journal import JournalLimits
 from helios.proxy.fleet.servicer import FLEET_SERVICE, FleetServicer
 from helios.proxy.measures import MeasureExchange
+from helios.proxy.peers.group import PEER_SERVICE, PeerGroup
 from helios.proxy.picker.ads import GuardedXds
 from helios.proxy.picker.request import INFERENCE_PREFIX, OPENAI_PREFIX
 from helios.proxy.picker.servicer import PickerServicer
@@ -45,6 +46,7 @@ _CONTROL_POLICY: Final = {
     REPLACEMENT_SERVICE: frozenset({"relay"}),
     MODEL_SERVICE: _EDGES,
     ADMIN_SERVICE: frozenset({"admin-edge"}),
+    PEER_SERVICE: frozenset({"proxy"}),
     HEALTH_SERVICE: frozenset({"*"}),
     **dict.fromkeys(REFLECTION_SERVICES, _EDGES),
 }
@@ -74,13 +76,18 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
     runtime.cordons.restore(*load_cordons(directory))
     async with AsyncExitStack() as stack:
         models = await _registry(settings, lifetime, stack, runtime, store)
+        peers = await _peers(settings, stack, runtime)
         lifetime.group.create_task(runtime.run(), name="runtime")
         lifetime.group.create_task(store.run(), name="store")
         picker = await stack.enter_async_context(_picker(settings, runtime, models, ads))
-        control = await stack.enter_async_context(_control(settings, runtime, models))
+        control = await stack.enter_async_context(_control(settings, runtime, models, peers))
+        if peers is not None:
+            peers.start(lifetime.group, control.address)
         lifetime.mark_ready(picker_address=picker.address, control_address=control.address)
         await lifetime.wait_stop()
         runtime.stop()
+        if peers is not None:
+            await peers.stop()
         ads.close()
 
 
@@ -139,6 +146,19 @@ def _report_usage(
         lifetime.group.create_task(keep_running("watch advice", watching), name="watch advice")
 
 
+async def _peers(settings: ProxySettings, stack: AsyncExitStack, runtime: Runtime) -> PeerGroup | None:
+    if not settings.peers.lease or not settings.registry_target:
+        return None
+    peers = PeerGroup(
+        runtime,
+        registry_target=settings.registry_target,
+        identity=settings.mesh.identity,
+        proxy_id=settings.proxy_id,
+        ttl_seconds=settings.peers.ttl_seconds,
+    )
+    return await stack.enter_async_context(peers)
+
+
 def _picker(settings: ProxySettings, runtime: Runtime, models: ModelSource, ads: GuardedXds) -> MeshServer:
     identity = settings.mesh.identity
     # Envoy's calls of the picker have the same headers, request for request.
@@ -163,7 +183,9 @@ def _own_id(settings: ProxySettings) -> SpiffeId | None:
     return identity.spiffe_id() if identity is not None else None
 
 
-def _control(settings: ProxySettings, runtime: Runtime, models: ModelSource) -> MeshServer:
+def _control(
+    settings: ProxySettings, runtime: Runtime, models: ModelSource, peers: PeerGroup | None
+) -> MeshServer:
     # Sessions say little and often: grpc.aio wakes four threads for each word.
     options = ServerOptions(drain_seconds=settings.drain_seconds, transport="http2")
     server = MeshServer(
@@ -178,6 +200,8 @@ def _control(settings: ProxySettings, runtime: Runtime, models: ModelSource) -> 
     add_ModelServiceServicer_to_server(ModelServicer(runtime, models), server.grpc)
     add_AdminServiceServicer_to_server(AdminServicer(runtime, models), server.grpc)
     ReflectionServicer().add_to(server.grpc)
+    if peers is not None:
+        peers.add_to(server.grpc)
     # Health of the inference services is asked here, too: a client's own health checks have no model to be routed by.
     inference = (prefix.strip("/") for prefix in (OPENAI_PREFIX, INFERENCE_PREFIX))
     server.serve(FLEET_SERVICE, MODEL_SERVICE, ADMIN_SERVICE, *inference, with_reflection=False)

@@ -105,6 +105,18 @@ class Arrival:
     caller: Caller = ANYBODY
 
 
+class Peers(Protocol):
+    """The sessions with other proxies, where there are any."""
+
+    def look(self) -> None:
+        """Something happened that others may have to be told. Never blocks."""
+        ...
+
+    async def wait_told(self, deadline: float) -> bool:
+        """Waits until the leader has said something; False at the deadline (monotonic seconds). Cancel-safe."""
+        ...
+
+
 class Outbox:
     """What a worker's session still has to send; closed where a newer session took the worker over."""
 
@@ -158,6 +170,8 @@ class Runtime:
         self._workers_changed = asyncio.Event()
         self._swap_failures_changed = asyncio.Event()
         self._is_stopping = False
+        self.peers: Peers | None = None
+        """None: this proxy is alone."""
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -293,6 +307,8 @@ class Runtime:
                     self._note_event(action)
                     self._report(action)
         self._publish()
+        if self.peers is not None:
+            self.peers.look()
 
     def _note_event(self, action: actions.Action) -> None:
         event = event_of(action)
@@ -344,6 +360,7 @@ class Runtime:
                 metrics.ACTIVATION_SECONDS.observe(seconds)
                 self._end_span(model, dict(phases))
             case actions.ActivationFailed(model, reason, message, held_count):
+                self.core.leadership.followers.failed(action)
                 self.journal.start_failed(model, f"{reason}: {message}", time.monotonic())
                 log.warning("activation failed", model=model, reason=reason, error=message, held=held_count)
                 metrics.ACTIVATIONS.labels(reason.lower()).inc()

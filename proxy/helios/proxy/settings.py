@@ -253,6 +253,19 @@ class UsageSettings(BaseModel):
     are no longer worth waiting for. ``off``: nothing."""
 
 
+class PeerSettings(BaseModel):
+    """Several proxies."""
+
+    model_config = _FROZEN
+
+    lease: bool = False
+    """Whether there are several: then one of them leads, by a lease of the registry, and the others follow it. False:
+    this one decides alone, as two that don't know of each other must not. `helios up --proxies N` sets it."""
+    ttl_seconds: float = Field(default=6.0, ge=1, le=300)
+    """How long a lead lasts without being renewed, in seconds: so long does nothing new start when the leader dies. 6:
+    above what a busy registry takes for three renewals."""
+
+
 class ProxySettings(ProcessSettings):
     """Settings of `python -m helios.proxy`."""
 
@@ -298,6 +311,9 @@ class ProxySettings(ProcessSettings):
 
     admission: AdmissionSettings = Field(default_factory=AdmissionSettings)
     """API keys."""
+
+    peers: PeerSettings = Field(default_factory=PeerSettings)
+    """Several proxies."""
 
     explain: ExplainSettings = Field(default_factory=ExplainSettings)
     """Explanations of requests."""

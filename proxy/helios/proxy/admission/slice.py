@@ -7,6 +7,7 @@ little more than that the leader counts it as used, wherever this proxy is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,8 +34,10 @@ class Slice:
     Invariant: `granted` = free + running + used + returned, none of which is negative.
     """
 
-    def __init__(self, per_minute: int, validity: Validity) -> None:
+    def __init__(self, per_minute: int, validity: Validity, on_change: Callable[[], None]) -> None:
+        """``on_change`` is called whenever there may be something to report."""
         self.capacity = per_minute
+        self._on_change = on_change
         self._validity = validity
         self._granted = Granted()
         self._told_at = 0.0
@@ -55,9 +58,11 @@ class Slice:
         if amount <= self._free and now < self._validity.until:
             self._free -= amount
             self._taken += amount
+            self._on_change()
             return 0.0
         self._need = max(self._need, amount)
         self._asked = max(self._asked, amount)
+        self._on_change()
         return max(_ASK_SECONDS, self._granted.wait_seconds - (now - self._told_at))
 
     def settle(self, reserved: int, actual: int, now: float) -> None:
@@ -67,6 +72,7 @@ class Slice:
         self._used += used
         self._owed += actual - used
         self._free += reserved - used
+        self._on_change()
 
     def remaining(self, now: float) -> int:
         """What may be reserved now, here or after asking."""
@@ -116,3 +122,4 @@ class Slice:
     def _give_back(self, amount: int) -> None:
         self._free -= amount
         self._returned += amount
+        self._on_change()

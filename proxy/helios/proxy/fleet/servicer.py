@@ -53,7 +53,10 @@ class FleetServicer(FleetServiceServicer):
         now = time.monotonic()
         outbox = self._runtime.connect_worker(hello.worker_id)
         try:
-            welcome = pb.Welcome(report_interval=wire.duration(self._interval_seconds), proxy_id=self._proxy_id)
+            epoch = self._runtime.core.leadership.epoch
+            welcome = pb.Welcome(
+                report_interval=wire.duration(self._interval_seconds), proxy_id=self._proxy_id, epoch=epoch
+            )
             await context.write(pb.SessionResponse(welcome=welcome))
             log.info("worker connected", worker=hello.worker_id, node=hello.node, replicas=len(hello.replicas))
             self._runtime.apply(self._runtime.core.worker_hello(hello, now))
@@ -111,6 +114,7 @@ class FleetServicer(FleetServiceServicer):
                 self._runtime.apply(core.replica_event(worker_id, event.sequence, replica, now))
             case "command_ack":
                 ack = message.command_ack
+                core.leadership.seen_epoch = max(core.leadership.seen_epoch, ack.epoch)
                 if ack.refused_reason:
                     log.warning("command refused", worker=worker_id, reason=ack.refused_reason, error=ack.message)
                 todo = core.command_acknowledged(
@@ -155,14 +159,15 @@ class FleetServicer(FleetServiceServicer):
                 journal.finished(request_id, finished)
 
     async def _write(self, outbox: Outbox, context: Any) -> None:
+        leadership = self._runtime.core.leadership
         while True:
             try:
                 async with asyncio.timeout(self._interval_seconds):
                     command = await outbox.queue.get()
             except TimeoutError:
-                await context.write(pb.SessionResponse(heartbeat=pb.Heartbeat()))
+                await context.write(pb.SessionResponse(heartbeat=pb.Heartbeat(epoch=leadership.epoch)))
                 continue
             if command is None:
                 raise _SessionEnd
-            await context.write(wire.command_to_proto(command))
+            await context.write(wire.command_to_proto(command, leadership.epoch))
             log.info("command sent", worker=command.worker_id, order=type(command.order).__name__)

@@ -19,6 +19,7 @@ from helios.proxy.fleet.commands import (
     Command,
     DrainReplica,
     EvictRevision,
+    Fence,
     SetAdapters,
     SleepReplica,
     StageRevision,
@@ -250,9 +251,9 @@ def delta_from_proto(message: types_pb2.LoadDelta) -> LoadDelta:
     )
 
 
-def command_to_proto(command: Command) -> pb.SessionResponse:
-    """A command, as the message that carries it."""
-    message = pb.Command(command_id=command.command_id)
+def command_to_proto(command: Command, epoch: int = 0) -> pb.SessionResponse:
+    """A command, as the message that carries it; `epoch` is the sender's."""
+    message = pb.Command(command_id=command.command_id, epoch=epoch)
     match command.order:
         case StartReplica() as order:
             message.start.CopyFrom(
@@ -281,6 +282,8 @@ def command_to_proto(command: Command) -> pb.SessionResponse:
             message.stop.CopyFrom(pb.StopReplica(replica_id=replica_id))
         case EvictRevision(revision):
             message.evict.CopyFrom(pb.EvictRevision(revision=revision))
+        case Fence():
+            message.fence.SetInParent()
         case SetAdapters(replica_id, adapters):
             names = map(_named_to_proto, adapters)
             message.set_adapters.CopyFrom(pb.SetAdapters(replica_id=replica_id, adapters=names))

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from helios.proxy.admission.bucket import Bucket
@@ -43,6 +44,7 @@ class Slices:
         self._slices: dict[SliceKey, tuple[Slice | None, Slice | None]] = {}
         self._current: dict[str, SliceKey] = {}
         self._told: dict[SliceKey, tuple[Spent, Spent]] = {}
+        self._changed: set[SliceKey] = set()
         self._number = 0
 
     def open(self, caller: Caller) -> tuple[Slice | None, Slice | None]:
@@ -54,8 +56,9 @@ class Slices:
             self._slices.pop(older, None)
             self._told.pop(older, None)
         self._current[caller.key_id] = key
-        requests = Slice(key.requests_per_minute, self._validity) if key.requests_per_minute else None
-        tokens = Slice(key.tokens_per_minute, self._validity) if key.tokens_per_minute else None
+        changed = partial(self._changed.add, key)
+        requests = Slice(key.requests_per_minute, self._validity, changed) if key.requests_per_minute else None
+        tokens = Slice(key.tokens_per_minute, self._validity, changed) if key.tokens_per_minute else None
         self._slices[key] = requests, tokens
         return requests, tokens
 
@@ -88,10 +91,18 @@ class Slices:
         pair = self._slices.get(self._current.get(key_id, _NOBODY), (None, None))
         return any(part is not None and part.is_refused for part in pair)
 
+    @property
+    def has_changes(self) -> bool:
+        """Whether there may be something to report."""
+        return bool(self._changed)
+
     def changes(self) -> tuple[SliceReport, ...]:
         """What is to be reported since the last call."""
         found: list[SliceReport] = []
-        for key, (requests, tokens) in self._slices.items():
+        changed = list(self._changed)
+        self._changed.clear()
+        for key in changed:
+            requests, tokens = self._slices.get(key, (None, None))
             spent = (_spent(requests), _spent(tokens))
             if self._told.get(key, (Spent(), Spent())) != spent:
                 self._told[key] = spent
@@ -150,17 +161,20 @@ class Escrow:
         self._buckets = buckets
         self._sessions: dict[str, Shares] = {}
         self._told: dict[str, dict[SliceKey, SliceGrant]] = {}
+        self._due: dict[str, set[SliceKey]] = {}
         self._ending: list[tuple[float, Shares]] = []
 
     def begin(self, session: str) -> None:
         """A follower's session begins."""
         self._sessions[session] = {}
         self._told[session] = {}
+        self._due[session] = set()
 
     def end(self, session: str, heard_at: float) -> None:
         """A session is over; its follower was last heard then, and may use what it has for a while after that."""
         shares = self._sessions.pop(session, {})
         self._told.pop(session, None)
+        self._due.pop(session, None)
         if shares:
             self._ending.append((heard_at + VALID_SECONDS, shares))
 
@@ -178,20 +192,24 @@ class Escrow:
         for report in reports:
             pair = shares.get(report.key)
             if pair is None:
-                pair = self._open(shares, report.key, now)
+                pair = self._open(session, report.key, now)
+            self._due[session].add(report.key)
             for share, spent in zip(pair, (report.requests, report.tokens), strict=True):
                 if share is not None:
                     share.report(spent, now)
 
     def take(self, session: str, now: float) -> tuple[SliceGrant, ...]:
         """Grants what there is; returns what is to be told of it since the last call."""
-        told, found = self._told[session], []
-        for key, pair in self._sessions[session].items():
+        told, found, due = self._told[session], [], self._due[session]
+        for key in list(due):
+            pair = self._sessions[session][key]
             for share in pair:
                 if share is not None and share.missing:
                     share.grant(now)
                     if share.missing:
-                        self._reclaim(share)
+                        self._reclaim(key, share)
+            if not any(share is not None and share.missing for share in pair):
+                due.discard(key)
             grant = SliceGrant(key, _granted(pair[0], now), _granted(pair[1], now))
             if _differs(grant, told.get(key)):
                 told[key] = grant
@@ -201,20 +219,32 @@ class Escrow:
                     share.is_reclaimed = False
         return tuple(found)
 
-    def _open(self, shares: Shares, key: SliceKey, now: float) -> tuple[_Share | None, _Share | None]:
+    def _open(self, session: str, key: SliceKey, now: float) -> tuple[_Share | None, _Share | None]:
+        shares = self._sessions[session]
         for older in [other for other in shares if other.key_id == key.key_id]:
             # Its follower had forgotten it, or its limits are others now.
+            self._due[session].discard(older)
+            self._told[session].pop(older, None)
             for share in _all({older: shares.pop(older)}):
                 share.give_up(now)
         requests, tokens = self._buckets(key, now)
         shares[key] = (_Share(requests) if requests else None, _Share(tokens) if tokens else None)
         return shares[key]
 
-    def _reclaim(self, asking: _Share) -> None:
-        for shares in self._sessions.values():
-            for share in _all(shares):
-                if share is not asking and share.bucket is asking.bucket and share.outstanding:
-                    share.is_reclaimed = True
+    def _reclaim(self, asking_key: SliceKey, asking: _Share) -> None:
+        for session, shares in self._sessions.items():
+            for key, pair in shares.items():
+                if key.key_id != asking_key.key_id:
+                    continue
+                for share in pair:
+                    if (
+                        share is not None
+                        and share is not asking
+                        and share.bucket is asking.bucket
+                        and share.outstanding
+                    ):
+                        share.is_reclaimed = True
+                        self._due[session].add(key)
 
 
 def _all(shares: Shares) -> list[_Share]:

@@ -16,6 +16,8 @@ from helios.proxy.activation.machine import ActivationState
 from helios.proxy.peers.escrow import VALID_SECONDS, Escrow
 from helios.proxy.peers.messages import Failure, Hello, News, Outlook, Report
 
+_LOOK_SECONDS: Final = 0.2
+"""How often all models are looked at for a follower: ten thousand take some milliseconds."""
 _LATER_SECONDS: Final = 1.0
 """How often an outlook is told anew that changed by nothing but time, where it is not as was expected."""
 _MISSED_SECONDS: Final = 60.0
@@ -57,6 +59,7 @@ class _Follower:
     outlooks: dict[str, tuple[Outlook, float]] = field(default_factory=dict)
     estimates: dict[str, float] = field(default_factory=dict)
     draining: frozenset[str] | None = None
+    looked_at: float = -1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +152,16 @@ class Followers:
         """What is to be told a follower now. It may be nothing but that the leader is there."""
         follower = self._sessions[session]
         failures, follower.failures = tuple(follower.failures), []
+        is_look = now - follower.looked_at >= _LOOK_SECONDS
+        follower.looked_at = now if is_look else follower.looked_at
         return News(
             epoch,
             now,
             follower.heard_stamp,
             draining=self._draining(follower),
-            outlooks=self._outlooks(follower, now),
+            outlooks=self._outlooks(follower, now) if is_look else (),
             failures=failures,
-            estimates=self._estimates(follower),
+            estimates=self._estimates(follower) if is_look else (),
             slices=self._escrow.take(session, now),
         )
 

@@ -6,7 +6,7 @@ leaves alone. With no leader it keeps what it was told last: whoever waits waits
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -68,6 +68,10 @@ class Following:
     def promised_until(self) -> float:
         """Until when this proxy does not ask for the lease: the leader counts on it."""
         return self._heard_at + VALID_SECONDS if self._heard_at else 0.0
+
+    def has_changes(self, held: dict[str, int], wished: Collection[str]) -> bool:
+        """Whether there is something to say at once."""
+        return self._held != held or bool(wished) or self.slices.has_changes
 
     def report(
         self, held: dict[str, int], last_used: Iterable[tuple[str, float]], wished: Iterable[str], now: float

@@ -212,6 +212,15 @@ class Leadership:
         self.following = Following(slices, self.following.used_since if self.following is not None else now)
         return self.following
 
+    def is_refused(self, key_id: str) -> bool:
+        """Whether the leader has said that what a key's request needs will not be there soon."""
+        return self.following is not None and self.following.slices.is_refused(key_id)
+
+    def has_changes(self) -> bool:
+        """Whether there is something to tell the leader at once."""
+        following = self.following
+        return following is not None and following.has_changes(self._holds.own_counts(), self._lifecycle.wished)
+
     def own_report(self, now: float) -> Report:
         """What is to be told the leader now."""
         assert self.following is not None

@@ -153,3 +153,8 @@ class News:
     failures: tuple[Failure, ...] = ()
     estimates: tuple[tuple[str, float], ...] = ()
     slices: tuple[SliceGrant, ...] = ()
+
+    @property
+    def has_content(self) -> bool:
+        """Whether it says more than that the leader is there."""
+        return self.draining is not None or bool(self.outlooks or self.failures or self.estimates or self.slices)

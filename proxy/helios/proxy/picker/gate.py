@@ -3,8 +3,9 @@
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
+from helios.mesh.errors import QuotaExceeded, Unavailable
 from helios.mesh.names import kept_header
 from helios.proxy.admission.keyring import ANYBODY, Caller, check_model
 from helios.proxy.admission.quotas import Standing
@@ -12,6 +13,12 @@ from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
 from helios.proxy.picker.limits import answer_bound, rate_limit_headers
 from helios.proxy.picker.request import Heads
+from helios.proxy.runtime import Peers
+
+_LEADER_SECONDS: Final = 10.0
+"""How long a request of a key with limits waits for a leader: longer than it takes another one to be found."""
+_GRANT_SECONDS: Final = 1.0
+"""How long it waits for a part of the limit that others have: they give back what they don't need within a second."""
 
 
 class Gate:
@@ -34,8 +41,8 @@ class Gate:
         if self._heads.authorization or keyring.is_required:
             self.caller = keyring.identify(self._heads.authorization, datetime.now(UTC).timestamp())
 
-    def admit(self, entry: ModelEntry, model: str, lifted: Mapping[str, Any]) -> None:
-        """Reserves what the request may take.
+    def admit(self, entry: ModelEntry, model: str, lifted: Mapping[str, Any]) -> bool:
+        """Reserves what the request may take; False where its key's part of a limit is to be waited for.
 
         Args:
             entry: the model that it names.
@@ -48,14 +55,44 @@ class Gate:
         """
         if self.caller.key_id:
             check_model(self.caller, entry, model)
-            self._standing = self._core.traffic.quotas.admit(
-                self.caller,
-                self._heads.request_id,
-                entry.name,
-                body_bytes=self._heads.body_bytes,
-                max_tokens=answer_bound(lifted),
-                now=time.monotonic(),
-            )
+            try:
+                self._reserve(entry, lifted)
+            except (QuotaExceeded, Unavailable):
+                if self._core.leadership.leads:
+                    raise
+                return False
+        return True
+
+    async def wait_admitted(self, entry: ModelEntry, lifted: Mapping[str, Any], peers: Peers | None) -> None:
+        """Reserves what the request may take once the leader has granted it.
+
+        Raises:
+            QuotaExceeded: it has not, because the limit is reached.
+            Unavailable: LIMITS_UNKNOWN, there is no leader.
+        """
+        assert peers is not None, "only one of several proxies does not lead"
+        since = time.monotonic()
+        while True:
+            is_told = await peers.wait_told(since + _LEADER_SECONDS)
+            try:
+                self._reserve(entry, lifted)
+                return
+            except QuotaExceeded:
+                if not is_told or self._core.leadership.is_refused(self.caller.key_id) or _is_over(since):
+                    raise
+            except Unavailable:
+                if not is_told:
+                    raise
+
+    def _reserve(self, entry: ModelEntry, lifted: Mapping[str, Any]) -> None:
+        self._standing = self._core.traffic.quotas.admit(
+            self.caller,
+            self._heads.request_id,
+            entry.name,
+            body_bytes=self._heads.body_bytes,
+            max_tokens=answer_bound(lifted),
+            now=time.monotonic(),
+        )
 
     def left_for_answer(self) -> dict[str, str]:
         """Headers for the request in which Envoy finds those of its answer."""
@@ -74,3 +111,7 @@ class Gate:
         """Ends: a request that goes to no replica gives back what it reserved."""
         if not self.is_passed and self.caller.key_id:
             self._core.traffic.quotas.release(self._heads.request_id, time.monotonic())
+
+
+def _is_over(since: float) -> bool:
+    return time.monotonic() - since > _GRANT_SECONDS

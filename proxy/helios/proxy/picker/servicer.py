@@ -120,7 +120,8 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 body = await _ask_body(context, heads)
                 model = body.model
             served = entry = self._core.resolve(model) or await find_model(self._runtime, self._models, model)
-            gate.admit(entry, model, _lifted(request))
+            if not gate.admit(entry, model, _lifted(request)):
+                await gate.wait_admitted(entry, _lifted(request), self._runtime.peers)
             split = Assignment(entry)
             if entry.canary:
                 split = self._core.rollouts.assign(entry, model, _session_key(heads, request), time.monotonic())
@@ -133,8 +134,9 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             blocks = _blocks(entry, model, body)
             if split.outcome:
                 metrics.ROLLOUT_REQUESTS.labels(served.name, split.outcome).inc()
-            came = _Came(arrived_at, began, context, gate.caller)
-            pick = await self._pick(entry, model, blocks, heads, came, split=split.why)
+            pick = await self._pick(
+                entry, model, blocks, heads, _Came(arrived_at, began, context, gate.caller), split=split.why
+            )
             gate.is_passed = True
         except Draining as error:
             # No answer but a broken stream: Envoy asks another proxy, or this one once it is back.
