@@ -1,100 +1,154 @@
-"""What stands behind the edge while its latency is measured: a registry, a worker's session, and a replica that answers
-at once. One process, so that the client's has nothing else to do: ``python -m tests.benchmarks.edge_peers DIRECTORY``.
+"""What stands behind the edge while it is measured: a registry, workers' sessions, and replicas that answer at once.
 
-The replica is in Python and takes a third of a millisecond, with and without Helios in front. The worker reports what
-its replica served ten times a second, as a real one does, so that the proxy's account of requests is kept.
+``python -m tests.benchmarks.edge_peers DIRECTORY`` reads what is wanted from `peers.json` there, and writes what there
+is to `addresses.json`. The replicas are one process in C (`native/worker.c`), whose account of requests a worker's
+session reports ten times a second, as a real one does: the proxy's ledger, journal and usage are kept as they would be.
 """
 
 import asyncio
 import gc
+import json
 import os
 import sys
-from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import uvloop
-from google.api.httpbody_pb2 import HttpBody
 
-from helios.api.inference.v1 import openai_service_pb2_grpc
+from helios.api.fleet.v1 import fleet_service_pb2 as fleet_pb
+from helios.api.fleet.v1 import types_pb2
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
 from helios.mesh.identity import IdentityFiles
 from helios.mesh.server import MeshServer, ServerOptions
-from tests.proxy.fakes import FakeRegistry, FakeWorker
+from tests.proxy.fakes import READY, FakeRegistry, FakeWorker
 
-MODEL: Final = "m"
 REGISTRY_SOCKET: Final = "registry.sock"
 CONTROL_SOCKET: Final = "control.sock"
-ADDRESS_FILE: Final = "replica.address"
-ANSWER: Final = (
-    b'{"id":"a","object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"."}}]}'
-)
+WANTED_FILE: Final = "peers.json"
+ADDRESS_FILE: Final = "addresses.json"
 REGISTRY_SERVICE: Final = "helios.api.registry.v1.RegistryService"
 _REPORT_SECONDS: Final = 0.1
 _WAIT_SECONDS: Final = 30.0
+_REVISION: Final = "sha256:1"
+_GIB: Final = 1 << 30
 
 
-class QuickReplica(openai_service_pb2_grpc.OpenAIServiceServicer):
-    """Answers every call with the same body, and remembers which it answered for the picker."""
+class Wanted(NamedTuple):
+    """What is to be there: ready replicas by model, plain HTTP servers, and workers at rest, of one model each."""
 
-    def __init__(self) -> None:
-        self.served: list[str] = []
+    program: str
+    models: dict[str, int]
+    http_count: int = 0
+    resting_count: int = 0
 
-    async def CreateChatCompletion(self, request: HttpBody, context: Any) -> None:  # type: ignore[override]
-        """Answers."""
-        metadata = dict(context.invocation_metadata())
-        if "x-helios-route-model" in metadata:
-            self.served.append(str(metadata["x-request-id"]))
-        await context.write(HttpBody(content_type="application/json", data=ANSWER))
 
-    async def CreateCompletion(self, request: HttpBody, context: Any) -> AsyncIterator[HttpBody]:
-        """Nobody asks."""
-        raise NotImplementedError
-        yield
+class Peers:
+    """The replicas' process, and what the worker's session says of it."""
 
-    async def CreateEmbedding(self, request: HttpBody, context: Any) -> AsyncIterator[HttpBody]:
-        """Nobody asks."""
-        raise NotImplementedError
-        yield
+    def __init__(self, process: asyncio.subprocess.Process, addresses: list[str], models: dict[str, int]) -> None:
+        names = [model for model, count in models.items() for _ in range(count)]
+        self.worker = FakeWorker(memory_bytes=1024 * _GIB, beat_seconds=1.0)
+        self.replica_ids = [f"replica-{number}" for number in range(len(names))]
+        for replica_id, model, address in zip(self.replica_ids, names, addresses, strict=True):
+            self.worker.replicas[replica_id] = ready_replica(replica_id, model, address)
+        self._process = process
+        self._rest = b""
+
+    async def report(self) -> None:
+        """Tells of calls, until the replicas end."""
+        assert self._process.stdout is not None
+        while data := await self._process.stdout.read(1 << 20):
+            lines = (self._rest + data).split(b"\n")
+            self._rest = lines.pop()
+            deltas: dict[int, types_pb2.LoadDelta] = {}
+            for line in lines:
+                what, number, request_id = line.decode().split()
+                delta = deltas.setdefault(int(number), types_pb2.LoadDelta(replica_id=self.replica_ids[int(number)]))
+                getattr(delta, what).add(request_id=request_id)
+            self.worker.say(load=fleet_pb.LoadReport(deltas=deltas.values()))
+            await asyncio.sleep(_REPORT_SECONDS)
+
+
+def ready_replica(replica_id: str, model: str, address: str) -> types_pb2.Replica:
+    """A replica that has been ready for a while."""
+    return types_pb2.Replica(
+        replica_id=replica_id,
+        model=model,
+        revision=_REVISION,
+        state=READY,
+        address=address,
+        memory_bytes=_GIB,
+        max_context_tokens=2048,
+    )
 
 
 async def main(directory: Path) -> None:
     """Serves until standard input ends."""
     gone = asyncio.Event()
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), gone.set)
-    replica, registry = QuickReplica(), FakeRegistry()
-    registry.put(MODEL)
-    served = _server(directory, "worker", "127.0.0.1:0", is_checked=False)
-    openai_service_pb2_grpc.add_OpenAIServiceServicer_to_server(replica, served.grpc)
-    catalogue = _server(directory, "registry", f"unix:{directory}/{REGISTRY_SOCKET}", is_checked=True)
-    add_RegistryServiceServicer_to_server(registry, catalogue.grpc)
-    async with served, catalogue:
-        _publish(directory / ADDRESS_FILE, served.address)
+    wanted = Wanted(**json.loads((directory / WANTED_FILE).read_text()))
+    registry = FakeRegistry()
+    for model, count in wanted.models.items():
+        registry.put(model, revision=_REVISION, min_replicas=count)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(_registry(directory, registry))
+        process, ports = await _replicas(directory, wanted)
+        stack.callback(process.kill)
+        addresses = [f"127.0.0.1:{port}" for port in ports]
+        peers = Peers(process, addresses[wanted.http_count :], wanted.models)
+        _publish(directory / ADDRESS_FILE, json.dumps(addresses))
         async with asyncio.timeout(_WAIT_SECONDS):
             while not (directory / CONTROL_SOCKET).exists():
                 await asyncio.sleep(0.02)
-        worker = FakeWorker(address=lambda: served.address)
-        async with worker.connected(f"unix:{directory}/{CONTROL_SOCKET}", _identity(directory, "worker")):
-            gc.collect()
-            gc.freeze()
-            while not gone.is_set():
-                await asyncio.sleep(_REPORT_SECONDS)
-                _report(worker, replica)
+        for worker in (peers.worker, *_resting(registry, wanted.resting_count)):
+            session = worker.connected(f"unix:{directory}/{CONTROL_SOCKET}", _identity(directory, "worker"))
+            await stack.enter_async_context(session)
+        gc.collect()
+        gc.freeze()
+        group = await stack.enter_async_context(asyncio.TaskGroup())
+        reporting = group.create_task(peers.report())
+        await gone.wait()
+        reporting.cancel()
 
 
-def _report(worker: FakeWorker, replica: QuickReplica) -> None:
-    served, replica.served = replica.served, []
-    for replica_id in worker.replicas if served else ():
-        worker.report(replica_id, started=served, finished=[(request_id, 0) for request_id in served])
+def _resting(registry: FakeRegistry, count: int) -> list[FakeWorker]:
+    """Workers with one ready replica of a model of their own, which nobody asks for."""
+    workers = []
+    for number in range(count):
+        registry.put(f"resting-{number}", revision=_REVISION, min_replicas=1)
+        worker = FakeWorker(worker_id=f"resting-{number}", beat_seconds=1.0)
+        # Nobody connects: the addresses are in a network for documentation.
+        replica = ready_replica(f"resting-replica-{number}", f"resting-{number}", f"192.0.2.{number + 1}:8000")
+        worker.replicas[replica.replica_id] = replica
+        workers.append(worker)
+    return workers
 
 
-def _server(directory: Path, component: str, listen: str, *, is_checked: bool) -> MeshServer:
-    return MeshServer(
-        listen=listen,
-        identity=_identity(directory, component),
-        policy={REGISTRY_SERVICE: frozenset({"proxy"})},
-        options=ServerOptions(intercept=is_checked, drain_seconds=0.1),
+async def _replicas(directory: Path, wanted: Wanted) -> tuple[asyncio.subprocess.Process, list[int]]:
+    pki = directory / "pki" / "worker"
+    counts = (str(wanted.http_count), str(sum(wanted.models.values())))
+    process = await asyncio.create_subprocess_exec(
+        wanted.program,
+        *(str(pki / name) for name in ("tls.crt", "tls.key", "ca.crt")),
+        *counts,
+        stdout=asyncio.subprocess.PIPE,
+        limit=1 << 22,
     )
+    assert process.stdout is not None
+    async with asyncio.timeout(_WAIT_SECONDS):
+        return process, [int(port) for port in (await process.stdout.readline()).split()]
+
+
+def _registry(directory: Path, registry: FakeRegistry) -> MeshServer:
+    server = MeshServer(
+        listen=f"unix:{directory}/{REGISTRY_SOCKET}",
+        identity=_identity(directory, "registry"),
+        policy={REGISTRY_SERVICE: frozenset({"proxy"})},
+        options=ServerOptions(drain_seconds=0.1),
+    )
+    add_RegistryServiceServicer_to_server(registry, server.grpc)
+    return server
 
 
 def _identity(directory: Path, component: str) -> IdentityFiles:
@@ -105,6 +159,11 @@ def _publish(path: Path, text: str) -> None:
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def write_wanted(directory: Path, **wanted: Any) -> None:
+    """Says what is to be there; the fields are `Wanted`'s."""
+    (directory / WANTED_FILE).write_text(json.dumps(Wanted(**wanted)._asdict()))
 
 
 if __name__ == "__main__":

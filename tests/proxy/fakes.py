@@ -46,6 +46,7 @@ class FakeWorker:
     worker_id: str = "w1"
     memory_bytes: int = 8 * GIB
     start_seconds: float = 0.02
+    beat_seconds: float = 0.2
     refuse: str = ""
     fail: str = ""
     address: Callable[[], str] = lambda: f"127.0.0.1:{next(PORTS)}"
@@ -136,7 +137,7 @@ class FakeWorker:
 
     async def _beat(self) -> None:
         while True:
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(self.beat_seconds)
             self.say(heartbeat=fleet_pb.Heartbeat())
 
     def _hello(self) -> fleet_pb.Hello:

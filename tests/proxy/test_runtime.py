@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Sequence
 
+from helios.mesh.xds.state import ExpressRoute
 from helios.proxy.runtime import Runtime
 from helios.proxy.swap import SwapFailures
 from tests.proxy.support import core, hello
@@ -15,6 +16,11 @@ class NoEnvoys:
     def open(self) -> None: ...
 
     async def wait_acked(self, version: int, deadline: float) -> None: ...
+
+    def publish_express(self, routes: Iterable[ExpressRoute]) -> int:
+        return len(list(routes))
+
+    async def wait_express_acked(self, version: int, deadline: float) -> None: ...
 
 
 class SlowDisk:

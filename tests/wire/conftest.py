@@ -27,6 +27,7 @@ async def gateway(shared_gateway: Gateway) -> Gateway:
     for recorded in (*calls, shared_gateway.picker.requests, shared_gateway.picker.bodies):
         recorded.clear()
     await shared_gateway.publish(shared_gateway.replica_address)
+    await shared_gateway.publish_express()
     return shared_gateway
 
 

@@ -19,6 +19,7 @@ from helios.mesh.envoy.settings import EdgeSettings, Limits
 from helios.mesh.identity import CertificateAuthority
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.xds.server import ADS_SERVICE, XdsServer, add_xds
+from helios.mesh.xds.state import Endpoint, ExpressRoute
 from tests.ports import free_port
 from tests.wire import fakes
 
@@ -62,6 +63,12 @@ class Gateway:
     async def publish(self, *endpoints: str) -> None:
         """Publishes endpoints and waits until Envoy routes by them."""
         await self.xds.wait_acked(self.xds.publish(endpoints), time.monotonic() + 10)
+
+    async def publish_express(self, *names: str) -> None:
+        """Puts models into the express lane, all of them the first replica's, and waits until Envoy routes by it."""
+        endpoint = Endpoint.parse(self.replica_address)
+        version = self.xds.publish_express(ExpressRoute(name, endpoint, "sha256:1") for name in names)
+        await self.xds.wait_express_acked(version, time.monotonic() + START_SECONDS)
 
     @asynccontextmanager
     async def serve_replica(self, replica: fakes.FakeReplica) -> AsyncIterator[str]:

@@ -20,6 +20,7 @@ from helios.proxy.activation.machine import ActivationState
 from helios.proxy.admission.keyring import ANYBODY, Caller, Keyring
 from helios.proxy.breaker import BreakerPolicy
 from helios.proxy.catalogue import Catalogue, ModelEntry, is_by_digest, shown
+from helios.proxy.express.express import Express, Outlook
 from helios.proxy.fleet.commands import (
     CommandBook,
     Fence,
@@ -110,6 +111,8 @@ class Core:
         self.is_resynchronised = False
         """Whether the fleet is believed to be complete."""
         self.rollouts = Rollouts(traffic=self.traffic, catalogue=self.catalogue, lifecycle=self.lifecycle)
+        fit_by = Outlook(self.traffic, self.catalogue, self.keyring, self.holds)
+        self.express = Express(policy.routing.express, fit_by, has_past=bool(self._awaited))
         if not self._awaited:
             self._resynchronise(now, is_complete=True)
 
@@ -321,7 +324,7 @@ class Core:
     def load_report(self, deltas: Iterable[LoadDelta], now: float) -> list[actions.Action]:
         """Loads changed, requests started and finished."""
         for delta in deltas:
-            self.traffic.load(delta, now)
+            self.express.heard(self.traffic.load(delta, now), len(delta.started))
         return self._take(now)
 
     def command_acknowledged(
@@ -369,6 +372,11 @@ class Core:
     def endpoints_acknowledged(self, addresses: frozenset[str], now: float) -> list[actions.Action]:
         """Every Envoy knows these endpoints: requests may be sent there."""
         self.traffic.published(addresses)
+        return self._take(now)
+
+    def express_acknowledged(self, version: int, now: float) -> list[actions.Action]:
+        """Every Envoy has the express lane of this version: what waited for it goes on."""
+        self._out(self.express.lane.acknowledged(version))
         return self._take(now)
 
     # Models.
@@ -522,6 +530,7 @@ class Core:
             self._resynchronise(now, is_complete=False)
         self.leadership.tick(now)
         self.traffic.tick(now)
+        self._out(self.express.tick(now))
         self.lifecycle.begin_round(now)
         return self._take(now)
 
@@ -600,4 +609,4 @@ class Core:
             if (replica := self.fleet.replica(replica_id)) is not None:
                 self._out([actions.BreakerChanged(replica.model, replica_id, replica.worker_id, is_open)])
         taken, self.lifecycle.outbox = self.lifecycle.outbox, []
-        return taken
+        return self.express.look(taken, now)

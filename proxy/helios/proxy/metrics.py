@@ -55,3 +55,5 @@ USAGE_LOST: Final = Counter(names.USAGE_LOST_TOTAL, "Hours of models whose usage
 
 PICKED: Final = PICKS.labels("picked")
 RELEASED: Final = PICKS.labels("released")
+# Requests that nobody was asked about, as replicas told of them.
+EXPRESS: Final = PICKS.labels("express")

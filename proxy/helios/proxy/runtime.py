@@ -15,6 +15,7 @@ import structlog
 from opentelemetry import propagate, trace
 
 from helios.mesh.errors import Draining, HeliosError, Unavailable
+from helios.mesh.xds.state import Endpoint, ExpressRoute
 from helios.proxy import actions, metrics
 from helios.proxy.admission.keyring import ANYBODY, Caller
 from helios.proxy.catalogue import ModelEntry
@@ -67,6 +68,14 @@ class EndpointPublisher(Protocol):
 
     async def wait_acked(self, version: int, deadline: float) -> None:
         """Returns when every Envoy routes by the version. Cancel-safe. Raises Unavailable at the deadline."""
+        ...
+
+    def publish_express(self, routes: Iterable[ExpressRoute]) -> int:
+        """Sets what takes the express lane; as `publish`."""
+        ...
+
+    async def wait_express_acked(self, version: int, deadline: float) -> None:
+        """As `wait_acked`, of what `publish_express` returned."""
         ...
 
 
@@ -164,7 +173,10 @@ class Runtime:
         self._waiting: dict[int, asyncio.Future[Pick]] = {}
         self._outboxes: dict[str, Outbox] = {}
         self._spans: dict[str, trace.Span] = {}
-        self._published_version = -1
+        self._published_version = (-1, -1)
+        # Versions of the lane, as the publisher counts them and as the core does.
+        self._express = (0, 0)
+        self._express_changed = asyncio.Event()
         self._published: tuple[int, frozenset[str]] | None = None
         self._endpoints_changed = asyncio.Event()
         self._workers_changed = asyncio.Event()
@@ -181,6 +193,7 @@ class Runtime:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._tick(), name="tick")
             group.create_task(self._wait_acks(), name="wait for acks")
+            group.create_task(self._wait_express_acks(), name="wait for acks of the express lane")
             group.create_task(self._remember(), name="remember workers")
             group.create_task(self._remember_swap_failures(), name="remember failed swaps")
 
@@ -381,11 +394,22 @@ class Runtime:
 
     # Endpoints.
     def _publish(self) -> None:
-        fleet = self.core.fleet
-        if not self.core.is_resynchronised or fleet.endpoints_version == self._published_version:
+        fleet, lane = self.core.fleet, self.core.express.lane
+        if not self.core.is_resynchronised:
             return
-        self._published_version = fleet.endpoints_version
-        endpoints = fleet.endpoints()
+        if lane.version != self._express[1]:
+            routes = [
+                ExpressRoute(name, Endpoint.parse(place.address), place.revision)
+                for place in lane.places
+                for name in place.names
+            ]
+            self._express = (self._publisher.publish_express(routes), lane.version)
+            self._express_changed.set()
+        if (fleet.endpoints_version, lane.changes) == self._published_version:
+            return
+        self._published_version = (fleet.endpoints_version, lane.changes)
+        # An Envoy that has not left the lane yet still sends there.
+        endpoints = fleet.endpoints() | lane.addresses()
         self._published = (self._publisher.publish(endpoints), endpoints)
         metrics.ENDPOINTS.set(len(endpoints))
         self._endpoints_changed.set()
@@ -406,6 +430,19 @@ class Runtime:
             todo = self.core.endpoints_acknowledged(endpoints, now)
             self.journal.published(endpoints, now)
             self.apply(todo)
+
+    async def _wait_express_acks(self) -> None:
+        while True:
+            await self._express_changed.wait()
+            self._express_changed.clear()
+            version, lane_version = self._express
+            try:
+                await self._publisher.wait_express_acked(version, time.monotonic() + _ACK_SECONDS)
+            except Unavailable as error:
+                log.warning("express lane not acknowledged", version=version, error=error.message, **error.metadata)
+                self._express_changed.set()
+                continue
+            self.apply(self.core.express_acknowledged(lane_version, time.monotonic()))
 
     # Time.
     async def _tick(self) -> None:

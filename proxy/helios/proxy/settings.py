@@ -10,6 +10,7 @@ from helios.proxy.activation.machine import ActivationPolicy
 from helios.proxy.activation.turns import TurnPolicy
 from helios.proxy.breaker import BreakerPolicy
 from helios.proxy.core import CorePolicy
+from helios.proxy.express.lane import ExpressPolicy
 from helios.proxy.holds import HoldLimits
 from helios.proxy.lifecycle import LifecyclePolicy
 from helios.proxy.outliers import OutlierPolicy
@@ -190,6 +191,13 @@ class RoutingSettings(BaseModel):
     """Requests that may wait inside a replica's engine, in the order in which they came; others wait here meanwhile,
     where priorities and shares of tenants count. 32: what an engine works off before the next report. 0: any
     number."""
+    express_models: NonNegativeInt = 16
+    """Models that Envoy may route by itself, without asking this proxy: those with one ready replica that are asked for
+    most, where no key, rollout or adapter has a say. 16: Envoy compares each request with the name of each, a tenth of
+    a microsecond. 0: all requests are picked here."""
+    express_per_second: PositiveFloat = 1.0
+    """Requests a second of a model above which Envoy routes it by itself. 1: each such change is a message to every
+    Envoy."""
     prefix_blocks: PositiveInt = 500_000
     """Blocks of 256 bytes of prompts that are remembered, of all replicas. 500,000: 91 MiB of this process once
     they are full; a thousand replicas have 500 each then, which is 32,000 tokens."""
@@ -343,6 +351,7 @@ class ProxySettings(ProcessSettings):
                 self.routing.queue_count,
                 RetryPolicy(self.breaker.retry_ratio, self.breaker.retry_burst),
                 OutlierPolicy(self.breaker.outlier_ratio),
+                ExpressPolicy(self.routing.express_models, self.routing.express_per_second),
             ),
             requires_keys=self.admission.require_keys,
         )

@@ -13,6 +13,7 @@ from helios.proxy.admission.quotas import Quotas, Usage
 from helios.proxy.breaker import BreakerPolicy, Breakers
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.engine_needs import needs_of
+from helios.proxy.express.lane import ExpressPolicy
 from helios.proxy.fleet.state import Adapter, AdapterState, Change, FleetState, Load, Replica, ReplicaState
 from helios.proxy.ledger import Ledger
 from helios.proxy.outliers import OutlierPolicy, Outliers
@@ -39,6 +40,7 @@ class RoutingPolicy:
             priorities' order; 0: any number.
         retries: how many requests are tried a second time.
         outliers: which replica fails more than its neighbours.
+        express: which models Envoy routes by itself.
     """
 
     prefix_weight: float = 0.4
@@ -46,6 +48,7 @@ class RoutingPolicy:
     queue_count: int = 32
     retries: RetryPolicy = field(default_factory=RetryPolicy)
     outliers: OutlierPolicy = field(default_factory=OutlierPolicy)
+    express: ExpressPolicy = field(default_factory=ExpressPolicy)
 
 
 @dataclass(frozen=True, slots=True)

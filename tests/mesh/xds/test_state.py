@@ -16,22 +16,22 @@ A, B = Endpoint("127.0.0.1", 1), Endpoint("127.0.0.1", 2)
 SUBSCRIBE = Answer(subscribe=True)
 
 
-def ack(push: Push) -> Answer:
+def ack(push: Push[Endpoint]) -> Answer:
     return Answer(nonce=push.nonce)
 
 
-def nack(push: Push) -> Answer:
+def nack(push: Push[Endpoint]) -> Answer:
     return Answer(nonce=push.nonce, error="refused")
 
 
-def opened(*endpoints: Endpoint) -> XdsState:
-    state = XdsState()
+def opened(*endpoints: Endpoint) -> XdsState[Endpoint]:
+    state = XdsState[Endpoint]()
     state.open()
     state.publish(endpoints)
     return state
 
 
-def subscribed(state: XdsState, node: str = "edge") -> tuple[int, Push]:
+def subscribed(state: XdsState[Endpoint], node: str = "edge") -> tuple[int, Push[Endpoint]]:
     stream = state.connect(node)
     state.handle(stream, SUBSCRIBE)
     push = state.next_push(stream)
@@ -40,7 +40,7 @@ def subscribed(state: XdsState, node: str = "edge") -> tuple[int, Push]:
 
 
 def test_nothing_is_sent_before_open() -> None:
-    state = XdsState()
+    state = XdsState[Endpoint]()
     state.publish([A])
     stream = state.connect("edge")
     state.handle(stream, SUBSCRIBE)
@@ -50,7 +50,7 @@ def test_nothing_is_sent_before_open() -> None:
 
 
 def test_nothing_is_sent_before_the_first_publish() -> None:
-    state = XdsState()
+    state = XdsState[Endpoint]()
     state.open()
     stream = state.connect("edge")
     state.handle(stream, SUBSCRIBE)
@@ -59,7 +59,7 @@ def test_nothing_is_sent_before_the_first_publish() -> None:
 
 def test_an_empty_set_is_published_too() -> None:
     state = opened()
-    assert subscribed(state)[1].endpoints == frozenset()
+    assert subscribed(state)[1].entries == frozenset()
 
 
 def test_a_version_is_acknowledged_only_by_an_ack() -> None:
@@ -114,7 +114,7 @@ def test_a_slow_envoy_skips_versions() -> None:
     state.handle(stream, ack(push))
     newest = state.next_push(stream)
     assert newest is not None
-    assert (newest.version, newest.endpoints) == (3, frozenset({A, B}))
+    assert (newest.version, newest.entries) == (3, frozenset({A, B}))
 
 
 def test_publishing_the_same_again_is_no_change() -> None:
@@ -169,7 +169,7 @@ class _Envoy:
 
     routes: frozenset[Endpoint] = frozenset()
     version: int = NO_VERSION
-    unanswered: Push | None = None
+    unanswered: Push[Endpoint] | None = None
     is_subscribed: bool = False
     refused: set[int] = field(default_factory=set)
 
@@ -179,7 +179,7 @@ class XdsMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state = XdsState()
+        self.state = XdsState[Endpoint]()
         self.envoys: dict[int, _Envoy] = {}
         self.published: dict[int, frozenset[Endpoint]] = {}
 
@@ -225,7 +225,7 @@ class XdsMachine(RuleBasedStateMachine):
             assert self.state.is_open
             assert self.envoys[stream].is_subscribed
             assert pushed.version == self.state.version
-            assert pushed.endpoints == self.published[pushed.version]
+            assert pushed.entries == self.published[pushed.version]
             self.envoys[stream].unanswered = pushed
 
     @precondition(lambda self: any(envoy.unanswered for envoy in self.envoys.values()))
@@ -235,7 +235,7 @@ class XdsMachine(RuleBasedStateMachine):
         envoy = self.envoys[stream]
         assert envoy.unanswered is not None
         if is_fine:
-            envoy.routes, envoy.version = envoy.unanswered.endpoints, envoy.unanswered.version
+            envoy.routes, envoy.version = envoy.unanswered.entries, envoy.unanswered.version
             self.state.handle(stream, ack(envoy.unanswered))
         else:
             self.state.handle(stream, nack(envoy.unanswered))

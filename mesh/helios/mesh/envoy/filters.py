@@ -5,8 +5,12 @@ from collections.abc import Iterable
 
 from envoy_data_plane.envoy.config.common.mutation_rules.v3 import HeaderMutationRules
 from envoy_data_plane.envoy.config.core.v3 import (
+    AggregatedConfigSource,
+    ApiVersion,
     BackoffStrategy,
+    ConfigSource,
     DataSource,
+    ExtensionConfigSource,
     GrpcService,
     GrpcServiceEnvoyGrpc,
     HeaderValue,
@@ -22,6 +26,7 @@ from envoy_data_plane.envoy.extensions.filters.http.api_key_auth.v3 import (
     Forwarding,
     KeySource,
 )
+from envoy_data_plane.envoy.extensions.filters.http.composite.v3 import Composite
 from envoy_data_plane.envoy.extensions.filters.http.cors.v3 import Cors
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
     ExternalProcessor,
@@ -55,15 +60,13 @@ from envoy_data_plane.envoy.type.v3 import HttpStatus, Percent, StatusCode
 from envoy_data_plane.google.protobuf import Any
 
 from helios.mesh.envoy import clusters, matching, pack, rest
-from helios.mesh.envoy.headers import NODE_HEADER
+from helios.mesh.envoy.headers import ENDPOINT_HEADER, NODE_HEADER
 from helios.mesh.envoy.routes import (
     CORS_FILTER,
-    METADATA_NAMESPACE,
-    MODEL_KEY,
     PICKER_FILTER,
 )
 from helios.mesh.envoy.settings import EdgeSettings, Limits
-from helios.mesh.names import ANSWER_FIELDS, SESSION_FIELDS
+from helios.mesh.names import ANSWER_FIELDS, EXPRESS_FILTER, METADATA_NAMESPACE, MODEL_KEY, SESSION_FIELDS
 
 # The picker's own deadline ends a hold (503 with an estimate); Envoy's, a 504, is for a picker that hangs.
 _PICKER_GRACE_SECONDS = 30.0
@@ -169,8 +172,27 @@ def transcoder(services: Iterable[str], limits: Limits) -> HttpFilter:
     return pack.http_filter("envoy.filters.http.grpc_json_transcoder", settings)
 
 
+def express() -> HttpFilter:
+    """The express lane (``helios.mesh.xds.express``), which the proxies deliver; until they do, it does nothing."""
+    nothing = matching.skipped_where(
+        EXPRESS_FILTER, Composite(), (matching.request_header(":method", ".*"),)
+    ).typed_config
+    assert nothing is not None
+    source = ExtensionConfigSource(
+        config_source=ConfigSource(ads=AggregatedConfigSource(), resource_api_version=ApiVersion.V3),
+        default_config=nothing,
+        # The listener must not wait for a proxy.
+        apply_default_config_without_warming=True,
+        type_urls=[nothing.type_url],
+    )
+    return HttpFilter(name=EXPRESS_FILTER, config_discovery=source)
+
+
 def picker(settings: EdgeSettings) -> HttpFilter:
-    """Asks a proxy where a request goes: headers and the lifted model only, one message each way."""
+    """Asks a proxy where a request goes: headers and the lifted model only, one message each way.
+
+    A request of the express lane has its endpoint already (clients can't set it) and is not asked about.
+    """
     service = GrpcService(
         envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=clusters.PICKER),
         initial_metadata=[HeaderValue(key=NODE_HEADER, value=settings.node_id)],
@@ -206,7 +228,8 @@ def picker(settings: EdgeSettings) -> HttpFilter:
         # x-envoy-max-retries = candidates - 1, so that the last failure is the replica's own.
         mutation_rules=HeaderMutationRules(allow_envoy=True),
     )
-    return pack.http_filter(PICKER_FILTER, processor)
+    picked = matching.request_header(ENDPOINT_HEADER, ".+")
+    return matching.skipped_where(PICKER_FILTER, processor, (picked,))
 
 
 def _other_hosts(settings: EdgeSettings) -> list[RetryPolicyRetryHostPredicate]:

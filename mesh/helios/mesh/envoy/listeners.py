@@ -28,6 +28,7 @@ from envoy_data_plane.google.protobuf import Any
 from helios.mesh.envoy import clusters, filters, pack, replies, routes
 from helios.mesh.envoy.headers import CLIENT_REQUEST_ID_HEADER, ENDPOINT_HEADER, strip_client_headers
 from helios.mesh.envoy.settings import EdgeSettings
+from helios.mesh.names import METADATA_NAMESPACE, MODEL_KEY
 
 EDGE = "edge"
 ADMIN = "admin"
@@ -40,7 +41,7 @@ _LOG_FIELDS = {
     # After transcoding :path is the gRPC path, and Envoy has put the caller's here.
     "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH):512%",
     "protocol": "%PROTOCOL%",
-    "model": f"%DYNAMIC_METADATA({routes.METADATA_NAMESPACE}:{routes.MODEL_KEY}):256%",
+    "model": f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{MODEL_KEY}):256%",
     "status": "%RESPONSE_CODE%",
     "grpc_status": "%GRPC_STATUS%",
     "flags": "%RESPONSE_FLAGS%",
@@ -68,6 +69,8 @@ def edge_listener(settings: EdgeSettings) -> Listener:
         filters.cors(),
         filters.lift_model(),
         filters.transcoder(services, settings.limits),
+        # With several proxies nobody is in the lane: each has a view of its own.
+        *(() if settings.feeds else (filters.express(),)),
         filters.picker(settings),
         filters.router(),
     ]

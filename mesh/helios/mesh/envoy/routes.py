@@ -47,7 +47,15 @@ from envoy_data_plane.google.protobuf import Any
 from helios.mesh.envoy import clusters, pack
 from helios.mesh.envoy.headers import AUTHORIZATION_HEADER, CLIENT_REQUEST_ID_HEADER, MODEL_HEADER, kept_for_answer
 from helios.mesh.envoy.settings import EdgeSettings, Limits
-from helios.mesh.names import CLUSTER_HEADER, DURABLE_AUTO, DURABLE_HEADER, RATE_LIMIT_HEADERS, REFUSAL_REASON_HEADER
+from helios.mesh.names import (
+    CLUSTER_HEADER,
+    DURABLE_AUTO,
+    DURABLE_HEADER,
+    METADATA_NAMESPACE,
+    MODEL_KEY,
+    RATE_LIMIT_HEADERS,
+    REFUSAL_REASON_HEADER,
+)
 
 OPENAI_SERVICE: Final = "helios.api.inference.v1.OpenAIService"
 INFERENCE_SERVICE: Final = "helios.api.inference.v1.InferenceService"
@@ -85,9 +93,6 @@ ADMIN_REST_SERVICES: Final = (MODEL_SERVICE, ADMIN_SERVICE, *REGISTRY_SERVICES)
 
 CORS_FILTER: Final = "envoy.filters.http.cors"
 PICKER_FILTER: Final = "envoy.filters.http.ext_proc"
-# Where json_to_metadata puts the model of a JSON body.
-METADATA_NAMESPACE: Final = "helios"
-MODEL_KEY: Final = "model"
 
 # Before the first byte only: Envoy never retries once it has sent response headers. `reset` is for a replica that is
 # killed during prefill, `unavailable` for one that refuses because it drains.

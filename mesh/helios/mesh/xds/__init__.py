@@ -1,4 +1,4 @@
-"""xDS: what Envoy is told at run time, which is one thing: the endpoints of the cluster ``replicas``.
+"""xDS: what Envoy is told at run time: the endpoints of the cluster ``replicas``, and the express lane.
 
 ``state`` is pure and decides what each Envoy gets and who has acknowledged what; ``server`` is the ADS servicer
 (delta protocol, xds-protos) around it, with ``publish`` and ``wait_acked`` for the proxy. Everything else of Envoy's

@@ -1,6 +1,7 @@
-"""Which Envoy has which endpoints: the pure part of the ADS server.
+"""Which Envoy has which version of a resource: the pure part of the ADS server.
 
-Delta xDS in one type. A stream subscribes to the cluster's endpoints, gets the newest version, answers with the
+Delta xDS in one type and one resource, which is a set of entries: a cluster's endpoints, the models of the express
+lane. A stream subscribes to it, gets the newest version, answers with the
 response's nonce (an error detail makes the answer a NACK), and only then gets the next: a slow Envoy skips versions
 and never queues them.
 
@@ -15,11 +16,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from itertools import count
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from helios.mesh.errors import Bug, InvalidRequest
 
 CLUSTER: Final = "replicas"
+Entry = TypeVar("Entry")
 # Before anything is published versions are at this, which nobody can lack.
 NO_VERSION: Final = 0
 
@@ -48,13 +50,22 @@ class Endpoint:
         return f"[{self.ip}]:{self.port}" if ":" in self.ip else f"{self.ip}:{self.port}"
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class ExpressRoute:
+    """A model that Envoy routes by itself: requests for this name go to this endpoint, which has this revision."""
+
+    name: str
+    endpoint: Endpoint
+    revision: str
+
+
 @dataclass(frozen=True, slots=True)
-class Push:
-    """One response to one stream: all endpoints, as of a version."""
+class Push(Generic[Entry]):
+    """One response to one stream: all entries, as of a version."""
 
     nonce: str
     version: int
-    endpoints: frozenset[Endpoint]
+    entries: frozenset[Entry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +79,10 @@ class Answer:
 
 
 @dataclass(slots=True)
-class _Stream:
+class _Stream(Generic[Entry]):
     node: str
     is_subscribed: bool = False
-    pending: Push | None = None
+    pending: Push[Entry] | None = None
     settled: int = NO_VERSION
     """Newest version that was answered, by ACK or NACK: older ones are not sent again."""
     acked: int = NO_VERSION
@@ -82,7 +93,7 @@ class Statistics:
     """Counts for metrics."""
 
     version: int
-    endpoint_count: int
+    entry_count: int
     envoy_count: int
     push_count: int
     ack_count: int
@@ -90,26 +101,26 @@ class Statistics:
 
 
 @dataclass(slots=True)
-class XdsState:
-    """Endpoints, their version, and what each connected Envoy has acknowledged.
+class XdsState(Generic[Entry]):
+    """A resource's entries, their version, and what each connected Envoy has acknowledged.
 
     Versions grow by one with each change; publishing what is published already is no change.
     """
 
     is_open: bool = False
     version: int = NO_VERSION
-    endpoints: frozenset[Endpoint] = frozenset()
-    _streams: dict[int, _Stream] = field(default_factory=dict)
+    entries: frozenset[Entry] = frozenset()
+    _streams: dict[int, _Stream[Entry]] = field(default_factory=dict)
     _ids: "count[int]" = field(default_factory=lambda: count(1))
     _push_count: int = 0
     _ack_count: int = 0
     _nack_count: int = 0
 
-    def publish(self, endpoints: Iterable[Endpoint]) -> int:
-        """Sets the endpoints and returns their version. Before ``open`` it is remembered and goes nowhere."""
-        wanted = frozenset(endpoints)
-        if wanted != self.endpoints or self.version == NO_VERSION:
-            self.endpoints = wanted
+    def publish(self, entries: Iterable[Entry]) -> int:
+        """Sets the entries and returns their version. Before ``open`` it is remembered and goes nowhere."""
+        wanted = frozenset(entries)
+        if wanted != self.entries or self.version == NO_VERSION:
+            self.entries = wanted
             self.version += 1
         return self.version
 
@@ -140,13 +151,13 @@ class XdsState:
             entry.settled = NO_VERSION
         return refusal
 
-    def next_push(self, stream: int) -> Push | None:
+    def next_push(self, stream: int) -> Push[Entry] | None:
         """Returns what is to be sent to a stream now, and regards it as sent; None: nothing."""
         entry = self._streams[stream]
         if not (self.is_open and entry.is_subscribed and entry.pending is None and entry.settled < self.version):
             return None
         self._push_count += 1
-        entry.pending = Push(f"{stream}-{self._push_count}", self.version, self.endpoints)
+        entry.pending = Push(f"{stream}-{self._push_count}", self.version, self.entries)
         return entry.pending
 
     def is_acked(self, version: int, node: str | None = None) -> bool:
@@ -164,14 +175,14 @@ class XdsState:
         """Returns counts since the start."""
         return Statistics(
             version=self.version,
-            endpoint_count=len(self.endpoints),
+            entry_count=len(self.entries),
             envoy_count=len(self._streams),
             push_count=self._push_count,
             ack_count=self._ack_count,
             nack_count=self._nack_count,
         )
 
-    def _settle(self, entry: _Stream, answer: Answer) -> str:
+    def _settle(self, entry: _Stream[Entry], answer: Answer) -> str:
         pending = entry.pending
         if pending is None or answer.nonce != pending.nonce:
             # An answer to a push before an unsubscription: it says nothing about what is wanted now.

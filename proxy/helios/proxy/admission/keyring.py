@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from helios.mesh.errors import Unauthenticated, Unavailable
+from helios.mesh.names import KEY_PREFIX
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.refusals import model_not_found
 
 # What Helios's own keys begin with. Where no key is required, others are whatever a client library insists on.
-SECRET_PREFIX: Final = "sk-helios-"  # noqa: S105 - the part that is no secret
+SECRET_PREFIX: Final = KEY_PREFIX
 _SCHEME: Final = "bearer "
 NORMAL_PRIORITY: Final = 2
 

@@ -199,6 +199,10 @@ class Journal:
             for phase in self.start_phases(start, now):
                 self.on_phase(start.model, phase.phase, phase.seconds)
 
+    def knows(self, request_id: str) -> bool:
+        """Whether a request is remembered."""
+        return request_id in self._ring
+
     # Answers.
     def find(self, request_id: str) -> Record | None:
         """The record of a request; None where it was never seen, or too long ago."""

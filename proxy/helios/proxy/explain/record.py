@@ -211,8 +211,10 @@ class Record:
 
     def _answered(self, arrival: float, now: float) -> list[Segment]:
         first, ended = self.first_token_at, self.ended_at
+        # What happened to it before it was at its replica, nobody here saw.
+        way = f"at {self.pick.explain()}: " if self.pick is not None and self.pick.is_express else ""
         if first is not None and self.finished is not None:
-            return [Segment("first_token", arrival, first, f"a prompt of {self.finished.prompt_tokens} tokens")]
+            return [Segment("first_token", arrival, first, f"{way}a prompt of {self.finished.prompt_tokens} tokens")]
         if ended is not None:
-            return [Segment("answer", arrival, ended, "the replica's answer, without a token")]
-        return [Segment("first_token", arrival, now, "the replica works on it")]
+            return [Segment("answer", arrival, ended, f"{way}the replica's answer, without a token")]
+        return [Segment("first_token", arrival, now, f"{way}the replica works on it")]

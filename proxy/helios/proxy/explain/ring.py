@@ -71,6 +71,10 @@ class Ring:
         kept = self._records.get(request_id)
         return self._made(request_id, kept) if kept is not None else None
 
+    def __contains__(self, request_id: str) -> bool:
+        """Whether a request is kept."""
+        return request_id in self._records
+
     def newest(self) -> Iterator[Record]:
         """All records, the newest first."""
         for request_id, kept in reversed(list(self._records.items())):

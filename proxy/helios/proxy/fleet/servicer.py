@@ -15,6 +15,7 @@ import structlog
 from helios.api.fleet.v1 import fleet_service_pb2 as pb
 from helios.api.fleet.v1.fleet_service_pb2_grpc import FleetServiceServicer
 from helios.mesh.errors import InvalidRequest
+from helios.proxy import metrics
 from helios.proxy.explain.record import Finished
 from helios.proxy.fleet import wire
 from helios.proxy.fleet.state import WorkerHello
@@ -128,13 +129,16 @@ class FleetServicer(FleetServiceServicer):
 
     def _count(self, report: pb.LoadReport, ends: Ends, now: float) -> None:
         meter, core, hour = self._runtime.meter, self._runtime.core, self._runtime.hour(now)
-        is_ours = core.traffic.ledger.is_ours
+        knows = core.traffic.ledger.is_ours
         for delta, ended in zip(report.deltas, ends, strict=True):
             replica = core.fleet.replica(delta.replica_id)
             if replica is None:
                 continue
+            # What came by the express lane was picked by nobody, and there is no other proxy then.
+            is_express = core.express.lane.has_carried(delta.replica_id)
             for started in delta.started:
-                meter.started(started.request_id, replica.model, hour, is_ours=is_ours(started.request_id))
+                is_ours = is_express or knows(started.request_id)
+                meter.started(started.request_id, replica.model, hour, is_ours=is_ours)
             for request_id, finished in ended:
                 taken = Tally(
                     prompt_tokens=finished.prompt_tokens,
@@ -147,13 +151,18 @@ class FleetServicer(FleetServiceServicer):
                     hour,
                     taken=taken,
                     status_code=finished.status_code,
-                    is_ours=is_ours(request_id),
+                    is_ours=is_express or knows(request_id),
                 )
 
     def _note(self, report: pb.LoadReport, ends: Ends, now: float) -> None:
         journal = self._runtime.journal
         for delta, ended in zip(report.deltas, ends, strict=True):
+            pick = self._runtime.core.express.pick_of(delta.replica_id)
             for request_id, at in wire.arrivals_from_proto(delta):
+                if pick is not None and not journal.knows(request_id):
+                    metrics.EXPRESS.inc()
+                    arrived_at = now if at is None else min(now, at - journal.wall_offset)
+                    journal.picked(request_id, (pick.model, pick, (), "", arrived_at, arrived_at))
                 journal.arrived(request_id, delta.replica_id, at, now)
             for request_id, finished in ended:
                 journal.finished(request_id, finished)

@@ -58,8 +58,6 @@ from helios.proxy.runtime import Arrival, Runtime
 log = structlog.get_logger()
 
 EXT_PROC_SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
-MAX_RETRIES_HEADER: Final = "x-envoy-max-retries"
-_METADATA_NAMESPACE: Final = "helios"
 _EXT_PROC_FILTER: Final = "envoy.filters.http.ext_proc"
 _EDGE: Final = frozenset({"edge"})
 _OVERWRITE: Final = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
@@ -260,7 +258,7 @@ def _lifted(request: Any) -> Any:
 
     A map of messages answers for a key that it has not with an empty message: half the time of asking first.
     """
-    return request.metadata_context.filter_metadata[_METADATA_NAMESPACE].fields
+    return request.metadata_context.filter_metadata[names.METADATA_NAMESPACE].fields
 
 
 def _lifted_model(request: Any) -> str:
@@ -342,7 +340,7 @@ def _answer(pick: Pick, model: str, *, is_body: bool, more: dict[str, str]) -> A
     _set(headers, names.ROUTE_REVISION_HEADER, pick.revision.encode())
     for name, value in more.items():
         _set(headers, name, value.encode())
-    _set(headers, MAX_RETRIES_HEADER, _RETRIES[len(pick.choices) - 1])
+    _set(headers, names.MAX_RETRIES_HEADER, _RETRIES[len(pick.choices) - 1])
     return response
 
 

@@ -21,8 +21,8 @@ class Pick(NamedTuple):
     """A routing decision: the model's own name, the revision, and the choices, best first.
 
     `considered` is the snapshot that it was made from, where that was small, else the choices. `split` says why
-    a rollout sent the request to this revision, for people; empty: there is none. A NamedTuple because one is made on
-    the path of every request.
+    a rollout sent the request to this revision, for people; empty: there is none. `is_express`: Envoy routed it by
+    itself. A NamedTuple because one is made on the path of every request.
     """
 
     model: str
@@ -31,6 +31,7 @@ class Pick(NamedTuple):
     candidate_count: int
     considered: tuple[Candidate, ...] = ()
     split: str = ""
+    is_express: bool = False
 
     @property
     def endpoints(self) -> str:
@@ -41,6 +42,8 @@ class Pick(NamedTuple):
 
     def explain(self) -> str:
         """Says, for people, why the first choice won."""
+        if self.is_express:
+            return "the model's only replica, by Envoy's express lane"
         best = self.choices[0]
         scores = f"queue {best.queue_score:.2f}, running {best.running_score:.2f}, kv {best.kv_score:.2f}"
         if best.prefix_score:

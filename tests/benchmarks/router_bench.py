@@ -1,0 +1,160 @@
+"""Helios beside the Rust router of the vLLM project (`vllm-router`, policy cache_aware), on the same machine in turns.
+
+Both stand before replicas in C that answer at once, so that the gateway is what is measured: the router before four
+plain HTTP servers, Helios before replicas over mTLS, as it runs. Of Helios there are two ways: a model with four
+replicas, all scorers on, where the picker reads the prompt of each request; and a model with one, which Envoy routes by
+itself (the express lane).
+
+Latency is measured at 200 requests a second; what a gateway adds is the difference to the same client at an HTTP server
+of the replicas. Then each is given as much as it takes, by 64 connections. Both are reported as medians over rounds of
+ratios within a round. CPU is the gateway's: the router's process, Envoy and proxy.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import psutil
+
+from tests.benchmarks.children import cpu_seconds
+from tests.benchmarks.compiled import LoadClient, Served
+from tests.benchmarks.edge_mesh import EdgeMesh, running_edge
+from tests.ports import free_port
+
+LATENCY_ROUNDS: Final = 12
+LOAD_ROUNDS: Final = 7
+BATCH: Final = 200
+PER_SECOND: Final = 200.0
+CONNECTIONS: Final = 16
+LOAD_CONNECTIONS: Final = 64
+LOAD_SECONDS: Final = 1.5
+REPLICAS: Final = 4
+PICKED, EXPRESS, ROUTER, DIRECT = "picked", "express", "router", "direct"
+_START_SECONDS: Final = 60.0
+_EXPRESS_SECONDS: Final = 30.0
+# A pick takes some 150 microseconds of the proxy's time, the report of a request some 20.
+_EXPRESS_CPU_SECONDS: Final = 75e-6
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Side:
+    """Something that is measured, and the processes whose time it takes."""
+
+    client: LoadClient
+    port: int
+    processes: tuple[psutil.Process, ...] = ()
+
+    def paced(self) -> Served:
+        """A batch at a fixed rate."""
+        return self.client.paced(self.port, connections=CONNECTIONS, per_second=PER_SECOND, count=BATCH)
+
+    def saturated(self) -> tuple[float, float]:
+        """Requests a second, and CPU a request in microseconds."""
+        before = self._cpu_seconds()
+        served = self.client.saturating(self.port, connections=LOAD_CONNECTIONS, seconds=LOAD_SECONDS)
+        return served.per_second, (self._cpu_seconds() - before) * 1e6 / served.completed
+
+    def _cpu_seconds(self) -> float:
+        return sum(cpu_seconds(process.pid) for process in self.processes)
+
+
+def run() -> Iterator[dict[str, Any]]:
+    """Measures; `baseline` is the router."""
+    with running_edge({EXPRESS: 1, PICKED: REPLICAS}, http_count=REPLICAS) as edge:
+        sides = _sides(edge)
+        _wait_express(edge, sides[EXPRESS])
+        for side in sides.values():
+            side.paced()
+        rounds = [_in_turns(sides, number, Side.paced) for number in range(LATENCY_ROUNDS)]
+        yield from _latencies(rounds)
+        del sides[DIRECT]
+        loads = [_in_turns(sides, number, Side.saturated) for number in range(LOAD_ROUNDS)]
+        yield from _loads(loads)
+
+
+def _sides(edge: EdgeMesh) -> dict[str, Side]:
+    gateway = (edge.envoy, edge.proxy)
+    port = free_port()
+    router = edge.children.start("router", _router(edge.http, port), edge.environment)
+    direct = int(edge.http[0].rpartition(":")[2])
+    sides = {
+        DIRECT: Side(edge.client(PICKED), direct),
+        ROUTER: Side(edge.client(PICKED), port, (router,)),
+        PICKED: Side(edge.client(PICKED), edge.port, gateway),
+        EXPRESS: Side(edge.client(EXPRESS), edge.port, gateway),
+    }
+    edge.children.wait(lambda: _answers(sides[ROUTER]), _START_SECONDS, "the router answers")
+    return sides
+
+
+def _router(servers: list[str], port: int) -> list[str]:
+    urls = [f"http://{address}" for address in servers]
+    options = {"--policy": "cache_aware", "--host": "127.0.0.1", "--port": port, "--prometheus-port": free_port()}
+    flags = [str(part) for option in options.items() for part in option]
+    launcher = [sys.executable, "-m", "vllm_router.launch_router"]
+    return [*launcher, *flags, "--log-level", "warning", "--worker-urls", *urls]
+
+
+def _answers(side: Side) -> bool:
+    try:
+        return bool(side.client.paced(side.port, connections=1, per_second=100, count=1))
+    except RuntimeError:
+        return False
+
+
+def _wait_express(edge: EdgeMesh, side: Side) -> None:
+    """Has the model used until Envoy routes it alone: until the proxy's time for a request is that of its report."""
+    deadline = time.monotonic() + _EXPRESS_SECONDS
+    while True:
+        before = cpu_seconds(edge.proxy.pid)
+        completed = side.client.saturating(edge.port, connections=CONNECTIONS, seconds=1.0).completed
+        if (cpu_seconds(edge.proxy.pid) - before) / completed < _EXPRESS_CPU_SECONDS:
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError("the model is not in the express lane")
+
+
+def _in_turns(sides: dict[str, Side], number: int, measure: Callable[[Side], _Result]) -> dict[str, _Result]:
+    """Measures each side; who begins changes from round to round."""
+    names = list(sides)
+    turn = number % len(names)
+    return {name: measure(sides[name]) for name in (*names[turn:], *names[:turn])}
+
+
+def _latencies(rounds: list[dict[str, Served]]) -> Iterator[dict[str, Any]]:
+    def added(name: str) -> list[float]:
+        return [batches[name].p50_ms - batches[DIRECT].p50_ms for batches in rounds]
+
+    router = added(ROUTER)
+    baseline = statistics.median(router)
+    samples = LATENCY_ROUNDS * BATCH
+    yield _row("router_added_latency_p50", baseline, "ms", statistics.median(b[DIRECT].p50_ms for b in rounds), samples)
+    for name in (EXPRESS, PICKED):
+        own = added(name)
+        yield _row(f"{name}_added_latency_p50", statistics.median(own), "ms", baseline, samples)
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(own, router, strict=True))
+        yield _row(f"{name}_added_latency_ratio", ratio, "ratio", baseline, samples)
+
+
+def _loads(rounds: list[dict[str, tuple[float, float]]]) -> Iterator[dict[str, Any]]:
+    def median(name: str, which: int) -> float:
+        return statistics.median(loads[name][which] for loads in rounds)
+
+    for name in (EXPRESS, PICKED):
+        ratio = statistics.median(loads[name][0] / loads[ROUTER][0] for loads in rounds)
+        yield _row(f"{name}_requests_ratio", ratio, "ratio", round(median(ROUTER, 0)), LOAD_ROUNDS)
+        yield _row(f"{name}_cpu_per_request", median(name, 1), "us", median(ROUTER, 1), LOAD_ROUNDS)
+
+
+def _row(name: str, value: float, unit: str, baseline: float, samples: int) -> dict[str, Any]:
+    rounded = {"value": round(value, 3), "baseline": round(baseline, 3)}
+    return {"name": f"edge.{name}", "unit": unit, "samples": samples, **rounded}
+
+
+if __name__ == "__main__":
+    for entry in run():
+        print(entry)

@@ -1,0 +1,217 @@
+"""The express lane: who is in it, and that nothing which refuses requests happens to a replica before every Envoy has
+taken it out.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import invariant, precondition, rule
+
+from helios.proxy import actions
+from helios.proxy.admission.keyring import Caller
+from helios.proxy.core import Core
+from helios.proxy.express.lane import ExpressPolicy, Lane, Place
+from helios.proxy.fleet.commands import Command, DrainReplica, SetAdapters, SleepReplica, StopReplica
+from helios.proxy.fleet.state import Load, ReplicaState
+from helios.proxy.traffic import LoadDelta, RoutingPolicy
+from tests.proxy.support import core, entry, hello, policy, replica
+from tests.proxy.test_machines import CoreMachine
+
+POLICY = ExpressPolicy(model_count=2, per_second=1.0, settle_seconds=2.0, withdraw_seconds=5.0)
+PLACE = Place("r", "m", ("m",), "127.0.0.1:1000", "sha256:1")
+
+
+def busy_core(**changes: Any) -> Core:
+    """A core with a model that one replica serves and that is asked for."""
+    subject = core(replace(policy(), routing=RoutingPolicy(express=POLICY)))
+    subject.models_replaced([replace(entry("m", min_replicas=1), **changes)], 0.0, is_synced=True)
+    subject.worker_hello(hello(replicas=(replica(),)), 0.0)
+    subject.endpoints_acknowledged(subject.fleet.endpoints(), 0.0)
+    return subject
+
+
+def ask(subject: Core, now: float, *, seconds: int = 5) -> float:
+    """Has the model asked for, twice a second; returns the time then."""
+    for _ in range(seconds):
+        now += 1.0
+        subject.worker_seen("w", now)
+        subject.load_report([LoadDelta("r", Load(), started=(f"a{now}", f"b{now}"))], now)
+        subject.load_report([LoadDelta("r", Load(), finished=((f"a{now}", 0), (f"b{now}", 0)))], now)
+        subject.tick(now)
+    return now
+
+
+def drains(todo: list[actions.Action]) -> list[str]:
+    """Replicas that are told to drain."""
+    orders = [action.command.order for action in todo if isinstance(action, actions.Send)]
+    return [order.replica_id for order in orders if isinstance(order, DrainReplica)]
+
+
+def test_a_model_with_one_replica_that_is_asked_for_is_in_the_lane_under_all_of_its_names() -> None:
+    subject = busy_core(aliases=("alias", "other@tag"))
+    assert not subject.express.lane.places
+    ask(subject, 0.0)
+    assert {(place.replica_id, place.names) for place in subject.express.lane.places} == {("r", ("m", "alias"))}
+
+
+def test_a_model_that_is_not_asked_for_leaves_the_lane() -> None:
+    subject = busy_core()
+    now = ask(subject, 0.0)
+    assert subject.express.lane.places
+    for _ in range(30):
+        now += 1.0
+        subject.worker_seen("w", now)
+        subject.tick(now)
+    assert not subject.express.lane.places
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"canary": "m@123456789abc", "canary_percent": 10}, {"base_model": "other"}],
+    ids=["rollout", "adapter"],
+)
+def test_models_whose_requests_differ_are_not_in_the_lane(changes: dict[str, Any]) -> None:
+    subject = busy_core(**changes)
+    ask(subject, 0.0)
+    assert not subject.express.lane.places
+
+
+def test_with_several_proxies_or_required_keys_nobody_is_in_the_lane() -> None:
+    subject = busy_core()
+    now = ask(subject, 0.0)
+    assert subject.express.lane.places
+    subject.express.is_alone = False
+    subject.tick(now)
+    assert not subject.express.lane.places
+    subject.express.is_alone = True
+    now = ask(subject, now)
+    assert subject.express.lane.places
+    subject.keyring.is_required = True
+    subject.tick(now)
+    assert not subject.express.lane.places
+
+
+def test_keys_that_nobody_has_to_have_are_no_hindrance() -> None:
+    subject = busy_core()
+    subject.keyring.replace([(b"hash", Caller("k"))])
+    ask(subject, 0.0)
+    assert subject.express.lane.places, "Envoy leaves requests with such a key to the picker"
+
+
+def test_a_second_replica_ends_it() -> None:
+    subject = busy_core()
+    now = ask(subject, 0.0)
+    subject.replica_event("w", 1, replica("second", state=ReplicaState.LOADING), now)
+    assert not subject.express.lane.places
+
+
+def test_a_drain_waits_until_every_envoy_has_taken_the_replica_out() -> None:
+    subject = busy_core()
+    now = ask(subject, 0.0)
+    subject.express_acknowledged(subject.express.lane.version, now)
+    assert not drains(subject.drain_model(entry("m"), now))
+    assert not subject.traffic.is_candidate("r"), "it is not picked from now on"
+    assert not subject.express.lane.places
+    assert subject.express.lane.addresses() == {"127.0.0.1:1000"}, "Envoy can still reach it"
+    assert drains(subject.express_acknowledged(subject.express.lane.version, now)) == ["r"]
+    assert not subject.express.lane.addresses()
+
+
+def test_an_envoy_that_does_not_answer_holds_a_drain_up_for_a_while_only() -> None:
+    subject = busy_core()
+    now = ask(subject, 0.0)
+    subject.drain_model(entry("m"), now)
+    subject.worker_seen("w", now + 4.0)
+    assert not drains(subject.tick(now + 4.0))
+    subject.worker_seen("w", now + 5.0)
+    assert drains(subject.tick(now + 5.0)) == ["r"]
+
+
+def test_orders_that_refuse_nobody_do_not_wait() -> None:
+    lane = Lane(POLICY, has_past=False)
+    lane.choose({"m": PLACE}, 0.0)
+    lane.choose({"m": PLACE}, 2.0)
+    harmless: list[actions.Action] = [
+        actions.Send(Command("1", "w", SetAdapters("r", ()))),
+        actions.Send(Command("2", "w", StopReplica("other"))),
+    ]
+    assert lane.keep_back(list(harmless), 3.0) == harmless
+    assert lane.keep_back([actions.Send(Command("3", "w", StopReplica("r")))], 3.0) == []
+
+
+def test_after_a_restart_envoys_may_have_any_replica_in_their_lane() -> None:
+    lane = Lane(POLICY, has_past=True)
+    order: actions.Action = actions.Send(Command("1", "w", SleepReplica("r")))
+    assert lane.keep_back([order], 0.0) == []
+    assert lane.has_carried("r")
+    assert lane.acknowledged(lane.version) == [order]
+    assert lane.keep_back([order], 0.0) == [order]
+
+
+def test_requests_of_the_lane_are_explained() -> None:
+    subject = busy_core()
+    assert subject.express.pick_of("r") is None
+    ask(subject, 0.0)
+    pick = subject.express.pick_of("r")
+    assert pick is not None
+    assert "express lane" in pick.explain()
+    assert pick.endpoints == "127.0.0.1:1000"
+
+
+class ExpressMachine(CoreMachine):
+    """The whole proxy with an express lane, and an Envoy that takes its state up when it likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        lane = ExpressPolicy(model_count=2, per_second=0.2, settle_seconds=0.0, withdraw_seconds=1e9)
+        self.core = core(replace(policy(idle_seconds=50.0, residency_seconds=1.0), routing=RoutingPolicy(express=lane)))
+        self.core.models_replaced([entry(name) for name in "abc"], self.now, is_synced=True)
+        self.taken: frozenset[Place] = frozenset()
+        self.taken_version = 0
+
+    @rule()
+    def envoy_takes_the_lane_up(self) -> None:
+        self.taken = self.core.express.lane.places
+        self.taken_version = self.core.express.lane.version
+
+    @rule()
+    def envoy_acknowledges_the_lane(self) -> None:
+        self.apply(self.core.express_acknowledged(self.taken_version, self.now))
+
+    @precondition(lambda self: any(self.workers.values()))
+    @rule(count=st.integers(1, 3))
+    def a_model_is_asked_for_by_the_lane(self, count: int) -> None:
+        for held in self.workers.values():
+            for item in held.values():
+                started = tuple(f"express {self.next_request} {number}" for number in range(count))
+                self.next_request += 1
+                ended = tuple((request, 0) for request in started)
+                self.apply(self.core.load_report([LoadDelta(item.replica_id, Load(), started, ended)], self.now))
+
+    def carry_out(self, command: Command, *, refuses: bool) -> str:
+        match command.order:
+            case DrainReplica(replica_id) | SleepReplica(replica_id) | StopReplica(replica_id):
+                in_lane = {place.replica_id for place in self.taken}
+                assert replica_id not in in_lane, "a replica refuses while Envoy sends to it"
+            case _:
+                pass
+        return super().carry_out(command, refuses=refuses)
+
+    @invariant()
+    def test_who_is_in_the_lane_is_the_only_one_and_can_be_picked(self) -> None:
+        for place in self.core.express.lane.places:
+            assert [r.replica_id for r in self.core.fleet.replicas_of(place.model)] == [place.replica_id]
+            assert self.core.traffic.is_candidate(place.replica_id)
+            assert place.address in self.published
+            assert self.core.holds.count(place.model) == 0
+
+    @invariant()
+    def test_an_endpoint_stays_while_envoy_sends_there(self) -> None:
+        assert {place.address for place in self.taken} <= self.core.express.lane.addresses()
+
+
+TestExpress = ExpressMachine.TestCase
+TestExpress.settings = settings(max_examples=40, stateful_step_count=40)
