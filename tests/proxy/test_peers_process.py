@@ -7,12 +7,14 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet_pb
 from helios.api.registry.v1 import lease_service_pb2 as lease_pb
 from helios.api.registry.v1.key_service_pb2_grpc import add_KeyServiceServicer_to_server
 from helios.api.registry.v1.lease_service_pb2_grpc import LeaseServiceServicer, add_LeaseServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
-from helios.mesh.errors import Conflict
+from helios.mesh.errors import Conflict, NotFound
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.proxy.settings import PeerSettings
 from helios.registry.client import KeySpec
@@ -159,6 +161,22 @@ async def test_the_follower_leads_when_the_leader_stops(world: World) -> None:
         assert answer.status == 200
         assert mesh.leases.holder == "p2"
         assert [start.model for start in mesh.workers["p2"].starts] == ["m"]
+
+
+async def test_an_operator_s_call_reaches_the_leader_through_any_proxy(world: World) -> None:
+    world.registry.put("m")
+    async with two_proxies(world) as mesh, world.admin(mesh.proxies["p2"]) as (admin, models):
+        (replica,) = await admin.preload("m")
+        assert [start.replica_id for start in mesh.workers["p1"].starts] == [replica.replica_id]
+        answer = await mesh.envoys["p1"].ask(timeout=30, headers={"x-request-id": "asked-of-p1"})
+        assert answer.status == 200
+        # Only the proxy that picked it knows of it.
+        assert (await admin.explain("asked-of-p1")).summary.request_id == "asked-of-p1"
+        assert (await models.get_model("m")).replicas.ready == 1
+        with pytest.raises(NotFound):
+            await admin.explain("never")
+        assert await admin.evict("m") == 1
+        await until(lambda: not mesh.workers["p1"].replicas, seconds=20)
 
 
 async def test_a_key_has_one_limit_at_all_proxies(world: World) -> None:

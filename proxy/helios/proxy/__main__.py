@@ -8,7 +8,10 @@ from functools import partial
 from typing import Final
 from uuid import uuid4
 
-from helios.api.admin.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
+from helios.api.admin.v1.admin_service_pb2_grpc import (
+    AdminServiceServicer,
+    add_AdminServiceServicer_to_server,
+)
 from helios.api.catalog.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
 from helios.api.fleet.v1.fleet_service_pb2_grpc import add_FleetServiceServicer_to_server
 from helios.api.fleet.v1.replacement_service_pb2_grpc import add_ReplacementServiceServicer_to_server
@@ -45,7 +48,8 @@ _CONTROL_POLICY: Final = {
     FLEET_SERVICE: frozenset({"worker"}),
     REPLACEMENT_SERVICE: frozenset({"relay"}),
     MODEL_SERVICE: _EDGES,
-    ADMIN_SERVICE: frozenset({"admin-edge"}),
+    # Proxies pass operators' calls on.
+    ADMIN_SERVICE: frozenset({"admin-edge", "proxy"}),
     PEER_SERVICE: frozenset({"proxy"}),
     HEALTH_SERVICE: frozenset({"*"}),
     **dict.fromkeys(REFLECTION_SERVICES, _EDGES),
@@ -199,7 +203,10 @@ def _control(
     replacements = ReplacementServicer(runtime, models, hold_limit_seconds=settings.hold.limit_seconds)
     add_ReplacementServiceServicer_to_server(replacements, server.grpc)
     add_ModelServiceServicer_to_server(ModelServicer(runtime, models), server.grpc)
-    add_AdminServiceServicer_to_server(AdminServicer(runtime, models), server.grpc)
+    admin: AdminServiceServicer = AdminServicer(runtime, models)
+    if peers is not None:
+        admin = peers.share(admin)
+    add_AdminServiceServicer_to_server(admin, server.grpc)
     ReflectionServicer().add_to(server.grpc)
     if peers is not None:
         peers.add_to(server.grpc)

@@ -51,6 +51,7 @@ class _Follower:
     """One session, and what it was told."""
 
     proxy_id: str
+    address: str
     heard_at: float
     heard_stamp: float = 0.0
     promised_until: float = 0.0
@@ -96,7 +97,7 @@ class Followers:
             self.disconnect(session, now)
         self._next_session += 1
         session = f"{hello.proxy_id}/{self._next_session}"
-        self._sessions[session] = _Follower(hello.proxy_id, now)
+        self._sessions[session] = _Follower(hello.proxy_id, hello.address, now)
         self._missed.pop(hello.proxy_id, None)
         self._escrow.begin(session)
         return session
@@ -119,6 +120,10 @@ class Followers:
     def sessions(self) -> list[str]:
         """All sessions."""
         return list(self._sessions)
+
+    def addresses(self) -> list[str]:
+        """Where followers are reached."""
+        return [one.address for one in self._sessions.values() if one.address]
 
     def report(self, session: str, report: Report, now: float) -> Demands:
         """Takes in what a follower says; returns what it asks for."""

@@ -8,10 +8,12 @@ from uuid import uuid4
 
 import grpc.aio
 
+from helios.api.admin.v1.admin_service_pb2_grpc import AdminServiceServicer
 from helios.api.proxy.v1.peer_service_pb2_grpc import add_PeerServiceServicer_to_server
 from helios.mesh.channel import Dialer
 from helios.mesh.identity import IdentityFiles
 from helios.mesh.tasks import keep_running
+from helios.proxy.peers.forward import SharedAdmin
 from helios.proxy.peers.lease import LeaseKeeper
 from helios.proxy.peers.link import PeerLink
 from helios.proxy.peers.role import Role
@@ -43,6 +45,7 @@ class PeerGroup:
         runtime.core.leadership.follow(time.monotonic())
         # A channel of its own: what is large on the others is not in the way of a lease.
         self._dialer = Dialer(registry_target, identity=identity, peer="registry")
+        self._identity = identity
         self._leadership = runtime.core.leadership
         self._link = PeerLink(runtime)
         self._role = Role(self._leadership, ttl_seconds=ttl_seconds)
@@ -55,9 +58,21 @@ class PeerGroup:
         self._stack = AsyncExitStack()
 
     @property
-    def leader_address(self) -> str:
-        """Where the leader is reached; empty: this proxy leads, or nobody is known to."""
-        return self._role.leader_address
+    def leads(self) -> bool:
+        """Whether this proxy leads."""
+        return self._leadership.epoch > 0
+
+    def addresses(self) -> list[str]:
+        """Where others are reached: of a follower's, the leader; of the leader's, all followers."""
+        if self.leads:
+            return self._leadership.followers.addresses()
+        return [self._role.leader_address] if self._role.leader_address else []
+
+    def share(self, admin: AdminServiceServicer) -> AdminServiceServicer:
+        """This proxy's AdminService as one of all proxies; valid while the group is open."""
+        shared = SharedAdmin(admin, self, identity=self._identity)
+        self._stack.push_async_exit(shared)
+        return shared.as_servicer()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the service."""
@@ -74,7 +89,7 @@ class PeerGroup:
 
     def start(self, group: asyncio.TaskGroup, address: str) -> None:
         """Begins; other proxies reach this one at the address."""
-        self._keeper.address = address
+        self._keeper.address = self._session.address = address
         for task in (
             group.create_task(keep_running("lease", self._keeper.run), name="lease"),
             group.create_task(keep_running("follow", self._session.run), name="follow"),

@@ -82,11 +82,13 @@ class Hello:
         proxy_id: its name, which its next run has, too.
         incarnation: different for each run.
         epoch: the highest that it has heard of.
+        address: where it is reached.
     """
 
     proxy_id: str
     incarnation: str
     epoch: int
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True)

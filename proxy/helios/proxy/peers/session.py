@@ -43,6 +43,8 @@ class FollowerSession:
         self._proxy_id = proxy_id
         self._incarnation = incarnation
         self._requests: StreamRequests[pb.SessionRequest] | None = None
+        self.address = ""
+        """Where other proxies reach this one."""
 
     async def run(self) -> None:
         """Follows until cancelled."""
@@ -64,7 +66,7 @@ class FollowerSession:
             self._requests.finish()
 
     async def _follow(self, address: str) -> None:
-        hello = Hello(self._proxy_id, self._incarnation, self._leadership.seen_epoch)
+        hello = Hello(self._proxy_id, self._incarnation, self._leadership.seen_epoch, self.address)
         requests = StreamRequests(pb.SessionRequest(hello=hello_to_proto(hello)), max_count=_MOST_MESSAGES)
         try:
             async with Dialer(address, identity=self._identity, peer="proxy") as dialer, task_scope() as group:

@@ -22,12 +22,12 @@ _PREFIX = "ACTIVATION_STATE_"
 
 def hello_to_proto(hello: Hello) -> pb.Hello:
     """Writes a hello."""
-    return pb.Hello(proxy_id=hello.proxy_id, incarnation=hello.incarnation, epoch=hello.epoch)
+    return pb.Hello(proxy_id=hello.proxy_id, incarnation=hello.incarnation, epoch=hello.epoch, address=hello.address)
 
 
 def hello_from_proto(message: pb.Hello) -> Hello:
     """Reads a hello."""
-    return Hello(message.proxy_id, message.incarnation, message.epoch)
+    return Hello(message.proxy_id, message.incarnation, message.epoch, message.address)
 
 
 def report_to_proto(report: Report) -> pb.Report:

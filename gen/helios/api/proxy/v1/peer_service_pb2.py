@@ -25,49 +25,49 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&helios/api/proxy/v1/peer_service.proto\x12\x13helios.api.proxy.v1\x1a\x1egoogle/protobuf/duration.proto\"\xc0\x01\n\x0eSessionRequest\x12\x32\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.helios.api.proxy.v1.HelloH\x00R\x05hello\x12\x35\n\x06report\x18\x02 \x01(\x0b\x32\x1b.helios.api.proxy.v1.ReportH\x00R\x06report\x12\x38\n\x07leaving\x18\x03 \x01(\x0b\x32\x1c.helios.api.proxy.v1.LeavingH\x00R\x07leavingB\t\n\x07message\"M\n\x0fSessionResponse\x12/\n\x04news\x18\x01 \x01(\x0b\x32\x19.helios.api.proxy.v1.NewsH\x00R\x04newsB\t\n\x07message\"Z\n\x05Hello\x12\x19\n\x08proxy_id\x18\x01 \x01(\tR\x07proxyId\x12 \n\x0bincarnation\x18\x02 \x01(\tR\x0bincarnation\x12\x14\n\x05\x65poch\x18\x03 \x01(\x04R\x05\x65poch\"\t\n\x07Leaving\"\xf9\x01\n\x06Report\x12\x17\n\x07sent_at\x18\x01 \x01(\x01R\x06sentAt\x12\x19\n\x08heard_at\x18\x02 \x01(\x01R\x07heardAt\x12\x35\n\x04held\x18\x03 \x03(\x0b\x32!.helios.api.proxy.v1.HeldRequestsR\x04held\x12\x32\n\x04used\x18\x04 \x03(\x0b\x32\x1e.helios.api.proxy.v1.UsedModelR\x04used\x12\x16\n\x06wished\x18\x05 \x03(\tR\x06wished\x12\x38\n\x06slices\x18\x06 \x03(\x0b\x32 .helios.api.proxy.v1.SliceReportR\x06slices\":\n\x0cHeldRequests\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x14\n\x05\x63ount\x18\x02 \x01(\rR\x05\x63ount\"N\n\tUsedModel\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12+\n\x03\x61go\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x03\x61go\"\x95\x01\n\x08SliceKey\x12\x15\n\x06key_id\x18\x01 \x01(\tR\x05keyId\x12.\n\x13requests_per_minute\x18\x02 \x01(\rR\x11requestsPerMinute\x12*\n\x11tokens_per_minute\x18\x03 \x01(\rR\x0ftokensPerMinute\x12\x16\n\x06number\x18\x04 \x01(\rR\x06number\"\xaa\x01\n\x0bSliceReport\x12/\n\x03key\x18\x01 \x01(\x0b\x32\x1d.helios.api.proxy.v1.SliceKeyR\x03key\x12\x36\n\x08requests\x18\x02 \x01(\x0b\x32\x1a.helios.api.proxy.v1.SpentR\x08requests\x12\x32\n\x06tokens\x18\x03 \x01(\x0b\x32\x1a.helios.api.proxy.v1.SpentR\x06tokens\"c\n\x05Spent\x12\x16\n\x06wanted\x18\x01 \x01(\x04R\x06wanted\x12\x12\n\x04used\x18\x02 \x01(\x04R\x04used\x12\x12\n\x04owed\x18\x03 \x01(\x04R\x04owed\x12\x1a\n\x08returned\x18\x04 \x01(\x04R\x08returned\"\xff\x02\n\x04News\x12\x14\n\x05\x65poch\x18\x01 \x01(\x04R\x05\x65poch\x12\x17\n\x07sent_at\x18\x02 \x01(\x01R\x06sentAt\x12\x19\n\x08heard_at\x18\x03 \x01(\x01R\x07heardAt\x12\x39\n\x08\x64raining\x18\x04 \x01(\x0b\x32\x1d.helios.api.proxy.v1.DrainingR\x08\x64raining\x12\x38\n\x08outlooks\x18\x05 \x03(\x0b\x32\x1c.helios.api.proxy.v1.OutlookR\x08outlooks\x12=\n\x08\x66\x61ilures\x18\x06 \x03(\x0b\x32!.helios.api.proxy.v1.StartFailureR\x08\x66\x61ilures\x12@\n\testimates\x18\x07 \x03(\x0b\x32\".helios.api.proxy.v1.StartEstimateR\testimates\x12\x37\n\x06slices\x18\x08 \x03(\x0b\x32\x1f.helios.api.proxy.v1.SliceGrantR\x06slices\"+\n\x08\x44raining\x12\x1f\n\x0breplica_ids\x18\x01 \x03(\tR\nreplicaIds\"\xae\x01\n\x07Outlook\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12:\n\x05state\x18\x02 \x01(\x0e\x32$.helios.api.proxy.v1.ActivationStateR\x05state\x12\x37\n\tremaining\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\tremaining\x12\x18\n\x07\x66\x61ilure\x18\x04 \x01(\tR\x07\x66\x61ilure\"\x92\x01\n\x0cStartFailure\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message\x12:\n\x0bretry_after\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationR\nretryAfter\"Z\n\rStartEstimate\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x33\n\x07seconds\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07seconds\"\xad\x01\n\nSliceGrant\x12/\n\x03key\x18\x01 \x01(\x0b\x32\x1d.helios.api.proxy.v1.SliceKeyR\x03key\x12\x38\n\x08requests\x18\x02 \x01(\x0b\x32\x1c.helios.api.proxy.v1.GrantedR\x08requests\x12\x34\n\x06tokens\x18\x03 \x01(\x0b\x32\x1c.helios.api.proxy.v1.GrantedR\x06tokens\"\xbf\x01\n\x07Granted\x12\x18\n\x07granted\x18\x01 \x01(\x04R\x07granted\x12\x1c\n\tremaining\x18\x02 \x01(\x04R\tremaining\x12/\n\x05reset\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\x05reset\x12-\n\x04wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationR\x04wait\x12\x1c\n\treclaimed\x18\x05 \x01(\x08R\treclaimed*\xcb\x01\n\x0f\x41\x63tivationState\x12 \n\x1c\x41\x43TIVATION_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x43TIVATION_STATE_IDLE\x10\x01\x12\x1c\n\x18\x41\x43TIVATION_STATE_PLACING\x10\x02\x12\x1c\n\x18\x41\x43TIVATION_STATE_WAITING\x10\x03\x12\x1d\n\x19\x41\x43TIVATION_STATE_STARTING\x10\x04\x12 \n\x1c\x41\x43TIVATION_STATE_BACKING_OFF\x10\x05\x32g\n\x0bPeerService\x12X\n\x07Session\x12#.helios.api.proxy.v1.SessionRequest\x1a$.helios.api.proxy.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&helios/api/proxy/v1/peer_service.proto\x12\x13helios.api.proxy.v1\x1a\x1egoogle/protobuf/duration.proto\"\xc0\x01\n\x0eSessionRequest\x12\x32\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.helios.api.proxy.v1.HelloH\x00R\x05hello\x12\x35\n\x06report\x18\x02 \x01(\x0b\x32\x1b.helios.api.proxy.v1.ReportH\x00R\x06report\x12\x38\n\x07leaving\x18\x03 \x01(\x0b\x32\x1c.helios.api.proxy.v1.LeavingH\x00R\x07leavingB\t\n\x07message\"M\n\x0fSessionResponse\x12/\n\x04news\x18\x01 \x01(\x0b\x32\x19.helios.api.proxy.v1.NewsH\x00R\x04newsB\t\n\x07message\"t\n\x05Hello\x12\x19\n\x08proxy_id\x18\x01 \x01(\tR\x07proxyId\x12 \n\x0bincarnation\x18\x02 \x01(\tR\x0bincarnation\x12\x14\n\x05\x65poch\x18\x03 \x01(\x04R\x05\x65poch\x12\x18\n\x07\x61\x64\x64ress\x18\x04 \x01(\tR\x07\x61\x64\x64ress\"\t\n\x07Leaving\"\xf9\x01\n\x06Report\x12\x17\n\x07sent_at\x18\x01 \x01(\x01R\x06sentAt\x12\x19\n\x08heard_at\x18\x02 \x01(\x01R\x07heardAt\x12\x35\n\x04held\x18\x03 \x03(\x0b\x32!.helios.api.proxy.v1.HeldRequestsR\x04held\x12\x32\n\x04used\x18\x04 \x03(\x0b\x32\x1e.helios.api.proxy.v1.UsedModelR\x04used\x12\x16\n\x06wished\x18\x05 \x03(\tR\x06wished\x12\x38\n\x06slices\x18\x06 \x03(\x0b\x32 .helios.api.proxy.v1.SliceReportR\x06slices\":\n\x0cHeldRequests\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x14\n\x05\x63ount\x18\x02 \x01(\rR\x05\x63ount\"N\n\tUsedModel\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12+\n\x03\x61go\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x03\x61go\"\x95\x01\n\x08SliceKey\x12\x15\n\x06key_id\x18\x01 \x01(\tR\x05keyId\x12.\n\x13requests_per_minute\x18\x02 \x01(\rR\x11requestsPerMinute\x12*\n\x11tokens_per_minute\x18\x03 \x01(\rR\x0ftokensPerMinute\x12\x16\n\x06number\x18\x04 \x01(\rR\x06number\"\xaa\x01\n\x0bSliceReport\x12/\n\x03key\x18\x01 \x01(\x0b\x32\x1d.helios.api.proxy.v1.SliceKeyR\x03key\x12\x36\n\x08requests\x18\x02 \x01(\x0b\x32\x1a.helios.api.proxy.v1.SpentR\x08requests\x12\x32\n\x06tokens\x18\x03 \x01(\x0b\x32\x1a.helios.api.proxy.v1.SpentR\x06tokens\"c\n\x05Spent\x12\x16\n\x06wanted\x18\x01 \x01(\x04R\x06wanted\x12\x12\n\x04used\x18\x02 \x01(\x04R\x04used\x12\x12\n\x04owed\x18\x03 \x01(\x04R\x04owed\x12\x1a\n\x08returned\x18\x04 \x01(\x04R\x08returned\"\xff\x02\n\x04News\x12\x14\n\x05\x65poch\x18\x01 \x01(\x04R\x05\x65poch\x12\x17\n\x07sent_at\x18\x02 \x01(\x01R\x06sentAt\x12\x19\n\x08heard_at\x18\x03 \x01(\x01R\x07heardAt\x12\x39\n\x08\x64raining\x18\x04 \x01(\x0b\x32\x1d.helios.api.proxy.v1.DrainingR\x08\x64raining\x12\x38\n\x08outlooks\x18\x05 \x03(\x0b\x32\x1c.helios.api.proxy.v1.OutlookR\x08outlooks\x12=\n\x08\x66\x61ilures\x18\x06 \x03(\x0b\x32!.helios.api.proxy.v1.StartFailureR\x08\x66\x61ilures\x12@\n\testimates\x18\x07 \x03(\x0b\x32\".helios.api.proxy.v1.StartEstimateR\testimates\x12\x37\n\x06slices\x18\x08 \x03(\x0b\x32\x1f.helios.api.proxy.v1.SliceGrantR\x06slices\"+\n\x08\x44raining\x12\x1f\n\x0breplica_ids\x18\x01 \x03(\tR\nreplicaIds\"\xae\x01\n\x07Outlook\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12:\n\x05state\x18\x02 \x01(\x0e\x32$.helios.api.proxy.v1.ActivationStateR\x05state\x12\x37\n\tremaining\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\tremaining\x12\x18\n\x07\x66\x61ilure\x18\x04 \x01(\tR\x07\x66\x61ilure\"\x92\x01\n\x0cStartFailure\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message\x12:\n\x0bretry_after\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationR\nretryAfter\"Z\n\rStartEstimate\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x33\n\x07seconds\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07seconds\"\xad\x01\n\nSliceGrant\x12/\n\x03key\x18\x01 \x01(\x0b\x32\x1d.helios.api.proxy.v1.SliceKeyR\x03key\x12\x38\n\x08requests\x18\x02 \x01(\x0b\x32\x1c.helios.api.proxy.v1.GrantedR\x08requests\x12\x34\n\x06tokens\x18\x03 \x01(\x0b\x32\x1c.helios.api.proxy.v1.GrantedR\x06tokens\"\xbf\x01\n\x07Granted\x12\x18\n\x07granted\x18\x01 \x01(\x04R\x07granted\x12\x1c\n\tremaining\x18\x02 \x01(\x04R\tremaining\x12/\n\x05reset\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\x05reset\x12-\n\x04wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationR\x04wait\x12\x1c\n\treclaimed\x18\x05 \x01(\x08R\treclaimed*\xcb\x01\n\x0f\x41\x63tivationState\x12 \n\x1c\x41\x43TIVATION_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x43TIVATION_STATE_IDLE\x10\x01\x12\x1c\n\x18\x41\x43TIVATION_STATE_PLACING\x10\x02\x12\x1c\n\x18\x41\x43TIVATION_STATE_WAITING\x10\x03\x12\x1d\n\x19\x41\x43TIVATION_STATE_STARTING\x10\x04\x12 \n\x1c\x41\x43TIVATION_STATE_BACKING_OFF\x10\x05\x32g\n\x0bPeerService\x12X\n\x07Session\x12#.helios.api.proxy.v1.SessionRequest\x1a$.helios.api.proxy.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'helios.api.proxy.v1.peer_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ACTIVATIONSTATE']._serialized_start=2510
-  _globals['_ACTIVATIONSTATE']._serialized_end=2713
+  _globals['_ACTIVATIONSTATE']._serialized_start=2536
+  _globals['_ACTIVATIONSTATE']._serialized_end=2739
   _globals['_SESSIONREQUEST']._serialized_start=96
   _globals['_SESSIONREQUEST']._serialized_end=288
   _globals['_SESSIONRESPONSE']._serialized_start=290
   _globals['_SESSIONRESPONSE']._serialized_end=367
   _globals['_HELLO']._serialized_start=369
-  _globals['_HELLO']._serialized_end=459
-  _globals['_LEAVING']._serialized_start=461
-  _globals['_LEAVING']._serialized_end=470
-  _globals['_REPORT']._serialized_start=473
-  _globals['_REPORT']._serialized_end=722
-  _globals['_HELDREQUESTS']._serialized_start=724
-  _globals['_HELDREQUESTS']._serialized_end=782
-  _globals['_USEDMODEL']._serialized_start=784
-  _globals['_USEDMODEL']._serialized_end=862
-  _globals['_SLICEKEY']._serialized_start=865
-  _globals['_SLICEKEY']._serialized_end=1014
-  _globals['_SLICEREPORT']._serialized_start=1017
-  _globals['_SLICEREPORT']._serialized_end=1187
-  _globals['_SPENT']._serialized_start=1189
-  _globals['_SPENT']._serialized_end=1288
-  _globals['_NEWS']._serialized_start=1291
-  _globals['_NEWS']._serialized_end=1674
-  _globals['_DRAINING']._serialized_start=1676
-  _globals['_DRAINING']._serialized_end=1719
-  _globals['_OUTLOOK']._serialized_start=1722
-  _globals['_OUTLOOK']._serialized_end=1896
-  _globals['_STARTFAILURE']._serialized_start=1899
-  _globals['_STARTFAILURE']._serialized_end=2045
-  _globals['_STARTESTIMATE']._serialized_start=2047
-  _globals['_STARTESTIMATE']._serialized_end=2137
-  _globals['_SLICEGRANT']._serialized_start=2140
-  _globals['_SLICEGRANT']._serialized_end=2313
-  _globals['_GRANTED']._serialized_start=2316
-  _globals['_GRANTED']._serialized_end=2507
-  _globals['_PEERSERVICE']._serialized_start=2715
-  _globals['_PEERSERVICE']._serialized_end=2818
+  _globals['_HELLO']._serialized_end=485
+  _globals['_LEAVING']._serialized_start=487
+  _globals['_LEAVING']._serialized_end=496
+  _globals['_REPORT']._serialized_start=499
+  _globals['_REPORT']._serialized_end=748
+  _globals['_HELDREQUESTS']._serialized_start=750
+  _globals['_HELDREQUESTS']._serialized_end=808
+  _globals['_USEDMODEL']._serialized_start=810
+  _globals['_USEDMODEL']._serialized_end=888
+  _globals['_SLICEKEY']._serialized_start=891
+  _globals['_SLICEKEY']._serialized_end=1040
+  _globals['_SLICEREPORT']._serialized_start=1043
+  _globals['_SLICEREPORT']._serialized_end=1213
+  _globals['_SPENT']._serialized_start=1215
+  _globals['_SPENT']._serialized_end=1314
+  _globals['_NEWS']._serialized_start=1317
+  _globals['_NEWS']._serialized_end=1700
+  _globals['_DRAINING']._serialized_start=1702
+  _globals['_DRAINING']._serialized_end=1745
+  _globals['_OUTLOOK']._serialized_start=1748
+  _globals['_OUTLOOK']._serialized_end=1922
+  _globals['_STARTFAILURE']._serialized_start=1925
+  _globals['_STARTFAILURE']._serialized_end=2071
+  _globals['_STARTESTIMATE']._serialized_start=2073
+  _globals['_STARTESTIMATE']._serialized_end=2163
+  _globals['_SLICEGRANT']._serialized_start=2166
+  _globals['_SLICEGRANT']._serialized_end=2339
+  _globals['_GRANTED']._serialized_start=2342
+  _globals['_GRANTED']._serialized_end=2533
+  _globals['_PEERSERVICE']._serialized_start=2741
+  _globals['_PEERSERVICE']._serialized_end=2844
 # @@protoc_insertion_point(module_scope)

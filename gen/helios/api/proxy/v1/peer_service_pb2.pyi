@@ -129,22 +129,26 @@ class Hello(_message.Message):
     PROXY_ID_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
     proxy_id: _builtins.str
     """Its name, stable over restarts."""
     incarnation: _builtins.str
     """Different for each run."""
     epoch: _builtins.int
     """The highest epoch that it has heard of. A leader of a lower one leads no more."""
+    address: _builtins.str
+    """Where it is reached."""
     def __init__(
         self,
         *,
         proxy_id: _builtins.str = ...,
         incarnation: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "incarnation", b"incarnation", "proxy_id", b"proxy_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "incarnation", b"incarnation", "proxy_id", b"proxy_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
