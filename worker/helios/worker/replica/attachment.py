@@ -162,9 +162,11 @@ class Attachment:
         yield pb.AttachRequest(hello=self._hello())
         await welcomed.wait()
         while number == self._session_number:
-            for phase in condition.phases[phase_count:]:
+            # Others may end while these are told.
+            ended = condition.phases[phase_count:]
+            for phase in ended:
                 yield pb.AttachRequest(progress=self._progress(phase))
-            phase_count = len(condition.phases)
+            phase_count += len(ended)
             if statuses != self._adapters.statuses:
                 # Before READY, which is then told with the adapters that it has.
                 statuses = self._adapters.statuses
