@@ -78,14 +78,19 @@ async def fetching_node(folder: Path, launcher: Launcher, model: Path, gate: thr
                     await node.supervisor.end_all(5)
 
 
-async def answer_of(view: ReplicaView) -> list[tuple[str, float]]:
-    """Returns greedy tokens with their log probabilities, which show a difference long before tokens do."""
+async def ask(view: ReplicaView, **fields: Any) -> Any:
+    """Asks a replica, greedily, and returns its answer."""
     async with Dialer(view.address, identity=None, peer="worker") as dialer:
         stub = dialer.stub(openai_service_pb2_grpc.OpenAIServiceStub)
-        asked = body(logprobs=True, max_tokens=TOKENS, ignore_eos=True)
-        (answer,) = await read(stub.CreateChatCompletion(asked, timeout=START_SECONDS, wait_for_ready=True))
-    entries = orjson.loads(answer.data)["choices"][0]["logprobs"]["content"]
-    return [(entry["token"], entry["logprob"]) for entry in entries]
+        call = stub.CreateChatCompletion(body(**fields), timeout=START_SECONDS, wait_for_ready=True)
+        (answer,) = await read(call)
+    return orjson.loads(answer.data)
+
+
+async def answer_of(view: ReplicaView) -> list[tuple[str, float]]:
+    """Returns greedy tokens with their log probabilities, which show a difference long before tokens do."""
+    answer = await ask(view, logprobs=True, max_tokens=TOKENS, ignore_eos=True)
+    return [(entry["token"], entry["logprob"]) for entry in answer["choices"][0]["logprobs"]["content"]]
 
 
 async def start(node: Node, replica_id: str, revision: str) -> None:
