@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from helios.api.engine.v1 import engine_settings_pb2
+from helios.mesh.transfer.progress import TransferProgress
 from helios.proxy import actions
 from helios.proxy.engine_needs import needs_of, with_form
 from helios.proxy.fleet.commands import Command, DrainReplica, StopReplica
-from helios.proxy.fleet.state import FetchProgress, Form, Load, Replica
+from helios.proxy.fleet.state import Form, Load, Replica
 from helios.proxy.fleet.wire import command_to_proto, replica_from_proto, replica_to_proto
 from helios.proxy.swap import SwapFailures
 from helios.proxy.traffic import LoadDelta
@@ -518,7 +519,7 @@ def test_what_each_form_was_measured_to_hold_corrects_that_form_alone() -> None:
 
 @pytest.mark.parametrize("remaining_seconds", [None, 5_000.0])
 def test_a_fetch_survives_the_wire(remaining_seconds: float | None) -> None:
-    fetch = FetchProgress(10, 1_000_000_000, 80.0, remaining_seconds)
+    fetch = TransferProgress(10, 1_000_000_000, 80.0, remaining_seconds)
     item = Replica("r", "m", "sha256:1", S.FETCHING, "w", fetch=fetch)
     assert replica_from_proto(replica_to_proto(item), "w") == item
 

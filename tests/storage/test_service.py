@@ -21,7 +21,8 @@ from helios.mesh.errors import (
     RevisionNotFound,
     Unavailable,
 )
-from helios.storage.client import CorruptBlob, LeaseLost, Progress, StorageClient, Tier
+from helios.mesh.transfer.progress import TransferProgress
+from helios.storage.client import CorruptBlob, LeaseLost, StorageClient, Tier
 from helios.storage.metrics import TIERS
 from helios.storage.tiers import TierKind, TierOptions
 from tests.mesh.transfer.blob_server import Answer, serve_blob
@@ -399,7 +400,7 @@ async def test_a_want_that_everybody_left_is_cancelled_and_cleaned_up(mesh: Mesh
 
 async def test_progress_comes_in_order_at_most_ten_times_a_second(mesh: Mesh) -> None:
     revision = mesh.shelf.add({"big": os.urandom(96 * MIB)})
-    seen: list[Progress] = []
+    seen: list[TransferProgress] = []
     async with mesh.agent(is_link_allowed=False) as agent:
         started = asyncio.get_running_loop().time()
         async with agent.client.materialize(revision, holder="t", on_progress=seen.append):
@@ -412,7 +413,7 @@ async def test_progress_comes_in_order_at_most_ten_times_a_second(mesh: Mesh) ->
 async def test_progress_says_how_fast_bytes_come_and_how_long_they_will(mesh: Mesh) -> None:
     # An object store's bytes come in pieces of a mebibyte.
     content = os.urandom(4 * MIB)
-    seen: list[Progress] = []
+    seen: list[TransferProgress] = []
     with serve_blob(content) as server:
         # Some two seconds.
         server.script = lambda request: Answer(drip_seconds=0.0005 if request.last else 0.0)

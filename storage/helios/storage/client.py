@@ -30,6 +30,7 @@ from helios.mesh.errors import Bug, Corrupted, HeliosError, PreconditionFailed, 
 from helios.mesh.requests import StreamRequests
 from helios.mesh.status import error_from_rpc
 from helios.mesh.tasks import task_scope
+from helios.mesh.transfer.progress import TransferProgress
 from helios.storage.early.watching import Growth, watch_fetch
 from helios.storage.sealed_views import SealedViews
 
@@ -54,19 +55,6 @@ class LeaseLost(Unavailable):
     """The lease ended and could not be resumed; materialise the revision again."""
 
     default_reason = "LEASE_LOST"
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a fetch is: bytes that are verified and stored, of bytes in all, and how fast they come.
-
-    `remaining_seconds` is at that rate, None where there is none: nothing came for some seconds.
-    """
-
-    done_bytes: int
-    total_bytes: int
-    bytes_per_second: float = 0.0
-    remaining_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +185,7 @@ class StorageClient:
         holder: str,
         ttl_seconds: float = 60.0,
         lease_id: str | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[TransferProgress], None] | None = None,
         keep: bool = False,
     ) -> AsyncIterator[Lent]:
         """Brings a revision to the node and lends it for the block.
@@ -328,10 +316,10 @@ def residency_from_proto(response: pb.GetResidencyResponse) -> Residency:
     )
 
 
-def progress_from_proto(progress: pb.Progress) -> Progress:
+def progress_from_proto(progress: pb.Progress) -> TransferProgress:
     """Reads how far a fetch is; an older agent says nothing of its rate."""
     remaining_seconds = progress.remaining.ToNanoseconds() / 1e9 if progress.HasField("remaining") else None
-    return Progress(progress.done_bytes, progress.total_bytes, progress.bytes_per_second, remaining_seconds)
+    return TransferProgress(progress.done_bytes, progress.total_bytes, progress.bytes_per_second, remaining_seconds)
 
 
 def _tier_from_proto(tier: pb.Tier) -> Tier:
@@ -370,7 +358,7 @@ class _Holding:
         *,
         holder: str,
         ttl_seconds: float,
-        on_progress: Callable[[Progress], None] | None,
+        on_progress: Callable[[TransferProgress], None] | None,
         views: SealedViews | None,
     ) -> None:
         self._dialer = dialer

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from helios.mesh.errors import DigestMismatch, HeliosError, Unavailable
+from helios.mesh.transfer.progress import TransferProgress
 from helios.worker.early.loads import EarlyLoads
 from helios.worker.supervisor.commands import Stop
 from helios.worker.supervisor.process_tree import become_subreaper
-from helios.worker.supervisor.records import FetchProgress, ReplicaState, ReplicaView
+from helios.worker.supervisor.records import ReplicaState, ReplicaView
 from tests.worker.early.test_loads import Playing
 from tests.worker.supervisor.fakes import RULES, FakeLauncher, FakeWeights, Node, living, running_node, start_of
 
@@ -43,7 +44,7 @@ class Started:
 async def loading(folder: Path, behaviour: str = "normal") -> AsyncIterator[Started]:
     become_subreaper()
     agent = Playing(folder / "agent")
-    weights = FakeWeights(gate=asyncio.Event(), path=str(folder / "agent" / "views"), coming=FetchProgress(1, 2))
+    weights = FakeWeights(gate=asyncio.Event(), path=str(folder / "agent" / "views"), coming=TransferProgress(1, 2))
     launcher = FakeLauncher(r1=behaviour)
     rules = replace(RULES, limits=replace(RULES.limits, fetch_seconds=60))
     async with (

@@ -23,6 +23,7 @@ from helios.api.worker.v1.supervisor_service_pb2_grpc import add_SupervisorServi
 from helios.mesh.errors import HeliosError
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.tasks import task_scope
+from helios.mesh.transfer.progress import TransferProgress
 from helios.worker.early.loads import EarlyLoads
 from helios.worker.launcher.client import ForkedReplica
 from helios.worker.replica.spec import ReplicaSpec
@@ -36,7 +37,7 @@ from helios.worker.supervisor.outbox import Outbox, ReplicaEvent
 from helios.worker.supervisor.process_tree import find_tree, read_process
 from helios.worker.supervisor.records import Device, DeviceKind, ProcessIdentity, ReplicaState, ReplicaView
 from helios.worker.supervisor.replica_list import ReplicaList
-from helios.worker.supervisor.replica_runner import Coming, Launcher, Weights
+from helios.worker.supervisor.replica_runner import Launcher, Weights
 from helios.worker.supervisor.supervisor import Supervisor
 
 REVISION = "sha256:" + "ab" * 32
@@ -122,7 +123,7 @@ class FakeWeights:
     error: HeliosError | None = None
     gate: asyncio.Event | None = None
     path: str = "/weights"
-    coming: Coming | None = None
+    coming: TransferProgress | None = None
     """What is said of a fetch before the gate opens."""
     borrowed: list[str] = field(default_factory=list)
     resumed: list[str] = field(default_factory=list)
@@ -140,7 +141,7 @@ class FakeWeights:
         ttl_seconds: float,
         lease_id: str | None,
         keep: bool,
-        on_progress: Callable[[Coming], None] | None = None,
+        on_progress: Callable[[TransferProgress], None] | None = None,
     ) -> AsyncIterator[FakeLent]:
         if on_progress is not None and self.coming is not None:
             on_progress(self.coming)

@@ -7,13 +7,13 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from helios.mesh.transfer.progress import TransferProgress
 from helios.worker.replica.settings import Compilation, EngineSettings
 from helios.worker.supervisor import life_actions as act
 from helios.worker.supervisor import life_events as on
 from helios.worker.supervisor.life_stages import Limits, Stage
 from helios.worker.supervisor.records import (
     Failure,
-    FetchProgress,
     Order,
     PhaseTiming,
     ProcessIdentity,
@@ -89,8 +89,8 @@ def test_an_early_start_shows_its_fetch_and_gets_its_time_when_all_is_lent() -> 
     machine = early_machine()
     assert machine.deadline == 70.0, "the fetch's"
     machine.handle(on.Progressed(ReplicaState.WARMING, PhaseTiming("load", 30.0)), 44.0)
-    machine.handle(on.WeightsCome(FetchProgress(1, 2)), 45.0)
-    assert (machine.view.state, machine.view.fetch) == (ReplicaState.WARMING, FetchProgress(1, 2))
+    machine.handle(on.WeightsCome(TransferProgress(1, 2)), 45.0)
+    assert (machine.view.state, machine.view.fetch) == (ReplicaState.WARMING, TransferProgress(1, 2))
     assert machine.handle(on.WeightsReady("/w", "lease"), 50.0) == [act.Publish()]
     assert (machine.view.fetch, machine.view.lease_id, machine.deadline) == (None, "lease", 80.0)
     machine.handle(on.BecameReady("127.0.0.1:9", 512), 51.0)
@@ -346,7 +346,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule()
     def weights_are_on_their_way(self) -> None:
-        self.play(on.WeightsCome(FetchProgress(1, 2)))
+        self.play(on.WeightsCome(TransferProgress(1, 2)))
 
     @precondition(lambda self: self.is_fetching)
     @rule()

@@ -15,12 +15,12 @@ from helios.api.worker.v1 import supervisor_service_pb2 as pb
 from helios.api.worker.v1.supervisor_service_pb2_grpc import SupervisorServiceStub
 from helios.mesh.errors import DiskFull, Unavailable
 from helios.mesh.status import error_from_rpc
+from helios.mesh.transfer.progress import TransferProgress
 from helios.worker.replica.settings import EngineSettings, LoraAdapter, LoraSettings, SpeculativeDecoding, Task
 from helios.worker.supervisor.commands import Drain, Evict, Stage, Start, Stop
 from helios.worker.supervisor.outbox import LoadReport
 from helios.worker.supervisor.process_tree import read_process
 from helios.worker.supervisor.records import (
-    FetchProgress,
     MemoryItem,
     MemoryKind,
     ProcessIdentity,
@@ -198,7 +198,7 @@ async def test_a_stop_while_weights_are_fetched_frees_at_once(folder: Path) -> N
 
 
 async def test_a_replica_shows_how_far_its_weights_are_until_they_are_there(folder: Path) -> None:
-    coming = FetchProgress(3 << 20, 12 << 20, 1e6, 9.4)
+    coming = TransferProgress(3 << 20, 12 << 20, 1e6, 9.4)
     weights = FakeWeights(gate=asyncio.Event(), coming=coming)
     async with running_node(folder, launcher=FakeLauncher(), weights=weights) as node:
         assert node.supervisor.execute("c", start_of("r1")).is_accepted

@@ -16,14 +16,14 @@ _NEVER_SECONDS = 1e9
 
 @dataclass(frozen=True, slots=True)
 class TransferProgress:
-    """How far a transfer is."""
+    """How far a transfer is: one's own, or one that another component tells of."""
 
     done_bytes: int
     """Bytes that are here, those of an earlier try included. May shrink when a chunk has to be fetched again."""
     total_bytes: int
-    bytes_per_second: float
+    bytes_per_second: float = 0.0
     """Over the last seconds; 0 before anything can be said."""
-    remaining_seconds: float | None
+    remaining_seconds: float | None = None
     """At that rate; None where there is none."""
 
 

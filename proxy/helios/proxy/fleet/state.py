@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from helios.mesh.gangs import GangDevice, Way
+from helios.mesh.transfer.progress import TransferProgress
 
 
 class ReplicaState(enum.Enum):
@@ -145,16 +146,6 @@ class HeldAdapter:
 
 
 @dataclass(frozen=True, slots=True)
-class FetchProgress:
-    """How far a replica's weights are on their way; `remaining_seconds` None: they stand still."""
-
-    done_bytes: int
-    total_bytes: int
-    bytes_per_second: float
-    remaining_seconds: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class Replica:
     """One engine process group serving one model; `created_at` is in seconds since the epoch."""
 
@@ -185,7 +176,7 @@ class Replica:
     is_background: bool = False
     """It was ordered to take another one's place."""
     adapters: tuple[HeldAdapter, ...] = ()
-    fetch: FetchProgress | None = None
+    fetch: TransferProgress | None = None
     """Set while bytes of its weights are on their way."""
 
     @property

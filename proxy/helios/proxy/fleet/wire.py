@@ -13,6 +13,7 @@ from helios.api.engine.v1 import engine_settings_pb2
 from helios.api.fleet.v1 import fleet_service_pb2 as pb
 from helios.api.fleet.v1 import types_pb2
 from helios.mesh.gangs import Way
+from helios.mesh.transfer.progress import TransferProgress
 from helios.proxy.admission.quotas import Usage
 from helios.proxy.explain.record import Finished
 from helios.proxy.fleet.commands import (
@@ -33,7 +34,6 @@ from helios.proxy.fleet.state import (
     AdapterState,
     Device,
     DeviceKind,
-    FetchProgress,
     Form,
     HeldAdapter,
     Load,
@@ -181,9 +181,9 @@ def replica_from_proto(message: types_pb2.Replica, worker_id: str) -> Replica:
     )
 
 
-def _fetch_from_proto(message: types_pb2.FetchProgress) -> FetchProgress:
+def _fetch_from_proto(message: types_pb2.FetchProgress) -> TransferProgress:
     remaining_seconds = message.remaining.ToNanoseconds() / 1e9 if message.HasField("remaining") else None
-    return FetchProgress(message.done_bytes, message.total_bytes, message.bytes_per_second, remaining_seconds)
+    return TransferProgress(message.done_bytes, message.total_bytes, message.bytes_per_second, remaining_seconds)
 
 
 def replica_to_proto(replica: Replica) -> types_pb2.Replica:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from helios.worker.supervisor.records import Failure, FetchProgress, PhaseTiming, ProcessIdentity, ReplicaState
+from helios.mesh.transfer.progress import TransferProgress
+from helios.worker.supervisor.records import Failure, PhaseTiming, ProcessIdentity, ReplicaState
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class WeightsFailed:
 class WeightsCome:
     """The storage agent fetches them."""
 
-    progress: FetchProgress
+    progress: TransferProgress
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from helios.mesh.transfer.progress import TransferProgress
 from helios.worker.replica.adapter_state import AdapterStatus
 from helios.worker.replica.settings import EngineSettings
 
@@ -87,19 +88,6 @@ class PhaseTiming:
 
     phase: str
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class FetchProgress:
-    """How far a replica's weights are on their way to the node.
-
-    ``remaining_seconds`` is at this rate, None where there is none.
-    """
-
-    done_bytes: int
-    total_bytes: int
-    bytes_per_second: float = 0.0
-    remaining_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +195,7 @@ class ReplicaView:
     measured_bytes: int = 0
     """Memory of its own as measured last; 0: never."""
     adapters: tuple[AdapterStatus, ...] = ()
-    fetch: FetchProgress | None = None
+    fetch: TransferProgress | None = None
     """Set while bytes of its weights are on their way."""
 
     @property

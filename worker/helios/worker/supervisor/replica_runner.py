@@ -18,6 +18,7 @@ import structlog
 from opentelemetry import propagate, trace
 
 from helios.mesh.errors import HeliosError
+from helios.mesh.transfer.progress import TransferProgress
 from helios.worker.early.asking import BytesLost
 from helios.worker.early.growth import suits
 from helios.worker.early.loads import EarlyLoads
@@ -32,7 +33,6 @@ from helios.worker.supervisor.process_tree import kill_tree, watch_exit
 from helios.worker.supervisor.read_ahead import read_ahead
 from helios.worker.supervisor.records import (
     Failure,
-    FetchProgress,
     Load,
     Order,
     ProcessIdentity,
@@ -62,19 +62,6 @@ class Lent(Protocol):
         """Waits until the lease is lost and raises a HeliosError then."""
 
 
-class Coming(Protocol):
-    """How far a fetch is, as the storage agent says it."""
-
-    @property
-    def done_bytes(self) -> int: ...
-    @property
-    def total_bytes(self) -> int: ...
-    @property
-    def bytes_per_second(self) -> float: ...
-    @property
-    def remaining_seconds(self) -> float | None: ...
-
-
 class Weights(Protocol):
     """Where weights come from: the storage agent's client."""
 
@@ -86,7 +73,7 @@ class Weights(Protocol):
         ttl_seconds: float,
         lease_id: str | None,
         keep: bool,
-        on_progress: Callable[[Coming], None] | None = None,
+        on_progress: Callable[[TransferProgress], None] | None = None,
     ) -> AbstractAsyncContextManager[Lent]:
         """Lends a revision for the block, renewing in the background; raises HeliosError where that can't be.
 
@@ -416,18 +403,15 @@ class ReplicaRunner:
         if self._around.early is not None:
             self._around.early.drop(self._life.view.replica_id)
 
-    def _weights_come(self, coming: Coming) -> None:
+    def _weights_come(self, coming: TransferProgress) -> None:
         """Tells of a fetch; not of each message of it, for everybody who watches replicas hears of it."""
         now = asyncio.get_running_loop().time()
         if now - self._fetch_told_at >= _FETCH_TOLD_SECONDS:
             self._fetch_told_at = now
-            progress = FetchProgress(
-                coming.done_bytes, coming.total_bytes, coming.bytes_per_second, coming.remaining_seconds
-            )
-            self.post(life_events.WeightsCome(progress))
+            self.post(life_events.WeightsCome(coming))
 
     def _borrow(
-        self, revision: str, lease_id: str = "", on_progress: Callable[[Coming], None] | None = None
+        self, revision: str, lease_id: str = "", on_progress: Callable[[TransferProgress], None] | None = None
     ) -> AbstractAsyncContextManager[Lent]:
         """Borrows the model, by its lease where there is one, or what the replica has beside it: adapters, a draft
         model. Those a successor borrows anew, before the lease that this process leaves them ends.

@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet
 from helios.api.fleet.v1 import types_pb2 as types
 from helios.mesh.errors import InvalidRequest
+from helios.mesh.transfer.progress import TransferProgress
 from helios.worker.replica.adapter_wire import adapter_from_proto, status_from_proto, status_to_proto
 from helios.worker.replica.settings import EngineSettings
 from helios.worker.supervisor.commands import (
@@ -34,7 +35,6 @@ from helios.worker.supervisor.device_wire import (
 )
 from helios.worker.supervisor.records import (
     Failure,
-    FetchProgress,
     FinishedRequest,
     Load,
     LoadDelta,
@@ -165,7 +165,7 @@ def replica_to_proto(view: ReplicaView) -> types.Replica:
     return message
 
 
-def fetch_to_proto(progress: FetchProgress) -> types.FetchProgress:
+def fetch_to_proto(progress: TransferProgress) -> types.FetchProgress:
     """Returns the message of how far weights are."""
     message = types.FetchProgress(
         done_bytes=progress.done_bytes,
