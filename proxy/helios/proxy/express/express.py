@@ -83,7 +83,7 @@ class Express:
             return "there are several proxies"
         if self._keyring.is_required:
             return "requests need keys"
-        if entry.is_adapter or entry.adapters or entry.role or entry.canary or "@" in entry.name:
+        if entry.is_adapter or entry.adapters or entry.role or entry.canary or entry.is_durable or "@" in entry.name:
             return "its requests differ"
         if len(replicas) != 1:
             return "it does not have one replica"
