@@ -220,9 +220,10 @@ class Lifecycle:
     def open(self, now: float) -> None:
         """What there is is known: begins to bring it to what is wanted."""
         self.is_open = True
-        for replica in [r for r in self._traffic.fleet.replicas() if self._traffic.is_draining(r)]:
+        for replica in list(self._traffic.fleet.replicas()):
             # The leader before may have told of it and died before it ordered it.
-            self.drain(replica, now)
+            if replica.state is not ReplicaState.DRAINING and self._traffic.is_draining(replica):
+                self.drain(replica, now)
         models = {*self._traffic.fleet.models(), *self._holds.models(), *self._catalogue.pinned()}
         for model in self.room.start_order(sorted(models), now):
             self.reconcile(model, now)
