@@ -52,7 +52,7 @@ def test_what_a_newer_registry_kept_is_passed_over() -> None:
         ("engine", {"engine": "llama.cpp"}),
         ("dtype", {"dtype": "int8"}),
         ("quantization", {"quantization": "a b"}),
-        ("tensor_parallel_size", {"tensor_parallel_size": 0}),
+        ("tensor_parallel_size", {"tensor_parallel_size": 1025}),
         ("pipeline_parallel_size", {"pipeline_parallel_size": 5000}),
         ("kv_cache_bytes", {"kv_cache_bytes": "1023"}),
         ("max_running_requests", {"max_running_requests": 0}),

@@ -244,7 +244,7 @@ class Activating:
         sleeper = self._warmth.sleeper(entry)
         if sleeper is not None:
             return machine.Placed(self.wake(sleeper))
-        workers = [self._room.capacity(w, entry, now) for w in self._traffic.fleet.open_workers()]
+        workers = [c for w in self._traffic.fleet.open_workers() for c in self._room.capacities(w, entry, now)]
         engine = self._starts.engine(needs_of(entry.engine_settings))
         plan = placement.place(engine, workers, may_preempt=may_preempt)
         match plan:
@@ -286,7 +286,7 @@ class Activating:
         sleeper = self._warmth.sleeper(entry)
         if sleeper is not None:
             return sleeper.worker_id, f"replica {sleeper.replica_id} sleeps there and would be woken"
-        workers = [self._room.capacity(w, entry, now) for w in self._traffic.fleet.open_workers()]
+        workers = [c for w in self._traffic.fleet.open_workers() for c in self._room.capacities(w, entry, now)]
         engine = self._starts.engine(needs_of(entry.engine_settings))
         match placement.place(engine, workers, may_preempt=True):
             case placement.Placed(worker_id, reason):

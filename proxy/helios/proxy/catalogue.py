@@ -48,6 +48,10 @@ class ModelEntry:
     engine_settings: str = ""
     layer_count: int = 0
     vocabulary_size: int = 0
+    tensor_parallel_options: tuple[int, ...] = ()
+    """Into how many ranks its layers can be split; empty: nobody knows."""
+    pipeline_parallel_options: tuple[int, ...] = ()
+    """Into how many stages its layers can be cut; the same."""
     base_model: str = ""
     canary: str = ""
     canary_percent: int = 0

@@ -35,9 +35,10 @@ from helios.proxy.fleet.state import Change, Device, Replica, ReplicaState, Stag
 from helios.proxy.holds import Hold, HoldLimits, Holds, too_many
 from helios.proxy.lifecycle import Lifecycle, LifecyclePolicy
 from helios.proxy.peers.leadership import Leadership, Parts
+from helios.proxy.prefill import prefill_endpoint
 from helios.proxy.refusals import model_not_found
 from helios.proxy.rollouts import Rollouts
-from helios.proxy.routing.pick import Pick, pick
+from helios.proxy.routing.pick import Pick
 from helios.proxy.routing.prefix import NO_BLOCKS, Blocks
 from helios.proxy.scaling.forecast import Expected
 from helios.proxy.starts import asked_replica
@@ -150,30 +151,10 @@ class Core:
         return self.traffic.pick(entry, request_id, now, adapter, blocks) if adapter is not None else None
 
     def prefill_endpoint(self, entry: ModelEntry, chosen: Pick, now: float) -> str:
-        """The address of a replica that computes the prompt for the chosen one; empty where there is none.
-
-        One on the same worker goes first: there a KV cache travels through memory or files. A model that computes
-        prompts is in use while its decode model is, so the next tick starts it where it has no replica; nobody waits
-        for that, since the decode replica can compute a prompt, too.
-        """
-        if entry.role != "decode":
-            return ""
-        best = self.fleet.replica(chosen.choices[0].replica_id)
-        for other in self.catalogue.prefill_models(entry.revision):
-            self.traffic.use(other.name, now)
-            found = pick(other.name, other.revision, self.traffic.table.snapshot(other.name, other.revision))
-            if found is None:
-                # Looked at by the next tick from now on.
-                self.lifecycle.activation(other.name)
-                continue
-            replicas = {choice.address: self.fleet.replica(choice.replica_id) for choice in found.choices}
-            near = [
-                address
-                for address, replica in replicas.items()
-                if replica is not None and best is not None and replica.worker_id == best.worker_id
-            ]
-            return (near or list(replicas))[0]
-        return ""
+        """The address of a replica that computes the prompt for the chosen one; empty where there is none."""
+        return prefill_endpoint(
+            entry, chosen, now, traffic=self.traffic, lifecycle=self.lifecycle, among=self.catalogue
+        )
 
     def hold(  # noqa: PLR0913 - one for each thing that is told of a hold
         self,

@@ -45,6 +45,8 @@ class EngineNeeds:
         offload_bytes: host memory for KV blocks.
         form: how replicas run it, where they are told.
         has_both_forms: replicas start eager, and give their place to compiled ones.
+        is_split_open: into how many ranks its layers are split is left to placement.
+        stage_count: groups of layers that are asked for; 0: nobody says.
     """
 
     engine: str = ""
@@ -64,6 +66,8 @@ class EngineNeeds:
     offload_bytes: int = 0
     form: Form = Form.UNKNOWN
     has_both_forms: bool = False
+    is_split_open: bool = False
+    stage_count: int = 0
 
     @property
     def named_adapters(self) -> tuple[tuple[str, str], ...]:
@@ -101,11 +105,14 @@ def needs_of(settings: str) -> EngineNeeds:
     # Settings that name no adapter yet say that there may be some.
     lora = values.get("lora")
     adapters = [adapter for adapter in (lora or {}).get("adapters", ()) if adapter.get("name")]
+    tensor, stages = int(values.get("tensor_parallel_size", 1)), int(values.get("pipeline_parallel_size", 0))
     return EngineNeeds(
         engine=values.get("engine", ""),
         dtype=values.get("dtype", ""),
         kv_cache_dtype=values.get("kv_cache_dtype", ""),
-        rank_count=int(values.get("tensor_parallel_size", 1)) * int(values.get("pipeline_parallel_size", 1)),
+        rank_count=max(1, tensor) * max(1, stages),
+        is_split_open=not tensor,
+        stage_count=stages,
         max_context_tokens=int(values.get("max_context_tokens", 0)),
         # JSON has no integers of 64 bits: the contract's form writes them as text.
         kv_cache_bytes=int(values.get("kv_cache_bytes", 0)),
@@ -129,6 +136,15 @@ def with_form(settings: str, form: Form) -> str:
     if not settings or not needs_of(settings).has_both_forms:
         return settings
     return json.dumps(json.loads(settings) | {"compilation": f"COMPILATION_MODE_{form.name}"}, sort_keys=True)
+
+
+@lru_cache(maxsize=4096)
+def with_split(settings: str, tensor: int, stages: int) -> str:
+    """The settings with which so many ranks and stages are ordered, where they leave that open; else the settings."""
+    if not settings or not needs_of(settings).is_split_open:
+        return settings
+    split = {"tensor_parallel_size": tensor, "pipeline_parallel_size": stages}
+    return json.dumps(json.loads(settings) | split, sort_keys=True)
 
 
 def with_revisions(settings: str, revisions: Mapping[str, str]) -> str:

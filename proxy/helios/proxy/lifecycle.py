@@ -132,27 +132,8 @@ class Lifecycle:
             send=self._send_start,
             report=self._report,
         )
-        self.activating = Activating(
-            policy.activation,
-            policy.turns,
-            compiled_seconds=policy.swap.start_seconds,
-            estimates=self.estimates,
-            traffic=traffic,
-            catalogue=catalogue,
-            holds=holds,
-            room=self.room,
-            warmth=self.warmth,
-            starts=self._starts,
-            outside=Outside(self.reconcile, self._drain_within, self._send, self._report),
-        )
-        self.wants = Wants(
-            Cooldowns(policy.idle_seconds, policy.warmth.asleep_seconds, policy.warmth.staged_seconds),
-            policy.warm_pool,
-            traffic=traffic,
-            catalogue=catalogue,
-            holds=holds,
-            tell=lambda decision: self._report(actions.ModelScaled(decision)),
-        )
+        self.activating = self._make_activating()
+        self.wants = self._make_wants()
         self.cooling = Cooling(
             traffic=traffic, holds=holds, warmth=self.warmth, drain=self.drain, decide=self.wants.decide
         )
@@ -170,6 +151,32 @@ class Lifecycle:
             order=self._start_spare,
             stop=self.drain,
             report=self._report,
+        )
+
+    def _make_activating(self) -> Activating:
+        return Activating(
+            self.policy.activation,
+            self.policy.turns,
+            compiled_seconds=self.policy.swap.start_seconds,
+            estimates=self.estimates,
+            traffic=self._traffic,
+            catalogue=self._catalogue,
+            holds=self._holds,
+            room=self.room,
+            warmth=self.warmth,
+            starts=self._starts,
+            outside=Outside(self.reconcile, self._drain_within, self._send, self._report),
+        )
+
+    def _make_wants(self) -> Wants:
+        policy = self.policy
+        return Wants(
+            Cooldowns(policy.idle_seconds, policy.warmth.asleep_seconds, policy.warmth.staged_seconds),
+            policy.warm_pool,
+            traffic=self._traffic,
+            catalogue=self._catalogue,
+            holds=self._holds,
+            tell=lambda decision: self._report(actions.ModelScaled(decision)),
         )
 
     def activation(self, model: str) -> Activation:

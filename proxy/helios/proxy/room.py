@@ -9,11 +9,12 @@ from typing import Final
 
 from helios.proxy.activation.turns import Line, TurnPolicy
 from helios.proxy.catalogue import Catalogue, ModelEntry
-from helios.proxy.engine_needs import EngineNeeds, needs_of, with_form
+from helios.proxy.engine_needs import EngineNeeds, needs_of, with_form, with_split
 from helios.proxy.fleet.state import Form, Replica, ReplicaState, Worker
 from helios.proxy.holds import Holds
 from helios.proxy.placement.defragment import Proposal, propose
 from helios.proxy.placement.packing import Want, pack
+from helios.proxy.placement.parallelism import WHOLE, Split, splits_of
 from helios.proxy.placement.workers import Occupant, WorkerCapacity
 from helios.proxy.sizing import GIVEN, MeasuredSizes, ReplicaSize, SizingPolicy, replica_size
 from helios.proxy.traffic import Traffic
@@ -95,12 +96,12 @@ class Room:
         if not is_told or entry is None or entry.revision != replica.revision:
             return
         settings = self._settings.get(replica.replica_id, with_form(entry.engine_settings, replica.form))
-        if settings not in _forms(entry):
+        if settings not in _forms(entry) and not _is_split(settings, entry):
             return
         worker = self._traffic.fleet.worker(replica.worker_id)
         is_gpu = worker is not None and worker.has_gpus
         if self.measured.fixed_bytes(entry.revision, settings, is_gpu=is_gpu) is None:
-            self.measured.keep_only({(m.revision, form) for m in self._catalogue.models() for form in _forms(m)})
+            self.measured.keep_only({(m.revision, form) for m in self._catalogue.models() for form in _all_forms(m)})
         self.measured.record(
             entry.revision,
             settings,
@@ -136,6 +137,15 @@ class Room:
     def forget_worker(self, worker_id: str) -> None:
         """A worker is believed in no more."""
         self._fetched.pop(worker_id, None)
+
+    def capacities(self, worker: Worker, entry: ModelEntry, now: float) -> list[WorkerCapacity]:
+        """What a worker has left for a replica of a model; one for each way to split the model, where that is open."""
+        if not needs_of(entry.engine_settings).is_split_open:
+            return [self.capacity(worker, entry, now)]
+        # Ranks of a CPU's replica would share its cores.
+        bound = len(worker.devices) if worker.has_gpus else 1
+        able = [split for split in _splits(entry) if split.rank_count <= bound] or [WHOLE]
+        return [replace(self.capacity(worker, in_split(entry, split), now), split=split) for split in able]
 
     def capacity(self, worker: Worker, entry: ModelEntry, now: float) -> WorkerCapacity:
         """What a worker has left for a replica of a model, and what could be freed for it."""
@@ -337,6 +347,31 @@ def in_form(entry: ModelEntry, form: Form) -> ModelEntry:
     """The model as one form of it is ordered; itself where it does not have both."""
     settings = with_form(entry.engine_settings, form)
     return entry if settings == entry.engine_settings else replace(entry, engine_settings=settings)
+
+
+def in_split(entry: ModelEntry, split: Split | None) -> ModelEntry:
+    """The model as it is ordered in so many ranks; itself where its settings say how many."""
+    if split is None:
+        return entry
+    settings = with_split(entry.engine_settings, split.tensor, split.pipeline)
+    return entry if settings == entry.engine_settings else replace(entry, engine_settings=settings)
+
+
+def _splits(entry: ModelEntry) -> tuple[Split, ...]:
+    stage_count = needs_of(entry.engine_settings).stage_count
+    return splits_of(entry.tensor_parallel_options, (stage_count,) if stage_count else entry.pipeline_parallel_options)
+
+
+def _all_forms(entry: ModelEntry) -> set[str]:
+    """The settings that its replicas may have been ordered with, however they were split."""
+    if not needs_of(entry.engine_settings).is_split_open:
+        return set(_forms(entry))
+    splits = (WHOLE, *_splits(entry))
+    return {with_split(form, split.tensor, split.pipeline) for form in _forms(entry) for split in splits}
+
+
+def _is_split(settings: str, entry: ModelEntry) -> bool:
+    return needs_of(entry.engine_settings).is_split_open and settings in _all_forms(entry)
 
 
 def _forms(entry: ModelEntry) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from helios.proxy.fleet.state import Form, Replica, ReplicaState, Worker
 from helios.proxy.holds import Holds
 from helios.proxy.placement.place import Placed, place
 from helios.proxy.placement.workers import WorkerCapacity
-from helios.proxy.room import Room, in_form
+from helios.proxy.room import Room, in_form, in_split
 from helios.proxy.traffic import Traffic
 from helios.proxy.warmth import Warmth
 
@@ -54,7 +54,7 @@ class Starts:
 
     def begin(self, entry: ModelEntry, placed: Placed) -> str:
         """Orders a replica for those that wait; returns its id."""
-        order = self._order(in_form(entry, Form.EAGER), placed)
+        order = self._order(in_split(in_form(entry, Form.EAGER), placed.split), placed)
         held_count = self._holds.count(entry.name)
         begun = actions.ActivationBegun(
             entry.name, order.replica_id, placed.worker_id, held_count, placed.reason, order.traceparent
@@ -71,7 +71,7 @@ class Starts:
         )
         if placed is None:
             return None
-        order = self._order(entry, placed, is_background=True)
+        order = self._order(in_split(entry, placed.split), placed, is_background=True)
         self._report(actions.SwapBegun(entry.name, order.replica_id, placed.worker_id, placed.reason))
         return self._traffic.fleet.replica(order.replica_id)
 
@@ -99,7 +99,8 @@ class Starts:
         self, entry: ModelEntry, now: float, is_suitable: Callable[[Worker], bool] = lambda _: True
     ) -> list[WorkerCapacity]:
         workers = self._traffic.fleet.open_workers()
-        return [self._room.capacity(worker, entry, now) for worker in workers if is_suitable(worker)]
+        able = (worker for worker in workers if is_suitable(worker))
+        return [capacity for worker in able for capacity in self._room.capacities(worker, entry, now)]
 
     def _find(self, entry: ModelEntry, workers: list[WorkerCapacity]) -> Placed | None:
         """Room that nobody has; None where there is none."""

@@ -24,6 +24,7 @@ log = structlog.get_logger()
 
 # Changes come in bursts (an ingest, a snapshot); one write takes them all.
 _SETTLE_SECONDS: Final = 0.25
+_TUPLES: Final = ("aliases", "tensor_parallel_options", "pipeline_parallel_options")
 _FIELDS: Final = frozenset(field.name for field in fields(ModelEntry))
 
 
@@ -141,7 +142,7 @@ def load_usage(directory: Path) -> object:
 def _entry(item: dict[str, Any]) -> ModelEntry:
     known = {key: value for key, value in item.items() if key in _FIELDS}
     scaling = Scaling.of_fields(known["scaling"]) if known.get("scaling") else None
-    return ModelEntry(**{**known, "aliases": tuple(known.get("aliases", ())), "scaling": scaling})
+    return ModelEntry(**{**known, "scaling": scaling, **{name: tuple(known.get(name, ())) for name in _TUPLES}})
 
 
 def _read_names(path: Path) -> list[str]:

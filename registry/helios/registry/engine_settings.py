@@ -33,7 +33,8 @@ _DEVICES: Final = (1, 1 << 10)
 _TOKENS: Final = (1, 1 << 30)
 _BYTES: Final = (0, 1 << 50)
 _RANGES: Final[Mapping[str, tuple[int, int]]] = {
-    "tensor_parallel_size": _DEVICES,
+    # 0: as many as it takes, where it is placed.
+    "tensor_parallel_size": (0, _DEVICES[1]),
     "pipeline_parallel_size": _DEVICES,
     "max_context_tokens": _TOKENS,
     # Below a mebibyte there is not one block of any model.

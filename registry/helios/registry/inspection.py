@@ -10,6 +10,8 @@ from typing import BinaryIO, Final, Literal, Protocol
 
 from helios.registry.model_card import CARD, MAX_CARD_BYTES, read_license
 from helios.registry.profile import ModelProfile, build_adapter_profile, build_profile, check_shards, read_weight_map
+from helios.registry.profiles.fits import pipeline_parallel_options, tensor_parallel_options
+from helios.registry.profiles.shape import shape_of
 from helios.registry.safetensors_header import LENGTH_BYTES, SafetensorsHeader, header_length, parse_header
 from helios.registry.strict_json import malformed, parse_object
 
@@ -53,7 +55,14 @@ def inspect_model(files: Mapping[str, Readable]) -> ModelProfile:
     weight_map = read_index(files[INDEX]) if INDEX in files else None
     check_shards(weight_map, headers)
     config = parse_object(_read_bounded(files[CONFIG], _MAX_CONFIG_BYTES, CONFIG), CONFIG)
-    return replace(build_profile(config, headers), license=_license(files))
+    profile = build_profile(config, headers)
+    shape = shape_of(config, profile)
+    return replace(
+        profile,
+        license=_license(files),
+        tensor_parallel_options=tensor_parallel_options(shape),
+        pipeline_parallel_options=pipeline_parallel_options(shape),
+    )
 
 
 def read_header(location: Readable, what: str) -> SafetensorsHeader:

@@ -42,6 +42,9 @@ class ModelProfile:
         max_context_tokens: Longest context that the model was made for; 0 where config.json does not say.
         base_model: Of a LoRA adapter: what it was made for, as its adapter_config.json names it. Empty: a whole model.
         license: As the model card (README.md) names it, such as ``apache-2.0``; empty where it does not.
+        tensor_parallel_options: Into how many ranks its layers can be split; empty: it was ingested before that was
+            asked.
+        pipeline_parallel_options: Into how many stages they can be cut; the same.
     """
 
     architecture: str
@@ -54,6 +57,13 @@ class ModelProfile:
     vocabulary_size: int
     base_model: str = ""
     license: str = ""
+    tensor_parallel_options: tuple[int, ...] = ()
+    pipeline_parallel_options: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        # What was kept as JSON has lists.
+        for name in ("tensor_parallel_options", "pipeline_parallel_options"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 def build_adapter_profile(config: Mapping[str, Any], header: SafetensorsHeader) -> ModelProfile:

@@ -61,6 +61,8 @@ def profile_to_proto(profile: ModelProfile) -> pb.ModelProfile:
         vocabulary_size=profile.vocabulary_size,
         base_model=profile.base_model,
         license=profile.license,
+        tensor_parallel_options=profile.tensor_parallel_options,
+        pipeline_parallel_options=profile.pipeline_parallel_options,
     )
 
 
@@ -77,6 +79,8 @@ def profile_from_proto(message: pb.ModelProfile) -> ModelProfile:
         vocabulary_size=message.vocabulary_size,
         base_model=message.base_model,
         license=message.license,
+        tensor_parallel_options=tuple(message.tensor_parallel_options),
+        pipeline_parallel_options=tuple(message.pipeline_parallel_options),
     )
 
 

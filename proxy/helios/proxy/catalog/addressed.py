@@ -62,6 +62,8 @@ def entry_from_model(model: Model) -> ModelEntry:
         parameter_count=profile.parameter_count,
         layer_count=profile.layer_count,
         vocabulary_size=profile.vocabulary_size,
+        tensor_parallel_options=profile.tensor_parallel_options,
+        pipeline_parallel_options=profile.pipeline_parallel_options,
         base_model=profile.base_model,
         dtype=profile.dtype,
         architecture=profile.architecture,

@@ -1,9 +1,9 @@
 """Where a replica goes, and who gives way where there is no room. Pure.
 
-Of workers with room, in this order: one with GPUs; one with the fewest replicas of the model, so that a node that fails
-takes no model with it; one that has the weights in memory, then on its disk; one whose devices reach each other
-fastest; on GPUs the one where the least room is left over (best fit), so that what needs a whole device finds one; on
-processors the one with the most room, because replicas share its cores.
+Of workers with room, in this order: one with GPUs; one where it takes the fewest devices; one with the fewest replicas
+of the model, so that a node that fails takes no model with it; one that has the weights in memory, then on its disk;
+one whose devices reach each other fastest; on GPUs the one where the least room is left over (best fit), so that what
+needs a whole device finds one; on processors the one with the most room, because replicas share cores.
 
 Where nothing has room, draining replicas are waited for; then idle replicas give way, on the worker where the least is
 lost with them; then those in use that have had their turn. What may drain for minutes is waited for only where nothing
@@ -17,6 +17,7 @@ from itertools import combinations
 from typing import Final
 
 from helios.mesh.gangs import Gang
+from helios.proxy.placement.parallelism import Split
 from helios.proxy.placement.workers import Occupant, WorkerCapacity
 
 # Every set of so few victims is looked at, on so many of the workers where the least is lost.
@@ -31,6 +32,8 @@ class Placed:
     worker_id: str
     reason: str = field(default="", compare=False)
     device_ids: tuple[str, ...] = field(default=(), compare=False)
+    split: Split | None = field(default=None, compare=False)
+    """How its ranks are grouped, where that was open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ def place(engine: str, workers: list[WorkerCapacity], *, may_preempt: bool) -> P
 
     Args:
         engine: what runs it; empty is the worker's default.
-        workers: workers that can be reached.
+        workers: workers that can be reached; one may come several times, with other ways to split the model.
         may_preempt: whether idle replicas of other models may be drained for it; what has no value gives way to any
             start.
     """
@@ -114,12 +117,13 @@ def _best(workers: list[WorkerCapacity]) -> Placed | None:
     if not fits:
         return None
     worker, gang = min(fits, key=lambda each: _price(*each))
-    return Placed(worker.worker_id, _reason(worker, gang, len(fits)), gang.device_ids)
+    return Placed(worker.worker_id, _reason(worker, gang, len(fits)), gang.device_ids, worker.split)
 
 
 def _price(worker: WorkerCapacity, gang: Gang) -> tuple[object, ...]:
     return (
         not worker.has_gpus,
+        worker.device_count,
         worker.same_model_count,
         not worker.is_staged,
         not worker.is_on_disk,

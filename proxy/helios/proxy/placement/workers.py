@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from helios.mesh.gangs import Gang, GangDevice, choose_devices
+from helios.proxy.placement.parallelism import Split, choose_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class WorkerCapacity:
     Attributes:
         needed_bytes: what the replica books there, of all its devices together: processes on a GPU take more.
         device_count: how many devices it runs on there.
+        split: how its ranks are grouped, where that was chosen for this worker; None: as the model's settings say.
         devices: those that can be used, with what nobody books.
         memory_bytes: what such a replica could have at most if the worker were empty.
         draining: replicas that go within seconds.
@@ -58,6 +60,7 @@ class WorkerCapacity:
     memory_bytes: int
     free_slot_count: int
     device_count: int = 1
+    split: Split | None = None
     draining: tuple[Occupant, ...] = ()
     late: tuple[Occupant, ...] = ()
     victims: tuple[Occupant, ...] = ()
@@ -91,4 +94,6 @@ class WorkerCapacity:
             devices = tuple(
                 replace(d, free_bytes=d.free_bytes + sum(one.share_on(d.device_id) for one in gone)) for d in devices
             )
+        if self.split is not None:
+            return choose_groups(devices, self.share_bytes, self.split)
         return choose_devices(devices, self.share_bytes, self.device_count)

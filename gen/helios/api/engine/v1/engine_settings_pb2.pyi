@@ -168,9 +168,12 @@ class EngineSettings(_message.Message):
     config.json says.
     """
     tensor_parallel_size: _builtins.int
-    """How many devices each layer is split over."""
+    """How many devices each layer is split over. 0: as many as it takes where it is placed, in the smallest gang of one
+    node that has room, within an island of NVLink; if that is not enough, its layers are cut into groups as well,
+    unless their number is set. Unset: 1.
+    """
     pipeline_parallel_size: _builtins.int
-    """How many groups of layers there are, each on devices of its own."""
+    """How many groups of layers there are, each on devices of its own, all of them on one node."""
     max_context_tokens: _builtins.int
     """Longest prompt plus answer, in tokens."""
     kv_cache_bytes: _builtins.int

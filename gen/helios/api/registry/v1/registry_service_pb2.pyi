@@ -253,6 +253,8 @@ class ModelProfile(_message.Message):
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     LICENSE_FIELD_NUMBER: _builtins.int
+    TENSOR_PARALLEL_OPTIONS_FIELD_NUMBER: _builtins.int
+    PIPELINE_PARALLEL_OPTIONS_FIELD_NUMBER: _builtins.int
     architecture: _builtins.str
     """Model class, such as "LlamaForCausalLM"."""
     parameter_count: _builtins.int
@@ -275,6 +277,14 @@ class ModelProfile(_message.Message):
     """
     license: _builtins.str
     """Licence, as the model card (README.md) names it, such as "apache-2.0". Empty: it does not say."""
+    @_builtins.property
+    def tensor_parallel_options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Into how many ranks its layers can be split, ascending. Empty: it was ingested before that was asked."""
+
+    @_builtins.property
+    def pipeline_parallel_options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Into how many stages its layers can be cut, ascending. Empty: the same."""
+
     def __init__(
         self,
         *,
@@ -288,10 +298,12 @@ class ModelProfile(_message.Message):
         vocabulary_size: _builtins.int = ...,
         base_model: _builtins.str = ...,
         license: _builtins.str = ...,
+        tensor_parallel_options: _abc.Iterable[_builtins.int] | None = ...,
+        pipeline_parallel_options: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "base_model", b"base_model", "dtype", b"dtype", "kv_bytes_per_token", b"kv_bytes_per_token", "layer_count", b"layer_count", "license", b"license", "max_context_tokens", b"max_context_tokens", "parameter_count", b"parameter_count", "vocabulary_size", b"vocabulary_size", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "base_model", b"base_model", "dtype", b"dtype", "kv_bytes_per_token", b"kv_bytes_per_token", "layer_count", b"layer_count", "license", b"license", "max_context_tokens", b"max_context_tokens", "parameter_count", b"parameter_count", "pipeline_parallel_options", b"pipeline_parallel_options", "tensor_parallel_options", b"tensor_parallel_options", "vocabulary_size", b"vocabulary_size", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
