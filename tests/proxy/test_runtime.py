@@ -2,11 +2,16 @@
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from helios.mesh.errors import Unavailable
+from helios.mesh.tasks import task_scope
 from helios.mesh.xds.state import ExpressRoute
+from helios.proxy.express.lane import ExpressPolicy
 from helios.proxy.runtime import Runtime
 from helios.proxy.swap import SwapFailures
-from tests.proxy.support import core, hello
+from helios.proxy.traffic import RoutingPolicy
+from tests.proxy.support import core, hello, policy
 
 
 class NoEnvoys:
@@ -58,3 +63,28 @@ async def test_the_last_cordon_is_the_one_that_stays_written() -> None:
         assert not second.done()
         disk.go_on.set()
     assert disk.written == [{"v"}, {"v", "w"}]
+
+
+class DeafEnvoys(NoEnvoys):
+    """Takes no express lane up, however often it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.asked_again = asyncio.Event()
+
+    async def wait_express_acked(self, version: int, deadline: float) -> None:
+        self.asked += 1
+        if self.asked > 2:
+            self.asked_again.set()
+            await asyncio.Event().wait()
+        raise Unavailable("not in time", metadata={"version": str(version), "lagging": "edge"})
+
+
+async def test_an_express_lane_that_no_envoy_takes_up_ends_nothing() -> None:
+    envoys = DeafEnvoys()
+    # It may have had a lane before it was started again, which is to be withdrawn.
+    settings = replace(policy(), routing=RoutingPolicy(express=ExpressPolicy(1, 1.0)), resync_seconds=0.0)
+    runtime = Runtime(core(settings, known_workers=["w"]), publisher=envoys, memory=SlowDisk())
+    async with asyncio.timeout(20), task_scope() as group:
+        group.create_task(runtime.run())
+        await envoys.asked_again.wait()

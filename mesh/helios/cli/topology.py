@@ -104,7 +104,6 @@ def _proxies(state: StateDirectory, settings: Settings, count: int) -> Settings:
         name: settings["proxy"]
         | {
             "proxy_id": name,
-            "peers": {"lease": True},
             "state_directory": state.component(name),
             "control_listen": _control(state, name),
             "picker_listen": _picker(state, name),

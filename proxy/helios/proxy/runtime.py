@@ -439,7 +439,7 @@ class Runtime:
             try:
                 await self._publisher.wait_express_acked(version, time.monotonic() + _ACK_SECONDS)
             except Unavailable as error:
-                log.warning("express lane not acknowledged", version=version, error=error.message, **error.metadata)
+                log.warning("express lane not acknowledged", error=error.message, **error.metadata)
                 self._express_changed.set()
                 continue
             self.apply(self.core.express_acknowledged(lane_version, time.monotonic()))

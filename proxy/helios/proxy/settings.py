@@ -351,7 +351,10 @@ class ProxySettings(ProcessSettings):
                 self.routing.queue_count,
                 RetryPolicy(self.breaker.retry_ratio, self.breaker.retry_burst),
                 OutlierPolicy(self.breaker.outlier_ratio),
-                ExpressPolicy(self.routing.express_models, self.routing.express_per_second),
+                # Envoy has no stream for the lane where each of several proxies feeds it.
+                ExpressPolicy(
+                    0 if self.replica_cluster else self.routing.express_models, self.routing.express_per_second
+                ),
             ),
             requires_keys=self.admission.require_keys,
         )

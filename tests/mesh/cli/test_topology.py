@@ -81,7 +81,9 @@ def test_several_proxies_have_what_is_their_own_and_share_the_rest(tmp_path: Pat
     read = [load_settings(ProxySettings, list(specs[name].arguments[4:])) for name in ("proxy", "proxy-2", "proxy-3")]
     for name in ("proxy_id", "state_directory", "control_listen", "picker_listen", "replica_cluster"):
         assert len({getattr(proxy, name) for proxy in read}) == 3, name
-    assert {proxy.idle_timeout_seconds for proxy in read} == {7.0}
+    assert {(proxy.idle_timeout_seconds, proxy.peers.lease) for proxy in read} == {(7.0, True)}
+    # Envoy has no stream for the express lane where each proxy has one of its own.
+    assert {proxy.core_policy().routing.express.model_count for proxy in read} == {0}
     assert settings["worker"]["proxies"] == [proxy.control_listen for proxy in read]
     envoy = json.loads((tmp_path / "envoy" / "envoy.json").read_text())
     clusters = {cluster["name"] for cluster in envoy["staticResources"]["clusters"]}
