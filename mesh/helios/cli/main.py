@@ -112,7 +112,7 @@ def scaling_decisions(
     count: Annotated[int, typer.Option("--limit", "-n", help="At most this many.", min=1, max=1000)] = 20,
     is_json: JsonOption = False,
 ) -> None:
-    """List how many replicas the loads of models asked for, and why, the newest first."""
+    """List how many replicas models were to have, what asked for that, and why, the newest first."""
     run(workers.scaling(state_of(state_dir), console, model, count=count, is_json=is_json))
 
 

@@ -13,6 +13,8 @@ from helios.cli.models_add import models_add as models_add_command
 from helios.cli.models_durable import models_durable as models_durable_command
 from helios.cli.models_gc import CollectOptions
 from helios.cli.models_gc import models_gc as models_gc_command
+from helios.cli.models_policy import PolicyChange
+from helios.cli.models_policy import models_policy as models_policy_command
 from helios.cli.models_profile import profile as models_profile_command
 from helios.cli.models_push import models_push as models_push_command
 from helios.cli.models_set import models_set as models_set_command
@@ -211,6 +213,33 @@ def models_set(
     """Change how a model's engine is set; without options, show the settings and what can be set."""
     changes = (tuple(setting or ()), tuple(unset or ()))
     run(models_set_command(state_of(state_dir), console, name, *changes, is_json=is_json))
+
+
+@app.command("policy")
+def models_policy(  # noqa: PLR0913 - one for each option
+    name: Annotated[str, typer.Argument(help="Name or alias.")],
+    state_dir: StateOption,
+    *,
+    least: Annotated[int | None, typer.Option("--min", help="Replicas to keep without requests.", min=0)] = None,
+    most: Annotated[int | None, typer.Option("--max", help="Replicas at most; 0: what fits.", min=0)] = None,
+    idle: Annotated[str, typer.Option(help="How long unused replicas stay ready: 15m; 0: for ever; usual.")] = "",
+    asleep: Annotated[str, typer.Option(help="How long they sleep then, where they can; the same.")] = "",
+    staged: Annotated[str, typer.Option(help="How long weights stay in memory then; the same.")] = "",
+    window: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Times with other bounds, in place of those that there are: 'CRON; SPAN; min=N; max=N; zone=NAME',"
+            " such as '0 8 * * MON-FRI; 10h; min=2; zone=Europe/Berlin'. May be repeated; the last that is open counts."
+        ),
+    ] = None,
+    has_no_windows: Annotated[bool, typer.Option("--no-windows", help="Take all windows away.")] = False,
+    is_json: JsonOption = False,
+) -> None:
+    """Say how many replicas a model has and when, and how warm it is kept; without options, show what holds."""
+    if window and has_no_windows:
+        raise typer.BadParameter("--window and --no-windows contradict each other")
+    change = PolicyChange(least, most, idle, asleep, staged, tuple(window or ()), has_no_windows)
+    run(models_policy_command(state_of(state_dir), console, name, change, is_json=is_json))
 
 
 @app.command("durable")

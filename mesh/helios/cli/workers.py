@@ -1,4 +1,4 @@
-"""``helios workers``: who runs replicas, and taking one out of service; ``helios scaling``: what load asked for."""
+"""``helios workers``: who runs replicas, and taking one out of service; ``helios scaling``: what was decided."""
 
 import json
 from collections.abc import Iterable
@@ -77,7 +77,7 @@ async def change(state: StateDirectory, console: Console, worker_id: str, what: 
 
 
 async def scaling(state: StateDirectory, console: Console, model: str, *, count: int, is_json: bool) -> None:
-    """Prints what the loads of models asked for, the newest first."""
+    """Prints how many replicas models were to have, what asked for that, and why, the newest first."""
     async with open_admin(state) as dialer:
         request = pb.ListScalingDecisionsRequest(model=model, page_size=count)
         response = await dialer.stub(AdminServiceStub).ListScalingDecisions(request, timeout=_CALL_SECONDS)
@@ -85,16 +85,17 @@ async def scaling(state: StateDirectory, console: Console, model: str, *, count:
         console.print_json(json.dumps(_documents(response.decisions)))
         return
     if not response.decisions:
-        console.print("no model's load asked for more than one replica since the proxy started", style="dim")
+        console.print("nothing asked for other than one replica of a model since the proxy started", style="dim")
         return
     table = Table(box=None)
-    for title in ("TIME", "MODEL", "REPLICAS", "REASON"):
+    for title in ("TIME", "MODEL", "CAUSE", "REPLICAS", "REASON"):
         table.add_column(title, overflow="fold")
     for decision in response.decisions:
         at = decision.decided_at.ToDatetime(tzinfo=UTC).astimezone().strftime("%H:%M:%S")
         advice = " (advice only)" if decision.advice else ""
         asked = f"{decision.from_count} → {decision.to_count}{advice}"
-        table.add_row(at, decision.model, asked, decision.reason)
+        cause = pb.ScalingCause.Name(decision.cause).removeprefix("SCALING_CAUSE_").lower()
+        table.add_row(at, decision.model, cause, asked, decision.reason)
     console.print(table)
 
 

@@ -196,7 +196,7 @@ class AdminServicer(AdminServiceServicer):
     async def ListScalingDecisions(
         self, request: pb.ListScalingDecisionsRequest, context: Any
     ) -> pb.ListScalingDecisionsResponse:
-        """Lists what the loads of models asked for, the newest first."""
+        """Lists how many replicas models were to have, and why, the newest first."""
         entry = self._core.catalogue.find(request.model)
         name = entry.name if entry is not None else request.model
         found = [each for each in reversed(self._core.lifecycle.wants.decisions.kept) if not name or each.model == name]
@@ -210,6 +210,7 @@ class AdminServicer(AdminServiceServicer):
                     to_count=each.to_count,
                     reason=each.reason,
                     advice=each.is_advice,
+                    cause=pb.ScalingCause.ValueType(each.cause.value),
                 )
                 for each in found[: _page_size(request.page_size)]
             ]

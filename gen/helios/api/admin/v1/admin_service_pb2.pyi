@@ -23,6 +23,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ScalingCause:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ScalingCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ScalingCause.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SCALING_CAUSE_UNSPECIFIED: _ScalingCause.ValueType  # 0
+    """Not set: never sent."""
+    SCALING_CAUSE_LOAD: _ScalingCause.ValueType  # 1
+    """Requests that there are."""
+    SCALING_CAUSE_FORECAST: _ScalingCause.ValueType  # 2
+    """Requests that are expected."""
+    SCALING_CAUSE_SCHEDULE: _ScalingCause.ValueType  # 3
+    """A window of the model's policy."""
+    SCALING_CAUSE_COOLDOWN: _ScalingCause.ValueType  # 4
+    """Nobody used it for long enough."""
+
+class ScalingCause(_ScalingCause, metaclass=_ScalingCauseEnumTypeWrapper):
+    """ScalingCause is what a decision comes from."""
+
+SCALING_CAUSE_UNSPECIFIED: ScalingCause.ValueType  # 0
+"""Not set: never sent."""
+SCALING_CAUSE_LOAD: ScalingCause.ValueType  # 1
+"""Requests that there are."""
+SCALING_CAUSE_FORECAST: ScalingCause.ValueType  # 2
+"""Requests that are expected."""
+SCALING_CAUSE_SCHEDULE: ScalingCause.ValueType  # 3
+"""A window of the model's policy."""
+SCALING_CAUSE_COOLDOWN: ScalingCause.ValueType  # 4
+"""Nobody used it for long enough."""
+Global___ScalingCause: _TypeAlias = ScalingCause  # noqa: Y015
+
 class _BreakerState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -818,7 +850,7 @@ Global___ListScalingDecisionsResponse: _TypeAlias = ListScalingDecisionsResponse
 
 @_typing.final
 class ScalingDecision(_message.Message):
-    """ScalingDecision is a change of how many replicas a model's load asks for."""
+    """ScalingDecision is a change of how many replicas a model is to have, or of how warm it is kept."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -828,16 +860,19 @@ class ScalingDecision(_message.Message):
     TO_COUNT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     ADVICE_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's own name."""
     from_count: _builtins.int
-    """Replicas that its load asked for before."""
+    """Replicas that its cause asked for before."""
     to_count: _builtins.int
-    """Replicas that it asks for."""
+    """Replicas that it asks for; 0 where the decision is of something else."""
     reason: _builtins.str
     """Why, for people."""
     advice: _builtins.bool
-    """Nothing is done about it: scaling.mode is "advise"."""
+    """Nothing is done about it: scaling.mode, or usage.warm_pool, is "advise"."""
+    cause: Global___ScalingCause.ValueType
+    """What asked for it."""
     @_builtins.property
     def decided_at(self) -> _timestamp_pb2.Timestamp:
         """When."""
@@ -851,10 +886,11 @@ class ScalingDecision(_message.Message):
         to_count: _builtins.int = ...,
         reason: _builtins.str = ...,
         advice: _builtins.bool = ...,
+        cause: Global___ScalingCause.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decided_at", b"decided_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "decided_at", b"decided_at", "from_count", b"from_count", "model", b"model", "reason", b"reason", "to_count", b"to_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "cause", b"cause", "decided_at", b"decided_at", "from_count", b"from_count", "model", b"model", "reason", b"reason", "to_count", b"to_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

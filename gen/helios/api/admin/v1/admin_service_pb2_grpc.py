@@ -217,7 +217,8 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListScalingDecisions(self, request, context):
-        """ListScalingDecisions lists how many replicas the loads of models asked for, and why, the newest first. Idempotent.
+        """ListScalingDecisions lists how many replicas models were to have, what asked for that, and why, the newest first.
+        Idempotent.
         The proxy keeps the last thousand. Errors: INVALID_ARGUMENT (INVALID_REQUEST).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

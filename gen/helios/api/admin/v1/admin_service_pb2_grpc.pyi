@@ -62,7 +62,8 @@ class AdminServiceStub:
     where models that are in use are started. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND).
     """
     ListScalingDecisions: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListScalingDecisionsRequest, _admin_service_pb2.ListScalingDecisionsResponse]
-    """ListScalingDecisions lists how many replicas the loads of models asked for, and why, the newest first. Idempotent.
+    """ListScalingDecisions lists how many replicas models were to have, what asked for that, and why, the newest first.
+    Idempotent.
     The proxy keeps the last thousand. Errors: INVALID_ARGUMENT (INVALID_REQUEST).
     """
     ListReplicas: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListReplicasRequest, _admin_service_pb2.ListReplicasResponse]
@@ -207,7 +208,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ListScalingDecisionsRequest,
         context: _aio.ServicerContext[_admin_service_pb2.ListScalingDecisionsRequest, _abc.Awaitable[_admin_service_pb2.ListScalingDecisionsResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.ListScalingDecisionsResponse]:
-        """ListScalingDecisions lists how many replicas the loads of models asked for, and why, the newest first. Idempotent.
+        """ListScalingDecisions lists how many replicas models were to have, what asked for that, and why, the newest first.
+        Idempotent.
         The proxy keeps the last thousand. Errors: INVALID_ARGUMENT (INVALID_REQUEST).
         """
 
