@@ -8,7 +8,7 @@ REQUESTS = Counter(names.RELAY_REQUESTS_TOTAL, "Durable requests that came")
 STREAMS = Gauge(names.RELAY_STREAMS, "Durable requests under way")
 MOVES = Counter(
     names.RELAY_MOVES_TOTAL,
-    "Answers whose replica broke off or drains, by that, and by what became of them: moved, stayed (it goes on for as "
-    "long as its replica does), lost",
+    "Answers whose replica broke off or drains, by that, and by what became of them: moved, stayed (its replica "
+    "ended it), lost",
     ("cause", "outcome"),
 )

@@ -5,6 +5,7 @@ left (make before break). One that finds no other keeps the answer for as long a
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ _NOT_PASSED: Final = frozenset({names.ENDPOINT_HEADER, names.BODY_BYTES_HEADER})
 # What says that a replica is gone, where others are of one that is there and refuses.
 _LOST: Final = frozenset({"UNAVAILABLE", "REPLICA_LOST"})
 _EVENTS: Final = "text/event-stream"
+# Between two looks for a replica to move to, while the own one drains: a start takes as long at least.
+_LOOK_SECONDS: Final = 0.5
 # A stream may be long, and has keepalive on its connection: this only bounds what nobody foresaw.
 _LONGEST_SECONDS: Final = 24 * 3600.0
 
@@ -122,11 +125,13 @@ class Session:
         """
         async with self._around.replicas.lend(endpoint) as dialer, task_scope() as group:
             stub = dialer.stub(continuation_service_pb2_grpc.ContinuationServiceStub)
+            is_leaving = False
             call = stub.Answer(self._order(), metadata=self._passed(), timeout=self._remaining(_LONGEST_SECONDS))
             try:
                 async for response in call:
                     await self._pass_on(response)
                     if response.is_leaving:
+                        is_leaving = True
                         group.create_task(self._leave(call, endpoint), name="find another replica")
             except grpc.aio.AioRpcError as error:
                 raise error_from_rpc(error) from error
@@ -139,6 +144,8 @@ class Session:
                 call.cancel()
             if not self._journal.is_finished:
                 raise ReplicaLost("the replica ended an answer before its end")
+            if is_leaving:
+                metrics.MOVES.labels("draining", "stayed").inc()
 
     async def _pass_on(self, response: pb.AnswerResponse) -> None:
         for message in response.messages:
@@ -151,19 +158,19 @@ class Session:
         journal.is_finished = response.is_finished
 
     async def _leave(self, call: Any, endpoint: str) -> None:
-        """Looks for another replica while this one, which drains, goes on; leaves it when there is one."""
-        if not self._journal.has_progress:
-            # What has not begun, or is not streamed, this one may finish.
-            return
-        try:
-            # The proxy may hear of the drain a moment later.
-            endpoints = await self._pick(failed=endpoint)
-        except HeliosError as error:
-            metrics.MOVES.labels("draining", "stayed").inc()
-            log.info("no other replica", request=self._request_id, endpoint=endpoint, reason=error.reason)
-            return
-        self._endpoints = endpoints
-        call.cancel()
+        """Looks for another replica while this one, which drains, goes on; leaves it when there is one.
+
+        None is started for it: this one may as well end its answers, and where it may not, models in use are started
+        elsewhere without being asked.
+        """
+        while True:
+            # What has not begun, or is not streamed, this one may finish. And the proxy may hear of the drain later.
+            if self._journal.has_progress:
+                with contextlib.suppress(HeliosError):
+                    self._endpoints = await self._pick(failed=endpoint, is_there_only=True)
+                    call.cancel()
+                    return
+            await asyncio.sleep(_LOOK_SECONDS)
 
     async def _replacement(self, error: HeliosError, *, failed: str) -> list[str]:
         try:
@@ -178,7 +185,7 @@ class Session:
                 retry_after_seconds=refusal.retry_after_seconds or 1.0,
             ) from refusal
 
-    async def _pick(self, *, failed: str) -> list[str]:
+    async def _pick(self, *, failed: str, is_there_only: bool = False) -> list[str]:
         """Asks the proxies, one after the other, for replicas. Raises HeliosErrors."""
         request = fleet_pb.PickReplicaRequest(
             request_id=self._request_id,
@@ -186,6 +193,7 @@ class Session:
             revision=self._metadata[names.ROUTE_REVISION_HEADER],
             failed_endpoints=[failed] if failed else [],
             body_bytes=len(self._request),
+            is_there_only=is_there_only,
         )
         deadline = time.monotonic() + self._remaining(self._around.replace_seconds)
         refusal: HeliosError = ReplicaLost("no proxy answers")

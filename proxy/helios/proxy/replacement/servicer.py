@@ -35,12 +35,22 @@ class ReplacementServicer(replacement_service_pb2_grpc.ReplacementServiceService
         now = time.monotonic()
         entry = await find_model(self._runtime, self._models, request.model)
         entry = self._of_revision(entry, request.revision)
-        self._give_up(entry, frozenset(request.failed_endpoints), now)
+        failed = frozenset(request.failed_endpoints)
+        if not request.is_there_only:
+            self._give_up(entry, failed, now)
         adapter = request.model if request.model in entry.adapters else ""
         pick = self._core.pick(entry, request.request_id, now, adapter)
-        if pick is None:
+        if pick is None and not request.is_there_only:
             pick = await self._wait(entry, request, context, now)
-        return pb.PickReplicaResponse(endpoints=[choice.address for choice in pick.choices])
+        endpoints = [choice.address for choice in pick.choices] if pick is not None else []
+        if request.is_there_only:
+            # A replica that drains is not given up: the news of its drain is on its way.
+            endpoints = [endpoint for endpoint in endpoints if endpoint not in failed]
+        if not endpoints:
+            raise NoReadyReplica(
+                f"no other replica of '{shown(entry.name)}' takes requests now", retry_after_seconds=_RETRY_SECONDS
+            )
+        return pb.PickReplicaResponse(endpoints=endpoints)
 
     async def _wait(self, entry: ModelEntry, request: pb.PickReplicaRequest, context: Any, now: float) -> Pick:
         remaining: float | None = context.time_remaining()

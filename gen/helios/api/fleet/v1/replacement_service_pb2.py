@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-helios/api/fleet/v1/replacement_service.proto\x12\x13helios.api.fleet.v1\"\xaf\x01\n\x12PickReplicaRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\tR\trequestId\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12)\n\x10\x66\x61iled_endpoints\x18\x04 \x03(\tR\x0f\x66\x61iledEndpoints\x12\x1d\n\nbody_bytes\x18\x05 \x01(\x04R\tbodyBytes\"3\n\x13PickReplicaResponse\x12\x1c\n\tendpoints\x18\x01 \x03(\tR\tendpoints2v\n\x12ReplacementService\x12`\n\x0bPickReplica\x12\'.helios.api.fleet.v1.PickReplicaRequest\x1a(.helios.api.fleet.v1.PickReplicaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-helios/api/fleet/v1/replacement_service.proto\x12\x13helios.api.fleet.v1\"\xd3\x01\n\x12PickReplicaRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\tR\trequestId\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12)\n\x10\x66\x61iled_endpoints\x18\x04 \x03(\tR\x0f\x66\x61iledEndpoints\x12\x1d\n\nbody_bytes\x18\x05 \x01(\x04R\tbodyBytes\x12\"\n\ris_there_only\x18\x06 \x01(\x08R\x0bisThereOnly\"3\n\x13PickReplicaResponse\x12\x1c\n\tendpoints\x18\x01 \x03(\tR\tendpoints2v\n\x12ReplacementService\x12`\n\x0bPickReplica\x12\'.helios.api.fleet.v1.PickReplicaRequest\x1a(.helios.api.fleet.v1.PickReplicaResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,9 +32,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'helios.api.fleet.v1.replace
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PICKREPLICAREQUEST']._serialized_start=71
-  _globals['_PICKREPLICAREQUEST']._serialized_end=246
-  _globals['_PICKREPLICARESPONSE']._serialized_start=248
-  _globals['_PICKREPLICARESPONSE']._serialized_end=299
-  _globals['_REPLACEMENTSERVICE']._serialized_start=301
-  _globals['_REPLACEMENTSERVICE']._serialized_end=419
+  _globals['_PICKREPLICAREQUEST']._serialized_end=282
+  _globals['_PICKREPLICARESPONSE']._serialized_start=284
+  _globals['_PICKREPLICARESPONSE']._serialized_end=335
+  _globals['_REPLACEMENTSERVICE']._serialized_start=337
+  _globals['_REPLACEMENTSERVICE']._serialized_end=455
 # @@protoc_insertion_point(module_scope)

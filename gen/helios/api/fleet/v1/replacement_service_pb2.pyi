@@ -29,6 +29,7 @@ class PickReplicaRequest(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     FAILED_ENDPOINTS_FIELD_NUMBER: _builtins.int
     BODY_BYTES_FIELD_NUMBER: _builtins.int
+    IS_THERE_ONLY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's x-request-id."""
     model: _builtins.str
@@ -37,6 +38,10 @@ class PickReplicaRequest(_message.Message):
     """Digest of the revision that began the answer: another one would go on with another answer."""
     body_bytes: _builtins.int
     """Size of the request."""
+    is_there_only: _builtins.bool
+    """Only a replica that takes the request now: nothing is waited for or started. For answers whose own replica drains
+    and goes on meanwhile. Without one: UNAVAILABLE (NO_READY_REPLICA).
+    """
     @_builtins.property
     def failed_endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Addresses (`ip:port`) whose replicas broke the answer off; they are not picked until they prove well."""
@@ -49,10 +54,11 @@ class PickReplicaRequest(_message.Message):
         revision: _builtins.str = ...,
         failed_endpoints: _abc.Iterable[_builtins.str] | None = ...,
         body_bytes: _builtins.int = ...,
+        is_there_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body_bytes", b"body_bytes", "failed_endpoints", b"failed_endpoints", "model", b"model", "request_id", b"request_id", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body_bytes", b"body_bytes", "failed_endpoints", b"failed_endpoints", "is_there_only", b"is_there_only", "model", b"model", "request_id", b"request_id", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

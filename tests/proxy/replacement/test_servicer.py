@@ -1,0 +1,100 @@
+"""Where an answer goes on: among replicas of the revision that began it, never the one that broke it off."""
+
+import asyncio
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from helios.api.fleet.v1 import replacement_service_pb2 as pb
+from helios.mesh.errors import ModelNotFound, NoReadyReplica
+from helios.proxy.catalog.session import NoRegistry
+from helios.proxy.catalogue import ModelEntry
+from helios.proxy.core import Core
+from helios.proxy.replacement.servicer import ReplacementServicer
+from helios.proxy.runtime import Runtime
+from tests.proxy.support import core, entry, hello, replica
+from tests.proxy.test_runtime import NoEnvoys, SlowDisk
+
+FIRST, SECOND = "127.0.0.1:1001", "127.0.0.1:1002"
+
+
+class Context:
+    def time_remaining(self) -> float:
+        return 20.0
+
+
+def with_replicas(model: ModelEntry, *addresses: str) -> Core:
+    """A proxy that believes in a replica at each address."""
+    subject = core()
+    now = time.monotonic()
+    replicas = [
+        replica(f"r{number}", model=model.name, revision=model.revision, address=address)
+        for number, address in enumerate(addresses)
+    ]
+    subject.models_replaced([model], now, is_synced=True)
+    subject.worker_hello(hello(replicas=tuple(replicas)), now)
+    subject.endpoints_acknowledged(frozenset(addresses), now)
+    return subject
+
+
+async def pick(subject: Core, **fields: Any) -> list[str]:
+    runtime = Runtime(subject, publisher=NoEnvoys(), memory=SlowDisk())
+    servicer = ReplacementServicer(runtime, NoRegistry(), hold_limit_seconds=20.0)
+    request = pb.PickReplicaRequest(**({"request_id": "q", "model": "m", "revision": entry("m").revision} | fields))
+    return list((await servicer.PickReplica(request, Context())).endpoints)
+
+
+async def test_the_replica_that_broke_off_is_given_up() -> None:
+    subject = with_replicas(entry("m"), FIRST, SECOND)
+    assert await pick(subject, failed_endpoints=[FIRST]) == [SECOND]
+    # For others, too, until it proves well.
+    chosen = subject.pick(entry("m"), "other", time.monotonic())
+    assert chosen is not None
+    assert chosen.endpoints == SECOND
+
+
+async def test_a_replica_that_drains_is_left_but_not_given_up() -> None:
+    subject = with_replicas(entry("m"), FIRST, SECOND)
+    for _ in range(4):
+        assert await pick(subject, failed_endpoints=[FIRST], is_there_only=True) == [SECOND]
+    chosen = subject.pick(entry("m"), "other", time.monotonic())
+    assert chosen is not None
+    assert set(chosen.endpoints.split(",")) == {FIRST, SECOND}
+
+
+async def test_for_one_that_drains_nobody_waits_and_nothing_is_started() -> None:
+    subject = with_replicas(entry("m"), FIRST)
+    with pytest.raises(NoReadyReplica):
+        await pick(subject, failed_endpoints=[FIRST], is_there_only=True)
+    assert not subject.holds.count("m")
+
+
+async def test_where_there_is_no_other_the_answer_waits_for_one() -> None:
+    subject = with_replicas(entry("m"), FIRST)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        waiting = group.create_task(pick(subject, failed_endpoints=[FIRST]))
+        while not subject.holds.count("m"):
+            await asyncio.sleep(0)
+        waiting.cancel()
+    assert not subject.holds.count("m"), "who leaves is waited for no longer"
+
+
+async def test_another_revision_would_go_on_with_another_answer() -> None:
+    subject = with_replicas(entry("m"), FIRST, SECOND)
+    with pytest.raises(NoReadyReplica) as caught:
+        await pick(subject, revision="sha256:" + "9" * 64)
+    assert caught.value.reason == "REVISION_GONE"
+    with pytest.raises(ModelNotFound):
+        await pick(subject, model="nobody")
+
+
+async def test_a_canary_goes_on_as_a_canary() -> None:
+    served = entry("m")
+    tried = replace(served, name="m@999999999999", revision="sha256:" + "9" * 64, aliases=())
+    subject = with_replicas(tried, SECOND)
+    subject.models_replaced(
+        [replace(served, canary=tried.name, canary_percent=10), tried], time.monotonic(), is_synced=True
+    )
+    assert await pick(subject, revision=tried.revision) == [SECOND]
