@@ -26,13 +26,19 @@ from helios.registry.profiles.fits import (
 from helios.registry.profiles.measure import Measure
 from helios.registry.profiles.planner import Plan, Planner
 from helios.registry.profiles.shape import Layout, Shape, layout_of, shape_of
+from helios.registry.profiles.splits import Splits, known_classes
 from helios.registry.safetensors_header import SafetensorsHeader, Tensor
+from helios.registry.sources.architectures import known_architectures
 from helios.registry.sources.conversion import environment_of
 from tests.registry import tiny
 from tests.registry.support import Mesh, Parts, serve
 from tests.registry.test_ingest import write_adapter
+from tests.worker.engines import splits
 
 GIB = 1 << 30
+ROOT = Path(__file__).parents[2]
+# 640 GB, of which no 16 ranks are needed at most.
+BIG = Layout(blocks=(8 * GIB,) * 32, embedding_bytes=GIB, head_bytes=GIB, other_bytes=0, by_dtype=())
 BASE: dict[str, Any] = {
     "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "dtype": "bfloat16"
 }  # fmt: skip
@@ -97,7 +103,9 @@ print("FOUND", json.dumps(found))
 
 
 def profile_of(config: Mapping[str, Any]) -> ModelProfile:
-    return ModelProfile("X", 1, 1, "bfloat16", 4, 4096, config["num_hidden_layers"], config["vocab_size"])
+    return ModelProfile(
+        config["architectures"][0], 1, 1, "bfloat16", 4, 4096, config["num_hidden_layers"], config["vocab_size"]
+    )
 
 
 def shape(name: str) -> Shape:
@@ -188,6 +196,50 @@ def test_stages_carry_what_is_theirs() -> None:
     assert rank_bytes(layout, 1, 2) == 39
     assert rank_bytes(layout, 2, 2) == 20
     assert pipeline_parallel_options(Shape(4, 4, 5, 64, 8)) == (1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "has_ranks", "has_stages"),
+    [
+        ("LlamaForCausalLM", True, True),
+        ("MixtralForCausalLM", True, True),
+        # Of its own, and without SupportsPP.
+        ("BertModel", True, False),
+        ("WhisperForConditionalGeneration", True, False),
+        # Converted from a class that has it.
+        ("Qwen2ForSequenceClassification", True, True),
+        ("Nobody knows it", True, False),
+    ],
+)
+def test_a_model_is_split_as_its_class_can_be(architecture: str, *, has_ranks: bool, has_stages: bool) -> None:
+    config = CONFIGS["grouped"] | {"architectures": [architecture]}
+    found = shape_of(config, profile_of(config))
+    assert (len(tensor_parallel_options(found)) > 1) == has_ranks
+    assert pipeline_parallel_options(found) == ((1, 2, 4, 8, 16) if has_stages else (1,))
+    fits = fits_of(found, BIG, kv_bytes_per_token=1 << 17, max_context_tokens=8192)
+    assert has_stages or {fit.pipeline_parallel for fit in fits} == {1}
+
+
+def test_layers_without_a_plan_for_ranks_stay_whole() -> None:
+    whole = Shape(8, 8, 8, 6400, 64, splits=Splits(has_ranks=False, has_stages=True))
+    assert tensor_parallel_options(whole) == (1,)
+    assert pipeline_parallel_options(whole) == (1, 2, 4, 8)
+
+
+def test_every_class_that_is_taken_is_in_the_table_of_splits() -> None:
+    """Where this fails after an upgrade: `python -m tests.worker.engines.splits` writes the table anew."""
+    assert known_classes() == known_architectures()
+
+
+@pytest.mark.soak
+def test_the_table_of_splits_is_the_engines() -> None:
+    code = "from tests.worker.engines import splits; print('\\n'.join(splits.lines()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    written = [line for line in splits.FILE.read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in done.stdout.splitlines() if line in set(written)] == written
 
 
 def test_a_latent_cache_is_whole_on_every_rank() -> None:

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import torch
+from vllm.config import ModelConfig
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -19,7 +20,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from helios.worker.engines.vllm import compat_adapters, compat_config, compat_pooling
 from helios.worker.engines.vllm.ranks import rank_cores
-from tests.worker.engines import architectures
+from tests.worker.engines import architectures, splits
 from tests.worker.engines.contracts import contract, parameters
 
 
@@ -51,6 +52,16 @@ def the_registrys_list_of_architectures_is_the_engines() -> None:
     own = architectures.own_architectures()
     assert own - listed == set()
     assert listed - own <= architectures.transformers_names()
+
+
+@contract
+def classes_can_be_split_as_the_registrys_table_says() -> None:
+    """Some of each kind; `make soak` asks all. `python -m tests.worker.engines.splits` writes the table anew."""
+    rows = [line.split() for line in splits.FILE.read_text().splitlines() if not line.startswith("#")]
+    table = {name: set(words) for name, *words in rows}
+    for name in ("LlamaForCausalLM", "MixtralForCausalLM", "GPT2LMHeadModel", "BertModel", "Mamba2ForCausalLM"):
+        assert splits.own_splits(name) == table[name], name
+    assert "is_pp_supported_model(" in inspect.getsource(ModelConfig.verify_with_parallel_config)
 
 
 @contract

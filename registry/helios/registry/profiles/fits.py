@@ -1,9 +1,9 @@
 """How a model can be split, and on which devices it fits then. Pure.
 
-The rules are vLLM's, which a contract test holds them to. Tensor parallelism splits heads, the feed-forward layers and
-the padded vocabulary, each into equal parts; heads of keys and values either evenly, or each is kept by several ranks.
-Pipeline parallelism gives each stage a run of layers. Source: vLLM 0.32, ModelConfig.verify_with_parallel_config,
-QKVParallelLinear, VocabParallelEmbedding, distributed.utils.get_pp_indices.
+The rules are vLLM's, of a model's shape and of its class (`splits`); contract tests hold them to it. Tensor parallelism
+splits heads, the feed-forward layers and the padded vocabulary, each into equal parts; heads of keys and values either
+evenly, or each is kept by several ranks. Pipeline parallelism gives each stage a run of layers. Source: vLLM 0.32,
+ModelConfig.verify_with_parallel_config, QKVParallelLinear, VocabParallelEmbedding, distributed.utils.get_pp_indices.
 """
 
 from dataclasses import dataclass
@@ -67,11 +67,15 @@ def tensor_parallel_options(shape: Shape) -> tuple[int, ...]:
             return False
         return shape.is_latent or not kv_heads % ranks or not ranks % kv_heads
 
+    if not shape.splits.has_ranks:
+        return (1,)
     return (1, *(ranks for ranks in range(2, MAX_TENSOR_PARALLEL + 1) if is_possible(ranks)))
 
 
 def pipeline_parallel_options(shape: Shape) -> tuple[int, ...]:
-    """Returns into how many stages the layers can be cut; a stage has one at least."""
+    """Returns into how many stages the layers can be cut; a stage has one at least, and not every class has stages."""
+    if not shape.splits.has_stages:
+        return (1,)
     return tuple(stages for stages in _STAGES if stages <= max(1, shape.layer_count))
 
 

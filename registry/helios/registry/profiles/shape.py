@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from helios.registry.profile import ModelProfile
+from helios.registry.profiles.splits import ANY_SPLIT, Splits, splits_of
 from helios.registry.safetensors_header import SafetensorsHeader
 
 # The names that libraries give to a stack of layers; the number is the layer's.
@@ -24,6 +25,7 @@ class Shape:
     Attributes:
         kv_head_count: Heads of keys and values; with a latent cache (MLA) 1, which every rank keeps whole.
         expert_width: Width of an expert's feed-forward layer; 0 without experts.
+        splits: What the engine's class can do.
     """
 
     head_count: int
@@ -34,6 +36,7 @@ class Shape:
     expert_count: int = 0
     expert_width: int = 0
     is_latent: bool = False
+    splits: Splits = ANY_SPLIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ def shape_of(config: Mapping[str, Any], profile: ModelProfile) -> Shape:
         expert_count=experts,
         expert_width=expert_width if experts else 0,
         is_latent=is_latent,
+        splits=splits_of(profile.architecture),
     )
 
 
