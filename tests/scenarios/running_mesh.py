@@ -54,10 +54,11 @@ class Answer:
 class RunningMesh:
     """A mesh on a state directory of its own and ports of its own, beside whatever else runs on the machine."""
 
-    def __init__(self, state: Path, settings: Iterable[str] = ()) -> None:
+    def __init__(self, state: Path, settings: Iterable[str] = (), *, options: Iterable[str] = ()) -> None:
         self.state = state
         self.port, self.admin_port = free_port(), free_port()
         self._settings = tuple(settings)
+        self._options = tuple(options)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -84,6 +85,7 @@ class RunningMesh:
         """Runs ``helios up`` and returns when it says that it is ready."""
         command = [HELIOS, "up", "--state-dir", str(self.state), "--port", str(self.port)]
         command += ["--admin-port", str(self.admin_port), *(f"--set={setting}" for setting in self._settings)]
+        command += self._options
         self.console.parent.mkdir(parents=True, exist_ok=True)
         with self.console.open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

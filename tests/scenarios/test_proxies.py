@@ -1,0 +1,250 @@
+"""Two proxies: the one that leads is killed, the other one is, the registry goes away. No request is lost by it, and
+nothing is started twice.
+
+A mesh of its own whose engine only takes time. What a replica does for its clients never passes a proxy, so streams go
+on whatever becomes of proxies; requests that a killed proxy held move to the other one.
+"""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.registry.tiny import write_model
+from tests.scenarios.running_mesh import RunningMesh
+
+pytestmark = pytest.mark.timeout(600)
+
+MODEL = "first"
+PROXIES = ("proxy", "proxy-2")
+# Long enough that a proxy can be killed while requests wait for it, on a machine however quick.
+START_SECONDS = 3
+WAIT_SECONDS = 90
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningMesh]:
+    """Two proxies, and a model of the simulated engine at zero replicas."""
+    settings = ["worker.replica.engine=simulated", "proxy.idle_timeout_seconds=600"]
+    options = ("--proxies", "2", "--model", "")
+    mesh = RunningMesh(Path(tmp_path_factory.mktemp("pair")) / "state", settings, options=options)
+    mesh.start()
+    try:
+        add(mesh, MODEL, write_model(tmp_path_factory.mktemp("weights") / "tiny"))
+        yield mesh
+    finally:
+        status = mesh.stop()
+    assert status == 0
+
+
+def add(mesh: RunningMesh, name: str, directory: Path) -> None:
+    options = {"start_seconds": str(START_SECONDS), "decode_seconds_per_token": "0.02"}
+    document = {
+        "name": name,
+        "source": str(directory),
+        "engine_settings": {"engine": "simulated", "options": options},
+    }
+    answer = mesh.request("/admin/v1/models:ingest", json.dumps(document).encode(), is_admin=True)
+    assert answer.status == 200, answer.body
+    assert '"done"' in answer.body.decode(), answer.body
+
+
+def lease(mesh: RunningMesh) -> tuple[str, int]:
+    """Returns who leads by the registry's word, and by which epoch; nobody: empty."""
+    answer = mesh.request("/admin/v1/leases", is_admin=True)
+    assert answer.status == 200, answer.body
+    leases: list[dict[str, str]] = answer.json.get("leases", [])
+    found = next((lease for lease in leases if lease["name"] == "proxy-leader"), {})
+    return found.get("holder", ""), int(found.get("epoch", 0))
+
+
+def leader(mesh: RunningMesh) -> str:
+    """Waits until a proxy leads; returns the name of its process."""
+    mesh.wait(lambda: lease(mesh)[0] in PROXIES, WAIT_SECONDS, "a proxy leads")
+    return lease(mesh)[0]
+
+
+def other(name: str) -> str:
+    return next(proxy for proxy in PROXIES if proxy != name)
+
+
+def accepted_starts(mesh: RunningMesh) -> int:
+    """Returns how many starts the worker has accepted since it runs."""
+    return measure(mesh, "worker", r'helios_worker_commands_total\{command="start",outcome="accepted"\}')
+
+
+def measure(mesh: RunningMesh, process: str, pattern: str) -> int:
+    """Returns a number from the metrics of a process; 0 where there is none."""
+    address = mesh.process(process)["ops_address"]
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as response:
+        text = response.read().decode()
+    found = re.search(rf"^{pattern} (\d+)", text, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def kill(mesh: RunningMesh, name: str) -> int:
+    pid = mesh.pid_of(name)
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def is_back(mesh: RunningMesh, name: str, old_pid: int) -> bool:
+    process = mesh.process(name)
+    return bool(process["state"] == "ready" and process["pid"] != old_pid)
+
+
+def held(mesh: RunningMesh) -> dict[str, int]:
+    """Returns how many requests each proxy holds, by its own word."""
+    return {name: measure(mesh, name, "helios_holds") for name in PROXIES}
+
+
+async def ask(mesh: RunningMesh, outcomes: Counter[str], *, is_streamed: bool = False, max_tokens: int = 8) -> None:
+    """Sends one request on a connection of its own and notes how it ended."""
+    body = {"model": MODEL, "prompt": "ab cd", "max_tokens": max_tokens, "ignore_eos": True, "stream": is_streamed}
+    try:
+        async with httpx.AsyncClient(base_url=f"http://{mesh.edge}", timeout=180, trust_env=False) as client:
+            answer = await client.post("/v1/completions", json=body)
+    except httpx.HTTPError as error:
+        outcomes[f"{type(error).__name__}: {error}"] += 1
+        return
+    is_whole = answer.status_code == 200 and ("[DONE]" if is_streamed else '"total_tokens"') in answer.text
+    outcomes["answered" if is_whole else f"{answer.status_code}: {answer.text[-300:]}"] += 1
+
+
+@asynccontextmanager
+async def asking(mesh: RunningMesh, outcomes: Counter[str], count: int) -> AsyncIterator[None]:
+    """Sends requests; all have ended when the block does."""
+    async with asyncio.TaskGroup() as group:
+        for number in range(count):
+            group.create_task(ask(mesh, outcomes, is_streamed=number % 2 == 1))
+        yield
+
+
+async def until(condition: Any, what: str) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < deadline, what
+        await asyncio.sleep(0.05)
+
+
+async def go_cold(mesh: RunningMesh) -> None:
+    """Brings the model to zero replicas and waits until they are gone."""
+    result = await asyncio.to_thread(mesh.helios, "scale", MODEL, "0")
+    assert result.returncode == 0, result.stdout + result.stderr
+    await until(lambda: not mesh.replicas(), "no replica is left")
+
+
+async def test_the_leader_is_killed_while_requests_wait(pair: RunningMesh) -> None:
+    leads = await asyncio.to_thread(leader, pair)
+    _, epoch = lease(pair)
+    seen, before = Counter[str](), accepted_starts(pair)
+    async with asking(pair, seen, 16):
+        await until(lambda: sum(held(pair).values()) == 16, "all requests wait")
+        assert held(pair)[leads] > 0, "some of them at the one that is killed"
+        pid = kill(pair, leads)
+    assert seen == {"answered": 16}, seen
+    await until(lambda: lease(pair)[0] in PROXIES and lease(pair)[1] > epoch, "a proxy leads, by another epoch")
+    assert accepted_starts(pair) - before == 1
+    await until(lambda: is_back(pair, leads, pid), f"{leads} is back")
+
+
+@pytest.mark.soak
+async def test_a_follower_is_killed_while_requests_wait(pair: RunningMesh) -> None:
+    follows, seen = other(await asyncio.to_thread(leader, pair)), Counter[str]()
+    await go_cold(pair)
+    before, led_before = accepted_starts(pair), lease(pair)
+    async with asking(pair, seen, 16):
+        await until(lambda: sum(held(pair).values()) == 16, "all requests wait")
+        assert held(pair)[follows] > 0
+        pid = kill(pair, follows)
+    assert seen == {"answered": 16}, seen
+    assert accepted_starts(pair) - before == 1
+    assert lease(pair) == led_before
+    await until(lambda: is_back(pair, follows, pid), f"{follows} is back")
+
+
+@pytest.mark.soak
+async def test_streams_go_on_whichever_proxy_dies(pair: RunningMesh) -> None:
+    await asyncio.to_thread(leader, pair)
+    seen = Counter[str]()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(4):
+            group.create_task(ask(pair, seen, is_streamed=True, max_tokens=800))
+        await until(lambda: sum(int(r.get("load", {}).get("running_requests", 0)) for r in pair.replicas()) == 4, "run")
+        for name in PROXIES:
+            pid = kill(pair, name)
+            await until(lambda name=name, pid=pid: is_back(pair, name, pid), f"{name} is back")
+        assert not seen, "the streams were over too early"
+    assert seen == {"answered": 4}, seen
+
+
+@pytest.mark.soak
+async def test_a_leader_that_hangs_is_replaced_and_starts_nothing_when_it_wakes(pair: RunningMesh) -> None:
+    leads = await asyncio.to_thread(leader, pair)
+    await go_cold(pair)
+    _, epoch = lease(pair)
+    seen, before, pid = Counter[str](), accepted_starts(pair), pair.pid_of(leads)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        async with asking(pair, seen, 8):
+            pass
+        assert seen == {"answered": 8}, seen
+        await until(lambda: lease(pair)[0] == other(leads), "the other one leads")
+        assert lease(pair)[1] > epoch
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    await until(lambda: held(pair) == dict.fromkeys(PROXIES, 0), "it speaks again, and holds nothing")
+    async with asking(pair, seen, 8):
+        pass
+    assert seen == {"answered": 16}, seen
+    assert accepted_starts(pair) - before == 1
+
+
+@pytest.mark.soak
+async def test_the_leader_goes_on_while_the_registry_is_away(pair: RunningMesh) -> None:
+    leads = await asyncio.to_thread(leader, pair)
+    await go_cold(pair)
+    seen, before, pid = Counter[str](), accepted_starts(pair), pair.pid_of("registry")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        # Far beyond what a lease lasts.
+        await asyncio.sleep(15)
+        async with asking(pair, seen, 8):
+            pass
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert seen == {"answered": 8}, seen
+    assert accepted_starts(pair) - before == 1
+    assert await asyncio.to_thread(leader, pair) in (leads, other(leads))
+
+
+async def test_a_cordon_made_at_either_proxy_counts_for_both(pair: RunningMesh) -> None:
+    # One that was just started has yet to hear from the worker.
+    await until(lambda: all(len(look) == 1 for look in looks(pair)), "all proxies know the worker")
+    worker_id = looks(pair)[0][0]["worker_id"]
+    for is_cordoned in (True, False):
+        verb = "cordon" if is_cordoned else "uncordon"
+        answer = pair.request(f"/admin/v1/workers/{worker_id}:{verb}", b"{}", is_admin=True)
+        assert answer.status == 200, answer.body
+        await until(lambda expected=is_cordoned: all_say(pair, cordoned=expected), "all proxies know of it")
+
+
+def looks(mesh: RunningMesh) -> list[list[dict[str, Any]]]:
+    """Returns the workers as several calls in a row tell them, which Envoy spreads over the proxies."""
+    return [json.loads(mesh.request("/admin/v1/workers", is_admin=True).body)["workers"] for _ in range(6)]
+
+
+def all_say(mesh: RunningMesh, *, cordoned: bool) -> bool:
+    """Whether all proxies say of the worker that it is cordoned, or that it is not."""
+    return all(entry.get("cordoned", False) is cordoned for look in looks(mesh) for entry in look)
