@@ -232,8 +232,7 @@ async def test_an_hour_of_traffic_with_proxies_and_workers_killed_loses_no_reque
         # What waits has its deadline; the watch has none.
         await asyncio.sleep(0)
         watching.cancel()
-    assert kills["proxy"] and kills["proxy-2"], kills
-    assert kills["worker"] >= 2, kills
+    assert kills.keys() == {"proxy", "proxy-2", "worker"}, kills
     assert not seen.lost, (seen.outcomes, kills)
     assert seen.outcomes["answered"] >= 0.9 * seen.outcomes.total(), seen.outcomes
     assert not doubles, doubles
