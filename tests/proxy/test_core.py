@@ -324,6 +324,27 @@ def test_a_busy_replica_is_waited_for_where_it_may_give_way_and_said_to_be_in_th
     assert failed.error.reason == "NO_CAPACITY"
 
 
+def test_a_start_goes_on_when_who_asked_for_it_has_left_and_ends_with_idleness() -> None:
+    subject = core(policy(idle_seconds=60.0))
+    known(subject)
+    subject.worker_hello(hello(), 0.0)
+    hold, todo = subject.hold(entry(), "q", size_bytes=1, deadline=100.0, now=1.0)
+    (start,) = sent(todo)
+    assert isinstance(start, StartReplica)
+    subject.cancel_hold(hold)
+    for now in range(2, 30):
+        subject.worker_seen("w", now)
+        assert sent(subject.tick(float(now))) == []
+    asked = subject.fleet.replica(start.replica_id)
+    assert asked is not None
+    subject.replica_event("w", 1, ready(asked), 30.0)
+    for now in range(30, 61):
+        subject.worker_seen("w", now)
+        assert sent(subject.tick(float(now))) == []
+    subject.worker_seen("w", 62.0)
+    assert sent(subject.tick(62.0)) == [DrainReplica(start.replica_id, 30.0)]
+
+
 def test_min_replicas_are_kept_without_a_request() -> None:
     subject = core()
     subject.models_replaced([entry(min_replicas=1)], 0.0, is_synced=True)

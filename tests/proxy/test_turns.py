@@ -262,6 +262,20 @@ def test_who_waits_longest_is_next_whatever_its_name() -> None:
     assert [model for _, model in world.starts] == ["m5", "m9", "m3", "m7", "m1"]
 
 
+def test_what_is_told_of_the_wait_grows_with_the_line() -> None:
+    world = Node(room=1, answer_seconds=1.0)
+    for model in ("m0", "m1", "m2", "m3"):
+        world.request(model)
+        world.step()
+    told = []
+    for model in ("m1", "m2", "m3"):
+        asked = world.core.resolve(model)
+        assert asked is not None
+        told.append(world.core.lifecycle.remaining_seconds(asked, world.now))
+    assert told == sorted(set(told)), "who is further back hears of a longer wait"
+    world.settle()
+
+
 def test_a_client_that_leaves_the_line_leaves_no_claim_behind() -> None:
     world = Node(room=1, answer_seconds=60.0)
     world.request("m0")

@@ -135,6 +135,14 @@ class Activating:
         if activation is not None and activation.state is ActivationState.WAITING:
             self.handle(model, machine.Unneeded(), now, may_preempt=False)
 
+    def turn_seconds(self, model: str, start_seconds: float) -> float:
+        """Estimated time until it is a model's turn to get room, where it waits for some.
+
+        Each of those ahead keeps its room for about as long as a start takes, on each worker one after the other.
+        """
+        worker_count = sum(1 for _ in self._traffic.fleet.workers())
+        return self._room.line.ahead_count(model) * 2 * start_seconds / max(1, worker_count)
+
     def look(self, now: float, *, has_changed: bool = False) -> None:
         """Has those in the line looked at in their order; not twice within a moment, unless something `has_changed`."""
         line = self._room.line
@@ -243,12 +251,14 @@ class Activating:
             return machine.Refused("INVALID_ENGINE_SETTINGS", problem, 1.0)
         sleeper = self._warmth.sleeper(entry)
         if sleeper is not None:
+            self._asked(model, now)
             return machine.Placed(self.wake(sleeper))
         workers = [c for w in self._traffic.fleet.open_workers() for c in self._room.capacities(w, entry, now)]
         engine = self._starts.engine(needs_of(entry.engine_settings))
         plan = placement.place(engine, workers, may_preempt=may_preempt)
         match plan:
             case placement.Placed() as placed:
+                self._asked(model, now)
                 return machine.Placed(self._starts.begin(entry, placed))
             case placement.Preempt():
                 return self._preempt(model, plan, now, may_preempt=may_preempt)
@@ -260,6 +270,13 @@ class Activating:
                 if proposal is not None:
                     self._outside.report(actions.ActivationDelayed(model, "FRAGMENTED", proposal.text))
                 return machine.Refused(reason, message, max(1.0, retry_after))
+
+    def _asked(self, model: str, now: float) -> None:
+        """A start begins. What somebody asked for comes to its end, whether or not they wait for it: clients that try
+        again after a minute would else never see a model whose start takes two.
+        """
+        if self._holds.count(model):
+            self._traffic.use(model, now)
 
     def _problem(self, entry: ModelEntry) -> str:
         """Says, for people, why a model can't be started whatever room there is; empty where it can."""

@@ -205,6 +205,7 @@ class Lifecycle:
         elapsed = activation.elapsed_seconds(now) if activation is not None else 0.0
         pause = activation.back_off_remaining_seconds(now) if activation is not None else 0.0
         estimated = pause + self.estimates.remaining_seconds(entry.name, entry.weights_bytes, elapsed)
+        estimated += self.activating.turn_seconds(entry.name, estimated)
         if not self.leads:
             estimated = self.outlooks.remaining_seconds(entry.name, now) or estimated
         fetches = [r.fetch for r in self._traffic.fleet.replicas_of(entry.name) if r.revision == entry.revision]

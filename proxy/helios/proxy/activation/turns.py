@@ -88,6 +88,10 @@ class Line:
         """How long a model has waited; 0 where it does not."""
         return now - self._since.get(model, now)
 
+    def ahead_count(self, model: str) -> int:
+        """How many wait for longer than a model; 0 where it does not wait."""
+        return tuple(self._since).index(model) if model in self._since else 0
+
     def claim(self, model: str, claim: Claim | None) -> None:
         """Room is being made for a model that waits; None: it is not any more."""
         if claim is None:
