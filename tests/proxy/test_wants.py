@@ -176,6 +176,15 @@ def test_weights_that_are_expected_are_staged_where_memory_is_free_and_stay() ->
     assert pass_time(advised, 20) == []
 
 
+def test_a_replica_that_is_to_sleep_goes_on_sleeping_and_without_one_weights_are_staged() -> None:
+    subject = world(sleeper())
+    subject.expect(expected(Rung.ASLEEP), 0.0)
+    assert [type(order) for _, order in pass_time(subject, 400)] == [SleepReplica]
+    empty = world()
+    empty.expect(expected(Rung.ASLEEP), 0.0)
+    assert [type(order) for _, order in pass_time(empty, 20)] == [StageRevision]
+
+
 def test_a_replica_that_is_not_worth_waiting_for_goes_sooner_and_never_later() -> None:
     for seconds, at in ((20.0, 20), (80.0, 50), (0.0, 50)):
         subject = world(sleeper())

@@ -115,6 +115,19 @@ def test_the_more_is_expected_the_warmer_a_model_is_kept() -> None:
     assert target_of("m", old, Counts(), hour=HOUR, policy=POLICY) is None, "an old forecast is no advice"
 
 
+def test_a_replica_sleeps_where_requests_are_likely_and_not_sure_if_that_is_asked_for() -> None:
+    def rung(requests: float, low: float, asleep_requests: float) -> Rung | None:
+        forecast = Forecast("recent", 100, HOUR, (Expectation(requests, low, 60.0),) * 24, NOW)
+        found = target_of("m", forecast, Counts(), hour=HOUR, policy=TargetPolicy(asleep_requests=asleep_requests))
+        assert found is not None
+        assert target_from_proto(target_to_proto(found)) == found
+        return found.rung
+
+    assert [rung(20.0, low, 2.0) for low in (1.0, 0.0)] == [Rung.READY, Rung.ASLEEP]
+    assert [rung(requests, 0.0, 2.0) for requests in (2.0, 1.9)] == [Rung.ASLEEP, Rung.MEMORY]
+    assert rung(20.0, 0.0, 0.0) is Rung.MEMORY, "nobody asked for it"
+
+
 def test_a_model_is_ready_only_where_a_request_comes_almost_surely_and_else_its_replicas_go_sooner() -> None:
     def target(low: float) -> Target:
         forecast = Forecast("recent", 100, HOUR, (Expectation(20.0, low, 60.0),) * 24, NOW)

@@ -12,7 +12,12 @@ from helios.proxy.scaling.ladder import Rung
 from helios.registry.client import Rung as ToldRung
 from helios.registry.client import Target, UsageClient
 
-_RUNGS: Final = {ToldRung.DISK: Rung.DISK, ToldRung.MEMORY: Rung.STAGED, ToldRung.READY: Rung.READY}
+_RUNGS: Final = {
+    ToldRung.DISK: Rung.DISK,
+    ToldRung.MEMORY: Rung.STAGED,
+    ToldRung.ASLEEP: Rung.ASLEEP,
+    ToldRung.READY: Rung.READY,
+}
 
 
 async def watch_advice(

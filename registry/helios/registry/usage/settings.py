@@ -21,7 +21,10 @@ class UsageSettings(BaseModel):
     hour take some three minutes of one core."""
     ready_requests: float = Field(default=6.0, gt=0)
     """Requests expected in an hour from which a model is to have replicas ready, where one comes in nine of ten such
-    hours. 6: two conversations of three turns."""
+    hours. 4: one in each fifteen minutes, which is how long a replica stays idle by the proxy's own setting."""
+    asleep_requests: float = Field(default=0.0, ge=0)
+    """Requests expected in an hour from which a model's replicas are to sleep on their GPUs rather than stop, where it
+    is not to have ready ones. 0: proxies' own times alone say how long replicas sleep, which suits most."""
     memory_ratio: float = Field(default=0.3, gt=0, le=1)
     """Chance of a request within an hour from which weights are to be in host memory."""
     disk_ratio: float = Field(default=0.05, gt=0, le=1)
@@ -43,5 +46,10 @@ class UsageSettings(BaseModel):
     def target_policy(self) -> TargetPolicy:
         """The share of the settings that targets are made by."""
         return TargetPolicy(
-            self.ready_requests, self.memory_ratio, self.disk_ratio, self.concurrency, self.idle_seconds
+            ready_requests=self.ready_requests,
+            asleep_requests=self.asleep_requests,
+            memory_ratio=self.memory_ratio,
+            disk_ratio=self.disk_ratio,
+            concurrency=self.concurrency,
+            idle_seconds=self.idle_seconds,
         )

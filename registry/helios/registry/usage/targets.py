@@ -25,11 +25,12 @@ _SURE_REQUESTS: Final = 0.5
 
 
 class Rung(IntEnum):
-    """How warm, the coldest first; the values are the contract's."""
+    """How warm; the values are the contract's. ASLEEP lies between MEMORY and READY."""
 
     DISK = 1
     MEMORY = 2
     READY = 3
+    ASLEEP = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class TargetPolicy:
 
     Attributes:
         ready_requests: Requests in an hour that are worth a replica which waits for them, where one comes for sure.
+        asleep_requests: Requests in an hour that are worth a replica which sleeps, where its engine can; 0: none are.
         memory_ratio: Chance of a request within an hour that is worth host memory, 0..1.
         disk_ratio: The same, within a day, that is worth a place on disks.
         concurrency: Requests that a replica works on at once.
@@ -50,6 +52,7 @@ class TargetPolicy:
     disk_ratio: float = 0.05
     concurrency: float = 8.0
     idle_seconds: float = 180.0
+    asleep_requests: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,8 @@ def target_of(
         count = max(1, math.ceil(at_once / policy.concurrency))
         count = min(count, max_replicas) if max_replicas else count
         return Target(model, Rung.READY, count, f"{told}, each of {seconds:.1f} s", expires_at)
+    if policy.asleep_requests and busiest.requests >= policy.asleep_requests:
+        return Target(model, Rung.ASLEEP, 0, f"{told}, none for sure", expires_at, policy.idle_seconds)
     chance = 1.0 - math.exp(-busiest.requests)
     if chance >= policy.memory_ratio:
         reason = f"{told}: one comes with a chance of {chance:.0%}"

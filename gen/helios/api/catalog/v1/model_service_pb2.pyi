@@ -230,7 +230,7 @@ class WarmPoolTarget(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     IS_FOLLOWED_FIELD_NUMBER: _builtins.int
     rung: _builtins.str
-    """The rung: "disk", "memory" or "ready"."""
+    """The rung: "disk", "memory", "asleep" or "ready"."""
     replica_count: _builtins.int
     """How many replicas, where the rung is "ready"; else 0."""
     reason: _builtins.str

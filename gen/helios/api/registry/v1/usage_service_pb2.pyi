@@ -35,9 +35,11 @@ class _WarmRungEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WarmRung.Val
     """Its weights in host memory."""
     WARM_RUNG_READY: _WarmRung.ValueType  # 3
     """Replicas that take requests."""
+    WARM_RUNG_ASLEEP: _WarmRung.ValueType  # 4
+    """Replicas that sleep, their weights off the device; where engines can't, as MEMORY."""
 
 class WarmRung(_WarmRung, metaclass=_WarmRungEnumTypeWrapper):
-    """How warm a model is kept, the coldest first."""
+    """How warm a model is kept, the coldest first but for ASLEEP, which lies below READY."""
 
 WARM_RUNG_UNSPECIFIED: WarmRung.ValueType  # 0
 """Not set: never sent."""
@@ -47,6 +49,8 @@ WARM_RUNG_MEMORY: WarmRung.ValueType  # 2
 """Its weights in host memory."""
 WARM_RUNG_READY: WarmRung.ValueType  # 3
 """Replicas that take requests."""
+WARM_RUNG_ASLEEP: WarmRung.ValueType  # 4
+"""Replicas that sleep, their weights off the device; where engines can't, as MEMORY."""
 Global___WarmRung: _TypeAlias = WarmRung  # noqa: Y015
 
 @_typing.final
