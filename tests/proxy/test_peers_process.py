@@ -22,7 +22,7 @@ from helios.registry.database import Database
 from helios.registry.keys.keys import Keys
 from helios.registry.keys.servicer import KeyServicer
 from helios.registry.keys.store import KeyStore
-from tests.proxy.fakes import FakeEnvoy, FakeWorker, until
+from tests.proxy.fakes import READY, FakeEnvoy, FakeWorker, until
 from tests.proxy.harness import KEY_SERVICE, REGISTRY_SERVICE, Proxy, World
 
 LEASE_SERVICE = "helios.api.registry.v1.LeaseService"
@@ -161,6 +161,35 @@ async def test_the_follower_leads_when_the_leader_stops(world: World) -> None:
         assert answer.status == 200
         assert mesh.leases.holder == "p2"
         assert [start.model for start in mesh.workers["p2"].starts] == ["m"]
+
+
+async def test_a_picker_process_knows_what_workers_say_to_its_proxy(world: World) -> None:
+    world.registry.put("m")
+    async with two_proxies(world) as mesh, AsyncExitStack() as stack:
+        picker = await stack.enter_async_context(
+            world.running_proxy(
+                proxy_id="p3",
+                state_directory=world.directory / "p3",
+                picker_listen=f"unix:{world.directory}/p3-picker.sock",
+                control_listen=f"unix:{world.directory}/p3-control.sock",
+                feed_target=mesh.proxies["p2"].control_address,
+            )
+        )
+        envoy = await stack.enter_async_context(world.envoy(picker))
+        # Held there, started by the leader, known by the worker's word to p2.
+        answer = await envoy.ask(timeout=30)
+        assert answer.status == 200
+        assert [start.model for start in mesh.workers["p1"].starts] == ["m"]
+        # What changes later is told, too.
+        (replica_id,) = mesh.workers["p1"].replicas
+        mesh.workers["p1"].change(replica_id, state=READY, address="127.0.0.1:19999")
+
+        async def moved() -> bool:
+            return (await envoy.ask(timeout=30)).endpoint == "127.0.0.1:19999"
+
+        async with asyncio.timeout(20):
+            while not await moved():
+                await asyncio.sleep(0.02)
 
 
 async def test_an_operator_s_call_reaches_the_leader_through_any_proxy(world: World) -> None:

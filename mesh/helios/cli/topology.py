@@ -38,6 +38,8 @@ _ACTIVE_REQUESTS: Final = re.compile(
     r"^envoy_http_downstream_rq_active\{[^}]*prefix=\"(?:edge|admin)_listener\"[^}]*\} (\d+)", re.MULTILINE
 )
 _DRAIN_POLL_SECONDS: Final = 0.05
+# Each is a process of some 100 MiB; of what a machine has cores for, engines want most.
+_MOST_PICKERS: Final = 16
 # From SIGTERM to SIGKILL.
 _PROCESS_STOP_SECONDS: Final = 15.0
 _ENVOY_STOP_SECONDS: Final = 5.0
@@ -90,12 +92,23 @@ def _proxy_names(count: int) -> tuple[str, ...]:
     return ("proxy", *(f"proxy-{number}" for number in range(2, count + 1)))
 
 
+def _picker_names(settings: Settings, count: int) -> dict[str, str]:
+    """Returns further picker processes, each with the proxy that it belongs to. Raises InvalidRequest."""
+    each = str(settings["proxy"].get("pickers", 1))
+    if not each.isdecimal() or not 1 <= int(each) * count <= _MOST_PICKERS:
+        raise InvalidRequest(f"proxy.pickers is 1 to {_MOST_PICKERS // count} with {count} proxies, not {each}")
+    proxies = _proxy_names(count)
+    return {f"proxy-{number + 1}": proxies[number % count] for number in range(count, count * int(each))}
+
+
 def _proxies(state: StateDirectory, settings: Settings, count: int) -> Settings:
     """Returns the settings of each proxy by the name of its process: all of them the user's, but for what is its own.
 
     One proxy is what it is without this; of several, each has its sockets, its directory, and its cluster at Envoy.
+    Picker processes are proxies that hear from another one what workers say.
     """
-    if count == 1:
+    pickers = _picker_names(settings, count)
+    if count == 1 and not pickers:
         return {"proxy": settings["proxy"]}
     # Most of a second of every command: see _envoy.
     from helios.mesh.envoy.settings import replica_cluster  # noqa: PLC0415
@@ -110,7 +123,8 @@ def _proxies(state: StateDirectory, settings: Settings, count: int) -> Settings:
             "replica_cluster": replica_cluster(name),
             "peers": settings["proxy"].get("peers", {}) | {"lease": True},
         }
-        for name in _proxy_names(count)
+        | ({"feed_target": _control(state, pickers[name])} if name in pickers else {})
+        for name in (*_proxy_names(count), *pickers)
     }
 
 
@@ -215,7 +229,7 @@ def _envoy(state: StateDirectory, settings: Settings, proxies: Settings, options
         admin_token=state.admin_token(),
         picker=tuple(proxy["picker_listen"] for proxy in proxies.values()),
         feeds=tuple((name, proxy["picker_listen"]) for name, proxy in proxies.items() if len(proxies) > 1),
-        control=tuple(proxy["control_listen"] for proxy in proxies.values()),
+        control=tuple(proxy["control_listen"] for proxy in proxies.values() if "feed_target" not in proxy),
         registry=(settings["registry"]["listen"],),
         relay=(settings["relay"]["listen"],),
         edge_identity=identity_of(state, "edge"),

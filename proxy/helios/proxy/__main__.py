@@ -15,6 +15,7 @@ from helios.api.admin.v1.admin_service_pb2_grpc import (
 from helios.api.catalog.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
 from helios.api.fleet.v1.fleet_service_pb2_grpc import add_FleetServiceServicer_to_server
 from helios.api.fleet.v1.replacement_service_pb2_grpc import add_ReplacementServiceServicer_to_server
+from helios.api.proxy.v1.feed_service_pb2_grpc import add_FeedServiceServicer_to_server
 from helios.mesh.channel import Dialer
 from helios.mesh.identity import SpiffeId
 from helios.mesh.process import Lifetime, run
@@ -27,6 +28,7 @@ from helios.proxy.catalog.servicer import MODEL_SERVICE, ModelServicer
 from helios.proxy.catalog.session import ModelSource, NoRegistry, RegistryClients, RegistrySession
 from helios.proxy.core import Core
 from helios.proxy.explain.journal import JournalLimits
+from helios.proxy.fleet.feed import FEED_SERVICE, Feed, FeedServicer, FeedSession
 from helios.proxy.fleet.servicer import FLEET_SERVICE, FleetServicer
 from helios.proxy.measures import MeasureExchange
 from helios.proxy.peers.group import PEER_SERVICE, PeerGroup
@@ -51,6 +53,7 @@ _CONTROL_POLICY: Final = {
     # Proxies pass operators' calls on.
     ADMIN_SERVICE: frozenset({"admin-edge", "proxy"}),
     PEER_SERVICE: frozenset({"proxy"}),
+    FEED_SERVICE: frozenset({"proxy"}),
     HEALTH_SERVICE: frozenset({"*"}),
     **dict.fromkeys(REFLECTION_SERVICES, _EDGES),
 }
@@ -85,7 +88,18 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
         lifetime.group.create_task(runtime.run(), name="runtime")
         lifetime.group.create_task(store.run(), name="store")
         picker = await stack.enter_async_context(_picker(settings, runtime, models, ads))
-        control = await stack.enter_async_context(_control(settings, runtime, models, peers))
+        feed = Feed() if peers is not None else None
+        fleet = FleetServicer(
+            runtime,
+            proxy_id=settings.proxy_id,
+            report_interval_seconds=settings.fleet.report_interval_seconds,
+            feed=feed,
+        )
+        control = await stack.enter_async_context(_control(settings, runtime, models, fleet, peers=peers, feed=feed))
+        if settings.feed_target:
+            dialer = Dialer(settings.feed_target, identity=settings.mesh.identity, peer="proxy")
+            following = FeedSession(runtime, await stack.enter_async_context(dialer), fleet.take)
+            lifetime.group.create_task(keep_running("feed", following.run, cap_seconds=1), name="feed")
         if peers is not None:
             peers.start(lifetime.group, control.address)
         lifetime.mark_ready(picker_address=picker.address, control_address=control.address)
@@ -152,7 +166,7 @@ def _report_usage(
 
 
 async def _peers(settings: ProxySettings, stack: AsyncExitStack, runtime: Runtime) -> PeerGroup | None:
-    if not settings.peers.lease or not settings.registry_target:
+    if not (settings.peers.lease or settings.feed_target) or not settings.registry_target:
         return None
     peers = PeerGroup(
         runtime,
@@ -160,6 +174,7 @@ async def _peers(settings: ProxySettings, stack: AsyncExitStack, runtime: Runtim
         identity=settings.mesh.identity,
         proxy_id=settings.proxy_id,
         ttl_seconds=settings.peers.ttl_seconds,
+        feed_target=settings.feed_target,
     )
     return await stack.enter_async_context(peers)
 
@@ -189,15 +204,18 @@ def _own_id(settings: ProxySettings) -> SpiffeId | None:
 
 
 def _control(
-    settings: ProxySettings, runtime: Runtime, models: ModelSource, peers: PeerGroup | None
+    settings: ProxySettings,
+    runtime: Runtime,
+    models: ModelSource,
+    fleet: FleetServicer,
+    *,
+    peers: PeerGroup | None,
+    feed: Feed | None,
 ) -> MeshServer:
     # Sessions say little and often: grpc.aio wakes four threads for each word.
     options = ServerOptions(drain_seconds=settings.drain_seconds, transport="http2")
     server = MeshServer(
         listen=settings.control_listen, identity=settings.mesh.identity, policy=_CONTROL_POLICY, options=options
-    )
-    fleet = FleetServicer(
-        runtime, proxy_id=settings.proxy_id, report_interval_seconds=settings.fleet.report_interval_seconds
     )
     add_FleetServiceServicer_to_server(fleet, server.grpc)
     replacements = ReplacementServicer(runtime, models, hold_limit_seconds=settings.hold.limit_seconds)
@@ -210,6 +228,8 @@ def _control(
     ReflectionServicer().add_to(server.grpc)
     if peers is not None:
         peers.add_to(server.grpc)
+    if feed is not None:
+        add_FeedServiceServicer_to_server(FeedServicer(feed), server.grpc)
     # Health of the inference services is asked here, too: a client's own health checks have no model to be routed by.
     inference = (prefix.strip("/") for prefix in (OPENAI_PREFIX, INFERENCE_PREFIX))
     server.serve(FLEET_SERVICE, MODEL_SERVICE, ADMIN_SERVICE, *inference, with_reflection=False)

@@ -281,12 +281,14 @@ class Runtime:
         outbox = self._outboxes[worker_id] = Outbox()
         return outbox
 
-    def disconnect_worker(self, worker_id: str, outbox: Outbox) -> None:
-        """Ends a worker's session; nothing happens where a newer one took over."""
-        if self._outboxes.get(worker_id) is outbox:
-            del self._outboxes[worker_id]
-            self.apply(self.core.worker_lost(worker_id, time.monotonic()))
-            log.warning("worker disconnected", worker=worker_id)
+    def disconnect_worker(self, worker_id: str, outbox: Outbox) -> bool:
+        """Ends a worker's session; nothing happens, and False is returned, where a newer one took over."""
+        if self._outboxes.get(worker_id) is not outbox:
+            return False
+        del self._outboxes[worker_id]
+        self.apply(self.core.worker_lost(worker_id, time.monotonic()))
+        log.warning("worker disconnected", worker=worker_id)
+        return True
 
     # Actions.
     def apply(self, todo: Iterable[actions.Action]) -> None:

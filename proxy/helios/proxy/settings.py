@@ -301,6 +301,12 @@ class ProxySettings(ProcessSettings):
     drain_seconds: NonNegativeInt = 5
     """How long calls may go on when the process stops, in seconds. Held requests move to another proxy, or get a
     503."""
+    pickers: int = Field(default=1, ge=1, le=8)
+    """Processes that pick for each proxy that `helios up` starts, itself included, each an endpoint of its own at
+    Envoy: one picks some 2,000 requests a second. Workers have one session with all of them."""
+    feed_target: str = ""
+    """`ip:port` or `unix:/path` of the control services of a proxy of this host: this process only picks and holds, and
+    hears from that one what workers say. Empty: workers dial this one."""
     hold: HoldSettings = Field(default_factory=HoldSettings)
     """Holds."""
     fleet: FleetSettings = Field(default_factory=FleetSettings)

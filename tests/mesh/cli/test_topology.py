@@ -93,6 +93,25 @@ def test_several_proxies_have_what_is_their_own_and_share_the_rest(tmp_path: Pat
     state.create()
 
 
+def test_picker_processes_hear_workers_through_their_proxy(tmp_path: Path) -> None:
+    state = StateDirectory(tmp_path)
+    state.create()
+    issue_due(state)
+    options = UpOptions(state, proxies=2, overrides=("proxy.pickers=2",))
+    settings = topology.settings_of(options)
+    specs = {spec.name: spec for spec in topology.children(state, settings, options)}
+    names = ["proxy", "proxy-2", "proxy-3", "proxy-4"]
+    read = [load_settings(ProxySettings, list(specs[name].arguments[4:])) for name in names]
+    first, second, *pickers = read
+    assert [picker.feed_target for picker in pickers] == [first.control_listen, second.control_listen]
+    assert settings["worker"]["proxies"] == [first.control_listen, second.control_listen]
+    assert len({proxy.picker_listen for proxy in read}) == 4
+    (state.run / "lock").unlink(missing_ok=True)
+    for wrong in ("0", "9", "many"):
+        with pytest.raises(InvalidRequest):
+            topology.children(state, settings | {"proxy": settings["proxy"] | {"pickers": wrong}}, options)
+
+
 def test_all_processes_of_several_proxies_are_stopped_in_order(tmp_path: Path) -> None:
     state = StateDirectory(tmp_path)
     state.create()

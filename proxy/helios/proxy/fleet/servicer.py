@@ -18,7 +18,7 @@ from helios.mesh.errors import InvalidRequest
 from helios.proxy import metrics
 from helios.proxy.explain.record import Finished
 from helios.proxy.fleet import wire
-from helios.proxy.fleet.state import WorkerHello
+from helios.proxy.fleet.feed import Feed
 from helios.proxy.runtime import Outbox, Runtime
 from helios.proxy.usage.meter import Tally
 
@@ -39,8 +39,12 @@ class _SessionEnd(Exception):
 class FleetServicer(FleetServiceServicer):
     """Takes workers in."""
 
-    def __init__(self, runtime: Runtime, *, proxy_id: str, report_interval_seconds: float) -> None:
+    def __init__(
+        self, runtime: Runtime, *, proxy_id: str, report_interval_seconds: float, feed: Feed | None = None
+    ) -> None:
+        """``feed`` tells other processes again what workers say; None: there are none."""
         self._runtime = runtime
+        self._feed = feed
         self._proxy_id = proxy_id
         self._interval_seconds = report_interval_seconds
 
@@ -50,7 +54,8 @@ class FleetServicer(FleetServiceServicer):
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: Any
     ) -> None:
         """Serves one worker until its stream ends or a newer stream of the same worker takes over."""
-        hello = await self._hello(request_iterator)
+        first = await self._hello(request_iterator)
+        hello = wire.hello_from_proto(first.hello)
         now = time.monotonic()
         outbox = self._runtime.connect_worker(hello.worker_id)
         try:
@@ -61,6 +66,8 @@ class FleetServicer(FleetServiceServicer):
             await context.write(pb.SessionResponse(welcome=welcome))
             log.info("worker connected", worker=hello.worker_id, node=hello.node, replicas=len(hello.replicas))
             self._runtime.apply(self._runtime.core.worker_hello(hello, now))
+            if self._feed is not None:
+                self._feed.said(hello.worker_id, first)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._read(request_iterator, hello.worker_id, outbox), name=f"read {hello.worker_id}")
                 group.create_task(self._write(outbox, context), name=f"write {hello.worker_id}")
@@ -69,23 +76,28 @@ class FleetServicer(FleetServiceServicer):
             if others is not None:
                 raise others.exceptions[0] from None
         finally:
-            self._runtime.disconnect_worker(hello.worker_id, outbox)
+            is_last = self._runtime.disconnect_worker(hello.worker_id, outbox)
+            if self._feed is not None and is_last:
+                self._feed.lost(hello.worker_id)
 
-    async def _hello(self, requests: AsyncIterator[pb.SessionRequest]) -> WorkerHello:
+    async def _hello(self, requests: AsyncIterator[pb.SessionRequest]) -> pb.SessionRequest:
         async with asyncio.timeout(_HELLO_SECONDS):
             first = await anext(requests, None)
         if first is None or first.WhichOneof("message") != "hello" or not first.hello.worker_id:
             raise InvalidRequest("the first message of a session must be a hello", reason="HELLO_EXPECTED")
-        return wire.hello_from_proto(first.hello)
+        return first
 
     async def _read(self, requests: AsyncIterator[pb.SessionRequest], worker_id: str, outbox: Outbox) -> None:
         async for message in requests:
             if outbox.is_closed:
                 break
-            self._take(message, worker_id, time.monotonic())
+            self.take(message, worker_id, time.monotonic())
+            if self._feed is not None:
+                self._feed.said(worker_id, message)
         raise _SessionEnd
 
-    def _take(self, message: pb.SessionRequest, worker_id: str, now: float) -> None:
+    def take(self, message: pb.SessionRequest, worker_id: str, now: float) -> None:
+        """Takes in what a worker says that has said hello."""
         core = self._runtime.core
         self._runtime.apply(core.worker_seen(worker_id, now))
         match message.WhichOneof("message"):

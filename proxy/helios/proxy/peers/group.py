@@ -41,7 +41,9 @@ class PeerGroup:
         identity: IdentityFiles | None,
         proxy_id: str,
         ttl_seconds: float,
+        feed_target: str = "",
     ) -> None:
+        """``feed_target``: the proxy of which this is a picker process, which never leads; empty: this is no such."""
         runtime.core.leadership.follow(time.monotonic())
         # A channel of its own: what is large on the others is not in the way of a lease.
         self._dialer = Dialer(registry_target, identity=identity, peer="registry")
@@ -53,8 +55,14 @@ class PeerGroup:
             self._link, self._role, LeaseClient(self._dialer), holder=proxy_id, ttl_seconds=ttl_seconds
         )
         self._session = FollowerSession(
-            self._link, self._role, identity=identity, proxy_id=proxy_id, incarnation=uuid4().hex
+            self._link,
+            self._role,
+            identity=identity,
+            proxy_id=proxy_id,
+            incarnation=uuid4().hex,
+            first_address=feed_target,
         )
+        self._feed_target = feed_target
         self._stack = AsyncExitStack()
 
     @property
@@ -90,10 +98,11 @@ class PeerGroup:
     def start(self, group: asyncio.TaskGroup, address: str) -> None:
         """Begins; other proxies reach this one at the address."""
         self._keeper.address = self._session.address = address
-        for task in (
-            group.create_task(keep_running("lease", self._keeper.run), name="lease"),
-            group.create_task(keep_running("follow", self._session.run), name="follow"),
-        ):
+        works = {"follow": self._session.run}
+        if not self._feed_target:
+            works["lease"] = self._keeper.run
+        for name, work in works.items():
+            task = group.create_task(keep_running(name, work), name=name)
             self._stack.callback(task.cancel)
 
     async def stop(self) -> None:

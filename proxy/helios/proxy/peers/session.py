@@ -34,8 +34,17 @@ class FollowerSession:
     """Follows whoever leads. `run` must be running."""
 
     def __init__(
-        self, link: PeerLink, role: Role, *, identity: IdentityFiles | None, proxy_id: str, incarnation: str
+        self,
+        link: PeerLink,
+        role: Role,
+        *,
+        identity: IdentityFiles | None,
+        proxy_id: str,
+        incarnation: str,
+        first_address: str = "",
     ) -> None:
+        """``first_address``: who knows the leader, where this process does not ask for the lease itself."""
+        self._first_address = first_address
         self._link = link
         self._role = role
         self._leadership = link.runtime.core.leadership
@@ -49,7 +58,7 @@ class FollowerSession:
     async def run(self) -> None:
         """Follows until cancelled."""
         while True:
-            address = self._role.leader_address
+            address = self._role.leader_address or self._first_address
             if self._leadership.leads or not address:
                 await self._link.happened()
                 continue
@@ -57,6 +66,9 @@ class FollowerSession:
                 await self._follow(address)
             except (HeliosError, OSError, TimeoutError) as error:
                 log.debug("session with the leader ended", leader=address, error=str(error))
+                if self._first_address:
+                    leader = error.metadata.get("leader", "") if isinstance(error, HeliosError) else ""
+                    self._role.leader_address = leader
             await asyncio.sleep(random.uniform(0, 2 * _AGAIN_SECONDS))  # noqa: S311 - no secret
 
     def leave(self) -> None:
