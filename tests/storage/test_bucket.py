@@ -27,6 +27,7 @@ from tests.emulators.faulty_proxy import (
     wrong_etag,
     wrong_length,
 )
+from tests.emulators.google import google
 from tests.emulators.servers import Emulator
 from tests.storage.harness import Mesh, digest_of
 
@@ -42,7 +43,7 @@ OPTIONS = TransferOptions(
     stall_bytes=128 << 10,
     retry=RetryPolicy(max_attempts=5, base_seconds=0.05, cap_seconds=0.5),
 )
-SECRETS = ("aws_access_key_id", "aws_secret_access_key", "azure_storage_account_key")
+SECRETS = ("aws_access_key_id", "aws_secret_access_key", "azure_storage_account_key", "google_bearer_token")
 
 
 def _put(emulator: Emulator, bucket: str) -> str:
@@ -63,6 +64,13 @@ async def test_an_agent_reads_azure_with_credentials_of_its_own(
     mesh: Mesh, azurite_server: Emulator, azurite_bucket: str
 ) -> None:
     await _read(mesh, azurite_server, azurite_bucket)
+
+
+async def test_an_agent_reads_google_with_credentials_of_its_own(
+    mesh: Mesh, seaweedfs_server: Emulator, seaweedfs_bucket: str
+) -> None:
+    with google(seaweedfs_server) as proxy:
+        await _read(mesh, proxy.emulator, seaweedfs_bucket)
 
 
 async def _read(mesh: Mesh, emulator: Emulator, bucket: str) -> None:
