@@ -43,7 +43,7 @@ class Cooling:
         """Does what is due for a model; ``floor`` is the rung that something expected of it is worth."""
         if self._since is None:
             self._since = now
-        if self._holds.count(entry.name):
+        if self._holds.count(entry.name) or not self._is_lower(entry, floor):
             return
         if entry.min_replicas or floor is Rung.READY:
             # Its times begin when nothing promises it any more.
@@ -62,6 +62,14 @@ class Cooling:
             self._decided(entry.name, f"its weights were in memory, unused for {unused_seconds:.0f} s", now)
         if floor >= Rung.STAGED and not replicas:
             self._warmth.stage_spare(entry)
+
+    def _is_lower(self, entry: ModelEntry, floor: Rung) -> bool:
+        """Whether a model is on a rung of this module's, or is to be; most are ready, and cost one look."""
+        fleet = self._traffic.fleet
+        replicas = fleet.replicas_of(entry.name)
+        if replicas and floor < Rung.READY and not entry.min_replicas:
+            return any(replica.state is ReplicaState.ASLEEP for replica in replicas)
+        return True
 
     def _wind_up(
         self, entry: ModelEntry, replicas: list[Replica], rung: Rung, unused_seconds: float, now: float

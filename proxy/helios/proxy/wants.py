@@ -59,7 +59,7 @@ class Wants:
 
     def expect(self, expected: Mapping[str, Expected], now: float) -> None:
         """Takes in how warm models are best kept for what is expected of them."""
-        is_advice = self.forecasts.mode is not WarmPoolMode.ON
+        is_advice = not self.forecasts.is_followed
         for change in self.forecasts.replace(expected):
             before, after = change.before, change.after
             count = after.replica_count if after is not None else 0

@@ -51,12 +51,9 @@ class Forecasts:
 
     def __init__(self, mode: WarmPoolMode) -> None:
         self.mode = mode
-        self._expected: dict[str, Expected] = {}
-
-    @property
-    def is_followed(self) -> bool:
+        self.is_followed = mode is WarmPoolMode.ON
         """Whether anything is done about targets."""
-        return self.mode is WarmPoolMode.ON
+        self._expected: dict[str, Expected] = {}
 
     def replace(self, expected: Mapping[str, Expected]) -> list[Change]:
         """Takes in all targets; returns where rung or count are others, by name."""
@@ -75,7 +72,7 @@ class Forecasts:
 
     def followed(self, model: str, now: float) -> Expected | None:
         """How warm a model is to be kept."""
-        return self.of(model, now) if self.is_followed else None
+        return self.of(model, now) if self.is_followed and self._expected else None
 
     def models(self) -> list[str]:
         """Models that are to be kept warm."""
