@@ -44,7 +44,7 @@ async def answers(method: str, document: dict[str, Any], cuts: list[int]) -> tup
 
 
 @given(cuts=st.lists(st.integers(0, TOKENS), max_size=4), stop=st.sampled_from([None, "x", "five s", "six seven one"]))
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_a_stream_that_is_cut_anywhere_is_the_stream_without_a_cut(cuts: list[int], stop: str | None) -> None:
     # Three in a row that bring nothing are the bound.
     cuts = [cut or 1 for cut in cuts]
@@ -53,7 +53,7 @@ def test_a_stream_that_is_cut_anywhere_is_the_stream_without_a_cut(cuts: list[in
 
 
 @given(cuts=st.lists(st.integers(1, TOKENS), max_size=4))
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_a_conversation_that_is_cut_anywhere_is_the_one_without_a_cut(cuts: list[int]) -> None:
     whole, broken = asyncio.run(answers("CreateChatCompletion", chat(), cuts))
     assert broken == whole
@@ -61,7 +61,7 @@ def test_a_conversation_that_is_cut_anywhere_is_the_one_without_a_cut(cuts: list
 
 
 @given(cuts=st.lists(st.integers(0, TOKENS), max_size=3))
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_typed_tokens_are_neither_lost_nor_told_twice(cuts: list[int]) -> None:
     async def both() -> tuple[list[Any], list[Any]]:
         async with running_world(cuts=cuts) as world:

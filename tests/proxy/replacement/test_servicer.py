@@ -42,7 +42,8 @@ def with_replicas(model: ModelEntry, *addresses: str) -> Core:
 async def pick(subject: Core, **fields: Any) -> list[str]:
     runtime = Runtime(subject, publisher=NoEnvoys(), memory=SlowDisk())
     servicer = ReplacementServicer(runtime, NoRegistry(), hold_limit_seconds=20.0)
-    request = pb.PickReplicaRequest(**({"request_id": "q", "model": "m", "revision": entry("m").revision} | fields))
+    named: dict[str, Any] = {"request_id": "q", "model": "m", "revision": entry("m").revision}
+    request = pb.PickReplicaRequest(**(named | fields))
     return list((await servicer.PickReplica(request, Context())).endpoints)
 
 

@@ -300,6 +300,7 @@ def variables_of_the_environment_can_be_kept() -> None:
 
 if __name__ == "__main__":
     # Collects the contracts of the other files.
+    importlib.import_module("tests.worker.engines.continuation_contracts")
     importlib.import_module("tests.worker.engines.early_contracts")
     importlib.import_module("tests.worker.engines.setting_contracts")
     importlib.import_module("tests.worker.engines.sleep_contracts")

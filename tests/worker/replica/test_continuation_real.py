@@ -14,10 +14,12 @@ import grpc
 import orjson
 import pytest
 from google.api.httpbody_pb2 import HttpBody
+from google.protobuf.message import Message
 
 from helios.api.fleet.v1 import replacement_service_pb2, replacement_service_pb2_grpc
 from helios.api.inference.v1 import continuation_service_pb2 as pb
 from helios.api.inference.v1 import continuation_service_pb2_grpc, openai_service_pb2_grpc
+from helios.api.inference.v1 import inference_service_pb2 as native_pb
 from helios.mesh import names
 from helios.mesh.channel import Dialer
 from helios.mesh.server import MeshServer, ServerOptions
@@ -66,7 +68,7 @@ def chat(**fields: Any) -> HttpBody:
 
 
 async def answer(
-    replica: RunningReplica, call: pb.AnswerRequest.Call.ValueType, request: HttpBody, progress: pb.Progress | None
+    replica: RunningReplica, call: pb.AnswerRequest.Call.ValueType, request: Message, progress: pb.Progress | None
 ) -> list[pb.AnswerResponse]:
     order = pb.AnswerRequest(call=call, request=request.SerializeToString(), progress=progress)
     async with replica.leaves.dial(replica.address, as_component="relay") as dialer:
@@ -91,12 +93,23 @@ def data_of(responses: Sequence[pb.AnswerResponse]) -> bytes:
 @pytest.mark.parametrize(
     ("call", "request_body", "every"),
     [
-        (pb.AnswerRequest.CALL_OPENAI_COMPLETION, completion(), 1),
-        (pb.AnswerRequest.CALL_OPENAI_COMPLETION, completion(stop=["🐙 🦊 🐙 🦊"], min_tokens=4), 2),
-        (pb.AnswerRequest.CALL_OPENAI_CHAT, chat(stop=["7"], repetition_penalty=1.1), 5),
-        (pb.AnswerRequest.CALL_OPENAI_CHAT, chat(tools=[LOOSE]), 7),
+        pytest.param(pb.AnswerRequest.CALL_OPENAI_COMPLETION, completion(), 4, id="some cuts"),
+        pytest.param(pb.AnswerRequest.CALL_OPENAI_COMPLETION, completion(), 1, id="every cut", marks=pytest.mark.soak),
+        pytest.param(
+            pb.AnswerRequest.CALL_OPENAI_COMPLETION,
+            completion(stop=["🐙 🦊 🐙 🦊"], min_tokens=4),
+            1,
+            id="text held back",
+            marks=pytest.mark.soak,
+        ),
+        pytest.param(
+            pb.AnswerRequest.CALL_OPENAI_CHAT,
+            chat(stop=["7"], repetition_penalty=1.1),
+            7,
+            id="conversation",
+        ),
+        pytest.param(pb.AnswerRequest.CALL_OPENAI_CHAT, chat(tools=[LOOSE]), 2, id="tools", marks=pytest.mark.soak),
     ],
-    ids=["characters of several tokens", "text held back", "conversation", "tools"],
 )
 async def test_taken_up_after_any_message_an_answer_is_the_same(
     survivor: RunningReplica, call: pb.AnswerRequest.Call.ValueType, request_body: HttpBody, every: int
@@ -111,6 +124,24 @@ async def test_taken_up_after_any_message_an_answer_is_the_same(
         assert told(data_of(whole[:count]) + data_of(rest)) == told(data_of(whole))
         assert until([*whole[:count], *rest], 99).steps.token_ids == until(whole, 99).steps.token_ids
         assert set(CREATED.findall(data_of(rest))) == {created[1]}
+
+
+async def test_a_typed_answer_is_the_same_too(survivor: RunningReplica) -> None:
+    sampling = native_pb.SamplingParameters(temperature=0, max_tokens=9, ignore_eos=True)
+    request = native_pb.CompleteRequest(model=MODEL, text=FOXES, sampling=sampling)
+    whole = await answer(survivor, pb.AnswerRequest.CALL_COMPLETE, request, None)
+    for count in (1, 5):
+        rest = await answer(survivor, pb.AnswerRequest.CALL_COMPLETE, request, until(whole, count))
+        assert typed([*whole[:count], *rest]) == typed(whole)
+
+
+def typed(responses: Sequence[pb.AnswerResponse]) -> tuple[str, list[int], list[int], Any]:
+    """Text, tokens, and their places in the answer; what it ended with."""
+    messages = [native_pb.CompleteResponse.FromString(each) for response in responses for each in response.messages]
+    deltas = [message.delta for message in messages if message.HasField("delta")]
+    token_ids = [token_id for delta in deltas for token_id in delta.token_ids]
+    places = [delta.output_index + at for delta in deltas for at in range(len(delta.token_ids))]
+    return "".join(delta.text for delta in deltas), token_ids, places, messages[-1].finished
 
 
 async def test_cuts_within_a_character_were_among_these(survivor: RunningReplica) -> None:
