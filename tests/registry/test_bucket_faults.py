@@ -69,11 +69,29 @@ def opened(
 ) -> Opened:
     """Opens the store behind the proxy, as a registry that starts anew does."""
     server = proxy.emulator if isinstance(proxy, GoogleProxy) else seaweedfs_server.through(proxy.address)
+    return opener(server, seaweedfs_bucket, prefix, state)
+
+
+@pytest.fixture
+def azure_proxy(azurite_server: Emulator) -> Iterator[FaultyProxy]:
+    with FaultyProxy(azurite_server.address) as opened:
+        yield opened
+
+
+@pytest.fixture
+def azure(
+    azurite_server: Emulator, azurite_bucket: str, prefix: str, azure_proxy: FaultyProxy, state: StateDirectory
+) -> Opened:
+    """Opens a store of Azure's behind a proxy."""
+    return opener(azurite_server.through(azure_proxy.address), azurite_bucket, prefix, state)
+
+
+def opener(server: Emulator, bucket: str, prefix: str, state: StateDirectory) -> Opened:
     options = {name: SecretStr(value) for name, value in server.options.items()}
 
     def open_it(**more: Any) -> AbstractContextManager[BlobStore]:
         settings = BlobStoreSettings(
-            url=f"{server.scheme}://{seaweedfs_bucket}/{prefix}/models",
+            url=f"{server.scheme}://{bucket}/{prefix}/models",
             options=options,
             part_bytes=PART_BYTES,
             concurrency=2,
@@ -101,6 +119,7 @@ def parts_sent(proxy: FaultyProxy) -> list[str]:
 
 LONG = pytest.mark.soak
 AT_ONCE = 1_000
+SIZES = [pytest.param(AT_ONCE, id="small"), pytest.param(LARGE_BYTES, id="large", marks=LONG)]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +149,48 @@ def test_what_passes_is_passed_over(
         with store.open(digest.hash) as file:
             assert file.read() == source.read_bytes()
     assert digest.hash == sha256(source)
+
+
+@pytest.mark.parametrize("size_bytes", SIZES)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(status(500, method="PUT", times=2), id="500", marks=LONG),
+        pytest.param(status(429, retry_after=1, method="PUT"), id="429", marks=LONG),
+        pytest.param(reset_request(method="PUT"), id="reset-while-sending"),
+        pytest.param(lost_answer(method="PUT"), id="answer-lost", marks=LONG),
+        pytest.param(lost_answer(method="PUT", part="comp=blocklist"), id="answer-to-complete-lost", marks=LONG),
+        pytest.param(status(503, method="PUT", part="comp=blocklist", times=2), id="503-at-the-end", marks=LONG),
+    ],
+)
+def test_what_passes_is_passed_over_at_azure(
+    size_bytes: int, fault: Fault, azure: Opened, azure_proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "source", size_bytes)
+    with azure() as store:
+        azure_proxy.inject(fault)
+        digest = put(store, source)
+        azure_proxy.heal()
+        with store.open(digest.hash) as file:
+            assert file.read() == source.read_bytes()
+    assert digest.hash == sha256(source)
+
+
+@pytest.mark.parametrize("size_bytes", SIZES)
+def test_expired_credentials_are_named_at_azure(
+    size_bytes: int, azure: Opened, azure_proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "source", size_bytes)
+    with azure() as store:
+        azure_proxy.inject(expired_token(method="PUT", times=100))
+        with pytest.raises(Unavailable) as caught:
+            put(store, source)
+        assert caught.value.reason == "BLOB_STORE_DENIED"
+        assert "secret" not in str(caught.value).lower()
+        azure_proxy.heal()
+        assert list(store.scan()) == []
+        # Credentials that are good again go on.
+        assert put(store, source).hash == sha256(source)
 
 
 @pytest.mark.parametrize("size_bytes", [1_000, LARGE_BYTES], ids=["small", "large"])
