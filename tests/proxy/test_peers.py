@@ -6,6 +6,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from helios.mesh.errors import NoReadyReplica
+from helios.proxy.activation.machine import ActivationState
+from helios.proxy.peers import wire
+from helios.proxy.peers.messages import (
+    Failure,
+    Granted,
+    News,
+    Outlook,
+    Report,
+    SliceGrant,
+    SliceKey,
+    SliceReport,
+    Spent,
+)
 from tests.proxy.peers_world import KEY, World
 
 RARELY = st.sampled_from([True, False, False, False])
@@ -159,6 +172,41 @@ def test_a_request_too_large_for_what_is_left_is_refused_until_it_fits() -> None
     world.spend("p2", 300)
     world.go_well(0.5)
     assert world.spend("p2", 300)
+
+
+def test_what_proxies_say_survives_the_wire() -> None:
+    key = SliceKey("key", 60, 6000, 3)
+    report = Report(
+        12.5,
+        11.0,
+        held=(("a", 3), ("b", 0)),
+        used=(("a", 0.25),),
+        wished=("c",),
+        slices=(SliceReport(key, Spent(5, 4, 3, 2), Spent(8, 7, 6, 5)),),
+    )
+    news = News(
+        7,
+        100.0,
+        99.5,
+        draining=("r1",),
+        outlooks=(Outlook("a", ActivationState.STARTING, 4.5, "why"),),
+        failures=(Failure("a", "NO_CAPACITY", "no room", 2.0),),
+        estimates=(("a", 3.5),),
+        slices=(SliceGrant(key, Granted(9, 8, 7.5, 6.5, is_reclaimed=True), Granted()),),
+    )
+    quiet = News(7, 1.0, 0.0)
+    assert wire.report_from_proto(wire.report_to_proto(report)) == report
+    assert [wire.news_from_proto(wire.news_to_proto(one)) for one in (news, quiet)] == [news, quiet]
+    assert (news.has_content, quiet.has_content) == (True, False)
+
+
+def test_a_leader_follows_where_a_worker_has_heard_of_a_later_one() -> None:
+    world = settled()
+    world.nodes["p1"].core.leadership.outdone(9, world.now)
+    assert world.leaders() == []
+    world.go_well(10)
+    assert len(world.leaders()) == 1
+    assert world.nodes[leader_of(world)].core.leadership.epoch > 9
 
 
 class PeersMachine(RuleBasedStateMachine):

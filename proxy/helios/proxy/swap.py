@@ -33,7 +33,7 @@ from helios.proxy.traffic import Traffic
 # For the others both forms are the same, and a swap would gain nothing.
 _COMPILING_ENGINES: Final = frozenset({"vllm", "simulated"})
 # Whether it can be compiled is not known: it never came to that, or never got the processors' time.
-_NOT_TRIED: Final = frozenset({"NO_CAPACITY", "WORKER_DRAINING", "DEVICE_LOST"})
+_NOT_TRIED: Final = frozenset({"NO_CAPACITY", "WORKER_DRAINING", "DEVICE_LOST", "STALE_LEADER"})
 _TOO_SLOW: Final = "START_TIMEOUT"
 # A node that left no time for a compile may be as busy for a while: 16 minutes, by default.
 _BUSY_PAUSES: Final = 16

@@ -57,6 +57,7 @@ class FleetServicer(FleetServiceServicer):
         first = await self._hello(request_iterator)
         hello = wire.hello_from_proto(first.hello)
         now = time.monotonic()
+        self._runtime.core.leadership.outdone(first.hello.epoch, now)
         outbox = self._runtime.connect_worker(hello.worker_id)
         try:
             epoch = self._runtime.core.leadership.epoch

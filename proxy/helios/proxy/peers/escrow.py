@@ -162,6 +162,7 @@ class Escrow:
         self._sessions: dict[str, Shares] = {}
         self._told: dict[str, dict[SliceKey, SliceGrant]] = {}
         self._due: dict[str, set[SliceKey]] = {}
+        self._keys: dict[str, dict[str, SliceKey]] = {}
         self._ending: list[tuple[float, Shares]] = []
 
     def begin(self, session: str) -> None:
@@ -169,12 +170,14 @@ class Escrow:
         self._sessions[session] = {}
         self._told[session] = {}
         self._due[session] = set()
+        self._keys[session] = {}
 
     def end(self, session: str, heard_at: float) -> None:
         """A session is over; its follower was last heard then, and may use what it has for a while after that."""
         shares = self._sessions.pop(session, {})
         self._told.pop(session, None)
         self._due.pop(session, None)
+        self._keys.pop(session, None)
         if shares:
             self._ending.append((heard_at + VALID_SECONDS, shares))
 
@@ -221,7 +224,9 @@ class Escrow:
 
     def _open(self, session: str, key: SliceKey, now: float) -> tuple[_Share | None, _Share | None]:
         shares = self._sessions[session]
-        for older in [other for other in shares if other.key_id == key.key_id]:
+        older = self._keys[session].get(key.key_id)
+        self._keys[session][key.key_id] = key
+        if older is not None:
             # Its follower had forgotten it, or its limits are others now.
             self._due[session].discard(older)
             self._told[session].pop(older, None)
@@ -233,18 +238,13 @@ class Escrow:
 
     def _reclaim(self, asking_key: SliceKey, asking: _Share) -> None:
         for session, shares in self._sessions.items():
-            for key, pair in shares.items():
-                if key.key_id != asking_key.key_id:
-                    continue
-                for share in pair:
-                    if (
-                        share is not None
-                        and share is not asking
-                        and share.bucket is asking.bucket
-                        and share.outstanding
-                    ):
-                        share.is_reclaimed = True
-                        self._due[session].add(key)
+            key = self._keys[session].get(asking_key.key_id)
+            if key is None:
+                continue
+            for share in shares[key]:
+                if share is not None and share is not asking and share.bucket is asking.bucket and share.outstanding:
+                    share.is_reclaimed = True
+                    self._due[session].add(key)
 
 
 def _all(shares: Shares) -> list[_Share]:

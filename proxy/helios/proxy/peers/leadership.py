@@ -108,6 +108,12 @@ class Leadership:
         self.followers.clear(now)
         self.begin_session(now)
 
+    def outdone(self, epoch: int, now: float) -> None:
+        """Somebody has heard of a leader of this epoch: one of a lower epoch leads no more."""
+        self.seen_epoch = max(self.seen_epoch, epoch)
+        if self.epoch and epoch > self.epoch:
+            self.follow(now)
+
     def resynchronised(self, now: float) -> None:
         """The fleet is believed to be complete."""
         self._is_resynchronised = True

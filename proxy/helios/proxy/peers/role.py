@@ -87,10 +87,7 @@ class Role:
 
     def outdone(self, epoch: int, now: float) -> None:
         """Somebody has heard of this epoch."""
-        leadership = self._leadership
-        leadership.seen_epoch = max(leadership.seen_epoch, epoch)
-        if leadership.epoch and epoch > leadership.epoch:
-            self._follow(now)
+        self._leadership.outdone(epoch, now)
 
     def _follow(self, now: float) -> None:
         self._is_lost = False
