@@ -107,8 +107,9 @@ class ReplicaSettings(BaseModel):
     when they have served all that waited for their start, for as long as it took and at least residency_seconds; the
     model that has waited longest is next. 30: below the patience of clients, above the pauses of one. 0: what is in
     use never gives way."""
-    turn_drain_seconds: PositiveFloat = 120.0
-    """How long requests may go on at a replica whose turn is over, in seconds."""
+    turn_drain_seconds: PositiveFloat = 300.0
+    """How long requests may go on at a replica whose turn is over, in seconds; then they are cut off. 300: as long as
+    those wait at most for whom it goes."""
     start_base_seconds: PositiveFloat = 5.0
     """Guess for a model's first start without its weights, in seconds; measured starts replace it."""
     start_bytes_per_second: PositiveInt = 1 << 30

@@ -27,7 +27,7 @@ class TurnPolicy:
     """
 
     turn_seconds: float = 30.0
-    drain_seconds: float = 120.0
+    drain_seconds: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)
