@@ -61,6 +61,8 @@ SLOW_FILES = (
     "registry/test_pull_files.py",
     "registry/test_pull_places.py",
     "registry/test_push.py",
+    "simulator/test_core.py",
+    "simulator/test_study.py",
     "storage/sync/test_session.py",
     "storage/sync/test_swarm_process.py",
     "storage/sync/test_swarms.py",

@@ -19,7 +19,7 @@ class UsageSettings(BaseModel):
     forecast_seconds: float = Field(default=900.0, gt=0, le=3_000)
     """A run that takes longer is ended; forecasts of the hour before go on to hold. 900: 10,000 models in use every
     hour take some three minutes of one core."""
-    ready_requests: float = Field(default=6.0, gt=0)
+    ready_requests: float = Field(default=4.0, gt=0)
     """Requests expected in an hour from which a model is to have replicas ready, where one comes in nine of ten such
     hours. 4: one in each fifteen minutes, which is how long a replica stays idle by the proxy's own setting."""
     asleep_requests: float = Field(default=0.0, ge=0)

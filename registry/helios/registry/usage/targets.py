@@ -47,7 +47,7 @@ class TargetPolicy:
             0: as long as the proxy's setting says.
     """
 
-    ready_requests: float = 6.0
+    ready_requests: float = 4.0
     memory_ratio: float = 0.3
     disk_ratio: float = 0.05
     concurrency: float = 8.0

@@ -1,0 +1,236 @@
+"""The real core over virtual time, second by second: too slow for a large fleet, the judge of the driver that is not.
+
+Workers and engines are those of `world`; what workers report arrives at once, Envoy acknowledges at once, and the
+registry's targets come to the second.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from helios.proxy import actions
+from helios.proxy.core import Core, CorePolicy
+from helios.proxy.fleet.commands import DrainReplica, Order, StageRevision, StartReplica, StopReplica, UnstageRevision
+from helios.proxy.fleet.state import Device, DeviceKind, Replica, ReplicaState, StagedState, WorkerHello
+from helios.proxy.fleet.state import Load as EngineLoad
+from helios.proxy.holds import Hold
+from helios.proxy.routing.pick import Pick
+from helios.proxy.scaling.forecast import Expected
+from helios.proxy.scaling.ladder import Rung
+from helios.proxy.traffic import LoadDelta
+from helios.registry.client import Rung as TargetRung
+from helios.registry.client import Target
+from tests.simulator.expected import FORECAST_DELAY_SECONDS
+from tests.simulator.fleet import Decision
+from tests.simulator.loads import HOUR, Load
+from tests.simulator.world import Hardware, Model, Stores, node_name
+
+_RUNGS = {TargetRung.DISK: Rung.DISK, TargetRung.MEMORY: Rung.STAGED, TargetRung.READY: Rung.READY}
+# Two hours without news, and a target counts for nothing.
+_TARGET_SECONDS = 2 * HOUR
+
+
+@dataclass(eq=False, slots=True)
+class _Engine:
+    """A replica as its worker has it."""
+
+    replica: Replica
+    model: int
+    running_count: int = 0
+    queue: deque[int] = field(default_factory=deque)
+    is_draining: bool = False
+
+
+class CoreRun:
+    """A run of the core over a load. Call `run` once; `decisions` are in the order in which they were made."""
+
+    def __init__(
+        self,
+        policy: CorePolicy,
+        hardware: Hardware,
+        models: Sequence[Model],
+        load: Load,
+        *,
+        node_count: int,
+        targets: Sequence[Sequence[Target]] | None = None,
+    ) -> None:
+        """As `Fleet`, with a fleet in which nothing ran before; the policy's mode says whether targets are followed."""
+        numbers = itertools.count(1)
+        self._core = Core(policy, new_id=lambda: f"{next(numbers):09d}", known_workers=(), now=0.0)
+        self._hardware = hardware
+        self._models = models
+        self._index = {model.entry.name: index for index, model in enumerate(models)}
+        self._by_revision = {model.entry.revision: index for index, model in enumerate(models)}
+        self._load = load
+        self._targets = targets
+        self._stores = Stores(hardware, models, node_count)
+        self._workers = [node_name(index) for index in range(node_count)]
+        self._engines: dict[str, _Engine] = {}
+        self._sequences = dict.fromkeys(self._workers, 0)
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._event_count = 0
+        self._envoy: frozenset[str] = frozenset()
+        self.first_token_seconds: dict[int, float] = {}
+        self.decisions: list[Decision] = []
+
+    def run(self) -> None:
+        """Plays the load to its end."""
+        for worker in self._workers:
+            device = Device("cuda:0", DeviceKind.CUDA, self._hardware.device_bytes, 0)
+            hello = WorkerHello(
+                worker, "1", worker, (device,), ("vllm",), self._hardware.slot_count, (),
+                host_memory_bytes=self._hardware.host_bytes,
+            )  # fmt: skip
+            self._do(self._core.worker_hello(hello, 0.0), 0.0)
+        entries = [model.entry for model in self._models]
+        self._do(self._core.models_replaced(entries, 0.0, is_synced=True), 0.0)
+        for index, time in enumerate(self._load.times):
+            self._at(time, partial(self._arrive, index))
+        for second in range(1, int(self._load.span.simulated_hours * HOUR)):
+            self._at(float(second), self._tick)
+        end = self._load.span.simulated_hours * HOUR
+        while self._events and self._events[0][0] < end:
+            now, _, then = heapq.heappop(self._events)
+            then(now)
+
+    def _tick(self, now: float) -> None:
+        hour, seconds = divmod(int(now), int(HOUR))
+        if self._targets is not None and seconds == FORECAST_DELAY_SECONDS:
+            expected = {
+                target.model: Expected(
+                    _RUNGS[target.rung], target.replica_count, target.reason, now + _TARGET_SECONDS, target.idle_seconds
+                )
+                for target in self._targets[hour]
+            }
+            self._do(self._core.expect(expected, now), now)
+        if seconds % 2:
+            # Often enough for a proxy that gives workers up after three seconds.
+            for worker in self._workers:
+                self._do(self._core.worker_seen(worker, now), now)
+        self._do(self._core.expire_holds(now), now)
+        self._do(self._core.tick(now), now)
+
+    # Requests.
+    def _arrive(self, index: int, now: float) -> None:
+        entry = self._models[self._load.models[index]].entry
+        chosen = self._core.pick(entry, str(index), now)
+        if chosen is not None:
+            self._send(index, chosen, now)
+            return
+        _, todo = self._core.hold(entry, str(index), size_bytes=0, deadline=now + 300.0, now=now)
+        self._do(todo, now)
+
+    def _send(self, index: int, chosen: Pick, now: float) -> None:
+        engine = self._engines[chosen.choices[0].replica_id]
+        if engine.running_count < self._hardware.running_count:
+            self._run_request(index, engine, now)
+        else:
+            engine.queue.append(index)
+        self._report(engine, now, started=(str(index),))
+
+    def _run_request(self, index: int, engine: _Engine, now: float) -> None:
+        load = self._load
+        first, whole = self._models[engine.model].times(
+            load.prompt_tokens[index], load.completion_tokens[index], engine.running_count
+        )
+        engine.running_count += 1
+        self.first_token_seconds[index] = now + first - load.times[index] + self._hardware.edge_seconds
+        self._at(now + whole, lambda at: self._finished(index, engine, at))
+
+    def _finished(self, index: int, engine: _Engine, now: float) -> None:
+        engine.running_count -= 1
+        if engine.queue:
+            self._run_request(engine.queue.popleft(), engine, now)
+        self._report(engine, now, finished=((str(index), 0),))
+        self._stop_if_idle(engine, now)
+
+    def _report(
+        self, engine: _Engine, now: float, *, started: tuple[str, ...] = (), finished: tuple[tuple[str, int], ...] = ()
+    ) -> None:
+        load = EngineLoad(engine.running_count, len(engine.queue))
+        delta = LoadDelta(engine.replica.replica_id, load, started, finished)
+        self._do(self._core.load_report([delta], now), now)
+
+    # What the core wants done.
+    def _do(self, todo: Iterable[actions.Action], now: float) -> None:
+        for action in todo:
+            match action:
+                case actions.Send(command):
+                    self._order(command.worker_id, command.order, now)
+                    acknowledged = self._core.command_acknowledged(
+                        command.worker_id, command.command_id, refused_reason="", message="", now=now
+                    )
+                    self._do(acknowledged, now)
+                case actions.Release(Hold() as hold, chosen):
+                    self._send(int(hold.request_id), chosen, now)
+                case _:
+                    pass
+        endpoints = self._core.fleet.endpoints()
+        if endpoints != self._envoy:
+            self._envoy = endpoints
+            self._do(self._core.endpoints_acknowledged(endpoints, now), now)
+
+    def _order(self, worker: str, order: Order, now: float) -> None:
+        node = self._workers.index(worker)
+        match order:
+            case StartReplica(replica_id, model):
+                self._note(now, "start", model, worker)
+                believed = self._core.fleet.replica(replica_id)
+                assert believed is not None
+                self._engines[replica_id] = _Engine(believed, self._index[model])
+                _, seconds = self._stores.start(self._index[model], node, now)
+                self._at(now + seconds, lambda at: self._ready(replica_id, at))
+            case DrainReplica(replica_id) | StopReplica(replica_id):
+                engine = self._engines[replica_id]
+                if not engine.is_draining:
+                    engine.is_draining = True
+                    self._note(now, "drain", engine.replica.model, worker)
+                    self._stop_if_idle(engine, now)
+            case StageRevision(revision, model):
+                self._note(now, "stage", model, worker)
+                is_loaded = any(
+                    one.replica.revision == revision and one.replica.worker_id == worker
+                    for one in self._engines.values()
+                )
+                self._stores.stage(self._index[model], node, now, is_loaded=is_loaded)
+                staged = self._core.fleet.worker(worker)
+                assert staged is not None
+                done = replace(staged.staged[revision], state=StagedState.STAGED)
+                self._do(self._core.staged_event(worker, self._next(worker), done, now), now)
+            case UnstageRevision(revision):
+                self._stores.unstage(self._by_revision[revision], node)
+            case _:
+                raise AssertionError(f"nobody simulates {order}")
+
+    def _ready(self, replica_id: str, now: float) -> None:
+        engine = self._engines.get(replica_id)
+        if engine is None or engine.is_draining:
+            return
+        ready = replace(engine.replica, state=ReplicaState.READY, address=f"10.0.0.1:{int(replica_id)}")
+        engine.replica = ready
+        self._do(self._core.replica_event(ready.worker_id, self._next(ready.worker_id), ready, now), now)
+
+    def _stop_if_idle(self, engine: _Engine, now: float) -> None:
+        if engine.is_draining and not engine.running_count and not engine.queue:
+            self._at(now + self._hardware.stop_seconds, lambda at: self._gone(engine, at))
+
+    def _gone(self, engine: _Engine, now: float) -> None:
+        if self._engines.pop(engine.replica.replica_id, None) is not None:
+            gone = replace(engine.replica, state=ReplicaState.STOPPED)
+            self._do(self._core.replica_event(gone.worker_id, self._next(gone.worker_id), gone, now), now)
+
+    def _next(self, worker: str) -> int:
+        self._sequences[worker] += 1
+        return self._sequences[worker]
+
+    def _note(self, now: float, what: str, model: str, worker: str) -> None:
+        self.decisions.append(Decision(round(now, 6), what, model, worker))
+
+    def _at(self, time: float, then: Callable[[float], None]) -> None:
+        self._event_count += 1
+        heapq.heappush(self._events, (time, self._event_count, then))

@@ -1,0 +1,501 @@
+"""The scalable driver: a whole fleet over virtual time, event by event, decided about by the proxy's own functions.
+
+The proxy's core looks at every model once a second, and at every node for each start, which for 10,000 models on 1,000
+nodes is hours of computing for a day. Here something is looked at only when it may be due, and what is looked at is
+then decided by the functions that the core calls: how many replicas (`desired_replicas`, `LoadScaler`), when an idle
+one goes (`idle_after`), where one starts and who gives way (`place`), how large it is (`replica_size`), which replica
+takes a request (`score`, `pick`). `tests/simulator/test_core.py` runs the real core on the same small cases and demands
+the same decisions at the same seconds.
+
+Left out: sleeping replicas, compiled forms, failures, keys, prefixes, the express lane, bounds of holds, turns of
+models where all nodes are full (a start then takes an idle replica's room, or waits).
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import ceil, floor
+from typing import Final
+
+from helios.proxy.activation.estimate import StartEstimates
+from helios.proxy.core import CorePolicy
+from helios.proxy.fleet.state import Load as EngineLoad
+from helios.proxy.placement.place import Placed, Preempt, Wait
+from helios.proxy.placement.workers import Occupant
+from helios.proxy.routing.pick import pick
+from helios.proxy.routing.table import score
+from helios.proxy.scaling.desired import Desired, Usage, desired_replicas, idle_after
+from helios.proxy.scaling.load import LoadSample, LoadScaler
+from helios.proxy.sizing import replica_size
+from helios.registry.client import Rung, Target
+from tests.simulator.expected import FORECAST_DELAY_SECONDS
+from tests.simulator.loads import HOUR, Load
+from tests.simulator.nodes import ModelState, Node, Nodes, Replica
+from tests.simulator.world import Hardware, Model, Stores, Tier
+
+# How long `helios.proxy.loads` waits where it found no room.
+_NO_ROOM_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Something that was decided: ``start``, ``drain`` or ``stage``, of a model, at a node."""
+
+    at: float
+    what: str
+    model: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a policy made of a load, of the judged hours.
+
+    Attributes:
+        first_token_seconds: by request, in the order of arrival; NaN: it was refused, or had no answer at the end.
+        cold: whether it met no replica that was ready, by request: 0 or 1.
+        device_seconds: devices that were booked, by the share of their memory, times how long.
+        starts: by where weights came from.
+    """
+
+    first_token_seconds: array[float]
+    cold: array[int]
+    device_seconds: float
+    starts: dict[Tier, int]
+    decisions: list[Decision]
+
+
+class Fleet:
+    """A run of one policy over one load. Call `run` once."""
+
+    def __init__(
+        self,
+        policy: CorePolicy,
+        hardware: Hardware,
+        models: Sequence[Model],
+        load: Load,
+        *,
+        node_count: int,
+        targets: Sequence[Sequence[Target]] | None = None,
+        is_settled: bool = True,
+        keeps_decisions: bool = False,
+    ) -> None:
+        """Begins with no replica.
+
+        Args:
+            policy: The proxy's.
+            hardware: Of each node.
+            models: All models.
+            load: What is asked for.
+            node_count: How many nodes there are.
+            targets: The registry's advice by hour, which is followed; None: there is none.
+            is_settled: Nodes have on their disks and in memory what they would after the load's history; else nothing
+                ran before, and the proxy knows nothing.
+            keeps_decisions: Whether the outcome has all decisions.
+        """
+        self._policy = policy.lifecycle
+        self._hardware = hardware
+        self._load = load
+        self._targets = targets
+        self._keeps_decisions = keeps_decisions
+        self._nodes = Nodes(hardware, node_count)
+        self._stores = Stores(hardware, models, node_count)
+        sizing = self._policy.sizing
+        self._states = [
+            ModelState(index, model, replica_size(model.entry, sizing, is_gpu=True).memory_bytes)
+            for index, model in enumerate(models)
+        ]
+        self._by_name = {state.name: state for state in self._states}
+        self._estimates = StartEstimates(
+            base_seconds=self._policy.start_base_seconds, bytes_per_second=self._policy.start_bytes_per_second
+        )
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._event_count = 0
+        self._replica_count = 0
+        self._waiting: set[str] = set()
+        self._watched: set[str] = set()
+        self._activated: dict[str, None] = {}
+        self._is_ticking = False
+        self._judged_from = load.span.warm_up_hours * HOUR
+        self._end = load.span.simulated_hours * HOUR
+        count = len(load.times)
+        self._first_token = array("d", [float("nan")]) * count
+        self._cold = array("b", [0]) * count
+        self._device_seconds = 0.0
+        self._starts = dict.fromkeys(Tier, 0)
+        self._decisions: list[Decision] = []
+        if is_settled:
+            self._settle()
+
+    @property
+    def least_free_bytes(self) -> int:
+        """The least that any device had free at any time."""
+        return self._nodes.least_free_bytes
+
+    def run(self) -> Outcome:
+        """Plays the load to its end."""
+        if self._targets is not None:
+            for hour in range(self._load.span.simulated_hours):
+                self._at(hour * HOUR + FORECAST_DELAY_SECONDS, partial(self._advised, hour))
+        times, events = self._load.times, self._events
+        for index, time in enumerate(times):
+            while events and events[0][0] <= time:
+                now, _, then = heapq.heappop(events)
+                then(now)
+            self._arrive(index, time)
+        while events and events[0][0] < self._end:
+            now, _, then = heapq.heappop(events)
+            then(now)
+        for state in self._states:
+            for replica in state.standing:
+                self._count_time(replica, self._end)
+        first = next((i for i, time in enumerate(times) if time >= self._judged_from), len(times))
+        return Outcome(
+            self._first_token[first:], self._cold[first:], self._device_seconds, self._starts, self._decisions
+        )
+
+    def _settle(self) -> None:
+        """Stages what was used last, as far as memory goes, and knows of all disks."""
+        hours = self._load.hours[:, : self._load.span.history_hours]
+        for state in self._states:
+            used = hours[state.index].nonzero()[0]
+            if len(used):
+                state.fetched |= self._stores.disks(state.index)
+                state.last_used_at = (int(used[-1]) + 1 - hours.shape[1]) * HOUR
+        known = [state for state in self._states if state.last_used_at is not None]
+        for state in sorted(known, key=lambda state: -(state.last_used_at or 0.0)):
+            for node in sorted(state.fetched):
+                if not state.staged and self._stage(state, self._nodes.all[node], 0.0, may_evict=False):
+                    self._stores.stage(state.index, node, 0.0, is_loaded=True)
+
+    # Requests.
+    def _arrive(self, index: int, now: float) -> None:
+        state = self._states[self._load.models[index]]
+        self._count(state, 1, now)
+        ready = [replica for replica in state.standing if replica.is_ready]
+        if ready and not state.held:
+            self._send(index, self._pick(ready), now)
+            return
+        self._cold[index] = 1
+        state.held.append(index)
+        self._demand(state, now)
+
+    @staticmethod
+    def _pick(ready: list[Replica]) -> Replica:
+        if len(ready) == 1:
+            return ready[0]
+        candidates = tuple(
+            score(str(place_of), "", EngineLoad(replica.running_count, len(replica.queue)), 0)
+            for place_of, replica in enumerate(ready)
+        )
+        chosen = pick("", "", candidates)
+        assert chosen is not None
+        return ready[int(chosen.choices[0].replica_id)]
+
+    def _send(self, index: int, replica: Replica, now: float) -> None:
+        replica.state.last_used_at = now
+        if replica.running_count < self._hardware.running_count:
+            self._run_request(index, replica, now)
+        else:
+            replica.queue.append(index)
+
+    def _run_request(self, index: int, replica: Replica, now: float) -> None:
+        load = self._load
+        first, whole = replica.state.model.times(
+            load.prompt_tokens[index], load.completion_tokens[index], replica.running_count
+        )
+        replica.running_count += 1
+        self._first_token[index] = now + first - load.times[index] + self._hardware.edge_seconds
+        self._at(now + whole, lambda at: self._finished(replica, at))
+
+    def _finished(self, replica: Replica, now: float) -> None:
+        state = replica.state
+        replica.running_count -= 1
+        self._count(state, -1, now)
+        if not replica.is_draining:
+            state.last_used_at = now
+        if replica.queue:
+            self._run_request(replica.queue.popleft(), replica, now)
+        elif replica.is_draining and replica.is_idle:
+            self._stop(replica, now)
+        if not state.request_count:
+            self._check_later(state, now)
+
+    def _count(self, state: ModelState, change: int, now: float) -> None:
+        state.request_count += change
+        counts = state.counts
+        counts.append((now, state.request_count))
+        while counts[0][0] < now - self._policy.load.stable_seconds - 1.0 and len(counts) > 1:
+            counts.popleft()
+        if state.scaler is None and state.request_count > self._most_of_one:
+            self._watch(state, now)
+
+    @property
+    def _most_of_one(self) -> float:
+        """Requests at once up to which load never asks for a second replica, whatever they were before."""
+        return self._hardware.running_count * self._policy.load.target_ratio
+
+    # Starts.
+    def _demand(self, state: ModelState, now: float) -> None:
+        desired = self._desired(state, now)
+        if len(state.standing) >= desired.start_below:
+            return
+        self._activated[state.name] = None
+        # Only what somebody waits for takes another model's memory.
+        victims = (lambda node: self._victims(node, state, now)) if state.held else None
+        plan = self._nodes.plan(state, victims=victims, is_another=False)
+        if isinstance(plan, Placed):
+            self._waiting.discard(state.name)
+            self._start(state, self._nodes.index(plan.worker_id), now)
+            return
+        if isinstance(plan, Preempt):
+            for replica_id in plan.replica_ids:
+                victim = self._nodes.all[self._nodes.index(plan.worker_id)].replicas[int(replica_id)]
+                victim.state.last_used_at = None
+                self._keep_staged(victim.state, victim.node, now)
+                self._drain(victim, now)
+        if isinstance(plan, Preempt | Wait) or not state.held:
+            self._waiting.add(state.name)
+            return
+        for _ in range(len(state.held)):
+            state.held.popleft()
+            self._count(state, -1, now)
+
+    def _start(self, state: ModelState, node: int, now: float, *, is_for_load: bool = False) -> None:
+        if not state.standing:
+            state.observed_since = now
+        self._replica_count += 1
+        replica = Replica(state, node, self._replica_count, now, is_for_load)
+        state.standing.append(replica)
+        self._nodes.take(replica)
+        tier, seconds = self._stores.start(state.index, node, now)
+        if now >= self._judged_from:
+            self._starts[tier] += 1
+        self._note(now, "start", state, node)
+        self._at(now + seconds, lambda at: self._ready(replica, at))
+
+    def _ready(self, replica: Replica, now: float) -> None:
+        if replica.is_draining:
+            return
+        state = replica.state
+        replica.ready_at = now
+        state.fetched.add(replica.node)
+        if not replica.is_for_load:
+            self._estimates.record(state.name, now - replica.ordered_at)
+        while state.held:
+            self._send(state.held.popleft(), self._pick([one for one in state.standing if one.is_ready]), now)
+        if not state.request_count:
+            self._check_later(state, now)
+
+    def _victims(self, node: Node, wanting: ModelState, now: float) -> Iterator[Occupant]:
+        """Idle replicas, each worth its model's start over the time that nobody has used it, as `Room` says it."""
+        for replica in node.replicas.values():
+            state = replica.state
+            is_old = replica.ready_at is not None and now - replica.ready_at >= self._policy.residency_seconds
+            if state is wanting or not is_old or replica.is_draining or not replica.is_idle or state.held:
+                continue
+            idle_seconds = max(1.0, now - (state.last_used_at or 0.0))
+            weights_bytes = state.model.entry.weights_bytes
+            value = self._estimates.expected_seconds(state.name, weights_bytes) * 3600 / idle_seconds
+            yield Occupant(str(replica.number), state.needed_bytes, ("cuda:0",), max(1e-6, value))
+
+    # Stops.
+    def _drain(self, replica: Replica, now: float) -> None:
+        replica.is_draining = True
+        replica.state.standing.remove(replica)
+        self._note(now, "drain", replica.state, replica.node)
+        if replica.is_idle:
+            self._stop(replica, now)
+
+    def _stop(self, replica: Replica, now: float) -> None:
+        self._at(now + self._hardware.stop_seconds, lambda at: self._gone(replica, at))
+
+    def _gone(self, replica: Replica, now: float) -> None:
+        self._nodes.give_back(replica)
+        self._count_time(replica, now)
+        for name in sorted(self._waiting):
+            self._demand(self._by_name[name], now)
+
+    def _count_time(self, replica: Replica, now: float) -> None:
+        seconds = min(now, self._end) - max(replica.ordered_at, self._judged_from)
+        self._device_seconds += max(0.0, seconds) * replica.state.needed_bytes / self._hardware.device_bytes
+
+    def _check_later(self, state: ModelState, now: float) -> None:
+        """Looks whether a model is idle at the first second at which it may be."""
+        used_at = state.last_used_at
+        due = ceil(now if used_at is None else max(now, used_at + self._idle_seconds(state)))
+        if state.check_at is None or due < state.check_at:
+            state.check_at = due
+            self._at(due, partial(self._check, state, due))
+
+    def _check(self, state: ModelState, due: float | None, now: float) -> None:
+        if state.check_at != due:
+            return
+        state.check_at = None
+        if state.request_count or not state.standing or state.forecast_count:
+            return
+        if self._desired(state, now).drain_above:
+            self._check_later(state, now)
+        else:
+            self._bring_down(state, now)
+
+    def _bring_down(self, state: ModelState, now: float) -> None:
+        for replica in sorted(state.standing, key=lambda replica: (replica.is_ready, replica.number)):
+            if replica.is_ready:
+                self._keep_staged(state, replica.node, now)
+            self._drain(replica, now)
+
+    def _idle_seconds(self, state: ModelState) -> float:
+        return idle_after(self._policy.idle_seconds, state.advised_idle_seconds)
+
+    def _desired(self, state: ModelState, now: float) -> Desired:
+        usage = Usage(
+            held_count=len(state.held),
+            in_flight_count=sum(not replica.is_idle for replica in state.standing),
+            last_used_at=state.last_used_at,
+            is_failing=False,
+            load_count=state.scaler.decision.count if state.scaler is not None else 1,
+            forecast_count=state.forecast_count,
+        )
+        return desired_replicas(
+            min_replicas=0, max_replicas=0, usage=usage, idle_seconds=self._idle_seconds(state), now=now
+        )
+
+    # Weights in host memory.
+    def _keep_staged(self, state: ModelState, node: int, now: float) -> None:
+        if not self._policy.warmth.stages:
+            return
+        if self._stage(state, self._nodes.all[node], now, may_evict=True):
+            self._stores.stage(state.index, node, now, is_loaded=True)
+
+    def _stage(self, state: ModelState, node: Node, now: float, *, may_evict: bool) -> bool:
+        size = state.model.entry.weights_bytes
+        if node.index in state.staged or size > self._hardware.host_bytes:
+            return False
+        while may_evict and node.free_host_bytes < size and node.staged:
+            oldest = min(node.staged, key=lambda index: self._states[index].last_used_at or 0.0)
+            node.free_host_bytes += node.staged.pop(oldest)
+            self._states[oldest].staged.discard(node.index)
+            self._stores.unstage(oldest, node.index)
+        if node.free_host_bytes < size:
+            return False
+        node.staged[state.index] = size
+        node.free_host_bytes -= size
+        state.staged.add(node.index)
+        self._note(now, "stage", state, node.index)
+        return True
+
+    # Advice.
+    def _advised(self, hour: int, now: float) -> None:
+        """New targets came; what the proxy makes of them within a second."""
+        assert self._targets is not None
+        targets = {target.model: target for target in self._targets[hour]}
+        for state in self._states:
+            target = targets.get(state.name)
+            is_ready = target is not None and target.rung is Rung.READY
+            state.forecast_count = target.replica_count if target is not None and is_ready else 0
+            state.advised_idle_seconds = target.idle_seconds if target is not None else None
+            if state.forecast_count > 1 or len(state.standing) > 1:
+                self._watch(state, now)
+            if state.standing and not state.request_count:
+                state.check_at = None
+                self._check(state, None, now)
+        # Models that had a start before come first, as in the core's round.
+        for name in dict.fromkeys([*self._activated, *targets]):
+            target = targets.get(name)
+            if target is not None and target.rung is not Rung.DISK:
+                self._warm(self._by_name[name], now)
+
+    def _warm(self, state: ModelState, now: float) -> None:
+        if state.forecast_count:
+            self._demand(state, now)
+        if not state.standing and not state.staged:
+            roomy = max(self._nodes.all, key=lambda node: node.free_host_bytes)
+            if self._stage(state, roomy, now, may_evict=False):
+                self._stores.stage(state.index, roomy.index, now, is_loaded=False)
+
+    # Load.
+    def _watch(self, state: ModelState, now: float) -> None:
+        self._watched.add(state.name)
+        if not self._is_ticking:
+            self._is_ticking = True
+            self._at(floor(now) + 1.0, self._tick)
+
+    def _tick(self, now: float) -> None:
+        self._is_ticking = False
+        for name in sorted(self._watched):
+            self._look(self._by_name[name], now)
+        for name in list(self._watched)[:1]:
+            self._watch(self._by_name[name], now)
+
+    def _look(self, state: ModelState, now: float) -> None:
+        """Has as many replicas as load and forecast ask for."""
+        if not state.standing:
+            state.scaler = None
+            self._watched.discard(state.name)
+            return
+        ready = sum(replica.is_ready for replica in state.standing)
+        if state.scaler is None:
+            state.scaler = self._scaler(state, ready, now)
+        decision = state.scaler.observe(self._sample(state.request_count, ready), now)
+        desired = self._desired(state, now)
+        if len(state.standing) > desired.drain_above:
+            self._drain_surplus(state, len(state.standing) - desired.drain_above, now)
+        is_asked = (state.forecast_count > 1 or decision.asked > 1) and not state.is_activating()
+        if is_asked and not self._waiting and now >= state.roomless_until:
+            wanted = min(max(decision.asked, state.forecast_count), self._desired(state, now).drain_above)
+            for _ in range(wanted - len(state.standing)):
+                self._start_another(state, now)
+        is_calm = decision.count == 1 and all(count <= self._most_of_one for _, count in state.counts)
+        if is_calm and state.forecast_count < 2 and len(state.standing) < 2:
+            state.scaler = None
+            self._watched.discard(state.name)
+            if not state.request_count:
+                self._check_later(state, now)
+
+    def _scaler(self, state: ModelState, ready: int, now: float) -> LoadScaler:
+        """A scaler that saw the last minute: as long as it asked for one replica, nobody looked."""
+        policy = self._policy.load
+        scaler = LoadScaler(policy, 1, now - policy.stable_seconds)
+        for second in range(int(policy.stable_seconds), 0, -1):
+            if now - second >= state.observed_since:
+                scaler.observe(self._sample(_count_at(state, now - second), ready), now - second)
+        return scaler
+
+    def _drain_surplus(self, state: ModelState, count: int, now: float) -> None:
+        """What is not ready yet goes first, then what has least to do, as `Lifecycle` says it."""
+        order = sorted(state.standing, key=lambda r: (r.is_ready, r.running_count + len(r.queue), r.number))
+        for replica in order[:count]:
+            self._drain(replica, now)
+
+    def _start_another(self, state: ModelState, now: float) -> None:
+        plan = self._nodes.plan(state, victims=None, is_another=True)
+        if isinstance(plan, Placed):
+            self._start(state, self._nodes.index(plan.worker_id), now, is_for_load=True)
+        else:
+            state.roomless_until = now + _NO_ROOM_SECONDS
+
+    def _sample(self, request_count: int, ready: int) -> LoadSample:
+        return LoadSample(request_count, 0, 0.0, ready, self._hardware.running_count)
+
+    def _note(self, now: float, what: str, state: ModelState, node: int) -> None:
+        if self._keeps_decisions:
+            self._decisions.append(Decision(round(float(now), 6), what, state.name, self._nodes.name(node)))
+
+    def _at(self, time: float, then: Callable[[float], None]) -> None:
+        self._event_count += 1
+        heapq.heappush(self._events, (time, self._event_count, then))
+
+
+def _count_at(state: ModelState, at: float) -> int:
+    """Requests of a model at a moment of the last minute."""
+    found = 0
+    for time, count in state.counts:
+        if time > at:
+            break
+        found = count
+    return found
