@@ -82,6 +82,7 @@ SLOW_FILES = (
     "wire/test_strip.py",
     "worker/artifacts/test_keeper.py",
     "worker/artifacts/test_packed_artifacts.py",
+    "worker/early/test_starts.py",
     "worker/engines/test_compat.py",
     "worker/engines/test_engines.py",
     "worker/launcher/test_launcher.py",

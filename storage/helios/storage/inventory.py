@@ -75,9 +75,8 @@ class Inventory:
         return self._revisions.get(revision)
 
     def missing(self, manifest: Manifest) -> list[Digest]:
-        """Blobs of a manifest that are not here, the largest first: they decide how long a fetch takes."""
-        absent = [blob for blob in manifest.blobs if not self.has_blob(blob)]
-        return sorted(absent, key=lambda blob: (-blob.size_bytes, blob.hash))
+        """Blobs of a manifest that are not here, by their hashes."""
+        return sorted(blob for blob in manifest.blobs if not self.has_blob(blob))
 
     def strays(self) -> list[Digest]:
         """Blobs that no resident revision uses."""

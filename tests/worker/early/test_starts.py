@@ -1,8 +1,9 @@
 """Replicas that are forked before all of their weights is here, with real processes: what becomes of each."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,14 +11,21 @@ import pytest
 
 from helios.mesh.errors import DigestMismatch, HeliosError, Unavailable
 from helios.mesh.transfer.progress import TransferProgress
+from helios.storage.client import StorageClient
 from helios.worker.early.loads import EarlyLoads
 from helios.worker.supervisor.commands import Stop
 from helios.worker.supervisor.process_tree import become_subreaper
 from helios.worker.supervisor.records import ReplicaState, ReplicaView
-from tests.worker.early.test_loads import Playing
+from tests.mesh.transfer.blob_server import Answer, BlobServer, Request, serve_blob
+from tests.registry.test_chunk_index import weights as weights_of
+from tests.storage.harness import agent_process, digest_of
+from tests.storage.test_chunk_source import indexed_mesh
+from tests.worker.early.test_loads import CONFIG, Playing
 from tests.worker.supervisor.fakes import RULES, FakeLauncher, FakeWeights, Node, living, running_node, start_of
 
 S = ReplicaState
+CONTENT = weights_of(1)
+SLOW_FETCH = replace(RULES, limits=replace(RULES.limits, fetch_seconds=60))
 
 
 @dataclass
@@ -46,10 +54,9 @@ async def loading(folder: Path, behaviour: str = "normal") -> AsyncIterator[Star
     agent = Playing(folder / "agent")
     weights = FakeWeights(gate=asyncio.Event(), path=str(folder / "agent" / "views"), coming=TransferProgress(1, 2))
     launcher = FakeLauncher(r1=behaviour)
-    rules = replace(RULES, limits=replace(RULES.limits, fetch_seconds=60))
     async with (
         EarlyLoads(folder / "early", folder / "d", agent) as early,
-        running_node(folder, launcher=launcher, weights=weights, early=early, rules=rules) as node,
+        running_node(folder, launcher=launcher, weights=weights, early=early, rules=SLOW_FETCH) as node,
     ):
         assert node.supervisor.execute("start", start_of("r1")).is_accepted
         agent.tell((0, 50))
@@ -136,3 +143,48 @@ async def test_a_replica_whose_load_does_not_count_fails_before_it_is_ready(fold
         assert view.failure is not None
         assert view.failure.reason == "EARLY_BYTES_LOST"
         assert S.READY not in started.node.states("r1")
+
+
+@pytest.mark.soak
+async def test_an_agent_that_is_killed_midway_costs_the_overlap_and_nothing_else(tmp_path: Path, folder: Path) -> None:
+    gate = threading.Event()
+    become_subreaper()
+    # A tensor a range.
+    flag = f"--fetch.chunk-bytes={1 << 20}"
+    async with indexed_mesh(tmp_path, CONTENT) as mesh, agent_process(mesh, flag) as agent:
+        with held_back(gate) as server:
+            revision = mesh.shelf.add({"model.safetensors": CONTENT, "config.json": CONFIG})
+            mesh.shelf.url = server.url.removesuffix("/blob")
+            async with mesh.dial(agent.address) as dialer:
+                storage, launcher = StorageClient(dialer), FakeLauncher()
+                async with (
+                    EarlyLoads(folder / "early", folder / "d", storage) as early,
+                    running_node(folder, launcher=launcher, weights=storage, early=early, rules=SLOW_FETCH) as node,
+                ):
+                    assert node.supervisor.execute("start", start_of("r1", revision=revision)).is_accepted
+                    await node.wait_state("r1", S.WARMING)
+                    agent.kill()
+                    await agent.start()
+                    gate.set()
+                    view = await node.wait_state("r1", S.READY)
+                    assert view.lease_id
+                    (spec,) = launcher.specs
+                    assert Path(spec.model_path, "model.safetensors").read_bytes() == CONTENT
+                    assert spec.early_door
+                    await node.supervisor.end_all(1)
+
+
+@contextmanager
+def held_back(gate: threading.Event) -> Iterator[BlobServer]:
+    """Serves the weights' second half when the gate opens."""
+
+    def script(request: Request) -> Answer:
+        if request.path.endswith(digest_of(CONTENT).hash) and request.first >= len(CONTENT) // 2:
+            gate.wait(60)
+        return Answer()
+
+    with serve_blob(CONTENT, script=script, named={digest_of(CONFIG).hash: CONFIG}) as server:
+        try:
+            yield server
+        finally:
+            gate.set()

@@ -8,6 +8,7 @@ import pytest
 import helios.worker.supervisor as package
 
 PURE = (
+    "../early/growth",
     "commands",
     "core_placement",
     "fence",
