@@ -12,10 +12,14 @@ from proto.openapi import openapi_document
 # Every RPC is called over REST too, except these, with the reason.
 NATIVE_ONLY = {
     "helios.api.fleet.v1.FleetService": "a session between processes",
+    "helios.api.fleet.v1.ReplacementService": "from the relay to proxies",
+    "helios.api.proxy.v1.FeedService": "between processes of a proxy",
+    "helios.api.proxy.v1.PeerService": "a session between proxies",
     "helios.api.worker.v1.SupervisorService": "a session between processes",
     "helios.api.storage.v1.BlobService": "between storage agents",
     "helios.api.storage.v1.StorageService": "between processes of a node; operators evict through AdminService",
     "helios.api.inference.v1.InferenceService": "the typed twin of the OpenAI calls, for gRPC clients",
+    "helios.api.inference.v1.ContinuationService": "from the relay to replicas",
     "helios.api.inference.v1.PrefillService": "between replicas",
     "helios.api.registry.v1.ChunkService": "for storage agents",
     "helios.api.registry.v1.SyncService.Session": "a session between processes",
@@ -78,7 +82,7 @@ def test_openapi_document_is_valid_and_complete(contracts: FileDescriptorSet) ->
     scale = document["paths"]["/admin/v1/models/{model}:scale"]["post"]
     assert [parameter["name"] for parameter in scale["parameters"]] == ["model"]
     body = scale["requestBody"]["content"]["application/json"]["schema"]
-    assert list(body["properties"]) == ["replica_count"]
+    assert list(body["properties"]) == ["replica_count", "dry_run"]
     assert "text/event-stream" in document["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
     schemas = document["components"]["schemas"]
     # proto3 JSON: 64-bit integers are strings, enums are names.

@@ -8,7 +8,7 @@ from typing import Any, Final
 import structlog
 
 from helios.api.proxy.v1 import peer_service_pb2 as pb
-from helios.api.proxy.v1.peer_service_pb2_grpc import PeerServiceServicer as Base
+from helios.api.proxy.v1.peer_service_pb2_grpc import PeerServiceServicer
 from helios.mesh.errors import InvalidRequest, Unavailable
 from helios.proxy.peers.link import REPORT_SECONDS, PeerLink
 from helios.proxy.peers.messages import Hello
@@ -25,7 +25,7 @@ class _SessionEnd(Exception):
     """One half of a session has ended."""
 
 
-class PeerServicer(Base):
+class PeerServicer(PeerServiceServicer):
     """Takes followers in, while this proxy leads."""
 
     def __init__(self, link: PeerLink, role: Role) -> None:
