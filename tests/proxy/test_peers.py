@@ -320,5 +320,11 @@ class PeersMachine(RuleBasedStateMachine):
         return self.world.machines[data.draw(st.sampled_from(sorted(self.world.machines)))]
 
 
+class LongPeersMachine(PeersMachine):
+    """The same, many more times."""
+
+
 TestPeers = PeersMachine.TestCase
 TestPeers.settings = hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPeersForLong = pytest.mark.soak(LongPeersMachine.TestCase)
+TestPeersForLong.settings = hypothesis_settings(max_examples=2000, stateful_step_count=80, deadline=None)

@@ -201,6 +201,8 @@ async def test_an_operator_s_call_reaches_the_leader_through_any_proxy(world: Wo
         assert answer.status == 200
         # Only the proxy that picked it knows of it.
         assert (await admin.explain("asked-of-p1")).summary.request_id == "asked-of-p1"
+        (listed,) = await admin.list_requests()
+        assert listed.request_id == "asked-of-p1"
         assert (await models.get_model("m")).replicas.ready == 1
         with pytest.raises(NotFound):
             await admin.explain("never")

@@ -2,6 +2,7 @@
 
     what changes something, or what only the leader decides     the leader's
     a request's explanation                                     whoever picked it: here first, then elsewhere
+    the newest requests                                         all proxies', by their times
     a breaker's reset                                           everybody's, since each proxy has breakers of its own
     the rest                                                    answered here
 
@@ -39,9 +40,14 @@ _LEADERS: Final = frozenset(
 _WATCHED: Final = "WatchEvents"
 _ANYBODYS: Final = "ExplainRequest"
 _EVERYBODYS: Final = "ResetBreaker"
+_MERGED: Final = "ListRequests"
 _FORWARDED: Final = "x-helios-forwarded"
 _MOST_HOPS: Final = 2
 _CALL_SECONDS: Final = 10.0
+# One that does not answer must not hide what others know.
+_LOOK_SECONDS: Final = 2.0
+# As AdminServicer's own.
+_PAGE_SIZE: Final = 100
 
 
 class Others(Protocol):
@@ -88,6 +94,7 @@ class SharedAdmin:
             _WATCHED: self._watch,
             _ANYBODYS: self._of_anybody,
             _EVERYBODYS: self._of_everybody,
+            _MERGED: self._merged,
         }
         return ways[name](own) if name in ways else own
 
@@ -124,7 +131,7 @@ class SharedAdmin:
             except NotFound:
                 for address in self._others_of(context):
                     try:
-                        return await self._ask(address, _ANYBODYS, request, context)
+                        return await self._ask(address, _ANYBODYS, request, context, _LOOK_SECONDS)
                     except HeliosError:
                         # It was not there either, or can't be asked.
                         continue
@@ -137,6 +144,30 @@ class SharedAdmin:
             response = await own(request, context)
             for address in self._others_of(context):
                 await self._ask(address, _EVERYBODYS, request, context)
+            return response
+
+        return call
+
+    def _merged(self, own: Call) -> Call:
+        async def call(request: Any, context: Any) -> Any:
+            response = await own(request, context)
+            others = list(self._others_of(context)) if not request.page_token else []
+            if not others:
+                return response
+            found = list(response.requests)
+            for address in others:
+                try:
+                    found += (await self._ask(address, _MERGED, request, context, _LOOK_SECONDS)).requests
+                except HeliosError:
+                    # What it knows is not known to anybody else.
+                    continue
+            # A follower asks the leader, which asks all followers: what is known here comes twice.
+            by_id = {summary.request_id: summary for summary in found}
+            newest = sorted(by_id.values(), key=lambda summary: summary.arrived_at.ToNanoseconds(), reverse=True)
+            del response.requests[:]
+            # Pages behind the first would be of one proxy alone.
+            response.next_page_token = ""
+            response.requests.extend(newest[: request.page_size or _PAGE_SIZE])
             return response
 
         return call
@@ -154,10 +185,10 @@ class SharedAdmin:
     def _others_of(self, context: Any) -> Iterable[str]:
         return self._others.addresses() if _hop_count(context) < _MOST_HOPS else []
 
-    async def _ask(self, address: str, name: str, request: Any, context: Any) -> Any:
+    async def _ask(self, address: str, name: str, request: Any, context: Any, seconds: float = _CALL_SECONDS) -> Any:
         method = getattr((await self._dialer(address)).stub(AdminServiceStub), name)
         remaining = context.time_remaining()
-        timeout = min(_CALL_SECONDS, remaining) if remaining is not None else _CALL_SECONDS
+        timeout = min(seconds, remaining) if remaining is not None else seconds
         try:
             return await method(request, timeout=timeout, metadata=_hops(context))
         except grpc.aio.AioRpcError as error:
