@@ -30,6 +30,8 @@ from helios.registry.sources.reference import (
 from helios.registry.sources.remote import RemoteFile, fingerprint, git_blob_sha1
 from helios.registry.sources.settings import HuggingFaceSettings, SourceSettings
 from helios.registry.sources.web import origin, redirected, without_credentials
+from tests.registry import tiny
+from tests.registry.support import Parts
 
 HEX = "0123456789abcdef" * 4
 
@@ -90,6 +92,20 @@ def _tagged(reference: object) -> object:
     return reference
 
 
+async def test_patterns_choose_among_a_directorys_files(parts: Parts, tmp_path: Path) -> None:
+    source = tiny.write_sharded(tmp_path / "model")
+    whole = (await parts.ingest("whole", source)).model.revision
+    (source / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert (await parts.ingest("m", source)).model.revision.digest != whole.digest
+    assert (await parts.ingest("m", source, exclude=("*.md",))).model.revision.digest == whole.digest
+    with pytest.raises(InvalidRequest) as refused:
+        await parts.ingest("m", source, include=("none/*",))
+    assert refused.value.reason == "INVALID_PATTERN"
+    with pytest.raises(InvalidRequest) as refused:
+        await parts.ingest("m", "embedded:smollm2-135m-instruct", include=("*",))
+    assert refused.value.reason == "INVALID_PATTERN"
+
+
 def test_patterns_choose_as_the_hubs_client_does() -> None:
     everything = Selection()
     assert everything.takes("a/b.json")
@@ -146,7 +162,9 @@ def manifest(*layers: object, **changes: object) -> dict[str, object]:
 
 
 def test_a_models_manifest_is_its_files() -> None:
-    assert read_layers(manifest(layer()), "oci://h/m") == [("m.safetensors", f"sha256:{HEX}", 5)]
+    assert read_layers(manifest(layer()), "oci://h/m") == [("m.safetensors", f"sha256:{HEX}", 5, "")]
+    packed = layer(mediaType="application/vnd.cncf.model.weight.v1.tar+gzip")
+    assert read_layers(manifest(packed), "oci://h/m") == [("m.safetensors", f"sha256:{HEX}", 5, "tar+gzip")]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +173,7 @@ def test_a_models_manifest_is_its_files() -> None:
         ({"layers": [], "config": {"mediaType": "application/vnd.oci.image.config.v1+json"}}, "not a model"),
         ({"manifests": []}, "no manifest of one model"),
         ([], "no manifest of one model"),
-        (manifest(layer(mediaType="application/vnd.cncf.model.weight.v1.tar+gzip")), "tar archive"),
+        (manifest(layer(mediaType="application/vnd.cncf.model.weight.v1.tar+brotli")), "nothing here unpacks"),
         (manifest(layer(mediaType="application/vnd.oci.image.layer.v1.tar")), "no file by CNCF ModelPack"),
         (manifest(layer(annotations={})), "no file by CNCF ModelPack"),
         (manifest(layer(digest=f"sha512:{HEX}")), "no file by CNCF ModelPack"),

@@ -27,6 +27,7 @@ from helios.registry.inspection import (
 from helios.registry.manifest import MAX_ENTRIES, MEDIA_CONFIG, MEDIA_DOCUMENT, MEDIA_WEIGHT, check_path
 from helios.registry.progress import ProgressLog
 from helios.registry.records import IngestPhase
+from helios.registry.sources.patterns import ALL, Selection
 from helios.registry.sources.source import FileSet, SourceFile
 from helios.registry.strict_json import malformed
 
@@ -53,8 +54,9 @@ class DirectorySource:
 
     is_file = False
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, selection: Selection = ALL) -> None:
         self._directory = directory
+        self._selection = selection
         self.origin = f"dir:{directory}"
 
     async def fingerprint(self, expected_sha256: str, progress: ProgressLog) -> None:
@@ -66,27 +68,30 @@ class DirectorySource:
         """Returns the model's files after checking that they are a complete model."""
         del workspace
         progress.begin(IngestPhase.INSPECT)
-        return await offload.run(partial(_inspect, self._directory))
+        return await offload.run(partial(_inspect, self._directory, self._selection))
 
 
-def scan_directory(directory: Path, *, is_owned: bool) -> FileSet:
-    """Lists and checks the files of a model directory. Blocking.
+def scan_directory(directory: Path, *, is_owned: bool, selection: Selection = ALL) -> FileSet:
+    """Lists and checks the files of a model directory that are wanted. Blocking.
 
     Raises:
         InvalidRequest: UNSUPPORTED_FORMAT, INVALID_SOURCE (a link that leads out).
     """
-    if (directory / ADAPTER_CONFIG).exists() and not (directory / CONFIG).exists():
+    has_config = (directory / CONFIG).exists() and selection.takes(CONFIG)
+    if (directory / ADAPTER_CONFIG).exists() and not has_config:
         return _scan_adapter(directory, is_owned=is_owned)
     candidates: list[SourceFile] = []
     ignored: list[tuple[str, str]] = []
     root = directory.resolve()
     for location in sorted(directory.iterdir()):
         kind = media_type(location.name)
-        if kind is None:
+        if not selection.takes(location.name):
+            ignored.append((location.name, "left out by the patterns"))
+        elif kind is None:
             ignored.append((location.name, _why_ignored(location)))
         else:
             candidates.append(_check_file(location, location.name, root, kind))
-    candidates += _module_files(directory, root)
+    candidates += [file for file in _module_files(directory, root) if selection.takes(file.path)]
     if len(candidates) > MAX_ENTRIES:
         raise malformed(f"the directory holds more than {MAX_ENTRIES} files of a model")
     names = {file.path for file in candidates}
@@ -121,9 +126,9 @@ def _scan_adapter(directory: Path, *, is_owned: bool) -> FileSet:
     return FileSet(files, is_owned=is_owned, ignored=ignored)
 
 
-def _inspect(directory: Path, stop: offload.Stop) -> FileSet:
+def _inspect(directory: Path, selection: Selection, stop: offload.Stop) -> FileSet:
     try:
-        found = scan_directory(directory, is_owned=False)
+        found = scan_directory(directory, is_owned=False, selection=selection)
         stop.check()
         inspect_model({file.path: file.location for file in found.files})
     except OSError as error:

@@ -37,6 +37,9 @@ class Selection:
         return (not self.include or _matches(path, self.include)) and not _matches(path, self.exclude)
 
 
+ALL: Final = Selection()
+
+
 def _matches(path: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, f"{pattern}*" if pattern.endswith("/") else pattern) for pattern in patterns)
 

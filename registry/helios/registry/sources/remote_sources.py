@@ -58,9 +58,7 @@ class Sources:
             raise invalid_source(f"a source is printable text of at most {MAX_SOURCE_CHARS} characters")
         reference = parse_reference(spec.source)
         if reference is None:
-            if spec.include or spec.exclude:
-                raise invalid_source("patterns are for sources that are reached by a network; this one is local")
-            return await offload.run(lambda _: resolve_source(spec.source, self._converter))
+            return await offload.run(lambda _: resolve_source(spec.source, self._converter, selection))
         return PulledSource(
             str(reference),
             self._repository(reference),

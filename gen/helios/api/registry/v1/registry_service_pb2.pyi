@@ -549,9 +549,7 @@ class IngestModelRequest(_message.Message):
 
     @_builtins.property
     def include(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Of a source that is reached by a network: only files that match one of these patterns (`*` also matches `/`). Empty:
-        all.
-        """
+        """Of a source of several files: only those that match one of these patterns (`*` also matches `/`). Empty: all."""
 
     @_builtins.property
     def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
