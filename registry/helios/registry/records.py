@@ -157,8 +157,8 @@ class IngestSpec:
     """What to ingest.
 
     ``expected_sha256`` is empty where nothing is expected; without ``engine_settings`` a model keeps those it has.
-    ``include`` and ``exclude`` are patterns of files, for sources of several. ``tags`` are to point at the revision; with
-    ``keep_served`` a model that exists goes on serving what it serves. ``mutation`` says who asks.
+    ``include`` and ``exclude`` are patterns of files, for sources of several. ``tags`` are to point at the revision;
+    with ``keep_served`` a model that exists goes on serving what it serves. ``mutation`` says who asks.
     """
 
     name: str
