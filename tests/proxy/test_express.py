@@ -70,8 +70,8 @@ def test_a_model_that_is_not_asked_for_leaves_the_lane() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"canary": "m@123456789abc", "canary_percent": 10}, {"base_model": "other"}],
-    ids=["rollout", "adapter"],
+    [{"canary": "m@123456789abc", "canary_percent": 10}, {"base_model": "other"}, {"is_durable": True}],
+    ids=["rollout", "adapter", "durable"],
 )
 def test_models_whose_requests_differ_are_not_in_the_lane(changes: dict[str, Any]) -> None:
     subject = busy_core(**changes)

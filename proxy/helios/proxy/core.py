@@ -38,8 +38,7 @@ from helios.proxy.peers.leadership import Leadership, Parts
 from helios.proxy.prefill import prefill_endpoint
 from helios.proxy.refusals import model_not_found
 from helios.proxy.rollouts import Rollouts
-from helios.proxy.routing.pick import Pick
-from helios.proxy.routing.prefix import NO_BLOCKS, Blocks
+from helios.proxy.routing.pick import NO_WISHES, Pick, Wishes
 from helios.proxy.scaling.forecast import Expected
 from helios.proxy.starts import asked_replica
 from helios.proxy.traffic import LoadDelta, RoutingPolicy, Traffic
@@ -133,22 +132,22 @@ class Core:
         return entry
 
     def pick(
-        self, entry: ModelEntry, request_id: str, now: float, adapter: str = "", blocks: Blocks = NO_BLOCKS
+        self, entry: ModelEntry, request_id: str, now: float, adapter: str = "", wishes: Wishes = NO_WISHES
     ) -> Pick | None:
         """Picks replicas for a request; None where it must be held. Those who wait already go first.
 
         `adapter` is the one that the request names, where it names one; only replicas that have it are picked.
-        `blocks` are the prompt's, where it was asked for (`traffic.wants_prompt`).
+        `wishes` is what it says that bears on where it goes, where there is a choice.
         """
         if self.holds.first_of_lane(entry.name, adapter) is not None:
             return None
-        return self._pick(entry, request_id, now, adapter, blocks)
+        return self._pick(entry, request_id, now, adapter, wishes)
 
-    def _pick(self, entry: ModelEntry, request_id: str, now: float, name: str, blocks: Blocks) -> Pick | None:
+    def _pick(self, entry: ModelEntry, request_id: str, now: float, name: str, wishes: Wishes) -> Pick | None:
         if not name:
-            return self.traffic.pick(entry, request_id, now, None, blocks)
+            return self.traffic.pick(entry, request_id, now, None, wishes)
         adapter = self.lifecycle.adapters.find(entry, name)
-        return self.traffic.pick(entry, request_id, now, adapter, blocks) if adapter is not None else None
+        return self.traffic.pick(entry, request_id, now, adapter, wishes) if adapter is not None else None
 
     def prefill_endpoint(self, entry: ModelEntry, chosen: Pick, now: float) -> str:
         """The address of a replica that computes the prompt for the chosen one; empty where there is none."""
@@ -548,7 +547,7 @@ class Core:
         for adapter in self.holds.lanes(model) if entry is not None else ():
             assert entry is not None
             while (hold := self.holds.first_of_lane(model, adapter)) is not None:
-                chosen = self._pick(entry, hold.request_id, now, adapter, NO_BLOCKS)
+                chosen = self._pick(entry, hold.request_id, now, adapter, NO_WISHES)
                 if chosen is None:
                     break
                 self.holds.release(hold.hold_id)

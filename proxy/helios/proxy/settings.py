@@ -15,11 +15,12 @@ from helios.proxy.holds import HoldLimits
 from helios.proxy.lifecycle import LifecyclePolicy
 from helios.proxy.outliers import OutlierPolicy
 from helios.proxy.retries import RetryPolicy
+from helios.proxy.routing.table import Locality
 from helios.proxy.scaling.forecast import WarmPoolMode
 from helios.proxy.scaling.load import LoadPolicy, ScalingMode
 from helios.proxy.sizing import SizingPolicy
 from helios.proxy.swap import SwapPolicy
-from helios.proxy.traffic import RoutingPolicy
+from helios.proxy.traffic import Choice, RoutingPolicy
 from helios.proxy.warmth import WarmthPolicy
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -192,6 +193,20 @@ class RoutingSettings(BaseModel):
     """Requests that may wait inside a replica's engine, in the order in which they came; others wait here meanwhile,
     where priorities and shares of tenants count. 32: what an engine works off before the next report. 0: any
     number."""
+    session_weight: float = Field(default=0.2, ge=0, lt=0.5)
+    """The share of a replica's score that a request's session has (`x-session-id`; in OpenAI's bodies
+    `prompt_cache_key`, `safety_identifier`, `user`) where it is at home there. 0.2: it stays until its replica has some
+    two requests more than another one. 0: sessions are not told apart."""
+    choice: Choice = Choice.BEST
+    """`best`: the best of all candidates. `power_of_two`: the better one of two that are drawn, and those that a prompt
+    or a session draws the request to; for many proxies, which would all send to the one that looks best."""
+    node: str = ""
+    """Name of the gateway's node, as workers call theirs; replicas there are nearer. Empty: not known."""
+    zone: str = ""
+    """Zone of the gateway, as workers call theirs. Empty: not known."""
+    locality_weight: float = Field(default=0.2, ge=0, lt=0.5)
+    """The share of a replica's score that nearness is, where the gateway's node or zone is known: all of it on the same
+    node, half in the same zone. 0.2: another zone is asked once two requests more run here."""
     express_models: NonNegativeInt = 16
     """Models that Envoy may route by itself, without asking this proxy: those with one ready replica that are asked for
     most, where no key, rollout or adapter has a say. 16: Envoy compares each request with the name of each, a tenth of
@@ -358,6 +373,9 @@ class ProxySettings(ProcessSettings):
                 self.routing.queue_count,
                 RetryPolicy(self.breaker.retry_ratio, self.breaker.retry_burst),
                 OutlierPolicy(self.breaker.outlier_ratio),
+                self.routing.session_weight,
+                Locality(self.routing.node, self.routing.zone, self.routing.locality_weight),
+                self.routing.choice,
                 # Envoy has no stream for the lane where each of several proxies feeds it.
                 ExpressPolicy(
                     0 if self.replica_cluster else self.routing.express_models, self.routing.express_per_second

@@ -6,6 +6,9 @@ drain that was asked, its endpoint, its breaker) is noted here, and the routing 
 
 from __future__ import annotations
 
+import enum
+import random
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -18,15 +21,22 @@ from helios.proxy.fleet.state import Adapter, AdapterState, Change, FleetState, 
 from helios.proxy.ledger import Ledger
 from helios.proxy.outliers import OutlierPolicy, Outliers
 from helios.proxy.retries import RetryBudgets, RetryPolicy
-from helios.proxy.routing.pick import Affinity, Pick, pick
+from helios.proxy.routing.pick import NO_WISHES, Affinity, Pick, Wishes, pick
 from helios.proxy.routing.prefix import BLOCK_TOKENS, Blocks, PrefixIndex
-from helios.proxy.routing.table import Facts, RoutingTable, exclusion, score
+from helios.proxy.routing.table import Candidate, Facts, Locality, RoutingTable, exclusion, score
 
 # gRPC codes that speak of the replica and not of the request: UNKNOWN, INTERNAL, UNAVAILABLE, DATA_LOSS.
 _REPLICA_FAULTS = frozenset({2, 13, 14, 15})
 _UNAVAILABLE = 14
 # Blocks of a cache whose size no worker told: 16,384 tokens.
 _UNKNOWN_CAPACITY = 256
+
+
+class Choice(enum.Enum):
+    """Among which candidates the best one is looked for."""
+
+    BEST = "best"
+    POWER_OF_TWO = "power_of_two"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +50,9 @@ class RoutingPolicy:
             priorities' order; 0: any number.
         retries: how many requests are tried a second time.
         outliers: which replica fails more than its neighbours.
+        session_weight: the share of a score that a session's own replica has; 0: sessions are not told apart.
+        locality: where the gateway is, and what nearness weighs.
+        choice: among which candidates the best one is looked for.
         express: which models Envoy routes by itself.
     """
 
@@ -48,6 +61,9 @@ class RoutingPolicy:
     queue_count: int = 32
     retries: RetryPolicy = field(default_factory=RetryPolicy)
     outliers: OutlierPolicy = field(default_factory=OutlierPolicy)
+    session_weight: float = 0.2
+    locality: Locality = field(default_factory=Locality)
+    choice: Choice = Choice.BEST
     express: ExpressPolicy = field(default_factory=ExpressPolicy)
 
 
@@ -81,6 +97,9 @@ class Traffic:
         self.outliers = Outliers(routing.outliers)
         self._routing = routing
         self._prefixes = PrefixIndex(routing.max_blocks)
+        self._draw = random.Random().randrange if routing.choice is Choice.POWER_OF_TWO else None  # noqa: S311
+        # Of all replicas that were ever scored: no request below it has to be compared with any.
+        self._least_context = sys.maxsize
         self._published: frozenset[str] = frozenset()
         self._draining: set[str] = set()
         self._last_used: dict[str, float] = {}
@@ -98,17 +117,21 @@ class Traffic:
         """Whether a request's prompt bears on where it goes."""
         return self._routing.prefix_weight > 0 and self.table.count(entry.name, entry.revision) > 1
 
+    def has_choice(self, entry: ModelEntry) -> bool:
+        """Whether what a request says may bear on where it goes."""
+        return self.table.count(entry.name, entry.revision) > 1
+
     def pick(
         self,
         entry: ModelEntry,
         request_id: str,
         now: float,
         adapter: Adapter | None,
-        blocks: Blocks,
+        wishes: Wishes = NO_WISHES,
     ) -> Pick | None:
         """Picks replicas for a request and reserves a place at the first; None where there is no candidate.
 
-        With an adapter, only replicas that have it are candidates. ``blocks`` are the prompt's, where it was asked for.
+        With an adapter, only replicas that have it are candidates. ``wishes`` counts where there are several.
         """
         snapshot = self.table.snapshot(entry.name, entry.revision)
         if adapter is not None:
@@ -116,9 +139,12 @@ class Traffic:
             snapshot = tuple(candidate for candidate in snapshot if candidate.replica_id in holders)
         if self._busy:
             snapshot = tuple(candidate for candidate in snapshot if candidate.replica_id not in self._busy)
-        held = self._prefixes.match(blocks) if len(snapshot) > 1 else None
-        affinity = Affinity(held, len(blocks), self._routing.prefix_weight) if held else None
-        chosen = pick(entry.name, entry.revision, snapshot, affinity)
+        affinity = None
+        if len(snapshot) > 1:
+            if wishes.answer_tokens >= self._least_context:
+                snapshot = _with_room(snapshot, wishes.answer_tokens)
+            affinity = self._affinity(entry, wishes.blocks, wishes.session)
+        chosen = pick(entry.name, entry.revision, snapshot, affinity, self._draw)
         if chosen is None:
             return None
         may_retry = self.retries.request(entry.name)
@@ -134,6 +160,16 @@ class Traffic:
             self._rescore(freed)
         self._last_used[entry.name] = now
         return chosen
+
+    def _affinity(self, entry: ModelEntry, blocks: Blocks, session: str) -> Affinity | None:
+        """What draws a request to some of several candidates; None: nothing does."""
+        held = self._prefixes.match(blocks)
+        home = self.table.home(entry.name, entry.revision, session) if session else ""
+        if not held and not home:
+            return None
+        routing = self._routing
+        weight, home_weight = routing.prefix_weight if held else 0.0, routing.session_weight if home else 0.0
+        return Affinity(held, len(blocks), weight, home, home_weight)
 
     def prompt_sent(self, entry: ModelEntry, replica_id: str, blocks: Blocks) -> None:
         """A prompt is on its way to a replica, which will have it in its cache."""
@@ -364,7 +400,7 @@ class Traffic:
             return
         reserved_count = self.ledger.reserved_count(replica_id)
         self._note_busy(replica, reserved_count)
-        candidate = score(replica_id, replica.address, replica.load, reserved_count)
+        candidate = self._scored(replica, reserved_count)
         if self.table.put(replica.model, replica.revision, candidate):
             self._opened.add(replica.model)
 
@@ -375,9 +411,19 @@ class Traffic:
         assert replica is not None
         reserved_count = self.ledger.reserved_count(replica_id)
         self._note_busy(replica, reserved_count)
-        self.table.put(
-            replica.model, replica.revision, score(replica_id, replica.address, replica.load, reserved_count)
-        )
+        self.table.put(replica.model, replica.revision, self._scored(replica, reserved_count))
+
+    def _scored(self, replica: Replica, reserved_count: int) -> Candidate:
+        context_tokens, locality = replica.max_context_tokens, self._routing.locality
+        candidate = score(replica.replica_id, replica.address, replica.load, reserved_count, context_tokens)
+        if 0 < context_tokens < self._least_context:
+            self._least_context = context_tokens
+        if not locality.node and not locality.zone:
+            return candidate
+        worker = self.fleet.worker(replica.worker_id)
+        nearness = locality.score_of(worker.hello.node, worker.hello.zone) if worker is not None else 0.0
+        total = (1.0 - locality.weight) * candidate.score + locality.weight * nearness
+        return candidate._replace(score=total, locality_score=nearness)
 
     def _note_busy(self, replica: Replica, reserved_count: int) -> None:
         """An engine in which requests wait has no use for more than keep it busy until the next report.
@@ -426,6 +472,12 @@ class Traffic:
         self._prefixes.forget(replica_id)
         self._draining.discard(replica_id)
         self._ready_since.pop(replica_id, None)
+
+
+def _with_room(snapshot: tuple[Candidate, ...], answer_tokens: int) -> tuple[Candidate, ...]:
+    """Candidates whose context an answer fits into; all where it fits into none, which is a replica's to say."""
+    fitting = tuple(c for c in snapshot if not c.context_tokens or c.context_tokens > answer_tokens)
+    return fitting or snapshot
 
 
 def _loaded(replica: Replica | None) -> set[Adapter]:

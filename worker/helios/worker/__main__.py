@@ -302,6 +302,7 @@ def _rules(settings: WorkerSettings) -> Rules:
         worker_id=settings.worker_id,
         incarnation=uuid.uuid4().hex,
         node=settings.node,
+        zone=settings.zone,
         version=_version(),
         engines=_engines(settings),
         default_engine=replica.engine,

@@ -152,6 +152,9 @@ class WorkerSettings(ProcessSettings):
     """Name of this worker in the fleet, stable over restarts. The host's name: one worker a node."""
     node: str = Field(default_factory=socket.gethostname, min_length=1)
     """Name of the node. The host's name."""
+    zone: str = ""
+    """Zone of the node, such as a cloud's availability zone; gateways that know theirs (`proxy.routing.zone`) send to
+    the nearer of replicas that are as busy. Empty: not known."""
     proxies: tuple[str, ...] = ()
     """``host:port`` or ``unix:/path`` of the fleet service of every proxy, and ``dns:NAME:PORT``, which stands for all
     addresses of a name (a headless service of Kubernetes). Empty: nobody sends work."""

@@ -87,6 +87,10 @@ def _pick_to_proto(pick: Pick, excluded: tuple[tuple[str, str], ...]) -> pb.Pick
         }
         if candidate.prefix_score:
             scores["prefix"] = candidate.prefix_score
+        if candidate.session_score:
+            scores["session"] = candidate.session_score
+        if candidate.locality_score:
+            scores["locality"] = candidate.locality_score
         message.candidates.add(
             replica_id=candidate.replica_id,
             address=candidate.address,

@@ -199,6 +199,7 @@ class WorkerHello:
     version: str = ""
     host_memory_bytes: int = 0
     staged: tuple[Staged, ...] = ()
+    zone: str = ""
 
 
 @dataclass(slots=True)

@@ -62,6 +62,7 @@ def hello_from_proto(message: pb.Hello) -> WorkerHello:
         worker_id=message.worker_id,
         incarnation=message.incarnation,
         node=message.node,
+        zone=message.zone,
         devices=tuple(device_from_proto(device) for device in message.devices),
         engines=tuple(message.engines),
         slot_count=message.slot_count,

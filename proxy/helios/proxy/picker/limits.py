@@ -15,8 +15,14 @@ def answer_bound(fields: Mapping[str, Any]) -> int:
 
     ``fields`` is a map of protobuf Values, which answers for a key that it has not with an empty one.
     """
-    largest, newer, count = (_whole(fields[name]) for name in ANSWER_FIELDS)
-    return min((newer or largest) * max(1, count), _MOST_TOKENS)
+    count = _whole(fields[ANSWER_FIELDS[-1]])
+    return min(longest_answer(fields) * max(1, count), _MOST_TOKENS)
+
+
+def longest_answer(fields: Mapping[str, Any]) -> int:
+    """The longest answer of one choice, as `answer_bound` has it of all."""
+    largest, newer = (_whole(fields[name]) for name in ANSWER_FIELDS[:-1])
+    return newer or largest
 
 
 def rate_limit_headers(standing: Standing) -> dict[str, str]:

@@ -36,6 +36,7 @@ from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.explain.record import Refusal
 from helios.proxy.picker.gate import Gate
 from helios.proxy.picker.hints import hint_headers
+from helios.proxy.picker.limits import longest_answer
 from helios.proxy.picker.prompt import NO_PROMPT
 from helios.proxy.picker.request import (
     INFERENCE_PREFIX,
@@ -51,7 +52,7 @@ from helios.proxy.picker.request import (
     timeout_seconds,
 )
 from helios.proxy.rollouts import Assignment
-from helios.proxy.routing.pick import Pick
+from helios.proxy.routing.pick import NO_WISHES, Pick, Wishes
 from helios.proxy.routing.prefix import NO_BLOCKS, Blocks, blocks_of
 from helios.proxy.runtime import Arrival, Runtime
 
@@ -129,11 +130,11 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 # While Envoy sent it, the canary may have gone away.
                 split = self._core.rollouts.still(split, served)
                 entry = split.entry
-            blocks = _blocks(entry, model, body)
+            wishes = self._wishes(entry, model, body, heads, request)
             if split.outcome:
                 metrics.ROLLOUT_REQUESTS.labels(served.name, split.outcome).inc()
             pick = await self._pick(
-                entry, model, blocks, heads, _Came(arrived_at, began, context, gate.caller), split=split.why
+                entry, model, wishes, heads, _Came(arrived_at, began, context, gate.caller), split=split.why
             )
             gate.is_passed = True
         except Draining as error:
@@ -147,11 +148,11 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             return
         finally:
             gate.leave()
-        hints = hint_headers(gate.caller, entry.name, blocks, self._core.traffic.quotas.history)
+        hints = hint_headers(gate.caller, entry.name, wishes.blocks, self._core.traffic.quotas.history)
         more = self._more_headers(pick, model, heads) | hints | gate.left_for_answer() | self._cluster
         await context.write(_answer(pick, model, is_body=body is not None, more=more))
         # Behind the answer: a long prompt has many blocks.
-        self._core.traffic.prompt_sent(entry, pick.choices[0].replica_id, blocks)
+        self._core.traffic.prompt_sent(entry, pick.choices[0].replica_id, wishes.blocks)
 
     async def _first(self, context: Any) -> Any:
         """Reads the request's headers, once it is sure that an edge asks; None where there is nothing to read."""
@@ -175,6 +176,13 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             and self._core.traffic.wants_prompt(entry)
         )
 
+    def _wishes(self, entry: ModelEntry, model: str, body: Body | None, heads: Heads, request: Any) -> Wishes:
+        """What the request says that bears on where it goes; where there is no choice, only what is noted of it."""
+        blocks = _blocks(entry, model, body)
+        if not self._core.traffic.has_choice(entry):
+            return Wishes(blocks) if blocks else NO_WISHES
+        return Wishes(blocks, _session_key(heads, request), longest_answer(_lifted(request)))
+
     def _more_headers(self, pick: Pick, model: str, heads: Heads) -> dict[str, str]:
         """What only requests of some models carry: the adapter that they name, the replica that computes the prompt,
         and that they are to outlive their replica.
@@ -190,7 +198,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
         return {name: value for name, value in found.items() if value}
 
     async def _pick(
-        self, entry: ModelEntry, model: str, blocks: Blocks, heads: Heads, came: _Came, *, split: str
+        self, entry: ModelEntry, model: str, wishes: Wishes, heads: Heads, came: _Came, *, split: str
     ) -> Pick:
         now = time.perf_counter()
         if entry.role == "prefill":
@@ -200,7 +208,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 metadata={"param": "model"},
             )
         adapter = model if model in entry.adapters else ""
-        pick = self._core.pick(entry, heads.request_id, time.monotonic(), adapter, blocks)
+        pick = self._core.pick(entry, heads.request_id, time.monotonic(), adapter, wishes)
         if pick is not None:
             pick = pick._replace(split=split) if split else pick
             excluded = self._core.traffic.exclusions(entry.name)

@@ -2,17 +2,19 @@
 candidate.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from heapq import nlargest
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
+from helios.proxy.routing.prefix import NO_BLOCKS, Blocks
 from helios.proxy.routing.table import Candidate
 
 # Candidates that a pick keeps for its explanation; all of a larger fleet's would cost memory, not tell more.
 MAX_CONSIDERED = 16
 # Envoy tries the second and third where the first refuses before its first byte; more would only hide an outage.
 MAX_CHOICES = 3
+_DRAWN = 2
 
 _by_score = attrgetter("score")
 
@@ -48,42 +50,97 @@ class Pick(NamedTuple):
         scores = f"queue {best.queue_score:.2f}, running {best.running_score:.2f}, kv {best.kv_score:.2f}"
         if best.prefix_score:
             scores += f", prefix {best.prefix_score:.2f}"
+        if best.session_score:
+            scores += ", its session's"
+        if best.locality_score:
+            scores += f", locality {best.locality_score:.2f}"
         return f"the best of {self.candidate_count}: {best.score:.3f} ({scores})"
 
 
-class Affinity(NamedTuple):
-    """Where a request's prompt is cached: its first blocks by replica, of so many, and what that weighs in a score.
+class Wishes(NamedTuple):
+    """What a request says that bears on where it goes.
 
-    The weight is the share of a whole score that a wholly cached prompt is; load has the rest.
+    `blocks` are its prompt's, where that was asked for; `session` stands for a conversation or a user, empty: none is
+    known; `answer_tokens` is what its answer may have at most, 0: as many as there is room for.
+    """
+
+    blocks: Blocks = NO_BLOCKS
+    session: str = ""
+    answer_tokens: int = 0
+
+
+NO_WISHES: Final = Wishes()
+
+
+class Affinity(NamedTuple):
+    """What draws a request to some replicas, and what that weighs in a score; load has the rest.
+
+    `held` are its prompt's first blocks by replica, of `block_count`; the weight is the share of a whole score that a
+    wholly cached prompt is. `home` is its session's replica, empty: it has none.
     """
 
     held: Mapping[str, int]
     block_count: int
     weight: float
+    home: str = ""
+    home_weight: float = 0.0
 
     def rescored(self, candidate: Candidate) -> Candidate:
         """The candidate as this request sees it."""
-        ratio = self.held.get(candidate.replica_id, 0) / self.block_count
-        score = (1.0 - self.weight) * candidate.score + self.weight * ratio
-        return candidate._replace(score=score, prefix_score=ratio)
+        ratio = self.held.get(candidate.replica_id, 0) / self.block_count if self.held else 0.0
+        at_home = 1.0 if candidate.replica_id == self.home else 0.0
+        rest = 1.0 - self.weight - self.home_weight
+        score = rest * candidate.score + self.weight * ratio + self.home_weight * at_home
+        return candidate._replace(score=score, prefix_score=ratio, session_score=at_home)
+
+    def draws_to(self, replica_id: str) -> bool:
+        """Whether anything draws the request to a replica."""
+        return replica_id in self.held or replica_id == self.home
 
 
-def pick(model: str, revision: str, snapshot: tuple[Candidate, ...], affinity: Affinity | None = None) -> Pick | None:
-    """Picks from a snapshot; None where it is empty. Equal scores go to the candidate that came first."""
+def pick(
+    model: str,
+    revision: str,
+    snapshot: tuple[Candidate, ...],
+    affinity: Affinity | None = None,
+    draw: Callable[[int], int] | None = None,
+) -> Pick | None:
+    """Picks from a snapshot; None where it is empty. Equal scores go to the candidate that came first.
+
+    With ``draw``, which returns a number below its argument, two candidates are drawn and the better one is taken
+    (Source: Mitzenmacher, The Power of Two Choices): proxies that do not know of each other's picks do not all send to
+    the one that looked best. What draws a request to a replica counts beside.
+    """
     count = len(snapshot)
     if count == 1:
         return Pick(model, revision, snapshot, 1, snapshot)
     if not count:
         return None
+    if draw is not None and count > _DRAWN:
+        snapshot = _drawn(snapshot, affinity, draw)
     if affinity is not None:
-        # The order of those that have nothing of the prompt is that of their own scores: only the best of them matter.
-        snapshot = snapshot if count <= MAX_CONSIDERED else _contenders(snapshot, affinity.held)
+        # The order of those that nothing draws it to is that of their own scores: only the best of them matter.
+        snapshot = snapshot if count <= MAX_CONSIDERED else _contenders(snapshot, affinity)
         snapshot = tuple(map(affinity.rescored, snapshot))
     choices = tuple(nlargest(MAX_CHOICES, snapshot, key=_by_score))
     return Pick(model, revision, choices, count, snapshot if count <= MAX_CONSIDERED else choices)
 
 
-def _contenders(snapshot: tuple[Candidate, ...], held: Mapping[str, int]) -> tuple[Candidate, ...]:
-    others = [candidate for candidate in snapshot if candidate.replica_id not in held]
-    holders = [candidate for candidate in snapshot if candidate.replica_id in held]
+def _contenders(snapshot: tuple[Candidate, ...], affinity: Affinity) -> tuple[Candidate, ...]:
+    others = [candidate for candidate in snapshot if not affinity.draws_to(candidate.replica_id)]
+    holders = [candidate for candidate in snapshot if affinity.draws_to(candidate.replica_id)]
     return (*holders, *nlargest(MAX_CHOICES, others, key=_by_score))
+
+
+def _drawn(
+    snapshot: tuple[Candidate, ...], affinity: Affinity | None, draw: Callable[[int], int]
+) -> tuple[Candidate, ...]:
+    first, second = draw(len(snapshot)), draw(len(snapshot) - 1)
+    # Two different ones: the second draw is among the others.
+    places = (first, second + (second >= first))
+    drawn = tuple(snapshot[place] for place in places)
+    if affinity is None:
+        return drawn
+    ids = {candidate.replica_id for candidate in drawn}
+    sought = (c for c in snapshot if c.replica_id not in ids and affinity.draws_to(c.replica_id))
+    return (*drawn, *sought)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from helios.proxy.fleet.state import Load, Replica, ReplicaState
+from helios.proxy.routing.sessions import Ring
 
 
 class Candidate(NamedTuple):
@@ -26,6 +27,12 @@ class Candidate(NamedTuple):
     kv_score: float
     prefix_score: float = 0.0
     """The share of a request's prompt that it has in its cache, where that was asked: never of the table's own."""
+    session_score: float = 0.0
+    """1 where the request's session is at home here: never of the table's own."""
+    locality_score: float = 0.0
+    """How near its worker is to the gateway, where that is known."""
+    context_tokens: int = 0
+    """The longest prompt plus answer; 0: not known."""
 
 
 class Facts(NamedTuple):
@@ -65,13 +72,27 @@ def exclusion(replica: Replica, facts: Facts) -> str | None:
     return None
 
 
-def score(replica_id: str, address: str, load: Load, reserved_count: int) -> Candidate:
+class Locality(NamedTuple):
+    """Where the gateway is, and what nearness weighs in a score; empty names: not known."""
+
+    node: str = ""
+    zone: str = ""
+    weight: float = 0.2
+
+    def score_of(self, node: str, zone: str) -> float:
+        """How near a worker is: 1 on the gateway's node, half of it in its zone."""
+        if self.node and node == self.node:
+            return 1.0
+        return 0.5 if self.zone and zone == self.zone else 0.0
+
+
+def score(replica_id: str, address: str, load: Load, reserved_count: int, context_tokens: int = 0) -> Candidate:
     """Scores a replica by its load; requests that are on their way to it count as running."""
     queue_score = 1.0 / (1.0 + load.waiting_count)
     running_score = 1.0 / (1.0 + load.running_count + reserved_count)
     kv_score = 1.0 - load.kv_usage_ratio
     total = QUEUE_WEIGHT * queue_score + RUNNING_WEIGHT * running_score + KV_WEIGHT * kv_score
-    return Candidate(replica_id, address, total, queue_score, running_score, kv_score)
+    return Candidate(replica_id, address, total, queue_score, running_score, kv_score, 0.0, 0.0, 0.0, context_tokens)
 
 
 class RoutingTable:
@@ -83,6 +104,8 @@ class RoutingTable:
     def __init__(self) -> None:
         self._groups: dict[tuple[str, str], dict[str, Candidate]] = {}
         self._group_of: dict[str, tuple[str, str]] = {}
+        # Made when a key is asked about first, and kept in step from then on.
+        self._rings: dict[tuple[str, str], Ring] = {}
 
     def snapshot(self, model: str, revision: str) -> tuple[Candidate, ...]:
         """The candidates now; empty where there are none."""
@@ -93,6 +116,13 @@ class RoutingTable:
         """How many candidates there are now."""
         return len(self._groups.get((model, revision), ()))
 
+    def home(self, model: str, revision: str, key: str) -> str:
+        """The candidate at which a session is at home; empty where there is none."""
+        ring = self._rings.get((model, revision))
+        if ring is None:
+            ring = self._rings[model, revision] = Ring(self._groups.get((model, revision), ()))
+        return ring.home(key)
+
     def put(self, model: str, revision: str, candidate: Candidate) -> bool:
         """Adds or replaces a candidate; True where it was not one before."""
         key = (model, revision)
@@ -101,6 +131,8 @@ class RoutingTable:
         if held != key:
             self.remove(replica_id)
             self._group_of[replica_id] = key
+            if (ring := self._rings.get(key)) is not None:
+                ring.add(replica_id)
             self._groups.setdefault(key, {})[replica_id] = candidate
             return True
         self._groups[key][replica_id] = candidate
@@ -112,8 +144,11 @@ class RoutingTable:
         if key is not None:
             group = self._groups[key]
             del group[replica_id]
+            if (ring := self._rings.get(key)) is not None:
+                ring.remove(replica_id)
             if not group:
                 del self._groups[key]
+                self._rings.pop(key, None)
 
     def __contains__(self, replica_id: str) -> bool:
         """Whether the replica may be picked now."""

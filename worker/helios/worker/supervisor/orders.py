@@ -30,6 +30,7 @@ class Rules:
         sleep_left_bytes: Booked on each device of a replica that sleeps, where it can't measure what it leaves behind.
         sleep_cycle_limit: How often a replica may wake; then it is replaced instead.
         packed_weights_directory: Where weights are that starts map; empty: they load.
+        zone: Of the node; empty: not known.
     """
 
     worker_id: str
@@ -47,6 +48,7 @@ class Rules:
     sleep_cycle_limit: int = 20
     default_engine: str = ""
     packed_weights_directory: str = ""
+    zone: str = ""
 
 
 def order_of(start: Start, rules: Rules, now: datetime) -> Order:

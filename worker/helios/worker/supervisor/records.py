@@ -341,3 +341,4 @@ class WorkerView:
     replicas: tuple[ReplicaView, ...]
     host: HostUse = HostUse()
     staged: tuple[StagedView, ...] = ()
+    zone: str = ""

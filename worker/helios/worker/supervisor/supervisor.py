@@ -136,6 +136,7 @@ class Supervisor:
             worker_id=self._rules.worker_id,
             incarnation=self._rules.incarnation,
             node=self._rules.node,
+            zone=self._rules.zone,
             version=self._rules.version,
             devices=self._ledger.use(),
             engines=self._rules.engines,

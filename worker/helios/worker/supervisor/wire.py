@@ -221,6 +221,7 @@ def hello_to_proto(worker: WorkerView, epoch: int) -> fleet.Hello:
         worker_id=worker.worker_id,
         incarnation=worker.incarnation,
         node=worker.node,
+        zone=worker.zone,
         devices=[device_to_proto(use) for use in worker.devices],
         engines=worker.engines,
         slot_count=worker.slot_count,

@@ -246,6 +246,7 @@ class Hello(_message.Message):
     HOST_MEMORY_FIELD_NUMBER: _builtins.int
     STAGED_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    ZONE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Stable over restarts of the worker."""
     incarnation: _builtins.str
@@ -258,6 +259,8 @@ class Hello(_message.Message):
     """Version of the software."""
     epoch: _builtins.int
     """The highest epoch that a proxy has said to it; 0: none has."""
+    zone: _builtins.str
+    """Zone of the node, as gateways call theirs: replicas of the same zone are nearer. Empty: not known."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
         """Its devices."""
@@ -292,10 +295,11 @@ class Hello(_message.Message):
         host_memory: Global___HostMemory | None = ...,
         staged: _abc.Iterable[Global___StagedRevision] | None = ...,
         epoch: _builtins.int = ...,
+        zone: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host_memory", b"host_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "engines", b"engines", "epoch", b"epoch", "host_memory", b"host_memory", "incarnation", b"incarnation", "node", b"node", "replicas", b"replicas", "slot_count", b"slot_count", "staged", b"staged", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "engines", b"engines", "epoch", b"epoch", "host_memory", b"host_memory", "incarnation", b"incarnation", "node", b"node", "replicas", b"replicas", "slot_count", b"slot_count", "staged", b"staged", "version", b"version", "worker_id", b"worker_id", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
