@@ -10,8 +10,8 @@ from helios.api.fleet.v1 import fleet_service_pb2 as fleet_pb
 from helios.api.fleet.v1 import types_pb2
 from helios.api.registry.v1 import usage_service_pb2 as usage_pb
 from helios.mesh.channel import Dialer
-from helios.proxy.settings import UsageSettings
 from helios.proxy.scaling.forecast import WarmPoolMode
+from helios.proxy.settings import UsageSettings
 from tests.proxy.fakes import FakeWorker, until
 from tests.proxy.harness import World, small_world
 
