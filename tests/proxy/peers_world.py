@@ -218,6 +218,7 @@ class World:
             return
         leader.role.outdone(node.core.leadership.seen_epoch, self.now)
         if not leadership.epoch:
+            node.core.leadership.released()
             return
         session = leadership.connect(Hello(name, "1", node.core.leadership.seen_epoch), self.now)
         node.core.leadership.begin_session(self.now)

@@ -159,6 +159,20 @@ def test_what_one_proxy_does_not_use_another_one_gets() -> None:
     assert spend_all(world, "p3", 6) >= 0.9 * KEY.tokens_per_minute
 
 
+def test_a_key_that_is_rarely_used_at_a_follower_has_one_limit() -> None:
+    world = settled()
+    for _ in range(12):
+        assert spend_all(world, "p2", 1.5)
+        for _ in range(30):
+            world.pass_time(2)
+            world.deliver("p2")
+            world.deliver("p2")
+    while world.spend("p1", 10):
+        world.settle(1.0)
+    spend_all(world, "p2", 3)
+    assert world.most_in_a_window() <= 1e-3
+
+
 def test_a_request_too_large_for_what_is_left_is_refused_until_it_fits() -> None:
     world = settled()
     spend_all(world, "p2", 8)
@@ -325,6 +339,6 @@ class LongPeersMachine(PeersMachine):
 
 
 TestPeers = PeersMachine.TestCase
-TestPeers.settings = hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPeers.settings = hypothesis_settings(max_examples=25, stateful_step_count=40, deadline=None)
 TestPeersForLong = pytest.mark.soak(LongPeersMachine.TestCase)
 TestPeersForLong.settings = hypothesis_settings(max_examples=2000, stateful_step_count=80, deadline=None)

@@ -196,6 +196,10 @@ class Escrow:
             pair = shares.get(report.key)
             if pair is None:
                 pair = self._open(session, report.key, now)
+            for share, bucket in zip(pair, self._buckets(report.key, now), strict=True):
+                if share is not None and bucket is not None and not share.outstanding:
+                    # The account was forgotten as idle meanwhile: this proxy counts in another bucket now.
+                    share.bucket = bucket
             self._due[session].add(report.key)
             for share, spent in zip(pair, (report.requests, report.tokens), strict=True):
                 if share is not None:

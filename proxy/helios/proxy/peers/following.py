@@ -57,17 +57,15 @@ class Outlooks:
 class Following:
     """One session with a leader, from a follower's side."""
 
-    def __init__(self, slices: Slices, used_since: float) -> None:
+    def __init__(self, slices: Slices, used_since: float, promised_until: float = 0.0) -> None:
+        """``promised_until``: what was promised to the leader of the session before."""
         self.slices = slices
         self._held: dict[str, int] = {}
         self.used_since = used_since
         """Uses before are told already."""
         self._heard_stamp = 0.0
-        self._heard_at = 0.0
-
-    def promised_until(self) -> float:
-        """Until when this proxy does not ask for the lease: the leader counts on it."""
-        return self._heard_at + VALID_SECONDS if self._heard_at else 0.0
+        self.promised_until = promised_until
+        """Until when this proxy does not ask for the lease: a leader counts on it."""
 
     def has_changes(self, held: dict[str, int], wished: Collection[str]) -> bool:
         """Whether there is something to say at once."""
@@ -100,7 +98,7 @@ class Following:
 
     def heard(self, news: News, now: float) -> None:
         """Takes in what bears on this session."""
-        self._heard_stamp, self._heard_at = news.sent_at, now
+        self._heard_stamp, self.promised_until = news.sent_at, now + VALID_SECONDS
         if news.heard_at:
             self.slices.heard(news.heard_at)
         for grant in news.slices:

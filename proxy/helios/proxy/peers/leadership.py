@@ -213,10 +213,19 @@ class Leadership:
     # The follower's end.
     def begin_session(self, now: float) -> Following:
         """A session with a leader begins: what an earlier one was told, it is told again."""
-        slices = Slices()
+        before, slices = self.following, Slices()
         self._traffic.quotas.share(slices.open, slices.is_valid)
-        self.following = Following(slices, self.following.used_since if self.following is not None else now)
+        self.following = Following(
+            slices,
+            before.used_since if before is not None else now,
+            before.promised_until if before is not None else 0.0,
+        )
         return self.following
+
+    def released(self) -> None:
+        """The leader said that it leads no more: nothing is promised to it."""
+        if self.following is not None:
+            self.following.promised_until = 0.0
 
     def is_refused(self, key_id: str) -> bool:
         """Whether the leader has said that what a key's request needs will not be there soon."""

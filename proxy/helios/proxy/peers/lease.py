@@ -68,6 +68,7 @@ class LeaseKeeper:
             grant = Grant(LEASE_NAME, self._holder, self._leadership.epoch)
             # Whoever leads next may do so from the next moment on.
             self._leadership.follow(time.monotonic())
+            self._link.look()
             with suppress(HeliosError):
                 await self._leases.release(grant)
 

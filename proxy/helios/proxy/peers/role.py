@@ -20,6 +20,8 @@ from typing import Final
 from helios.proxy.peers.leadership import Leadership
 
 LEASE_NAME: Final = "proxy-leader"
+NOT_LEADING: Final = "NOT_LEADING"
+"""What a proxy says to those who take it for the leader."""
 
 
 class Ask(enum.Enum):
@@ -51,7 +53,7 @@ class Role:
         if leadership.epoch:
             return Ask.ACQUIRE if self._is_lost else Ask.RENEW
         following = leadership.following
-        return Ask.ACQUIRE if following is None or now >= following.promised_until() else None
+        return Ask.ACQUIRE if following is None or now >= following.promised_until else None
 
     def granted(self, epoch: int, asked_at: float, now: float) -> None:
         """The lease is this proxy's, since the question was asked at the latest."""

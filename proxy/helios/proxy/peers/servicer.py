@@ -12,7 +12,7 @@ from helios.api.proxy.v1.peer_service_pb2_grpc import PeerServiceServicer
 from helios.mesh.errors import InvalidRequest, Unavailable
 from helios.proxy.peers.link import REPORT_SECONDS, PeerLink
 from helios.proxy.peers.messages import Hello
-from helios.proxy.peers.role import Role
+from helios.proxy.peers.role import NOT_LEADING, Role
 from helios.proxy.peers.wire import hello_from_proto, news_to_proto, report_from_proto
 
 log = structlog.get_logger()
@@ -68,7 +68,7 @@ class PeerServicer(PeerServiceServicer):
         if not self._leadership.epoch:
             raise Unavailable(
                 "this proxy does not lead",
-                reason="NOT_LEADING",
+                reason=NOT_LEADING,
                 metadata={"leader": self._role.leader_address},
                 retry_after_seconds=1,
             )

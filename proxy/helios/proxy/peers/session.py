@@ -19,7 +19,7 @@ from helios.mesh.tasks import task_scope
 from helios.proxy.peers.escrow import VALID_SECONDS
 from helios.proxy.peers.link import REPORT_SECONDS, PeerLink
 from helios.proxy.peers.messages import Hello
-from helios.proxy.peers.role import Role
+from helios.proxy.peers.role import NOT_LEADING, Role
 from helios.proxy.peers.wire import hello_to_proto, news_from_proto, report_to_proto
 
 log = structlog.get_logger()
@@ -66,6 +66,8 @@ class FollowerSession:
                 await self._follow(address)
             except (HeliosError, OSError, TimeoutError) as error:
                 log.debug("session with the leader ended", leader=address, error=str(error))
+                if isinstance(error, HeliosError) and error.reason == NOT_LEADING:
+                    self._leadership.released()
                 if self._first_address:
                     leader = error.metadata.get("leader", "") if isinstance(error, HeliosError) else ""
                     self._role.leader_address = leader
