@@ -26,10 +26,10 @@ from helios.worker.supervisor.commands import Stop
 from helios.worker.supervisor.process_tree import become_subreaper
 from helios.worker.supervisor.records import ReplicaState
 from tests.conftest import embedded_model
-from tests.storage.harness import Mesh, agent_process, digest_of
+from tests.storage.harness import Mesh, agent_process, entry_of
 from tests.storage.test_chunk_source import indexed_mesh
 from tests.worker.replica.support import Launcher
-from tests.worker.replica.test_early_real import Forks, ask, start
+from tests.worker.replica.test_early_real import PATIENT, Forks, ask, start
 from tests.worker.supervisor.fakes import Node, running_node
 
 BYTES_PER_SECOND: Final = 100_000_000
@@ -52,11 +52,12 @@ async def run() -> list[dict[str, Any]]:
     ):
         directory = Path(name)
         async with indexed_mesh(directory, *files.values()) as mesh:
-            revision = mesh.shelf.add(files)
+            entries = [entry_of(path, content) for path, content in files.items()]
+            revision = mesh.shelf.add_entries(entries)
             store = directory / "store"
             store.mkdir()
-            for content in files.values():
-                (store / digest_of(content).hash).write_bytes(content)
+            for entry in entries:
+                (store / entry.digest.hash).write_bytes(files[entry.path])
             with _serve(store) as url:
                 mesh.shelf.url = url
                 cap = f"--fetch.bytes-per-second={BYTES_PER_SECOND}"
@@ -73,7 +74,7 @@ async def _measure(
         storage = StorageClient(dialer)
         async with (
             EarlyLoads(directory / "early", directory / "d", storage) as early,
-            running_node(directory, launcher=Forks(launcher), weights=storage) as node,
+            running_node(directory, launcher=Forks(launcher), weights=storage, rules=PATIENT) as node,
         ):
             # The first start of a launcher touches what the others find.
             await _start(node, storage, "first", revision)
@@ -91,12 +92,12 @@ async def _start(node: Node, storage: StorageClient, replica_id: str, revision: 
     began_at = time.monotonic()
     await start(node, replica_id, revision)
     async with asyncio.timeout(SECONDS):
-        view = await node.wait_state(replica_id, ReplicaState.READY)
+        view = await node.wait_state(replica_id, ReplicaState.READY, seconds=SECONDS)
         await ask(view, max_tokens=1)
         seconds = time.monotonic() - began_at
         print(replica_id, round(seconds, 3), {p.phase: round(p.seconds, 3) for p in view.phases}, file=sys.stderr)
         node.supervisor.execute(f"stop {replica_id}", Stop(replica_id))
-        await node.wait_state(replica_id, ReplicaState.STOPPED)
+        await node.wait_state(replica_id, ReplicaState.STOPPED, seconds=SECONDS)
         await _evict(storage, revision)
     return seconds
 

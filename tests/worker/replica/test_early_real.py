@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,24 @@ import orjson
 
 from helios.api.inference.v1 import openai_service_pb2_grpc
 from helios.mesh.channel import Dialer
+from helios.storage.manifest import ManifestEntry
 from helios.worker.early.loads import EarlyLoads
 from helios.worker.launcher.client import ForkedReplica
 from helios.worker.replica.spec import ReplicaSpec
 from helios.worker.supervisor.commands import Stop
 from helios.worker.supervisor.records import ReplicaState, ReplicaView
 from tests.mesh.transfer.blob_server import Answer, BlobServer, Request, serve_blob
-from tests.storage.harness import digest_of
+from tests.storage.harness import entry_of
 from tests.storage.test_chunk_source import indexed_mesh
 from tests.worker.replica.support import MODEL, Launcher
 from tests.worker.replica.test_replica_real import START_SECONDS, body, read
-from tests.worker.supervisor.fakes import Node, running_node, start_of
+from tests.worker.supervisor.fakes import RULES, Node, running_node, start_of
 
 FILE = "model.safetensors"
 HELD_BYTES = 32 << 20
 """The last tensors: some of a layer, and the norm after all of them."""
 TOKENS = 24
+PATIENT = replace(RULES, limits=replace(RULES.limits, fetch_seconds=START_SECONDS, start_seconds=START_SECONDS))
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,16 @@ class Forks:
 
 
 @contextmanager
-def held_back(files: dict[str, bytes], gate: threading.Event) -> Iterator[BlobServer]:
+def held_back(files: dict[str, bytes], entries: list[ManifestEntry], gate: threading.Event) -> Iterator[BlobServer]:
     """Serves all but the last bytes of the weights; those when the gate opens."""
-    weights = digest_of(files[FILE])
+    (weights,) = (entry.digest for entry in entries if entry.path == FILE)
 
     def script(request: Request) -> Answer:
         if request.path.endswith(weights.hash) and request.last >= weights.size_bytes - HELD_BYTES:
             gate.wait(START_SECONDS)
         return Answer()
 
-    named = {digest_of(content).hash: content for content in files.values()}
+    named = {entry.digest.hash: files[entry.path] for entry in entries}
     with serve_blob(files[FILE], script=script, named=named) as server:
         try:
             yield server
@@ -65,12 +67,16 @@ async def fetching_node(folder: Path, launcher: Launcher, model: Path, gate: thr
     """A supervisor and a storage agent that has nothing yet; gives them with the model's revision."""
     files = {path.name: path.read_bytes() for path in model.iterdir()}
     async with indexed_mesh(folder, *files.values()) as mesh, mesh.agent() as agent:
-        with held_back(files, gate) as server:
-            revision = mesh.shelf.add(files)
+        # Once: the weights are hashed for a second, and the registry's own copy is read by nobody.
+        entries = [entry_of(path, content) for path, content in files.items()]
+        with held_back(files, entries, gate) as server:
+            revision = mesh.shelf.add_entries(entries)
             mesh.shelf.url = server.url.removesuffix("/blob")
             async with (
                 EarlyLoads(folder / "early", folder / "e", agent.client) as early,
-                running_node(folder, launcher=Forks(launcher), weights=agent.client, early=early) as node,
+                running_node(
+                    folder, launcher=Forks(launcher), weights=agent.client, early=early, rules=PATIENT
+                ) as node,
             ):
                 try:
                     yield node, revision
@@ -121,7 +127,7 @@ async def test_a_replica_loads_while_its_weights_come_and_answers_as_one_that_lo
         assert view.fetch is not None
         assert view.fetch.done_bytes < view.fetch.total_bytes
         gate.set()
-        early = await node.wait_state("early", ReplicaState.READY)
+        early = await node.wait_state("early", ReplicaState.READY, seconds=START_SECONDS)
         assert early.lease_id
         seconds = {phase.phase: phase.seconds for phase in early.phases}
         assert list(seconds)[:2] == ["fetch", "fork"]
@@ -130,6 +136,6 @@ async def test_a_replica_loads_while_its_weights_come_and_answers_as_one_that_lo
         node.supervisor.execute("stop", Stop("early"))
         await node.wait_state("early", ReplicaState.STOPPED)
         await start(node, "whole", revision)
-        whole = await node.wait_state("whole", ReplicaState.READY)
+        whole = await node.wait_state("whole", ReplicaState.READY, seconds=START_SECONDS)
         assert not {"await_bytes", "commit"} & {phase.phase for phase in whole.phases}
         assert answer == await answer_of(whole)

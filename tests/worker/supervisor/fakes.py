@@ -208,14 +208,14 @@ class Node:
         views = {view.replica_id: view for view in self.supervisor.view().replicas}
         return views.get(replica_id)
 
-    async def wait_state(self, replica_id: str, state: ReplicaState) -> ReplicaView:
+    async def wait_state(self, replica_id: str, state: ReplicaState, *, seconds: float = WAIT_SECONDS) -> ReplicaView:
         """Returns the view with which a replica reached a state."""
 
         def found() -> ReplicaView | None:
             views = (s.view for s in self.sightings if s.view.replica_id == replica_id and s.view.state is state)
             return next(views, None)
 
-        async with asyncio.timeout(WAIT_SECONDS):
+        async with asyncio.timeout(seconds):
             while (view := found()) is None:
                 self._changed.clear()
                 await self._changed.wait()
