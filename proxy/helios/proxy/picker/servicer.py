@@ -181,7 +181,11 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
         blocks = _blocks(entry, model, body)
         if not self._core.traffic.has_choice(entry):
             return Wishes(blocks) if blocks else NO_WISHES
-        return Wishes(blocks, _session_key(heads, request), longest_answer(_lifted(request)))
+        lifted = _lifted(request)
+        if len(lifted) <= 1:
+            # The model alone.
+            return Wishes(blocks, heads.session)
+        return Wishes(blocks, _session_key(heads, request), longest_answer(lifted))
 
     def _more_headers(self, pick: Pick, model: str, heads: Heads) -> dict[str, str]:
         """What only requests of some models carry: the adapter that they name, the replica that computes the prompt,

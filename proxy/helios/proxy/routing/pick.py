@@ -87,11 +87,13 @@ class Affinity(NamedTuple):
 
     def rescored(self, candidate: Candidate) -> Candidate:
         """The candidate as this request sees it."""
-        ratio = self.held.get(candidate.replica_id, 0) / self.block_count if self.held else 0.0
-        at_home = 1.0 if candidate.replica_id == self.home else 0.0
-        rest = 1.0 - self.weight - self.home_weight
-        score = rest * candidate.score + self.weight * ratio + self.home_weight * at_home
-        return candidate._replace(score=score, prefix_score=ratio, session_score=at_home)
+        held, block_count, weight, home, home_weight = self
+        replica_id, address, score, queue, running, kv, _, _, locality, context = candidate
+        ratio = held.get(replica_id, 0) / block_count if held else 0.0
+        at_home = 1.0 if replica_id == home else 0.0
+        score = (1.0 - weight - home_weight) * score + weight * ratio + home_weight * at_home
+        # A third of the time of `_replace`, and each candidate of each request comes by here.
+        return Candidate(replica_id, address, score, queue, running, kv, ratio, at_home, locality, context)
 
     def draws_to(self, replica_id: str) -> bool:
         """Whether anything draws the request to a replica."""
