@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from helios.mesh.errors import NoReadyReplica
 from helios.proxy.activation.machine import ActivationState
 from helios.proxy.peers import wire
+from helios.proxy.peers.escrow import VALID_SECONDS
 from helios.proxy.peers.messages import (
     Failure,
     Granted,
@@ -133,6 +134,21 @@ def test_a_leader_that_was_replaced_orders_nothing_and_follows() -> None:
     world.go_well(3)
     assert [error for _, error in world.nodes["p1"].answered] == [None]
     assert sum(len(machine.replicas) for machine in world.machines.values()) == 1
+
+
+def test_a_follower_keeps_its_promise_over_a_broken_session() -> None:
+    world = settled()
+    world.cut |= {frozenset(("p1", "registry")), frozenset(("p1", "p2"))}
+    world.lease.until = world.now
+    # It dials anew, and nobody answers.
+    world.break_session("p2")
+    world.nodes["p2"].core.leadership.begin_session(world.now)
+    world.pass_time(VALID_SECONDS - 1)
+    assert world.leaders() == ["p1"]
+    world.go_well(4)
+    assert "p2" in world.leaders()
+    # What it had promised is over for the old leader, too, before another one leads.
+    assert not world.spend("p1", 10)
 
 
 def spend_all(world: World, name: str, seconds: float) -> int:
