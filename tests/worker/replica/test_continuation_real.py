@@ -241,10 +241,18 @@ async def relay(proxy: Proxy, leaves: Leaves) -> AsyncIterator[Dialer]:
         yield await stack.enter_async_context(Dialer(server.address, identity=edge, peer="relay"))
 
 
-async def test_a_killed_replica_is_not_seen(
-    launcher: Launcher, leaves: Leaves, tmp_path: Path, smollm2_directory: Path, survivor: RunningReplica
+@pytest.fixture
+def victim(launcher: Launcher, leaves: Leaves, tmp_path: Path, smollm2_directory: Path) -> RunningReplica:
+    """A replica that the test ends."""
+    return fork_real(launcher, leaves, tmp_path, smollm2_directory, settings=SETTINGS, **KV)
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)], ids=["killed", "drained"]
+)
+async def test_a_replica_that_goes_is_not_seen(
+    victim: RunningReplica, survivor: RunningReplica, number: signal.Signals
 ) -> None:
-    victim = fork_real(launcher, leaves, tmp_path, smollm2_directory, settings=SETTINGS, **KV)
     request = chat(max_tokens=48, ignore_eos=True)
     async with survivor.leaves.dial(survivor.address) as dialer:
         whole = events(await read(dialer.stub(Stub).CreateChatCompletion(request, **OPTIONS)))
@@ -260,15 +268,17 @@ async def test_a_killed_replica_is_not_seen(
     )
     messages: list[HttpBody] = []
     processes = victim.tree()
-    async with relay(proxy, leaves) as dialer:
+    async with relay(proxy, victim.leaves) as dialer:
         async for message in dialer.stub(Stub).CreateChatCompletion(request, metadata=metadata, **OPTIONS):
             messages.append(message)
             if len(messages) == 12:
-                os.kill(victim.pid, signal.SIGKILL)
-                await asyncio.to_thread(wait_gone, processes, 10.0)
-    launcher.wait_exit(victim.pid, 20)
-    assert len(proxy.asked) == 1
-    assert list(proxy.asked[0].failed_endpoints) == [victim.address]
+                os.kill(victim.pid, number)
+                if number is signal.SIGKILL:
+                    await asyncio.to_thread(wait_gone, processes, 10.0)
+    victim.launcher.wait_exit(victim.pid, 20)
+    (asked,) = proxy.asked
+    assert list(asked.failed_endpoints) == [victim.address]
+    assert asked.is_there_only is (number is signal.SIGTERM)
     taken_up = events(messages)
     assert len({(event["id"], event["created"]) for event in taken_up}) == 1
     assert text_of(taken_up) == text_of(whole)
