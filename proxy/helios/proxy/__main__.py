@@ -38,9 +38,9 @@ from helios.proxy.picker.servicer import PickerServicer
 from helios.proxy.reflection import REFLECTION_SERVICES, ReflectionServicer
 from helios.proxy.replacement.servicer import REPLACEMENT_SERVICE, ReplacementServicer
 from helios.proxy.runtime import Runtime
+from helios.proxy.scaling.forecast import Expected, WarmPoolMode
 from helios.proxy.settings import ProxySettings
 from helios.proxy.store import Store, load_cordons, load_keys, load_models, load_swap_failures, load_usage, load_workers
-from helios.proxy.scaling.forecast import Expected, WarmPoolMode
 from helios.proxy.usage.advice import watch_advice
 from helios.proxy.usage.reporter import UsageReporter
 from helios.registry.client import CordonClient, KeyClient, ProfileClient, RegistryClient, UsageClient, VersionClient
@@ -70,8 +70,8 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
         known_workers=load_workers(directory),
         now=time.monotonic(),
     )
-    core.lifecycle.swaps.restore(load_swap_failures(directory))
     core.lifecycle.wants.set_clock(datetime.now(UTC).timestamp() - time.monotonic(), time.monotonic())
+    core.lifecycle.swaps.restore(load_swap_failures(directory))
     core.models_replaced(load_models(directory), time.monotonic(), is_synced=False)
     if (keys := load_keys(directory)) is not None:
         core.keyring.replace(keys)
