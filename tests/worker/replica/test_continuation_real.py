@@ -1,6 +1,7 @@
 """Answers of the real engine that another replica takes up: at every token, and where a replica is killed."""
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -242,9 +243,14 @@ async def relay(proxy: Proxy, leaves: Leaves) -> AsyncIterator[Dialer]:
 
 
 @pytest.fixture
-def victim(launcher: Launcher, leaves: Leaves, tmp_path: Path, smollm2_directory: Path) -> RunningReplica:
+def victim(launcher: Launcher, leaves: Leaves, tmp_path: Path, smollm2_directory: Path) -> Iterator[RunningReplica]:
     """A replica that the test ends."""
-    return fork_real(launcher, leaves, tmp_path, smollm2_directory, settings=SETTINGS, **KV)
+    replica = fork_real(launcher, leaves, tmp_path, smollm2_directory, settings=SETTINGS, **KV)
+    yield replica
+    with contextlib.suppress(AssertionError):
+        # It is there still where the test failed before.
+        for process in replica.tree():
+            process.kill()
 
 
 @pytest.mark.parametrize(
