@@ -103,7 +103,17 @@ def test_the_filters_stand_in_this_order(tmp_path: Path) -> None:
         [entry["name"].rpartition(".")[2] for entry in _manager(one)["httpFilters"]] for one in _listeners(tmp_path)
     ]
     assert names == [
-        ["lua", "lua", "health_check", "cors", "json_to_metadata", "grpc_json_transcoder", "express", "ext_proc", "router"],
+        [
+            "lua",
+            "lua",
+            "health_check",
+            "cors",
+            "json_to_metadata",
+            "grpc_json_transcoder",
+            "express",
+            "ext_proc",
+            "router",
+        ],
         ["rbac", "api_key_auth", "lua", "lua", "grpc_json_transcoder", "router"],
     ]
 
