@@ -321,9 +321,7 @@ class Runtime:
                 case _:
                     self._note_event(action)
                     self._report(action)
-        self._publish()
-        if self.peers is not None:
-            self.peers.look()
+        self._tell_outside()
 
     def _note_event(self, action: actions.Action) -> None:
         event = event_of(action)
@@ -393,6 +391,11 @@ class Runtime:
         if error:
             span.set_status(trace.StatusCode.ERROR, error)
         span.end()
+
+    def _tell_outside(self) -> None:
+        self._publish()
+        if self.peers is not None:
+            self.peers.look()
 
     # Endpoints.
     def _publish(self) -> None:
