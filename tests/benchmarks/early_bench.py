@@ -95,7 +95,6 @@ async def _start(node: Node, storage: StorageClient, replica_id: str, revision: 
         view = await node.wait_state(replica_id, ReplicaState.READY, seconds=SECONDS)
         await ask(view, max_tokens=1)
         seconds = time.monotonic() - began_at
-        print(replica_id, round(seconds, 3), {p.phase: round(p.seconds, 3) for p in view.phases}, file=sys.stderr)
         node.supervisor.execute(f"stop {replica_id}", Stop(replica_id))
         await node.wait_state(replica_id, ReplicaState.STOPPED, seconds=SECONDS)
         await _evict(storage, revision)
