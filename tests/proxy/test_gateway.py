@@ -307,9 +307,15 @@ async def test_a_prompt_is_asked_for_where_it_matters_only(world: World) -> None
         assert not (await envoy.ask("m", body=b"never read")).asked_body, "one replica"
         world.registry.put("m", min_replicas=2)
         await until(lambda: len(envoy.endpoints) == 2)
-        answer = await envoy.ask("m", body=b"no frame")
+        answer = await envoy.ask("m", body=b"no frame", headers={"content-length": "1000"})
         assert (answer.asked_body, answer.status) == (True, 200), "what is wrong with it is the replica's to say"
-        for headers in ({"x-helios-body-bytes": "300000"}, {"content-length": "0"}, {"content-length": ""}):
+        for headers in (
+            {"x-helios-body-bytes": "300000"},
+            {"content-length": "511"},
+            {"content-length": "0"},
+            {"content-length": ""},
+        ):
             assert not (await envoy.ask("m", body=b"", headers=headers)).asked_body, headers
         embeddings = "/helios.api.inference.v1.OpenAIService/CreateEmbedding"
-        assert not (await envoy.ask("m", body=b"", path=embeddings)).asked_body
+        lengthy = {"content-length": "1000"}
+        assert not (await envoy.ask("m", body=b"", path=embeddings, headers=lengthy)).asked_body

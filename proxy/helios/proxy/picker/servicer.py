@@ -53,7 +53,7 @@ from helios.proxy.picker.request import (
 )
 from helios.proxy.rollouts import Assignment
 from helios.proxy.routing.pick import NO_WISHES, Pick, Wishes
-from helios.proxy.routing.prefix import NO_BLOCKS, Blocks, blocks_of
+from helios.proxy.routing.prefix import MIN_PROMPT_BYTES, NO_BLOCKS, Blocks, blocks_of
 from helios.proxy.runtime import Arrival, Runtime
 
 log = structlog.get_logger()
@@ -171,7 +171,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
 
     def _wants_prompt(self, entry: ModelEntry, heads: Heads) -> bool:
         return (
-            0 < heads.body_bytes <= INLINE_BODY_BYTES
+            MIN_PROMPT_BYTES <= heads.body_bytes <= INLINE_BODY_BYTES
             and heads.path in PROMPT_PATHS
             and self._core.traffic.wants_prompt(entry)
         )

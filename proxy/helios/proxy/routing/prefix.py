@@ -24,6 +24,8 @@ BLOCK_BYTES: Final = 256
 """Some 64 tokens of English: four of vLLM's blocks. Smaller ones find little more and cost more."""
 BLOCK_TOKENS: Final = 64
 _MIN_BLOCKS: Final = 2
+MIN_PROMPT_BYTES: Final = _MIN_BLOCKS * BLOCK_BYTES
+"""A prompt that is shorter, and so one whose whole request is, has no blocks."""
 
 
 def blocks_of(prompt: bytes, seed: str) -> Blocks:
