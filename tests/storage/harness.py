@@ -54,7 +54,7 @@ REGISTRY_SERVICE = "helios.api.registry.v1.RegistryService"
 CHUNK_SERVICE = "helios.api.registry.v1.ChunkService"
 SYNC_SERVICE = "helios.api.registry.v1.SyncService"
 MEDIA_TYPE = "application/vnd.cncf.model.weight.v1.raw"
-START_SECONDS = 30.0
+START_SECONDS = 90.0
 
 
 def digest_of(content: bytes) -> Digest:
