@@ -1,4 +1,4 @@
-"""An HTTP server with one blob at any path, or some by their names, with ranges, ETags, and whatever fault a test scripts."""
+"""An HTTP server with one blob at any path, or some by name, with ranges, ETags, and whatever fault a test scripts."""
 
 import ssl
 import threading

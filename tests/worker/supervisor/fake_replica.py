@@ -1,9 +1,9 @@
 """A replica without an engine: the processes and the conversation are real, the rest is not there.
 
 Run as ``python fake_replica.py SPEC`` in a session of its own; SPEC is a ReplicaSpec's document with a ``behaviour``:
-``normal``; ``hasty`` is ready before its weights were lent; ``stubborn`` ignores SIGTERM and drains; ``hang`` never says hello; ``broken`` reports a failure; ``silent``
-says hello once and never again; ``drowsy`` can sleep; ``muddled`` can, too, and fails its canary after waking. Like
-vLLM's, it is three processes: front, EngineCore, Worker.
+``normal``; ``hasty`` is ready before its weights were lent; ``stubborn`` ignores SIGTERM and drains; ``hang`` never
+says hello; ``broken`` reports a failure; ``silent`` says hello once and never again; ``drowsy`` can sleep; ``muddled``
+can, too, and fails its canary after waking. Like vLLM's, it is three processes: front, EngineCore, Worker.
 """
 
 import json

@@ -85,9 +85,9 @@ async def test_files_of_an_adapter_stay_while_a_request_uses_it(folder: Path) ->
 
 async def test_an_adapter_that_can_t_be_had_holds_up_nothing(folder: Path) -> None:
     class Partly(FakeWeights):
-        def materialize(self, revision: str, **more: Any) -> Any:  # type: ignore[override]
+        def materialize(self, revision: str, **more: Any) -> Any:
             self.error = NotFound("no such blob", reason="BLOB_NOT_FOUND") if revision == TWO else None
-            return super().materialize(revision, **more)  # type: ignore[arg-type]
+            return super().materialize(revision, **more)
 
     weights = Partly(path="/files")
     async with running_node(folder, launcher=FakeLauncher(), weights=weights) as node:
