@@ -194,7 +194,10 @@ def test_what_expands_a_thousandfold_takes_no_memory_and_is_held_to_the_disk(tmp
 
 
 def test_a_window_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
-    options: dict[int, int] = {zstd.CompressionParameter.window_log: 30, zstd.CompressionParameter.enable_long_distance_matching: 1}
+    options: dict[int, int] = {
+        zstd.CompressionParameter.window_log: 30,
+        zstd.CompressionParameter.enable_long_distance_matching: 1,
+    }
     compressor = zstd.ZstdCompressor(options=options)
     content = write({"w": bytes(MIB)}, tarfile.GNU_FORMAT)
     # In pieces, so that it does not know how little comes.
