@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from helios.api.registry.v1 import usage_service_pb2 as pb
@@ -113,7 +114,7 @@ def target_to_proto(target: Target) -> pb.WarmTarget:
         replica_count=target.replica_count,
         reason=target.reason,
         expires_at=_timestamp(target.expires_at),
-        idle_timeout=timedelta(seconds=target.idle_seconds) if target.idle_seconds else None,
+        idle_timeout=_duration(target.idle_seconds) if target.idle_seconds else None,
     )
 
 
@@ -178,6 +179,12 @@ def _expectation_to_proto(expectation: Expectation) -> pb.Expectation:
 
 def _expectation_from_proto(message: pb.Expectation) -> Expectation:
     return Expectation(message.requests, message.low, message.high)
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromTimedelta(timedelta(seconds=seconds))
+    return duration
 
 
 def _timestamp(moment: datetime) -> Timestamp:
