@@ -6,10 +6,9 @@ registry's targets come to the second.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -25,9 +24,10 @@ from helios.proxy.scaling.ladder import Rung
 from helios.proxy.traffic import LoadDelta
 from helios.registry.client import Rung as TargetRung
 from helios.registry.client import Target
+from tests.simulator.clock import Clock
 from tests.simulator.expected import FORECAST_DELAY_SECONDS
-from tests.simulator.fleet import Decision
 from tests.simulator.loads import HOUR, Load
+from tests.simulator.outcome import Decision
 from tests.simulator.world import Hardware, Model, Stores, node_name
 
 _RUNGS = {TargetRung.DISK: Rung.DISK, TargetRung.MEMORY: Rung.STAGED, TargetRung.READY: Rung.READY}
@@ -72,8 +72,7 @@ class CoreRun:
         self._workers = [node_name(index) for index in range(node_count)]
         self._engines: dict[str, _Engine] = {}
         self._sequences = dict.fromkeys(self._workers, 0)
-        self._events: list[tuple[float, int, Callable[[float], None]]] = []
-        self._event_count = 0
+        self._clock = Clock()
         self._envoy: frozenset[str] = frozenset()
         self.first_token_seconds: dict[int, float] = {}
         self.decisions: list[Decision] = []
@@ -90,13 +89,10 @@ class CoreRun:
         entries = [model.entry for model in self._models]
         self._do(self._core.models_replaced(entries, 0.0, is_synced=True), 0.0)
         for index, time in enumerate(self._load.times):
-            self._at(time, partial(self._arrive, index))
+            self._clock.at(time, partial(self._arrive, index))
         for second in range(1, int(self._load.span.simulated_hours * HOUR)):
-            self._at(float(second), self._tick)
-        end = self._load.span.simulated_hours * HOUR
-        while self._events and self._events[0][0] < end:
-            now, _, then = heapq.heappop(self._events)
-            then(now)
+            self._clock.at(float(second), self._tick)
+        self._clock.run_until(self._load.span.simulated_hours * HOUR)
 
     def _tick(self, now: float) -> None:
         hour, seconds = divmod(int(now), int(HOUR))
@@ -140,7 +136,7 @@ class CoreRun:
         )
         engine.running_count += 1
         self.first_token_seconds[index] = now + first - load.times[index] + self._hardware.edge_seconds
-        self._at(now + whole, lambda at: self._finished(index, engine, at))
+        self._clock.at(now + whole, lambda at: self._finished(index, engine, at))
 
     def _finished(self, index: int, engine: _Engine, now: float) -> None:
         engine.running_count -= 1
@@ -184,7 +180,7 @@ class CoreRun:
                 assert believed is not None
                 self._engines[replica_id] = _Engine(believed, self._index[model])
                 _, seconds = self._stores.start(self._index[model], node, now)
-                self._at(now + seconds, lambda at: self._ready(replica_id, at))
+                self._clock.at(now + seconds, lambda at: self._ready(replica_id, at))
             case DrainReplica(replica_id) | StopReplica(replica_id):
                 engine = self._engines[replica_id]
                 if not engine.is_draining:
@@ -217,7 +213,7 @@ class CoreRun:
 
     def _stop_if_idle(self, engine: _Engine, now: float) -> None:
         if engine.is_draining and not engine.running_count and not engine.queue:
-            self._at(now + self._hardware.stop_seconds, lambda at: self._gone(engine, at))
+            self._clock.at(now + self._hardware.stop_seconds, lambda at: self._gone(engine, at))
 
     def _gone(self, engine: _Engine, now: float) -> None:
         if self._engines.pop(engine.replica.replica_id, None) is not None:
@@ -230,7 +226,3 @@ class CoreRun:
 
     def _note(self, now: float, what: str, model: str, worker: str) -> None:
         self.decisions.append(Decision(round(now, 6), what, model, worker))
-
-    def _at(self, time: float, then: Callable[[float], None]) -> None:
-        self._event_count += 1
-        heapq.heappush(self._events, (time, self._event_count, then))

@@ -13,10 +13,8 @@ models where all nodes are full (a start then takes an idle replica's room, or w
 
 from __future__ import annotations
 
-import heapq
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from math import ceil, floor
 from typing import Final
@@ -32,41 +30,16 @@ from helios.proxy.scaling.desired import Desired, Usage, desired_replicas, idle_
 from helios.proxy.scaling.load import LoadSample, LoadScaler
 from helios.proxy.sizing import replica_size
 from helios.registry.client import Rung, Target
+from tests.simulator.clock import Clock
 from tests.simulator.expected import FORECAST_DELAY_SECONDS
 from tests.simulator.loads import HOUR, Load
 from tests.simulator.nodes import ModelState, Node, Nodes, Replica
+from tests.simulator.outcome import Decision, Outcome
+from tests.simulator.staging import Staging
 from tests.simulator.world import Hardware, Model, Stores, Tier
 
 # How long `helios.proxy.loads` waits where it found no room.
 _NO_ROOM_SECONDS: Final = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Something that was decided: ``start``, ``drain`` or ``stage``, of a model, at a node."""
-
-    at: float
-    what: str
-    model: str
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a policy made of a load, of the judged hours.
-
-    Attributes:
-        first_token_seconds: by request, in the order of arrival; NaN: it was refused, or had no answer at the end.
-        cold: whether it met no replica that was ready, by request: 0 or 1.
-        device_seconds: devices that were booked, by the share of their memory, times how long.
-        starts: by where weights came from.
-    """
-
-    first_token_seconds: array[float]
-    cold: array[int]
-    device_seconds: float
-    starts: dict[Tier, int]
-    decisions: list[Decision]
 
 
 class Fleet:
@@ -113,8 +86,10 @@ class Fleet:
         self._estimates = StartEstimates(
             base_seconds=self._policy.start_base_seconds, bytes_per_second=self._policy.start_bytes_per_second
         )
-        self._events: list[tuple[float, int, Callable[[float], None]]] = []
-        self._event_count = 0
+        self._clock = Clock()
+        self._staging = Staging(
+            self._policy.warmth, hardware, self._states, nodes=self._nodes, stores=self._stores, note=self._note
+        )
         self._replica_count = 0
         self._waiting: set[str] = set()
         self._watched: set[str] = set()
@@ -140,16 +115,12 @@ class Fleet:
         """Plays the load to its end."""
         if self._targets is not None:
             for hour in range(self._load.span.simulated_hours):
-                self._at(hour * HOUR + FORECAST_DELAY_SECONDS, partial(self._advised, hour))
-        times, events = self._load.times, self._events
+                self._clock.at(hour * HOUR + FORECAST_DELAY_SECONDS, partial(self._advised, hour))
+        times = self._load.times
         for index, time in enumerate(times):
-            while events and events[0][0] <= time:
-                now, _, then = heapq.heappop(events)
-                then(now)
+            self._clock.run_until(time)
             self._arrive(index, time)
-        while events and events[0][0] < self._end:
-            now, _, then = heapq.heappop(events)
-            then(now)
+        self._clock.run_until(self._end)
         for state in self._states:
             for replica in state.standing:
                 self._count_time(replica, self._end)
@@ -168,9 +139,7 @@ class Fleet:
                 state.last_used_at = (int(used[-1]) + 1 - hours.shape[1]) * HOUR
         known = [state for state in self._states if state.last_used_at is not None]
         for state in sorted(known, key=lambda state: -(state.last_used_at or 0.0)):
-            for node in sorted(state.fetched):
-                if not state.staged and self._stage(state, self._nodes.all[node], 0.0, may_evict=False):
-                    self._stores.stage(state.index, node, 0.0, is_loaded=True)
+            self._staging.settle(state)
 
     # Requests.
     def _arrive(self, index: int, now: float) -> None:
@@ -210,7 +179,7 @@ class Fleet:
         )
         replica.running_count += 1
         self._first_token[index] = now + first - load.times[index] + self._hardware.edge_seconds
-        self._at(now + whole, lambda at: self._finished(replica, at))
+        self._clock.at(now + whole, lambda at: self._finished(replica, at))
 
     def _finished(self, replica: Replica, now: float) -> None:
         state = replica.state
@@ -256,7 +225,7 @@ class Fleet:
             for replica_id in plan.replica_ids:
                 victim = self._nodes.all[self._nodes.index(plan.worker_id)].replicas[int(replica_id)]
                 victim.state.last_used_at = None
-                self._keep_staged(victim.state, victim.node, now)
+                self._staging.keep(victim.state, victim.node, now)
                 self._drain(victim, now)
         if isinstance(plan, Preempt | Wait) or not state.held:
             self._waiting.add(state.name)
@@ -276,7 +245,7 @@ class Fleet:
         if now >= self._judged_from:
             self._starts[tier] += 1
         self._note(now, "start", state, node)
-        self._at(now + seconds, lambda at: self._ready(replica, at))
+        self._clock.at(now + seconds, lambda at: self._ready(replica, at))
 
     def _ready(self, replica: Replica, now: float) -> None:
         if replica.is_draining:
@@ -312,7 +281,7 @@ class Fleet:
             self._stop(replica, now)
 
     def _stop(self, replica: Replica, now: float) -> None:
-        self._at(now + self._hardware.stop_seconds, lambda at: self._gone(replica, at))
+        self._clock.at(now + self._hardware.stop_seconds, lambda at: self._gone(replica, at))
 
     def _gone(self, replica: Replica, now: float) -> None:
         self._nodes.give_back(replica)
@@ -330,7 +299,7 @@ class Fleet:
         due = ceil(now if used_at is None else max(now, used_at + self._idle_seconds(state)))
         if state.check_at is None or due < state.check_at:
             state.check_at = due
-            self._at(due, partial(self._check, state, due))
+            self._clock.at(due, partial(self._check, state, due))
 
     def _check(self, state: ModelState, due: float | None, now: float) -> None:
         if state.check_at != due:
@@ -346,7 +315,7 @@ class Fleet:
     def _bring_down(self, state: ModelState, now: float) -> None:
         for replica in sorted(state.standing, key=lambda replica: (replica.is_ready, replica.number)):
             if replica.is_ready:
-                self._keep_staged(state, replica.node, now)
+                self._staging.keep(state, replica.node, now)
             self._drain(replica, now)
 
     def _idle_seconds(self, state: ModelState) -> float:
@@ -364,30 +333,6 @@ class Fleet:
         return desired_replicas(
             min_replicas=0, max_replicas=0, usage=usage, idle_seconds=self._idle_seconds(state), now=now
         )
-
-    # Weights in host memory.
-    def _keep_staged(self, state: ModelState, node: int, now: float) -> None:
-        if not self._policy.warmth.stages:
-            return
-        if self._stage(state, self._nodes.all[node], now, may_evict=True):
-            self._stores.stage(state.index, node, now, is_loaded=True)
-
-    def _stage(self, state: ModelState, node: Node, now: float, *, may_evict: bool) -> bool:
-        size = state.model.entry.weights_bytes
-        if node.index in state.staged or size > self._hardware.host_bytes:
-            return False
-        while may_evict and node.free_host_bytes < size and node.staged:
-            oldest = min(node.staged, key=lambda index: self._states[index].last_used_at or 0.0)
-            node.free_host_bytes += node.staged.pop(oldest)
-            self._states[oldest].staged.discard(node.index)
-            self._stores.unstage(oldest, node.index)
-        if node.free_host_bytes < size:
-            return False
-        node.staged[state.index] = size
-        node.free_host_bytes -= size
-        state.staged.add(node.index)
-        self._note(now, "stage", state, node.index)
-        return True
 
     # Advice.
     def _advised(self, hour: int, now: float) -> None:
@@ -414,16 +359,14 @@ class Fleet:
         if state.forecast_count:
             self._demand(state, now)
         if not state.standing and not state.staged:
-            roomy = max(self._nodes.all, key=lambda node: node.free_host_bytes)
-            if self._stage(state, roomy, now, may_evict=False):
-                self._stores.stage(state.index, roomy.index, now, is_loaded=False)
+            self._staging.stage_spare(state, now)
 
     # Load.
     def _watch(self, state: ModelState, now: float) -> None:
         self._watched.add(state.name)
         if not self._is_ticking:
             self._is_ticking = True
-            self._at(floor(now) + 1.0, self._tick)
+            self._clock.at(floor(now) + 1.0, self._tick)
 
     def _tick(self, now: float) -> None:
         self._is_ticking = False
@@ -485,10 +428,6 @@ class Fleet:
     def _note(self, now: float, what: str, state: ModelState, node: int) -> None:
         if self._keeps_decisions:
             self._decisions.append(Decision(round(float(now), 6), what, state.name, self._nodes.name(node)))
-
-    def _at(self, time: float, then: Callable[[float], None]) -> None:
-        self._event_count += 1
-        heapq.heappush(self._events, (time, self._event_count, then))
 
 
 def _count_at(state: ModelState, at: float) -> int:

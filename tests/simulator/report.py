@@ -1,13 +1,17 @@
 """Tables and plots of a study's results."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from textwrap import fill
 from typing import Any, Final
 
 from tests.simulator.study import KEEP_ALIVE, ORACLE, POLICIES, PREDICTIVE, REACTIVE
 
 Rows = Sequence[Mapping[str, Any]]
+_BEGIN: Final = "<!-- python -m tests.simulator --report writes what follows -->"
+_END: Final = "<!-- up to here -->"
 _COLOURS: Final = {KEEP_ALIVE: "#d95f02", REACTIVE: "#7570b3", PREDICTIVE: "#1b9e77", ORACLE: "#666666"}
 
 
@@ -52,6 +56,21 @@ def verdicts(results: Rows) -> list[str]:
     return lines
 
 
+def write(results: Rows, directory: Path) -> None:
+    """Writes tables into ``REPORT.md``, between its two marks, and plots beside it."""
+    page = directory / "REPORT.md"
+    before, rest = page.read_text().split(_BEGIN)
+    after = rest.split(_END)[1]
+    page.write_text(f"{before}{_BEGIN}\n{table(results)}{_END}{after}")
+    draw(results, directory)
+
+
+def read(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Reads results; loads of another size have another name."""
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [row | {"load": f"{row['load']}, {row['model_count']:,} models"} for row in rows]
+
+
 def draw(results: Rows, directory: Path) -> None:
     """Writes ``plane.svg`` (cost and p99 of each run) and ``cold.svg`` (cold starts, means over seeds)."""
     # Drawing brings matplotlib, which running does not need.
@@ -74,7 +93,8 @@ def draw(results: Rows, directory: Path) -> None:
         axis.axvline(
             _mean(results, load, ORACLE, "device_hours"), color=_COLOURS[ORACLE], ls=":", label="oracle's cost"
         )
-        axis.set(title=load, xlabel="device-hours", ylabel="p99 TTFT, s", xlim=(0, None), ylim=(0, None))
+        axis.set(title=load, xlabel="device-hours", ylabel="p99 TTFT, s", xlim=(0, None))
+        axis.set_ylim(0, 1.1 * max(row["p99_seconds"] for row in _of_load(results, load)))
     axes.flat[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(directory / "plane.svg", metadata={"Date": None})
@@ -83,11 +103,15 @@ def draw(results: Rows, directory: Path) -> None:
         heights = [100 * _mean(results, load, policy, "cold_ratio") for load in loads]
         axis.bar([at + 0.27 * (place - 1) for at in range(len(loads))], heights, 0.25, label=policy,
                  color=_COLOURS[policy])  # fmt: skip
-    axis.set_xticks(range(len(loads)), [load.replace(" ", "\n", 1) for load in loads], fontsize=8)
+    axis.set_xticks(range(len(loads)), [fill(load, 13) for load in loads], fontsize=6)
     axis.set_ylabel("cold starts, % of requests")
     axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(directory / "cold.svg", metadata={"Date": None})
+
+
+def _of_load(results: Rows, load: str) -> list[Mapping[str, Any]]:
+    return [row for row in results if row["load"] == load]
 
 
 def _of(results: Rows, load: str, policy: str) -> list[Mapping[str, Any]]:

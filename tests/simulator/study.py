@@ -45,6 +45,7 @@ class Size:
 
 
 FULL: Final = Size(10_000, 1_000, 5.0, Span(96, 2, 24))
+MEDIUM: Final = Size(2_000, 200, 1.0, Span(96, 2, 24))
 SHORT: Final = Size(400, 40, 0.2, Span(72, 2, 24))
 
 

@@ -10,8 +10,9 @@ from helios.proxy.scaling.forecast import WarmPoolMode
 from helios.registry.usage.targets import TargetPolicy
 from tests.simulator.core_driver import CoreRun
 from tests.simulator.expected import expected_targets
-from tests.simulator.fleet import Decision, Fleet
+from tests.simulator.fleet import Fleet
 from tests.simulator.loads import Load, Span, bursty, seasonal
+from tests.simulator.outcome import Decision
 from tests.simulator.study import PREDICTIVE, REACTIVE, policy_of
 from tests.simulator.world import Hardware, models
 

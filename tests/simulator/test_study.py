@@ -1,5 +1,6 @@
 """What the study says, in a small form by default and in its whole size under `soak`; and that it can be trusted."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -11,7 +12,7 @@ from helios.proxy.sizing import replica_size
 from tests.simulator.fleet import Fleet
 from tests.simulator.loads import HOUR, Load, Span, bursty, replay, seasonal, traces
 from tests.simulator.oracle import oracle
-from tests.simulator.report import table
+from tests.simulator.report import read, table, write
 from tests.simulator.study import (
     FULL,
     JUDGING_SEEDS,
@@ -103,6 +104,26 @@ def test_nodes_never_have_more_than_they_have_and_everything_is_answered_where_r
     assert outcome.device_seconds <= 2 * SPAN.judged_hours * HOUR
     assert fleet.least_free_bytes >= 0
     assert np.isnan(outcome.first_token_seconds).sum() <= 5, "but for those that wait when the study ends"
+
+
+@pytest.mark.leaks("matplotlib keeps the fonts that it has read open")
+def test_a_report_has_tables_between_its_marks_and_plots_beside_it(tmp_path: Path) -> None:
+    small = Size(30, 4, 0.05, SPAN)
+    results = [result for seed in (1, 2) for case in cases(small, None) for result in run(case, seed)]
+    file, page = tmp_path / "results.jsonl", tmp_path / "REPORT.md"
+    file.write_text("".join(json.dumps(result.as_json()) + "\n" for result in results))
+    page.write_text(
+        "before\n<!-- python -m tests.simulator --report writes what follows -->\nstale\n<!-- up to here -->after"
+    )
+    write(read([file]), tmp_path)
+    told = page.read_text()
+    assert told.startswith("before\n")
+    assert told.endswith("-->after")
+    assert "stale" not in told
+    assert "| seasonal, 30 models | predictive |" in told
+    assert "| bursty, 30 models | reactive |" in told
+    for plot in ("plane.svg", "cold.svg"):
+        assert "</svg>" in (tmp_path / plot).read_text()
 
 
 def test_loads_have_the_rate_and_the_history_that_they_claim() -> None:
