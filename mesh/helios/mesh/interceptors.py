@@ -25,6 +25,8 @@ ANY_COMPONENT: Final = "*"
 # Component names are spoken for by certificates; without TLS (under Istio's sidecars) nobody can be told apart here.
 NO_TLS_COMPONENT: Final = "unauthenticated"
 
+_INSECURE: Final = b"insecure"
+
 Policy = Mapping[str, frozenset[str]]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
@@ -37,7 +39,8 @@ def peer_component(context: Any, own: SpiffeId | None = None) -> str | None:
     them makes nobody a member of this mesh. Without it, for handlers behind the policy, which has looked at that.
     """
     auth = context.auth_context()
-    if not auth.get("transport_security_type"):
+    # grpcio says so of a port without TLS; our own transport says nothing.
+    if _INSECURE in auth.get("transport_security_type", (_INSECURE,)):
         return NO_TLS_COMPONENT
     for name in auth.get("x509_subject_alternative_name", ()):
         uri = name.decode("utf-8", "replace")
