@@ -289,6 +289,34 @@ def test_a_client_that_leaves_the_line_leaves_no_claim_behind() -> None:
     assert [model for _, model in world.starts] == ["m0", "m2"]
 
 
+def test_a_worker_that_is_away_for_a_moment_ends_nobodys_wait_and_nobodys_place_in_the_line() -> None:
+    world = Node(room=1, answer_seconds=400.0, turn_seconds=100.0)
+    for model in ("m0", "m9", "m1"):
+        world.request(model)
+        for _ in range(20):
+            world.step()
+    for _ in range(100):
+        world.step()
+    line = world.core.lifecycle.room.line
+    waited = line.waited_seconds("m9", world.now)
+    world.apply(world.core.worker_lost("w", world.now))
+    for _ in range(4):
+        world.now += STEP
+        world.apply(world.core.expire_holds(world.now))
+        world.apply(world.core.tick(world.now))
+    world.step()
+    assert not +world.outcomes, "they waited for the worker for two seconds"
+    assert line.models() == ("m9", "m1")
+    assert line.waited_seconds("m9", world.now) > waited
+    # For a worker that stays away, they don't wait as long as for room.
+    world.apply(world.core.worker_lost("w", world.now))
+    for _ in range(35):
+        world.now += 1.0
+        world.apply(world.core.tick(world.now))
+    assert world.outcomes["NO_WORKER"] == 2
+    assert not line.models()
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     room=st.integers(1, 2),

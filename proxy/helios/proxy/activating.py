@@ -54,8 +54,8 @@ class Outside:
 class Activating:
     """The activations of all models.
 
-    Invariants: a model has at most one start under way that somebody waits for; a model is in the line exactly while
-    its activation waits for room that others have, and it may take it.
+    Invariants: a model has at most one start under way that somebody waits for; a model is in the line from when it
+    waits for room that others have, and may take it, until it waits no more.
     """
 
     def __init__(  # noqa: PLR0913 - what is started, where, for whom
@@ -210,7 +210,8 @@ class Activating:
                         self._outside.send(replica.worker_id, StopReplica(replica_id))
                 case machine.Measured(replica_id, seconds):
                     self._measured(model, replica_id, seconds)
-        if not activation.waits_for_room:
+        # Where the worker with that room is away for a moment, the places in the line are kept.
+        if activation.state is not ActivationState.WAITING:
             self._room.line.leave(model)
         return error
 

@@ -257,8 +257,10 @@ class Activation:
                 is_free = self.state in (ActivationState.IDLE, ActivationState.WAITING)
                 return self._starting(replica_id, now) if is_free else []
             case Delayed(reason, message):
+                # Each thing that is waited for has its own time: a worker that is away for a moment comes back.
+                if self._waiting_since is None or reason != self._reason:
+                    self._waiting_since = now
                 self.state, self._reason, self.failure = ActivationState.WAITING, reason, message
-                self._waiting_since = now if self._waiting_since is None else self._waiting_since
                 return []
             case Refused(reason, message, retry_after_seconds):
                 self._rest()
