@@ -123,6 +123,31 @@ async def test_replicas_that_bring_nothing_end_the_answer() -> None:
         assert b'"error"' in body.rpartition(b"data: ")[2]
 
 
+async def test_what_breaks_off_behind_the_end_of_an_answer_is_nobodys_business() -> None:
+    async with running_world() as world:
+        world.is_cut_at_end = True
+        body, error = await world.openai("CreateCompletion", request())
+        assert error is None
+        assert body.endswith(b"data: [DONE]\n\n")
+        assert world.answered == 1
+        assert not world.picks
+
+
+async def test_an_answer_that_has_begun_goes_on_where_the_proxy_says() -> None:
+    async with running_world(cuts=[3]) as world:
+        first, second = (replica.server.address for replica in world.replicas)
+        # The rest of what was picked when the answer began may be long gone.
+        world.picked = [first, "127.0.0.1:1"]
+        _, error = await world.openai("CreateCompletion", request())
+        assert error is None
+        assert [list(asked.failed_endpoints) for asked in world.picks] == [[first]]
+        assert world.answered == 2
+        world.picked = ["127.0.0.1:1", second]
+        _, error = await world.openai("CreateCompletion", request())
+        assert error is None
+        assert len(world.picks) == 1, "where nothing is out, the rest of the list is tried"
+
+
 async def test_without_another_replica_the_client_is_told_in_band() -> None:
     async with running_world(cuts=[3]) as world:
         world.refusal = Overloaded("no room", retry_after_seconds=7.0)

@@ -77,6 +77,8 @@ class CuttingServicer(ContinuationServicer):
         world = self._world
         world.answered += 1
         await super().Answer(request, _Cut(context, world, world.cuts.pop(0) if world.cuts else -1))
+        if world.is_cut_at_end:
+            raise world.cut_error
 
 
 @dataclass
@@ -98,8 +100,12 @@ class World(replacement_service_pb2_grpc.ReplacementServiceServicer):
     replicas: list[SimulatedReplica] = field(default_factory=list)
     cuts: list[int] = field(default_factory=list)
     cut_error: HeliosError = field(default_factory=lambda: Unavailable("cut off"))
+    is_cut_at_end: bool = False
+    """Whether calls break off when all of their messages are out."""
     refusal: HeliosError | None = None
     picks: list[fleet_pb.PickReplicaRequest] = field(default_factory=list)
+    picked: list[str] = field(default_factory=list)
+    """What the picker chose; none: the first replica."""
     answered: int = 0
     """Calls of replicas."""
     written: int = 0
@@ -120,7 +126,7 @@ class World(replacement_service_pb2_grpc.ReplacementServiceServicer):
     def metadata(self, durable: str = "true") -> list[tuple[str, str]]:
         """What Envoy and the picker add to a request."""
         own = {
-            names.ENDPOINT_HEADER: self.replicas[0].server.address,
+            names.ENDPOINT_HEADER: ",".join(self.picked or [self.replicas[0].server.address]),
             names.ROUTE_MODEL_HEADER: MODEL,
             names.ROUTE_REVISION_HEADER: REVISION,
             names.REQUEST_ID_HEADER: "r-1",

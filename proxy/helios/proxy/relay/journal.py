@@ -31,7 +31,7 @@ class Next(enum.Enum):
 
 @dataclass(slots=True)
 class Journal:
-    """One answer's. Four bytes a token, and one for each portion of up to 255."""
+    """One answer's. Four bytes a token, and four a portion."""
 
     barren_limit: int
     """Replicas in a row that may break off without one token more."""

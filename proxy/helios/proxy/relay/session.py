@@ -106,6 +106,9 @@ class Session:
             metrics.MOVES.labels("draining", "moved").inc()
             return
         except HeliosError as error:
+            if self._journal.is_finished:
+                # It broke off behind its end, which the client has.
+                return
             if self._journal.broken(error) is Next.FAIL:
                 raise
             log.info(
@@ -115,7 +118,9 @@ class Session:
                 reason=error.reason,
                 tokens=len(self._journal.token_ids),
             )
-            self._endpoints = self._endpoints[1:] or await self._replacement(error, failed=endpoint)
+            # What else was picked is as old as the answer: once that has begun, the proxy knows better.
+            others = [] if self._journal.message_count else self._endpoints[1:]
+            self._endpoints = others or await self._replacement(error, failed=endpoint)
             metrics.MOVES.labels("broken", "moved").inc()
 
     async def _answer(self, endpoint: str) -> None:
