@@ -110,6 +110,9 @@ def test_draining_replicas_are_waited_for_before_anything_is_preempted() -> None
     late = worker(free=[0], late=(resident,), victims=(replace(resident, replica_id="v"),))
     assert decide(late) == Preempt("w", ("v",))
     assert isinstance(decide(replace(late, victims=())), Wait)
+    both = replace(late, needed_bytes=10)
+    assert isinstance(decide(both), Wait), "once the late one is gone, the idle one gives way"
+    assert isinstance(decide(both, may_preempt=False), Impossible)
 
 
 def test_what_is_worth_least_gives_way_and_no_more_than_needed() -> None:

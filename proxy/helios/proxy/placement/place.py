@@ -100,7 +100,7 @@ def place(engine: str, workers: list[WorkerCapacity], *, may_preempt: bool) -> P
         preempted = _cheapest(turns_over, may_take_idle=True)
     if preempted is not None:
         return preempted
-    if any(worker.late and worker.fit((*worker.draining, *worker.late)) for worker in large_enough):
+    if any(_fits_late(worker, may_preempt=may_preempt) for worker in large_enough):
         return Wait("NO_CAPACITY", "a replica that another one replaced still has requests")
     if may_preempt and any(_fits_in_turn(worker) for worker in large_enough):
         return Wait("NO_CAPACITY", "models that are in use give way in turn")
@@ -175,6 +175,12 @@ def _cheapest(workers: list[WorkerCapacity], *, may_take_idle: bool) -> Preempt 
     assert gang is not None
     victim_ids = tuple(victim.replica_id for victim in chosen)
     return Preempt(worker.worker_id, victim_ids, gang.device_ids, worker.share_bytes)
+
+
+def _fits_late(worker: WorkerCapacity, *, may_preempt: bool) -> bool:
+    # Whoever would have to give way, too, stays until the late ones are gone.
+    idle = worker.victims if may_preempt else ()
+    return bool(worker.late) and worker.fit((*worker.draining, *worker.late, *idle)) is not None
 
 
 def _fits_in_turn(worker: WorkerCapacity) -> bool:
