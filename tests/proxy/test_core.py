@@ -143,6 +143,27 @@ def test_a_refused_start_fails_the_holds() -> None:
     assert subject.fleet.replicas_of("m") == ()
 
 
+def test_a_worker_that_is_not_heard_of_may_have_room_that_no_other_one_has() -> None:
+    subject = core()
+    known(subject)
+    subject.worker_hello(hello("large"), 0.0)
+    subject.worker_hello(hello("small", memory_bytes=GIB // 2), 0.0)
+    subject.worker_lost("large", 1.0)
+    _, todo = subject.hold(entry(), "q1", size_bytes=0, deadline=99.0, now=1.5)
+    assert not [action for action in todo if isinstance(action, actions.Fail)]
+    assert [type(order) for order in sent(subject.worker_seen("large", 2.0))] == [StartReplica]
+    subject = core()
+    known(subject)
+    subject.worker_hello(hello("large"), 0.0)
+    subject.worker_hello(hello("small", memory_bytes=GIB // 2), 0.0)
+    subject.worker_lost("large", 1.0)
+    subject.hold(entry(), "q1", size_bytes=0, deadline=99.0, now=1.5)
+    # It does not come back: after so long it is believed in no more.
+    subject.worker_seen("small", 31.0)
+    (failed,) = [action for action in subject.tick(31.1) if isinstance(action, actions.Fail)]
+    assert failed.error.reason == "NO_CAPACITY"
+
+
 def test_a_client_that_leaves_is_not_counted_any_more() -> None:
     subject = core()
     known(subject)

@@ -32,6 +32,7 @@ _LOOK_SECONDS: Final = 0.2
 """How often a start that waits looks for room where nothing has changed."""
 _MOST_LOOKS: Final = 4096
 """Workers that are looked at when the line is, for all that wait in it: some ten milliseconds."""
+_AWAY: Final = "the workers that can have it are not reachable at the moment"
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,12 +266,25 @@ class Activating:
                 return self._preempt(model, plan, now, may_preempt=may_preempt)
             case placement.Wait(reason, message):
                 return self._delayed(model, reason, message, now, may_preempt=may_preempt)
+            case placement.Impossible() if self._is_room_away(entry, engine, now, may_preempt=may_preempt):
+                return self._delayed(model, "NO_WORKER", _AWAY, now, may_preempt=may_preempt)
             case placement.Impossible(reason, message):
                 retry_after = self._estimates.expected_seconds(model, entry.weights_bytes)
                 proposal = self._room.propose_moves(model, engine, workers, now)
                 if proposal is not None:
                     self._outside.report(actions.ActivationDelayed(model, "FRAGMENTED", proposal.text))
                 return machine.Refused(reason, message, max(1.0, retry_after))
+
+    def _is_room_away(self, entry: ModelEntry, engine: str, now: float, *, may_preempt: bool) -> bool:
+        """Whether there is room, or may be some, on workers that are believed in and not heard of."""
+        fleet = self._traffic.fleet
+        away = [w for w in fleet.workers() if not w.is_reachable and w.hello.worker_id not in fleet.cordoned]
+        capacities = [capacity for worker in away for capacity in self._room.capacities(worker, entry, now)]
+        match placement.place(engine, capacities, may_preempt=may_preempt):
+            case placement.Impossible() | placement.Wait("NO_WORKER"):
+                return False
+            case _:
+                return True
 
     def _asked(self, model: str, now: float) -> None:
         """A start begins. What somebody asked for comes to its end, whether or not they wait for it: clients that try
@@ -311,6 +325,8 @@ class Activating:
                 return worker_id, reason
             case placement.Preempt(worker_id, replica_ids):
                 return "", f"on {worker_id}, once {', '.join(replica_ids)} gave way"
+            case placement.Impossible() if self._is_room_away(entry, engine, now, may_preempt=True):
+                return "", _AWAY
             case placement.Wait("NO_WORKER" as reason, message) | placement.Impossible(reason, message):
                 raise Unavailable(message, reason=reason, metadata=metadata)
             case placement.Wait(_, message):
