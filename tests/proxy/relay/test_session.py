@@ -176,6 +176,26 @@ async def test_a_drain_moves_a_stream_and_counts_it_once() -> None:
         assert len(world.picks) == 1
 
 
+async def test_tokens_of_a_replica_that_fails_are_counted_once() -> None:
+    async with running_world(cuts=[3]) as world:
+        first, second = world.replicas
+        _, error = await world.openai("CreateCompletion", request())
+        assert error is None
+        (left,) = first.finished()
+        assert (left.status_code, left.prompt_tokens, left.completion_tokens) == (14, 0, 0)
+        (end,) = second.finished()
+        assert (end.status_code, end.prompt_tokens, end.completion_tokens) == (0, 7, TOKENS)
+
+
+async def test_tokens_of_an_answer_that_nobody_goes_on_with_are_counted_where_they_were_made() -> None:
+    async with running_world(cuts=[3]) as world:
+        _, error = await world.openai("CreateCompletion", request(temperature=1, n=2), durable="auto")
+        assert isinstance(error, Unavailable)
+        (end,) = world.replicas[0].finished()
+        assert end.status_code == 14
+        assert end.completion_tokens > 3
+
+
 async def test_a_drain_without_another_replica_lets_the_stream_end_where_it_is() -> None:
     async with running_world(replica_count=1, decode_seconds_per_token="0.01") as world:
         (only,) = world.replicas

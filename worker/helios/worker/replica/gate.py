@@ -164,8 +164,8 @@ class CallGate:
             yield Call(meter, metadata.get(ROUTE_MODEL_HEADER), metadata.get(MODEL_HEADER) or None)
         except BaseException as error:
             status = _status_of(error)
-            if continuation is not None and continuation.leaving.is_set() and status is grpc.StatusCode.CANCELLED:
-                # Another replica has taken the answer up, and counts all of it: here it went elsewhere.
+            if continuation is not None and _goes_on_elsewhere(continuation, status):
+                # Another replica takes the answer up, and counts all of it: here it went elsewhere.
                 status = grpc.StatusCode.UNAVAILABLE
                 meter.prompt_tokens = meter.completion_tokens = 0
             raise
@@ -233,6 +233,13 @@ class CallGate:
 def _request_id(metadata: dict[str, str]) -> str:
     given = metadata.get(REQUEST_ID_HEADER, "")
     return given if given.isprintable() and 0 < len(given) <= _REQUEST_ID_LIMIT else uuid.uuid4().hex
+
+
+def _goes_on_elsewhere(continuation: Continuation, status: grpc.StatusCode) -> bool:
+    """Whether the relay has another replica go on with an answer that ended so."""
+    if status is grpc.StatusCode.CANCELLED:
+        return continuation.leaving.is_set()
+    return status is grpc.StatusCode.UNAVAILABLE and not continuation.is_ordinary
 
 
 def _status_of(error: BaseException) -> grpc.StatusCode:
