@@ -50,6 +50,17 @@ def test_hours_of_work_are_those_on_the_wall_where_clocks_are_put_forward_or_bac
     assert is_open(skipped, minute("2026-03-29 03:15"))
 
 
+def test_nothing_begins_or_ends_while_clocks_show_an_hour_again() -> None:
+    def states(window: Window) -> str:
+        first = minute("2026-10-25 00:00")
+        return "".join("-x"[is_open(window, first + 15 * quarter)] for quarter in range(5 * 4))
+
+    # Quarters of 00:00 to 02:00, 02:00 to 03:00 twice, and 03:00 to 04:00.
+    assert states(Window("30 2 * * *", HOUR, "Europe/Berlin")) == "-" * 10 + "xx" + "xxxx" + "xx--"
+    assert states(Window("30 1 * * *", HOUR, "Europe/Berlin")) == "-" * 6 + "xx" + "xx--" + "----" + "----"
+    assert states(Window("0 * * * *", HOUR // 2, "Europe/Berlin")) == "xx--" * 5, "each hour is one"
+
+
 def test_a_window_over_midnight_and_one_that_began_days_ago_are_open() -> None:
     late = Window("0 22 * * FRI", 60 * HOUR, "Europe/Berlin")
     assert is_open(late, minute("2026-11-22 23:00"))

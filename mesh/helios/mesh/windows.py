@@ -73,10 +73,19 @@ def bounds_at(
 def is_open(window: Window, minute: int) -> bool:
     """Whether a window without a `problem` is open in a minute since 1970."""
     now = datetime.fromtimestamp(minute * 60, UTC).astimezone(_zone(window.time_zone))
+    if now.fold and not _is_by_the_hour(window.begins):
+        # What was open when clocks were put back is open until they show again what they had shown.
+        return is_open(window, minute - 1)
     # From the next minute, so that one that begins now is found.
     began = next(CronSim(window.begins, now + timedelta(minutes=1), reverse=True), None)
     # Between two moments of one zone, Python counts what the clock on the wall shows.
     return began is not None and (now - began).total_seconds() < window.seconds
+
+
+def _is_by_the_hour(begins: str) -> bool:
+    """Whether cron begins it in each hour that there is, and not by the clock on the wall."""
+    minutes, hours = begins.split()[:2]
+    return minutes.startswith("*") or hours.startswith("*")
 
 
 def _zone(name: str) -> tzinfo:
