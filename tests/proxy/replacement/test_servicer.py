@@ -12,8 +12,11 @@ from helios.mesh.errors import ModelNotFound, NoReadyReplica
 from helios.proxy.catalog.session import NoRegistry
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
+from helios.proxy.fleet.state import Load
 from helios.proxy.replacement.servicer import ReplacementServicer
 from helios.proxy.runtime import Runtime
+from helios.proxy.traffic import LoadDelta
+from helios.proxy.usage.meter import Tally
 from tests.proxy.support import core, entry, hello, replica
 from tests.proxy.test_runtime import NoEnvoys, SlowDisk
 
@@ -39,8 +42,12 @@ def with_replicas(model: ModelEntry, *addresses: str) -> Core:
     return subject
 
 
-async def pick(subject: Core, **fields: Any) -> list[str]:
-    runtime = Runtime(subject, publisher=NoEnvoys(), memory=SlowDisk())
+def running(subject: Core) -> Runtime:
+    return Runtime(subject, publisher=NoEnvoys(), memory=SlowDisk())
+
+
+async def pick(subject: Core | Runtime, **fields: Any) -> list[str]:
+    runtime = subject if isinstance(subject, Runtime) else running(subject)
     servicer = ReplacementServicer(runtime, NoRegistry(), hold_limit_seconds=20.0)
     named: dict[str, Any] = {"request_id": "q", "model": "m", "revision": entry("m").revision}
     request = pb.PickReplicaRequest(**(named | fields))
@@ -99,3 +106,22 @@ async def test_a_canary_goes_on_as_a_canary() -> None:
         [replace(served, canary=tried.name, canary_percent=10), tried], time.monotonic(), is_synced=True
     )
     assert await pick(subject, revision=tried.revision) == [SECOND]
+
+
+@pytest.mark.parametrize("is_told_in_time", [True, False], ids=["started", "not told of"])
+async def test_of_several_proxies_the_one_that_picked_first_counts_the_request(is_told_in_time: bool) -> None:
+    picked, asked = (running(with_replicas(entry("m"), FIRST, SECOND)) for _ in range(2))
+    assert picked.core.pick(entry("m"), "q", time.monotonic()) is not None
+    if is_told_in_time:
+        picked.meter.started("q", "m", 0, is_ours=picked.core.traffic.ledger.is_ours("q"))
+        picked.core.load_report([LoadDelta("r0", Load(), started=("q",))], time.monotonic())
+    for runtime in (asked, picked):
+        assert await pick(runtime, failed_endpoints=[FIRST]) == [SECOND]
+    # Workers tell every proxy of every request.
+    for runtime in (asked, picked):
+        is_ours = runtime.core.traffic.ledger.is_ours("q")
+        runtime.meter.started("q", "m", 0, is_ours=is_ours)
+        taken = Tally(prompt_tokens=7, completion_tokens=9)
+        runtime.meter.finished("q", "m", 0, taken=taken, status_code=0, is_ours=is_ours)
+    assert asked.meter.take() == {}
+    assert picked.meter.take() == {("m", 0): Tally(requests=1, prompt_tokens=7, completion_tokens=9)}

@@ -38,6 +38,9 @@ class ReplacementServicer(replacement_service_pb2_grpc.ReplacementServiceService
         failed = frozenset(request.failed_endpoints)
         if not request.is_there_only:
             self._give_up(entry, failed, now)
+        self._runtime.meter.picked_again(
+            request.request_id, is_ours=self._core.traffic.ledger.is_ours(request.request_id)
+        )
         adapter = request.model if request.model in entry.adapters else ""
         pick = self._core.pick(entry, request.request_id, now, adapter)
         if pick is None and not request.is_there_only:

@@ -1,8 +1,9 @@
 """Counts what this proxy sent to replicas, by model and hour, and lines reports up for the registry. Pure.
 
 Each request is counted by the proxy that picked its replica, because a worker tells every proxy that it knows of how a
-request ended: "started" and "finished" count where this proxy's ledger has, or lately had, the request's place. A
-request that Envoy sends to a second replica is one request, with the tokens and the time of both.
+request ended: "started" and "finished" count where this proxy's ledger has, or lately had, the request's place, unless
+another proxy picked it first, and this one only said where it goes on. A request that Envoy sends to a second replica
+is one request, with the tokens and the time of both.
 
 A report that was tried once is never changed, since nobody knows whether it arrived; sent again under its number it
 counts once. What is counted meanwhile is gathered in one report behind it, so that an outage of the registry takes as
@@ -64,12 +65,13 @@ class Meter:
 
     def __init__(self) -> None:
         self._ours: OrderedDict[str, None] = OrderedDict()
+        self._others: OrderedDict[str, None] = OrderedDict()
         self._tallies: dict[Key, Tally] = {}
 
     def started(self, request_id: str, model: str, hour: int, *, is_ours: bool) -> None:
         """A replica says that a request reached it; `is_ours`: this proxy's ledger knows it."""
-        if is_ours and request_id not in self._ours:
-            self._own(request_id)
+        if is_ours and request_id not in self._ours and request_id not in self._others:
+            _note(self._ours, request_id)
             self._add(model, hour, Tally(requests=1))
 
     def finished(
@@ -81,6 +83,15 @@ class Meter:
             self._add(model, hour, taken)
             if status_code not in _RETRIED:
                 del self._ours[request_id]
+        elif status_code not in _RETRIED:
+            self._others.pop(request_id, None)
+
+    def picked_again(self, request_id: str, *, is_ours: bool) -> None:
+        """A request that is under way is picked another replica here. Where this proxy did not pick it first
+        (`is_ours`: its ledger knows it), another one counts it, to its end.
+        """
+        if not is_ours and request_id not in self._ours:
+            _note(self._others, request_id)
 
     def cold_start(self, model: str, hour: int) -> None:
         """A replica that was started or woken is ready."""
@@ -89,7 +100,7 @@ class Meter:
     def adopt(self, request_ids: Iterable[str]) -> None:
         """Counts on with requests that ran when an earlier run of this proxy ended; they are counted as requests."""
         for request_id in request_ids:
-            self._own(request_id)
+            _note(self._ours, request_id)
 
     def running(self) -> list[str]:
         """Returns requests that are counted and have not ended."""
@@ -100,11 +111,6 @@ class Meter:
         taken, self._tallies = self._tallies, {}
         return taken
 
-    def _own(self, request_id: str) -> None:
-        self._ours[request_id] = None
-        if len(self._ours) > _REQUEST_COUNT:
-            self._ours.popitem(last=False)
-
     def _add(self, name: str, hour: int, more: Tally) -> None:
         # Requests for a tag or a revision are the model's.
         key = name.partition("@")[0], hour
@@ -112,6 +118,12 @@ class Meter:
         if len(self._tallies) > _TOTAL_COUNT:
             # Without a registry nobody takes them.
             del self._tallies[next(iter(self._tallies))]
+
+
+def _note(requests: OrderedDict[str, None], request_id: str) -> None:
+    requests[request_id] = None
+    if len(requests) > _REQUEST_COUNT:
+        requests.popitem(last=False)
 
 
 class Outgoing:
