@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from helios.mesh.errors import InvalidRequest, Overloaded, ReplicaLost, Unavailable
+from helios.mesh.errors import Bug, HeliosError, InvalidRequest, Overloaded, ReplicaLost, Unavailable
 from tests.proxy.relay.world import complete_request, running_world
 
 WORDS = "one two three four five six seven"
@@ -176,14 +176,14 @@ async def test_a_drain_moves_a_stream_and_counts_it_once() -> None:
         assert len(world.picks) == 1
 
 
-async def test_tokens_of_a_replica_that_fails_are_counted_once() -> None:
+@pytest.mark.parametrize("failure", [Unavailable("the engine is gone"), Bug("the engine failed")])
+async def test_tokens_of_a_replica_that_fails_are_counted_once(failure: HeliosError) -> None:
     async with running_world(cuts=[3]) as world:
-        first, second = world.replicas
+        world.cut_error = failure
         _, error = await world.openai("CreateCompletion", request())
         assert error is None
-        (left,) = first.finished()
+        left, end = [finished for replica in world.replicas for finished in replica.finished()]
         assert (left.status_code, left.prompt_tokens, left.completion_tokens) == (14, 0, 0)
-        (end,) = second.finished()
         assert (end.status_code, end.prompt_tokens, end.completion_tokens) == (0, 7, TOKENS)
 
 

@@ -46,6 +46,8 @@ log = structlog.get_logger()
 _REQUEST_ID_LIMIT: Final = 128
 # A drained endpoint leaves the picker's view within a session message.
 _DRAINING_RETRY_SECONDS: Final = 1.0
+# Of a replica and not of the request: what has begun goes on elsewhere.
+_OWN_FAULTS: Final = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +241,8 @@ def _goes_on_elsewhere(continuation: Continuation, status: grpc.StatusCode) -> b
     """Whether the relay has another replica go on with an answer that ended so."""
     if status is grpc.StatusCode.CANCELLED:
         return continuation.leaving.is_set()
-    return status is grpc.StatusCode.UNAVAILABLE and not continuation.is_ordinary
+    is_own = status is grpc.StatusCode.UNAVAILABLE or (continuation.is_begun and status in _OWN_FAULTS)
+    return is_own and not continuation.is_ordinary
 
 
 def _status_of(error: BaseException) -> grpc.StatusCode:
