@@ -19,7 +19,7 @@ from helios.proxy.fleet.commands import (
     StopReplica,
     UnstageRevision,
 )
-from helios.proxy.fleet.state import Device, DeviceKind, Replica, ReplicaState, WorkerHello
+from helios.proxy.fleet.state import Device, DeviceKind, Replica, ReplicaState, Worker, WorkerHello
 from helios.proxy.scaling.decisions import Cause
 from helios.proxy.scaling.forecast import Expected, Forecasts, WarmPoolMode
 from helios.proxy.scaling.ladder import Cooldowns, Rung, rung_after
@@ -174,6 +174,31 @@ def test_weights_that_are_expected_are_staged_where_memory_is_free_and_stay() ->
     advised = world(warm_pool=WarmPoolMode.ADVISE)
     advised.expect(expected(Rung.STAGED), 0.0)
     assert pass_time(advised, 20) == []
+
+
+def test_spare_memory_is_looked_for_once_a_round_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = world()
+    models = [replace(MODEL, name=f"m{number}", revision=f"sha256:{number}") for number in range(50)]
+    subject.models_replaced(models, 0.0, is_synced=True)
+    subject.expect({model.name: expected(Rung.STAGED)["m"] for model in models}, 0.0)
+    pass_time(subject, 3)
+    (worker,) = subject.fleet.workers()
+    staged_count = len(worker.staged)
+    assert 0 < staged_count < 50
+    look_count, look = 0, subject.fleet.open_workers
+
+    def counted() -> list[Worker]:
+        nonlocal look_count
+        look_count += 1
+        return look()
+
+    monkeypatch.setattr(subject.fleet, "open_workers", counted)
+    pass_time(subject, 1, start=3)
+    assert look_count < 20, "those that are staged, and one that finds none"
+    # What comes free is given to somebody in the next round.
+    subject.lifecycle.warmth.unstage(next(iter(worker.staged)))
+    pass_time(subject, 1, start=4)
+    assert len(worker.staged) == staged_count
 
 
 def test_a_replica_that_is_to_sleep_goes_on_sleeping_and_without_one_weights_are_staged() -> None:

@@ -7,6 +7,7 @@ rung where it lies. Staged weights are the first to go where memory gets short: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
@@ -55,6 +56,8 @@ class Warmth:
         self._send = send
         self._never_sleeps: set[str] = set()
         self._can_not_wake: set[str] = set()
+        # Weights of this size, and larger ones, have found no spare memory in this round.
+        self._too_large_bytes = math.inf
 
     # Asleep.
     def may_sleep(self, replica: Replica) -> bool:
@@ -141,17 +144,23 @@ class Warmth:
         )
 
     def stage_spare(self, entry: ModelEntry) -> None:
-        """Stages a model where memory is free, and stays so; nothing happens where it is staged or nothing is."""
+        """Stages a model where memory is free, and stays so; nothing happens where it is staged or nothing is.
+
+        Where there is none, larger models don't look at all workers in vain, until `relieve` begins the next round.
+        """
+        if not self._policy.stages or not 0 < entry.weights_bytes < self._too_large_bytes:
+            return
         workers = self._traffic.fleet.open_workers()
-        if not self._policy.stages or not entry.weights_bytes or any(entry.revision in w.staged for w in workers):
+        if any(entry.revision in worker.staged for worker in workers):
             return
         roomy = max(workers, key=lambda worker: worker.free_host_bytes, default=None)
-        if roomy is None or roomy.free_host_bytes < entry.weights_bytes:
-            return
-        # What would be given back at once for want of memory is not brought there.
-        share = entry.weights_bytes / max(1, roomy.hello.host_memory_bytes)
-        if roomy.host_used_ratio + share <= self._policy.pressure_ratio:
-            self._stage(entry, roomy)
+        if roomy is not None and roomy.free_host_bytes >= entry.weights_bytes:
+            # What would be given back at once for want of memory is not brought there.
+            share = entry.weights_bytes / max(1, roomy.hello.host_memory_bytes)
+            if roomy.host_used_ratio + share <= self._policy.pressure_ratio:
+                self._stage(entry, roomy)
+                return
+        self._too_large_bytes = entry.weights_bytes
 
     def make_room(self, worker: Worker, size_bytes: int) -> None:
         """Gives staged revisions back, those used longest ago first, until so much host memory is free."""
@@ -173,6 +182,7 @@ class Warmth:
 
     def relieve(self) -> None:
         """Gives back what no model serves any more and, where memory gets short, what was used longest ago."""
+        self._too_large_bytes = math.inf
         for worker in self._traffic.fleet.workers():
             if not worker.is_reachable or not worker.staged:
                 continue
