@@ -13,7 +13,7 @@ from helios.proxy.fleet.state import Load, Replica, WorkerHello
 from helios.proxy.routing.pick import Affinity, Wishes, pick
 from helios.proxy.routing.sessions import Ring
 from helios.proxy.routing.table import Candidate, Locality, score
-from helios.proxy.traffic import Choice, LoadDelta, RoutingPolicy
+from helios.proxy.traffic import LoadDelta, RoutingPolicy
 from tests.proxy.support import core, entry, hello, policy, replica
 
 IDS = st.sets(st.sampled_from([f"replica-{number}" for number in range(12)]), min_size=1)
@@ -164,5 +164,5 @@ def test_what_draws_a_request_to_a_replica_counts_beside_the_draw(loads: list[in
 
 
 def test_draws_spread_what_one_look_would_send_to_one_replica() -> None:
-    subject = fleet(10, RoutingPolicy(choice=Choice.POWER_OF_TWO))
+    subject = fleet(10, RoutingPolicy(draw=random.Random(1).randrange))
     assert len({first(subject, Wishes(), f"q{number}") for number in range(60)}) > 5

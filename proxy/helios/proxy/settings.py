@@ -1,5 +1,7 @@
 """Settings of the proxy process: defaults < file < `HELIOS_PROXY__<FIELD>` < flags."""
 
+import enum
+import random
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,7 +22,7 @@ from helios.proxy.scaling.forecast import WarmPoolMode
 from helios.proxy.scaling.load import LoadPolicy, ScalingMode
 from helios.proxy.sizing import SizingPolicy
 from helios.proxy.swap import SwapPolicy
-from helios.proxy.traffic import Choice, RoutingPolicy
+from helios.proxy.traffic import RoutingPolicy
 from helios.proxy.warmth import WarmthPolicy
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -178,6 +180,13 @@ class ScalingSettings(BaseModel):
     """When the short mean counts."""
     keep_seconds: NonNegativeFloat = 300.0
     """As many replicas stay as were asked for at any time in so long, in seconds. 300: a pause between two bursts."""
+
+
+class Choice(enum.Enum):
+    """Among which candidates the best one is looked for."""
+
+    BEST = "best"
+    POWER_OF_TWO = "power_of_two"
 
 
 class RoutingSettings(BaseModel):
@@ -375,7 +384,8 @@ class ProxySettings(ProcessSettings):
                 OutlierPolicy(self.breaker.outlier_ratio),
                 self.routing.session_weight,
                 Locality(self.routing.node, self.routing.zone, self.routing.locality_weight),
-                self.routing.choice,
+                # It spreads requests and hides nothing.
+                random.Random().randrange if self.routing.choice is Choice.POWER_OF_TWO else None,  # noqa: S311
                 # Envoy has no stream for the lane where each of several proxies feeds it.
                 ExpressPolicy(
                     0 if self.replica_cluster else self.routing.express_models, self.routing.express_per_second

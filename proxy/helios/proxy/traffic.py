@@ -6,10 +6,8 @@ drain that was asked, its endpoint, its breaker) is noted here, and the routing 
 
 from __future__ import annotations
 
-import enum
-import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from helios.proxy.admission.quotas import Quotas, Usage
@@ -32,13 +30,6 @@ _UNAVAILABLE = 14
 _UNKNOWN_CAPACITY = 256
 
 
-class Choice(enum.Enum):
-    """Among which candidates the best one is looked for."""
-
-    BEST = "best"
-    POWER_OF_TWO = "power_of_two"
-
-
 @dataclass(frozen=True, slots=True)
 class RoutingPolicy:
     """What scores weigh.
@@ -52,7 +43,7 @@ class RoutingPolicy:
         outliers: which replica fails more than its neighbours.
         session_weight: the share of a score that a session's own replica has; 0: sessions are not told apart.
         locality: where the gateway is, and what nearness weighs.
-        choice: among which candidates the best one is looked for.
+        draw: draws a number below its argument: the best one of two candidates that are drawn is taken. None: of all.
         express: which models Envoy routes by itself.
     """
 
@@ -63,7 +54,7 @@ class RoutingPolicy:
     outliers: OutlierPolicy = field(default_factory=OutlierPolicy)
     session_weight: float = 0.2
     locality: Locality = field(default_factory=Locality)
-    choice: Choice = Choice.BEST
+    draw: Callable[[int], int] | None = None
     express: ExpressPolicy = field(default_factory=ExpressPolicy)
 
 
@@ -97,7 +88,6 @@ class Traffic:
         self.outliers = Outliers(routing.outliers)
         self._routing = routing
         self._prefixes = PrefixIndex(routing.max_blocks)
-        self._draw = random.Random().randrange if routing.choice is Choice.POWER_OF_TWO else None  # noqa: S311
         # Of all replicas that were ever scored: no request below it has to be compared with any.
         self._least_context = sys.maxsize
         self._published: frozenset[str] = frozenset()
@@ -144,7 +134,7 @@ class Traffic:
             if wishes.answer_tokens >= self._least_context:
                 snapshot = _with_room(snapshot, wishes.answer_tokens)
             affinity = self._affinity(entry, wishes.blocks, wishes.session)
-        chosen = pick(entry.name, entry.revision, snapshot, affinity, self._draw)
+        chosen = pick(entry.name, entry.revision, snapshot, affinity, self._routing.draw)
         if chosen is None:
             return None
         may_retry = self.retries.request(entry.name)
