@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from helios.mesh.errors import Bug, HeliosError, InvalidRequest, Overloaded, ReplicaLost, Unavailable
+from helios.mesh.errors import Bug, Draining, HeliosError, InvalidRequest, Overloaded, ReplicaLost, Unavailable
 from tests.proxy.relay.world import complete_request, running_world
 
 WORDS = "one two three four five six seven"
@@ -157,6 +157,19 @@ async def test_without_another_replica_the_client_is_told_in_band() -> None:
         assert error.retry_after_seconds == 7.0
         assert body.count(b"data: {") == 4
         assert b"no room" in body
+
+
+async def test_a_proxy_that_restarts_is_waited_for() -> None:
+    async with running_world(cuts=[3]) as world:
+        world.refusal = Draining("the gateway's control process restarts")
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            asking = group.create_task(world.openai("CreateCompletion", request()), name="ask")
+            while len(world.picks) < 2 and not asking.done():
+                await asyncio.sleep(0.01)
+            world.refusal = None
+        body, error = asking.result()
+        assert error is None
+        assert body.endswith(b"data: [DONE]\n\n")
 
 
 async def test_a_drain_moves_a_stream_and_counts_it_once() -> None:

@@ -39,8 +39,10 @@ _FIRST_ONLY: Final = frozenset({names.PREFILL_ENDPOINT_HEADER})
 _NOT_PASSED: Final = frozenset({names.ENDPOINT_HEADER, names.BODY_BYTES_HEADER})
 # What says that a replica is gone, where others are of one that is there and refuses.
 _LOST: Final = frozenset({"UNAVAILABLE", "REPLICA_LOST"})
+# What a proxy says that restarts, or nobody in its stead.
+_PROXY_AWAY: Final = frozenset({"UNAVAILABLE", "DRAINING"})
 _EVENTS: Final = "text/event-stream"
-# Between two looks for a replica to move to, while the own one drains: a start takes as long at least.
+# Between two looks for a replica to move to, while the own one drains (a start takes as long at least), or for a proxy.
 _LOOK_SECONDS: Final = 0.5
 # A stream may be long, and has keepalive on its connection: this only bounds what nobody foresaw.
 _LONGEST_SECONDS: Final = 24 * 3600.0
@@ -191,7 +193,7 @@ class Session:
             ) from refusal
 
     async def _pick(self, *, failed: str, is_there_only: bool = False) -> list[str]:
-        """Asks the proxies, one after the other, for replicas. Raises HeliosErrors."""
+        """Asks the proxies, one after the other, for replicas; waits for one that restarts. Raises HeliosErrors."""
         request = fleet_pb.PickReplicaRequest(
             request_id=self._request_id,
             model=self._metadata.get(names.ROUTE_MODEL_HEADER, ""),
@@ -201,16 +203,20 @@ class Session:
             is_there_only=is_there_only,
         )
         deadline = time.monotonic() + self._remaining(self._around.replace_seconds)
-        refusal: HeliosError = ReplicaLost("no proxy answers")
-        for proxy in self._around.proxies:
-            stub = proxy.stub(replacement_service_pb2_grpc.ReplacementServiceStub)
-            try:
-                response = await stub.PickReplica(request, timeout=max(0.0, deadline - time.monotonic()))
-            except grpc.aio.AioRpcError as error:
-                refusal = error_from_rpc(error)
-            else:
-                return list(response.endpoints)
-        raise refusal
+        while True:
+            refusal: HeliosError = ReplicaLost("no proxy answers")
+            for proxy in self._around.proxies:
+                stub = proxy.stub(replacement_service_pb2_grpc.ReplacementServiceStub)
+                try:
+                    response = await stub.PickReplica(request, timeout=max(0.0, deadline - time.monotonic()))
+                except grpc.aio.AioRpcError as error:
+                    refusal = error_from_rpc(error)
+                else:
+                    return list(response.endpoints)
+            is_away = refusal.reason in _PROXY_AWAY
+            if is_there_only or not is_away or time.monotonic() + _LOOK_SECONDS >= deadline:
+                raise refusal
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def _order(self) -> pb.AnswerRequest:
         order = pb.AnswerRequest(call=self._call, request=self._request)
