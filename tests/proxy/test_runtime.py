@@ -1,11 +1,16 @@
 """What the runtime has written, and in which order."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
+
+from envoy.service.discovery.v3 import discovery_pb2
 
 from helios.mesh.errors import Unavailable
+from helios.mesh.names import EXPRESS_FILTER
 from helios.mesh.tasks import task_scope
+from helios.mesh.xds.server import EXTENSIONS_TYPE, XdsServer
 from helios.mesh.xds.state import ExpressRoute
 from helios.proxy.express.lane import ExpressPolicy
 from helios.proxy.runtime import Runtime
@@ -88,3 +93,36 @@ async def test_an_express_lane_that_no_envoy_takes_up_ends_nothing() -> None:
     async with asyncio.timeout(20), task_scope() as group:
         group.create_task(runtime.run())
         await envoys.asked_again.wait()
+
+
+async def test_a_proxy_that_remembers_nothing_takes_back_what_envoys_still_have_of_its_lane() -> None:
+    # Its store is lost, or it is to have no lane any more: with what an earlier run said, Envoy would go on sending to
+    # replicas that may be gone, and the picker would never hear of it.
+    xds = XdsServer()
+    runtime = Runtime(core(), publisher=xds, memory=SlowDisk())
+    answers: asyncio.Queue[Any] = asyncio.Queue()
+    asking: asyncio.Queue[Any] = asyncio.Queue()
+    known = {EXPRESS_FILTER: "7"}
+    asking.put_nowait(
+        discovery_pb2.DeltaDiscoveryRequest(
+            type_url=EXTENSIONS_TYPE, resource_names_subscribe=[EXPRESS_FILTER], initial_resource_versions=known
+        )
+    )
+    async with asyncio.timeout(20), task_scope() as group:
+        group.create_task(runtime.run())
+        group.create_task(xds.DeltaAggregatedResources(_asked(asking), _Answers(answers)))
+        answer = await answers.get()
+    assert [resource.name for resource in answer.resources] == [EXPRESS_FILTER]
+
+
+async def _asked(queue: asyncio.Queue[Any]) -> AsyncIterator[Any]:
+    while True:
+        yield await queue.get()
+
+
+class _Answers:
+    def __init__(self, answers: asyncio.Queue[Any]) -> None:
+        self._answers = answers
+
+    async def write(self, message: Any) -> None:
+        await self._answers.put(message)

@@ -175,7 +175,7 @@ class Runtime:
         self._spans: dict[str, trace.Span] = {}
         self._published_version = (-1, -1)
         # Versions of the lane, as the publisher counts them and as the core does.
-        self._express = (0, 0)
+        self._express = (0, -1)
         self._express_changed = asyncio.Event()
         self._published: tuple[int, frozenset[str]] | None = None
         self._endpoints_changed = asyncio.Event()
@@ -408,8 +408,10 @@ class Runtime:
                 for place in lane.places
                 for name in place.names
             ]
+            # Even where none was wanted yet: Envoys may have one of a run that nobody remembers.
             self._express = (self._publisher.publish_express(routes), lane.version)
-            self._express_changed.set()
+            if lane.version:
+                self._express_changed.set()
         if (fleet.endpoints_version, lane.changes) == self._published_version:
             return
         self._published_version = (fleet.endpoints_version, lane.changes)
