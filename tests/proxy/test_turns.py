@@ -20,7 +20,7 @@ from helios.proxy.fleet.commands import Command, DrainReplica, StartReplica, Sto
 from helios.proxy.fleet.state import Device, DeviceKind, Load, Replica, ReplicaState, WorkerHello
 from helios.proxy.holds import Hold, HoldLimits
 from helios.proxy.traffic import LoadDelta
-from tests.proxy.support import GIB, core, entry, policy, ready
+from tests.proxy.support import GIB, core, entry, hello, policy, ready, replica
 
 STEP = 0.5
 RESIDENCY = 10.0
@@ -315,6 +315,30 @@ def test_a_worker_that_is_away_for_a_moment_ends_nobodys_wait_and_nobodys_place_
         world.apply(world.core.tick(world.now))
     assert world.outcomes["NO_WORKER"] == 2
     assert not line.models()
+
+
+def test_in_a_long_line_those_behind_are_looked_at_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helios.proxy.activating._MOST_LOOKS", 2)
+    subject = core(policy(residency_seconds=5.0))
+    engines = ("vllm", "other")
+    used = [entry(f"used-{engine}", revision=f"sha256:{engine}") for engine in engines]
+    waiting = [entry(f"m{number}", revision=f"sha256:{number}") for number in range(6)]
+    waiting[5] = replace(waiting[5], engine_settings='{"engine": "other"}')
+    waiting[:5] = [replace(each, engine_settings='{"engine": "vllm"}') for each in waiting[:5]]
+    subject.models_replaced([*used, *waiting], 0.0, is_synced=True)
+    for engine in engines:
+        held = replica(engine, model=f"used-{engine}", revision=f"sha256:{engine}", worker_id=engine, address=engine)
+        worker = replace(hello(engine, replicas=(held,), memory_bytes=GIB), engines=(engine,))
+        subject.worker_hello(worker, 0.0)
+        subject.load_report([LoadDelta(engine, Load(running_count=1), started=(engine,))], 0.0)
+    for each in waiting:
+        subject.hold(each, each.name, size_bytes=0, deadline=100.0, now=1.0)
+    assert len(subject.lifecycle.room.line) == 6
+    # What the last one waits for is not what the others do.
+    subject.load_report([LoadDelta("other", Load(), finished=(("other", 0),))], 6.0)
+    todo = [action for tenth in range(20) for action in subject.expire_holds(6.0 + tenth / 10)]
+    orders = [action.command.order for action in todo if isinstance(action, actions.Send)]
+    assert orders == [DrainReplica("other", 30.0)]
 
 
 @settings(max_examples=15, deadline=None)

@@ -6,7 +6,7 @@ the order of waiting (`activation/turns`): whoever is not first in the line is l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,8 +30,10 @@ from helios.proxy.warmth import Warmth
 
 _LOOK_SECONDS: Final = 0.2
 """How often a start that waits looks for room where nothing has changed."""
-_MOST_LOOKS: Final = 4096
-"""Workers that are looked at when the line is, for all that wait in it: some ten milliseconds."""
+_MOST_LOOKS: Final = 512
+"""Workers that are looked at when the line is, for all that wait in it: some twenty milliseconds."""
+_LEAST_MODELS: Final = 2
+"""Models that are looked at with the line, however many workers there are: then it is looked at less often."""
 _AWAY: Final = "the workers that can have it are not reachable at the moment"
 
 
@@ -89,7 +91,8 @@ class Activating:
         self._activations: dict[str, Activation] = {}
         self._waking: set[str] = set()
         self._looked: dict[str, tuple[float, bool]] = {}
-        self._line_looked_at = -_LOOK_SECONDS
+        self._look_at = 0.0
+        self._looks_from = 0
         self._in_turn = ""
 
     def of(self, model: str) -> Activation:
@@ -146,15 +149,26 @@ class Activating:
 
     def look(self, now: float, *, has_changed: bool = False) -> None:
         """Has those in the line looked at in their order; not twice within a moment, unless something `has_changed`."""
-        line = self._room.line
-        if not len(line) or self._in_turn or (now < self._line_looked_at + _LOOK_SECONDS and not has_changed):
+        if not len(self._room.line) or self._in_turn or (now < self._look_at and not has_changed):
             return
-        self._line_looked_at = now
-        worker_count = sum(1 for _ in self._traffic.fleet.workers())
-        for model in line.models()[: max(1, _MOST_LOOKS // max(1, worker_count))]:
+        worker_count = max(1, sum(1 for _ in self._traffic.fleet.workers()))
+        models = self._first_and_next(max(_LEAST_MODELS, _MOST_LOOKS // worker_count))
+        self._look_at = now + _LOOK_SECONDS * max(1.0, len(models) * worker_count / _MOST_LOOKS)
+        for model in models:
             self._in_turn = model
             self._outside.reconcile(model, now)
             self._in_turn = ""
+
+    def _first_and_next(self, count: int) -> Sequence[str]:
+        """Of a long line, its beginning, and of the others each in turn: what the first wait for may not be theirs."""
+        models = self._room.line.models()
+        if len(models) <= count:
+            return models
+        first_count = count // 2
+        first, others = models[:first_count], models[first_count:]
+        start = self._looks_from % len(others)
+        self._looks_from = start + count - first_count
+        return [*first, *[*others, *others][start : self._looks_from]]
 
     def capacity_changed(self, now: float) -> None:
         """A worker came, or a replica went: activations that wait look again, the line first."""
