@@ -17,7 +17,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # Its wrapper asks PyPI for a newer version at each run.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 PYTEST := $(BIN)/python -m pytest
-# What loads a model or starts a mesh uses all cores and has the machine to itself; the rest runs in several processes.
+# What loads a model or starts a mesh uses all cores, and waits: one of each at a time has the machine to itself. The rest
+# runs in several processes.
 LIGHT := not soak and not real_model and not scenario
 HEAVY := not soak and (real_model or scenario)
 # With ARGS="-k name" one of the two parts may have no such test.
@@ -36,7 +37,7 @@ up: setup ## Start the whole mesh on this machine; ARGS="--detach" and so on are
 # whatever of it fails.
 test: setup node emulators debian ## Everything CI runs: static checks, then all tests with real processes and the real model
 	@lights=0; $(MAKE) --no-print-directory -j$(JOBS) --keep-going light static || lights=$$?; \
-	  { $(PYTEST) -m "$(HEAVY)" --junit-xml=build/junit.xml $(ARGS) $(OR_NONE); } && exit $$lights
+	  { $(PYTEST) -n 2 --dist loadgroup -m "$(HEAVY)" --junit-xml=build/junit.xml $(ARGS) $(OR_NONE); } && exit $$lights
 
 check: setup ## Static checks and the fast tests
 	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target --keep-going fast static
@@ -101,7 +102,7 @@ $(DEBIAN)/sbin/mkfs.xfs:
 
 node: setup $(NODE)/node_modules/.package-lock.json
 
-# Azurite brings 245 MB; what needs it is among the long forms.
+# Azurite, which brings 245 MB.
 emulators: setup $(EMULATORS)/node_modules/.package-lock.json
 
 %/node_modules/.package-lock.json: %/package-lock.json

@@ -125,6 +125,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for mark in _marks_of(item.path):
             item.add_marker(mark)
+        # Of the heavy ones, one of each kind runs at a time: scenarios share a mesh, and wait much of their time.
+        for kind in ("scenario", "real_model"):
+            if item.get_closest_marker(kind) is not None:
+                item.add_marker(pytest.mark.xdist_group(kind))
+                break
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(inspect.unwrap(item.obj)):
             item.fixturenames.insert(_wider_scope_count(item), "leaves_no_task")
 

@@ -90,6 +90,7 @@ def test_status_shows_processes_workers_and_models(mesh: RunningMesh) -> None:
         "registry",
         "storage",
         "proxy",
+        "relay",
         "worker",
         "envoy",
     }
