@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helios.mesh.errors import InvalidRequest, Overloaded
+from helios.mesh.errors import Draining, InvalidRequest, Overloaded
 from helios.proxy import actions
 from helios.proxy.admin.watch import EventWatches
 from helios.proxy.events.log import EventLog
@@ -150,6 +150,22 @@ async def test_a_watch_tells_what_is_known_and_what_comes_and_ends_where_it_is_t
     older = [each async for each in watches.watch("gone:7", "", until_now=True)]
     assert older[0].HasField("missed")
     assert [each.event.worker_id for each in older[1:]] == ["v", "w"]
+
+
+async def test_a_watch_ends_with_the_process_and_keeps_it_from_nothing() -> None:
+    runtime = Runtime(core(), publisher=NoEnvoys(), memory=SlowDisk())
+    watches = EventWatches(runtime)
+
+    async def watched() -> None:
+        with pytest.raises(Draining):
+            await anext(watches.watch(None, "", until_now=False))
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(watched())
+        await asyncio.sleep(0)
+        runtime.stop()
+    assert [each async for each in watches.watch("", "", until_now=True)] == []
+    await watched()
 
 
 async def test_watches_are_bounded_and_one_that_ends_makes_room() -> None:

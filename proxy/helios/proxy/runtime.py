@@ -205,6 +205,12 @@ class Runtime:
                 future.set_exception(_stopping())
         for outbox in self._outboxes.values():
             outbox.close()
+        self.events_changed.set()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether this process ends."""
+        return self._is_stopping
 
     # Requests.
     async def wait_pick(self, entry: ModelEntry, arrival: Arrival, *, size_bytes: int, deadline: float) -> Pick:

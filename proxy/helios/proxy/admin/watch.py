@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from typing import Final
 
 from helios.api.admin.v1 import admin_service_pb2 as pb
-from helios.mesh.errors import Overloaded
+from helios.mesh.errors import Draining, Overloaded
 from helios.proxy.events.log import EventLog, Numbered
 from helios.proxy.fleet.wire import timestamp
 from helios.proxy.runtime import Runtime
@@ -29,6 +29,7 @@ class EventWatches:
         Raises:
             InvalidRequest: INVALID_CURSOR.
             Overloaded: TOO_MANY_WATCHERS.
+            Draining: This process stops, which would wait for its watches else.
         """
         log = self._runtime.events
         number, is_missed = log.position(after)
@@ -50,6 +51,8 @@ class EventWatches:
                 if page.number == number:
                     if until_now:
                         return
+                    if self._runtime.is_stopping:
+                        raise Draining("the proxy is stopping; watch another one, or this one when it is back")
                     await changed.wait()
                 number = page.number
                 # One that is far behind lets requests have their turn.
