@@ -156,6 +156,23 @@ def test_a_wake_that_is_refused_for_want_of_room_leads_to_the_next_rung() -> Non
     assert sleeping.state is S.ASLEEP
 
 
+def test_room_that_a_waking_replica_needs_is_nobody_elses() -> None:
+    subject = core()
+    subject.models_replaced([entry(), entry("other", revision="sha256:2")], 0.0, is_synced=True)
+    asleep = sleeper(state=S.ASLEEP, memory_bytes=MIB)
+    subject.worker_hello(hello(replicas=(asleep,), memory_bytes=GIB + GIB // 2), 0.0)
+    _, waking = subject.hold(entry(), "q1", size_bytes=0, deadline=99.0, now=1.0)
+    assert orders(waking) == [WakeReplica("r")]
+    # Its worker, which carries orders out one after the other, would refuse a start.
+    _, todo = subject.hold(entry("other", revision="sha256:2"), "q2", size_bytes=0, deadline=99.0, now=1.0)
+    assert orders(todo) == []
+    assert not [action for action in todo if isinstance(action, actions.Fail)]
+    acknowledge(subject, waking, "NO_CAPACITY", now=1.1)
+    sleeping = subject.fleet.replica("r")
+    assert sleeping is not None
+    assert (sleeping.state, sleeping.memory_bytes) == (S.ASLEEP, MIB)
+
+
 def test_a_replica_whose_sleep_is_used_up_is_drained_and_one_that_is_busy_stays() -> None:
     subject = world(sleeper())
     todo = pass_time(subject, 60.0)

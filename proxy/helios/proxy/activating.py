@@ -233,7 +233,9 @@ class Activating:
     def wake(self, replica: Replica) -> str:
         """Has a sleeping replica woken; returns its id."""
         self._waking.add(replica.replica_id)
-        self._warmth.wake(replica)
+        entry, worker = self._catalogue.find(replica.model), self._traffic.fleet.worker(replica.worker_id)
+        size = self._room.size_on(worker, entry) if entry is not None and worker is not None else None
+        self._warmth.wake(replica, size.memory_bytes if size is not None else 0)
         held_count = self._holds.count(replica.model)
         asking = self._holds.first(replica.model)
         traceparent = asking.traceparent if asking is not None else ""

@@ -56,6 +56,8 @@ class Warmth:
         self._send = send
         self._never_sleeps: set[str] = set()
         self._can_not_wake: set[str] = set()
+        # What replicas that are being woken had on their devices while they slept.
+        self._asleep_bytes: dict[str, int] = {}
         # Weights of this size, and larger ones, have found no spare memory in this round.
         self._too_large_bytes = math.inf
 
@@ -80,9 +82,11 @@ class Warmth:
                 return replica
         return None
 
-    def wake(self, replica: Replica) -> None:
-        """Orders waking."""
-        self._believe(replica, ReplicaState.WAKING)
+    def wake(self, replica: Replica, memory_bytes: int) -> None:
+        """Orders waking; so much is not free any more, whoever asks before its worker has said so."""
+        self._asleep_bytes[replica.replica_id] = replica.memory_bytes
+        awake = replace(replica, memory_bytes=max(replica.memory_bytes, memory_bytes))
+        self._believe(awake, ReplicaState.WAKING)
         self._send(replica.worker_id, WakeReplica(replica.replica_id))
 
     def sleep_refused(self, replica: Replica, reason: str) -> bool:
@@ -97,7 +101,8 @@ class Warmth:
     def wake_refused(self, replica: Replica) -> None:
         """The replica stays asleep, until room comes: see `look_again`."""
         if replica.state is ReplicaState.WAKING:
-            self._believe(replica, ReplicaState.ASLEEP)
+            left = self._asleep_bytes.get(replica.replica_id, replica.memory_bytes)
+            self._believe(replace(replica, memory_bytes=left), ReplicaState.ASLEEP)
         self._can_not_wake.add(replica.replica_id)
 
     def look_again(self) -> None:
@@ -108,6 +113,7 @@ class Warmth:
         """The replica is gone."""
         self._never_sleeps.discard(replica_id)
         self._can_not_wake.discard(replica_id)
+        self._asleep_bytes.pop(replica_id, None)
 
     # Staged.
     def keep_staged(self, entry: ModelEntry, worker_id: str) -> None:
