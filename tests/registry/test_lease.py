@@ -116,3 +116,14 @@ def test_a_wish_that_makes_no_sense_is_refused(wish: Wish, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         check_wish(wish)
     assert (caught.value.reason, caught.value.metadata["param"]) == ("INVALID_LEASE", param)
+
+
+def test_a_lie_about_what_was_seen_leaves_epochs_to_grant() -> None:
+    lease = acquired(Lease("leader"), Wish("leader", "liar", 2.0, seen_epoch=1 << 62), START_US)
+    for _ in range(2):
+        wish = Wish("leader", "liar", 2.0, seen_epoch=lease.epoch)
+        check_wish(wish)
+        lease = acquired(lease, wish, START_US)
+    assert lease.epoch == (1 << 62) + 3
+    with pytest.raises(InvalidRequest):
+        acquired(lease, Wish("leader", "liar", 2.0, seen_epoch=lease.epoch + 1), START_US)

@@ -22,8 +22,12 @@ MIN_TTL_SECONDS: Final = 1.0
 """A registry that pauses for a moment must not lose a lease."""
 MAX_TTL_SECONDS: Final = 300.0
 """A holder that died is waited for that long."""
-_MAX_EPOCH: Final = 1 << 62
-"""An asker that lies about what it has seen must leave numbers to grant: half of what the column holds."""
+_LAST_EPOCH: Final = (1 << 63) - 1
+"""What the column holds."""
+_MAX_SEEN_EPOCH: Final = 1 << 62
+"""Unless it was granted here: an asker that lies about what it has seen must leave numbers to grant, and after it
+everybody else has seen the one that it was granted.
+"""
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _HOLDER: Final = re.compile(r"[!-~]{1,128}")
 _ADDRESS: Final = re.compile(r"[!-~]{0,256}")
@@ -78,8 +82,8 @@ def check_wish(wish: Wish) -> None:
         raise _invalid("a holder is 1 to 128 printable characters", "holder")
     if _ADDRESS.fullmatch(wish.address) is None:
         raise _invalid("an address is at most 256 printable characters", "address")
-    if wish.seen_epoch > _MAX_EPOCH:
-        raise _invalid(f"no epoch is above {_MAX_EPOCH}", "seen_epoch")
+    if wish.seen_epoch >= _LAST_EPOCH:
+        raise _invalid(f"no epoch is above {_LAST_EPOCH}", "seen_epoch")
     check_ttl(wish.ttl_seconds)
 
 
@@ -90,7 +94,12 @@ def check_ttl(ttl_seconds: float) -> None:
 
 
 def acquired(lease: Lease, wish: Wish, now_us: int) -> Lease:
-    """Returns the lease after somebody asked for it; it is theirs where its epoch is another one than before."""
+    """Returns the lease after somebody asked for it; it is theirs where its epoch is another one than before.
+
+    Raises InvalidRequest (INVALID_LEASE).
+    """
+    if wish.seen_epoch > max(lease.epoch, _MAX_SEEN_EPOCH):
+        raise _invalid(f"no epoch above {max(lease.epoch, _MAX_SEEN_EPOCH)} was granted", "seen_epoch")
     lease = _on_this_clock(lease, now_us)
     if lease.is_held(now_us) and lease.holder != wish.holder:
         return lease
