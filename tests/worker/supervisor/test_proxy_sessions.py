@@ -43,6 +43,8 @@ class Names:
         self.asked = 0
 
     async def resolve(self, host: str, port: int) -> frozenset[str]:
+        if host == "nowhere":
+            raise OSError("no such name")
         assert (host, port) == ("proxies", 9000)
         self.asked += 1
         if self.addresses is None:
@@ -94,6 +96,16 @@ async def test_a_session_that_works_outlives_its_name() -> None:
         opened["10.0.0.1:9000"].is_open = False
         await names.wait_asked()
         assert sessions.addresses == set()
+
+
+async def test_a_name_that_is_none_keeps_nobody_from_the_others() -> None:
+    names = Names("10.0.0.1:9000")
+    async with named(names, "dns:nowhere:9000", "dns:proxies:9000") as (sessions, _):
+        assert sessions.addresses == {"10.0.0.1:9000"}
+        names.addresses = frozenset({"10.0.0.2:9000"})
+        await names.wait_asked()
+        # There is no telling what the other name stands for.
+        assert sessions.addresses == {"10.0.0.1:9000", "10.0.0.2:9000"}
 
 
 async def test_proxies_are_bounded() -> None:

@@ -68,24 +68,24 @@ class ProxySessions:
         async with task_scope() as group:
             self._begin(group, frozenset(self._addresses))
             while self._names:
-                found = await self._look()
-                if found is not None:
+                found, is_whole = await self._look()
+                if is_whole:
                     self._end_gone(found)
-                    self._begin(group, found)
+                self._begin(group, found)
                 await asyncio.sleep(self._resolve_seconds)
             await asyncio.Event().wait()
 
-    async def _look(self) -> frozenset[str] | None:
-        """Returns the proxies that there are; None where a name can't be resolved: nothing changes then."""
-        found = set(self._addresses)
+    async def _look(self) -> tuple[frozenset[str], bool]:
+        """Returns the proxies that are found, and whether every name could be resolved: else there may be more."""
+        found, is_whole = set(self._addresses), True
         for host, port in self._names:
             try:
                 async with asyncio.timeout(self._resolve_seconds):
                     found |= await self._resolve(host, port)
             except (OSError, TimeoutError) as error:
                 log.warning("proxies can't be resolved", name=host, error=str(error) or "no answer in time")
-                return None
-        return frozenset(found)
+                is_whole = False
+        return frozenset(found), is_whole
 
     def _begin(self, group: asyncio.TaskGroup, addresses: frozenset[str]) -> None:
         for address in sorted(addresses - self._sessions.keys())[: MAX_PROXIES - len(self._sessions)]:
