@@ -140,6 +140,14 @@ def test_a_header_that_would_fill_the_memory_is_refused_before_it_is_read(kind: 
     assert asked <= 512
 
 
+def test_a_header_as_full_as_it_may_be_is_read() -> None:
+    records = b"5 a=\n" * ((1 << 20) // 5 - 3) + b"11 path=ab\n"
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, len(records)
+    archive = header.tobuf(tarfile.GNU_FORMAT) + records + bytes(-len(records) % 512)
+    assert read(archive + write({"x": b"content"}, tarfile.GNU_FORMAT)) == [("ab", b"content")]
+
+
 def test_a_size_in_a_global_header_is_refused() -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"size": "5"}) as archive:

@@ -128,15 +128,16 @@ class TarReader:
             raise self._broken(f"has a directory {path[:100]!r} with content")
 
     def _read_pax(self, size_bytes: int) -> dict[str, str]:
-        content, values = self._small(size_bytes, _MAX_PAX_BYTES), dict[str, str]()
-        while content:
-            digits, blank, _ = content[:21].partition(b" ")
-            length = _decimal(digits.decode("ascii", "replace"), self._what) if blank else 0
-            record = content[len(digits) + 1 : length]
+        content, values, begin = self._small(size_bytes, _MAX_PAX_BYTES), dict[str, str](), 0
+        # By place: to cut each record off would copy all that follow it, and there may be 200,000.
+        while begin < len(content):
+            digits, blank, _ = content[begin : begin + 21].partition(b" ")
+            end = begin + _decimal(digits.decode("ascii", "replace"), self._what) if blank else begin
+            record = content[begin + len(digits) + 1 : end]
             key, equals, value = record.partition(b"=")
-            if not equals or not value.endswith(b"\n") or length > len(content):
+            if not equals or not value.endswith(b"\n") or end > len(content):
                 raise self._broken("has a damaged extended header")
-            content, value = content[length:], value[:-1]
+            begin, value = end, value[:-1]
             values[_text(key, self._what)] = (
                 _text(value, self._what) if key == b"path" else value.decode("utf-8", "replace")
             )
