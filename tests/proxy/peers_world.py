@@ -121,7 +121,7 @@ class World:
             match action:
                 case actions.Send(command):
                     machine = self.machines[command.worker_id]
-                    machine.commands[name].append((node.core.leadership.epoch, command))
+                    machine.commands[name].append((command.epoch, command))
                 case actions.Release(hold, _):
                     node.answered.append((node.waiting.pop(hold.hold_id), None))
                 case actions.Fail(hold, error):

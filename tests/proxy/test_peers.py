@@ -7,6 +7,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from helios.mesh.errors import NoReadyReplica
 from helios.proxy.activation.machine import ActivationState
+from helios.proxy.core import STALE_LEADER
+from helios.proxy.fleet.wire import command_to_proto
 from helios.proxy.peers import wire
 from helios.proxy.peers.escrow import VALID_SECONDS
 from helios.proxy.peers.messages import (
@@ -20,7 +22,7 @@ from helios.proxy.peers.messages import (
     SliceReport,
     Spent,
 )
-from tests.proxy.peers_world import KEY, World
+from tests.proxy.peers_world import KEY, Machine, World
 
 RARELY = st.sampled_from([True, False, False, False])
 
@@ -237,6 +239,56 @@ def test_a_leader_follows_where_a_worker_has_heard_of_a_later_one() -> None:
     world.go_well(10)
     assert len(world.leaders()) == 1
     assert world.nodes[leader_of(world)].core.leadership.epoch > 9
+
+
+def ordered(world: World) -> Machine:
+    """The worker that the one proxy has ordered something of, and that has not taken it yet."""
+    (machine,) = [machine for machine in world.machines.values() if machine.commands["p1"]]
+    return machine
+
+
+def test_an_order_is_sent_in_the_epoch_in_which_it_was_given() -> None:
+    world = settled()
+    world.request("p1", "a", 60)
+    ((_, command),) = ordered(world).commands["p1"]
+    leadership = world.nodes["p1"].core.leadership
+    leadership.follow(world.now)
+    assert command_to_proto(command).command.epoch == 1
+    leadership.lead(3, world.now)
+    assert command_to_proto(command).command.epoch == 1
+
+
+def test_a_refusal_of_an_order_from_before_ends_no_lead() -> None:
+    world = settled()
+    world.request("p1", "a", 60)
+    machine, subject = ordered(world), world.nodes["p1"].core
+    ((_, command),) = machine.commands["p1"]
+    subject.leadership.lead(3, world.now)
+    subject.command_acknowledged(
+        machine.worker_id, command.command_id, refused_reason=STALE_LEADER, message="", now=world.now
+    )
+    assert subject.leadership.epoch == 3
+
+
+def test_what_a_worker_has_not_answered_comes_again_as_an_order_of_now() -> None:
+    world = settled()
+    world.request("p1", "a", 60)
+    machine = ordered(world)
+    world.nodes["p1"].core.leadership.lead(2, world.now)
+    world.dial("p1", machine)
+    assert {command_to_proto(command).command.epoch for _, command in machine.commands["p1"]} == {2}
+
+
+def test_a_worker_that_is_back_before_the_first_order_is_waited_for() -> None:
+    world = settled(1)
+    subject = world.nodes["p1"].core
+    subject.worker_lost("w1", world.now)
+    subject.leadership.lead(2, world.now)
+    world.dial("p1", world.machines["w1"])
+    subject.leadership.fenced("w2", world.now)
+    assert not subject.lifecycle.is_open
+    subject.leadership.fenced("w1", world.now)
+    assert subject.lifecycle.is_open
 
 
 class PeersMachine(RuleBasedStateMachine):

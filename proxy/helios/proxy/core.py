@@ -222,7 +222,7 @@ class Core:
             # What was ordered while this proxy led is the leader's by now.
             self._commands.forget_worker(hello.worker_id)
         self.leadership.worker_hello(hello.worker_id)
-        pending = self._commands.pending(hello.worker_id)
+        pending = self._commands.renew(hello.worker_id)
         hello = replace(hello, replicas=tuple(self._as_ordered(hello.worker_id, one) for one in hello.replicas))
         known = self.fleet.worker(hello.worker_id)
         is_news = known is None or not known.is_reachable or known.hello.incarnation != hello.incarnation
@@ -312,10 +312,12 @@ class Core:
     ) -> list[actions.Action]:
         """A worker accepted a command, or refused it."""
         command = self._commands.acknowledge(worker_id, command_id)
-        if refused_reason == STALE_LEADER and self.leadership.epoch:
+        is_of_now = command is None or command.epoch == self.leadership.epoch
+        if refused_reason == STALE_LEADER and self.leadership.epoch and is_of_now:
             self.leadership.follow(now)
         elif command is not None and isinstance(command.order, Fence):
-            self.leadership.fenced(worker_id, now)
+            if is_of_now:
+                self.leadership.fenced(worker_id, now)
             return self._take(now)
         if command is not None and refused_reason:
             self._refused(worker_id, command.order, refused_reason, message, now)

@@ -5,7 +5,7 @@ hello; workers carry a command out once however often it comes. Pure.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from helios.proxy.fleet.state import Adapter
 
@@ -118,11 +118,15 @@ Order = (
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """An order, its id and the worker that it is for."""
+    """An order, its id and the worker that it is for.
+
+    `epoch` is that of the leader when it gave the order: one that is sent late is the worker's to judge by that.
+    """
 
     command_id: str
     worker_id: str
     order: Order
+    epoch: int = 0
 
 
 class CommandBook:
@@ -131,10 +135,12 @@ class CommandBook:
     def __init__(self, new_id: Callable[[], str]) -> None:
         self._new_id = new_id
         self._pending: dict[str, dict[str, Command]] = {}
+        self.epoch = 0
+        """In which this proxy leads, or led last; 0: there are no leases."""
 
     def issue(self, worker_id: str, order: Order) -> Command:
         """Makes a command."""
-        command = Command(self._new_id(), worker_id, order)
+        command = Command(self._new_id(), worker_id, order, self.epoch)
         self._pending.setdefault(worker_id, {})[command.command_id] = command
         return command
 
@@ -145,6 +151,12 @@ class CommandBook:
     def pending(self, worker_id: str) -> list[Command]:
         """What a worker has not acknowledged."""
         return list(self._pending.get(worker_id, {}).values())
+
+    def renew(self, worker_id: str) -> list[Command]:
+        """What a worker has not acknowledged, to be sent again: as orders of this epoch."""
+        orders = self._pending.get(worker_id, {})
+        orders |= {command_id: replace(command, epoch=self.epoch) for command_id, command in orders.items()}
+        return list(orders.values())
 
     def has_pending_drain(self, worker_id: str, replica_id: str) -> bool:
         """Whether a replica's drain is still on its way."""

@@ -191,5 +191,5 @@ class FleetServicer(FleetServiceServicer):
                 continue
             if command is None:
                 raise _SessionEnd
-            await context.write(wire.command_to_proto(command, leadership.epoch))
+            await context.write(wire.command_to_proto(command))
             log.info("command sent", worker=command.worker_id, order=type(command.order).__name__)

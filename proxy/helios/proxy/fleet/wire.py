@@ -252,9 +252,9 @@ def delta_from_proto(message: types_pb2.LoadDelta) -> LoadDelta:
     )
 
 
-def command_to_proto(command: Command, epoch: int = 0) -> pb.SessionResponse:
-    """A command, as the message that carries it; `epoch` is the sender's."""
-    message = pb.Command(command_id=command.command_id, epoch=epoch)
+def command_to_proto(command: Command) -> pb.SessionResponse:
+    """A command, as the message that carries it."""
+    message = pb.Command(command_id=command.command_id, epoch=command.epoch)
     match command.order:
         case StartReplica() as order:
             message.start.CopyFrom(

@@ -85,7 +85,7 @@ class Leadership:
     def lead(self, epoch: int, now: float) -> None:
         """This proxy leads from now on, or in another epoch; the one before may have ended in the meantime."""
         was_leading = self.leads and self.epoch > 0
-        self.epoch = epoch
+        self.epoch = self._commands.epoch = epoch
         self.seen_epoch = max(self.seen_epoch, epoch)
         if not was_leading:
             self.following = None
@@ -136,10 +136,12 @@ class Leadership:
     # Workers.
     def worker_hello(self, worker_id: str) -> None:
         """A worker introduces itself; what it has not answered is sent again after that."""
-        if self.epoch and not any(isinstance(one.order, Fence) for one in self._commands.pending(worker_id)):
+        if not self.epoch:
+            return
+        if not any(isinstance(one.order, Fence) for one in self._commands.pending(worker_id)):
             self._commands.issue(worker_id, Fence())
-            if not self._lifecycle.is_open:
-                self._unfenced.add(worker_id)
+        if not self._lifecycle.is_open:
+            self._unfenced.add(worker_id)
 
     def fenced(self, worker_id: str, now: float) -> None:
         """A worker answered a fence."""
