@@ -7,7 +7,7 @@ from itertools import combinations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helios.mesh.gangs import GangDevice, Way
+from helios.mesh.gangs import GangDevice, Way, choose_devices
 from helios.proxy import actions
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
@@ -66,6 +66,14 @@ def test_without_nvlink_all_devices_of_a_kind_are_one_island_and_slices_are_none
     assert choose_groups(slices, 5, WHOLE) is not None
     mixed = [*node((10,), kind="A"), *node((10,), kind="B")]
     assert choose_groups(mixed, 5, Split(2)) is None, "a gang is of one kind"
+
+
+def test_ranks_of_a_layer_are_the_devices_that_are_nearest_each_other() -> None:
+    devices = node((9, 10), (9, 10), has_nvlink=False)
+    gang = choose_groups(devices, 5, Split(2))
+    assert gang is not None
+    assert gang.slowest is Way.PCIE_HOST, "those with the least to spare are on two sockets"
+    assert gang == choose_devices(devices, 5, 2)
 
 
 SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=4)

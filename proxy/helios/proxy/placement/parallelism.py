@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from helios.mesh.gangs import Gang, GangDevice, Way
+from helios.mesh.gangs import Gang, GangDevice, Way, choose_devices
 
 # More ranks than one node has devices.
 _MOST_RANKS: Final = 16
@@ -71,7 +71,8 @@ def choose_groups(devices: Sequence[GangDevice], share_bytes: int, split: Split)
     """Returns the devices of all ranks, those of one stage together; None where there are too few.
 
     A stage is within one island. Islands that have the fewest devices left over are used first, and of an island the
-    devices with the least memory to spare: what needs many, or much, finds them elsewhere.
+    devices with the least memory to spare: what needs many, or much, finds them elsewhere. Ranks of one stage get those
+    that reach each other fastest.
     """
     count = split.rank_count
     if count == 1:
@@ -122,6 +123,11 @@ def _of_kind(devices: Sequence[GangDevice], share_bytes: int, split: Split) -> l
     # One island that has room for all, the smallest; else the largest first, so that few are cut.
     whole = [island for island in able if len(island) >= split.rank_count]
     order = sorted(whole, key=len)[:1] or sorted(able, key=len, reverse=True)
+    if split.pipeline == 1:
+        # Without NVLink, some devices of a node are nearer each other than others.
+        nearest = choose_devices(order[0], share_bytes, split.tensor)
+        assert nearest is not None, "they are of one kind, no slices, and enough of them have the room"
+        return [device for device in order[0] if device.device_id in nearest.device_ids]
     members: list[GangDevice] = []
     for island in order:
         stages = min(len(island) // split.tensor, split.pipeline - len(members) // split.tensor)
