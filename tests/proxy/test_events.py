@@ -64,7 +64,7 @@ def test_cursors() -> None:
     assert log.position(log.cursor(4)) == (4, False)
     assert log.after(1).is_missed
     assert log.position("of-an-earlier-run:4") == (3, True)
-    for wrong in ("4", "a:", "a:x", "a:6", ":"):
+    for wrong in ("4", "a:", "a:x", "a:6", ":", "a:" + "9" * 5000):
         with pytest.raises(InvalidRequest) as refused:
             log.position(wrong)
         assert refused.value.reason == "INVALID_CURSOR"

@@ -17,6 +17,7 @@ from helios.proxy.events.record import Event, EventKind
 _LIMIT_COUNT = 4_096
 # What one answer holds: a reader that catches up lets others have their turn in between.
 _PAGE_COUNT = 256
+_MOST_DIGITS = 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ class EventLog:
         if not cursor:
             return self._oldest - 1, False
         log_id, _, number = cursor.rpartition(":")
-        if not log_id or not number.isdecimal():
+        # Python reads no number of thousands of digits.
+        if not log_id or not number.isdecimal() or len(number) > _MOST_DIGITS:
             raise _no_cursor(cursor)
         if log_id != self.log_id:
             return self._oldest - 1, True
