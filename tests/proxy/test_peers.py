@@ -5,9 +5,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from helios.mesh.errors import NoReadyReplica
+from helios.mesh.errors import HeliosError, NoReadyReplica, QuotaExceeded
 from helios.proxy.activation.machine import ActivationState
-from helios.proxy.core import STALE_LEADER
+from helios.proxy.admission.keyring import Caller
+from helios.proxy.core import STALE_LEADER, Core
 from helios.proxy.fleet.wire import command_to_proto
 from helios.proxy.peers import wire
 from helios.proxy.peers.escrow import VALID_SECONDS
@@ -289,6 +290,49 @@ def test_a_worker_that_is_back_before_the_first_order_is_waited_for() -> None:
     assert not subject.lifecycle.is_open
     subject.leadership.fenced("w1", world.now)
     assert subject.lifecycle.is_open
+
+
+def test_a_leader_that_missed_another_one_s_time_begins_with_limits_used_up() -> None:
+    world = settled()
+    leadership = world.nodes["p1"].core.leadership
+    leadership.lead(2, world.now)
+    assert len(leadership.followers) == 1
+    assert world.spend("p1", 100)
+    leadership.lead(4, world.now)
+    assert len(leadership.followers) == 0, "what they were granted is of buckets that are gone"
+    assert not world.spend("p1", 100)
+
+
+def test_a_follower_that_knows_other_limits_of_a_key_has_nothing_counted_anew() -> None:
+    world = settled()
+    now, older = Caller("changed", requests_per_minute=2), Caller("changed", requests_per_minute=3)
+    leader, follower = world.nodes["p1"].core, world.nodes["p2"].core
+    leader.keyring.replace([(b"", now)])
+    follower.keyring.replace([(b"", older)])
+    for number in range(2):
+        admit(leader, now, f"{number}", world.now)
+    for _ in range(3):
+        with pytest.raises(HeliosError):
+            admit(follower, older, "elsewhere", world.now)
+        world.go_well(0.5)
+        with pytest.raises(QuotaExceeded):
+            admit(leader, now, "here", world.now)
+
+
+def test_a_limit_that_is_none_any_more_holds_no_follower_up() -> None:
+    world = settled()
+    older = Caller("changed", requests_per_minute=3)
+    leader, follower = world.nodes["p1"].core, world.nodes["p2"].core
+    leader.keyring.replace([(b"", Caller("changed"))])
+    with pytest.raises(HeliosError):
+        admit(follower, older, "1", world.now)
+    world.go_well(0.5)
+    admit(follower, older, "1", world.now)
+
+
+def admit(subject: Core, caller: Caller, request_id: str, now: float) -> None:
+    """A request of a key comes to a proxy. Raises HeliosError where it is not let in."""
+    subject.traffic.quotas.admit(caller, request_id, "a", body_bytes=0, max_tokens=1, now=now)
 
 
 class PeersMachine(RuleBasedStateMachine):

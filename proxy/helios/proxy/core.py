@@ -105,7 +105,7 @@ class Core:
             new_id=new_id,
         )
         self.leadership = Leadership(
-            Parts(self.lifecycle, self.traffic, self.catalogue, self.holds, self._commands),
+            Parts(self.lifecycle, self.traffic, self.catalogue, self.holds, self._commands, self.keyring),
             fence_seconds=policy.resync_seconds,
         )
         self.is_resynchronised = False

@@ -80,16 +80,22 @@ class Keyring:
         """``is_required``: requests without a key are refused."""
         self.is_required = is_required
         self._callers: dict[bytes, Caller] = {}
+        self._by_id: dict[str, Caller] = {}
         self._is_known = False
 
     def replace(self, keys: Iterable[tuple[bytes, Caller]]) -> None:
         """Takes in all keys that count, by the sha256 of their secrets."""
         self._callers = dict(keys)
+        self._by_id = {caller.key_id: caller for caller in self._callers.values()}
         self._is_known = True
 
     def keys(self) -> list[tuple[bytes, Caller]]:
         """All keys, as `replace` took them."""
         return list(self._callers.items())
+
+    def find(self, key_id: str) -> Caller | None:
+        """Whose key has this id; None where it is not known here."""
+        return self._by_id.get(key_id)
 
     def identify(self, authorization: str, now: float) -> Caller:
         """Says whose request it is; `now` is in seconds since the epoch.

@@ -25,8 +25,8 @@ from typing import Final
 from helios.proxy import actions
 from helios.proxy.activation.machine import ActivationState
 from helios.proxy.admission.bucket import Bucket
-from helios.proxy.admission.keyring import Caller
-from helios.proxy.admission.quotas import own_limits
+from helios.proxy.admission.keyring import Caller, Keyring
+from helios.proxy.admission.quotas import Limit, own_limits
 from helios.proxy.catalogue import Catalogue
 from helios.proxy.fleet.commands import CommandBook, Fence
 from helios.proxy.holds import Holds
@@ -50,6 +50,7 @@ class Parts:
     catalogue: Catalogue
     holds: Holds
     commands: CommandBook
+    keyring: Keyring
 
 
 class Leadership:
@@ -62,6 +63,7 @@ class Leadership:
     def __init__(self, parts: Parts, *, fence_seconds: float) -> None:
         self._lifecycle, self._traffic = parts.lifecycle, parts.traffic
         self._catalogue, self._holds, self._commands = parts.catalogue, parts.holds, parts.commands
+        self._keyring = parts.keyring
         self._fence_seconds = fence_seconds
         self._fence_until = 0.0
         self._unfenced: set[str] = set()
@@ -84,11 +86,13 @@ class Leadership:
     # Who leads.
     def lead(self, epoch: int, now: float) -> None:
         """This proxy leads from now on, or in another epoch; the one before may have ended in the meantime."""
-        was_leading = self.leads and self.epoch > 0
+        # Where an epoch is missing in between, somebody else may have led meanwhile, and let requests in.
+        goes_on = self.leads and 0 < self.epoch == epoch - 1
         self.epoch = self._commands.epoch = epoch
         self.seen_epoch = max(self.seen_epoch, epoch)
-        if not was_leading:
+        if not goes_on:
             self.following = None
+            self.followers.clear(now)
             self._traffic.quotas.share(partial(own_limits, used_up_at=now if epoch > 1 else None), self.may_spend)
         self._lifecycle.lead()
         self._fence_until = now + self._fence_seconds
@@ -203,14 +207,13 @@ class Leadership:
         return self._traffic.draining
 
     def _buckets(self, key: SliceKey, now: float) -> Buckets:
-        caller = Caller(
+        # By the limits that this proxy knows: of a change that a follower hears of earlier or later, each of its
+        # reports would begin a bucket anew, and each request here another one.
+        caller = self._keyring.find(key.key_id) or Caller(
             key.key_id, requests_per_minute=key.requests_per_minute, tokens_per_minute=key.tokens_per_minute
         )
         requests, tokens = self._traffic.quotas.limits(caller, now)
-        return (
-            requests if isinstance(requests, Bucket) else None,
-            tokens if isinstance(tokens, Bucket) else None,
-        )
+        return _bucket(requests, key.requests_per_minute), _bucket(tokens, key.tokens_per_minute)
 
     # The follower's end.
     def begin_session(self, now: float) -> Following:
@@ -268,3 +271,10 @@ class Leadership:
         for hold in self._holds.take_all(failure.model):
             told = start_error(failure.model, failure.reason, failure.message, failure.retry_after_seconds)
             self._lifecycle.outbox.append(actions.Fail(hold, told))
+
+
+def _bucket(limit: Limit | None, per_minute: int) -> Bucket | None:
+    """What a follower's slice is of; a limit that is none any more is the follower's alone until it hears of that."""
+    if isinstance(limit, Bucket):
+        return limit
+    return Bucket(per_minute) if per_minute else None
