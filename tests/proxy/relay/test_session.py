@@ -209,6 +209,32 @@ async def test_tokens_of_an_answer_that_nobody_goes_on_with_are_counted_where_th
         assert end.completion_tokens > 3
 
 
+async def test_of_replicas_that_drain_at_once_each_is_tried_once() -> None:
+    async with running_world(replica_count=3, decode_seconds_per_token="0.02") as world:
+        *leaving, staying = world.replicas
+        async with asyncio.TaskGroup() as group:
+            asking = group.create_task(world.openai("CreateCompletion", request(max_tokens=50)), name="ask")
+            await world.wait_written(3)
+            # The proxy, which names the second one first, has heard of neither.
+            assert await leaving[1].gate.drain(20.0)
+            assert await leaving[0].gate.drain(20.0)
+        body, error = asking.result()
+        assert error is None
+        assert body.endswith(b"data: [DONE]\n\n")
+        (end,) = staying.finished()
+        assert end.completion_tokens == 50
+
+
+async def test_a_replica_that_refuses_because_it_drains_is_named_to_the_proxy() -> None:
+    async with running_world(cuts=[3], replica_count=3) as world:
+        _, second, _ = world.replicas
+        assert await second.gate.drain(20.0)
+        world.named_at_once = 1
+        _, error = await world.openai("CreateCompletion", request())
+        assert error is None
+        assert [list(asked.failed_endpoints) for asked in world.picks][1:] == [[second.server.address]]
+
+
 async def test_a_drain_without_another_replica_lets_the_stream_end_where_it_is() -> None:
     async with running_world(replica_count=1, decode_seconds_per_token="0.01") as world:
         (only,) = world.replicas

@@ -104,6 +104,8 @@ class World(replacement_service_pb2_grpc.ReplacementServiceServicer):
     """Whether calls break off when all of their messages are out."""
     refusal: HeliosError | None = None
     picks: list[fleet_pb.PickReplicaRequest] = field(default_factory=list)
+    named_at_once: int = 3
+    """How many replicas the proxy names."""
     picked: list[str] = field(default_factory=list)
     """What the picker chose; none: the first replica."""
     answered: int = 0
@@ -121,7 +123,7 @@ class World(replacement_service_pb2_grpc.ReplacementServiceServicer):
         others = [address for address in addresses if address not in failed]
         if not others:
             raise NoReadyReplica("there is no other replica")
-        return fleet_pb.PickReplicaResponse(endpoints=others[:1])
+        return fleet_pb.PickReplicaResponse(endpoints=others[: self.named_at_once])
 
     def metadata(self, durable: str = "true") -> list[tuple[str, str]]:
         """What Envoy and the picker add to a request."""

@@ -37,8 +37,8 @@ _OWN_PREFIX: Final = "x-helios-"
 _PASSED: Final = frozenset({names.REQUEST_ID_HEADER, names.SESSION_HEADER, "traceparent", "tracestate"})
 _FIRST_ONLY: Final = frozenset({names.PREFILL_ENDPOINT_HEADER})
 _NOT_PASSED: Final = frozenset({names.ENDPOINT_HEADER, names.BODY_BYTES_HEADER})
-# What says that a replica is gone, where others are of one that is there and refuses.
-_LOST: Final = frozenset({"UNAVAILABLE", "REPLICA_LOST"})
+# What says that a replica is gone or goes, where others are of one that is there and refuses.
+_LOST: Final = frozenset({"UNAVAILABLE", "REPLICA_LOST", "DRAINING"})
 # What a proxy says that restarts, or nobody in its stead.
 _PROXY_AWAY: Final = frozenset({"UNAVAILABLE", "DRAINING"})
 _EVENTS: Final = "text/event-stream"
@@ -101,7 +101,7 @@ class Session:
 
     async def _go_on(self) -> None:
         """Has one replica go on with the answer; where it breaks off, finds the next one, or raises."""
-        endpoint = self._endpoints[0]
+        endpoint, message_count = self._endpoints[0], self._journal.message_count
         try:
             await self._answer(endpoint)
         except _MovedError:
@@ -120,8 +120,8 @@ class Session:
                 reason=error.reason,
                 tokens=len(self._journal.token_ids),
             )
-            # What else was picked is as old as the answer: once that has begun, the proxy knows better.
-            others = [] if self._journal.message_count else self._endpoints[1:]
+            # What else was picked is as old as what this replica brought; where that is something, the proxy is asked.
+            others = self._endpoints[1:] if self._journal.message_count == message_count else []
             self._endpoints = others or await self._replacement(error, failed=endpoint)
             metrics.MOVES.labels("broken", "moved").inc()
 
