@@ -1,13 +1,15 @@
 """How warm models are kept: cooldowns of each rung, what is expected of them, and times with other bounds."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helios.api.admin.v1 import admin_service_pb2 as pb
 from helios.mesh.windows import Window
+from helios.proxy.admin.servicer import AdminServicer
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
 from helios.proxy.fleet.commands import (
@@ -20,6 +22,7 @@ from helios.proxy.fleet.commands import (
     UnstageRevision,
 )
 from helios.proxy.fleet.state import Device, DeviceKind, Replica, ReplicaState, Worker, WorkerHello
+from helios.proxy.runtime import Runtime
 from helios.proxy.scaling.decisions import Cause
 from helios.proxy.scaling.forecast import Expected, Forecasts, WarmPoolMode
 from helios.proxy.scaling.ladder import Cooldowns, Rung, rung_after
@@ -27,6 +30,7 @@ from helios.proxy.scaling.policy import Scaling
 from helios.proxy.store import Store, load_models
 from helios.proxy.warmth import WarmthPolicy
 from tests.proxy.support import GIB, core, entry, policy, ready, replica
+from tests.proxy.test_runtime import NoEnvoys, SlowDisk
 from tests.proxy.test_warmth import orders
 
 COOLDOWNS = Cooldowns(idle_seconds=50.0, asleep_seconds=100.0, staged_seconds=200.0)
@@ -258,6 +262,33 @@ def test_what_the_registry_says_anew_has_the_bounds_of_its_open_window_at_once()
     assert (held.min_replicas, held.revision) == (2, "sha256:2")
     subject.models_replaced([WINDOWED], 2.0, is_synced=True)
     assert subject.catalogue.pinned() == {"m"}
+
+
+@dataclass
+class Policies:
+    """A ModelSource that has one model."""
+
+    model: ModelEntry
+
+    async def find(self, name: str) -> ModelEntry:
+        return self.model
+
+    async def set_policy(self, name: str, *, min_replicas: int, max_replicas: int) -> ModelEntry:
+        assert self.model.scaling is not None
+        scaling = replace(self.model.scaling, min_replicas=min_replicas, max_replicas=max_replicas)
+        return replace(self.model, min_replicas=min_replicas, max_replicas=max_replicas, scaling=scaling)
+
+
+@pytest.mark.parametrize("window_count", [0, 1])
+async def test_scaling_to_zero_leaves_what_an_open_window_promises(window_count: int) -> None:
+    windows = (Window("* * * * *", 3600.0, min_replicas=1),) * window_count
+    model = replace(MODEL, min_replicas=1, scaling=Scaling(min_replicas=1, windows=windows))
+    subject = world(replica(), model=model)
+    runtime = Runtime(subject, publisher=NoEnvoys(), memory=SlowDisk())
+    request = pb.ScaleModelRequest(model="m", replica_count=0)
+    response = await AdminServicer(runtime, Policies(model)).ScaleModel(request, None)
+    assert response.desired_count == 0
+    assert len(subject.traffic.staying("m")) == response.ready_count == window_count
 
 
 async def test_what_a_policy_says_is_kept_on_disk(tmp_path: Path) -> None:

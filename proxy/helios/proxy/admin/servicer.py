@@ -58,7 +58,8 @@ class AdminServicer(AdminServiceServicer):
         try:
             self._runtime.apply(self._core.preload(entry, time.monotonic()))
         except HeliosError:
-            self._runtime.apply(self._core.tick(time.monotonic()))
+            # What came of it before that: a whole round at once would hold up every pick.
+            self._runtime.apply(self._core.expire_holds(time.monotonic()))
             raise
         _note("preload model", model=entry.name)
         return pb.PreloadModelResponse(replicas=[replica_to_proto(replica) for replica in self._current(entry)])
@@ -81,7 +82,8 @@ class AdminServicer(AdminServiceServicer):
             bound = most if not most or most >= count else count
             entry = await self._write_policy(entry.name, min_replicas=count, max_replicas=bound)
             self._runtime.apply(self._core.model_upserted(entry, time.monotonic()))
-            if not count:
+            # What an open window promises would be started again at once.
+            if not count and not self._core.lifecycle.wants.bounds.now(entry).min_replicas:
                 self._runtime.apply(self._core.drain_model(entry, time.monotonic()))
             _note("scale model", model=entry.name, replica_count=count)
         ready = [replica for replica in self._current(entry) if replica.state is ReplicaState.READY]
