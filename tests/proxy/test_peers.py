@@ -1,5 +1,7 @@
 """Several proxies as cores: one leads, none loses a request, and a key's limit holds for all of them together."""
 
+import time
+
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from helios.proxy.core import STALE_LEADER, Core
 from helios.proxy.fleet.wire import command_to_proto
 from helios.proxy.peers import wire
 from helios.proxy.peers.escrow import VALID_SECONDS
+from helios.proxy.peers.link import PeerLink
 from helios.proxy.peers.messages import (
     Failure,
     Granted,
@@ -23,7 +26,12 @@ from helios.proxy.peers.messages import (
     SliceReport,
     Spent,
 )
+from helios.proxy.peers.role import Role
+from helios.proxy.peers.session import FollowerSession
+from helios.proxy.runtime import Runtime
 from tests.proxy.peers_world import KEY, Machine, World
+from tests.proxy.support import core
+from tests.proxy.test_runtime import NoEnvoys, SlowDisk
 
 RARELY = st.sampled_from([True, False, False, False])
 
@@ -333,6 +341,43 @@ def test_a_limit_that_is_none_any_more_holds_no_follower_up() -> None:
 def admit(subject: Core, caller: Caller, request_id: str, now: float) -> None:
     """A request of a key comes to a proxy. Raises HeliosError where it is not let in."""
     subject.traffic.quotas.admit(caller, request_id, "a", body_bytes=0, max_tokens=1, now=now)
+
+
+def test_what_a_leader_before_says_is_not_heard() -> None:
+    world = settled()
+    leadership = world.nodes["p2"].core.leadership
+    assert leadership.heard(News(1, world.now, 0.0), world.now)
+    leadership.outdone(2, world.now)
+    assert not leadership.heard(News(1, world.now, 0.0), world.now)
+
+
+async def test_who_waits_for_a_leader_in_vain_leaves_nothing() -> None:
+    link = PeerLink(Runtime(core(), publisher=NoEnvoys(), memory=SlowDisk()))
+    assert not await link.wait_told(time.monotonic())
+    assert not link._told
+
+
+class Enough(Exception):
+    """There is nothing to do but to wait."""
+
+
+class IdleLink(PeerLink):
+    """A link that says when somebody waits."""
+
+    async def happened(self) -> None:
+        raise Enough
+
+
+async def test_who_leaves_begins_no_session_again() -> None:
+    subject = core()
+    role = Role(subject.leadership, ttl_seconds=6.0)
+    subject.leadership.follow(0.0)
+    role.leader_address = "127.0.0.1:1"
+    link = IdleLink(Runtime(subject, publisher=NoEnvoys(), memory=SlowDisk()))
+    session = FollowerSession(link, role, identity=None, proxy_id="p2", incarnation="1")
+    session.leave()
+    with pytest.raises(Enough):
+        await session.run()
 
 
 class PeersMachine(RuleBasedStateMachine):

@@ -247,10 +247,10 @@ class Leadership:
         wished, self._lifecycle.wished = self._lifecycle.wished, set()
         return self.following.report(self._holds.own_counts(), self._traffic.uses(), sorted(wished), now)
 
-    def heard(self, news: News, now: float) -> None:
-        """Takes in what the leader says. Ignored where it leads by an epoch lower than one that was heard of."""
+    def heard(self, news: News, now: float) -> bool:
+        """Takes in what the leader says; False where it leads by an epoch lower than one that was heard of."""
         if self.following is None or news.epoch < self.seen_epoch:
-            return
+            return False
         self.seen_epoch = news.epoch
         self.following.heard(news, now)
         if news.draining is not None:
@@ -261,6 +261,7 @@ class Leadership:
             self._lifecycle.outlooks.take(outlook, now)
         for failure in news.failures:
             self._answer(failure)
+        return True
 
     def _answer(self, failure: Failure) -> None:
         assert self.following is not None

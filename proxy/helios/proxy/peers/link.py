@@ -22,7 +22,7 @@ class PeerLink:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self._waiting: set[asyncio.Event] = set()
-        self._told: list[asyncio.Future[None]] = []
+        self._told: dict[asyncio.Future[None], None] = {}
         runtime.peers = self
 
     def look(self) -> None:
@@ -49,7 +49,7 @@ class PeerLink:
 
     def told(self) -> None:
         """The leader said something: who waits for a slice looks."""
-        waiting, self._told = self._told, []
+        waiting, self._told = self._told, {}
         for future in waiting:
             if not future.done():
                 future.set_result(None)
@@ -57,11 +57,13 @@ class PeerLink:
     async def wait_told(self, deadline: float) -> bool:
         """Waits until the leader says something; False at the deadline (monotonic seconds). Cancel-safe."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._told.append(future)
+        self._told[future] = None
         self.look()
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 await future
         except TimeoutError:
             return False
+        finally:
+            self._told.pop(future, None)
         return True

@@ -52,6 +52,7 @@ class FollowerSession:
         self._proxy_id = proxy_id
         self._incarnation = incarnation
         self._requests: StreamRequests[pb.SessionRequest] | None = None
+        self._is_leaving = False
         self.address = ""
         """Where other proxies reach this one."""
 
@@ -59,7 +60,7 @@ class FollowerSession:
         """Follows until cancelled."""
         while True:
             address = self._role.leader_address or self._first_address
-            if self._leadership.leads or not address:
+            if self._leadership.leads or not address or self._is_leaving:
                 await self._link.happened()
                 continue
             try:
@@ -74,7 +75,8 @@ class FollowerSession:
             await asyncio.sleep(random.uniform(0, 2 * _AGAIN_SECONDS))  # noqa: S311 - no secret
 
     def leave(self) -> None:
-        """Says that this proxy stops."""
+        """Says that this proxy stops. A session that began after that would look like one that broke."""
+        self._is_leaving = True
         if self._requests is not None:
             self._requests.put(pb.SessionRequest(leaving=pb.Leaving()))
             self._requests.finish()
@@ -96,14 +98,19 @@ class FollowerSession:
             requests.close()
 
     async def _hear(self, call: Any) -> None:
-        """Takes news in until the stream ends, or this proxy leads. Raises TimeoutError where the leader is silent."""
+        """Takes news in until the stream ends, or this proxy leads, or another one than that which speaks.
+
+        Raises TimeoutError where the leader is silent.
+        """
         while not self._leadership.leads:
             async with asyncio.timeout(VALID_SECONDS):
                 message = await call.read()
             if message is grpc.aio.EOF:
                 return
             if message.WhichOneof("message") == "news":
-                self._leadership.heard(news_from_proto(message.news), time.monotonic())
+                if not self._leadership.heard(news_from_proto(message.news), time.monotonic()):
+                    # The next session's hello tells it of the later leader.
+                    return
                 self._link.flush()
                 self._link.told()
 
