@@ -2,6 +2,7 @@
 taken it out.
 """
 
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from helios.proxy import actions
 from helios.proxy.admission.keyring import Caller
 from helios.proxy.core import Core
 from helios.proxy.express.lane import ExpressPolicy, Lane, Place
-from helios.proxy.fleet.commands import Command, DrainReplica, SetAdapters, SleepReplica, StopReplica
+from helios.proxy.fleet.commands import Command, DrainReplica, SetAdapters, SleepReplica, StopReplica, WakeReplica
 from helios.proxy.fleet.state import Load, ReplicaState
 from helios.proxy.traffic import LoadDelta, RoutingPolicy
 from tests.proxy.support import core, entry, hello, policy, replica
@@ -140,6 +141,39 @@ def test_orders_that_refuse_nobody_do_not_wait() -> None:
     ]
     assert lane.keep_back(list(harmless), 3.0) == harmless
     assert lane.keep_back([actions.Send(Command("3", "w", StopReplica("r")))], 3.0) == []
+
+
+def test_a_wake_does_not_overtake_the_sleep_that_waits() -> None:
+    lane = Lane(POLICY, has_past=True)
+    sleep: actions.Action = actions.Send(Command("1", "w", SleepReplica("r")))
+    wake: actions.Action = actions.Send(Command("2", "w", WakeReplica("r")))
+    other: actions.Action = actions.Send(Command("3", "w", WakeReplica("other")))
+    assert lane.keep_back([sleep], 0.0) == []
+    assert lane.keep_back([wake, other], 0.0) == [other], "it is awake still, and would sleep then"
+    assert lane.keep_back([sleep, wake], 0.0) == [], "a hello has both sent again"
+    assert lane.acknowledged(lane.version) == [sleep, wake]
+    assert lane.keep_back([wake], 0.0) == [wake]
+
+
+def test_a_lane_that_no_envoy_takes_up_takes_no_memory_and_forgets_nobody() -> None:
+    lane = Lane(POLICY, has_past=False)
+    places = [replace(PLACE, replica_id=f"r{number}") for number in range(2)]
+    tracemalloc.start()
+    try:
+        for number in range(10_000):
+            # Busy, and not busy any more.
+            place = places[number < 5]
+            lane.choose({"m": place}, 10.0 * number)
+            lane.choose({"m": place}, 10.0 * number + 5.0)
+            lane.leave([place], 10.0 * number + 6.0)
+        size_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size_bytes < 200_000
+    assert lane.may_get_requests("r1"), "it was in the first sets"
+    lane.acknowledged(lane.version)
+    assert not lane.may_get_requests("r1")
+    assert not lane.addresses()
 
 
 def test_after_a_restart_envoys_may_have_any_replica_in_their_lane() -> None:

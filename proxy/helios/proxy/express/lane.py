@@ -15,12 +15,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from helios.proxy.actions import Action, Send
-from helios.proxy.fleet.commands import DrainReplica, SleepReplica, StopReplica
+from helios.proxy.fleet.commands import DrainReplica, SleepReplica, StopReplica, WakeReplica
 
 # A request that began in the lane may be told of, or end, as long after the lane was left.
 _CARRIED_SECONDS = 60.0
 # The weight of the newest second in a model's requests a second.
 _SMOOTHING = 0.3
+# Sets that are told apart until they are acknowledged, which takes milliseconds.
+_SET_COUNT = 64
 # Below this share of what lets a model in, it goes.
 _LEAVES_RATIO = 0.1
 
@@ -141,6 +143,10 @@ class Lane:
         self.version += 1
         self.changes += 1
         self._since_acknowledged.append((self.version, places))
+        if len(self._since_acknowledged) > _SET_COUNT:
+            # No Envoy takes them up. The oldest two become one, which is gone once a newer one is acknowledged.
+            (_, oldest), (version, older) = self._since_acknowledged.popleft(), self._since_acknowledged.popleft()
+            self._since_acknowledged.appendleft((version, oldest | older))
 
     def acknowledged(self, version: int) -> list[Send]:
         """Every Envoy has this set or a newer one; returns the orders that need not wait any more."""
@@ -188,14 +194,29 @@ class Lane:
         passed: list[Action] = []
         for action in actions:
             replica_id = _stopped_by(action)
-            if replica_id and self.may_get_requests(replica_id):
+            if self._is_behind(action) or (replica_id and self.may_get_requests(replica_id)):
                 assert isinstance(action, Send)
                 # A worker's hello has its commands sent again.
                 if all(kept.send != action for kept in self._kept_back):
-                    self._kept_back.append(_KeptBack(now, replica_id, action))
+                    self._kept_back.append(_KeptBack(now, replica_id or _woken_by(action), action))
             else:
                 passed.append(action)
         return passed
+
+    def _is_behind(self, action: Action) -> bool:
+        """Whether an action wakes a replica whose order to sleep is kept back: the other way round, it would sleep."""
+        woken = _woken_by(action)
+        return bool(woken) and any(kept.replica_id == woken for kept in self._kept_back)
+
+
+def _woken_by(action: Action) -> str:
+    """The replica that an action wakes; empty: none."""
+    match action:
+        case Send(command):
+            match command.order:
+                case WakeReplica(replica_id):
+                    return replica_id
+    return ""
 
 
 def _stopped_by(action: Action) -> str:
