@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from pydantic import ValidationError
 
 from helios.mesh.errors import HeliosError, NoReadyReplica, QuotaExceeded
 from helios.proxy.activation.machine import ActivationState
@@ -29,6 +30,7 @@ from helios.proxy.peers.messages import (
 from helios.proxy.peers.role import Role
 from helios.proxy.peers.session import FollowerSession
 from helios.proxy.runtime import Runtime
+from helios.proxy.settings import PeerSettings, ProxySettings
 from tests.proxy.peers_world import KEY, Machine, World
 from tests.proxy.support import core
 from tests.proxy.test_runtime import NoEnvoys, SlowDisk
@@ -378,6 +380,17 @@ async def test_who_leaves_begins_no_session_again() -> None:
     session.leave()
     with pytest.raises(Enough):
         await session.run()
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:9000", "[::]:9000"])
+def test_one_of_several_says_where_it_is_reached(listen: str) -> None:
+    peers = PeerSettings(lease=True)
+    with pytest.raises(ValidationError, match=r"peers\.address"):
+        ProxySettings(control_listen=listen, peers=peers)
+    ProxySettings(control_listen=listen)
+    for reached in ("unix:/run/control.sock", "127.0.0.1:0", "10.0.0.7:9000"):
+        ProxySettings(control_listen=reached, peers=peers)
+    ProxySettings(control_listen=listen, peers=PeerSettings(lease=True, address="proxy-2.proxies:9000"))
 
 
 class PeersMachine(RuleBasedStateMachine):

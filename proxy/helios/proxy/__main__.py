@@ -101,7 +101,7 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
             following = FeedSession(runtime, await stack.enter_async_context(dialer), fleet.take)
             lifetime.group.create_task(keep_running("feed", following.run, cap_seconds=1), name="feed")
         if peers is not None:
-            peers.start(lifetime.group, control.address)
+            peers.start(lifetime.group, settings.peers.address or control.address)
         lifetime.mark_ready(picker_address=picker.address, control_address=control.address)
         await lifetime.wait_stop()
         runtime.stop()

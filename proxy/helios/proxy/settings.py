@@ -3,10 +3,20 @@
 import enum
 import random
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
+from helios.mesh.addresses import dialable
 from helios.mesh.settings import CLOSE_SECONDS, ProcessSettings
 from helios.proxy.activation.machine import ActivationPolicy
 from helios.proxy.activation.turns import TurnPolicy
@@ -297,6 +307,8 @@ class PeerSettings(BaseModel):
     ttl_seconds: float = Field(default=6.0, ge=1, le=300)
     """How long a lead lasts without being renewed, in seconds: so long does nothing new start when the leader dies. 6:
     above what a busy registry takes for three renewals."""
+    address: str = ""
+    """`host:port` at which other proxies reach `control_listen`. Empty: where that is, which must be no wildcard."""
 
 
 class ProxySettings(ProcessSettings):
@@ -313,7 +325,8 @@ class ProxySettings(ProcessSettings):
     registry_target: str = ""
     """`ip:port` or `unix:/path` of the registry. Empty: none; only the catalogue on disk is known."""
     proxy_id: str = "proxy"
-    """Names this proxy to workers, and among several proxies."""
+    """Names this proxy to workers, and among several proxies, of which each has a name of its own: two with one would
+    take the lead from each other for ever."""
     replica_cluster: str = ""
     """Envoy's cluster that this proxy's endpoints are in, where Envoy has one for each of several proxies. Empty: there
     is but one, fed by whichever proxy Envoy is connected to."""
@@ -364,6 +377,13 @@ class ProxySettings(ProcessSettings):
     def stop_limit_seconds(self) -> float:
         """How long the whole stop may take: two servers drain, one after the other."""
         return max(self.stop_seconds, 2 * self.drain_seconds + CLOSE_SECONDS)
+
+    @model_validator(mode="after")
+    def _check_address(self) -> Self:
+        is_shown = self.control_listen.startswith("unix:") or dialable([self.control_listen])
+        if self.peers.lease and not self.peers.address and not is_shown:
+            raise ValueError(f"peers.address: other proxies can't reach this one at {self.control_listen}; say where")
+        return self
 
     def core_policy(self) -> CorePolicy:
         """The core's share of the settings."""
