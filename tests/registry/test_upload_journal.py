@@ -3,6 +3,7 @@
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,6 +57,19 @@ def test_a_torn_end_costs_one_line(tmp_path_factory: object, cut: int) -> None:
     found = parse_journal(content)
     assert (found is None) == (whole == 0)
     assert found is None or sorted(found.parts) == list(range(1, whole))
+
+
+@pytest.mark.parametrize("torn", [b'{"part":3,"sha', bytes(90)], ids=["half a line", "room without bytes"])
+def test_what_is_noted_after_a_torn_end_is_read(tmp_path: Path, torn: bytes) -> None:
+    journal = UploadJournal(tmp_path)
+    write(journal, 2)
+    with (tmp_path / f"{HASH}.jsonl").open("ab") as file:
+        file.write(torn)
+    with journal.open(HASH) as opened:
+        opened.note(4, Part("4" * 64, '"tag-4"'))
+    found = journal.read(HASH)
+    assert found is not None
+    assert set(found.parts) == {1, 2, 4}
 
 
 @given(content=st.binary(max_size=200))

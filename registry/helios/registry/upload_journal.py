@@ -56,6 +56,8 @@ class JournalFile:
         self._path = path
         self._lock = threading.Lock()
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        # What was being written when a crash came would make one unreadable line of itself and what is appended.
+        os.ftruncate(self._descriptor, path.read_bytes().rfind(b"\n") + 1)
 
     def __enter__(self) -> Self:
         return self
