@@ -8,9 +8,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from helios.mesh.errors import RevisionNotFound
+from helios.mesh.file_system import FileSystem
 from helios.storage.disk_tier import DiskTier
 from helios.storage.fetch import BlobSource, DirectorySource
-from helios.storage.file_system import FileSystem
 from helios.storage.manifest import Manifest
 from helios.storage.manifest_source import manifest_from_proto
 from helios.storage.materializer import Loan, Materializer, Upkeep, open_materializer

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from helios.mesh.errors import DiskFull, Unavailable
-from helios.storage.file_system import LocalFileSystem
+from helios.mesh.file_system import LocalFileSystem
 from helios.storage.materializer import Materializer
 from helios.storage.tiers import TierKind, TierOptions
 from tests.storage.harness import Shelf, make_shelf

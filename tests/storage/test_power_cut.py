@@ -15,9 +15,9 @@ from helios.storage.materializer import Materializer
 from helios.storage.object_source import ObjectStoreSource
 from helios.storage.tiers import TierKind, TierOptions
 from tests.mesh.transfer.blob_server import serve_blob
+from tests.power_cut import Cut, PowerCutFileSystem
 from tests.storage.harness import Shelf, digest_of, make_shelf
 from tests.storage.local import check_consistent, lend, local_agent, tiers_of, use
-from tests.storage.power_cut import Cut, PowerCutFileSystem
 
 CHUNK = 64 << 10
 SHARED, OLD, NEW = b"shared" * 500, b"old" * 700, b"new" * 900

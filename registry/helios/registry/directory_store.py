@@ -6,8 +6,9 @@
     <root>/lock                          held while a registry uses a directory that is not in its state directory
 
 A blob appears by one rename after its bytes are written, hashed and fsynced, so a reader never sees half a blob and a
-crash leaves at most a file in ``tmp``, or a complete blob that nothing refers to: both go at the next start. Agents on
-the same machine take blobs by hard link.
+crash leaves at most a file in ``tmp``, or a complete blob that nothing refers to: both go at the next start. Once a
+``commit`` or an owner's ``create_owner`` has returned, its name outlives a power cut, with all names above it. Agents
+on the same machine take blobs by hard link.
 
 Sources are copied, never hard-linked: a directory belongs to its user, who may change a file in place, and the blob
 would change with it. Files that the registry made itself (a conversion's output) are moved.
@@ -19,14 +20,14 @@ import os
 import re
 import secrets
 from collections.abc import Collection, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from helios.mesh.errors import BlobNotFound, Conflict, DiskFull, PreconditionFailed
-from helios.mesh.files import sync_directory, write_private
+from helios.mesh.file_system import FileSystem, LocalFileSystem, make_durable_directory
 from helios.registry import offload
 from helios.registry.blobs import Staged
 from helios.registry.collection import StoredBlob
@@ -47,8 +48,10 @@ class DirectoryStore:
 
     options: Mapping[str, str] = {}
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, files: FileSystem | None = None) -> None:
+        """Takes the root, and what changes files there."""
         self._root = root
+        self._files: FileSystem = files or LocalFileSystem()
         self._directory = root / "sha256"
         self._temporary = root / "tmp"
         # What is being staged now: a file that was moved here keeps the time at which it was written.
@@ -70,8 +73,7 @@ class DirectoryStore:
         Raises:
             PreconditionFailed: BLOB_STORE_IN_USE: another registry would take its blobs for garbage.
         """
-        self._temporary.mkdir(parents=True, exist_ok=True)
-        self._directory.mkdir(exist_ok=True)
+        self._make_directories()
         # The kernel drops the lock with the process, however it ends.
         descriptor = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -90,9 +92,8 @@ class DirectoryStore:
 
         Without a grace period, because the directory is this process's alone.
         """
-        self._temporary.mkdir(parents=True, exist_ok=True)
-        self._directory.mkdir(exist_ok=True)
-        return sum(_remove(path) for path in self._temporary.iterdir())
+        self._make_directories()
+        return sum(self._remove(path) for path in self._temporary.iterdir())
 
     def repair(self, prefix: str, referenced: Mapping[str, int]) -> tuple[int, list[str]]:
         """Removes, at start, blobs that nothing refers to or that have the wrong size: what a crash left.
@@ -109,7 +110,7 @@ class DirectoryStore:
             if referenced.get(blob.hash) == blob.size_bytes:
                 missing.discard(blob.hash)
             else:
-                freed += _remove(self.path(blob.hash))
+                freed += self._remove(self.path(blob.hash))
         return freed, sorted(missing)
 
     def read_owner(self) -> bytes | None:
@@ -127,9 +128,20 @@ class DirectoryStore:
         return True
 
     def replace_owner(self, content: bytes) -> None:
-        """Writes whose the directory is."""
-        write_private(self._root / OWNER_FILE, content)
-        sync_directory(self._root)
+        """Writes whose the directory is: whatever happens, that is what it was or what it is to be."""
+        # It is the first thing that a start does.
+        self._make_directories()
+        temporary = self._temporary / secrets.token_hex(16)
+        try:
+            with temporary.open("xb") as file:
+                os.fchmod(file.fileno(), 0o600)
+                file.write(content)
+                file.flush()
+                self._files.sync_file(file.fileno())
+            self._files.rename(temporary, self._root / OWNER_FILE)
+        finally:
+            self._remove(temporary)
+        self._files.sync_directory(self._root)
 
     @contextmanager
     def stage(self, source: Path, *, is_owned: bool, on_bytes: OnBytes, stop: offload.Stop) -> Iterator[Staged]:
@@ -138,12 +150,12 @@ class DirectoryStore:
         self._staging.add(temporary)
         try:
             try:
-                digest = _fill(source, temporary, is_owned, on_bytes, stop)
+                digest, home = self._fill(source, temporary, is_owned, on_bytes, stop)
             except OSError as error:
                 raise _translate(error, source) from error
-            yield _StagedFile(digest, temporary, self.path(digest.hash))
+            yield _StagedFile(self._files, digest, temporary, self.path(digest.hash), home)
         finally:
-            temporary.unlink(missing_ok=True)
+            self._remove(temporary)
             self._staging.discard(temporary)
 
     def size(self, hash_: str) -> int:
@@ -173,7 +185,7 @@ class DirectoryStore:
     def delete(self, hashes: Collection[str]) -> None:
         """Removes blobs."""
         for value in hashes:
-            self.path(value).unlink(missing_ok=True)
+            self._remove(self.path(value))
 
     def sweep(self, *, before: datetime, is_dry_run: bool = False) -> int:
         """Removes temporary files that were last written before this moment, but for those that are in use."""
@@ -181,63 +193,83 @@ class DirectoryStore:
         stale = [path for path in found if _written_at(path) < before]
         if not is_dry_run:
             for path in stale:
-                path.unlink(missing_ok=True)
+                self._remove(path)
         return len(stale)
+
+    def _make_directories(self) -> None:
+        for directory in (self._temporary, self._directory):
+            make_durable_directory(self._files, directory)
+        # A start that was killed between making a directory and syncing its name left one that may go with the power.
+        self._files.sync_directory(self._root)
+
+    def _fill(
+        self, source: Path, temporary: Path, is_owned: bool, on_bytes: OnBytes, stop: offload.Stop
+    ) -> tuple[Digest, Path | None]:
+        """Returns what was staged, and the directory that it was moved from; None where it was copied."""
+        if not (is_owned and self._move(source, temporary)):
+            return _copy(source, temporary, on_bytes, stop), None
+        with temporary.open("rb", buffering=0) as file:
+            digest = pump(file, None, on_bytes, stop)
+            # It is durable with what is synced after it.
+            os.fchmod(file.fileno(), _BLOB_MODE)
+            self._files.sync_file(file.fileno())
+        return digest, source.parent
+
+    def _move(self, source: Path, target: Path) -> bool:
+        """Moves a file; returns False where the store is on another disk, and the file has to be copied."""
+        try:
+            self._files.rename(source, target)
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                return False
+            raise
+        return True
+
+    def _remove(self, path: Path) -> int:
+        """Removes a file, if it is there; returns its bytes.
+
+        Nothing is synced: a name that a power cut brings back is one of a file that the next start removes.
+        """
+        size = size_of(path)
+        with suppress(FileNotFoundError):
+            self._files.remove(path)
+        return max(size, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class _StagedFile:
+    """A file in ``tmp``; ``home`` is the directory that it was moved from, if it was."""
+
+    files: FileSystem
     digest: Digest
     temporary: Path
     target: Path
+    home: Path | None
 
     def commit(self, on_bytes: OnBytes, stop: offload.Stop) -> None:
         del on_bytes, stop
         try:
-            self.target.parent.mkdir(exist_ok=True)
-            self.temporary.rename(self.target)
+            with suppress(FileExistsError):
+                self.files.make_directory(self.target.parent)
+            self.files.rename(self.temporary, self.target)
             # The rename is durable only with the directory, and the directory only with its parent.
             for directory in (self.target.parent, self.target.parent.parent):
-                sync_directory(directory)
+                self.files.sync_directory(directory)
+            # Last: a power cut must leave the file one of its names, and a blob no second one that a download goes on
+            # to write to.
+            if self.home is not None:
+                self.files.sync_directory(self.home)
         except OSError as error:
             raise _translate(error, self.target) from error
-
-
-def _fill(source: Path, temporary: Path, is_owned: bool, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
-    if not (is_owned and _move(source, temporary)):
-        return _copy(source, temporary, on_bytes, stop)
-    with temporary.open("rb", buffering=0) as file:
-        digest = pump(file, None, on_bytes, stop)
-        os.fsync(file.fileno())
-    temporary.chmod(_BLOB_MODE)
-    return digest
 
 
 def _copy(source: Path, temporary: Path, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
     with source.open("rb", buffering=0) as file:
         before = identity(file)
-        digest = copy_file(file, temporary, on_bytes, stop)
+        digest = copy_file(file, temporary, _BLOB_MODE, on_bytes, stop)
         if identity(file) != before:
             raise changed(source)
-    temporary.chmod(_BLOB_MODE)
     return digest
-
-
-def _move(source: Path, target: Path) -> bool:
-    """Moves a file; returns False where the store is on another disk, and the file has to be copied."""
-    try:
-        source.rename(target)
-    except OSError as error:
-        if error.errno == errno.EXDEV:
-            return False
-        raise
-    return True
-
-
-def _remove(path: Path) -> int:
-    size = size_of(path)
-    path.unlink(missing_ok=True)
-    return max(size, 0)
 
 
 def _written_at(path: Path) -> datetime:

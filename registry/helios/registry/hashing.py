@@ -28,8 +28,8 @@ def hash_file(path: Path, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
         return pump(file, None, on_bytes, stop)
 
 
-def copy_file(source: BinaryIO, target: Path, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
-    """Copies a file to a new one and syncs that; returns its digest.
+def copy_file(source: BinaryIO, target: Path, mode: int, on_bytes: OnBytes, stop: offload.Stop) -> Digest:
+    """Copies a file to a new one of this mode and syncs that; returns its digest.
 
     The bytes are read once, and go to the disk while later ones are hashed. All room is taken first: a full disk says
     so before gigabytes were read, and the file is not scattered.
@@ -40,6 +40,8 @@ def copy_file(source: BinaryIO, target: Path, on_bytes: OnBytes, stop: offload.S
     """
     with PartFile(target, os.fstat(source.fileno()).st_size) as file:
         digest = pump(source, file, on_bytes, stop)
+        # It is durable with what is synced after it.
+        target.chmod(mode)
         file.sync()
         return digest
 

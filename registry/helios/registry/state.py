@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helios.mesh.errors import PreconditionFailed
+from helios.mesh.file_system import FileSystem, LocalFileSystem, make_durable_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +58,20 @@ class StateDirectory:
         return self.root / "work"
 
     @contextmanager
-    def owned(self) -> Iterator["StateDirectory"]:
+    def owned(self, files: FileSystem | None = None) -> Iterator["StateDirectory"]:
         """Makes the directory this process's for the length of the block, with an empty ``work``.
+
+        Args:
+            files: What makes names durable.
 
         Raises:
             PreconditionFailed: STATE_DIRECTORY_IN_USE, another registry runs on it.
         """
-        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        files = files or LocalFileSystem()
+        if not self.root.is_dir():
+            make_durable_directory(files, self.root.parent)
+            self.root.mkdir(exist_ok=True, mode=0o700)
+            files.sync_directory(self.root.parent)
         # The kernel drops the lock with the process, however it ends.
         descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -77,6 +85,8 @@ class StateDirectory:
             shutil.rmtree(self.work, ignore_errors=True)
             self.work.mkdir(exist_ok=True)
             self.blobs.mkdir(exist_ok=True)
+            # At every start: the one that made the directories may have been killed before it came to this.
+            files.sync_directory(self.root)
             yield self
         finally:
             os.close(descriptor)

@@ -26,7 +26,7 @@ from typing import ClassVar
 import structlog
 
 from helios.mesh.errors import DigestMismatch, DiskFull, HeliosError, PreconditionFailed, Unavailable
-from helios.storage.file_system import FileSystem, LocalFileSystem, make_durable_directory, remove_tree
+from helios.mesh.file_system import FileSystem, LocalFileSystem, make_durable_directory, remove_tree
 from helios.storage.manifest import Digest, Manifest, is_hash, revision_hash
 from helios.storage.tiers import DiskRoom
 

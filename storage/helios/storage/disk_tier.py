@@ -25,12 +25,12 @@ import psutil
 import structlog
 
 from helios.mesh.errors import HeliosError
+from helios.mesh.file_system import FileSystem
 from helios.mesh.transfer.engine import Downloader
 from helios.mesh.transfer.gate import Priority
 from helios.storage.blob_store import BlobStore, write_error
 from helios.storage.eviction import EvictionPlan
 from helios.storage.fetch import BlobFetcher, BlobSource, DirectorySource, FetchToken
-from helios.storage.file_system import FileSystem
 from helios.storage.index import CLOCK, Index
 from helios.storage.inventory import Inventory, Resident
 from helios.storage.leases import Lease

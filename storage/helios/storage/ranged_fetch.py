@@ -17,12 +17,12 @@ from typing import Final
 
 import structlog
 
+from helios.mesh.file_system import FileSystem, make_durable_directory
 from helios.mesh.transfer.engine import Downloader
 from helios.mesh.transfer.gate import Priority
 from helios.mesh.transfer.order import Guide, Transfer, Transferred, Wanted
 from helios.mesh.transfer.progress import TransferProgress
 from helios.mesh.transfer.source import RangeSource
-from helios.storage.file_system import FileSystem, make_durable_directory
 from helios.storage.manifest import Digest
 
 log = structlog.get_logger()

@@ -1,7 +1,7 @@
 """The few operations that what is on the disk depends on, behind one port.
 
 What a crash leaves is decided by the order of these calls alone: bytes of a file are on the disk once the file was
-synced, names once their directory was. Everything that changes the layout of a tier goes through here, so that a test
+synced, names once their directory was. Everything that changes where blobs are goes through here, so that a test
 can stand in for the disk, cut the power at each call, and see what the next start makes of it. Data is written through
 plain descriptors: until `sync_file`, none of it is worth anything.
 """

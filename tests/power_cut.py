@@ -11,7 +11,8 @@ these is tried:
 - the names of one directory did and those of no other, for each directory that has changed;
 - all names and the bytes of one file, for each file that was written to: a journal without what it tells of.
 
-States that look alike are kept once.
+States that look alike are kept once, so what was promised has to be on the disk, too: in files called `index.db`, which
+are always as they were written.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from helios.storage.file_system import LocalFileSystem
+from helios.mesh.file_system import LocalFileSystem
 
 Names = dict[str, int]
 
@@ -55,7 +56,7 @@ class PowerCutFileSystem(LocalFileSystem):
     """Records below `root`; crash states are written below `states`. Made when `root` is there and durable."""
 
     def __init__(self, root: Path, states: Path) -> None:
-        self._root = root
+        self.root = root
         self._states = states
         self._files: dict[int, _File] = {}
         self._directories: dict[int, _Directory] = {}
@@ -69,8 +70,8 @@ class PowerCutFileSystem(LocalFileSystem):
 
     def make_durable(self) -> None:
         """Takes everything that is there for synced."""
-        self._look(self._root)
-        for path in (self._root, *self._root.rglob("*")):
+        self._look(self.root)
+        for path in (self.root, *self.root.rglob("*")):
             if path.is_dir():
                 self._directory(path).names = self._names_now(path)
             elif not _is_index(path):
@@ -90,7 +91,7 @@ class PowerCutFileSystem(LocalFileSystem):
         with self._lock:
             self._cut("sync file")
             state = os.fstat(descriptor)
-            self._look(self._root)
+            self._look(self.root)
             known = self._files[state.st_ino]
             known.content = _read(known.descriptor)
             known.mode = stat.S_IMODE(state.st_mode)
@@ -98,7 +99,7 @@ class PowerCutFileSystem(LocalFileSystem):
     def sync_directory(self, directory: Path) -> None:
         with self._lock:
             self._cut(f"sync {self._label(directory)}")
-            if directory == self._root or self._root in directory.parents:
+            if directory == self.root or self.root in directory.parents:
                 self._directory(directory).names = self._names_now(directory)
 
     def rename(self, source: Path, target: Path) -> None:
@@ -123,14 +124,14 @@ class PowerCutFileSystem(LocalFileSystem):
 
     def _cut(self, operation: str) -> None:
         """Writes each disk that may be found if the power fails now."""
-        self._look(self._root)
+        self._look(self.root)
         self.operation_count += 1
         changed = [
             path
-            for path in (self._root, *self._root.rglob("*"))
+            for path in (self.root, *self.root.rglob("*"))
             if path.is_dir() and self._directory(path).names != self._names_now(path)
         ]
-        every = set(self._root.rglob("*")) | {self._root}
+        every = set(self.root.rglob("*")) | {self.root}
         dirty = {inode for inode, file in self._files.items() if file.content != _read(file.descriptor)}
         self._write(operation, "nothing", set(), written=set())
         self._write(operation, "names without bytes", every, written=set())
@@ -142,9 +143,9 @@ class PowerCutFileSystem(LocalFileSystem):
 
     def _write(self, operation: str, survived: str, fresh: set[Path], *, written: set[int]) -> None:
         """Writes one disk: names as they are now for `fresh` directories and durable for others."""
-        paths = {path.stat().st_ino: path for path in (self._root, *self._root.rglob("*")) if not path.is_symlink()}
-        listing = list(self._tree(self._root.stat().st_ino, Path(), paths, fresh, written))
-        indexes = {name.name: name.read_bytes() for name in self._root.glob("index.db*") if name.suffix != ".db-shm"}
+        paths = {path.stat().st_ino: path for path in (self.root, *self.root.rglob("*")) if not path.is_symlink()}
+        listing = list(self._tree(self.root.stat().st_ino, Path(), paths, fresh, written))
+        indexes = {name.name: name.read_bytes() for name in self.root.glob("index.db*") if name.suffix != ".db-shm"}
         identity = hashlib.sha256(repr((listing, indexes)).encode()).hexdigest()
         if identity in self._seen:
             return
@@ -206,7 +207,7 @@ class PowerCutFileSystem(LocalFileSystem):
 
     def _label(self, path: Path) -> str:
         """A path without what is random in it."""
-        relative = path.relative_to(self._root) if self._root in path.parents else Path(path.name)
+        relative = path.relative_to(self.root) if self.root in path.parents else Path(path.name)
         return "/".join(part if len(part) < 32 else part[:6] for part in relative.parts)
 
 
