@@ -14,7 +14,9 @@ from helios.proxy.core import Core
 from helios.proxy.engine_needs import needs_of, with_split
 from helios.proxy.fleet.commands import DrainReplica, StartReplica
 from helios.proxy.fleet.state import Device, DeviceKind, ReplicaState, WorkerHello
-from helios.proxy.placement.parallelism import WHOLE, Split, choose_groups, choose_split, islands_of, splits_of
+from helios.proxy.placement.parallelism import WHOLE, Split, choose_groups, islands_of, splits_of
+from helios.proxy.placement.place import Placed, place
+from helios.proxy.placement.workers import WorkerCapacity
 from tests.proxy.support import GIB, core, entry, ready, replica
 
 OPEN = '{"tensor_parallel_size": 0}'
@@ -123,6 +125,15 @@ def test_a_gang_is_found_wherever_there_is_one_and_never_takes_more_than_there_i
             assert any({d.device_id for d in island} >= set(ranks) for island in islands_of(alike))
 
 
+def offer(devices: list[GangDevice], split: Split, share_bytes: int) -> WorkerCapacity:
+    """A node with room of so much for each rank."""
+    count = split.rank_count
+    needed_bytes = share_bytes * count
+    return WorkerCapacity(
+        "w", ("vllm",), needed_bytes, tuple(devices), 1000, 8, device_count=count, split=split, has_gpus=True
+    )
+
+
 @given(nodes(), st.integers(1, 40))
 def test_no_smaller_gang_would_have_fitted(devices: list[GangDevice], needed_bytes: int) -> None:
     splits = splits_of((1, 2, 3, 4), (1, 2, 4))
@@ -131,9 +142,17 @@ def test_no_smaller_gang_would_have_fitted(devices: list[GangDevice], needed_byt
         # Each rank has something of its own.
         return -(-needed_bytes // split.rank_count) + 1
 
-    found = choose_split(devices, splits, share)
+    plan = place("", [offer(devices, split, share(split)) for split in splits], may_preempt=False)
     fitting = [split for split in splits if can_be(devices, share(split), split)]
-    assert (found[0] if found is not None else None) == (fitting[0] if fitting else None)
+    assert (plan.split if isinstance(plan, Placed) else None) == (fitting[0] if fitting else None)
+
+
+def test_of_gangs_of_one_size_the_one_with_fewer_stages_is_taken() -> None:
+    devices = node((9, 9, 10), (9, 9, 10), has_nvlink=False)
+    ways = [offer(devices, split, 5) for split in (Split(2, 2), Split(4))]
+    plan = place("", ways, may_preempt=False)
+    assert isinstance(plan, Placed)
+    assert plan.split == Split(4)
 
 
 # Through the core.

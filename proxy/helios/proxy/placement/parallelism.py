@@ -6,7 +6,7 @@ devices of a kind are one. Stages of a pipeline pass on one array a step, from i
 a replica are on one node: workers start no gang across nodes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -48,23 +48,6 @@ def splits_of(tensor: tuple[int, ...], pipeline: tuple[int, ...]) -> tuple[Split
             key=lambda split: (split.rank_count, split.pipeline),
         )
     )
-
-
-def choose_split(
-    devices: Sequence[GangDevice], splits: Sequence[Split], share_bytes: Callable[[Split], int]
-) -> tuple[Split, Gang] | None:
-    """Finds the first split whose ranks fit, and where; None where none does.
-
-    Args:
-        devices: Of one node.
-        splits: The best first.
-        share_bytes: What each rank books, by split.
-    """
-    for split in splits:
-        gang = choose_groups(devices, share_bytes(split), split)
-        if gang is not None:
-            return split, gang
-    return None
 
 
 def choose_groups(devices: Sequence[GangDevice], share_bytes: int, split: Split) -> Gang | None:

@@ -2,8 +2,9 @@
 
 Of workers with room, in this order: one with GPUs; one where it takes the fewest devices; one with the fewest replicas
 of the model, so that a node that fails takes no model with it; one that has the weights in memory, then on its disk;
-one whose devices reach each other fastest; on GPUs the one where the least room is left over (best fit), so that what
-needs a whole device finds one; on processors the one with the most room, because replicas share cores.
+one where it has fewer stages; one whose devices reach each other fastest; on GPUs the one where the least room is left
+over (best fit), so that what needs a whole device finds one; on processors the one with the most room, because replicas
+share cores.
 
 Where nothing has room, draining replicas are waited for; then idle replicas give way, on the worker where the least is
 lost with them; then those in use that have had their turn. What may drain for minutes is waited for only where nothing
@@ -127,6 +128,7 @@ def _price(worker: WorkerCapacity, gang: Gang) -> tuple[object, ...]:
         worker.same_model_count,
         not worker.is_staged,
         not worker.is_on_disk,
+        worker.split.pipeline if worker.split is not None else 1,
         gang.slowest or 0,
         gang.left_bytes if worker.has_gpus else -gang.left_bytes,
         worker.worker_id,
