@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from helios.api.fleet.v1 import replacement_service_pb2 as pb
-from helios.mesh.errors import ModelNotFound, NoReadyReplica
+from helios.mesh.errors import HoldExpired, ModelNotFound, NoReadyReplica
 from helios.proxy.catalog.session import NoRegistry
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
+from helios.proxy.explain.record import RequestState
 from helios.proxy.fleet.state import Load
 from helios.proxy.replacement.servicer import ReplacementServicer
 from helios.proxy.runtime import Runtime
@@ -87,6 +88,25 @@ async def test_where_there_is_no_other_the_answer_waits_for_one() -> None:
             await asyncio.sleep(0)
         waiting.cancel()
     assert not subject.holds.count("m"), "who leaves is waited for no longer"
+
+
+async def test_a_wait_that_was_refused_is_not_remembered_as_one_that_goes_on() -> None:
+    runtime = running(with_replicas(entry("m"), FIRST))
+
+    async def refused() -> None:
+        with pytest.raises(HoldExpired):
+            await pick(runtime, failed_endpoints=[FIRST])
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(refused())
+        while not runtime.core.holds.count("m"):
+            await asyncio.sleep(0)
+        runtime.apply(runtime.core.expire_holds(time.monotonic() + 60.0))
+    record = runtime.journal.find("q")
+    assert record is not None
+    assert record.state is RequestState.REFUSED
+    assert record.refusal is not None
+    assert record.refusal.reason == "HOLD_EXPIRED"
 
 
 async def test_another_revision_would_go_on_with_another_answer() -> None:

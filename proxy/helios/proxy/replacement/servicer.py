@@ -8,12 +8,15 @@ import time
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import grpc
+
 from helios.api.fleet.v1 import replacement_service_pb2 as pb
 from helios.api.fleet.v1 import replacement_service_pb2_grpc
-from helios.mesh.errors import NoReadyReplica
+from helios.mesh.errors import Draining, HeliosError, NoReadyReplica
 from helios.proxy.catalog.servicer import find_model
 from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry, addressed_name, shown
+from helios.proxy.explain.record import Refusal
 from helios.proxy.routing.pick import Pick
 from helios.proxy.runtime import Arrival, Runtime
 
@@ -59,8 +62,29 @@ class ReplacementServicer(replacement_service_pb2_grpc.ReplacementServiceService
         remaining: float | None = context.time_remaining()
         limit = self._hold_limit_seconds
         arrival = Arrival(request.request_id, request.model, now, began_wall=datetime.now(UTC).timestamp())
-        return await self._runtime.wait_pick(
-            entry, arrival, size_bytes=request.body_bytes, deadline=now + min(limit, remaining or limit)
+        try:
+            return await self._runtime.wait_pick(
+                entry, arrival, size_bytes=request.body_bytes, deadline=now + min(limit, remaining or limit)
+            )
+        except Draining:
+            raise
+        except HeliosError as error:
+            self._note_refusal(entry, request, error, now)
+            raise
+
+    def _note_refusal(
+        self, entry: ModelEntry, request: pb.PickReplicaRequest, error: HeliosError, since: float
+    ) -> None:
+        code = int(grpc.StatusCode[error.grpc_code].value[0])
+        self._runtime.journal.refused(
+            request.request_id,
+            Refusal(error.reason, error.message, code, error.retry_after_seconds),
+            name=request.model,
+            began="",
+            model=entry.name,
+            revision=entry.revision,
+            arrived_at=since,
+            now=time.monotonic(),
         )
 
     def _of_revision(self, entry: ModelEntry, revision: str) -> ModelEntry:
