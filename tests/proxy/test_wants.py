@@ -14,6 +14,7 @@ from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
 from helios.proxy.fleet.commands import (
     DrainReplica,
+    EvictRevision,
     Order,
     SleepReplica,
     StageRevision,
@@ -178,6 +179,24 @@ def test_weights_that_are_expected_are_staged_where_memory_is_free_and_stay() ->
     advised = world(warm_pool=WarmPoolMode.ADVISE)
     advised.expect(expected(Rung.STAGED), 0.0)
     assert pass_time(advised, 20) == []
+
+
+def test_what_an_operator_says_holds_until_there_are_new_targets() -> None:
+    subject = world()
+    subject.expect(expected(Rung.STAGED), 0.0)
+    assert [type(order) for _, order in pass_time(subject, 3)] == [StageRevision]
+    assert subject.unstage(MODEL, 3.0)[0] == 1
+    assert pass_time(subject, 3, start=3) == []
+    subject.expect(expected(Rung.STAGED), 6.0)
+    assert [type(order) for _, order in pass_time(subject, 3, start=6)] == [StageRevision]
+    assert [type(order) for order in orders(subject.evict(MODEL, 9.0)[1])] == [UnstageRevision, EvictRevision]
+    assert pass_time(subject, 3, start=9) == []
+    subject = world(sleeper())
+    subject.expect(expected(Rung.READY, 1), 0.0)
+    assert pass_time(subject, 3) == []
+    (awake,) = subject.fleet.replicas()
+    subject.sleep(awake, 3.0)
+    assert pass_time(subject, 3, start=3) == [], "nobody wakes it"
 
 
 def test_spare_memory_is_looked_for_once_a_round_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

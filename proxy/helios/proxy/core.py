@@ -460,6 +460,7 @@ class Core:
 
     def unstage(self, entry: ModelEntry, now: float) -> tuple[int, list[actions.Action]]:
         """Gives a model's host memory back; returns on how many nodes."""
+        self.lifecycle.wants.forecasts.dismiss(entry.name)
         return self.lifecycle.warmth.unstage(entry.revision), self._take(now)
 
     def sleep(self, replica: Replica, now: float) -> list[actions.Action]:

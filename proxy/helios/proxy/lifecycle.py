@@ -389,6 +389,7 @@ class Lifecycle:
     def drain_all(self, model: str, now: float) -> int:
         """Brings a model to zero now; returns how many replicas drain."""
         self._traffic.forget_use(model)
+        self.wants.forecasts.dismiss(model)
         replicas = self._traffic.fleet.replicas_of(model)
         for replica in replicas:
             if not self._traffic.is_draining(replica):
@@ -428,6 +429,7 @@ class Lifecycle:
         """Puts a replica to sleep for an operator; nothing happens to one that sleeps. Raises as `check_sleep`."""
         if self.check_sleep(replica):
             self._traffic.forget_use(replica.model)
+            self.wants.forecasts.dismiss(replica.model)
             self.warmth.sleep(replica)
 
     def check_sleep(self, replica: Replica) -> bool:

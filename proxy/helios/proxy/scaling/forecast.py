@@ -74,6 +74,10 @@ class Forecasts:
         """How warm a model is to be kept."""
         return self.of(model, now) if self.is_followed and self._expected else None
 
+    def dismiss(self, model: str) -> None:
+        """An operator has said otherwise of a model: nothing is expected of it until there are new targets."""
+        self._expected.pop(model, None)
+
     def models(self) -> list[str]:
         """Models that are to be kept warm."""
         return list(self._expected) if self.is_followed else []
