@@ -18,16 +18,24 @@ import uvloop
 
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet_pb
 from helios.api.fleet.v1 import types_pb2
+from helios.api.registry.v1 import cordon_service_pb2 as cordon_pb
+from helios.api.registry.v1 import key_service_pb2 as key_pb
+from helios.api.registry.v1.cordon_service_pb2_grpc import CordonServiceServicer, add_CordonServiceServicer_to_server
+from helios.api.registry.v1.key_service_pb2_grpc import KeyServiceServicer, add_KeyServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
+from helios.api.registry.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
 from helios.mesh.identity import IdentityFiles
 from helios.mesh.server import MeshServer, ServerOptions
-from tests.proxy.fakes import READY, FakeRegistry, FakeWorker
+from tests.proxy.fakes import READY, FakeRegistry, FakeUsage, FakeWorker
 
 REGISTRY_SOCKET: Final = "registry.sock"
 CONTROL_SOCKET: Final = "control.sock"
 WANTED_FILE: Final = "peers.json"
 ADDRESS_FILE: Final = "addresses.json"
-REGISTRY_SERVICE: Final = "helios.api.registry.v1.RegistryService"
+# Those that a proxy watches: where one is not there, it is asked for again and again.
+REGISTRY_SERVICES: Final = tuple(
+    f"helios.api.registry.v1.{name}Service" for name in ("Registry", "Key", "Cordon", "Usage")
+)
 _REPORT_SECONDS: Final = 0.1
 _WAIT_SECONDS: Final = 30.0
 _REVISION: Final = "sha256:1"
@@ -81,6 +89,30 @@ def ready_replica(replica_id: str, model: str, address: str) -> types_pb2.Replic
         memory_bytes=_GIB,
         max_context_tokens=2048,
     )
+
+
+class NoKeys(KeyServiceServicer):
+    """There are none, and none come."""
+
+    async def WatchKeys(self, request: Any, context: Any) -> Any:
+        yield key_pb.WatchKeysResponse()
+        await asyncio.Event().wait()
+
+    async def _unused(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
+    CreateKey = ListKeys = RevokeKey = _unused
+
+
+class NoCordons(CordonServiceServicer):
+    """There are none, and none come."""
+
+    async def WatchCordons(self, request: Any, context: Any) -> Any:
+        yield cordon_pb.WatchCordonsResponse()
+        await asyncio.Event().wait()
+
+    async def SetCordon(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
 
 
 async def main(directory: Path) -> None:
@@ -144,10 +176,13 @@ def _registry(directory: Path, registry: FakeRegistry) -> MeshServer:
     server = MeshServer(
         listen=f"unix:{directory}/{REGISTRY_SOCKET}",
         identity=_identity(directory, "registry"),
-        policy={REGISTRY_SERVICE: frozenset({"proxy"})},
+        policy=dict.fromkeys(REGISTRY_SERVICES, frozenset({"proxy"})),
         options=ServerOptions(drain_seconds=0.1),
     )
     add_RegistryServiceServicer_to_server(registry, server.grpc)
+    add_KeyServiceServicer_to_server(NoKeys(), server.grpc)
+    add_CordonServiceServicer_to_server(NoCordons(), server.grpc)
+    add_UsageServiceServicer_to_server(FakeUsage(), server.grpc)
     return server
 
 
