@@ -155,6 +155,7 @@ async def test_without_another_replica_the_client_is_told_in_band() -> None:
         assert isinstance(error, ReplicaLost)
         assert error.metadata == {"tokens": "3", "cause": "OVERLOADED"}
         assert error.retry_after_seconds == 7.0
+        assert len(world.picks) == 1
         assert body.count(b"data: {") == 4
         assert b"no room" in body
 

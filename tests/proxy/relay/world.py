@@ -185,7 +185,9 @@ async def running_world(*, cuts: Sequence[int] = (), replica_count: int = 2, **o
         channels = Replicas(None)
         stack.push_async_callback(channels.close)
         asking = await stack.enter_async_context(Dialer(proxy.address, identity=None, peer="proxy"))
-        around = Surroundings(channels, [asking], replace_seconds=20.0, barren_limit=3)
+        # Of two proxies one is away.
+        away = await stack.enter_async_context(Dialer("127.0.0.1:1", identity=None, peer="proxy"))
+        around = Surroundings(channels, [asking, away], replace_seconds=20.0, barren_limit=3)
         relay = MeshServer(
             listen="127.0.0.1:0",
             identity=None,

@@ -204,17 +204,20 @@ class Session:
         )
         deadline = time.monotonic() + self._remaining(self._around.replace_seconds)
         while True:
-            refusal: HeliosError = ReplicaLost("no proxy answers")
+            refusal: HeliosError | None = None
             for proxy in self._around.proxies:
                 stub = proxy.stub(replacement_service_pb2_grpc.ReplacementServiceStub)
                 try:
                     response = await stub.PickReplica(request, timeout=max(0.0, deadline - time.monotonic()))
                 except grpc.aio.AioRpcError as error:
-                    refusal = error_from_rpc(error)
+                    # What one says that is there counts, whoever is away beside it.
+                    if refusal is None or refusal.reason in _PROXY_AWAY:
+                        refusal = error_from_rpc(error)
                 else:
                     return list(response.endpoints)
-            is_away = refusal.reason in _PROXY_AWAY
-            if is_there_only or not is_away or time.monotonic() + _LOOK_SECONDS >= deadline:
+            assert refusal is not None, "there is a proxy"
+            is_last = time.monotonic() + _LOOK_SECONDS >= deadline
+            if is_there_only or is_last or refusal.reason not in _PROXY_AWAY:
                 raise refusal
             await asyncio.sleep(_LOOK_SECONDS)
 
