@@ -148,7 +148,9 @@ async def test_files_that_two_archives_have_are_refused(tmp_path: Path, model: d
             await parts.ingest("m", f"oci://{server.address}/org/m:v2")
 
 
-async def test_an_ingest_that_is_left_while_it_unpacks_leaves_nothing(tmp_path: Path, model: dict[str, bytes]) -> None:
+async def test_an_ingest_that_is_left_while_it_unpacks_leaves_nothing_half_done(
+    tmp_path: Path, model: dict[str, bytes]
+) -> None:
     async with oci_registry() as server, registry(tmp_path / "registry") as parts:
         publish(server, "v1", [("model", tar(model | {"big.bin": bytes(200 * MIB)}, "tar+zstd"), "tar+zstd")])
         events = parts.ingester.ingest(IngestSpec("m", f"oci://{server.address}/org/m:v1"))
@@ -157,7 +159,10 @@ async def test_an_ingest_that_is_left_while_it_unpacks_leaves_nothing(tmp_path: 
                 break
         await events.aclose()
         await _settled(parts)
-        assert parts.files() == set()
+        # A fast machine may have stored some by then: whole blobs, which the next ingest or the collector takes.
+        digests = [hashlib.sha256(content).hexdigest() for content in model.values()]
+        assert parts.files() <= {f"blobs/sha256/{digest[:2]}/{digest}" for digest in digests}
+        assert list(parts.state.work.iterdir()) == []
 
 
 async def _settled(parts: Parts) -> None:

@@ -77,6 +77,8 @@ class InBackground:
 
 
 def front_pid(mesh: RunningMesh) -> int:
+    # Envoy may have answered by itself while the proxy, just started, waits for its workers.
+    mesh.wait(lambda: bool(mesh.ready_replicas()), 30, "the proxy knows of the replica")
     return int(mesh.ready_replicas()[0]["pid"])
 
 
