@@ -170,14 +170,12 @@ class Followers:
             slices=self._escrow.take(session, now),
         )
 
-    def tick(self, now: float) -> list[str]:
-        """Follows the time; returns sessions that are over, because their followers said nothing."""
-        silent = [key for key, one in self._sessions.items() if now - one.heard_at > VALID_SECONDS]
-        for session in silent:
+    def tick(self, now: float) -> None:
+        """Follows the time: sessions are over whose followers said nothing."""
+        for session in [key for key, one in self._sessions.items() if now - one.heard_at > VALID_SECONDS]:
             self.disconnect(session, now)
         self._missed = {key: at for key, at in self._missed.items() if now - at <= _MISSED_SECONDS}
         self._escrow.tick(now)
-        return silent
 
     def promised_until(self) -> float:
         """Until when no other proxy leads, by the word of all that are known. Infinite where there is none."""

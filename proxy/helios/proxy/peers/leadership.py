@@ -123,15 +123,16 @@ class Leadership:
         self._is_resynchronised = True
         self._open(now)
 
-    def tick(self, now: float) -> list[str]:
-        """Follows the time; returns sessions of followers that are over."""
+    def tick(self, now: float) -> None:
+        """Follows the time."""
         if self._unfenced and self.leads:
             reachable = {w.hello.worker_id for w in self._traffic.fleet.workers() if w.is_reachable}
             self._unfenced &= reachable if now < self._fence_until else set()
             self._open(now)
         if self.following is not None:
             self.following.slices.follow()
-        return self.followers.tick(now) if self.epoch else []
+        if self.epoch:
+            self.followers.tick(now)
 
     def may_spend(self, now: float) -> bool:
         """Whether no other proxy counts the limits of keys: by the lease, or by the word of all who could have it."""
