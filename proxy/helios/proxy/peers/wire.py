@@ -4,6 +4,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from helios.api.proxy.v1 import peer_service_pb2 as pb
 from helios.proxy.activation.machine import ActivationState
+from helios.proxy.fleet.wire import duration
 from helios.proxy.peers.messages import (
     Failure,
     Granted,
@@ -36,7 +37,7 @@ def report_to_proto(report: Report) -> pb.Report:
         sent_at=report.sent_at,
         heard_at=report.heard_at,
         held=[pb.HeldRequests(model=model, count=count) for model, count in report.held],
-        used=[pb.UsedModel(model=model, ago=_duration(seconds)) for model, seconds in report.used],
+        used=[pb.UsedModel(model=model, ago=duration(seconds)) for model, seconds in report.used],
         wished=report.wished,
         slices=[
             pb.SliceReport(key=_key_to_proto(one.key), requests=_spent(one.requests), tokens=_spent(one.tokens))
@@ -73,11 +74,11 @@ def news_to_proto(news: News) -> pb.News:
                 model=failed.model,
                 reason=failed.reason,
                 message=failed.message,
-                retry_after=_duration(failed.retry_after_seconds),
+                retry_after=duration(failed.retry_after_seconds),
             )
             for failed in news.failures
         ],
-        estimates=[pb.StartEstimate(model=model, seconds=_duration(seconds)) for model, seconds in news.estimates],
+        estimates=[pb.StartEstimate(model=model, seconds=duration(seconds)) for model, seconds in news.estimates],
         slices=[
             pb.SliceGrant(key=_key_to_proto(one.key), requests=_granted(one.requests), tokens=_granted(one.tokens))
             for one in news.slices
@@ -108,7 +109,7 @@ def _outlook_to_proto(outlook: Outlook) -> pb.Outlook:
     return pb.Outlook(
         model=outlook.model,
         state=pb.ActivationState.Value(_PREFIX + outlook.state.name),
-        remaining=_duration(outlook.remaining_seconds),
+        remaining=duration(outlook.remaining_seconds),
         failure=outlook.failure,
     )
 
@@ -145,8 +146,8 @@ def _granted(granted: Granted) -> pb.Granted:
     return pb.Granted(
         granted=granted.granted,
         remaining=granted.remaining,
-        reset=_duration(granted.reset_seconds),
-        wait=_duration(granted.wait_seconds),
+        reset=duration(granted.reset_seconds),
+        wait=duration(granted.wait_seconds),
         reclaimed=granted.is_reclaimed,
     )
 
@@ -155,12 +156,6 @@ def _granted_from(message: pb.Granted) -> Granted:
     return Granted(
         message.granted, message.remaining, _seconds(message.reset), _seconds(message.wait), message.reclaimed
     )
-
-
-def _duration(seconds: float) -> Duration:
-    message = Duration()
-    message.FromNanoseconds(round(seconds * 1e9))
-    return message
 
 
 def _seconds(message: Duration) -> float:
