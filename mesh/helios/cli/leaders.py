@@ -1,13 +1,9 @@
 """Which of several proxies leads, for `helios status`."""
 
-from typing import Final
-
 from helios.cli.edge import EdgeDialer
 from helios.mesh.errors import HeliosError
+from helios.mesh.names import PROXY_LEASE
 from helios.registry.client import LeaseClient, ToldLease
-
-PROXY_LEASE: Final = "proxy-leader"
-"""What the leader of the proxies holds; there is none where one proxy runs."""
 
 
 async def leases_of(dialer: EdgeDialer) -> list[ToldLease]:

@@ -120,6 +120,8 @@ MODEL_KEY: Final = "model"
 EXPRESS_FILTER: Final = "helios.express"
 # What our own API keys begin with; other secrets in Authorization are whatever a client library insists on.
 KEY_PREFIX: Final = "sk-helios-"
+# The lease that the leader of several proxies holds; there is none where one proxy runs.
+PROXY_LEASE: Final = "proxy-leader"
 
 
 def kept_header(name: str) -> str:

@@ -8,8 +8,9 @@ from typing import Final, Protocol
 import structlog
 
 from helios.mesh.errors import Conflict, HeliosError
+from helios.mesh.names import PROXY_LEASE
 from helios.proxy.peers.link import PeerLink
-from helios.proxy.peers.role import LEASE_NAME, Ask, Role
+from helios.proxy.peers.role import Ask, Role
 from helios.registry.client import Grant, LeaseWish, ToldLease
 
 log = structlog.get_logger()
@@ -65,7 +66,7 @@ class LeaseKeeper:
         """Gives the lead back, so that the next one need not wait for the lease's end."""
         self.address = ""
         if self._leadership.epoch:
-            grant = Grant(LEASE_NAME, self._holder, self._leadership.epoch)
+            grant = Grant(PROXY_LEASE, self._holder, self._leadership.epoch)
             # Whoever leads next may do so from the next moment on.
             self._leadership.follow(time.monotonic())
             self._link.look()
@@ -74,7 +75,7 @@ class LeaseKeeper:
 
     async def _acquire(self) -> None:
         asked_at = time.monotonic()
-        wish = LeaseWish(LEASE_NAME, self._holder, self._ttl_seconds, self.address, self._leadership.seen_epoch)
+        wish = LeaseWish(PROXY_LEASE, self._holder, self._ttl_seconds, self.address, self._leadership.seen_epoch)
         try:
             is_granted, lease = await self._leases.acquire(wish)
         except HeliosError as error:
@@ -89,7 +90,7 @@ class LeaseKeeper:
     async def _renew(self, epoch: int) -> None:
         asked_at = time.monotonic()
         try:
-            await self._leases.renew(Grant(LEASE_NAME, self._holder, epoch), self._ttl_seconds)
+            await self._leases.renew(Grant(PROXY_LEASE, self._holder, epoch), self._ttl_seconds)
         except Conflict as error:
             log.warning("lease lost", epoch=epoch, holder=error.metadata.get("holder", ""))
             self._role.lost(epoch, error.metadata.get("holder", ""), time.monotonic())

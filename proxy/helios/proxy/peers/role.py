@@ -19,7 +19,6 @@ from typing import Final
 
 from helios.proxy.peers.leadership import Leadership
 
-LEASE_NAME: Final = "proxy-leader"
 NOT_LEADING: Final = "NOT_LEADING"
 """What a proxy says to those who take it for the leader."""
 
