@@ -425,7 +425,7 @@ class Lifecycle:
             is_failing=activation is not None and activation.is_failing,
         )
 
-    def put_to_sleep(self, replica: Replica, now: float) -> None:
+    def put_to_sleep(self, replica: Replica) -> None:
         """Puts a replica to sleep for an operator; nothing happens to one that sleeps. Raises as `check_sleep`."""
         if self.check_sleep(replica):
             self._traffic.forget_use(replica.model)

@@ -92,11 +92,9 @@ class Line:
         """How many wait for longer than a model; 0 where it does not wait."""
         return tuple(self._since).index(model) if model in self._since else 0
 
-    def claim(self, model: str, claim: Claim | None) -> None:
-        """Room is being made for a model that waits; None: it is not any more."""
-        if claim is None:
-            self._claims.pop(model, None)
-        elif model in self._since:
+    def claim(self, model: str, claim: Claim) -> None:
+        """Room is being made for a model, until it waits no more; harmless where it does not wait."""
+        if model in self._since:
             self._claims[model] = claim
 
     def claims_on(self, worker_id: str, model: str) -> list[Claim]:

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
 import grpc.aio
-import structlog
 
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet_pb
 from helios.api.fleet.v1 import types_pb2
@@ -22,8 +21,6 @@ from helios.mesh.errors import Unavailable
 from helios.mesh.status import error_from_rpc
 from helios.proxy.fleet import wire
 from helios.proxy.runtime import Outbox, Runtime
-
-log = structlog.get_logger()
 
 FEED_SERVICE: Final = "helios.api.proxy.v1.FeedService"
 # Messages that a watcher has not taken: some seconds of a hundred workers.
