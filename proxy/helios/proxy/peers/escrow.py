@@ -150,6 +150,16 @@ class _Share:
 Shares = dict[SliceKey, tuple[_Share | None, _Share | None]]
 
 
+@dataclass(slots=True)
+class _Session:
+    """One follower's: what it has, what it was told of that, what to look at, and the newest slices of each key."""
+
+    shares: Shares = field(default_factory=dict)
+    told: dict[SliceKey, SliceGrant] = field(default_factory=dict)
+    due: set[SliceKey] = field(default_factory=set)
+    keys: dict[str, SliceKey] = field(default_factory=dict)
+
+
 class Escrow:
     """The leader's slices.
 
@@ -159,27 +169,18 @@ class Escrow:
     def __init__(self, buckets: Callable[[SliceKey, float], Buckets]) -> None:
         """``buckets`` are those of a key at this proxy."""
         self._buckets = buckets
-        self._sessions: dict[str, Shares] = {}
-        self._told: dict[str, dict[SliceKey, SliceGrant]] = {}
-        self._due: dict[str, set[SliceKey]] = {}
-        self._keys: dict[str, dict[str, SliceKey]] = {}
+        self._sessions: dict[str, _Session] = {}
         self._ending: list[tuple[float, Shares]] = []
 
     def begin(self, session: str) -> None:
         """A follower's session begins."""
-        self._sessions[session] = {}
-        self._told[session] = {}
-        self._due[session] = set()
-        self._keys[session] = {}
+        self._sessions[session] = _Session()
 
     def end(self, session: str, heard_at: float) -> None:
         """A session is over; its follower was last heard then, and may use what it has for a while after that."""
-        shares = self._sessions.pop(session, {})
-        self._told.pop(session, None)
-        self._due.pop(session, None)
-        self._keys.pop(session, None)
-        if shares:
-            self._ending.append((heard_at + VALID_SECONDS, shares))
+        over = self._sessions.pop(session, None)
+        if over is not None and over.shares:
+            self._ending.append((heard_at + VALID_SECONDS, over.shares))
 
     def tick(self, now: float) -> None:
         """Counts as used what followers had that are gone."""
@@ -191,64 +192,63 @@ class Escrow:
 
     def report(self, session: str, reports: Iterable[SliceReport], now: float) -> None:
         """Takes in what a follower did with its slices, and what it wants."""
-        shares = self._sessions[session]
+        one = self._sessions[session]
         for report in reports:
-            pair = shares.get(report.key)
+            pair = one.shares.get(report.key)
             if pair is None:
-                pair = self._open(session, report.key, now)
+                pair = self._open(one, report.key, now)
             for share, bucket in zip(pair, self._buckets(report.key, now), strict=True):
                 if share is not None and bucket is not None and not share.outstanding:
                     # The account was forgotten as idle meanwhile: this proxy counts in another bucket now.
                     share.bucket = bucket
-            self._due[session].add(report.key)
+            one.due.add(report.key)
             for share, spent in zip(pair, (report.requests, report.tokens), strict=True):
                 if share is not None:
                     share.report(spent, now)
 
     def take(self, session: str, now: float) -> tuple[SliceGrant, ...]:
         """Grants what there is; returns what is to be told of it since the last call."""
-        told, found, due = self._told[session], [], self._due[session]
-        for key in list(due):
-            pair = self._sessions[session][key]
+        one, found = self._sessions[session], []
+        for key in list(one.due):
+            pair = one.shares[key]
             for share in pair:
                 if share is not None and share.missing:
                     share.grant(now)
                     if share.missing:
                         self._reclaim(key, share)
             if not any(share is not None and share.missing for share in pair):
-                due.discard(key)
+                one.due.discard(key)
             grant = SliceGrant(key, _granted(pair[0], now), _granted(pair[1], now))
-            if _differs(grant, told.get(key)):
-                told[key] = grant
+            if _differs(grant, one.told.get(key)):
+                one.told[key] = grant
                 found.append(grant)
             for share in pair:
                 if share is not None:
                     share.is_reclaimed = False
         return tuple(found)
 
-    def _open(self, session: str, key: SliceKey, now: float) -> tuple[_Share | None, _Share | None]:
-        shares = self._sessions[session]
-        older = self._keys[session].get(key.key_id)
-        self._keys[session][key.key_id] = key
+    def _open(self, one: _Session, key: SliceKey, now: float) -> tuple[_Share | None, _Share | None]:
+        older = one.keys.get(key.key_id)
+        one.keys[key.key_id] = key
         if older is not None:
             # Its follower had forgotten it, or its limits are others now.
-            self._due[session].discard(older)
-            self._told[session].pop(older, None)
-            for share in _all({older: shares.pop(older)}):
+            one.due.discard(older)
+            one.told.pop(older, None)
+            for share in _all({older: one.shares.pop(older)}):
                 share.give_up(now)
         requests, tokens = self._buckets(key, now)
-        shares[key] = (_Share(requests) if requests else None, _Share(tokens) if tokens else None)
-        return shares[key]
+        one.shares[key] = (_Share(requests) if requests else None, _Share(tokens) if tokens else None)
+        return one.shares[key]
 
     def _reclaim(self, asking_key: SliceKey, asking: _Share) -> None:
-        for session, shares in self._sessions.items():
-            key = self._keys[session].get(asking_key.key_id)
+        for one in self._sessions.values():
+            key = one.keys.get(asking_key.key_id)
             if key is None:
                 continue
-            for share in shares[key]:
+            for share in one.shares[key]:
                 if share is not None and share is not asking and share.bucket is asking.bucket and share.outstanding:
                     share.is_reclaimed = True
-                    self._due[session].add(key)
+                    one.due.add(key)
 
 
 def _all(shares: Shares) -> list[_Share]:
