@@ -71,34 +71,27 @@ class Express:
     def place_of(self, model: str) -> Place | None:
         """A model's place in the lane; None where it is not fit."""
         entry = self._catalogue.get(model)
-        if entry is None or self.obstacle(entry) is not None:
+        if entry is None or not self._is_fit(entry):
             return None
         (replica,) = self._traffic.fleet.replicas_of(model)
         return Place(replica.replica_id, model, self._names(entry), replica.address, replica.revision)
 
-    def obstacle(self, entry: ModelEntry) -> str | None:
-        """Why requests of a model have to ask the picker, for people; None where they need not."""
+    def _is_fit(self, entry: ModelEntry) -> bool:
         replicas = self._traffic.fleet.replicas_of(entry.name)
-        if not self.is_alone:
-            return "there are several proxies"
-        if self._keyring.is_required:
-            return "requests need keys"
+        if not self.is_alone or self._keyring.is_required:
+            return False
         if entry.is_adapter or entry.adapters or entry.role or entry.canary or entry.is_durable or "@" in entry.name:
-            return "its requests differ"
-        if len(replicas) != 1:
-            return "it does not have one replica"
-        if self._holds.count(entry.name):
-            return "requests wait"
-        return self._replica_obstacle(entry, replicas[0])
+            # Its requests differ.
+            return False
+        return len(replicas) == 1 and not self._holds.count(entry.name) and self._takes_all(entry, replicas[0])
 
-    def _replica_obstacle(self, entry: ModelEntry, replica: Replica) -> str | None:
-        if replica.revision != entry.revision or not self._traffic.is_candidate(replica.replica_id):
-            return "its replica is not picked"
-        if replica.replica_id in self._traffic.busy:
-            return "its replica is busy"
-        if replica.worker_id in self._traffic.fleet.cordoned:
-            return "its worker is cordoned"
-        return None
+    def _takes_all(self, entry: ModelEntry, replica: Replica) -> bool:
+        return (
+            replica.revision == entry.revision
+            and self._traffic.is_candidate(replica.replica_id)
+            and replica.replica_id not in self._traffic.busy
+            and replica.worker_id not in self._traffic.fleet.cordoned
+        )
 
     def _names(self, entry: ModelEntry) -> tuple[str, ...]:
         names = [
