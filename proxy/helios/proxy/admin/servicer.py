@@ -26,7 +26,7 @@ from helios.proxy.runtime import Runtime
 
 ADMIN_SERVICE: Final = "helios.api.admin.v1.AdminService"
 MAX_REPLICA_COUNT: Final = 1_000
-_DEFAULT_PAGE_SIZE: Final = 100
+DEFAULT_PAGE_SIZE: Final = 100
 _MAX_PAGE_SIZE: Final = 1_000
 
 _BREAKER_STATES: Final = {
@@ -343,4 +343,4 @@ def _page_size(page_size: int) -> int:
     """How many items a page has. Raises InvalidRequest for too many."""
     if page_size > _MAX_PAGE_SIZE:
         raise InvalidRequest(f"page_size is at most {_MAX_PAGE_SIZE}", metadata={"param": "page_size"})
-    return page_size or _DEFAULT_PAGE_SIZE
+    return page_size or DEFAULT_PAGE_SIZE

@@ -21,6 +21,7 @@ from helios.mesh.channel import Dialer
 from helios.mesh.errors import HeliosError, NotFound, Unavailable
 from helios.mesh.identity import IdentityFiles
 from helios.mesh.status import error_from_rpc
+from helios.proxy.admin.servicer import DEFAULT_PAGE_SIZE
 
 Call = Callable[[Any, Any], Awaitable[Any]]
 
@@ -46,8 +47,6 @@ _MOST_HOPS: Final = 2
 _CALL_SECONDS: Final = 10.0
 # One that does not answer must not hide what others know.
 _LOOK_SECONDS: Final = 2.0
-# As AdminServicer's own.
-_PAGE_SIZE: Final = 100
 
 
 class Others(Protocol):
@@ -167,7 +166,7 @@ class SharedAdmin:
             del response.requests[:]
             # Pages behind the first would be of one proxy alone.
             response.next_page_token = ""
-            response.requests.extend(newest[: request.page_size or _PAGE_SIZE])
+            response.requests.extend(newest[: request.page_size or DEFAULT_PAGE_SIZE])
             return response
 
         return call
