@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from helios.proxy.scaling.forecast import WarmPoolMode
-from helios.registry.usage.targets import TargetPolicy
+from helios.registry.usage.targets import Rung, TargetPolicy
 from tests.simulator.core_driver import CoreRun
 from tests.simulator.expected import expected_targets
 from tests.simulator.fleet import Fleet
@@ -17,7 +17,7 @@ from tests.simulator.study import PREDICTIVE, REACTIVE, policy_of
 from tests.simulator.world import Hardware, models
 
 Maker = Callable[[int, float, Span, int], Load]
-SPAN = Span(history_hours=72, warm_up_hours=0, judged_hours=1)
+SPAN = Span(history_hours=72, warm_up_hours=0, judged_hours=3)
 MODELS = 12
 NODES = 3
 
@@ -56,7 +56,12 @@ def test_the_driver_for_large_fleets_decides_what_the_core_decides(name: str, ma
     core.run()
     assert in_order(outcome.decisions) == in_order(core.decisions)
     assert sum(decision.what == "start" for decision in core.decisions) >= 5
+    assert {"drain", "stage"} <= {decision.what for decision in core.decisions}
     assert len({decision.node for decision in core.decisions if decision.model == "model-00005"}) > 1, "it scaled"
+    if targets is not None:
+        ready = [{target.model for target in hour if target.rung is Rung.READY} for hour in targets]
+        assert ready[0] - ready[1], "targets go"
+        assert ready[2] - ready[1], "targets come"
     told = np.array([core.first_token_seconds.get(index, np.nan) for index in range(len(load.times))])
     # Requests beyond what an engine should have waiting are held by the core and lined up at an engine here.
     assert np.nanpercentile(outcome.first_token_seconds, 99) == pytest.approx(np.nanpercentile(told, 99), rel=0.1)
