@@ -6,22 +6,18 @@ get one makes it anew.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Final, TypeVar
-
-import grpc.aio
+from typing import Final
 
 from helios.api.registry.v1 import artifact_service_pb2 as pb
 from helios.api.registry.v1.artifact_service_pb2_grpc import ArtifactServiceStub
+from helios.mesh.calls import answer_of
 from helios.mesh.channel import StubSource
 from helios.mesh.errors import NotFound
-from helios.mesh.status import error_from_rpc
 from helios.registry.artifact_wire import artifact_from_proto, header_to_proto
 from helios.registry.artifacts import Artifact, NewArtifact
 from helios.registry.manifest import MEDIA_ARTIFACT, Digest, Entry, Manifest
-
-T = TypeVar("T")
 
 _TIMEOUT_SECONDS: Final = 10.0
 _CHUNK_BYTES: Final = 1 << 20
@@ -38,7 +34,7 @@ class ArtifactClient:
         """Returns an artifact, None where there is none. Raises HeliosError where the registry can't be asked."""
         request = pb.GetArtifactRequest(kind=kind, key=key)
         try:
-            response = await _call(self._stub().GetArtifact(request, timeout=timeout_seconds))
+            response = await answer_of(self._stub().GetArtifact(request, timeout=timeout_seconds))
         except NotFound:
             return None
         return artifact_from_proto(response.artifact)
@@ -49,7 +45,7 @@ class ArtifactClient:
         token = ""
         while True:
             request = pb.ListArtifactsRequest(revision=revision, page_size=_PAGE_SIZE, page_token=token)
-            response = await _call(self._stub().ListArtifacts(request, timeout=_TIMEOUT_SECONDS))
+            response = await answer_of(self._stub().ListArtifacts(request, timeout=_TIMEOUT_SECONDS))
             found += map(artifact_from_proto, response.artifacts)
             token = response.next_page_token
             if not token:
@@ -86,13 +82,13 @@ class ArtifactClient:
         ).check()
         # An iterator of requests: on a channel with interceptors, grpcio's write leaves a task behind where the server
         # ends the call early, which this one does for a name that is taken.
-        response = await _call(self._stub().PutArtifact(_requests(new, files), timeout=timeout_seconds))
+        response = await answer_of(self._stub().PutArtifact(_requests(new, files), timeout=timeout_seconds))
         return artifact_from_proto(response.artifact), response.is_new
 
     async def delete(self, kind: str, key: str, *, digest: str) -> int:
         """Removes an artifact if it still has this digest (empty: whatever it is); returns the bytes freed."""
         request = pb.DeleteArtifactRequest(kind=kind, key=key, digest=digest)
-        return (await _call(self._stub().DeleteArtifact(request, timeout=_TIMEOUT_SECONDS))).freed_bytes
+        return (await answer_of(self._stub().DeleteArtifact(request, timeout=_TIMEOUT_SECONDS))).freed_bytes
 
     def _stub(self) -> ArtifactServiceStub:
         return self._dialer.stub(ArtifactServiceStub)
@@ -110,10 +106,3 @@ async def _requests(new: NewArtifact, files: Mapping[str, Path]) -> AsyncIterato
 def _digest(path: Path) -> Digest:
     with path.open("rb") as file:
         return Digest(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())
-
-
-async def _call(call: Awaitable[T]) -> T:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error

@@ -5,17 +5,15 @@ NOT_FOUND). ``watch_models`` is one stream: when it fails, call it again (``heli
 begin with the new snapshot.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from datetime import timedelta
-from typing import Any, Final, TypeVar
-
-import grpc.aio
+from typing import Final
 
 from helios.api.registry.v1 import registry_service_pb2 as pb
 from helios.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
+from helios.mesh.calls import answer_of, messages_of
 from helios.mesh.channel import StubSource
-from helios.mesh.status import error_from_rpc
 from helios.registry import wire
 from helios.registry.artifact_client import ArtifactClient
 from helios.registry.artifacts import Artifact
@@ -161,8 +159,6 @@ __all__ = [
     "start_of",
 ]
 
-T = TypeVar("T")
-
 # Reads take milliseconds; a registry that was just started may still open its database.
 DEFAULT_TIMEOUT_SECONDS: Final = 10.0
 # A registry that restarts serves again within two or three seconds.
@@ -186,7 +182,7 @@ class RegistryClient:
     async def get_model(self, name: str) -> Model:
         """Returns a model by name or alias. Raises ModelNotFound."""
         request = pb.GetModelRequest(name=name)
-        response = await _call(self._stub().GetModel(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().GetModel(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
     async def list_models(self) -> tuple[Model, ...]:
@@ -195,7 +191,7 @@ class RegistryClient:
         token = ""
         while True:
             request = pb.ListModelsRequest(page_size=PAGE_SIZE, page_token=token)
-            response = await _call(self._stub().ListModels(request, timeout=self._timeout_seconds))
+            response = await answer_of(self._stub().ListModels(request, timeout=self._timeout_seconds))
             found += map(wire.model_from_proto, response.models)
             token = response.next_page_token
             if not token:
@@ -207,7 +203,7 @@ class RegistryClient:
         token = ""
         while True:
             request = pb.ListRevisionsRequest(name=name, page_size=PAGE_SIZE, page_token=token)
-            response = await _call(self._stub().ListRevisions(request, timeout=self._timeout_seconds))
+            response = await answer_of(self._stub().ListRevisions(request, timeout=self._timeout_seconds))
             found += map(wire.revision_from_proto, response.revisions)
             token = response.next_page_token
             if not token:
@@ -221,7 +217,7 @@ class RegistryClient:
             Corrupted: A blob is missing from the store.
         """
         request = pb.GetManifestRequest(revision=revision)
-        response = await _call(self._stub().GetManifest(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().GetManifest(request, timeout=self._timeout_seconds))
         return wire.located_manifest_from_proto(response)
 
     async def update_policy(self, name: str, policy: ModelPolicy, *, expected_version: int = 0) -> Model:
@@ -236,7 +232,7 @@ class RegistryClient:
         request = pb.UpdatePolicyRequest(name=name, policy=policy_message, expected_version=expected_version)
         # Idempotent, and an operator waits for it: a registry that restarts is waited for.
         stub = self._stub()
-        response = await _call(stub.UpdatePolicy(request, timeout=RESTART_SECONDS, wait_for_ready=True))
+        response = await answer_of(stub.UpdatePolicy(request, timeout=RESTART_SECONDS, wait_for_ready=True))
         return wire.model_from_proto(response.model)
 
     async def update_engine_settings(self, name: str, settings: EngineSettings, *, expected_version: int = 0) -> Model:
@@ -250,19 +246,19 @@ class RegistryClient:
         request = pb.UpdateEngineSettingsRequest(
             name=name, settings=wire.engine_settings_to_proto(settings), expected_version=expected_version
         )
-        response = await _call(self._stub().UpdateEngineSettings(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().UpdateEngineSettings(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
     async def put_alias(self, alias: str, model: str, *, request_id: str = "", expected_version: int = 0) -> Model:
         """Points an alias at a model. Raises ModelNotFound, AlreadyExists, InvalidRequest, Conflict (STALE_VERSION)."""
         request = pb.PutAliasRequest(alias=alias, model=model, request_id=request_id, expected_version=expected_version)
-        response = await _call(self._stub().PutAlias(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().PutAlias(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
     async def delete_alias(self, alias: str, *, request_id: str = "", expected_version: int = 0) -> None:
         """Removes an alias. Raises NotFound (ALIAS_NOT_FOUND), Conflict (STALE_VERSION)."""
         request = pb.DeleteAliasRequest(alias=alias, request_id=request_id, expected_version=expected_version)
-        await _call(self._stub().DeleteAlias(request, timeout=self._timeout_seconds))
+        await answer_of(self._stub().DeleteAlias(request, timeout=self._timeout_seconds))
 
     async def delete_model(
         self, name: str, *, is_forced: bool = False, request_id: str = "", expected_version: int = 0
@@ -277,7 +273,7 @@ class RegistryClient:
         request = pb.DeleteModelRequest(
             name=name, force=is_forced, request_id=request_id, expected_version=expected_version
         )
-        response = await _call(self._stub().DeleteModel(request, timeout=DELETE_TIMEOUT_SECONDS))
+        response = await answer_of(self._stub().DeleteModel(request, timeout=DELETE_TIMEOUT_SECONDS))
         return response.freed_bytes
 
     async def collect_blobs(self, *, is_dry_run: bool = False, grace: timedelta | None = None) -> CollectionReport:
@@ -288,7 +284,7 @@ class RegistryClient:
             Unavailable: BLOB_STORE_UNAVAILABLE, BLOB_STORE_DENIED.
         """
         request = collection_to_proto(is_dry_run=is_dry_run, grace=grace)
-        response = await _call(self._stub().CollectBlobs(request, timeout=COLLECT_TIMEOUT_SECONDS))
+        response = await answer_of(self._stub().CollectBlobs(request, timeout=COLLECT_TIMEOUT_SECONDS))
         return collection_report_from_proto(response)
 
     async def ingest(
@@ -320,7 +316,7 @@ class RegistryClient:
     ) -> AsyncGenerator[IngestEvent, None]:
         """Ingests as ``ingest`` does."""
         call = self._stub().IngestModel(wire.ingest_spec_to_proto(spec), timeout=timeout_seconds)
-        async with aclosing(_stream(call)) as messages:
+        async with aclosing(messages_of(call)) as messages:
             async for message in messages:
                 event = wire.ingest_event_from_proto(message)
                 if event is not None:
@@ -335,7 +331,7 @@ class RegistryClient:
         """
         # No timeout: the stream lasts as long as both sides live; keepalive notices a peer that is gone.
         call = self._stub().WatchModels(pb.WatchModelsRequest(after_version=after_version))
-        async with aclosing(_stream(call)) as messages:
+        async with aclosing(messages_of(call)) as messages:
             async for message in messages:
                 event = wire.watch_event_from_proto(message)
                 if event is not None:
@@ -343,21 +339,3 @@ class RegistryClient:
 
     def _stub(self) -> RegistryServiceStub:
         return self._dialer.stub(RegistryServiceStub)
-
-
-async def _call(call: Awaitable[T]) -> T:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
-
-
-async def _stream(call: "grpc.aio.UnaryStreamCall[Any, T]") -> AsyncGenerator[T, None]:
-    try:
-        async for message in call:
-            yield message
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
-    finally:
-        # A no-op for a call that has ended; else the server learns at once that nobody listens.
-        call.cancel()

@@ -4,22 +4,18 @@ What changes a model takes a ``request_id``, under which it may be sent again, a
 caller has seen; the contract says more.
 """
 
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Final, TypeVar
-
-import grpc.aio
+from typing import Final
 
 from helios.api.registry.v1 import version_service_pb2 as pb
 from helios.api.registry.v1.version_service_pb2_grpc import VersionServiceStub
+from helios.mesh.calls import answer_of, messages_of
 from helios.mesh.channel import StubSource
-from helios.mesh.status import error_from_rpc
 from helios.registry import version_wire, wire
 from helios.registry.events import Event, EventsMissed
 from helios.registry.history import Move
 from helios.registry.records import Model, ResolvedModel
-
-T = TypeVar("T")
 
 _TIMEOUT_SECONDS: Final = 10.0
 # Deleting may wait for an ingest's commit and removes files of a whole model.
@@ -37,19 +33,19 @@ class VersionClient:
     async def resolve(self, reference: str) -> ResolvedModel:
         """Returns what a reference means. Raises ModelNotFound, NotFound (TAG_NOT_FOUND), RevisionNotFound."""
         request = pb.ResolveModelRequest(model=reference)
-        response = await _call(self._stub().ResolveModel(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().ResolveModel(request, timeout=self._timeout_seconds))
         return version_wire.resolved_from_proto(response)
 
     async def put_tag(self, target: str, tag: str, *, request_id: str = "", expected_version: int = 0) -> Model:
         """Points a tag, or the served revision where it is empty, at a revision of the same model."""
         request = pb.PutTagRequest(model=target, tag=tag, request_id=request_id, expected_version=expected_version)
-        response = await _call(self._stub().PutTag(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().PutTag(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
     async def delete_tag(self, model: str, tag: str, *, request_id: str = "", expected_version: int = 0) -> Model:
         """Removes a tag. Raises ModelNotFound, NotFound (TAG_NOT_FOUND), Conflict (STALE_VERSION)."""
         request = pb.DeleteTagRequest(model=model, tag=tag, request_id=request_id, expected_version=expected_version)
-        response = await _call(self._stub().DeleteTag(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().DeleteTag(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
     async def roll_back(
@@ -59,7 +55,7 @@ class VersionClient:
         request = pb.RollBackModelRequest(
             model=model, tag=tag, revision=to, request_id=request_id, expected_version=expected_version
         )
-        response = await _call(self._stub().RollBackModel(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().RollBackModel(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
     async def list_moves(self, model: str, *, tag: str | None = None, limit: int = _PAGE_SIZE) -> tuple[Move, ...]:
@@ -70,7 +66,7 @@ class VersionClient:
             request = pb.ListMovesRequest(
                 model=model, tag=tag, page_size=min(limit - len(found), _PAGE_SIZE), page_token=token
             )
-            response = await _call(self._stub().ListMoves(request, timeout=self._timeout_seconds))
+            response = await answer_of(self._stub().ListMoves(request, timeout=self._timeout_seconds))
             found += map(version_wire.move_from_proto, response.moves)
             token = response.next_page_token
             if not token or len(found) >= limit:
@@ -81,13 +77,13 @@ class VersionClient:
         request = pb.PutPinRequest(
             model=target, reason=reason, request_id=request_id, expected_version=expected_version
         )
-        response = await _call(self._stub().PutPin(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().PutPin(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
     async def delete_pin(self, target: str, *, request_id: str = "", expected_version: int = 0) -> Model:
         """Takes a pin back."""
         request = pb.DeletePinRequest(model=target, request_id=request_id, expected_version=expected_version)
-        response = await _call(self._stub().DeletePin(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().DeletePin(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
     async def delete_revision(
@@ -95,7 +91,7 @@ class VersionClient:
     ) -> tuple[Model, int]:
         """Removes a revision that nothing points at; returns the model and the bytes that were freed."""
         request = pb.DeleteRevisionRequest(model=target, request_id=request_id, expected_version=expected_version)
-        response = await _call(self._stub().DeleteRevision(request, timeout=_DELETE_TIMEOUT_SECONDS))
+        response = await answer_of(self._stub().DeleteRevision(request, timeout=_DELETE_TIMEOUT_SECONDS))
         return wire.model_from_proto(response.model), response.freed_bytes
 
     async def watch_events(self, after_version: int | None = None) -> AsyncGenerator[Event | EventsMissed, None]:
@@ -106,7 +102,7 @@ class VersionClient:
         """
         # No timeout: the stream lasts as long as both sides live; keepalive notices a peer that is gone.
         call = self._stub().WatchEvents(pb.WatchEventsRequest(after_version=after_version))
-        async with aclosing(_stream(call)) as messages:
+        async with aclosing(messages_of(call)) as messages:
             async for message in messages:
                 if message.HasField("resync"):
                     yield EventsMissed(message.resync.version)
@@ -116,22 +112,3 @@ class VersionClient:
 
     def _stub(self) -> VersionServiceStub:
         return self._dialer.stub(VersionServiceStub)
-
-
-async def _call(call: Awaitable[T]) -> T:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
-
-
-async def _stream(
-    call: "grpc.aio.UnaryStreamCall[pb.WatchEventsRequest, pb.WatchEventsResponse]",
-) -> AsyncGenerator[pb.WatchEventsResponse, None]:
-    try:
-        async for message in call:
-            yield message
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
-    finally:
-        call.cancel()

@@ -2,14 +2,12 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Final
-
-import grpc.aio
+from typing import Final
 
 from helios.api.registry.v1 import cordon_service_pb2 as pb
 from helios.api.registry.v1.cordon_service_pb2_grpc import CordonServiceStub
+from helios.mesh.calls import answer_of, messages_of
 from helios.mesh.channel import StubSource
-from helios.mesh.status import error_from_rpc
 from helios.registry.cordons.records import Cordon
 from helios.registry.cordons.wire import cordon_from_proto
 
@@ -27,29 +25,16 @@ class CordonClient:
     async def set(self, worker_id: str, *, is_cordoned: bool) -> tuple[Cordon, ...]:
         """Cordons a worker, or lifts its cordon; returns all cordons."""
         request = pb.SetCordonRequest(worker_id=worker_id, cordoned=is_cordoned)
-        try:
-            response = await self._stub().SetCordon(request, timeout=_TIMEOUT_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        response = await answer_of(self._stub().SetCordon(request, timeout=_TIMEOUT_SECONDS))
         return tuple(map(cordon_from_proto, response.cordons))
 
     async def watch(self) -> AsyncGenerator[tuple[Cordon, ...], None]:
         """Yields all cordons, now and after each change. Raises HeliosError when the watch breaks."""
         # No timeout: the stream lasts as long as both sides live; keepalive notices a peer that is gone.
         call = self._stub().WatchCordons(pb.WatchCordonsRequest())
-        async with aclosing(_messages(call)) as messages:
+        async with aclosing(messages_of(call)) as messages:
             async for message in messages:
                 yield tuple(map(cordon_from_proto, message.cordons))
 
     def _stub(self) -> CordonServiceStub:
         return self._dialer.stub(CordonServiceStub)
-
-
-async def _messages(call: Any) -> AsyncGenerator[Any, None]:
-    try:
-        async for message in call:
-            yield message
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
-    finally:
-        call.cancel()

@@ -1,18 +1,13 @@
 """Followed sources as the command line sees them: values in and out, HeliosError on failure."""
 
-from collections.abc import Awaitable
-from typing import Final, TypeVar
-
-import grpc.aio
+from typing import Final
 
 from helios.api.registry.v1 import follow_service_pb2 as pb
 from helios.api.registry.v1.follow_service_pb2_grpc import FollowServiceStub
+from helios.mesh.calls import answer_of
 from helios.mesh.channel import StubSource
-from helios.mesh.status import error_from_rpc
 from helios.registry.follow.following import Following, Wish
 from helios.registry.follow.wire import following_from_proto, request_to_proto
-
-T = TypeVar("T")
 
 _TIMEOUT_SECONDS: Final = 10.0
 
@@ -28,32 +23,25 @@ class FollowClient:
         """Makes a model follow a source."""
         request = request_to_proto(model, wish)
         request.request_id = request_id
-        response = await _call(self._stub().PutFollowing(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().PutFollowing(request, timeout=self._timeout_seconds))
         return following_from_proto(response.following)
 
     async def remove(self, model: str, *, request_id: str = "") -> None:
         """Ends it; a model that follows nothing is no error."""
         request = pb.DeleteFollowingRequest(model=model, request_id=request_id)
-        await _call(self._stub().DeleteFollowing(request, timeout=self._timeout_seconds))
+        await answer_of(self._stub().DeleteFollowing(request, timeout=self._timeout_seconds))
 
     async def get(self, model: str) -> Following:
         """Returns what a model follows. Raises NotFound (NOT_FOLLOWED)."""
         request = pb.GetFollowingRequest(model=model)
-        response = await _call(self._stub().GetFollowing(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().GetFollowing(request, timeout=self._timeout_seconds))
         return following_from_proto(response.following)
 
     async def look_now(self, model: str) -> Following:
         """Has the source looked at now, without waiting; returns what was before. Raises as ``get``."""
         request = pb.CheckFollowingRequest(model=model)
-        response = await _call(self._stub().CheckFollowing(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().CheckFollowing(request, timeout=self._timeout_seconds))
         return following_from_proto(response.following)
 
     def _stub(self) -> FollowServiceStub:
         return self._dialer.stub(FollowServiceStub)
-
-
-async def _call(call: Awaitable[T]) -> T:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error

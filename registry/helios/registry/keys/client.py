@@ -2,14 +2,12 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Final
-
-import grpc.aio
+from typing import Final
 
 from helios.api.registry.v1 import key_service_pb2 as pb
 from helios.api.registry.v1.key_service_pb2_grpc import KeyServiceStub
+from helios.mesh.calls import answer_of, messages_of
 from helios.mesh.channel import StubSource
-from helios.mesh.status import error_from_rpc
 from helios.registry.keys.records import SECRET_PREFIX, ApiKey, KeySpec, Priority, StoredKey, hash_secret
 from helios.registry.keys.wire import key_from_proto, spec_to_proto, stored_from_proto
 
@@ -26,44 +24,27 @@ class KeyClient:
 
     async def create(self, spec: KeySpec) -> tuple[ApiKey, str]:
         """Makes a key; returns it with its secret, which is not to be had again. Not idempotent."""
-        response = await _call(self._stub().CreateKey(spec_to_proto(spec), timeout=_TIMEOUT_SECONDS))
+        response = await answer_of(self._stub().CreateKey(spec_to_proto(spec), timeout=_TIMEOUT_SECONDS))
         return key_from_proto(response.key), response.secret
 
     async def list(self, *, show_ended: bool = False) -> list[ApiKey]:
         """Returns keys, the newest first."""
         request = pb.ListKeysRequest(show_ended=show_ended)
-        response = await _call(self._stub().ListKeys(request, timeout=_TIMEOUT_SECONDS))
+        response = await answer_of(self._stub().ListKeys(request, timeout=_TIMEOUT_SECONDS))
         return [key_from_proto(key) for key in response.keys]
 
     async def revoke(self, key: str) -> ApiKey:
         """Ends a key, by its id or its name. Raises NotFound (KEY_NOT_FOUND)."""
-        response = await _call(self._stub().RevokeKey(pb.RevokeKeyRequest(key=key), timeout=_TIMEOUT_SECONDS))
+        response = await answer_of(self._stub().RevokeKey(pb.RevokeKeyRequest(key=key), timeout=_TIMEOUT_SECONDS))
         return key_from_proto(response.key)
 
     async def watch(self) -> AsyncGenerator[tuple[StoredKey, ...], None]:
         """Yields all keys that count, now and after each change. Raises HeliosError when the watch breaks."""
         # No timeout: the stream lasts as long as both sides live; keepalive notices a peer that is gone.
         call = self._stub().WatchKeys(pb.WatchKeysRequest())
-        async with aclosing(_stream(call)) as messages:
+        async with aclosing(messages_of(call)) as messages:
             async for message in messages:
                 yield tuple(stored_from_proto(stored) for stored in message.keys)
 
     def _stub(self) -> KeyServiceStub:
         return self._dialer.stub(KeyServiceStub)
-
-
-async def _call(call: Any) -> Any:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
-
-
-async def _stream(call: Any) -> AsyncGenerator[Any, None]:
-    try:
-        async for message in call:
-            yield message
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
-    finally:
-        call.cancel()

@@ -4,14 +4,12 @@ A holder tells two failures of ``renew`` apart: Conflict (LEASE_LOST) says that 
 error that the registry could not be asked.
 """
 
-from typing import Any, Final
-
-import grpc.aio
+from typing import Final
 
 from helios.api.registry.v1 import lease_service_pb2 as pb
 from helios.api.registry.v1.lease_service_pb2_grpc import LeaseServiceStub
+from helios.mesh.calls import answer_of
 from helios.mesh.channel import StubSource
-from helios.mesh.status import error_from_rpc
 from helios.registry.leases.lease import Grant, Wish
 from helios.registry.leases.told import ToldLease
 from helios.registry.leases.wire import lease_from_proto, seconds_to_proto, wish_to_proto
@@ -31,33 +29,26 @@ class LeaseClient:
 
     async def acquire(self, wish: Wish) -> tuple[bool, ToldLease]:
         """Asks for a lease; returns whether it was granted, and the lease as it stands: the asker's, or another's."""
-        response = await _call(self._stub().AcquireLease(wish_to_proto(wish), timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().AcquireLease(wish_to_proto(wish), timeout=self._timeout_seconds))
         return response.granted, lease_from_proto(response.lease)
 
     async def renew(self, grant: Grant, ttl_seconds: float) -> ToldLease:
         """Has a lease end ``ttl_seconds`` from now. Raises Conflict (LEASE_LOST)."""
         ttl = seconds_to_proto(ttl_seconds)
         request = pb.RenewLeaseRequest(name=grant.name, holder=grant.holder, epoch=grant.epoch, ttl=ttl)
-        response = await _call(self._stub().RenewLease(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().RenewLease(request, timeout=self._timeout_seconds))
         return lease_from_proto(response.lease)
 
     async def release(self, grant: Grant) -> ToldLease:
         """Ends a lease at once; nothing happens where it was lost already."""
         request = pb.ReleaseLeaseRequest(name=grant.name, holder=grant.holder, epoch=grant.epoch)
-        response = await _call(self._stub().ReleaseLease(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().ReleaseLease(request, timeout=self._timeout_seconds))
         return lease_from_proto(response.lease)
 
     async def list(self) -> list[ToldLease]:
         """Returns the leases that were ever granted, by name."""
-        response = await _call(self._stub().ListLeases(pb.ListLeasesRequest(), timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().ListLeases(pb.ListLeasesRequest(), timeout=self._timeout_seconds))
         return [lease_from_proto(lease) for lease in response.leases]
 
     def _stub(self) -> LeaseServiceStub:
         return self._dialer.stub(LeaseServiceStub)
-
-
-async def _call(call: Any) -> Any:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error

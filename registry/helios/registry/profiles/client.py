@@ -1,17 +1,13 @@
 """Profiles as proxies and the command line see them: HeliosError on failure."""
 
-from collections.abc import Awaitable, Collection, Sequence
-from typing import Final, TypeVar
-
-import grpc.aio
+from collections.abc import Collection, Sequence
+from typing import Final
 
 from helios.api.registry.v1 import profile_service_pb2 as pb
 from helios.api.registry.v1.profile_service_pb2_grpc import ProfileServiceStub
+from helios.mesh.calls import answer_of
 from helios.mesh.channel import StubSource
-from helios.mesh.status import error_from_rpc
 from helios.registry.profiles.measure import Measure, measure_from_proto, measure_to_proto
-
-T = TypeVar("T")
 
 _TIMEOUT_SECONDS: Final = 10.0
 # A plan waits for another one, and takes its own deadline at most.
@@ -29,20 +25,13 @@ class ProfileClient:
         """Describes the revision that a reference means; as a message, for it is only shown."""
         request = pb.GetProfileRequest(model=reference, plan=has_plan)
         timeout = _PLAN_TIMEOUT_SECONDS if has_plan else self._timeout_seconds
-        return await _call(self._stub().GetProfile(request, timeout=timeout))
+        return await answer_of(self._stub().GetProfile(request, timeout=timeout))
 
     async def exchange(self, measured: Sequence[Measure], revisions: Collection[str]) -> list[Measure]:
         """Tells what was measured; returns what is known of some revisions."""
         request = pb.ExchangeMeasuresRequest(measured=map(measure_to_proto, measured), revisions=revisions)
-        response = await _call(self._stub().ExchangeMeasures(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().ExchangeMeasures(request, timeout=self._timeout_seconds))
         return list(map(measure_from_proto, response.measured))
 
     def _stub(self) -> ProfileServiceStub:
         return self._dialer.stub(ProfileServiceStub)
-
-
-async def _call(call: Awaitable[T]) -> T:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error

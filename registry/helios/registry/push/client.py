@@ -1,14 +1,13 @@
 """Pushes as the command line sees them: values out, HeliosError on failure."""
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Final
-
-import grpc.aio
 
 from helios.api.registry.v1 import push_service_pb2 as pb
 from helios.api.registry.v1.push_service_pb2_grpc import PushServiceStub
+from helios.mesh.calls import messages_of
 from helios.mesh.channel import StubSource
-from helios.mesh.status import error_from_rpc
 from helios.registry.push.records import PushEvent
 from helios.registry.push.wire import push_event_from_proto
 
@@ -32,13 +31,8 @@ class PushClient:
         """
         request = pb.PushModelRequest(model=model, target=target)
         call = self._dialer.stub(PushServiceStub).PushModel(request, timeout=timeout_seconds)
-        try:
-            async for message in call:
+        async with aclosing(messages_of(call)) as messages:
+            async for message in messages:
                 event = push_event_from_proto(message)
                 if event is not None:
                     yield event
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        finally:
-            # A no-op for a call that has ended; else the server learns at once that nobody listens.
-            call.cancel()

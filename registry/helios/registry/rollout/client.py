@@ -1,20 +1,15 @@
 """Rollouts as other components and the command line see them: values in and out, HeliosError on failure."""
 
-from collections.abc import Awaitable
-from typing import Final, TypeVar
-
-import grpc.aio
+from typing import Final
 
 from helios.api.registry.v1 import rollout_service_pb2 as pb
 from helios.api.registry.v1.rollout_service_pb2_grpc import RolloutServiceStub
+from helios.mesh.calls import answer_of
 from helios.mesh.channel import StubSource
-from helios.mesh.status import error_from_rpc
 from helios.registry import wire
 from helios.registry.records import Model
 from helios.registry.rollout.steps import RolloutStep
 from helios.registry.rollout.wire import step_from_proto
-
-T = TypeVar("T")
 
 _TIMEOUT_SECONDS: Final = 10.0
 
@@ -31,33 +26,26 @@ class RolloutClient:
         request = pb.PutRolloutRequest(
             model=target, weight_percent=percent, request_id=request_id, expected_version=expected_version
         )
-        response = await _call(self._stub().PutRollout(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().PutRollout(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
     async def promote(self, model: str, *, request_id: str = "", expected_version: int = 0) -> Model:
         """Serves the canary. Raises PreconditionFailed (NO_ROLLOUT)."""
         request = pb.PromoteRolloutRequest(model=model, request_id=request_id, expected_version=expected_version)
-        response = await _call(self._stub().PromoteRollout(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().PromoteRollout(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
     async def abort(self, model: str, *, request_id: str = "", expected_version: int = 0) -> Model:
         """Gives the canary up. Raises PreconditionFailed (NO_ROLLOUT)."""
         request = pb.AbortRolloutRequest(model=model, request_id=request_id, expected_version=expected_version)
-        response = await _call(self._stub().AbortRollout(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().AbortRollout(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
     async def list_steps(self, model: str, *, limit: int = 100) -> tuple[RolloutStep, ...]:
         """Returns what was done to a model's rollouts, at most 1,000 steps, the newest first."""
         request = pb.ListRolloutStepsRequest(model=model, page_size=limit)
-        response = await _call(self._stub().ListRolloutSteps(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().ListRolloutSteps(request, timeout=self._timeout_seconds))
         return tuple(map(step_from_proto, response.steps))
 
     def _stub(self) -> RolloutServiceStub:
         return self._dialer.stub(RolloutServiceStub)
-
-
-async def _call(call: Awaitable[T]) -> T:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error

@@ -4,12 +4,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-import grpc.aio
-
 from helios.api.registry.v1 import sync_service_pb2 as pb
 from helios.api.registry.v1.sync_service_pb2_grpc import SyncServiceStub
+from helios.mesh.calls import answer_of
 from helios.mesh.channel import StubSource
-from helios.mesh.status import error_from_rpc
 
 _TIMEOUT_SECONDS: Final = 10.0
 
@@ -34,12 +32,8 @@ class SyncClient:
 
     async def list_agents(self) -> tuple[StorageAgent, ...]:
         """Returns the agents that are connected to this registry, by node."""
-        try:
-            answer = await self._dialer.stub(SyncServiceStub).ListAgents(
-                pb.ListAgentsRequest(), timeout=_TIMEOUT_SECONDS
-            )
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        stub = self._dialer.stub(SyncServiceStub)
+        answer = await answer_of(stub.ListAgents(pb.ListAgentsRequest(), timeout=_TIMEOUT_SECONDS))
         return tuple(
             StorageAgent(
                 agent.node,

@@ -2,14 +2,12 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, Final
-
-import grpc.aio
+from typing import Final
 
 from helios.api.registry.v1 import usage_service_pb2 as pb
 from helios.api.registry.v1.usage_service_pb2_grpc import UsageServiceStub
+from helios.mesh.calls import answer_of, messages_of
 from helios.mesh.channel import StubSource
-from helios.mesh.status import error_from_rpc
 from helios.registry.usage import wire
 from helios.registry.usage.answers import ModelUsage
 from helios.registry.usage.records import BlobHeat, Counts, Delta, Expectation, Forecast, UsageHour, hour_of, start_of
@@ -35,7 +33,7 @@ class UsageClient:
     async def report(self, reporter: str, sequence: int, deltas: Sequence[Delta]) -> int:
         """Adds a report; the same one sent again counts once. Returns the number of the last one taken."""
         request = pb.ReportUsageRequest(reporter=reporter, sequence=sequence, deltas=wire.deltas_to_proto(deltas))
-        response = await _call(self._stub().ReportUsage(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().ReportUsage(request, timeout=self._timeout_seconds))
         return int(response.sequence)
 
     async def list(self, *, hour_count: int = 0) -> list[ModelUsage]:
@@ -44,7 +42,7 @@ class UsageClient:
         token = ""
         while True:
             request = pb.ListUsageRequest(page_size=_PAGE_SIZE, page_token=token, hour_count=hour_count)
-            response = await _call(self._stub().ListUsage(request, timeout=self._timeout_seconds))
+            response = await answer_of(self._stub().ListUsage(request, timeout=self._timeout_seconds))
             found += map(wire.usage_from_proto, response.models)
             token = response.next_page_token
             if not token:
@@ -53,40 +51,23 @@ class UsageClient:
     async def get(self, model: str, *, hour_count: int = 0) -> ModelUsage:
         """Returns a model's usage. Raises ModelNotFound."""
         request = pb.GetUsageRequest(model=model, hour_count=hour_count)
-        response = await _call(self._stub().GetUsage(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().GetUsage(request, timeout=self._timeout_seconds))
         return wire.usage_from_proto(response.usage, response.hours)
 
     async def heat(self, *, limit: int = 0, hour_count: int = 0) -> tuple[BlobHeat, ...]:
         """Returns the hottest blobs, the hottest first."""
         request = pb.ListBlobHeatRequest(limit=limit, hour_count=hour_count)
-        response = await _call(self._stub().ListBlobHeat(request, timeout=self._timeout_seconds))
+        response = await answer_of(self._stub().ListBlobHeat(request, timeout=self._timeout_seconds))
         return tuple(map(wire.heat_from_proto, response.blobs))
 
     async def watch_targets(self) -> AsyncGenerator[tuple[Target, ...], None]:
         """Yields all targets, now and whenever forecasts were made. Raises HeliosError when the watch breaks."""
         # No timeout: the stream lasts as long as both sides live; keepalive notices a peer that is gone.
         call = self._stub().WatchWarmTargets(pb.WatchWarmTargetsRequest())
-        async with aclosing(_stream(call)) as messages:
+        async with aclosing(messages_of(call)) as messages:
             async for message in messages:
                 known = (wire.target_from_proto(target) for target in message.targets)
                 yield tuple(target for target in known if target is not None)
 
     def _stub(self) -> UsageServiceStub:
         return self._dialer.stub(UsageServiceStub)
-
-
-async def _stream(call: Any) -> AsyncGenerator[Any, None]:
-    try:
-        async for message in call:
-            yield message
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
-    finally:
-        call.cancel()
-
-
-async def _call(call: Any) -> Any:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error

@@ -1,15 +1,13 @@
 """Prefetches as the command line sees them: values in and out, HeliosError on failure."""
 
 from dataclasses import dataclass
-from typing import Any, Final
-
-import grpc.aio
+from typing import Final
 
 from helios.api.registry.v1 import prefetch_service_pb2 as pb
 from helios.api.registry.v1 import sync_service_pb2
 from helios.api.registry.v1.prefetch_service_pb2_grpc import PrefetchServiceStub
+from helios.mesh.calls import answer_of
 from helios.mesh.channel import StubSource
-from helios.mesh.status import error_from_rpc
 
 _TIMEOUT_SECONDS: Final = 10.0
 _STATE_PREFIX: Final = "PREFETCH_STATE_"
@@ -62,12 +60,12 @@ class PrefetchClient:
     async def prefetch(self, model: str, *, node: str = "", is_dry: bool = False) -> PrefetchAsked:
         """Has a node, or all, fetch a model; waits for none. Raises ModelNotFound, NotFound (NODE_NOT_FOUND)."""
         request = pb.PrefetchModelRequest(model=model, node=node, dry_run=is_dry)
-        answer = await _call(self._stub().PrefetchModel(request, timeout=_TIMEOUT_SECONDS))
+        answer = await answer_of(self._stub().PrefetchModel(request, timeout=_TIMEOUT_SECONDS))
         return PrefetchAsked(answer.revision, answer.size_bytes, tuple(answer.asked_nodes), tuple(answer.holding_nodes))
 
     async def list(self) -> tuple[NodePrefetches, ...]:
         """Returns what nodes fetch ahead, by node."""
-        answer = await _call(self._stub().ListPrefetches(pb.ListPrefetchesRequest(), timeout=_TIMEOUT_SECONDS))
+        answer = await answer_of(self._stub().ListPrefetches(pb.ListPrefetchesRequest(), timeout=_TIMEOUT_SECONDS))
         return tuple(map(_node_from_proto, answer.nodes))
 
     def _stub(self) -> PrefetchServiceStub:
@@ -94,10 +92,3 @@ def _order_from_proto(
     state = names.get(outcome.state, "").removeprefix(_STATE_PREFIX).lower() if outcome is not None else "unknown"
     message = outcome.message if outcome is not None else ""
     return PrefetchOrder(order.revision, order.size_bytes, order.is_asked, order.reason, state, message)
-
-
-async def _call(call: Any) -> Any:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error

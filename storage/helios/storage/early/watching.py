@@ -1,15 +1,14 @@
 """The holder's side of WatchFetch: what is here of a revision on its way, part of the client."""
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
-
-import grpc.aio
 
 from helios.api.storage.v1 import storage_service_pb2 as pb
 from helios.api.storage.v1.storage_service_pb2_grpc import StorageServiceStub
+from helios.mesh.calls import messages_of
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import Unavailable
-from helios.mesh.status import error_from_rpc
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +41,9 @@ async def watch_fetch(dialer: Dialer, revision: str) -> AsyncGenerator[Growth, N
             any more then: another agent may write to the same files.
     """
     call = dialer.stub(StorageServiceStub).WatchFetch(pb.WatchFetchRequest(revision=revision))
-    try:
-        async for answer in call:
+    async with aclosing(messages_of(call)) as answers:
+        async for answer in answers:
             yield Growth(tuple(map(_file_from_proto, answer.files)), tuple(answer.awaited_paths))
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
-    finally:
-        call.cancel()
     raise Unavailable("the storage agent ended the watch of a fetch")
 
 
