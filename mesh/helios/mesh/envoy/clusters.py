@@ -51,10 +51,10 @@ from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
 from envoy_data_plane.google.protobuf import Any
 
 from helios.mesh.envoy import pack
-from helios.mesh.envoy.headers import ENDPOINT_HEADER
 from helios.mesh.envoy.settings import EdgeSettings, replica_cluster
 from helios.mesh.envoy.tls import upstream_tls
 from helios.mesh.identity import IdentityFiles, server_name
+from helios.mesh.names import ENDPOINT_HEADER
 
 REPLICAS: Final = "replicas"
 PICKER: Final = "picker"

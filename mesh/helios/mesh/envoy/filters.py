@@ -60,13 +60,20 @@ from envoy_data_plane.envoy.type.v3 import HttpStatus, Percent, StatusCode
 from envoy_data_plane.google.protobuf import Any
 
 from helios.mesh.envoy import clusters, matching, pack, rest
-from helios.mesh.envoy.headers import ENDPOINT_HEADER, NODE_HEADER
+from helios.mesh.envoy.headers import NODE_HEADER
 from helios.mesh.envoy.routes import (
     CORS_FILTER,
     PICKER_FILTER,
 )
 from helios.mesh.envoy.settings import EdgeSettings, Limits
-from helios.mesh.names import ANSWER_FIELDS, EXPRESS_FILTER, METADATA_NAMESPACE, MODEL_KEY, SESSION_FIELDS
+from helios.mesh.names import (
+    ANSWER_FIELDS,
+    ENDPOINT_HEADER,
+    EXPRESS_FILTER,
+    METADATA_NAMESPACE,
+    MODEL_KEY,
+    SESSION_FIELDS,
+)
 
 # The picker's own deadline ends a hold (503 with an estimate); Envoy's, a 504, is for a picker that hangs.
 _PICKER_GRACE_SECONDS = 30.0

@@ -21,11 +21,8 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
 
 from helios.mesh.envoy import pack
-from helios.mesh.names import DURABLE_HEADER, kept_header
+from helios.mesh.names import BODY_BYTES_HEADER, DURABLE_HEADER, MODEL_HEADER, kept_header
 
-MODEL_HEADER = "x-helios-model"
-BODY_BYTES_HEADER = "x-helios-body-bytes"
-ENDPOINT_HEADER = "x-helios-endpoint"
 # Names this Envoy to the picker, which then knows whose acknowledgement of an endpoint it has to wait for.
 NODE_HEADER = "x-helios-envoy"
 CLIENT_REQUEST_ID_HEADER = "x-client-request-id"

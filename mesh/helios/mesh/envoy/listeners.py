@@ -26,9 +26,9 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 from envoy_data_plane.google.protobuf import Any
 
 from helios.mesh.envoy import clusters, filters, pack, replies, routes
-from helios.mesh.envoy.headers import CLIENT_REQUEST_ID_HEADER, ENDPOINT_HEADER, strip_client_headers
+from helios.mesh.envoy.headers import CLIENT_REQUEST_ID_HEADER, strip_client_headers
 from helios.mesh.envoy.settings import EdgeSettings
-from helios.mesh.names import METADATA_NAMESPACE, MODEL_KEY
+from helios.mesh.names import ENDPOINT_HEADER, METADATA_NAMESPACE, MODEL_KEY
 
 EDGE = "edge"
 ADMIN = "admin"

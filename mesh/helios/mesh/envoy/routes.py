@@ -45,13 +45,14 @@ from envoy_data_plane.envoy.type.matcher.v3 import (
 from envoy_data_plane.google.protobuf import Any
 
 from helios.mesh.envoy import clusters, pack
-from helios.mesh.envoy.headers import AUTHORIZATION_HEADER, CLIENT_REQUEST_ID_HEADER, MODEL_HEADER, kept_for_answer
+from helios.mesh.envoy.headers import AUTHORIZATION_HEADER, CLIENT_REQUEST_ID_HEADER, kept_for_answer
 from helios.mesh.envoy.settings import EdgeSettings, Limits
 from helios.mesh.names import (
     CLUSTER_HEADER,
     DURABLE_AUTO,
     DURABLE_HEADER,
     METADATA_NAMESPACE,
+    MODEL_HEADER,
     MODEL_KEY,
     RATE_LIMIT_HEADERS,
     REFUSAL_REASON_HEADER,

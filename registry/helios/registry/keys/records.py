@@ -14,9 +14,10 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from helios.mesh.errors import InvalidRequest
+from helios.mesh.names import KEY_PREFIX
 
 # Tells secret scanners, and people who find one, what it is.
-SECRET_PREFIX: Final = "sk-helios-"  # noqa: S105 - the part that is no secret
+SECRET_PREFIX: Final = KEY_PREFIX
 _SECRET_BYTES: Final = 32
 MAX_MODELS: Final = 64
 MAX_WEIGHT: Final = 1000
