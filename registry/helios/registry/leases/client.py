@@ -10,9 +10,10 @@ from helios.api.registry.v1 import lease_service_pb2 as pb
 from helios.api.registry.v1.lease_service_pb2_grpc import LeaseServiceStub
 from helios.mesh.calls import answer_of
 from helios.mesh.channel import StubSource
+from helios.mesh.durations import seconds_to_proto
 from helios.registry.leases.lease import Grant, Wish
 from helios.registry.leases.told import ToldLease
-from helios.registry.leases.wire import lease_from_proto, seconds_to_proto, wish_to_proto
+from helios.registry.leases.wire import lease_from_proto, wish_to_proto
 
 __all__ = ["Grant", "LeaseClient", "ToldLease", "Wish"]
 

@@ -6,6 +6,7 @@ import structlog
 
 from helios.api.registry.v1 import lease_service_pb2 as pb
 from helios.api.registry.v1.lease_service_pb2_grpc import LeaseServiceServicer
+from helios.mesh.durations import seconds_from_proto
 from helios.registry import access
 from helios.registry.leases import wire
 from helios.registry.leases.lease import Grant
@@ -32,7 +33,7 @@ class LeaseServicer(LeaseServiceServicer):
         """Has a lease end later."""
         access.check_may_lead(context)
         grant = Grant(request.name, request.holder, request.epoch)
-        lease, rest_seconds = await self._store.renew(grant, wire.seconds_from_proto(request.ttl))
+        lease, rest_seconds = await self._store.renew(grant, seconds_from_proto(request.ttl))
         return pb.RenewLeaseResponse(lease=wire.lease_to_proto(lease, rest_seconds))
 
     async def ReleaseLease(self, request: pb.ReleaseLeaseRequest, context: Any) -> pb.ReleaseLeaseResponse:

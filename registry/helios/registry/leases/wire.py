@@ -1,8 +1,7 @@
 """Leases as messages and back."""
 
-from google.protobuf.duration_pb2 import Duration
-
 from helios.api.registry.v1 import lease_service_pb2 as pb
+from helios.mesh.durations import seconds_from_proto, seconds_to_proto
 from helios.registry.leases.lease import Lease, Wish
 from helios.registry.leases.told import ToldLease
 
@@ -47,15 +46,3 @@ def lease_from_proto(message: pb.Lease) -> ToldLease:
         epoch=message.epoch,
         rest_seconds=seconds_from_proto(message.expires_in),
     )
-
-
-def seconds_from_proto(message: Duration) -> float:
-    """Reads a duration as seconds."""
-    return message.seconds + message.nanos / 1e9
-
-
-def seconds_to_proto(seconds: float) -> Duration:
-    """Writes seconds as a duration."""
-    message = Duration()
-    message.FromNanoseconds(round(seconds * 1e9))
-    return message

@@ -1,12 +1,12 @@
 """Between the contract of usage and the registry's own types: plain functions, both ways."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from helios.api.registry.v1 import usage_service_pb2 as pb
+from helios.mesh.durations import seconds_from_proto, seconds_to_proto
 from helios.mesh.errors import InvalidRequest
 from helios.registry.usage.answers import ModelUsage
 from helios.registry.usage.records import (
@@ -114,7 +114,7 @@ def target_to_proto(target: Target) -> pb.WarmTarget:
         replica_count=target.replica_count,
         reason=target.reason,
         expires_at=_timestamp(target.expires_at),
-        idle_timeout=_duration(target.idle_seconds) if target.idle_seconds else None,
+        idle_timeout=seconds_to_proto(target.idle_seconds) if target.idle_seconds else None,
     )
 
 
@@ -125,7 +125,7 @@ def target_from_proto(message: pb.WarmTarget) -> Target | None:
     except ValueError:
         return None
     expires_at = _moment(message.expires_at)
-    idle_seconds = message.idle_timeout.ToTimedelta().total_seconds()
+    idle_seconds = seconds_from_proto(message.idle_timeout)
     return Target(message.model, rung, message.replica_count, message.reason, expires_at, idle_seconds)
 
 
@@ -179,12 +179,6 @@ def _expectation_to_proto(expectation: Expectation) -> pb.Expectation:
 
 def _expectation_from_proto(message: pb.Expectation) -> Expectation:
     return Expectation(message.requests, message.low, message.high)
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromTimedelta(timedelta(seconds=seconds))
-    return duration
 
 
 def _timestamp(moment: datetime) -> Timestamp:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Final
 
 import structlog
-from google.protobuf.duration_pb2 import Duration
 
 from helios.api.engine.v1 import engine_settings_pb2
 from helios.api.fleet.v1 import types_pb2 as fleet
 from helios.api.worker.v1 import supervisor_service_pb2 as pb
 from helios.api.worker.v1 import supervisor_service_pb2_grpc
 from helios.mesh.channel import Dialer
+from helios.mesh.durations import seconds_from_proto, seconds_to_proto
 from helios.mesh.errors import Unavailable
 from helios.mesh.identity import IdentityFiles
 from helios.mesh.tasks import keep_running
@@ -138,13 +138,13 @@ class Attachment:
         match response.WhichOneof("message"):
             case "welcome":
                 welcome = response.welcome
-                self._report_seconds = max(_SHORTEST_REPORT_SECONDS, _seconds(welcome.report_interval))
+                self._report_seconds = max(_SHORTEST_REPORT_SECONDS, seconds_from_proto(welcome.report_interval))
                 if welcome.HasField("orphan_timeout"):
-                    self.orphan_seconds = _seconds(welcome.orphan_timeout)
+                    self.orphan_seconds = seconds_from_proto(welcome.orphan_timeout)
                 self.lost_at = None
                 log.info("attached to supervisor")
             case "drain":
-                self._on_drain(_seconds(response.drain.timeout))
+                self._on_drain(seconds_from_proto(response.drain.timeout))
             case "stop":
                 self._on_stop()
             case "sleep":
@@ -297,10 +297,4 @@ def _items_to_proto(items: Mapping[str, int]) -> list[fleet.MemoryItem]:
 
 
 def _phase_to_proto(name: str, seconds: float) -> fleet.PhaseTiming:
-    timing = fleet.PhaseTiming(phase=name)
-    timing.duration.FromNanoseconds(round(seconds * 1e9))
-    return timing
-
-
-def _seconds(duration: Duration) -> float:
-    return float(duration.ToNanoseconds() / 1e9)
+    return fleet.PhaseTiming(phase=name, duration=seconds_to_proto(seconds))

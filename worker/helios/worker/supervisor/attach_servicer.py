@@ -15,6 +15,7 @@ import structlog
 
 from helios.api.worker.v1 import supervisor_service_pb2 as pb
 from helios.api.worker.v1.supervisor_service_pb2_grpc import SupervisorServiceServicer
+from helios.mesh.durations import seconds_to_proto
 from helios.mesh.errors import HeliosError, InvalidRequest, PermissionDenied
 from helios.worker.replica.adapter_state import AdapterFiles, AdapterStatus
 from helios.worker.replica.adapter_wire import files_to_proto, status_from_proto
@@ -27,7 +28,6 @@ from helios.worker.supervisor.wire import (
     failure_from_proto,
     phase_from_proto,
     replica_from_proto,
-    seconds_to_proto,
     state_from_proto,
 )
 

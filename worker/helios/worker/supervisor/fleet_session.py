@@ -17,6 +17,7 @@ import structlog
 from helios.api.fleet.v1 import fleet_service_pb2 as pb
 from helios.api.fleet.v1.fleet_service_pb2_grpc import FleetServiceStub
 from helios.mesh.channel import Dialer
+from helios.mesh.durations import seconds_from_proto
 from helios.mesh.errors import HeliosError, Overloaded, Unavailable
 from helios.mesh.identity import IdentityFiles
 from helios.mesh.tasks import keep_running
@@ -26,7 +27,7 @@ from helios.worker.supervisor.fence import STALE_LEADER, Fence
 from helios.worker.supervisor.outbox import Outbox
 from helios.worker.supervisor.records import WorkerView
 from helios.worker.supervisor.session_requests import SessionRequests
-from helios.worker.supervisor.wire import command_from_proto, seconds_from_proto
+from helios.worker.supervisor.wire import command_from_proto
 
 log = structlog.get_logger()
 

@@ -4,11 +4,11 @@ else.
 
 from datetime import UTC
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet
 from helios.api.fleet.v1 import types_pb2 as types
+from helios.mesh.durations import seconds_from_proto, seconds_to_proto
 from helios.mesh.errors import InvalidRequest
 from helios.mesh.transfer.progress import TransferProgress
 from helios.worker.replica.adapter_wire import adapter_from_proto, status_from_proto, status_to_proto
@@ -50,18 +50,6 @@ from helios.worker.supervisor.settings_wire import (
     compilation_to_proto,
     settings_from_proto,
 )
-
-
-def seconds_to_proto(seconds: float) -> Duration:
-    """Returns a duration to the nanosecond."""
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration
-
-
-def seconds_from_proto(duration: Duration) -> float:
-    """Returns seconds."""
-    return duration.seconds + duration.nanos / 1e9
 
 
 def state_to_proto(state: ReplicaState) -> types.ReplicaState.ValueType:
