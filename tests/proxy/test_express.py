@@ -17,6 +17,7 @@ from helios.proxy.core import Core
 from helios.proxy.express.lane import ExpressPolicy, Lane, Place
 from helios.proxy.fleet.commands import Command, DrainReplica, SetAdapters, SleepReplica, StopReplica, WakeReplica
 from helios.proxy.fleet.state import Load, ReplicaState
+from helios.proxy.settings import PeerSettings, ProxySettings
 from helios.proxy.traffic import LoadDelta, RoutingPolicy
 from tests.proxy.support import core, entry, hello, policy, replica
 from tests.proxy.test_machines import CoreMachine
@@ -25,9 +26,9 @@ POLICY = ExpressPolicy(model_count=2, per_second=1.0, settle_seconds=2.0, withdr
 PLACE = Place("r", "m", ("m",), "127.0.0.1:1000", "sha256:1")
 
 
-def busy_core(**changes: Any) -> Core:
+def busy_core(express: ExpressPolicy = POLICY, **changes: Any) -> Core:
     """A core with a model that one replica serves and that is asked for."""
-    subject = core(replace(policy(), routing=RoutingPolicy(express=POLICY)))
+    subject = core(replace(policy(), routing=RoutingPolicy(express=express)))
     subject.models_replaced([replace(entry("m", min_replicas=1), **changes)], 0.0, is_synced=True)
     subject.worker_hello(hello(replicas=(replica(),)), 0.0)
     subject.endpoints_acknowledged(subject.fleet.endpoints(), 0.0)
@@ -80,15 +81,26 @@ def test_models_whose_requests_differ_are_not_in_the_lane(changes: dict[str, Any
     assert not subject.express.lane.places
 
 
-def test_with_several_proxies_or_required_keys_nobody_is_in_the_lane() -> None:
+@pytest.mark.parametrize(
+    "peers",
+    [
+        {"peers": PeerSettings(lease=True, address="proxy-2.proxies:9000")},
+        {"replica_cluster": "replicas-2"},
+        {"feed_target": "unix:/run/feed.sock"},
+    ],
+)
+def test_with_several_proxies_the_lane_has_no_places(peers: dict[str, Any]) -> None:
+    assert ProxySettings().core_policy().routing.express.model_count
+    policy_of_several = ProxySettings(**peers).core_policy().routing.express
+    assert not policy_of_several.model_count
+    subject = busy_core(replace(POLICY, model_count=policy_of_several.model_count))
+    ask(subject, 0.0)
+    assert not subject.express.lane.places
+
+
+def test_where_keys_are_required_nobody_is_in_the_lane() -> None:
     subject = busy_core()
     now = ask(subject, 0.0)
-    assert subject.express.lane.places
-    subject.express.is_alone = False
-    subject.tick(now)
-    assert not subject.express.lane.places
-    subject.express.is_alone = True
-    now = ask(subject, now)
     assert subject.express.lane.places
     subject.keyring.is_required = True
     subject.tick(now)

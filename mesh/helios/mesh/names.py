@@ -98,13 +98,13 @@ PRIORITY_HEADER: Final = "x-helios-priority"
 EXPECTED_TOKENS_HEADER: Final = "x-helios-expected-tokens"
 """Tokens that its answer is likely to have, by what its caller's answers had."""
 COHORT_HEADER: Final = "x-helios-cohort"
-"""The same for requests whose prompts begin alike."""
-# Answers carry these, as OpenAI's do. The picker, which is gone by then, leaves them with the request (`kept_header`).
+"""A value that requests have in common whose prompts begin alike."""
 # Fields of OpenAI's bodies that Envoy lifts for the picker. What bounds an answer: the largest, the same by its newer
 # name, and how many.
 ANSWER_FIELDS: Final = ("max_tokens", "max_completion_tokens", "n")
 # Whose request it is, of which conversation, the narrowest first: such requests go to one revision of a rollout.
 SESSION_FIELDS: Final = ("prompt_cache_key", "safety_identifier", "user")
+# Answers carry these, as OpenAI's do. The picker, which is gone by then, leaves them with the request (`kept_header`).
 RATE_LIMIT_HEADERS: Final = tuple(
     f"x-ratelimit-{part}-{what}" for what in ("requests", "tokens") for part in ("limit", "remaining", "reset")
 )

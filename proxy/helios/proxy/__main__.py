@@ -75,7 +75,6 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
     core.models_replaced(load_models(directory), time.monotonic(), is_synced=False)
     if (keys := load_keys(directory)) is not None:
         core.keyring.replace(keys)
-    core.express.is_alone = not settings.replica_cluster
     store = Store(directory, core.catalogue)
     xds = XdsServer()
     ads = GuardedXds(xds, own=_own_id(settings))

@@ -374,6 +374,11 @@ class ProxySettings(ProcessSettings):
     """Usage of models, and advice on it."""
 
     @property
+    def has_peers(self) -> bool:
+        """Whether this proxy is one of several, or a picker of another one: each then knows and tells Envoy its own."""
+        return self.peers.lease or bool(self.replica_cluster or self.feed_target)
+
+    @property
     def stop_limit_seconds(self) -> float:
         """How long the whole stop may take: two servers drain, one after the other."""
         return max(self.stop_seconds, 2 * self.drain_seconds + CLOSE_SECONDS)
@@ -406,10 +411,7 @@ class ProxySettings(ProcessSettings):
                 Locality(self.routing.node, self.routing.zone, self.routing.locality_weight),
                 # It spreads requests and hides nothing.
                 random.Random().randrange if self.routing.choice is Choice.POWER_OF_TWO else None,  # noqa: S311
-                # Envoy has no stream for the lane where each of several proxies feeds it.
-                ExpressPolicy(
-                    0 if self.replica_cluster else self.routing.express_models, self.routing.express_per_second
-                ),
+                ExpressPolicy(0 if self.has_peers else self.routing.express_models, self.routing.express_per_second),
             ),
             requires_keys=self.admission.require_keys,
         )

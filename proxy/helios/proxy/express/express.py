@@ -35,17 +35,13 @@ class Outlook(NamedTuple):
 
 
 class Express:
-    """Looks at models and keeps the lane.
-
-    Attributes:
-        is_alone: whether this proxy is the only one. Another one's view of a replica is not this one's: with several,
-            nobody is in the lane.
+    """Looks at models and keeps the lane. It has no places where there are several proxies (`ProxySettings`): another
+    one's view of a replica is not this one's.
     """
 
     def __init__(self, policy: ExpressPolicy, fit_by: Outlook, *, has_past: bool) -> None:
         """``has_past``: Envoys may still have the lane of an earlier run of this proxy."""
         self.lane = Lane(policy, has_past=has_past)
-        self.is_alone = True
         self._traffic, self._catalogue, self._keyring, self._holds = fit_by
 
     def heard(self, replica: Replica | None, count: int) -> None:
@@ -78,7 +74,7 @@ class Express:
 
     def _is_fit(self, entry: ModelEntry) -> bool:
         replicas = self._traffic.fleet.replicas_of(entry.name)
-        if not self.is_alone or self._keyring.is_required:
+        if self._keyring.is_required:
             return False
         if entry.is_adapter or entry.adapters or entry.role or entry.canary or entry.is_durable or "@" in entry.name:
             # Its requests differ.
