@@ -32,7 +32,7 @@ from helios.proxy.peers.session import FollowerSession
 from helios.proxy.runtime import Runtime
 from helios.proxy.settings import PeerSettings, ProxySettings
 from tests.proxy.peers_world import KEY, Machine, World
-from tests.proxy.support import core
+from tests.proxy.support import core, entry
 from tests.proxy.test_runtime import NoEnvoys, SlowDisk
 
 RARELY = st.sampled_from([True, False, False, False])
@@ -91,6 +91,64 @@ def test_a_follower_tells_the_leader_s_estimate() -> None:
     ((_, error),) = world.nodes["p2"].answered
     assert error is not None
     assert error.retry_after_seconds == pytest.approx(39, abs=1.5)
+
+
+def served_by_a_follower() -> World:
+    """A request went to a replica by way of a follower, which has not said so yet."""
+    world = settled()
+    world.request("p2", "a", 60)
+    world.go_well(2)
+    assert world.request("p2", "a", 60)
+    return world
+
+
+def replicas_of(world: World, model: str) -> list[str]:
+    return [
+        one.replica_id for machine in world.machines.values() for one in machine.replicas.values() if one.model == model
+    ]
+
+
+def test_a_model_at_zero_stays_there_whatever_a_follower_tells_of_its_use_before() -> None:
+    world = served_by_a_follower()
+    assert replicas_of(world, "a")
+    world.apply("p1", world.nodes["p1"].core.drain_model(entry("a"), world.now))
+    world.go_well(5)
+    assert replicas_of(world, "a") == []
+
+
+def test_a_model_at_zero_stays_there_under_the_next_leader() -> None:
+    world = served_by_a_follower()
+    world.go_well(1)
+    world.apply("p1", world.nodes["p1"].core.drain_model(entry("a"), world.now))
+    # It is told of what goes, and still there when the leader dies.
+    world.pass_time(0.25)
+    world.deliver("p2")
+    world.kill("p1")
+    world.go_well(12)
+    assert (world.leaders(), replicas_of(world, "a")) == (["p2"], [])
+
+
+def test_a_model_at_zero_comes_back_with_the_next_request_of_a_follower() -> None:
+    world = served_by_a_follower()
+    world.apply("p1", world.nodes["p1"].core.drain_model(entry("a"), world.now))
+    world.go_well(1)
+    assert not world.request("p2", "a", 60)
+    world.go_well(2)
+    assert world.request("p2", "a", 60)
+    world.go_well(5)
+    assert replicas_of(world, "a")
+
+
+def test_what_a_follower_used_long_after_a_model_was_let_go_counts() -> None:
+    traffic = core().traffic
+    traffic.used("a", 10.0)
+    traffic.forget_use("a", 11.0)
+    traffic.used("a", 10.9)
+    assert (traffic.last_used_at("a"), traffic.forgotten()) == (None, {"a": 11.0})
+    traffic.used("a", 12.0)
+    assert (traffic.last_used_at("a"), traffic.forgotten()) == (12.0, {})
+    traffic.told_forgotten("a", 11.0)
+    assert traffic.last_used_at("a") == 12.0
 
 
 def test_the_next_leader_takes_over_a_start_in_flight() -> None:
@@ -236,6 +294,7 @@ def test_what_proxies_say_survives_the_wire() -> None:
         failures=(Failure("a", "NO_CAPACITY", "no room", 2.0),),
         estimates=(("a", 3.5),),
         slices=(SliceGrant(key, Granted(9, 8, 7.5, 6.5, is_reclaimed=True), Granted()),),
+        forgotten=(("b", 2.5),),
     )
     quiet = News(7, 1.0, 0.0)
     assert wire.report_from_proto(wire.report_to_proto(report)) == report
@@ -421,6 +480,11 @@ class PeersMachine(RuleBasedStateMachine):
     @rule(share=st.floats(0, 1))
     def settle(self, share: float) -> None:
         self.world.settle(share)
+
+    @rule(model=st.sampled_from("ab"))
+    def a_model_is_scaled_to_zero(self, model: str) -> None:
+        for name in self.world.leaders():
+            self.world.apply(name, self.world.nodes[name].core.drain_model(entry(model), self.world.now))
 
     @rule(data=st.data())
     def a_worker_obeys(self, data: st.DataObject) -> None:

@@ -369,7 +369,7 @@ class Activating:
             is_idle = self._traffic.is_idle(replica)
             if replica.state is ReplicaState.READY:
                 # One that sleeps says nothing of the model's other replicas, which may be in use.
-                self._traffic.forget_use(replica.model)
+                self._traffic.forget_use(replica.model, now)
                 if entry is not None:
                     self._warmth.keep_staged(entry, plan.worker_id)
             self._outside.drain(replica, now, None if is_idle else self._turns.drain_seconds)

@@ -465,7 +465,7 @@ class Core:
 
     def sleep(self, replica: Replica, now: float) -> list[actions.Action]:
         """Puts a replica to sleep. Raises PreconditionFailed."""
-        self.lifecycle.put_to_sleep(replica)
+        self.lifecycle.put_to_sleep(replica, now)
         return self._take(now)
 
     def wake(self, replica: Replica, now: float) -> list[actions.Action]:

@@ -388,7 +388,7 @@ class Lifecycle:
 
     def drain_all(self, model: str, now: float) -> int:
         """Brings a model to zero now; returns how many replicas drain."""
-        self._traffic.forget_use(model)
+        self._traffic.forget_use(model, now)
         self.wants.forecasts.dismiss(model)
         replicas = self._traffic.fleet.replicas_of(model)
         for replica in replicas:
@@ -425,10 +425,10 @@ class Lifecycle:
             is_failing=activation is not None and activation.is_failing,
         )
 
-    def put_to_sleep(self, replica: Replica) -> None:
+    def put_to_sleep(self, replica: Replica, now: float) -> None:
         """Puts a replica to sleep for an operator; nothing happens to one that sleeps. Raises as `check_sleep`."""
         if self.check_sleep(replica):
-            self._traffic.forget_use(replica.model)
+            self._traffic.forget_use(replica.model, now)
             self.wants.forecasts.dismiss(replica.model)
             self.warmth.sleep(replica)
 
@@ -528,7 +528,7 @@ class Lifecycle:
                 self.drain(replica, now)
         self.activating.forget(model)
         self.swaps.forget(model)
-        self._traffic.forget_use(model)
+        self._traffic.forget_use(model, now)
         self._move_holds(model, now)
 
     def _move_holds(self, model: str, now: float) -> None:

@@ -26,6 +26,9 @@ from helios.proxy.routing.table import Candidate, Facts, Locality, RoutingTable,
 # gRPC codes that speak of the replica and not of the request: UNKNOWN, INTERNAL, UNAVAILABLE, DATA_LOSS.
 _REPLICA_FAULTS = frozenset({2, 13, 14, 15})
 _UNAVAILABLE = 14
+# Until a word of an operator is at all proxies. What they sent to replicas before that needs no other replica, and what
+# comes after it waits, which counts by itself.
+_UNHEARD_SECONDS = 0.5
 # Blocks of a cache whose size no worker told: 16,384 tokens.
 _UNKNOWN_CAPACITY = 256
 
@@ -94,6 +97,7 @@ class Traffic:
         self._draining: set[str] = set()
         self._last_used: dict[str, float] = {}
         self._last_wanted: dict[str, float] = {}
+        self._forgotten: dict[str, float] = {}
         self._ready_since: dict[str, float] = {}
         self._opened: set[str] = set()
         # Candidates in whose engines as many wait as may: no pick takes them, whatever else counts them as candidates.
@@ -187,8 +191,9 @@ class Traffic:
             self._prefixes.forget(replica.replica_id)
         if replica.state is ReplicaState.READY:
             self._ready_since.setdefault(replica.replica_id, now)
-        if change.before is None and replica.state is not ReplicaState.ASLEEP:
-            # A replica that was here before this proxy counts as used now: nobody knows better.
+        if change.before is None and replica.state not in (ReplicaState.ASLEEP, ReplicaState.DRAINING):
+            # A replica that was here before this proxy counts as used now: nobody knows better. One on its way out is
+            # no reason to keep the model.
             self._last_used.setdefault(replica.model, now)
         self.refresh(replica.replica_id)
 
@@ -335,16 +340,27 @@ class Traffic:
         self._last_used[model] = now
 
     def used(self, model: str, at: float) -> None:
-        """Another proxy used a model then."""
-        self._last_used[model] = max(at, self._last_used.get(model, at))
+        """Another proxy used a model then; nothing where that says nothing against a later `forget_use`."""
+        if not _is_before(at, self._forgotten.get(model)):
+            self._last_used[model] = max(at, self._last_used.get(model, at))
 
     def uses(self) -> Iterable[tuple[str, float]]:
         """When each model was used last."""
         return self._last_used.items()
 
-    def forget_use(self, model: str) -> None:
-        """Lets a model go to zero at once."""
+    def forget_use(self, model: str, now: float) -> None:
+        """Lets a model go to zero at once, whatever other proxies still tell of its use before."""
+        self._forgotten[model] = now
         self._last_wanted[model] = self._last_used.pop(model, self._last_wanted.get(model, 0.0))
+
+    def forgotten(self) -> dict[str, float]:
+        """Models that were let go and not used since, and when."""
+        return {model: at for model, at in self._forgotten.items() if model not in self._last_used}
+
+    def told_forgotten(self, model: str, at: float) -> None:
+        """The leader let a model go then: whoever leads next is not to bring it back for its use before."""
+        if _is_before(self._last_used.get(model, at), at):
+            self.forget_use(model, at)
 
     def ready_since(self, replica_id: str) -> float | None:
         """When a replica was first seen ready."""
@@ -468,6 +484,11 @@ def _with_room(snapshot: tuple[Candidate, ...], answer_tokens: int) -> tuple[Can
     """Candidates whose context an answer fits into; all where it fits into none, which is a replica's to say."""
     fitting = tuple(c for c in snapshot if not c.context_tokens or c.context_tokens > answer_tokens)
     return fitting or snapshot
+
+
+def _is_before(used_at: float, forgotten_at: float | None) -> bool:
+    """Whether whoever used a model can't have heard yet that it was let go."""
+    return forgotten_at is not None and used_at <= forgotten_at + _UNHEARD_SECONDS
 
 
 def _loaded(replica: Replica | None) -> set[Adapter]:

@@ -45,6 +45,10 @@ class Expectations(Protocol):
         """Replicas that are taken out."""
         ...
 
+    def forgotten(self) -> dict[str, float]:
+        """Models that were let go and not used since, and when."""
+        ...
+
 
 @dataclass(slots=True)
 class _Follower:
@@ -60,6 +64,7 @@ class _Follower:
     outlooks: dict[str, tuple[Outlook, float]] = field(default_factory=dict)
     estimates: dict[str, float] = field(default_factory=dict)
     draining: frozenset[str] | None = None
+    forgotten: dict[str, float] = field(default_factory=dict)
     looked_at: float = -1.0
 
 
@@ -168,6 +173,7 @@ class Followers:
             failures=failures,
             estimates=self._estimates(follower) if is_look else (),
             slices=self._escrow.take(session, now),
+            forgotten=self._forgotten(follower, now) if is_look else (),
         )
 
     def tick(self, now: float) -> None:
@@ -218,6 +224,10 @@ class Followers:
         found = tuple((model, mean) for model, mean in measured.items() if follower.estimates.get(model) != mean)
         follower.estimates.update(found)
         return found
+
+    def _forgotten(self, follower: _Follower, now: float) -> tuple[tuple[str, float], ...]:
+        told, follower.forgotten = follower.forgotten, self._expectations.forgotten()
+        return tuple((model, now - at) for model, at in follower.forgotten.items() if told.get(model) != at)
 
 
 def _is_news(outlook: Outlook, told: Outlook, elapsed_seconds: float) -> bool:

@@ -207,6 +207,10 @@ class Leadership:
         """Replicas that are taken out."""
         return self._traffic.draining
 
+    def forgotten(self) -> dict[str, float]:
+        """Models that were let go and not used since, and when."""
+        return self._traffic.forgotten()
+
     def _buckets(self, key: SliceKey, now: float) -> Buckets:
         # By the limits that this proxy knows: of a change that a follower hears of earlier or later, each of its
         # reports would begin a bucket anew, and each request here another one.
@@ -256,6 +260,8 @@ class Leadership:
         self.following.heard(news, now)
         if news.draining is not None:
             self._traffic.set_draining(frozenset(news.draining))
+        for model, seconds in news.forgotten:
+            self._traffic.told_forgotten(model, now - seconds)
         for model, seconds in news.estimates:
             self._lifecycle.estimates.believe(model, seconds)
         for outlook in news.outlooks:

@@ -145,6 +145,7 @@ class News:
         failures: starts that failed.
         estimates: how long models take to start, in seconds, as far as was measured.
         slices: what changed of the slices.
+        forgotten: models that were let go and not used since, and how many seconds ago.
     """
 
     epoch: int
@@ -155,8 +156,10 @@ class News:
     failures: tuple[Failure, ...] = ()
     estimates: tuple[tuple[str, float], ...] = ()
     slices: tuple[SliceGrant, ...] = ()
+    forgotten: tuple[tuple[str, float], ...] = ()
 
     @property
     def has_content(self) -> bool:
         """Whether it says more than that the leader is there."""
-        return self.draining is not None or bool(self.outlooks or self.failures or self.estimates or self.slices)
+        lists = (self.outlooks, self.failures, self.estimates, self.slices, self.forgotten)
+        return self.draining is not None or any(lists)

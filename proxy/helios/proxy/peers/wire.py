@@ -83,6 +83,7 @@ def news_to_proto(news: News) -> pb.News:
             pb.SliceGrant(key=_key_to_proto(one.key), requests=_granted(one.requests), tokens=_granted(one.tokens))
             for one in news.slices
         ],
+        forgotten=[pb.ForgottenUse(model=model, ago=duration(seconds)) for model, seconds in news.forgotten],
     )
 
 
@@ -102,6 +103,7 @@ def news_from_proto(message: pb.News) -> News:
             SliceGrant(_key_from_proto(one.key), _granted_from(one.requests), _granted_from(one.tokens))
             for one in message.slices
         ),
+        forgotten=tuple((one.model, _seconds(one.ago)) for one in message.forgotten),
     )
 
 

@@ -393,6 +393,7 @@ class News(_message.Message):
     FAILURES_FIELD_NUMBER: _builtins.int
     ESTIMATES_FIELD_NUMBER: _builtins.int
     SLICES_FIELD_NUMBER: _builtins.int
+    FORGOTTEN_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """In which it leads."""
     sent_at: _builtins.float
@@ -419,6 +420,12 @@ class News(_message.Message):
     def slices(self) -> _containers.RepeatedCompositeFieldContainer[Global___SliceGrant]:
         """Slices of which something changed."""
 
+    @_builtins.property
+    def forgotten(self) -> _containers.RepeatedCompositeFieldContainer[Global___ForgottenUse]:
+        """Models that were let go (scaled to zero, put to sleep, made to give way) and not used since: whoever leads next is
+        not to bring them back for a use before.
+        """
+
     def __init__(
         self,
         *,
@@ -430,14 +437,43 @@ class News(_message.Message):
         failures: _abc.Iterable[Global___StartFailure] | None = ...,
         estimates: _abc.Iterable[Global___StartEstimate] | None = ...,
         slices: _abc.Iterable[Global___SliceGrant] | None = ...,
+        forgotten: _abc.Iterable[Global___ForgottenUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "epoch", b"epoch", "estimates", b"estimates", "failures", b"failures", "heard_at", b"heard_at", "outlooks", b"outlooks", "sent_at", b"sent_at", "slices", b"slices"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "epoch", b"epoch", "estimates", b"estimates", "failures", b"failures", "forgotten", b"forgotten", "heard_at", b"heard_at", "outlooks", b"outlooks", "sent_at", b"sent_at", "slices", b"slices"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___News: _TypeAlias = News  # noqa: Y015
+
+@_typing.final
+class ForgottenUse(_message.Message):
+    """ForgottenUse is a model whose use counts no more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    AGO_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's own name."""
+    @_builtins.property
+    def ago(self) -> _duration_pb2.Duration:
+        """How long ago it was let go."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        ago: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ago", b"ago"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ago", b"ago", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgottenUse: _TypeAlias = ForgottenUse  # noqa: Y015
 
 @_typing.final
 class Draining(_message.Message):
