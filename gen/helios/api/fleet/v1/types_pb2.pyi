@@ -562,6 +562,7 @@ class LoadDelta(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    KV_CACHE_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """Which replica."""
     @_builtins.property
@@ -576,6 +577,12 @@ class LoadDelta(_message.Message):
     def finished(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestFinished]:
         """Requests that ended since."""
 
+    @_builtins.property
+    def kv_cache(self) -> Global___KvCacheNews:
+        """What its KV cache lost since; unset: nothing, or its engine does not say. A session's first delta of a replica has
+        the last of what was lost before, too.
+        """
+
     def __init__(
         self,
         *,
@@ -583,11 +590,81 @@ class LoadDelta(_message.Message):
         load: Global___ReplicaLoad | None = ...,
         started: _abc.Iterable[Global___RequestStarted] | None = ...,
         finished: _abc.Iterable[Global___RequestFinished] | None = ...,
+        kv_cache: Global___KvCacheNews | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_cache", b"kv_cache", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "load", b"load", "replica_id", b"replica_id", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "kv_cache", b"kv_cache", "load", b"load", "replica_id", b"replica_id", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadDelta: _TypeAlias = LoadDelta  # noqa: Y015
+
+@_typing.final
+class KvCacheNews(_message.Message):
+    """KvCacheNews is what a replica's KV cache lost of the prompts that were sent to the replica. Each loss and each clearing
+    has a number, which grows by one from 1 at the replica's start. What is heard twice is harmless. Where `after` is more
+    than the last number that was heard of, some was missed, and nothing is known of what the replica held before.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    IS_CLEARED_FIELD_NUMBER: _builtins.int
+    LOSSES_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Number of the last one that these are; 0: none happened yet, and they are told when they do."""
+    after: _builtins.int
+    """These are all whose numbers are above this one, but for those that a later one of the same request stands for."""
+    is_cleared: _builtins.bool
+    """Whether the cache was emptied, before any of the losses."""
+    @_builtins.property
+    def losses(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptLoss]:
+        """Prompts that were lost in part or whole."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        after: _builtins.int = ...,
+        is_cleared: _builtins.bool = ...,
+        losses: _abc.Iterable[Global___PromptLoss] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "is_cleared", b"is_cleared", "losses", b"losses", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvCacheNews: _TypeAlias = KvCacheNews  # noqa: Y015
+
+@_typing.final
+class PromptLoss(_message.Message):
+    """PromptLoss says how much of a request's prompt is still in a replica's KV cache."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    KEPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Which request; one that is not known is another proxy's."""
+    kept_tokens: _builtins.int
+    """So many of the prompt's first tokens are left."""
+    prompt_tokens: _builtins.int
+    """Length of the prompt in tokens."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        kept_tokens: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept_tokens", b"kept_tokens", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptLoss: _TypeAlias = PromptLoss  # noqa: Y015
