@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from helios.mesh.errors import InvalidRequest
+from helios.mesh.routing import NAMES, Choice, ModelRouting
 from helios.mesh.windows import Window
 from helios.registry import wire
 from helios.registry.policy import ModelPolicy, policy_of
@@ -16,7 +17,15 @@ FULL = ModelPolicy(1, 3, (WINDOW, Window("0 0 1 * *", 60.0, max_replicas=2)), 60
 
 
 @pytest.mark.parametrize(
-    "policy", [ModelPolicy(), ModelPolicy(1, 2), FULL, ModelPolicy(idle_seconds=0.0, is_durable=True)]
+    "policy",
+    [
+        ModelPolicy(),
+        ModelPolicy(1, 2),
+        FULL,
+        ModelPolicy(idle_seconds=0.0, is_durable=True),
+        ModelPolicy(routing=ModelRouting(0.5, 0.0, 1.0, 0.3, 0.0, 0.2, Choice.POWER_OF_TWO, 0.25, 0.125)),
+        ModelPolicy(routing=ModelRouting(session_weight=0.0)),
+    ],
 )
 def test_a_policy_is_kept_and_told_as_it_was_said(policy: ModelPolicy) -> None:
     assert policy.check() == policy
@@ -28,6 +37,8 @@ def test_a_policy_without_more_takes_no_room_and_what_is_newer_is_left_out() -> 
     assert ModelPolicy(1, 2).scaling_document == "{}"
     newer = json.dumps(json.loads(FULL.scaling_document) | {"moon_phase": "full"})
     assert policy_of(1, 3, newer) == FULL
+    document = json.dumps({"routing": {"prefix_weight": 0.5, "moon_weight": 1.0}})
+    assert policy_of(0, 0, document) == ModelPolicy(routing=ModelRouting(prefix_weight=0.5))
 
 
 @pytest.mark.parametrize(
@@ -47,3 +58,29 @@ def test_what_contradicts_itself_is_refused(policy: ModelPolicy) -> None:
     with pytest.raises(InvalidRequest) as refused:
         policy.check()
     assert refused.value.reason == "INVALID_POLICY"
+
+
+@pytest.mark.parametrize(
+    ("routing", "word"),
+    [
+        *((ModelRouting(**{name: value}), name) for name in NAMES if name != "choice" for value in (-0.1, 1.5, 1e300)),
+        *(
+            (ModelRouting(**{name: float(text)}), name)
+            for name in ("kv_weight", "prefix_weight")
+            for text in ("nan", "inf")
+        ),
+        (ModelRouting(prefix_weight=1.0), "prefix_weight"),
+        (ModelRouting(prefix_weight=0.6, session_weight=0.4), "prefix_weight and session_weight"),
+        (ModelRouting(kept_for_high_ratio=0.5, kept_from_low_ratio=0.5), "kept_for_high_ratio and kept_from_low_ratio"),
+        (ModelRouting(0.0, 0.0, 0.0), "queue_weight, running_weight, kv_weight"),
+    ],
+)
+def test_weights_that_are_none_are_refused_by_name(routing: ModelRouting, word: str) -> None:
+    with pytest.raises(InvalidRequest, match=word) as refused:
+        ModelPolicy(routing=routing).check()
+    assert refused.value.reason == "INVALID_POLICY"
+
+
+def test_a_load_of_one_part_is_a_load() -> None:
+    assert ModelPolicy(routing=ModelRouting(0.0, 0.0, 1.0)).check()
+    assert ModelPolicy(routing=ModelRouting(0.0, 0.0)).check()

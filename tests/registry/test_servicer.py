@@ -15,6 +15,7 @@ from helios.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import (
     AlreadyExists,
+    Conflict,
     DigestMismatch,
     DiskFull,
     HeliosError,
@@ -25,6 +26,7 @@ from helios.mesh.errors import (
     RevisionNotFound,
     Unavailable,
 )
+from helios.mesh.routing import ModelRouting
 from helios.mesh.windows import Window
 from helios.registry.client import (
     IngestDone,
@@ -84,7 +86,10 @@ async def test_every_call_of_the_contract(client: RegistryClient, model_director
         assert blob.read_bytes() == (model_directory / entry.path).read_bytes()
 
     windows = (Window("0 8 * * MON-FRI", 36_000.0, "Europe/Berlin", min_replicas=2),)
-    policy = ModelPolicy(1, 3, windows, idle_seconds=60.0)
+    policy = ModelPolicy(1, 3, windows, idle_seconds=60.0, routing=ModelRouting(prefix_weight=0.0))
+    planned = await client.update_policy("x", policy, is_dry_run=True)
+    assert (planned.policy, planned.version) == (policy, model.version)
+    assert (await client.get_model("x")).policy == ModelPolicy()
     assert (await client.update_policy("x", policy)).policy == policy
     assert (await client.get_model("x")).policy == policy
     assert (await client.update_policy("x", ModelPolicy(1, 3))).policy == ModelPolicy(1, 3)
@@ -111,6 +116,9 @@ async def test_errors_arrive_as_they_were_raised(
         (client.put_alias("../y", "m"), InvalidRequest, "INVALID_MODEL_NAME"),
         (client.delete_alias("y"), NotFound, "ALIAS_NOT_FOUND"),
         (client.update_policy("m", ModelPolicy(2, 1)), InvalidRequest, "INVALID_POLICY"),
+        (client.update_policy("m", ModelPolicy(2, 1), is_dry_run=True), InvalidRequest, "INVALID_POLICY"),
+        (client.update_policy("n", ModelPolicy(1, 1), is_dry_run=True), ModelNotFound, "MODEL_NOT_FOUND"),
+        (client.update_policy("m", ModelPolicy(1, 1), expected_version=99, is_dry_run=True), Conflict, "STALE_VERSION"),
         (ingest(client, "a b", model_directory), InvalidRequest, "INVALID_MODEL_NAME"),
         (ingest(client, "n", "/nothing"), InvalidRequest, "INVALID_SOURCE"),
         (ingest(client, "n", model_directory, aliases=["x"]), AlreadyExists, "ALIAS_TAKEN"),

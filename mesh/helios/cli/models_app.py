@@ -233,13 +233,22 @@ def models_policy(  # noqa: PLR0913 - one for each option
         ),
     ] = None,
     has_no_windows: Annotated[bool, typer.Option("--no-windows", help="Take all windows away.")] = False,
+    route: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="How one of its replicas is chosen, such as prefix_weight=0.6, kv_weight=0.5, choice=power_of_two or"
+            " kept_for_high_ratio=0.25, where proxies are set otherwise; NAME=usual takes it back. May be repeated.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would hold, and change nothing.")] = False,
     is_json: JsonOption = False,
 ) -> None:
-    """Say how many replicas a model has and when, and how warm it is kept; without options, show what holds."""
+    """Say how many replicas a model has and when, how warm they are kept and which takes a request; or show it."""
     if window and has_no_windows:
         raise typer.BadParameter("--window and --no-windows contradict each other")
-    change = PolicyChange(least, most, idle, asleep, staged, tuple(window or ()), has_no_windows)
-    run(models_policy_command(state_of(state_dir), console, name, change, is_json=is_json))
+    change = PolicyChange(least, most, idle, asleep, staged, tuple(window or ()), has_no_windows, tuple(route or ()))
+    run(models_policy_command(state_of(state_dir), console, name, change, is_dry_run=dry_run, is_json=is_json))
 
 
 @app.command("durable")

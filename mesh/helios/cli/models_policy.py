@@ -1,4 +1,4 @@
-"""``helios models policy``: how many replicas a model has, at which times, and how warm it is kept without requests."""
+"""``helios models policy``: how many replicas a model has and when, how warm they are kept, which takes a request."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +10,7 @@ from helios.cli.edge import open_admin
 from helios.cli.models_follow import read_span
 from helios.cli.state import StateDirectory
 from helios.mesh.errors import InvalidRequest
+from helios.mesh.routing import NAMES, Choice, ModelRouting
 from helios.mesh.windows import Window
 from helios.registry.client import ModelPolicy, RegistryClient
 
@@ -27,6 +28,7 @@ class PolicyChange:
     staged: str = ""
     windows: tuple[str, ...] = ()
     has_no_windows: bool = False
+    routing: tuple[str, ...] = ()
 
     def apply(self, policy: ModelPolicy) -> ModelPolicy:
         """Returns the policy with the change. Raises InvalidRequest."""
@@ -42,20 +44,30 @@ class PolicyChange:
             policy = replace(policy, staged_seconds=read_time(self.staged))
         if self.windows or self.has_no_windows:
             policy = replace(policy, windows=tuple(map(read_window, self.windows)))
+        for text in self.routing:
+            policy = replace(policy, routing=read_routing(text, policy.routing))
         return policy.check()
 
 
 async def models_policy(
-    state: StateDirectory, console: Console, name: str, change: PolicyChange, *, is_json: bool = False
+    state: StateDirectory,
+    console: Console,
+    name: str,
+    change: PolicyChange,
+    *,
+    is_dry_run: bool = False,
+    is_json: bool = False,
 ) -> None:
-    """Changes a model's policy, or shows it."""
+    """Changes a model's policy, or shows it; a dry run shows what would hold."""
     async with open_admin(state) as dialer:
         registry = RegistryClient(dialer)
         model = await registry.get_model(name)
         policy = change.apply(model.policy)
         if policy != model.policy:
             # It is replaced as a whole: what another person has set meanwhile would be gone.
-            model = await registry.update_policy(model.name, policy, expected_version=model.version)
+            model = await registry.update_policy(
+                model.name, policy, expected_version=model.version, is_dry_run=is_dry_run
+            )
     if is_json:
         console.print_json(json.dumps({"model": model.name, **asdict(model.policy)}))
         return
@@ -95,6 +107,23 @@ def read_window(text: str) -> Window:
     return Window(begins, read_span(rest[0]).total_seconds(), **fields)
 
 
+def read_routing(text: str, routing: ModelRouting) -> ModelRouting:
+    """Returns routing with what ``NAME=VALUE`` says of it; the value ``usual`` takes back what was said.
+
+    Raises:
+        InvalidRequest: There is no such name, or the value is none of it.
+    """
+    name, _, value = text.partition("=")
+    if name not in NAMES:
+        raise InvalidRequest(f"{text!r} is not NAME=VALUE, of {', '.join(NAMES)}", reason="INVALID_POLICY")
+    try:
+        meant = None if value == _USUAL else Choice(value) if name == "choice" else float(value)
+    except ValueError:
+        kinds = " or ".join(Choice) if name == "choice" else "a number"
+        raise InvalidRequest(f"{name}: {value!r} is not {kinds}, or {_USUAL}", reason="INVALID_POLICY") from None
+    return replace(routing, **{name: meant})
+
+
 def lines_of(policy: ModelPolicy) -> list[str]:
     """Puts a policy into words."""
     lines = [f"replicas: {_bounds(policy.min_replicas, policy.max_replicas)}"]
@@ -108,7 +137,9 @@ def lines_of(policy: ModelPolicy) -> list[str]:
         ("asleep", policy.asleep_seconds),
         ("staged in memory", policy.staged_seconds),
     )
-    return lines + [f"{name}: {_time(seconds)}" for name, seconds in times]
+    lines += [f"{name}: {_time(seconds)}" for name, seconds in times]
+    said = [f"{name}={value}" for name, value in policy.routing.as_fields().items()]
+    return [*lines, f"routing: {', '.join(said) or 'as usual'}"]
 
 
 def _bounds(least: int, most: int) -> str:

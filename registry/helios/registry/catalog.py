@@ -11,6 +11,7 @@ Rows go before files: a crash in between leaves unreferenced files, which the ne
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping
 from contextlib import ExitStack, aclosing
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -80,6 +81,13 @@ class Catalog:
         """Sets a model's policy. Raises ModelNotFound, InvalidRequest, Conflict."""
         policy.check()
         return await self.write(lambda: self.store.update_policy(name, policy, datetime.now(UTC), mutation))
+
+    async def plan_policy(self, name: str, policy: ModelPolicy, mutation: Mutation = PLAIN) -> Model:
+        """Returns the model as ``update_policy`` would leave it; changes nothing. Raises as that one."""
+        policy.check()
+        model = await self.store.get_model(name)
+        mutation.check_version(model.name, model.version)
+        return replace(model, policy=policy)
 
     async def update_engine_settings(self, name: str, settings: EngineSettings, mutation: Mutation = PLAIN) -> Model:
         """Sets how a model's engine is set. Raises as ``Store.update_engine_settings``."""

@@ -16,7 +16,7 @@ from typing import Final
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from helios.mesh.errors import Conflict, InvalidRequest
+from helios.mesh.errors import InvalidRequest
 from helios.registry.database import Database
 from helios.registry.events import Event, EventKind, Mutation
 from helios.registry.model_rows import find_model
@@ -49,17 +49,12 @@ class Write:
 
     async def require_version(self, model: str) -> None:
         """Raises Conflict (STALE_VERSION) if a model has changed since the caller looked; one that is gone passes."""
-        expected = self._mutation.expected_version
-        if not expected:
+        if not self._mutation.expected_version:
             return
         query = select(models.c.version).where(models.c.name == model)
         found = (await self.connection.execute(query)).scalar_one_or_none()
-        if found is not None and found != expected:
-            raise Conflict(
-                f"{model!r} was changed meanwhile: it has version {found}, not {expected}; look at it again",
-                reason="STALE_VERSION",
-                metadata={"model": model, "version": str(found), "expected_version": str(expected)},
-            )
+        if found is not None:
+            self._mutation.check_version(model, found)
 
     async def record(self, kind: EventKind, model: str, **detail: str) -> int:
         """Numbers a change, and tells of it from the moment of the commit; returns the number."""

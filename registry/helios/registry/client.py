@@ -220,8 +220,10 @@ class RegistryClient:
         response = await answer_of(self._stub().GetManifest(request, timeout=self._timeout_seconds))
         return wire.located_manifest_from_proto(response)
 
-    async def update_policy(self, name: str, policy: ModelPolicy, *, expected_version: int = 0) -> Model:
-        """Replaces a model's policy.
+    async def update_policy(
+        self, name: str, policy: ModelPolicy, *, expected_version: int = 0, is_dry_run: bool = False
+    ) -> Model:
+        """Replaces a model's policy, or returns the model as that would leave it.
 
         Raises:
             ModelNotFound: No such model.
@@ -229,7 +231,9 @@ class RegistryClient:
             Conflict: STALE_VERSION, the model does not have the expected version, if one is given, any more.
         """
         policy_message = wire.policy_to_proto(policy)
-        request = pb.UpdatePolicyRequest(name=name, policy=policy_message, expected_version=expected_version)
+        request = pb.UpdatePolicyRequest(
+            name=name, policy=policy_message, expected_version=expected_version, dry_run=is_dry_run
+        )
         # Idempotent, and an operator waits for it: a registry that restarts is waited for.
         stub = self._stub()
         response = await answer_of(stub.UpdatePolicy(request, timeout=RESTART_SECONDS, wait_for_ready=True))

@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Final
 
-from helios.mesh.errors import InvalidRequest
+from helios.mesh.errors import Conflict, InvalidRequest
 
 MAX_REQUEST_ID_CHARS: Final = 128
 
@@ -70,6 +70,16 @@ class Mutation:
                 metadata={"param": "request_id"},
             )
         return self
+
+    def check_version(self, model: str, found: int) -> None:
+        """Raises Conflict (STALE_VERSION) where a model has another version than the caller has seen."""
+        expected = self.expected_version
+        if expected and found != expected:
+            raise Conflict(
+                f"{model!r} was changed meanwhile: it has version {found}, not {expected}; look at it again",
+                reason="STALE_VERSION",
+                metadata={"model": model, "version": str(found), "expected_version": str(expected)},
+            )
 
 
 PLAIN: Final = Mutation()

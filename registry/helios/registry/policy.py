@@ -1,10 +1,11 @@
-"""What is asked of a model's replicas: how many, when, and how warm they are kept."""
+"""What is asked of a model's replicas: how many, when, how warm they are kept, and which of them takes a request."""
 
 import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
 from helios.mesh.errors import InvalidRequest
+from helios.mesh.routing import USUAL_ROUTING, ModelRouting
 from helios.mesh.windows import Window
 
 # A typing error should not start a million replicas; far above what one mesh can hold.
@@ -16,7 +17,7 @@ _MAX_SECONDS: Final = 365 * 86_400
 
 @dataclass(frozen=True, slots=True)
 class ModelPolicy:
-    """How many replicas a model has, and how warm it is kept without a request.
+    """How many replicas a model has, how warm it is kept without a request, and how requests are routed.
 
     Attributes:
         min_replicas: At least so many.
@@ -26,6 +27,7 @@ class ModelPolicy:
         asleep_seconds: The same of those that sleep.
         staged_seconds: The same of weights in host memory.
         is_durable: Streamed answers go on on another replica where their own dies or drains.
+        routing: How one of its replicas is chosen.
     """
 
     min_replicas: int = 0
@@ -35,6 +37,7 @@ class ModelPolicy:
     asleep_seconds: float | None = None
     staged_seconds: float | None = None
     is_durable: bool = False
+    routing: ModelRouting = USUAL_ROUTING
 
     def check(self) -> "ModelPolicy":
         """Returns itself. Raises InvalidRequest (INVALID_POLICY) where it contradicts itself."""
@@ -51,6 +54,8 @@ class ModelPolicy:
         for seconds in (self.idle_seconds, self.asleep_seconds, self.staged_seconds):
             if seconds is not None and not 0 <= seconds <= _MAX_SECONDS:
                 raise _invalid(f"times lie between 0 and {_MAX_SECONDS} s")
+        if problem := self.routing.problem():
+            raise _invalid(problem)
         return self
 
     @property
@@ -60,6 +65,8 @@ class ModelPolicy:
         said: dict[str, Any] = {name: value for name, value in values.items() if _says(value)}
         if self.windows:
             said["windows"] = [asdict(window) for window in self.windows]
+        if self.routing != USUAL_ROUTING:
+            said["routing"] = self.routing.as_fields()
         return json.dumps(said, sort_keys=True)
 
 
@@ -71,12 +78,13 @@ def policy_of(min_replicas: int, max_replicas: int, scaling_document: str) -> Mo
     known = {field.name for field in fields(ModelPolicy)} - _BOUNDS
     said = {name: value for name, value in json.loads(scaling_document).items() if name in known}
     windows = tuple(Window(**window) for window in said.pop("windows", ()))
-    return ModelPolicy(min_replicas, max_replicas, windows, **said)
+    routing = ModelRouting.of_fields(said.pop("routing", {}))
+    return ModelPolicy(min_replicas, max_replicas, windows, routing=routing, **said)
 
 
 def _says(value: object) -> bool:
     # 0 says something: for ever.
-    return value is not None and value is not False and value != ()
+    return value is not None and value is not False and value not in ((), USUAL_ROUTING)
 
 
 def _check_bounds(least: int, most: int) -> None:

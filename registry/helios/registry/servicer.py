@@ -108,13 +108,14 @@ class RegistryServicer(RegistryServiceServicer):
         return pb.DeleteAliasResponse()
 
     async def UpdatePolicy(self, request: pb.UpdatePolicyRequest, context: Any) -> pb.UpdatePolicyResponse:
-        """Sets a model's policy."""
+        """Sets a model's policy, or says what that would make of it."""
         access.check_may_set_policy(context)
         if not request.HasField("policy"):
             raise InvalidRequest("policy is missing", reason="INVALID_POLICY", metadata={"param": "policy"})
         name = _required(request.name, "name")
         mutation = access.mutation_of(context, request.request_id, request.expected_version)
-        model = await self._catalog.update_policy(name, wire.policy_from_proto(request.policy), mutation)
+        carry_out = self._catalog.plan_policy if request.dry_run else self._catalog.update_policy
+        model = await carry_out(name, wire.policy_from_proto(request.policy), mutation)
         return pb.UpdatePolicyResponse(model=wire.model_to_proto(model))
 
     async def UpdateEngineSettings(

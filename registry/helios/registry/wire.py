@@ -2,7 +2,7 @@
 
 import json
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from helios.api.engine.v1 import engine_settings_pb2 as engine_pb
 from helios.api.registry.v1 import registry_service_pb2 as pb
 from helios.mesh.errors import HeliosError, InvalidRequest
+from helios.mesh.routing import NAMES, USUAL_ROUTING, Choice, ModelRouting
 from helios.mesh.status import openai_body
 from helios.mesh.windows import Window
 from helios.registry.engine_settings import EngineSettings
@@ -39,6 +40,10 @@ from helios.registry.records import (
 
 # By their names; "commit" is both's, and reads as an ingest's, which equals it.
 _PHASES: Final[dict[str, IngestPhase | PushPhase]] = {phase.value: phase for phase in (*PushPhase, *IngestPhase)}
+_CHOICES: Final = {
+    Choice.BEST: pb.REPLICA_CHOICE_BEST,
+    Choice.POWER_OF_TWO: pb.REPLICA_CHOICE_POWER_OF_TWO,
+}
 
 
 def timestamp_to_proto(moment: datetime) -> Timestamp:
@@ -128,6 +133,8 @@ def policy_to_proto(policy: ModelPolicy) -> pb.ModelPolicy:
             # Of no time at all, nothing would be set.
             time.SetInParent()
             time.FromMilliseconds(round(seconds * 1000))
+    if policy.routing != USUAL_ROUTING:
+        message.routing.CopyFrom(_routing_to_proto(policy.routing))
     return message
 
 
@@ -151,7 +158,23 @@ def policy_from_proto(message: pb.ModelPolicy) -> ModelPolicy:
         asleep_seconds=message.asleep_time.ToMilliseconds() / 1000 if message.HasField("asleep_time") else None,
         staged_seconds=message.staged_time.ToMilliseconds() / 1000 if message.HasField("staged_time") else None,
         is_durable=message.is_durable,
+        routing=_routing_from_proto(message.routing) if message.HasField("routing") else USUAL_ROUTING,
     )
+
+
+def _routing_to_proto(routing: ModelRouting) -> pb.ModelRouting:
+    values = routing.as_fields()
+    if routing.choice is not None:
+        values["choice"] = _CHOICES[routing.choice]
+    return pb.ModelRouting(**values)
+
+
+def _routing_from_proto(message: pb.ModelRouting) -> ModelRouting:
+    """Reads what a policy says of routing; a choice that this software does not know is as proxies are set."""
+    said = (name for name in NAMES if name != "choice" and message.HasField(name))
+    values: dict[str, Any] = {name: getattr(message, name) for name in said}
+    values["choice"] = next((choice for choice, value in _CHOICES.items() if value == message.choice), None)
+    return ModelRouting(**values)
 
 
 def engine_settings_to_proto(settings: EngineSettings) -> engine_pb.EngineSettings:

@@ -4,6 +4,7 @@ import pytest
 
 from helios.cli.models_policy import PolicyChange, lines_of, read_time, read_window
 from helios.mesh.errors import InvalidRequest
+from helios.mesh.routing import Choice, ModelRouting
 from helios.mesh.windows import Window
 from helios.registry.client import ModelPolicy
 
@@ -38,6 +39,22 @@ def test_what_is_not_said_stays_as_it_is() -> None:
         PolicyChange(windows=("at nine; 1h; min=1",)).apply(before)
 
 
+def test_how_replicas_are_chosen_is_said_name_by_name_and_taken_back() -> None:
+    said = PolicyChange(routing=("prefix_weight=0.6", "choice=power_of_two", "kv_weight=1")).apply(ModelPolicy(1))
+    assert said == ModelPolicy(1, routing=ModelRouting(prefix_weight=0.6, choice=Choice.POWER_OF_TWO, kv_weight=1.0))
+    back = PolicyChange(routing=("prefix_weight=usual", "choice=usual")).apply(said)
+    assert back.routing == ModelRouting(kv_weight=1.0)
+    assert lines_of(back)[-1] == "routing: kv_weight=1.0"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "prefix_weight", "prefix_weight=much", "moon_weight=1", "choice=worst", "kv_weight=2", "kv_weight=nan"]
+)
+def test_what_is_no_weight_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        PolicyChange(routing=(text,)).apply(ModelPolicy())
+
+
 def test_a_policy_is_put_into_words() -> None:
     policy = ModelPolicy(0, 4, (OFFICE,), idle_seconds=90.0, staged_seconds=0.0)
     assert lines_of(policy) == [
@@ -46,5 +63,6 @@ def test_a_policy_is_put_into_words() -> None:
         "idle: for 90s",
         "asleep: as usual",
         "staged in memory: for ever",
+        "routing: as usual",
     ]
     assert lines_of(ModelPolicy())[0] == "replicas: at least 0, at most what fits"

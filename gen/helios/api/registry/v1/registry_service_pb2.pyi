@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from helios.api.engine.v1 import engine_settings_pb2 as _engine_settings_pb2
 import builtins as _builtins
 import sys
@@ -20,6 +21,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ReplicaChoice:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReplicaChoiceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReplicaChoice.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REPLICA_CHOICE_UNSPECIFIED: _ReplicaChoice.ValueType  # 0
+    """As proxies are set."""
+    REPLICA_CHOICE_BEST: _ReplicaChoice.ValueType  # 1
+    """All that can take the request."""
+    REPLICA_CHOICE_POWER_OF_TWO: _ReplicaChoice.ValueType  # 2
+    """Two that are drawn, and those that a prompt or a session draws the request to."""
+
+class ReplicaChoice(_ReplicaChoice, metaclass=_ReplicaChoiceEnumTypeWrapper):
+    """ReplicaChoice says among which replicas the best one is looked for."""
+
+REPLICA_CHOICE_UNSPECIFIED: ReplicaChoice.ValueType  # 0
+"""As proxies are set."""
+REPLICA_CHOICE_BEST: ReplicaChoice.ValueType  # 1
+"""All that can take the request."""
+REPLICA_CHOICE_POWER_OF_TWO: ReplicaChoice.ValueType  # 2
+"""Two that are drawn, and those that a prompt or a session draws the request to."""
+Global___ReplicaChoice: _TypeAlias = ReplicaChoice  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
@@ -311,7 +336,7 @@ Global___ModelProfile: _TypeAlias = ModelProfile  # noqa: Y015
 
 @_typing.final
 class ModelPolicy(_message.Message):
-    """ModelPolicy says how many replicas a model has, and how warm it is kept without a request."""
+    """ModelPolicy says how many replicas a model has, how warm it is kept without a request, and which of them takes one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -322,6 +347,7 @@ class ModelPolicy(_message.Message):
     ASLEEP_TIME_FIELD_NUMBER: _builtins.int
     STAGED_TIME_FIELD_NUMBER: _builtins.int
     IS_DURABLE_FIELD_NUMBER: _builtins.int
+    ROUTING_FIELD_NUMBER: _builtins.int
     min_replicas: _builtins.int
     """At least this many, started without a request."""
     max_replicas: _builtins.int
@@ -346,6 +372,10 @@ class ModelPolicy(_message.Message):
     def staged_time(self) -> _duration_pb2.Duration:
         """How long weights stay in host memory; 0: until it is needed. Unset: as proxies are set."""
 
+    @_builtins.property
+    def routing(self) -> Global___ModelRouting:
+        """How one of its replicas is chosen for a request. Unset: as proxies are set."""
+
     def __init__(
         self,
         *,
@@ -356,14 +386,110 @@ class ModelPolicy(_message.Message):
         asleep_time: _duration_pb2.Duration | None = ...,
         staged_time: _duration_pb2.Duration | None = ...,
         is_durable: _builtins.bool = ...,
+        routing: Global___ModelRouting | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["asleep_time", b"asleep_time", "idle_time", b"idle_time", "staged_time", b"staged_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["asleep_time", b"asleep_time", "idle_time", b"idle_time", "routing", b"routing", "staged_time", b"staged_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asleep_time", b"asleep_time", "idle_time", b"idle_time", "is_durable", b"is_durable", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "staged_time", b"staged_time", "windows", b"windows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asleep_time", b"asleep_time", "idle_time", b"idle_time", "is_durable", b"is_durable", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "routing", b"routing", "staged_time", b"staged_time", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelPolicy: _TypeAlias = ModelPolicy  # noqa: Y015
+
+@_typing.final
+class ModelRouting(_message.Message):
+    """ModelRouting says how one of a model's replicas is chosen for a request. What is unset is as proxies are set
+    (`proxy.routing`).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_WEIGHT_FIELD_NUMBER: _builtins.int
+    RUNNING_WEIGHT_FIELD_NUMBER: _builtins.int
+    KV_WEIGHT_FIELD_NUMBER: _builtins.int
+    PREFIX_WEIGHT_FIELD_NUMBER: _builtins.int
+    SESSION_WEIGHT_FIELD_NUMBER: _builtins.int
+    LOCALITY_WEIGHT_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    KEPT_FOR_HIGH_RATIO_FIELD_NUMBER: _builtins.int
+    KEPT_FROM_LOW_RATIO_FIELD_NUMBER: _builtins.int
+    queue_weight: _builtins.float
+    """What few waiting requests weigh in a replica's load, 0 to 1, beside running_weight and kv_weight: only their ratio
+    counts.
+    """
+    running_weight: _builtins.float
+    """What few running requests weigh there."""
+    kv_weight: _builtins.float
+    """What an empty KV cache weighs there."""
+    prefix_weight: _builtins.float
+    """The share of a whole score that a prompt is which a replica has wholly in its cache: at least 0 and, with
+    session_weight, below 1. 0: prompts are not looked at.
+    """
+    session_weight: _builtins.float
+    """The share that a session's own replica has. 0: sessions are not told apart."""
+    locality_weight: _builtins.float
+    """Of what these two leave, the share that nearness is, where a gateway knows its place; load has the rest. At least 0
+    and below 1.
+    """
+    choice: Global___ReplicaChoice.ValueType
+    """Among which replicas the best one is looked for."""
+    kept_for_high_ratio: _builtins.float
+    """The share of a replica's places (of the requests that it works on at once) that is kept for requests of high
+    priority: at least 0 and, with kept_from_low_ratio, below 1.
+    """
+    kept_from_low_ratio: _builtins.float
+    """The share, beside it, that is kept for requests of normal and high priority."""
+    def __init__(
+        self,
+        *,
+        queue_weight: _builtins.float | None = ...,
+        running_weight: _builtins.float | None = ...,
+        kv_weight: _builtins.float | None = ...,
+        prefix_weight: _builtins.float | None = ...,
+        session_weight: _builtins.float | None = ...,
+        locality_weight: _builtins.float | None = ...,
+        choice: Global___ReplicaChoice.ValueType = ...,
+        kept_for_high_ratio: _builtins.float | None = ...,
+        kept_from_low_ratio: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kept_for_high_ratio", b"_kept_for_high_ratio", "_kept_from_low_ratio", b"_kept_from_low_ratio", "_kv_weight", b"_kv_weight", "_locality_weight", b"_locality_weight", "_prefix_weight", b"_prefix_weight", "_queue_weight", b"_queue_weight", "_running_weight", b"_running_weight", "_session_weight", b"_session_weight", "kept_for_high_ratio", b"kept_for_high_ratio", "kept_from_low_ratio", b"kept_from_low_ratio", "kv_weight", b"kv_weight", "locality_weight", b"locality_weight", "prefix_weight", b"prefix_weight", "queue_weight", b"queue_weight", "running_weight", b"running_weight", "session_weight", b"session_weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kept_for_high_ratio", b"_kept_for_high_ratio", "_kept_from_low_ratio", b"_kept_from_low_ratio", "_kv_weight", b"_kv_weight", "_locality_weight", b"_locality_weight", "_prefix_weight", b"_prefix_weight", "_queue_weight", b"_queue_weight", "_running_weight", b"_running_weight", "_session_weight", b"_session_weight", "choice", b"choice", "kept_for_high_ratio", b"kept_for_high_ratio", "kept_from_low_ratio", b"kept_from_low_ratio", "kv_weight", b"kv_weight", "locality_weight", b"locality_weight", "prefix_weight", b"prefix_weight", "queue_weight", b"queue_weight", "running_weight", b"running_weight", "session_weight", b"session_weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__kept_for_high_ratio: _TypeAlias = _typing.Literal["kept_for_high_ratio"]  # noqa: Y015
+    _WhichOneofArgType__kept_for_high_ratio: _TypeAlias = _typing.Literal["_kept_for_high_ratio", b"_kept_for_high_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__kept_from_low_ratio: _TypeAlias = _typing.Literal["kept_from_low_ratio"]  # noqa: Y015
+    _WhichOneofArgType__kept_from_low_ratio: _TypeAlias = _typing.Literal["_kept_from_low_ratio", b"_kept_from_low_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__kv_weight: _TypeAlias = _typing.Literal["kv_weight"]  # noqa: Y015
+    _WhichOneofArgType__kv_weight: _TypeAlias = _typing.Literal["_kv_weight", b"_kv_weight"]  # noqa: Y015
+    _WhichOneofReturnType__locality_weight: _TypeAlias = _typing.Literal["locality_weight"]  # noqa: Y015
+    _WhichOneofArgType__locality_weight: _TypeAlias = _typing.Literal["_locality_weight", b"_locality_weight"]  # noqa: Y015
+    _WhichOneofReturnType__prefix_weight: _TypeAlias = _typing.Literal["prefix_weight"]  # noqa: Y015
+    _WhichOneofArgType__prefix_weight: _TypeAlias = _typing.Literal["_prefix_weight", b"_prefix_weight"]  # noqa: Y015
+    _WhichOneofReturnType__queue_weight: _TypeAlias = _typing.Literal["queue_weight"]  # noqa: Y015
+    _WhichOneofArgType__queue_weight: _TypeAlias = _typing.Literal["_queue_weight", b"_queue_weight"]  # noqa: Y015
+    _WhichOneofReturnType__running_weight: _TypeAlias = _typing.Literal["running_weight"]  # noqa: Y015
+    _WhichOneofArgType__running_weight: _TypeAlias = _typing.Literal["_running_weight", b"_running_weight"]  # noqa: Y015
+    _WhichOneofReturnType__session_weight: _TypeAlias = _typing.Literal["session_weight"]  # noqa: Y015
+    _WhichOneofArgType__session_weight: _TypeAlias = _typing.Literal["_session_weight", b"_session_weight"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kept_for_high_ratio) -> _WhichOneofReturnType__kept_for_high_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kept_from_low_ratio) -> _WhichOneofReturnType__kept_from_low_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_weight) -> _WhichOneofReturnType__kv_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__locality_weight) -> _WhichOneofReturnType__locality_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix_weight) -> _WhichOneofReturnType__prefix_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__queue_weight) -> _WhichOneofReturnType__queue_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__running_weight) -> _WhichOneofReturnType__running_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__session_weight) -> _WhichOneofReturnType__session_weight | None: ...
+
+Global___ModelRouting: _TypeAlias = ModelRouting  # noqa: Y015
 
 @_typing.final
 class PolicyWindow(_message.Message):
@@ -1173,6 +1299,7 @@ class UpdatePolicyRequest(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name or alias of the model."""
     request_id: _builtins.str
@@ -1181,6 +1308,8 @@ class UpdatePolicyRequest(_message.Message):
     """
     expected_version: _builtins.int
     """The version of the model that the caller has seen: another one is ABORTED (STALE_VERSION). 0: any."""
+    dry_run: _builtins.bool
+    """Check it and answer with the model as it would be; change nothing."""
     @_builtins.property
     def policy(self) -> Global___ModelPolicy:
         """The whole policy."""
@@ -1192,10 +1321,11 @@ class UpdatePolicyRequest(_message.Message):
         policy: Global___ModelPolicy | None = ...,
         request_id: _builtins.str = ...,
         expected_version: _builtins.int = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_version", b"expected_version", "name", b"name", "policy", b"policy", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "expected_version", b"expected_version", "name", b"name", "policy", b"policy", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1203,7 +1333,7 @@ Global___UpdatePolicyRequest: _TypeAlias = UpdatePolicyRequest  # noqa: Y015
 
 @_typing.final
 class UpdatePolicyResponse(_message.Message):
-    """UpdatePolicyResponse is the model as it stands now."""
+    """UpdatePolicyResponse is the model as it stands now, or would."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -178,8 +178,8 @@ class RegistryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdatePolicy(self, request, context):
-        """UpdatePolicy sets how many replicas a model has, and how warm it is kept; the policy is replaced whole. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT
-        (INVALID_POLICY).
+        """UpdatePolicy sets how many replicas a model has, how warm it is kept, and how requests are routed; the policy is
+        replaced whole. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_POLICY).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

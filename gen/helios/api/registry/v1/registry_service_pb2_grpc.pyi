@@ -55,8 +55,8 @@ class RegistryServiceStub:
     DeleteAlias: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.DeleteAliasRequest, _registry_service_pb2.DeleteAliasResponse]
     """DeleteAlias removes an alias. Errors: NOT_FOUND (ALIAS_NOT_FOUND)."""
     UpdatePolicy: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.UpdatePolicyRequest, _registry_service_pb2.UpdatePolicyResponse]
-    """UpdatePolicy sets how many replicas a model has, and how warm it is kept; the policy is replaced whole. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT
-    (INVALID_POLICY).
+    """UpdatePolicy sets how many replicas a model has, how warm it is kept, and how requests are routed; the policy is
+    replaced whole. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_POLICY).
     """
     UpdateEngineSettings: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.UpdateEngineSettingsRequest, _registry_service_pb2.UpdateEngineSettingsResponse]
     """UpdateEngineSettings replaces the engine settings of a model; replicas that are started from then on have them.
@@ -169,8 +169,8 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_service_pb2.UpdatePolicyRequest,
         context: _aio.ServicerContext[_registry_service_pb2.UpdatePolicyRequest, _abc.Awaitable[_registry_service_pb2.UpdatePolicyResponse]],
     ) -> _abc.Awaitable[_registry_service_pb2.UpdatePolicyResponse]:
-        """UpdatePolicy sets how many replicas a model has, and how warm it is kept; the policy is replaced whole. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT
-        (INVALID_POLICY).
+        """UpdatePolicy sets how many replicas a model has, how warm it is kept, and how requests are routed; the policy is
+        replaced whole. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_POLICY).
         """
 
     @_abc_1.abstractmethod
