@@ -602,23 +602,22 @@ Global___LoadDelta: _TypeAlias = LoadDelta  # noqa: Y015
 
 @_typing.final
 class KvCacheNews(_message.Message):
-    """KvCacheNews is what a replica's KV cache lost of the prompts that were sent to the replica. Each loss and each clearing
-    has a number, which grows by one from 1 at the replica's start. What is heard twice is harmless. Where `after` is more
-    than the last number that was heard of, some was missed, and nothing is known of what the replica held before.
+    """KvCacheNews is what a replica's KV cache lost of the prompts that were sent to the replica. Losses are numbered from 1 at
+    the replica's start. What is heard twice is harmless.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int
-    IS_CLEARED_FIELD_NUMBER: _builtins.int
     LOSSES_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Number of the last one that these are; 0: none happened yet, and they are told when they do."""
+    """Number of the last loss that these are; 0: there was none yet, and each will be told."""
     after: _builtins.int
-    """These are all whose numbers are above this one, but for those that a later one of the same request stands for."""
-    is_cleared: _builtins.bool
-    """Whether the cache was emptied, before any of the losses."""
+    """These are all losses with numbers above this one, but for those that a later one of the same request stands for. Where
+    it is more than the last number that was heard of, nothing is left of what the replica held then: its cache was
+    emptied, or losses were missed.
+    """
     @_builtins.property
     def losses(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptLoss]:
         """Prompts that were lost in part or whole."""
@@ -628,12 +627,11 @@ class KvCacheNews(_message.Message):
         *,
         sequence: _builtins.int = ...,
         after: _builtins.int = ...,
-        is_cleared: _builtins.bool = ...,
         losses: _abc.Iterable[Global___PromptLoss] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "is_cleared", b"is_cleared", "losses", b"losses", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "losses", b"losses", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
