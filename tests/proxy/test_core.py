@@ -1,8 +1,11 @@
 """The core as a whole: what clients and workers see of its decisions."""
 
+from dataclasses import replace
+
 import pytest
 
 from helios.mesh.errors import HoldExpired, ModelNotFound, NoReadyReplica, Overloaded, PreconditionFailed
+from helios.mesh.transfer.progress import TransferProgress
 from helios.proxy import actions
 from helios.proxy.core import Core
 from helios.proxy.fleet.commands import DrainReplica, EvictRevision, StartReplica, StopReplica
@@ -345,10 +348,16 @@ def test_a_busy_replica_is_waited_for_where_it_may_give_way_and_said_to_be_in_th
     assert failed.error.reason == "NO_CAPACITY"
 
 
-def test_a_start_goes_on_when_who_asked_for_it_has_left_and_ends_with_idleness() -> None:
-    subject = core(policy(idle_seconds=60.0))
+@pytest.mark.parametrize("was_used", [False, True], ids=["first", "again"])
+def test_a_start_that_takes_longer_than_a_model_may_be_idle_comes_up_though_who_asked_has_left(
+    *, was_used: bool
+) -> None:
+    """Killed before it is ready, it would never come up for clients that wait for less than a start takes."""
+    subject = core(policy(idle_seconds=20.0))
     known(subject)
     subject.worker_hello(hello(), 0.0)
+    if was_used:
+        subject.traffic.use("m", -1000.0)
     hold, todo = subject.hold(entry(), "q", size_bytes=1, deadline=100.0, now=1.0)
     (start,) = sent(todo)
     assert isinstance(start, StartReplica)
@@ -359,11 +368,39 @@ def test_a_start_goes_on_when_who_asked_for_it_has_left_and_ends_with_idleness()
     asked = subject.fleet.replica(start.replica_id)
     assert asked is not None
     subject.replica_event("w", 1, ready(asked), 30.0)
-    for now in range(30, 61):
+    # Whoever was told to come again then finds it.
+    for now in range(30, 50):
         subject.worker_seen("w", now)
         assert sent(subject.tick(float(now))) == []
-    subject.worker_seen("w", 62.0)
-    assert sent(subject.tick(62.0)) == [DrainReplica(start.replica_id, 30.0)]
+    subject.worker_seen("w", 51.0)
+    assert sent(subject.tick(51.0)) == [DrainReplica(start.replica_id, 30.0)]
+
+
+def test_a_start_may_take_as_long_as_it_likes_while_it_gets_further() -> None:
+    """No fixed time is enough for every model: a hundred gigabytes over a slow line take hours."""
+    subject = core()
+    known(subject)
+    subject.worker_hello(hello(), 0.0)
+    _, todo = subject.hold(entry(), "q", size_bytes=1, deadline=9000.0, now=0.0)
+    (start,) = sent(todo)
+    assert isinstance(start, StartReplica)
+    asked = subject.fleet.replica(start.replica_id)
+    assert asked is not None
+    orders: list[object] = []
+    for minute in range(1, 121):
+        fetch = TransferProgress(minute << 30, 200 << 30)
+        coming = replace(asked, state=ReplicaState.FETCHING, fetch=fetch)
+        orders += sent(subject.replica_event("w", minute, coming, 60.0 * minute))
+        orders += sent(subject.tick(60.0 * minute))
+    assert orders == []
+    subject.worker_seen("w", 7400.0)
+    assert sent(subject.tick(7400.0)) == []
+    # Nothing comes any more: five minutes, and what 1 GiB takes from the slowest disk.
+    for now in (7510.0, 7520.0):
+        subject.worker_seen("w", now)
+        orders += sent(subject.tick(now))
+    assert orders == [StopReplica(start.replica_id)]
+    assert "no further" in subject.lifecycle.failure("m")
 
 
 def test_min_replicas_are_kept_without_a_request() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from helios.proxy.actions import ActivationDone, ActivationFailed, Fail, Send
 from helios.proxy.activation.machine import ActivationState
 from helios.proxy.core import Core
-from helios.proxy.fleet.commands import StartReplica, WakeReplica
+from helios.proxy.fleet.commands import DrainReplica, StartReplica, WakeReplica
 from helios.proxy.fleet.state import Device, DeviceKind, Load, Replica, ReplicaState, WorkerHello
 from helios.proxy.scaling.load import LoadDecision, LoadPolicy, LoadSample, LoadScaler, ScalingMode
 from helios.proxy.traffic import LoadDelta
@@ -138,6 +138,25 @@ def test_nothing_is_started_where_it_must_not_or_can_not(
     subject, _ = busy(mode, devices, max_replicas=max_replicas)
     assert not [order for second in range(8, 30) for order in starts(subject, float(second))]
     assert bool(subject.lifecycle.wants.decisions.kept) is (mode is not ScalingMode.OFF)
+
+
+def test_an_answer_may_end_at_a_replica_that_load_needs_no_more() -> None:
+    subject, first = busy(ScalingMode.ON, GPUS)
+    assert [order for second in range(8, 15) for order in starts(subject, float(second))]
+    second = another(subject, first)
+    subject.replica_event("w", 2, ready(second, "127.0.0.1:1001"), 15.0)
+    subject.endpoints_acknowledged(frozenset({"127.0.0.1:1000", "127.0.0.1:1001"}), 15.0)
+    told(subject, first.replica_id, 1, 17.0)
+    told(subject, second.replica_id, 1, 17.0)
+    drains: list[DrainReplica] = []
+    for now in range(18, 60):
+        subject.worker_seen("w", now)
+        todo = subject.tick(float(now))
+        sent = [action.command.order for action in todo if isinstance(action, Send)]
+        drains += [order for order in sent if isinstance(order, DrainReplica)]
+    (drain,) = drains
+    # Nobody needs its room: no answer is cut off for it after seconds.
+    assert drain.timeout_seconds == LoadPolicy().drain_seconds == 3600
 
 
 def another(subject: Core, first: Replica) -> Replica:

@@ -186,7 +186,9 @@ class Activating:
         """Follows the time for one model."""
         if model in self._activations:
             held_count = self._holds.count(model)
-            event = machine.Tick(self._start_seconds(model), is_held=held_count > 0)
+            replica = self._traffic.fleet.replica(self._activations[model].replica_id or "")
+            patience_seconds = self._patience_seconds(replica) if replica is not None else None
+            event = machine.Tick(patience_seconds, is_held=held_count > 0, progress=_progress(replica))
             self.handle(model, event, now, may_preempt=held_count > 0)
 
     def forget(self, model: str) -> None:
@@ -224,7 +226,7 @@ class Activating:
                         self._traffic.drain_asked(replica_id)
                         self._outside.send(replica.worker_id, StopReplica(replica_id))
                 case machine.Measured(replica_id, seconds):
-                    self._measured(model, replica_id, seconds)
+                    self._measured(model, replica_id, seconds, now)
         # Where the worker with that room is away for a moment, the places in the line are kept.
         if activation.state is not ActivationState.WAITING:
             self._room.line.leave(model)
@@ -245,14 +247,28 @@ class Activating:
         self._outside.report(begun)
         return replica.replica_id
 
-    def _start_seconds(self, model: str) -> float | None:
-        """How long the model's start under way may take, where that is not the policy's time."""
-        activation = self._activations.get(model)
-        replica = self._traffic.fleet.replica(activation.replica_id or "") if activation is not None else None
+    def _patience_seconds(self, replica: Replica) -> float:
+        """How long a start may get no further. Its worker knows better, and ends it sooner; this is for one that does
+        not.
+        """
         # Stopped in the middle, a compile would begin anew with the next start, and never come to its end.
-        return self._compiled_seconds if replica is not None and replica.form is Form.COMPILED else None
+        is_compiled = replica.form is Form.COMPILED
+        seconds = self._compiled_seconds if is_compiled else self._policy.start_seconds
+        return seconds + replica.memory_bytes / self._policy.least_bytes_per_second
 
-    def _measured(self, model: str, replica_id: str, seconds: float) -> None:
+    def is_asked_for(self, model: str) -> bool:
+        """Whether a start is under way that somebody asked for, though they may have left."""
+        activation = self._activations.get(model)
+        if activation is None or activation.state is not ActivationState.STARTING:
+            return False
+        used_at = self._traffic.last_used_at(model)
+        return used_at is not None and used_at >= activation.since
+
+    def _measured(self, model: str, replica_id: str, seconds: float, now: float) -> None:
+        used_at = self._traffic.last_used_at(model)
+        if used_at is not None and used_at >= now - seconds:
+            # Whoever was told to come again when it is ready comes from now on.
+            self._traffic.use(model, now)
         # Waking says nothing of how long a start takes.
         if replica_id not in self._waking:
             self._estimates.record(model, seconds)
@@ -392,3 +408,10 @@ class Activating:
         for hold in holds:
             self._outside.report(actions.Fail(hold, error))
         return len(holds) + self._holds.elsewhere_count(model)
+
+
+def _progress(replica: Replica | None) -> tuple[int, ...]:
+    """How far a start is: its stage, the phases that are over, the bytes that came."""
+    if replica is None:
+        return ()
+    return replica.state.value, len(replica.phases), replica.fetch.done_bytes if replica.fetch is not None else 0

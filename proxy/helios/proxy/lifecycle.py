@@ -28,7 +28,7 @@ from helios.proxy.moved import move_holds
 from helios.proxy.peers.following import Outlooks
 from helios.proxy.refusals import check_unpinned
 from helios.proxy.room import Room
-from helios.proxy.scaling.desired import Desired
+from helios.proxy.scaling.desired import Desired, least_missed
 from helios.proxy.scaling.forecast import WarmPoolMode
 from helios.proxy.scaling.ladder import Cooldowns
 from helios.proxy.scaling.load import LoadPolicy
@@ -423,6 +423,7 @@ class Lifecycle:
             now,
             load_count=self.loads.count(entry.name, standing, now),
             is_failing=activation is not None and activation.is_failing,
+            is_asked_for=self.activating.is_asked_for(entry.name),
         )
 
     def put_to_sleep(self, replica: Replica, now: float) -> None:
@@ -491,19 +492,14 @@ class Lifecycle:
 
     def _put_down(self, entry: ModelEntry, current: list[Replica], count: int, now: float) -> None:
         replaced = self.swaps.replaced(entry, current)
-
-        # What is not ready yet goes first, then what a compiled replica replaces, then what has least to do.
-        def order(replica: Replica) -> tuple[bool, bool, int, str]:
-            load = replica.load.running_count + replica.load.waiting_count
+        for replica in least_missed(current, replaced)[:count]:
             is_replaced = replica.replica_id in replaced
-            return replica.state is ReplicaState.READY, not is_replaced, load, replica.replica_id
-
-        for replica in sorted(current, key=order)[:count]:
-            if replica.replica_id in replaced and count < len(current):
+            if count < len(current) and (is_replaced or not self._traffic.is_idle(replica)):
                 # It was not drained for its room, so that its requests may take their time.
-                self.drain(replica, now, seconds=self.policy.swap.drain_seconds)
+                seconds = self.policy.swap.drain_seconds if is_replaced else self.policy.load.drain_seconds
+                self.drain(replica, now, seconds=seconds)
                 self.room.leaves_late(replica.replica_id)
-                self.outbox.append(actions.SwapDone(entry.name, replica.replica_id))
+                self.outbox += [actions.SwapDone(entry.name, replica.replica_id)] if is_replaced else []
                 continue
             if self.warmth.may_sleep(replica):
                 self.warmth.sleep(replica)

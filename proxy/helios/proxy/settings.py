@@ -107,7 +107,12 @@ class ReplicaSettings(BaseModel):
     max_kv_cache_bytes: PositiveInt = 4 << 30
     """Upper bound of a replica's KV cache, where one full context needs less. 4 GiB."""
     start_seconds: PositiveFloat = 300.0
-    """How long a start may take before it is given up, in seconds; one that compiles, `swap.start_seconds`."""
+    """How long a start may get no further (no byte that comes, no phase that ends) before it is given up, in seconds,
+    beside what its bytes take at `start_least_bytes_per_second`; one that compiles, `swap.start_seconds`. 300: above
+    the worker's own replica.start_seconds, which knows why."""
+    start_least_bytes_per_second: PositiveInt = 64 << 20
+    """How slowly a replica may load what it books, in bytes per second: no fixed time is right for a model of 100 MB
+    and one of 100 GB. 64 MiB: a network disk, as workers have it."""
     wait_seconds: PositiveFloat = 30.0
     """How long requests wait for a worker to connect, in seconds. For memory that others have, they wait in line, as
     long as `hold.limit_seconds` lets them."""
@@ -190,6 +195,10 @@ class ScalingSettings(BaseModel):
     """When the short mean counts."""
     keep_seconds: NonNegativeFloat = 300.0
     """As many replicas stay as were asked for at any time in so long, in seconds. 300: a pause between two bursts."""
+    drain_seconds: NonNegativeFloat = 3600.0
+    """How long requests may go on at a replica that load needs no more, in seconds; then they are cut off. 3,600: it
+    was not drained for its room, so that no answer has to end for it; a start that needs room takes it from idle models
+    first."""
 
 
 class Choice(enum.Enum):
@@ -419,7 +428,11 @@ class ProxySettings(ProcessSettings):
     def _lifecycle_policy(self) -> LifecyclePolicy:
         replica = self.replica
         return LifecyclePolicy(
-            activation=ActivationPolicy(wait_seconds=replica.wait_seconds, start_seconds=replica.start_seconds),
+            activation=ActivationPolicy(
+                wait_seconds=replica.wait_seconds,
+                start_seconds=replica.start_seconds,
+                least_bytes_per_second=replica.start_least_bytes_per_second,
+            ),
             sizing=SizingPolicy(
                 overhead_bytes=replica.overhead_bytes,
                 gpu_overhead_bytes=replica.gpu_overhead_bytes,

@@ -68,7 +68,14 @@ class Wants:
             self.decide(Scaled(now, change.model, from_count, count, reason, is_advice, Cause.FORECAST))
 
     def desired(
-        self, entry: ModelEntry, current: list[Replica], now: float, *, load_count: int, is_failing: bool
+        self,
+        entry: ModelEntry,
+        current: list[Replica],
+        now: float,
+        *,
+        load_count: int,
+        is_failing: bool,
+        is_asked_for: bool,
     ) -> Desired:
         """How many replicas a model is to have.
 
@@ -78,6 +85,7 @@ class Wants:
             now: monotonic seconds.
             load_count: how many its load asks for.
             is_failing: whether its last start failed.
+            is_asked_for: whether a start is under way that somebody asked for.
         """
         usage = Usage(
             held_count=self._holds.count(entry.name),
@@ -86,6 +94,7 @@ class Wants:
             is_failing=is_failing,
             load_count=load_count,
             forecast_count=self.expected_count(entry.name, now),
+            is_asked_for=is_asked_for,
         )
         return desired_replicas(
             min_replicas=entry.min_replicas,

@@ -145,6 +145,29 @@ def test_a_long_start_has_more_time_also_under_another_supervisor(order: Order) 
     assert taken_over.deadline == 400
 
 
+def test_a_large_model_has_more_time_to_start_and_to_wake_than_a_small_one() -> None:
+    limits = replace(LIMITS, wake_seconds=10, least_bytes_per_second=64 << 20)
+    machine = ReplicaMachine(replace(ORDER, memory_bytes=80 << 30), limits)
+    drive(machine, on.Begin(), on.WeightsReady("/w", "l"), on.Forked(PROCESS))
+    assert machine.deadline == 30 + 1280
+    assert machine.handle(on.Tick(), 1300.0) == [], "killed at a fixed time, it would never come up"
+    drive(machine, on.BecameReady("127.0.0.1:1", 512, can_sleep=True), now=1301.0)
+    drive(machine, on.SleepRequested(0), on.FellAsleep(0), on.WakeRequested(), now=1400.0)
+    assert machine.deadline == 1400 + 10 + 1280
+
+
+def test_weights_may_take_as_long_as_they_like_while_they_come() -> None:
+    machine = ReplicaMachine(ORDER, LIMITS)
+    drive(machine, on.Begin())
+    for minute in range(60):
+        drive(machine, on.WeightsCome(TransferProgress(minute, 1000)), on.Tick(), now=minute * 59.0)
+    assert machine.stage is Stage.FETCHING
+    drive(machine, on.WeightsCome(TransferProgress(59, 1000)), now=3500.0)
+    assert machine.deadline == 59 * 59.0 + 60, "nothing came"
+    drive(machine, on.Tick(), now=3541.0)
+    assert machine.view.failure == Failure("FETCH_TIMEOUT", "no byte of the weights came for 60 s")
+
+
 def test_a_stop_during_the_fork_waits_for_the_process_and_kills_it() -> None:
     machine = ReplicaMachine(ORDER, LIMITS)
     drive(machine, on.Begin(), on.WeightsReady("/w", "l"))

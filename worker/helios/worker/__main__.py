@@ -320,6 +320,7 @@ def _rules(settings: WorkerSettings) -> Rules:
             wake_seconds=replica.wake_seconds,
             silence_seconds=replica.silence_seconds,
             background_start_seconds=replica.background_start_seconds,
+            least_bytes_per_second=replica.least_bytes_per_second,
         ),
         sleep_left_bytes=replica.sleep_left_bytes,
         sleep_cycle_limit=replica.sleep_cycle_limit,

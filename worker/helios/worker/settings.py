@@ -53,10 +53,11 @@ class ReplicaSettings(BaseModel):
     kv_cache_bytes: int = Field(default=96 << 20, gt=0)
     """KV cache where a command names none. 96 MiB: 4,000 tokens of a small model, zeroed in 0.2 s."""
     fetch_seconds: float = Field(default=1800.0, gt=0)
-    """How long weights may take to come to the node. Half an hour: 100 GB at 55 MB/s."""
+    """How long no byte of the weights may come to the node. Half an hour: a hub that is away, or fetches that go first;
+    while bytes come, they may take as long as they like."""
     start_seconds: float = Field(default=120.0, gt=0)
-    """From the fork to ready; a start that takes longer hangs and is killed. 120: the slowest engine start seen, times
-    four."""
+    """From the fork to ready, beside what its bytes take at `least_bytes_per_second`; a start that takes longer hangs
+    and is killed. 120: the slowest engine start seen, times four."""
     background_start_seconds: float = Field(default=1800.0, gt=0)
     """The same, of a replica that is to take the place of one that serves, and gets what the others leave of the cores,
     or that may have to compile. Half an hour: a compile of two minutes, on cores that are nearly always taken."""
@@ -71,7 +72,11 @@ class ReplicaSettings(BaseModel):
     sleep_seconds: float = Field(default=60.0, gt=0)
     """How long a replica may take to put its weights and KV cache off its device, before it is killed."""
     wake_seconds: float = Field(default=120.0, gt=0)
-    """How long a sleeping replica may take to be ready again, its weights loaded and its canary checked."""
+    """How long a sleeping replica may take to be ready again, its weights loaded and its canary checked, beside what
+    its bytes take at `least_bytes_per_second`."""
+    least_bytes_per_second: float = Field(default=64 << 20, gt=0)
+    """How slowly a replica may load what it books, in bytes per second: no fixed time is right for a model of 100 MB
+    and one of 100 GB. 64 MiB: a network disk; a replica of 80 GiB then has 20 minutes more than a small one."""
     sleep_left_bytes: int = Field(default=1 << 30, ge=0)
     """Booked on each device of a sleeping replica that can't measure what it left there. 1 GiB: a CUDA context with
     vLLM's kernels, cuBLAS workspaces and NCCL's buffers."""

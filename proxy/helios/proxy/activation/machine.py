@@ -14,7 +14,8 @@
 | STARTING | Gone of its replica, worker lost, fewer than 3 in a row | PLACING | Place |
 | STARTING | Gone of its replica, else | BACKING_OFF | FailHolds |
 | STARTING | Withdrawn of its replica | IDLE | |
-| STARTING | Tick, longer than its start_seconds | BACKING_OFF | Abandon, FailHolds |
+| STARTING | Tick, further than before | STARTING, and its time begins anew | |
+| STARTING | Tick, no further for longer than its start_seconds | BACKING_OFF | Abandon, FailHolds |
 | BACKING_OFF | Demanded before its end | BACKING_OFF | FailHolds, Retry-After the rest |
 | BACKING_OFF | Demanded at or after its end, or by an operator where the failure is for good | PLACING | Place |
 | BACKING_OFF | Changed | IDLE, failures forgotten | |
@@ -46,7 +47,8 @@ class ActivationPolicy:
 
     Attributes:
         wait_seconds: how long to wait for a worker or for room before holds fail.
-        start_seconds: how long a start may take before it is given up.
+        start_seconds: how long a start may get no further before it is given up, beside what its weights take.
+        least_bytes_per_second: how slowly weights may be loaded: no fixed time is enough for every model.
         back_off_seconds: pause after the first failure; doubles with each further one.
         max_back_off_seconds: bound of the doubling.
         blocked_seconds: pause after a failure that is for good: workers may have changed by then.
@@ -54,6 +56,7 @@ class ActivationPolicy:
 
     wait_seconds: float = 30.0
     start_seconds: float = 300.0
+    least_bytes_per_second: float = 64 << 20
     back_off_seconds: float = 1.0
     max_back_off_seconds: float = 60.0
     blocked_seconds: float = 600.0
@@ -76,12 +79,14 @@ class Tick:
     """Time has passed.
 
     Attributes:
-        start_seconds: how long the start under way may take, None: as the policy says.
+        start_seconds: how long the start under way may get no further, None: as the policy says.
         is_held: requests wait for it. For room, they do until their own deadlines.
+        progress: how far the start under way is; what is further compares as more.
     """
 
     start_seconds: float | None = None
     is_held: bool = False
+    progress: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +220,8 @@ class Activation:
         self.since = 0.0
         self.failure_count = 0
         self.failure = ""
+        self._progress: tuple[int, ...] = ()
+        self._further_at = 0.0
         self._reason = ""
         self._until = 0.0
         self._waiting_since: float | None = None
@@ -247,8 +254,10 @@ class Activation:
         match event:
             case Demanded(by_operator):
                 return self._demanded(now, by_operator=by_operator)
-            case Tick(start_seconds, is_held):
+            case Tick(start_seconds, is_held, progress):
                 start_seconds = self._policy.start_seconds if start_seconds is None else start_seconds
+                if progress > self._progress:
+                    self._progress, self._further_at = progress, now
                 return self._tick(now, start_seconds, is_held=is_held)
             case Placed(replica_id):
                 assert self.state is ActivationState.PLACING
@@ -281,10 +290,10 @@ class Activation:
         return self._place() if self.state in (ActivationState.IDLE, ActivationState.WAITING) else []
 
     def _tick(self, now: float, start_seconds: float, *, is_held: bool) -> list[Action]:
-        if self.state is ActivationState.STARTING and now - self.since > start_seconds:
+        if self.state is ActivationState.STARTING and now - self._further_at > start_seconds:
             assert self.replica_id is not None
             abandoned = self.replica_id
-            message = f"the model was not ready after {start_seconds:.0f} s"
+            message = f"the model's start got no further for {start_seconds:.0f} s"
             return [Abandon(abandoned), *self._fail("START_TIMEOUT", message, now)]
         if self.state is ActivationState.WAITING and not (is_held and self.waits_for_room):
             assert self._waiting_since is not None
@@ -340,6 +349,7 @@ class Activation:
 
     def _starting(self, replica_id: str, now: float) -> list[Action]:
         self.state, self.replica_id, self.since = ActivationState.STARTING, replica_id, now
+        self._progress, self._further_at = (), now
         self._waiting_since = None
         return []
 

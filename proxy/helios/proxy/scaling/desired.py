@@ -7,7 +7,10 @@ questions: `start_below` (start one where fewer exist, whoever has to give way) 
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
+
+from helios.proxy.fleet.state import Replica, ReplicaState
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +18,8 @@ class Usage:
     """How a model is used now. `last_used_at` is None where it was never used, or was told to go to zero.
 
     `load_count` is how many replicas its load asks for, `forecast_count` how many what is expected of it does.
+    `is_asked_for`: a start is under way that somebody asked for, who may have left. Stopped because the model was idle
+    for less time than it takes to start, it would never come up.
     """
 
     held_count: int
@@ -23,6 +28,7 @@ class Usage:
     is_failing: bool
     load_count: int = 1
     forecast_count: int = 0
+    is_asked_for: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +54,25 @@ def desired_replicas(*, min_replicas: int, max_replicas: int, usage: Usage, idle
     """
     is_recent = usage.last_used_at is not None and (not idle_seconds or now - usage.last_used_at < idle_seconds)
     is_wanted = usage.held_count > 0
-    keep = max(1, usage.load_count) if is_wanted or usage.in_flight_count or is_recent else 0
+    is_kept = is_wanted or usage.is_asked_for or usage.in_flight_count > 0 or is_recent
+    keep = max(1, usage.load_count) if is_kept else 0
     keep = max(keep, usage.forecast_count)
     # A model that fails to start is tried again by requests and by its policy, not because it was used a while ago.
     start = 1 if is_wanted or ((is_recent or usage.forecast_count) and not usage.is_failing) else 0
     if max_replicas:
         keep, start = min(keep, max(max_replicas, 1)), min(start, max(max_replicas, 1))
     return Desired(max(min_replicas, start), max(min_replicas, keep))
+
+
+def least_missed(replicas: Iterable[Replica], replaced: Container[str]) -> list[Replica]:
+    """A model's replicas, those first that go first: not ready, then `replaced` by others, then with least to do."""
+
+    def order(replica: Replica) -> tuple[bool, bool, int, str]:
+        load = replica.load.running_count + replica.load.waiting_count
+        is_replaced = replica.replica_id in replaced
+        return replica.state is ReplicaState.READY, not is_replaced, load, replica.replica_id
+
+    return sorted(replicas, key=order)
 
 
 def idle_after(idle_seconds: float, advised_seconds: float | None) -> float:

@@ -48,6 +48,7 @@ class LoadPolicy:
         panic_seconds: the mean over this time counts in a panic.
         panic_ratio: a panic is where the short mean asks for this many times the replicas that there are.
         keep_seconds: as many replicas stay as were asked for at any time in so long.
+        drain_seconds: how long requests may go on at a replica that is needed no more.
     """
 
     mode: ScalingMode = ScalingMode.ON
@@ -60,6 +61,7 @@ class LoadPolicy:
     panic_seconds: float = 6.0
     panic_ratio: float = 2.0
     keep_seconds: float = 300.0
+    drain_seconds: float = 3600.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Where a replica is for its supervisor, how long it may be there, and what it is called when that was too long."""
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,15 +47,16 @@ class Limits:
     """How long a stage may last, in seconds.
 
     Attributes:
-        fetch_seconds: Until the weights are on the node.
-        start_seconds: From the fork to ready.
+        fetch_seconds: While weights come to the node, from one byte to the next.
+        start_seconds: From the fork to ready, beside the time that its bytes take.
         background_start_seconds: The same, of a replica that computes with what others leave, or may have to compile.
         drain_seconds: For a replica that drains on its own account.
         drain_grace_seconds: Given to a replica on top of its drain timeout, to cut off what is left and to exit by
             itself.
         sleep_seconds: Until weights and KV cache are off the device.
-        wake_seconds: Until a sleeping replica is ready again.
+        wake_seconds: Until a sleeping replica is ready again, beside the time that its bytes take.
         silence_seconds: How long a ready replica may say nothing before it counts as hung; 0: for ever.
+        least_bytes_per_second: How slowly a replica may load what it books: no fixed time is enough for every model.
     """
 
     fetch_seconds: float
@@ -65,3 +67,8 @@ class Limits:
     wake_seconds: float = 60.0
     silence_seconds: float = 0.0
     background_start_seconds: float = 1800.0
+    least_bytes_per_second: float = math.inf
+
+    def loading_seconds(self, memory_bytes: int) -> float:
+        """How long a replica that books so much may take to load, where it is as slow as it may be."""
+        return memory_bytes / self.least_bytes_per_second

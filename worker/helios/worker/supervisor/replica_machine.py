@@ -96,7 +96,7 @@ class ReplicaMachine:
     | stage | event | next | actions beside Publish |
     |---|---|---|---|
     | PENDING | Begin | FETCHING | Fetch |
-    | FETCHING | WeightsCome | FETCHING | |
+    | FETCHING | WeightsCome, more than before | FETCHING, and its time begins anew | |
     | FETCHING | WeightsReady | LOADING | Fork |
     | FETCHING | WeightsEnough | LOADING, not lent | Fork |
     | LOADING, WARMING, not lent | WeightsCome | the same | |
@@ -231,7 +231,8 @@ class ReplicaMachine:
         limits, order = self._limits, self._view.order
         # Killed in the middle, a compile would begin anew with the next start, and never come to its end.
         is_long = order.is_background or order.settings.compilation is Compilation.COMPILED
-        return limits.background_start_seconds if is_long else limits.start_seconds
+        seconds = limits.background_start_seconds if is_long else limits.start_seconds
+        return seconds + limits.loading_seconds(order.memory_bytes)
 
     @property
     def _silent_at(self) -> float | None:
@@ -263,10 +264,7 @@ class ReplicaMachine:
             # Two clocks, the requesting proxy's and this node's: less than nothing says that they differ.
             schedule = max(0.0, order.created_at.timestamp() - order.requested_at)
             self._add_phases([PhaseTiming("schedule", schedule)])
-        self._set_deadline(
-            now + self._limits.fetch_seconds,
-            Failure(FETCH_TIMEOUT, f"the weights were not on the node after {self._limits.fetch_seconds:g} s"),
-        )
+        self._set_fetch_deadline(now)
         return [Fetch(), *self._enter(Stage.FETCHING)]
 
     def _on_weights(
@@ -274,6 +272,9 @@ class ReplicaMachine:
     ) -> list[Action]:
         match event:
             case WeightsCome(progress) if self._is_fetching:
+                before = self._view.fetch
+                if before is None or progress.done_bytes > before.done_bytes:
+                    self._set_fetch_deadline(now)
                 self._view = replace(self._view, fetch=progress)
                 return [Publish()]
             case WeightsFailed(failure) if self._is_fetching:
@@ -526,12 +527,17 @@ class ReplicaMachine:
         self._deadline = deadline
         self._overdue = overdue
 
+    def _set_fetch_deadline(self, now: float) -> None:
+        """Weights may take as long as they like while they come."""
+        seconds = self._limits.fetch_seconds
+        self._set_deadline(now + seconds, Failure(FETCH_TIMEOUT, f"no byte of the weights came for {seconds:g} s"))
+
     def _set_start_deadline(self, now: float) -> None:
         seconds = self._start_seconds
         self._set_deadline(now + seconds, Failure(START_TIMEOUT, f"the replica was not ready after {seconds:g} s"))
 
     def _set_wake_deadline(self, now: float) -> None:
-        seconds = self._limits.wake_seconds
+        seconds = self._limits.wake_seconds + self._limits.loading_seconds(self._view.order.memory_bytes)
         self._set_deadline(now + seconds, Failure(WAKE_TIMEOUT, f"the replica was not awake after {seconds:g} s"))
 
     def _complete_phases(self, now: float) -> None:
