@@ -105,6 +105,27 @@ async def test_an_error_after_the_first_event_travels_in_band_and_ends_the_strea
     assert [finished.status_code for finished in ledger.take().finished] == [grpc.StatusCode.UNAVAILABLE.value[0]]
 
 
+class VectorEngine(FailingEngine):
+    """Answers with one document of so many bytes."""
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__([], InvalidRequest("never raised"))
+        self._size_bytes = size_bytes
+
+    async def answer(self, call: OpenAICall, document: Mapping[str, Any], meter: Meter) -> JsonAnswer | EventStream:
+        return JsonAnswer(b"x" * self._size_bytes)
+
+
+async def test_an_answer_that_is_longer_than_a_message_comes_in_parts() -> None:
+    """Vectors of a thousand texts are: refused, the work would be done and thrown away."""
+    messages, error = await ask(VectorEngine(40 << 20), RequestLedger())
+    assert error is None
+    assert sum(len(message.data) for message in messages) == 40 << 20
+    assert {message.content_type for message in messages} == {"application/json"}
+    messages, error = await ask(VectorEngine(1 << 20), RequestLedger())
+    assert [len(message.data) for message in messages] == [1 << 20]
+
+
 @pytest.mark.parametrize(
     ("metadata", "model", "error"),
     [

@@ -16,6 +16,8 @@ from helios.worker.replica.ready import ReadyTogether
 
 _JSON: Final = "application/json"
 _EVENTS: Final = "text/event-stream"
+# A message of the mesh has at most 33 MiB, and the vectors of a thousand texts are more.
+_PART_BYTES: Final = 16 << 20
 
 
 class OpenAIServicer(openai_service_pb2_grpc.OpenAIServiceServicer):
@@ -47,7 +49,9 @@ class OpenAIServicer(openai_service_pb2_grpc.OpenAIServiceServicer):
             document["model"] = self._gate.engine_name(document["model"])
             answer = await self._engine.answer(operation, document, call.meter)
             if isinstance(answer, JsonAnswer):
-                await context.write(HttpBody(content_type=_JSON, data=answer.body))
+                for begin in range(0, max(1, len(answer.body)), _PART_BYTES):
+                    part = answer.body[begin : begin + _PART_BYTES]
+                    await context.write(HttpBody(content_type=_JSON, data=part))
             else:
                 await _stream(answer, call, context)
 

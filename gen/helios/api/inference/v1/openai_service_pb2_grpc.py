@@ -30,8 +30,8 @@ class OpenAIServiceStub:
 
     Request and response bodies are google.api.HttpBody: the JSON that a client sent, and the JSON or server-sent events
     that vLLM's own serving code made. Envoy transcodes REST to these calls, so REST and gRPC callers reach the same
-    method of the same replica, and streaming and unary answers share it: a unary answer is one message, a stream is one
-    message for each group of events that were ready together.
+    method of the same replica, and streaming and unary answers share it: a unary answer is one message, and one more for
+    each further 16 MiB; a stream is one message for each group of events that were ready together.
 
     All calls: the model is read from the body; `x-helios-model` may name it too and must then agree. None is
     idempotent. Errors: INVALID_ARGUMENT (INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED, MODEL_MISMATCH, WRONG_KIND_OF_MODEL:
@@ -68,8 +68,8 @@ class OpenAIServiceServicer:
 
     Request and response bodies are google.api.HttpBody: the JSON that a client sent, and the JSON or server-sent events
     that vLLM's own serving code made. Envoy transcodes REST to these calls, so REST and gRPC callers reach the same
-    method of the same replica, and streaming and unary answers share it: a unary answer is one message, a stream is one
-    message for each group of events that were ready together.
+    method of the same replica, and streaming and unary answers share it: a unary answer is one message, and one more for
+    each further 16 MiB; a stream is one message for each group of events that were ready together.
 
     All calls: the model is read from the body; `x-helios-model` may name it too and must then agree. None is
     idempotent. Errors: INVALID_ARGUMENT (INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED, MODEL_MISMATCH, WRONG_KIND_OF_MODEL:
@@ -94,7 +94,7 @@ class OpenAIServiceServicer:
 
     def CreateEmbedding(self, request, context):
         """CreateEmbedding turns texts into vectors: OpenAI's `POST /v1/embeddings`, for models that were made for it. The
-        answer is one message.
+        answer is one message, and one more for each further 16 MiB: the bytes joined are the document.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,8 +131,8 @@ class OpenAIService:
 
     Request and response bodies are google.api.HttpBody: the JSON that a client sent, and the JSON or server-sent events
     that vLLM's own serving code made. Envoy transcodes REST to these calls, so REST and gRPC callers reach the same
-    method of the same replica, and streaming and unary answers share it: a unary answer is one message, a stream is one
-    message for each group of events that were ready together.
+    method of the same replica, and streaming and unary answers share it: a unary answer is one message, and one more for
+    each further 16 MiB; a stream is one message for each group of events that were ready together.
 
     All calls: the model is read from the body; `x-helios-model` may name it too and must then agree. None is
     idempotent. Errors: INVALID_ARGUMENT (INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED, MODEL_MISMATCH, WRONG_KIND_OF_MODEL:

@@ -17,8 +17,8 @@ class OpenAIServiceStub:
 
     Request and response bodies are google.api.HttpBody: the JSON that a client sent, and the JSON or server-sent events
     that vLLM's own serving code made. Envoy transcodes REST to these calls, so REST and gRPC callers reach the same
-    method of the same replica, and streaming and unary answers share it: a unary answer is one message, a stream is one
-    message for each group of events that were ready together.
+    method of the same replica, and streaming and unary answers share it: a unary answer is one message, and one more for
+    each further 16 MiB; a stream is one message for each group of events that were ready together.
 
     All calls: the model is read from the body; `x-helios-model` may name it too and must then agree. None is
     idempotent. Errors: INVALID_ARGUMENT (INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED, MODEL_MISMATCH, WRONG_KIND_OF_MODEL:
@@ -34,7 +34,7 @@ class OpenAIServiceStub:
     """CreateCompletion continues a text: OpenAI's `POST /v1/completions`."""
     CreateEmbedding: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """CreateEmbedding turns texts into vectors: OpenAI's `POST /v1/embeddings`, for models that were made for it. The
-    answer is one message.
+    answer is one message, and one more for each further 16 MiB: the bytes joined are the document.
     """
 
 class OpenAIServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -42,8 +42,8 @@ class OpenAIServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Request and response bodies are google.api.HttpBody: the JSON that a client sent, and the JSON or server-sent events
     that vLLM's own serving code made. Envoy transcodes REST to these calls, so REST and gRPC callers reach the same
-    method of the same replica, and streaming and unary answers share it: a unary answer is one message, a stream is one
-    message for each group of events that were ready together.
+    method of the same replica, and streaming and unary answers share it: a unary answer is one message, and one more for
+    each further 16 MiB; a stream is one message for each group of events that were ready together.
 
     All calls: the model is read from the body; `x-helios-model` may name it too and must then agree. None is
     idempotent. Errors: INVALID_ARGUMENT (INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED, MODEL_MISMATCH, WRONG_KIND_OF_MODEL:
@@ -75,7 +75,7 @@ class OpenAIServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """CreateEmbedding turns texts into vectors: OpenAI's `POST /v1/embeddings`, for models that were made for it. The
-        answer is one message.
+        answer is one message, and one more for each further 16 MiB: the bytes joined are the document.
         """
 
 def add_OpenAIServiceServicer_to_server(servicer: OpenAIServiceServicer, server: _aio.Server) -> None: ...
