@@ -8,6 +8,7 @@ import pytest
 from google.api import httpbody_pb2
 from google.protobuf.duration_pb2 import Duration
 
+from helios.api.catalog.v1 import model_service_pb2 as catalog_pb
 from helios.api.fleet.v1 import types_pb2
 from helios.api.inference.v1 import inference_service_pb2 as inference_pb
 from helios.mesh.channel import Dialer
@@ -294,9 +295,13 @@ async def test_operators_preload_scale_list_and_evict(world: World) -> None:
         (model,) = await models.list_models()
         assert (model.id, model.object, model.state, list(model.aliases)) == ("m", "model", 1, ["alias"])
         assert model.estimated_ready_seconds > 0
+        assert (model.start.rung, model.start.scored_count) == (catalog_pb.START_RUNG_CLOUD, 0)
+        assert model.start.seconds == pytest.approx(model.estimated_ready_seconds, abs=0.1)
+        assert sum(model.resources.memory_items.values()) == model.resources.memory_bytes
         assert len(await admin.preload("alias")) == 1
         await until(lambda: len(envoy.endpoints) == 1)
-        assert (await models.get_model("alias")).state == 3
+        model = await models.get_model("alias")
+        assert (model.state, model.replicas.on_disk, model.HasField("start")) == (3, 1, False)
         assert (await admin.scale("m", 2)).desired_count == 2
         await until(lambda: len(worker.starts) == 2)
         await until(lambda: len(envoy.endpoints) == 2)

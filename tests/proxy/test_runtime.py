@@ -1,7 +1,7 @@
 """What the runtime has written, and in which order."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +44,8 @@ class SlowDisk:
     async def save(self, worker_ids: frozenset[str]) -> None: ...
 
     async def save_swap_failures(self, failures: Sequence[SwapFailures]) -> None: ...
+
+    async def save_starts(self, document: Mapping[str, Any]) -> None: ...
 
     async def save_cordons(self, own: Iterable[str], shared: Iterable[str]) -> None:
         is_first = not self.begun.is_set()

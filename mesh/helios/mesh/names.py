@@ -21,6 +21,7 @@ ROLLOUT_TIME_TO_FIRST_TOKEN_SECONDS: Final = "helios_rollout_time_to_first_token
 LOAD_REPLICAS: Final = "helios_load_replicas"
 SWAPS_TOTAL: Final = "helios_swaps_total"
 ACTIVATION_SECONDS: Final = "helios_activation_seconds"
+START_PROMISED_RATIO: Final = "helios_start_promised_ratio"
 # helios.cold_start.phase.duration in OpenTelemetry's form; attributes phase and model.
 COLD_START_PHASE_DURATION_SECONDS: Final = "helios_cold_start_phase_duration_seconds"
 ENDPOINTS: Final = "helios_endpoints"

@@ -40,7 +40,16 @@ from helios.proxy.replacement.servicer import REPLACEMENT_SERVICE, ReplacementSe
 from helios.proxy.runtime import Runtime
 from helios.proxy.scaling.forecast import Expected, WarmPoolMode
 from helios.proxy.settings import ProxySettings
-from helios.proxy.store import Store, load_cordons, load_keys, load_models, load_swap_failures, load_usage, load_workers
+from helios.proxy.store import (
+    Store,
+    load_cordons,
+    load_keys,
+    load_models,
+    load_starts,
+    load_swap_failures,
+    load_usage,
+    load_workers,
+)
 from helios.proxy.usage.advice import watch_advice
 from helios.proxy.usage.reporter import UsageReporter
 from helios.registry.client import CordonClient, KeyClient, ProfileClient, RegistryClient, UsageClient, VersionClient
@@ -72,6 +81,7 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
     )
     core.lifecycle.wants.set_clock(datetime.now(UTC).timestamp() - time.monotonic(), time.monotonic())
     core.lifecycle.swaps.restore(load_swap_failures(directory))
+    load_starts(directory, core.lifecycle.promises.estimates)
     core.models_replaced(load_models(directory), time.monotonic(), is_synced=False)
     if (keys := load_keys(directory)) is not None:
         core.keyring.replace(keys)

@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass
 
 from helios.mesh.errors import HeliosError
+from helios.proxy.activation.rungs import Score
 from helios.proxy.fleet.commands import Command
 from helios.proxy.fleet.state import Replica
 from helios.proxy.holds import Hold
@@ -136,6 +137,20 @@ class ActivationDone:
 
 
 @dataclass(frozen=True, slots=True)
+class StartScored:
+    """A start or wake is over: `rung` is where it came from, as was believed when `promised_seconds` were, and `score`
+    how right promises from there have been.
+    """
+
+    model: str
+    replica_id: str
+    rung: str
+    promised_seconds: float
+    seconds: float
+    score: Score
+
+
+@dataclass(frozen=True, slots=True)
 class ActivationFailed:
     """A start failed, or there was no room; `held_count` requests are told so, those of other proxies among them."""
 
@@ -216,6 +231,7 @@ Action = (
     | ActivationDelayed
     | ModelScaled
     | ActivationDone
+    | StartScored
     | ActivationFailed
     | SwapBegun
     | SwapReady

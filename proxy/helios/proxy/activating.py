@@ -46,12 +46,14 @@ class Outside:
         drain: takes a replica out; its requests may go on for so many seconds, None: as long as the policy says.
         send: sends an order to a worker.
         report: says what happened.
+        ordered: notes that a replica was ordered to start or to wake.
     """
 
     reconcile: Callable[[str, float], None]
     drain: Callable[[Replica, float, float | None], None]
     send: Callable[[str, Order], None]
     report: Callable[[actions.Action], None]
+    ordered: Callable[[str, float], None]
 
 
 class Activating:
@@ -286,14 +288,14 @@ class Activating:
         sleeper = self._warmth.sleeper(entry)
         if sleeper is not None:
             self._asked(model, now)
-            return machine.Placed(self.wake(sleeper))
+            return self._ordered(self.wake(sleeper), now)
         workers = [c for w in self._traffic.fleet.open_workers() for c in self._room.capacities(w, entry, now)]
         engine = self._starts.engine(needs_of(entry.engine_settings))
         plan = placement.place(engine, workers, may_preempt=may_preempt)
         match plan:
             case placement.Placed() as placed:
                 self._asked(model, now)
-                return machine.Placed(self._starts.begin(entry, placed))
+                return self._ordered(self._starts.begin(entry, placed), now)
             case placement.Preempt():
                 return self._preempt(model, plan, now, may_preempt=may_preempt)
             case placement.Wait(reason, message):
@@ -306,6 +308,10 @@ class Activating:
                 if proposal is not None:
                     self._outside.report(actions.ActivationDelayed(model, "FRAGMENTED", proposal.text))
                 return machine.Refused(reason, message, max(1.0, retry_after))
+
+    def _ordered(self, replica_id: str, now: float) -> machine.Placed:
+        self._outside.ordered(replica_id, now)
+        return machine.Placed(replica_id)
 
     def _is_room_away(self, entry: ModelEntry, engine: str, now: float, *, may_preempt: bool) -> bool:
         """Whether there is room, or may be some, on workers that are believed in and not heard of."""

@@ -528,7 +528,7 @@ class Core:
                 self._out([actions.ReplicaChanged(replica)])
             is_gone = change.after is None or change.after.state.is_gone
             self.lifecycle.room.measure(replica)
-            self.lifecycle.room.note_place(replica)
+            self.lifecycle.promises.follow(change, now)
             if is_gone:
                 has_room = True
                 self.lifecycle.gone(replica, ends.gone(replica, is_worker_lost=is_worker_lost), now)

@@ -16,6 +16,7 @@ from helios.proxy.activating import Activating, Outside
 from helios.proxy.activation import machine
 from helios.proxy.activation.estimate import StartEstimates
 from helios.proxy.activation.machine import Activation, ActivationPolicy, ActivationState
+from helios.proxy.activation.rungs import RungEstimates
 from helios.proxy.activation.turns import TurnPolicy
 from helios.proxy.adapters import Adapters
 from helios.proxy.catalogue import Catalogue, ModelEntry
@@ -26,6 +27,7 @@ from helios.proxy.holds import Holds
 from helios.proxy.loads import Loads
 from helios.proxy.moved import move_holds
 from helios.proxy.peers.following import Outlooks
+from helios.proxy.promises import Promises
 from helios.proxy.refusals import check_unpinned
 from helios.proxy.room import Room
 from helios.proxy.scaling.desired import Desired, least_missed
@@ -92,9 +94,8 @@ class Lifecycle:
         new_id: Callable[[], str],
     ) -> None:
         self.policy = policy
-        self.estimates = StartEstimates(
-            base_seconds=policy.start_base_seconds, bytes_per_second=policy.start_bytes_per_second
-        )
+        guesses = {"base_seconds": policy.start_base_seconds, "bytes_per_second": policy.start_bytes_per_second}
+        self.estimates = StartEstimates(**guesses)
         self.outbox: list[actions.Action] = []
         self._round: deque[str] = deque()
         self.is_open = False
@@ -117,6 +118,14 @@ class Lifecycle:
             catalogue=catalogue,
             holds=holds,
             start_seconds=lambda entry: self.estimates.expected_seconds(entry.name, entry.weights_bytes),
+        )
+        self.promises = Promises(
+            RungEstimates(**guesses),
+            traffic=traffic,
+            catalogue=catalogue,
+            room=self.room,
+            known_seconds=self.estimates.measured().get,
+            report=self._report,
         )
         self.warmth = Warmth(policy.warmth, traffic=traffic, catalogue=catalogue, send=self._send)
         self.adapters = Adapters(
@@ -165,7 +174,7 @@ class Lifecycle:
             room=self.room,
             warmth=self.warmth,
             starts=self._starts,
-            outside=Outside(self.reconcile, self._drain_within, self._send, self._report),
+            outside=Outside(self.reconcile, self._drain_within, self._send, self._report, self.promises.ordered),
         )
 
     def _make_wants(self) -> Wants:
@@ -204,13 +213,11 @@ class Lifecycle:
         activation = self.activating.find(entry.name)
         elapsed = activation.elapsed_seconds(now) if activation is not None else 0.0
         pause = activation.back_off_remaining_seconds(now) if activation is not None else 0.0
-        estimated = pause + self.estimates.remaining_seconds(entry.name, entry.weights_bytes, elapsed)
+        estimated = pause + self.promises.remaining_seconds(entry, elapsed)
         estimated += self.activating.turn_seconds(entry.name, estimated)
         if not self.leads:
             estimated = self.outlooks.remaining_seconds(entry.name, now) or estimated
-        fetches = [r.fetch for r in self._traffic.fleet.replicas_of(entry.name) if r.revision == entry.revision]
-        left = [fetch.remaining_seconds for fetch in fetches if fetch and fetch.remaining_seconds is not None]
-        return max(estimated, min(left, default=0.0))
+        return max(estimated, self.promises.fetch_seconds(entry))
 
     def lead(self) -> None:
         """This proxy decides what runs from now on; nothing happens before `open`."""
@@ -541,7 +548,7 @@ class Lifecycle:
             if any(_uses(replica, revision) for replica in self._traffic.fleet.replicas()):
                 continue
             self._evicting.discard(revision)
-            self.room.forget_bytes(revision)
+            self.promises.evicted(revision)
             for worker in self._traffic.fleet.workers():
                 self._send(worker.hello.worker_id, EvictRevision(revision))
 
@@ -561,7 +568,9 @@ class Lifecycle:
 
     def _start_another(self, entry: ModelEntry, now: float) -> str:
         sleeper = self.warmth.sleeper(entry)
-        return self.activating.wake(sleeper) if sleeper is not None else self._starts.begin_another(entry, now)
+        started = self.activating.wake(sleeper) if sleeper is not None else self._starts.begin_another(entry, now)
+        self.promises.ordered(started, now)
+        return started
 
     def _send_start(self, worker_id: str, order: Order) -> None:
         if isinstance(order, StartReplica):

@@ -10,6 +10,8 @@ _PICK_BUCKETS: Final = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3)
 _WAIT_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600)
 # Phases on one machine take a millisecond, weights from far away minutes.
 _PHASE_BUCKETS: Final = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 120, 600)
+# Half and double are what a client that comes again notices.
+_RATIO_BUCKETS: Final = (0.1, 0.25, 0.5, 0.8, 1.0, 1.25, 2, 4, 10)
 
 PICKS: Final = Counter(names.PICKS_TOTAL, "Requests that the picker answered, by outcome", ["outcome"])
 PICK_SECONDS: Final = Histogram(names.PICK_SECONDS, "Time of one routing decision", buckets=_PICK_BUCKETS)
@@ -19,6 +21,12 @@ HOLD_SECONDS: Final = Histogram(names.HOLD_SECONDS, "How long requests waited", 
 ACTIVATIONS: Final = Counter(names.ACTIVATIONS_TOTAL, "Starts of replicas, by outcome", ["outcome"])
 ACTIVATION_SECONDS: Final = Histogram(
     names.ACTIVATION_SECONDS, "From the decision to start a replica until it was ready", buckets=_WAIT_BUCKETS
+)
+START_ERROR: Final = Histogram(
+    names.START_PROMISED_RATIO,
+    "What was promised of a start or wake over what it took, by the rung that it came from",
+    ["rung"],
+    buckets=_RATIO_BUCKETS,
 )
 ROLLOUT_REQUESTS: Final = Counter(
     names.ROLLOUT_REQUESTS_TOTAL,

@@ -129,6 +129,14 @@ class Room:
         if len(fetched) > _MOST_FETCHED:
             fetched.popitem(last=False)
 
+    def is_on_disk(self, worker_id: str, revision: str) -> bool:
+        """Whether a worker's node is known to have a revision's weights."""
+        return revision in self._fetched.get(worker_id, ())
+
+    def disk_count(self, revision: str) -> int:
+        """How many nodes are known to have a revision's weights."""
+        return sum(revision in fetched for fetched in self._fetched.values())
+
     def forget_bytes(self, revision: str) -> None:
         """The nodes were told to drop a revision's bytes."""
         for fetched in self._fetched.values():
@@ -175,7 +183,7 @@ class Room:
             has_gpus=worker.has_gpus,
             same_model_count=sum(each.model == entry.name and each not in draining for each in replicas),
             is_staged=entry.revision in worker.staged,
-            is_on_disk=entry.revision in self._fetched.get(worker_id, ()),
+            is_on_disk=self.is_on_disk(worker_id, entry.revision),
             free_slot_count=worker.hello.slot_count - len(replicas) - len(claims),
             draining=tuple(_occupant(each) for each in draining if each.replica_id not in self._late),
             late=tuple(_occupant(each) for each in draining if each.replica_id in self._late),

@@ -30,6 +30,7 @@ from helios.proxy.fleet.state import ReplicaState
 from helios.proxy.holds import Hold
 from helios.proxy.routing.pick import Pick
 from helios.proxy.scaling.decisions import Cause, Scaled
+from helios.proxy.start_memory import StartKeeper, StartMemory
 from helios.proxy.swap import SwapFailures
 from helios.proxy.usage.meter import Meter
 
@@ -79,7 +80,7 @@ class EndpointPublisher(Protocol):
         ...
 
 
-class Memory(CordonMemory, Protocol):
+class Memory(CordonMemory, StartKeeper, Protocol):
     """Remembers, over restarts of this process, which workers there are, and what could not be compiled."""
 
     async def save(self, worker_ids: frozenset[str]) -> None:
@@ -172,6 +173,7 @@ class Runtime:
         self._memory = memory
         self._waiting: dict[int, asyncio.Future[Pick]] = {}
         self._outboxes: dict[str, Outbox] = {}
+        self._starts = StartMemory(core.lifecycle.promises.estimates, memory)
         self._spans: dict[str, trace.Span] = {}
         self._published_version = (-1, -1)
         # Versions of the lane, as the publisher counts them and as the core does.
@@ -198,6 +200,7 @@ class Runtime:
             group.create_task(self._remember_swap_failures(), name="remember failed swaps")
 
     def stop(self) -> None:
+            group.create_task(self._starts.run(), name="remember starts")
         """Ends every session, and every wait with Draining: another proxy, or this one restarted, goes on with it."""
         self._is_stopping = True
         for future in self._waiting.values():
@@ -389,6 +392,8 @@ class Runtime:
             case _:
                 _report_swap(action)
 
+            case actions.StartScored():
+                self._starts.scored(action)
     def _end_span(self, model: str, phases: dict[str, float], *, error: str = "") -> None:
         span = self._spans.pop(model, None)
         if span is None:

@@ -1,4 +1,4 @@
-"""What a proxy remembers over a restart: the catalogue, workers and cordons, failed swaps, usage, and keys.
+"""What a proxy remembers over a restart: the catalogue, workers and cordons, failed swaps, starts, usage, and keys.
 
 Each file is written whole to a temporary name, synced and renamed, so a reader, or the next start after a crash, finds
 the old or the new one. A file that can't be read counts as absent: it is a copy, the registry and the workers have the
@@ -15,6 +15,8 @@ import orjson
 import structlog
 
 from helios.mesh.files import write_private
+from helios.mesh.routing import ModelRouting
+from helios.proxy.activation.rungs import RungEstimates
 from helios.proxy.admission.keyring import Caller
 from helios.proxy.catalogue import Catalogue, ModelEntry
 from helios.proxy.scaling.policy import Scaling
@@ -38,6 +40,7 @@ class Store:
         self._workers = directory / "workers.json"
         self._swaps = directory / "swaps.json"
         self._usage = directory / "usage.json"
+        self._starts = directory / "starts.json"
         self._cordons = directory / "cordons.json"
         self._keys = directory / "keys.json"
         self._catalogue = catalogue
@@ -70,6 +73,10 @@ class Store:
     async def save_swap_failures(self, failures: Sequence[SwapFailures]) -> None:
         """Remembers which models' compiled replicas failed, and how often."""
         await asyncio.to_thread(_write, self._swaps, failures)
+
+    async def save_starts(self, document: Mapping[str, Any]) -> None:
+        """Remembers what starts took. Raises OSError."""
+        await asyncio.to_thread(_write, self._starts, [document])
 
     async def save_keys(self, keys: Sequence[tuple[bytes, Caller]]) -> None:
         """Remembers API keys, by their hashes."""
@@ -131,6 +138,17 @@ def load_keys(directory: Path) -> list[tuple[bytes, Caller]] | None:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         log.warning("keys on disk can't be used", error=str(error))
         return None
+
+
+def load_starts(directory: Path, estimates: RungEstimates) -> None:
+    """Has estimates go on with what an earlier run had measured."""
+    document = _read(directory / "starts.json")
+    if not isinstance(document, list) or not document:
+        return
+    try:
+        estimates.restore(document[0])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        log.warning("starts on disk can't be used", error=str(error))
 
 
 def load_usage(directory: Path) -> object:

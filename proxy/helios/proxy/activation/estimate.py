@@ -1,7 +1,7 @@
-"""How long a model takes to start: measured where it was, guessed from its size where it was not. Pure.
+"""How long a model takes to start, wherever its weights are: what is lost with a replica, for comparison. Pure.
 
-The estimate is what a client is told in Retry-After, so it errs on no side by design: an exponentially weighted mean
-that follows a changed machine within a few starts.
+Measured where it was, guessed from its size where it was not: an exponentially weighted mean that follows a changed
+machine within a few starts. What clients are told is `rungs`'.
 """
 
 # Half of the weight lies on the last two or three starts.
@@ -34,11 +34,3 @@ class StartEstimates:
         """How long a start takes from its beginning."""
         mean = self._means.get(model)
         return mean if mean is not None else self._base_seconds + weights_bytes / self._bytes_per_second
-
-    def remaining_seconds(self, model: str, weights_bytes: int, elapsed_seconds: float) -> float:
-        """How much longer a start takes that began `elapsed_seconds` ago; at least 1.
-
-        A start that is overdue is expected to need a tenth of its time more: a guess of zero would be a lie.
-        """
-        expected = self.expected_seconds(model, weights_bytes)
-        return max(1.0, expected - elapsed_seconds, 0.1 * elapsed_seconds)

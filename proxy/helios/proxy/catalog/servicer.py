@@ -15,8 +15,10 @@ from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.engine_needs import needs_of
 from helios.proxy.fleet.state import Replica, ReplicaState
+from helios.proxy.promises import Promise
 from helios.proxy.runtime import Runtime
 from helios.proxy.scaling.ladder import Rung
+from helios.proxy.sizing import ReplicaSize
 
 MODEL_SERVICE: Final = "helios.api.catalog.v1.ModelService"
 _MAX_PAGE_SIZE: Final = 10_000
@@ -64,7 +66,6 @@ class ModelServicer(ModelServiceServicer):
         is_adapter = name in entry.adapters
         core = self._runtime.core
         lifecycle, traffic = core.lifecycle, core.traffic
-        size = lifecycle.room.size(entry)
         replicas = core.fleet.replicas_of(entry.name)
         draining = [replica for replica in replicas if traffic.is_draining(replica)]
         starting = [replica for replica in replicas if replica.state.is_starting and replica not in draining]
@@ -84,15 +85,9 @@ class ModelServicer(ModelServiceServicer):
                 draining=len(draining),
                 asleep=sum(replica.state is ReplicaState.ASLEEP and replica not in draining for replica in replicas),
                 staged=len(core.fleet.staged_on(entry.revision)),
+                on_disk=lifecycle.room.disk_count(entry.revision),
             ),
-            resources=pb.ModelResources(
-                weights_bytes=entry.weights_bytes,
-                memory_bytes=size.memory_bytes,
-                parameter_count=entry.parameter_count,
-                kv_bytes_per_token=entry.kv_bytes_per_token,
-                dtype=entry.dtype,
-                architecture=entry.architecture,
-            ),
+            resources=_resources(entry, lifecycle.room.size(entry)),
             aliases=() if is_adapter else entry.aliases,
             revision=entry.revision,
             max_context_tokens=max((replica.max_context_tokens for replica in ready), default=0)
@@ -102,6 +97,7 @@ class ModelServicer(ModelServiceServicer):
             failure=failure,
             fetch=_fetch(starting),
             warm_target=self._target(entry.name),
+            start=None if is_open else _start(lifecycle.promises.promise(entry)),
         )
 
     def _target(self, name: str) -> pb.WarmPoolTarget | None:
@@ -115,6 +111,30 @@ class ModelServicer(ModelServiceServicer):
             reason=expected.reason,
             is_followed=forecasts.is_followed,
         )
+
+
+def _resources(entry: ModelEntry, size: ReplicaSize) -> pb.ModelResources:
+    return pb.ModelResources(
+        weights_bytes=entry.weights_bytes,
+        memory_bytes=size.memory_bytes,
+        parameter_count=entry.parameter_count,
+        kv_bytes_per_token=entry.kv_bytes_per_token,
+        dtype=entry.dtype,
+        architecture=entry.architecture,
+        memory_items=dict(size.items),
+        host_memory_bytes=size.host_bytes,
+        tensor_parallel_options=entry.tensor_parallel_options,
+        pipeline_parallel_options=entry.pipeline_parallel_options,
+    )
+
+
+def _start(promise: Promise) -> pb.StartPromise:
+    return pb.StartPromise(
+        rung=pb.StartRung.ValueType(promise.rung.value),
+        seconds=round(promise.seconds, 1),
+        scored_count=promise.score.count,
+        error_factor=round(promise.score.error_factor, 2) if promise.score.count else 0.0,
+    )
 
 
 def _fetch(starting: Iterable[Replica]) -> pb.ModelFetch | None:

@@ -25,19 +25,23 @@ _sym_db = _symbol_database.Default()
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)helios/api/catalog/v1/model_service.proto\x12\x15helios.api.catalog.v1\x1a\x1cgoogle/api/annotations.proto\"O\n\x11ListModelsRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\"\x86\x01\n\x12ListModelsResponse\x12\x16\n\x06object\x18\x01 \x01(\tR\x06object\x12\x30\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32\x1c.helios.api.catalog.v1.ModelR\x04\x64\x61ta\x12&\n\x0fnext_page_token\x18\x03 \x01(\tR\rnextPageToken\"\'\n\x0fGetModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"\xf3\x04\n\x05Model\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n\x06object\x18\x02 \x01(\tR\x06object\x12\x18\n\x07\x63reated\x18\x03 \x01(\rR\x07\x63reated\x12\x19\n\x08owned_by\x18\x04 \x01(\tR\x07ownedBy\x12\x37\n\x05state\x18\x05 \x01(\x0e\x32!.helios.api.catalog.v1.ModelStateR\x05state\x12@\n\x08replicas\x18\x06 \x01(\x0b\x32$.helios.api.catalog.v1.ReplicaCountsR\x08replicas\x12\x43\n\tresources\x18\x07 \x01(\x0b\x32%.helios.api.catalog.v1.ModelResourcesR\tresources\x12\x18\n\x07\x61liases\x18\x08 \x03(\tR\x07\x61liases\x12\x1a\n\x08revision\x18\t \x01(\tR\x08revision\x12,\n\x12max_context_tokens\x18\n \x01(\rR\x10maxContextTokens\x12\x36\n\x17\x65stimated_ready_seconds\x18\x0b \x01(\x01R\x15\x65stimatedReadySeconds\x12\x18\n\x07\x66\x61ilure\x18\x0c \x01(\tR\x07\x66\x61ilure\x12\x16\n\x06parent\x18\r \x01(\tR\x06parent\x12\x37\n\x05\x66\x65tch\x18\x0e \x01(\x0b\x32!.helios.api.catalog.v1.ModelFetchR\x05\x66\x65tch\x12\x46\n\x0bwarm_target\x18\x0f \x01(\x0b\x32%.helios.api.catalog.v1.WarmPoolTargetR\nwarmTarget\"\x82\x01\n\x0eWarmPoolTarget\x12\x12\n\x04rung\x18\x01 \x01(\tR\x04rung\x12#\n\rreplica_count\x18\x02 \x01(\rR\x0creplicaCount\x12\x16\n\x06reason\x18\x03 \x01(\tR\x06reason\x12\x1f\n\x0bis_followed\x18\x04 \x01(\x08R\nisFollowed\"\xbe\x01\n\nModelFetch\x12\x1d\n\ndone_bytes\x18\x01 \x01(\x04R\tdoneBytes\x12\x1f\n\x0btotal_bytes\x18\x02 \x01(\x04R\ntotalBytes\x12(\n\x10\x62ytes_per_second\x18\x03 \x01(\x01R\x0e\x62ytesPerSecond\x12\x30\n\x11remaining_seconds\x18\x04 \x01(\x01H\x00R\x10remainingSeconds\x88\x01\x01\x42\x14\n\x12_remaining_seconds\"\x8d\x01\n\rReplicaCounts\x12\x1a\n\x08starting\x18\x01 \x01(\rR\x08starting\x12\x14\n\x05ready\x18\x02 \x01(\rR\x05ready\x12\x1a\n\x08\x64raining\x18\x03 \x01(\rR\x08\x64raining\x12\x16\n\x06\x61sleep\x18\x04 \x01(\rR\x06\x61sleep\x12\x16\n\x06staged\x18\x05 \x01(\rR\x06staged\"\xe8\x01\n\x0eModelResources\x12#\n\rweights_bytes\x18\x01 \x01(\x04R\x0cweightsBytes\x12!\n\x0cmemory_bytes\x18\x02 \x01(\x04R\x0bmemoryBytes\x12\'\n\x0fparameter_count\x18\x03 \x01(\x04R\x0eparameterCount\x12+\n\x12kv_bytes_per_token\x18\x04 \x01(\x04R\x0fkvBytesPerToken\x12\x14\n\x05\x64type\x18\x05 \x01(\tR\x05\x64type\x12\"\n\x0c\x61rchitecture\x18\x06 \x01(\tR\x0c\x61rchitecture*\x88\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10MODEL_STATE_COLD\x10\x01\x12\x18\n\x14MODEL_STATE_STARTING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\xf6\x01\n\x0cModelService\x12u\n\nListModels\x12(.helios.api.catalog.v1.ListModelsRequest\x1a).helios.api.catalog.v1.ListModelsResponse\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/models\x12o\n\x08GetModel\x12&.helios.api.catalog.v1.GetModelRequest\x1a\x1c.helios.api.catalog.v1.Model\"\x1d\x82\xd3\xe4\x93\x02\x17\x12\x15/v1/models/{model=**}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)helios/api/catalog/v1/model_service.proto\x12\x15helios.api.catalog.v1\x1a\x1cgoogle/api/annotations.proto\"O\n\x11ListModelsRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\"\x86\x01\n\x12ListModelsResponse\x12\x16\n\x06object\x18\x01 \x01(\tR\x06object\x12\x30\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32\x1c.helios.api.catalog.v1.ModelR\x04\x64\x61ta\x12&\n\x0fnext_page_token\x18\x03 \x01(\tR\rnextPageToken\"\'\n\x0fGetModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"\xae\x05\n\x05Model\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n\x06object\x18\x02 \x01(\tR\x06object\x12\x18\n\x07\x63reated\x18\x03 \x01(\rR\x07\x63reated\x12\x19\n\x08owned_by\x18\x04 \x01(\tR\x07ownedBy\x12\x37\n\x05state\x18\x05 \x01(\x0e\x32!.helios.api.catalog.v1.ModelStateR\x05state\x12@\n\x08replicas\x18\x06 \x01(\x0b\x32$.helios.api.catalog.v1.ReplicaCountsR\x08replicas\x12\x43\n\tresources\x18\x07 \x01(\x0b\x32%.helios.api.catalog.v1.ModelResourcesR\tresources\x12\x18\n\x07\x61liases\x18\x08 \x03(\tR\x07\x61liases\x12\x1a\n\x08revision\x18\t \x01(\tR\x08revision\x12,\n\x12max_context_tokens\x18\n \x01(\rR\x10maxContextTokens\x12\x36\n\x17\x65stimated_ready_seconds\x18\x0b \x01(\x01R\x15\x65stimatedReadySeconds\x12\x18\n\x07\x66\x61ilure\x18\x0c \x01(\tR\x07\x66\x61ilure\x12\x16\n\x06parent\x18\r \x01(\tR\x06parent\x12\x37\n\x05\x66\x65tch\x18\x0e \x01(\x0b\x32!.helios.api.catalog.v1.ModelFetchR\x05\x66\x65tch\x12\x46\n\x0bwarm_target\x18\x0f \x01(\x0b\x32%.helios.api.catalog.v1.WarmPoolTargetR\nwarmTarget\x12\x39\n\x05start\x18\x10 \x01(\x0b\x32#.helios.api.catalog.v1.StartPromiseR\x05start\"\xa4\x01\n\x0cStartPromise\x12\x34\n\x04rung\x18\x01 \x01(\x0e\x32 .helios.api.catalog.v1.StartRungR\x04rung\x12\x18\n\x07seconds\x18\x02 \x01(\x01R\x07seconds\x12!\n\x0cscored_count\x18\x03 \x01(\rR\x0bscoredCount\x12!\n\x0c\x65rror_factor\x18\x04 \x01(\x01R\x0b\x65rrorFactor\"\x82\x01\n\x0eWarmPoolTarget\x12\x12\n\x04rung\x18\x01 \x01(\tR\x04rung\x12#\n\rreplica_count\x18\x02 \x01(\rR\x0creplicaCount\x12\x16\n\x06reason\x18\x03 \x01(\tR\x06reason\x12\x1f\n\x0bis_followed\x18\x04 \x01(\x08R\nisFollowed\"\xbe\x01\n\nModelFetch\x12\x1d\n\ndone_bytes\x18\x01 \x01(\x04R\tdoneBytes\x12\x1f\n\x0btotal_bytes\x18\x02 \x01(\x04R\ntotalBytes\x12(\n\x10\x62ytes_per_second\x18\x03 \x01(\x01R\x0e\x62ytesPerSecond\x12\x30\n\x11remaining_seconds\x18\x04 \x01(\x01H\x00R\x10remainingSeconds\x88\x01\x01\x42\x14\n\x12_remaining_seconds\"\xa6\x01\n\rReplicaCounts\x12\x1a\n\x08starting\x18\x01 \x01(\rR\x08starting\x12\x14\n\x05ready\x18\x02 \x01(\rR\x05ready\x12\x1a\n\x08\x64raining\x18\x03 \x01(\rR\x08\x64raining\x12\x16\n\x06\x61sleep\x18\x04 \x01(\rR\x06\x61sleep\x12\x16\n\x06staged\x18\x05 \x01(\rR\x06staged\x12\x17\n\x07on_disk\x18\x06 \x01(\rR\x06onDisk\"\xa3\x04\n\x0eModelResources\x12#\n\rweights_bytes\x18\x01 \x01(\x04R\x0cweightsBytes\x12!\n\x0cmemory_bytes\x18\x02 \x01(\x04R\x0bmemoryBytes\x12\'\n\x0fparameter_count\x18\x03 \x01(\x04R\x0eparameterCount\x12+\n\x12kv_bytes_per_token\x18\x04 \x01(\x04R\x0fkvBytesPerToken\x12\x14\n\x05\x64type\x18\x05 \x01(\tR\x05\x64type\x12\"\n\x0c\x61rchitecture\x18\x06 \x01(\tR\x0c\x61rchitecture\x12Y\n\x0cmemory_items\x18\x07 \x03(\x0b\x32\x36.helios.api.catalog.v1.ModelResources.MemoryItemsEntryR\x0bmemoryItems\x12*\n\x11host_memory_bytes\x18\x08 \x01(\x04R\x0fhostMemoryBytes\x12\x36\n\x17tensor_parallel_options\x18\t \x03(\rR\x15tensorParallelOptions\x12:\n\x19pipeline_parallel_options\x18\n \x03(\rR\x17pipelineParallelOptions\x1a>\n\x10MemoryItemsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x04R\x05value:\x02\x38\x01*\x95\x01\n\tStartRung\x12\x1a\n\x16START_RUNG_UNSPECIFIED\x10\x00\x12\x14\n\x10START_RUNG_CLOUD\x10\x01\x12\x13\n\x0fSTART_RUNG_PEER\x10\x02\x12\x13\n\x0fSTART_RUNG_DISK\x10\x03\x12\x15\n\x11START_RUNG_MEMORY\x10\x04\x12\x15\n\x11START_RUNG_ASLEEP\x10\x05*\x88\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10MODEL_STATE_COLD\x10\x01\x12\x18\n\x14MODEL_STATE_STARTING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\xf6\x01\n\x0cModelService\x12u\n\nListModels\x12(.helios.api.catalog.v1.ListModelsRequest\x1a).helios.api.catalog.v1.ListModelsResponse\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/models\x12o\n\x08GetModel\x12&.helios.api.catalog.v1.GetModelRequest\x1a\x1c.helios.api.catalog.v1.Model\"\x1d\x82\xd3\xe4\x93\x02\x17\x12\x15/v1/models/{model=**}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'helios.api.catalog.v1.model_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_MODELRESOURCES_MEMORYITEMSENTRY']._loaded_options = None
+  _globals['_MODELRESOURCES_MEMORYITEMSENTRY']._serialized_options = b'8\001'
   _globals['_MODELSERVICE'].methods_by_name['ListModels']._loaded_options = None
   _globals['_MODELSERVICE'].methods_by_name['ListModels']._serialized_options = b'\202\323\344\223\002\014\022\n/v1/models'
   _globals['_MODELSERVICE'].methods_by_name['GetModel']._loaded_options = None
   _globals['_MODELSERVICE'].methods_by_name['GetModel']._serialized_options = b'\202\323\344\223\002\027\022\025/v1/models/{model=**}'
-  _globals['_MODELSTATE']._serialized_start=1693
-  _globals['_MODELSTATE']._serialized_end=1829
+  _globals['_STARTRUNG']._serialized_start=2259
+  _globals['_STARTRUNG']._serialized_end=2408
+  _globals['_MODELSTATE']._serialized_start=2411
+  _globals['_MODELSTATE']._serialized_end=2547
   _globals['_LISTMODELSREQUEST']._serialized_start=98
   _globals['_LISTMODELSREQUEST']._serialized_end=177
   _globals['_LISTMODELSRESPONSE']._serialized_start=180
@@ -45,15 +49,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELREQUEST']._serialized_start=316
   _globals['_GETMODELREQUEST']._serialized_end=355
   _globals['_MODEL']._serialized_start=358
-  _globals['_MODEL']._serialized_end=985
-  _globals['_WARMPOOLTARGET']._serialized_start=988
-  _globals['_WARMPOOLTARGET']._serialized_end=1118
-  _globals['_MODELFETCH']._serialized_start=1121
-  _globals['_MODELFETCH']._serialized_end=1311
-  _globals['_REPLICACOUNTS']._serialized_start=1314
-  _globals['_REPLICACOUNTS']._serialized_end=1455
-  _globals['_MODELRESOURCES']._serialized_start=1458
-  _globals['_MODELRESOURCES']._serialized_end=1690
-  _globals['_MODELSERVICE']._serialized_start=1832
-  _globals['_MODELSERVICE']._serialized_end=2078
+  _globals['_MODEL']._serialized_end=1044
+  _globals['_STARTPROMISE']._serialized_start=1047
+  _globals['_STARTPROMISE']._serialized_end=1211
+  _globals['_WARMPOOLTARGET']._serialized_start=1214
+  _globals['_WARMPOOLTARGET']._serialized_end=1344
+  _globals['_MODELFETCH']._serialized_start=1347
+  _globals['_MODELFETCH']._serialized_end=1537
+  _globals['_REPLICACOUNTS']._serialized_start=1540
+  _globals['_REPLICACOUNTS']._serialized_end=1706
+  _globals['_MODELRESOURCES']._serialized_start=1709
+  _globals['_MODELRESOURCES']._serialized_end=2256
+  _globals['_MODELRESOURCES_MEMORYITEMSENTRY']._serialized_start=2194
+  _globals['_MODELRESOURCES_MEMORYITEMSENTRY']._serialized_end=2256
+  _globals['_MODELSERVICE']._serialized_start=2550
+  _globals['_MODELSERVICE']._serialized_end=2796
 # @@protoc_insertion_point(module_scope)

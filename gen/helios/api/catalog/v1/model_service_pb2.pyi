@@ -19,6 +19,42 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _StartRung:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StartRungEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StartRung.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    START_RUNG_UNSPECIFIED: _StartRung.ValueType  # 0
+    """Not set: never sent."""
+    START_RUNG_CLOUD: _StartRung.ValueType  # 1
+    """No node is known to have its weights."""
+    START_RUNG_PEER: _StartRung.ValueType  # 2
+    """Another node has its weights than the one where it starts."""
+    START_RUNG_DISK: _StartRung.ValueType  # 3
+    """Its weights are on the node's disk."""
+    START_RUNG_MEMORY: _StartRung.ValueType  # 4
+    """Its weights are in the node's memory."""
+    START_RUNG_ASLEEP: _StartRung.ValueType  # 5
+    """Its processes wait, weights off the device."""
+
+class StartRung(_StartRung, metaclass=_StartRungEnumTypeWrapper):
+    """Where a model's next replica comes from."""
+
+START_RUNG_UNSPECIFIED: StartRung.ValueType  # 0
+"""Not set: never sent."""
+START_RUNG_CLOUD: StartRung.ValueType  # 1
+"""No node is known to have its weights."""
+START_RUNG_PEER: StartRung.ValueType  # 2
+"""Another node has its weights than the one where it starts."""
+START_RUNG_DISK: StartRung.ValueType  # 3
+"""Its weights are on the node's disk."""
+START_RUNG_MEMORY: StartRung.ValueType  # 4
+"""Its weights are in the node's memory."""
+START_RUNG_ASLEEP: StartRung.ValueType  # 5
+"""Its processes wait, weights off the device."""
+Global___StartRung: _TypeAlias = StartRung  # noqa: Y015
+
 class _ModelState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -152,6 +188,7 @@ class Model(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     FETCH_FIELD_NUMBER: _builtins.int
     WARM_TARGET_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Name, as requests use it."""
     object: _builtins.str
@@ -192,6 +229,10 @@ class Model(_message.Message):
     def warm_target(self) -> Global___WarmPoolTarget:
         """How warm the registry advises to keep it, by what is expected of it; unset: cold, or there is no forecast."""
 
+    @_builtins.property
+    def start(self) -> Global___StartPromise:
+        """What a start takes that begins now, or all of the one that is under way; unset where a replica takes requests."""
+
     def __init__(
         self,
         *,
@@ -210,14 +251,51 @@ class Model(_message.Message):
         parent: _builtins.str = ...,
         fetch: Global___ModelFetch | None = ...,
         warm_target: Global___WarmPoolTarget | None = ...,
+        start: Global___StartPromise | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["fetch", b"fetch", "replicas", b"replicas", "resources", b"resources", "warm_target", b"warm_target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fetch", b"fetch", "replicas", b"replicas", "resources", b"resources", "start", b"start", "warm_target", b"warm_target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created", b"created", "estimated_ready_seconds", b"estimated_ready_seconds", "failure", b"failure", "fetch", b"fetch", "id", b"id", "max_context_tokens", b"max_context_tokens", "object", b"object", "owned_by", b"owned_by", "parent", b"parent", "replicas", b"replicas", "resources", b"resources", "revision", b"revision", "state", b"state", "warm_target", b"warm_target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created", b"created", "estimated_ready_seconds", b"estimated_ready_seconds", "failure", b"failure", "fetch", b"fetch", "id", b"id", "max_context_tokens", b"max_context_tokens", "object", b"object", "owned_by", b"owned_by", "parent", b"parent", "replicas", b"replicas", "resources", b"resources", "revision", b"revision", "start", b"start", "state", b"state", "warm_target", b"warm_target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class StartPromise(_message.Message):
+    """StartPromise is how long a model takes to be ready, and how right such promises were."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNG_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    SCORED_COUNT_FIELD_NUMBER: _builtins.int
+    ERROR_FACTOR_FIELD_NUMBER: _builtins.int
+    rung: Global___StartRung.ValueType
+    """The rung that it comes from."""
+    seconds: _builtins.float
+    """From the decision to start or wake a replica until it is ready, in seconds."""
+    scored_count: _builtins.int
+    """Starts from this rung whose promise was compared with what they took, of all models."""
+    error_factor: _builtins.float
+    """By which factor these promises were too long or too short on the mean, later ones weighing more: 1 is exact. 0:
+    none was compared yet.
+    """
+    def __init__(
+        self,
+        *,
+        rung: Global___StartRung.ValueType = ...,
+        seconds: _builtins.float = ...,
+        scored_count: _builtins.int = ...,
+        error_factor: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error_factor", b"error_factor", "rung", b"rung", "scored_count", b"scored_count", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartPromise: _TypeAlias = StartPromise  # noqa: Y015
 
 @_typing.final
 class WarmPoolTarget(_message.Message):
@@ -300,6 +378,7 @@ class ReplicaCounts(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     ASLEEP_FIELD_NUMBER: _builtins.int
     STAGED_FIELD_NUMBER: _builtins.int
+    ON_DISK_FIELD_NUMBER: _builtins.int
     starting: _builtins.int
     """Asked for, fetching, loading or warming."""
     ready: _builtins.int
@@ -310,6 +389,8 @@ class ReplicaCounts(_message.Message):
     """Weights off the device, or coming back; a request wakes one before another is started."""
     staged: _builtins.int
     """No process, weights in host memory; one for each node."""
+    on_disk: _builtins.int
+    """No process, weights on disk; one for each node of which this proxy has heard so since it started."""
     def __init__(
         self,
         *,
@@ -318,10 +399,11 @@ class ReplicaCounts(_message.Message):
         draining: _builtins.int = ...,
         asleep: _builtins.int = ...,
         staged: _builtins.int = ...,
+        on_disk: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asleep", b"asleep", "draining", b"draining", "ready", b"ready", "staged", b"staged", "starting", b"starting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asleep", b"asleep", "draining", b"draining", "on_disk", b"on_disk", "ready", b"ready", "staged", b"staged", "starting", b"starting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -333,12 +415,36 @@ class ModelResources(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MemoryItemsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
+    MEMORY_ITEMS_FIELD_NUMBER: _builtins.int
+    HOST_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    TENSOR_PARALLEL_OPTIONS_FIELD_NUMBER: _builtins.int
+    PIPELINE_PARALLEL_OPTIONS_FIELD_NUMBER: _builtins.int
     weights_bytes: _builtins.int
     """Bytes of weights."""
     memory_bytes: _builtins.int
@@ -351,6 +457,22 @@ class ModelResources(_message.Message):
     """Type of the weights, such as "bfloat16"."""
     architecture: _builtins.str
     """Model class, such as "LlamaForCausalLM"."""
+    host_memory_bytes: _builtins.int
+    """Host memory that a replica on a GPU has beside, in bytes."""
+    @_builtins.property
+    def memory_items(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """What `memory_bytes` is made of, by kind ("WEIGHTS", "KV_CACHE", "ACTIVATIONS", …): predicted from its profile, then
+        as its replicas were measured.
+        """
+
+    @_builtins.property
+    def tensor_parallel_options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Into how many ranks its layers can be split, and into how many stages; empty: not known."""
+
+    @_builtins.property
+    def pipeline_parallel_options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The same of stages."""
+
     def __init__(
         self,
         *,
@@ -360,10 +482,14 @@ class ModelResources(_message.Message):
         kv_bytes_per_token: _builtins.int = ...,
         dtype: _builtins.str = ...,
         architecture: _builtins.str = ...,
+        memory_items: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        host_memory_bytes: _builtins.int = ...,
+        tensor_parallel_options: _abc.Iterable[_builtins.int] | None = ...,
+        pipeline_parallel_options: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "kv_bytes_per_token", b"kv_bytes_per_token", "memory_bytes", b"memory_bytes", "parameter_count", b"parameter_count", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "host_memory_bytes", b"host_memory_bytes", "kv_bytes_per_token", b"kv_bytes_per_token", "memory_bytes", b"memory_bytes", "memory_items", b"memory_items", "parameter_count", b"parameter_count", "pipeline_parallel_options", b"pipeline_parallel_options", "tensor_parallel_options", b"tensor_parallel_options", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
