@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from helios import worker
 from helios.proxy.explain.journal import Journal, JournalLimits
-from helios.proxy.explain.record import RECORD_BYTES, Finished, Record, Refusal, RequestState
+from helios.proxy.explain.record import RECORD_BYTES, Finished, Move, Record, Refusal, RequestState
 from helios.proxy.explain.ring import Picked, Ring
 from helios.proxy.explain.start import Start
 from helios.proxy.explain.timeline import UNEXPLAINED, Phase, Segment, lay_out
@@ -44,6 +44,10 @@ def held(subject: Journal, request_id: str, now: float) -> None:
 
 def finished(*, first: float | None = 0.5, duration: float = 1.0, heard_at: float = 0.0) -> Finished:
     return Finished("r", 0, 5, 7, first, duration, heard_at)
+
+
+def moved(reached: str, *, at: float, left: str = "r1") -> Move:
+    return Move(left, reached, is_drain=False, reason="REPLICA_LOST", token_count=12, waited_seconds=0.5, at=at)
 
 
 def names(phases: tuple[Phase, ...]) -> list[str]:
@@ -218,6 +222,47 @@ def test_a_request_that_envoy_sent_to_a_second_replica_is_that_ones() -> None:
     assert record.finished.replica_id == "r2"
 
 
+def test_a_durable_answer_has_the_first_token_of_its_first_replica() -> None:
+    subject = journal()
+    subject.picked("q", picked(answered_at=0.5))
+    subject.arrived("q", "r1", WALL + 1.0, 1.1)
+    assert subject.moved_on("q", moved("r2", at=5.0), 1.25)
+    subject.arrived("q", "r2", WALL + 5.0, 5.1)
+    # The end of the replica that was left may be told late.
+    subject.finished("q", replace(finished(duration=3.0), replica_id="r1", status_code=14))
+    subject.finished("q", replace(finished(first=0.1, duration=2.0), replica_id="r2"))
+    record = subject.find("q")
+    assert record is not None
+    assert record.finished is not None
+    assert (record.finished.replica_id, record.finished.status_code) == ("r2", 0)
+    assert (record.first_token_at, record.ended_at) == (1.25, 7.0)
+    assert seconds(record.phases(9.0)) == {"resolve": 0.5, "send": 0.5, "first_token": 0.25}
+    assert [move.reached for move in record.moves] == ["r2"]
+
+
+def test_a_durable_answer_that_nobody_went_on_with_is_over() -> None:
+    subject = journal()
+    subject.picked("q", picked())
+    subject.arrived("q", "r1", WALL + 1.0, 1.1)
+    subject.moved_on("q", moved("", at=5.0), 1.25)
+    record = subject.find("q")
+    assert record is not None
+    assert (record.state, record.ended_at) == (RequestState.FINISHED, 5.0)
+    assert record.finished is not None
+    assert (record.finished.status_code, record.finished.completion_tokens) == (14, 12)
+
+
+def test_of_an_answer_that_moves_on_and_on_the_newest_moves_are_kept() -> None:
+    subject = journal()
+    subject.picked("q", picked())
+    for number in range(20):
+        subject.moved_on("q", moved("r2", left=f"l{number}", at=float(number)), None)
+    record = subject.find("q")
+    assert record is not None
+    assert [move.left for move in record.moves] == [f"l{number}" for number in range(4, 20)]
+    assert not subject.moved_on("unknown", moved("r2", at=1.0), None)
+
+
 def test_each_phase_of_a_start_is_measured_once() -> None:
     subject, measured = journal(), list[tuple[str, str, float]]()
     subject.on_phase = lambda model, phase, spent: measured.append((model, phase, spent))
@@ -316,6 +361,11 @@ class JournalMachine(RuleBasedStateMachine):
     def arrive(self, request: str, key: str, ago: float) -> None:
         now = self.tick()
         self.journal.arrived(request, key, WALL + now - ago, now)
+
+    @rule(request=requests, reached=st.sampled_from(["", "r2"]), first_at=st.none() | st.floats(-5, 5))
+    def move_on(self, request: str, reached: str, first_at: float | None) -> None:
+        now = self.tick()
+        self.journal.moved_on(request, moved(reached, at=now), now + first_at if first_at is not None else None)
 
     @rule(request=requests, first=st.none() | st.floats(0, 2), duration=st.floats(2, 5))
     def finish(self, request: str, first: float | None, duration: float) -> None:

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet_pb
+from helios.api.fleet.v1 import replacement_service_pb2 as replacement_pb
+from helios.api.fleet.v1.replacement_service_pb2_grpc import ReplacementServiceStub
 from helios.api.registry.v1 import lease_service_pb2 as lease_pb
 from helios.api.registry.v1.key_service_pb2_grpc import add_KeyServiceServicer_to_server
 from helios.api.registry.v1.lease_service_pb2_grpc import LeaseServiceServicer, add_LeaseServiceServicer_to_server
 from helios.api.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
+from helios.mesh.channel import Dialer
 from helios.mesh.errors import Conflict, NotFound
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.proxy.settings import PeerSettings
@@ -201,6 +204,14 @@ async def test_an_operator_s_call_reaches_the_leader_through_any_proxy(world: Wo
         assert answer.status == 200
         # Only the proxy that picked it knows of it.
         assert (await admin.explain("asked-of-p1")).summary.request_id == "asked-of-p1"
+        # What the relay tells the other one of it, too.
+        move = replacement_pb.NoteMoveRequest(request_id="asked-of-p1", left_endpoint=answer.endpoint, token_count=3)
+        relay = world.identity("relay")
+        async with Dialer(mesh.proxies["p2"].control_address, identity=relay, peer="proxy") as dialer:
+            assert (await dialer.stub(ReplacementServiceStub).NoteMove(move, timeout=20)).is_noted
+            move.request_id = "never"
+            assert not (await dialer.stub(ReplacementServiceStub).NoteMove(move, timeout=20)).is_noted
+        assert [one.left for one in (await admin.explain("asked-of-p1")).moves] == [replica.replica_id]
         (listed,) = await admin.list_requests()
         assert listed.request_id == "asked-of-p1"
         assert (await models.get_model("m")).replicas.ready == 1

@@ -109,6 +109,7 @@ def drawn(explanation: pb.RequestExplanation) -> Group:
     parts += [_start_line(start) for start in explanation.starts]
     if explanation.HasField("pick"):
         parts.append(_pick_line(explanation.pick))
+    parts += [_move_line(move) for move in explanation.moves]
     if explanation.HasField("refusal"):
         refusal = explanation.refusal
         told = f"; told to try again in {_ms(refusal.retry_after)}" if refusal.HasField("retry_after") else ""
@@ -200,6 +201,15 @@ def _pick_line(pick: pb.PickExplanation) -> Text:
 def _end_line(summary: pb.RequestSummary) -> Text:
     if not summary.replica_id:
         return Text("")
+def _move_line(move: pb.RequestMove) -> Text:
+    why = "drains" if move.is_drain else f"broke off ({move.reason})"
+    text = Text(f"after {move.token_count} tokens replica {move.left} {why}: ")
+    if not move.reached:
+        return text.append(f"no other one could go on, looked for over {_ms(move.waited)}", "red")
+    rest = "" if move.is_drain else f" {_ms(move.waited)} later"
+    return text.append(f"the answer went on at {move.reached}{rest}")
+
+
     tokens = f", {summary.prompt_tokens} + {summary.completion_tokens} tokens" if summary.prompt_tokens else ""
     whole = f" in {_ms(summary.duration)}" if summary.HasField("duration") else ""
     return Text(f"{_state(summary)} at replica {summary.replica_id}{whole}{tokens}", "dim")

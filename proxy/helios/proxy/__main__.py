@@ -57,9 +57,9 @@ from helios.registry.client import CordonClient, KeyClient, ProfileClient, Regis
 _EDGES: Final = frozenset({"edge", "admin-edge"})
 _CONTROL_POLICY: Final = {
     FLEET_SERVICE: frozenset({"worker"}),
-    REPLACEMENT_SERVICE: frozenset({"relay"}),
+    # Proxies pass on what the relay tells and what operators ask.
+    REPLACEMENT_SERVICE: frozenset({"relay", "proxy"}),
     MODEL_SERVICE: _EDGES,
-    # Proxies pass operators' calls on.
     ADMIN_SERVICE: frozenset({"admin-edge", "proxy"}),
     PEER_SERVICE: frozenset({"proxy"}),
     FEED_SERVICE: frozenset({"proxy"}),
@@ -227,7 +227,8 @@ def _control(
         listen=settings.control_listen, identity=settings.mesh.identity, policy=_CONTROL_POLICY, options=options
     )
     add_FleetServiceServicer_to_server(fleet, server.grpc)
-    replacements = ReplacementServicer(runtime, models, hold_limit_seconds=settings.hold.limit_seconds)
+    calls = peers.calls if peers is not None else None
+    replacements = ReplacementServicer(runtime, models, hold_limit_seconds=settings.hold.limit_seconds, peers=calls)
     add_ReplacementServiceServicer_to_server(replacements, server.grpc)
     add_ModelServiceServicer_to_server(ModelServicer(runtime, models), server.grpc)
     admin: AdminServiceServicer = AdminServicer(runtime, models)

@@ -104,6 +104,7 @@ class Arrival:
         began_wall: the same, in seconds since the epoch.
         traceparent: W3C trace context of the client, or Envoy's; empty: none.
         caller: whose request it is.
+        is_continued: its answer has begun at another replica.
     """
 
     request_id: str
@@ -113,6 +114,7 @@ class Arrival:
     began_wall: float = 0.0
     traceparent: str = ""
     caller: Caller = ANYBODY
+    is_continued: bool = False
 
 
 class Peers(Protocol):
@@ -256,6 +258,7 @@ class Runtime:
             why=why,
             arrived_at=arrival.at,
             now=since,
+            is_continued=arrival.is_continued,
         )
         future: asyncio.Future[Pick] = asyncio.get_running_loop().create_future()
         self._waiting[hold.hold_id] = future

@@ -133,6 +133,26 @@ async def test_what_breaks_off_behind_the_end_of_an_answer_is_nobodys_business()
         assert not world.picks
 
 
+async def test_proxies_are_told_where_an_answer_went_on() -> None:
+    async with running_world(cuts=[3]) as world:
+        first, second = (replica.server.address for replica in world.replicas)
+        _, error = await world.openai("CreateCompletion", request())
+        assert error is None
+        (move,) = await world.wait_moves(1)
+        assert (move.request_id, move.left_endpoint, move.reached_endpoint) == ("r-1", first, second)
+        assert (move.is_drain, move.reason, move.token_count) == (False, "UNAVAILABLE", 3)
+        assert 0 <= move.waited.ToNanoseconds() <= move.first_token_ago.ToNanoseconds()
+
+
+async def test_proxies_are_told_of_an_answer_that_nobody_went_on_with() -> None:
+    async with running_world(cuts=[3]) as world:
+        world.refusal = Overloaded("no room", retry_after_seconds=7.0)
+        _, error = await world.openai("CreateCompletion", request())
+        assert isinstance(error, ReplicaLost)
+        (move,) = await world.wait_moves(1)
+        assert (move.reached_endpoint, move.reason) == ("", "UNAVAILABLE, OVERLOADED")
+
+
 async def test_an_answer_that_has_begun_goes_on_where_the_proxy_says() -> None:
     async with running_world(cuts=[3]) as world:
         first, second = (replica.server.address for replica in world.replicas)
@@ -188,6 +208,10 @@ async def test_a_drain_moves_a_stream_and_counts_it_once() -> None:
         assert (left.status_code, left.prompt_tokens, left.completion_tokens) == (14, 0, 0)
         assert [end.completion_tokens for end in second.finished()] == [50, 50]
         assert len(world.picks) == 1
+        (move,) = await world.wait_moves(1)
+        assert (move.left_endpoint, move.reached_endpoint) == (first.server.address, second.server.address)
+        assert (move.is_drain, move.waited.ToNanoseconds()) == (True, 0)
+        assert 3 <= move.token_count < 50
 
 
 @pytest.mark.parametrize("failure", [Unavailable("the engine is gone"), Bug("the engine failed")])

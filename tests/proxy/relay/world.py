@@ -25,6 +25,8 @@ from helios.mesh.channel import Dialer
 from helios.mesh.errors import HeliosError, NoReadyReplica, Unavailable
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.mesh.status import error_from_rpc
+from helios.mesh.tasks import task_scope
+from helios.proxy.relay.moves import MoveTeller
 from helios.proxy.relay.replicas import Replicas
 from helios.proxy.relay.servicer import INFERENCE_SERVICE, OPENAI_SERVICE, RelayServicer
 from helios.proxy.relay.session import Surroundings
@@ -104,6 +106,7 @@ class World(replacement_service_pb2_grpc.ReplacementServiceServicer):
     """Whether calls break off when all of their messages are out."""
     refusal: HeliosError | None = None
     picks: list[fleet_pb.PickReplicaRequest] = field(default_factory=list)
+    moves: list[fleet_pb.NoteMoveRequest] = field(default_factory=list)
     named_at_once: int = 3
     """How many replicas the proxy names."""
     picked: list[str] = field(default_factory=list)
@@ -124,6 +127,17 @@ class World(replacement_service_pb2_grpc.ReplacementServiceServicer):
         if not others:
             raise NoReadyReplica("there is no other replica")
         return fleet_pb.PickReplicaResponse(endpoints=others[: self.named_at_once])
+
+    async def NoteMove(self, request: Any, context: Any) -> fleet_pb.NoteMoveResponse:
+        self.moves.append(request)
+        return fleet_pb.NoteMoveResponse(is_noted=True)
+
+    async def wait_moves(self, count: int) -> list[fleet_pb.NoteMoveRequest]:
+        """Waits until the proxy was told of so many moves."""
+        async with asyncio.timeout(20):
+            while len(self.moves) < count:
+                await asyncio.sleep(0.005)
+        return self.moves
 
     def metadata(self, durable: str = "true") -> list[tuple[str, str]]:
         """What Envoy and the picker add to a request."""
@@ -187,7 +201,10 @@ async def running_world(*, cuts: Sequence[int] = (), replica_count: int = 2, **o
         asking = await stack.enter_async_context(Dialer(proxy.address, identity=None, peer="proxy"))
         # Of two proxies one is away.
         away = await stack.enter_async_context(Dialer("127.0.0.1:1", identity=None, peer="proxy"))
-        around = Surroundings(channels, [asking, away], replace_seconds=20.0, barren_limit=3)
+        moves = MoveTeller([away, asking])
+        group = await stack.enter_async_context(task_scope())
+        group.create_task(moves.run(), name="tell moves")
+        around = Surroundings(channels, [asking, away], replace_seconds=20.0, barren_limit=3, moves=moves)
         relay = MeshServer(
             listen="127.0.0.1:0",
             identity=None,

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from helios.api.fleet.v1 import replacement_service_pb2 as pb
-from helios.mesh.errors import HoldExpired, ModelNotFound, NoReadyReplica
+from helios.mesh.errors import HoldExpired, InvalidRequest, ModelNotFound, NoReadyReplica
 from helios.proxy.catalog.session import NoRegistry
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
 from helios.proxy.explain.record import RequestState
+from helios.proxy.explain.wire import explanation_to_proto
 from helios.proxy.fleet.state import Load
 from helios.proxy.replacement.servicer import ReplacementServicer
 from helios.proxy.runtime import Runtime
@@ -90,8 +91,11 @@ async def test_where_there_is_no_other_the_answer_waits_for_one() -> None:
     assert not subject.holds.count("m"), "who leaves is waited for no longer"
 
 
-async def test_a_wait_that_was_refused_is_not_remembered_as_one_that_goes_on() -> None:
+async def test_a_wait_for_another_replica_leaves_what_is_remembered_of_the_request() -> None:
     runtime = running(with_replicas(entry("m"), FIRST))
+    chosen = runtime.core.pick(entry("m"), "q", time.monotonic())
+    assert chosen is not None
+    runtime.journal.picked("q", ("m", chosen, (), "", 0.0, 0.0))
 
     async def refused() -> None:
         with pytest.raises(HoldExpired):
@@ -104,9 +108,34 @@ async def test_a_wait_that_was_refused_is_not_remembered_as_one_that_goes_on() -
         runtime.apply(runtime.core.expire_holds(time.monotonic() + 60.0))
     record = runtime.journal.find("q")
     assert record is not None
-    assert record.state is RequestState.REFUSED
-    assert record.refusal is not None
-    assert record.refusal.reason == "HOLD_EXPIRED"
+    assert (record.state, record.pick) == (RequestState.SENT, chosen)
+    assert not runtime.journal._held, "nothing of the wait is left"
+
+
+def noted(**fields: Any) -> pb.NoteMoveRequest:
+    named: dict[str, Any] = {"request_id": "q", "left_endpoint": FIRST}
+    return pb.NoteMoveRequest(**(named | fields))
+
+
+async def test_where_an_answer_went_on_is_explained_by_names() -> None:
+    runtime = running(with_replicas(entry("m"), FIRST, SECOND))
+    now = time.monotonic()
+    chosen = runtime.core.pick(entry("m"), "q", now)
+    assert chosen is not None
+    servicer = ReplacementServicer(runtime, NoRegistry(), hold_limit_seconds=20.0)
+    assert not (await servicer.NoteMove(noted(), Context())).is_noted, "nobody remembers it"
+    runtime.journal.picked("q", ("m", chosen, (), "", now, now))
+    there = "127.0.0.1:9999"
+    moved = noted(reached_endpoint=there, reason="REPLICA_LOST", token_count=12)
+    moved.waited.FromMilliseconds(250)
+    assert (await servicer.NoteMove(moved, Context())).is_noted
+    record = runtime.journal.find("q")
+    assert record is not None
+    (told,) = explanation_to_proto(record, time.monotonic()).moves
+    assert (told.left, told.reached, told.reason, told.token_count) == ("r0", there, "REPLICA_LOST", 12)
+    assert told.waited.ToMilliseconds() == 250
+    with pytest.raises(InvalidRequest):
+        await servicer.NoteMove(pb.NoteMoveRequest(request_id="q"), Context())
 
 
 async def test_another_revision_would_go_on_with_another_answer() -> None:

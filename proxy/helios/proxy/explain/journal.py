@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from helios.proxy.explain.record import Arrived, Finished, HoldFacts, Record, Refusal, RequestState
+from helios.proxy.explain.record import MOVE_BYTES, Arrived, Finished, HoldFacts, Move, Record, Refusal, RequestState
 from helios.proxy.explain.ring import Picked, Ring
 from helios.proxy.explain.start import Start, Wait
 from helios.proxy.explain.timeline import Phase, lay_out
@@ -79,9 +79,14 @@ class Journal:
         self._ring.wall_offset = offset
 
     # Requests.
-    def held(self, request_id: str, *, name: str, began: str, model: str, revision: str, why: str, arrived_at: float,
-             now: float) -> None:  # fmt: skip
-        """A request begins to wait. Call it before what the wait leads to is noted."""
+    def held(  # noqa: PLR0913 - what a record begins with
+        self, request_id: str, *, name: str, began: str, model: str, revision: str, why: str, arrived_at: float,
+        now: float, is_continued: bool = False,
+    ) -> None:  # fmt: skip
+        """A request begins to wait. Call it before what the wait leads to is noted.
+
+        ``is_continued``: its answer has begun elsewhere, and what is remembered of it stays; the relay tells the rest.
+        """
         record = Record(request_id, name[:_NAME_LENGTH], began, arrived_at, self.wall_offset)
         record.model, record.revision = model, revision
         start = self._asking.get(model)
@@ -91,7 +96,20 @@ class Journal:
         record.hold = HoldFacts(now, why, [start] if start is not None else [])
         record.size_bytes += len(why) + _START_BYTES
         self._held.setdefault(model, {})[request_id] = record
-        self._ring.put(record)
+        if not is_continued:
+            self._ring.put(record)
+
+    def moved_on(self, request_id: str, move: Move, first_told_at: float | None) -> bool:
+        """The relay took an answer from one replica to another; False where the request is not remembered here.
+
+        ``first_told_at``: when the client had its first token; None: it had none.
+        """
+        record = self._ring.get(request_id)
+        if record is None:
+            return False
+        record.moved(move, first_told_at)
+        self._ring.grow(record, MOVE_BYTES)
+        return True
 
     def moved(self, request_id: str, left: str, model: str, revision: str) -> None:
         """What a request waited for is gone, and it waits for another model now, under which it is looked for then."""
@@ -138,11 +156,16 @@ class Journal:
         if last is None:
             at = at_wall - self.wall_offset if at_wall is not None else None
             record.arrived = Arrived(replica_id, at, now)
+            record.first_arrived = record.first_arrived or record.arrived
 
     def finished(self, request_id: str, finished: Finished) -> None:
         """A replica says how a request ended."""
         record = self._ring.get(request_id)
-        if record is None or record.finished is not None:
+        if record is None:
+            return
+        last = record.finished
+        # That of one which was left may be told after the arrival elsewhere.
+        if last is not None and (not last.status_code or last.replica_id == finished.replica_id):
             return
         record.finished = finished
         if record.pick is not None and record.pick.split:

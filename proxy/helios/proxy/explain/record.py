@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 # A record, its ids, its pick: measured with tracemalloc at 900 bytes for one candidate.
 RECORD_BYTES: Final = 1024
+# The newest of one that moves on and on.
+_MOVE_COUNT: Final = 16
+MOVE_BYTES: Final = 512
+_UNAVAILABLE: Final = 14
 # A clock that is further off than this says nothing.
 _SANE_SECONDS: Final = 3600.0
 # A replica that has not spoken of a request by then never got it.
@@ -74,6 +78,29 @@ class Finished:
     heard_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A durable answer left a replica.
+
+    Attributes:
+        left: the replica, or its address where it is not known any more.
+        reached: where the answer went on; empty: nowhere.
+        is_drain: the first one drains and was left; else it broke off.
+        reason: with what it broke off, and, where nothing went on, why.
+        token_count: tokens that the client had by then.
+        waited_seconds: for how long nobody worked on it.
+        at: when this was told.
+    """
+
+    left: str
+    reached: str
+    is_drain: bool
+    reason: str
+    token_count: int
+    waited_seconds: float
+    at: float
+
+
 class Record:
     """One request. Times are monotonic seconds of this process.
 
@@ -82,11 +109,15 @@ class Record:
     Attributes:
         began: when Envoy began with it, as the text of its attribute `request.time`; parsed when somebody asks.
         wall_offset: wall clock less monotonic clock, when it arrived.
+        arrived: at the replica that has it now; `first_arrived` at the first one.
+        moves: where the relay took its answer on.
+        first_told_at: when the client had the first token, where the relay said so.
     """
 
     __slots__ = (
-        "answered_at", "arrived", "arrived_at", "began", "excluded", "finished", "hold", "left_at", "model", "name",
-        "pick", "refusal", "request_id", "revision", "size_bytes", "wall_offset",
+        "answered_at", "arrived", "arrived_at", "began", "excluded", "finished", "first_arrived", "first_told_at",
+        "hold", "left_at", "model", "moves", "name", "pick", "refusal", "request_id", "revision", "size_bytes",
+        "wall_offset",
     )  # fmt: skip
 
     def __init__(self, request_id: str, name: str, began: str, arrived_at: float, wall_offset: float) -> None:
@@ -105,6 +136,9 @@ class Record:
         self.refusal: Refusal | None = None
         self.left_at: float | None = None
         self.arrived: Arrived | None = None
+        self.first_arrived: Arrived | None = None
+        self.moves: tuple[Move, ...] = ()
+        self.first_told_at: float | None = None
         self.finished: Finished | None = None
 
     @property
@@ -129,13 +163,29 @@ class Record:
             return self.arrived_at
         return began if 0.0 <= self.arrived_at - began < _SANE_SECONDS else self.arrived_at
 
+    def moved(self, move: Move, first_told_at: float | None) -> None:
+        """The relay took its answer on, or found nobody who could."""
+        self.moves = (*self.moves[1 - _MOVE_COUNT :], move)
+        if self.first_told_at is None:
+            self.first_told_at = first_told_at
+        arrival = self._arrival(self.arrived)
+        if not move.reached and self.finished is None and arrival is not None:
+            # Whoever broke it off may never tell of its end.
+            duration = max(0.0, move.at - arrival)
+            self.finished = Finished(move.left, _UNAVAILABLE, 0, move.token_count, None, duration, move.at)
+
     @property
     def replica_arrival(self) -> float | None:
-        """When it reached its replica, cut to what is possible: between the answer here and the news of it."""
+        """When it reached its replica, of several the one that brought the first token."""
+        is_first = self.first_told_at is not None and self.first_arrived is not None
+        return self._arrival(self.first_arrived if is_first else self.arrived)
+
+    def _arrival(self, arrived: Arrived | None) -> float | None:
+        """When it was at a replica, cut to what is possible: between the answer here and the news of it."""
         if self.answered_at is None:
             return None
-        if self.arrived is not None:
-            heard, at = self.arrived.heard_at, self.arrived.at
+        if arrived is not None:
+            heard, at = arrived.heard_at, arrived.at
         elif self.finished is not None:
             heard, at = self.finished.heard_at - self.finished.duration_seconds, None
         else:
@@ -147,6 +197,8 @@ class Record:
     def first_token_at(self) -> float | None:
         """When its first token was there; None where there was none, or none yet."""
         arrival, finished = self.replica_arrival, self.finished
+        if arrival is not None and self.first_told_at is not None:
+            return max(arrival, self.first_told_at)
         if arrival is None or finished is None or finished.time_to_first_token_seconds is None:
             return None
         return arrival + finished.time_to_first_token_seconds
@@ -154,7 +206,7 @@ class Record:
     @property
     def ended_at(self) -> float | None:
         """When it was over; None while it runs."""
-        arrival = self.replica_arrival
+        arrival = self._arrival(self.arrived)
         if self.finished is not None and arrival is not None:
             return arrival + self.finished.duration_seconds
         if self.refusal is not None:
@@ -213,8 +265,9 @@ class Record:
         first, ended = self.first_token_at, self.ended_at
         # What happened to it before it was at its replica, nobody here saw.
         way = f"at {self.pick.explain()}: " if self.pick is not None and self.pick.is_express else ""
-        if first is not None and self.finished is not None:
-            return [Segment("first_token", arrival, first, f"{way}a prompt of {self.finished.prompt_tokens} tokens")]
+        if first is not None:
+            prompt = f"a prompt of {self.finished.prompt_tokens} tokens" if self.finished is not None else "the prompt"
+            return [Segment("first_token", arrival, first, f"{way}{prompt}")]
         if ended is not None:
             return [Segment("answer", arrival, ended, f"{way}the replica's answer, without a token")]
         return [Segment("first_token", arrival, now, f"{way}the replica works on it")]

@@ -4,7 +4,7 @@ from helios.api.admin.v1 import admin_service_pb2 as admin_pb
 from helios.api.admin.v1 import explanation_pb2 as pb
 from helios.proxy.catalogue import shown
 from helios.proxy.explain.journal import FailedReplica, Journal
-from helios.proxy.explain.record import Record, RequestState
+from helios.proxy.explain.record import Move, Record, RequestState
 from helios.proxy.explain.start import Start
 from helios.proxy.explain.timeline import Phase
 from helios.proxy.fleet.wire import duration, known, replica_to_proto, timestamp
@@ -47,6 +47,7 @@ def explanation_to_proto(record: Record, now: float) -> pb.RequestExplanation:
         phases=[_phase_to_proto(phase) for phase in record.phases(now)],
         explained=duration(record.explained_seconds(now)),
         starts=[_start_to_proto(start, now) for start in record.hold.starts] if record.hold is not None else [],
+        moves=[_move_to_proto(move, record.wall_offset) for move in record.moves],
     )
     if record.pick is not None:
         message.pick.CopyFrom(_pick_to_proto(record.pick, record.excluded))
@@ -73,6 +74,18 @@ def failure_to_proto(failed: FailedReplica, wall_offset: float) -> admin_pb.Fail
 
 def _phase_to_proto(phase: Phase) -> pb.ExplainedPhase:
     return pb.ExplainedPhase(phase=phase.phase, duration=duration(phase.seconds), reason=phase.reason)
+
+
+def _move_to_proto(move: Move, wall_offset: float) -> pb.RequestMove:
+    return pb.RequestMove(
+        left=move.left,
+        reached=move.reached,
+        is_drain=move.is_drain,
+        reason=move.reason,
+        token_count=move.token_count,
+        waited=duration(move.waited_seconds),
+        told_at=timestamp(move.at + wall_offset),
+    )
 
 
 def _pick_to_proto(pick: Pick, excluded: tuple[tuple[str, str], ...]) -> pb.PickExplanation:

@@ -13,6 +13,7 @@ from helios.api.proxy.v1.peer_service_pb2_grpc import add_PeerServiceServicer_to
 from helios.mesh.channel import Dialer
 from helios.mesh.identity import IdentityFiles
 from helios.mesh.tasks import keep_running
+from helios.proxy.peers.calls import PeerCalls
 from helios.proxy.peers.forward import SharedAdmin
 from helios.proxy.peers.lease import LeaseKeeper
 from helios.proxy.peers.link import PeerLink
@@ -47,7 +48,6 @@ class PeerGroup:
         runtime.core.leadership.follow(time.monotonic())
         # A channel of its own: what is large on the others is not in the way of a lease.
         self._dialer = Dialer(registry_target, identity=identity, peer="registry")
-        self._identity = identity
         self._leadership = runtime.core.leadership
         self._link = PeerLink(runtime)
         self._role = Role(self._leadership, ttl_seconds=ttl_seconds)
@@ -63,6 +63,8 @@ class PeerGroup:
             first_address=feed_target,
         )
         self._feed_target = feed_target
+        self.calls = PeerCalls(self, identity=identity)
+        """Passes calls on to other proxies, while the group is open."""
         self._stack = AsyncExitStack()
 
     @property
@@ -78,9 +80,7 @@ class PeerGroup:
 
     def share(self, admin: AdminServiceServicer) -> AdminServiceServicer:
         """This proxy's AdminService as one of all proxies; valid while the group is open."""
-        shared = SharedAdmin(admin, self, identity=self._identity)
-        self._stack.push_async_exit(shared)
-        return shared.as_servicer()
+        return SharedAdmin(admin, self.calls).as_servicer()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the service."""
@@ -89,6 +89,7 @@ class PeerGroup:
     async def __aenter__(self) -> Self:
         """Opens the way to the registry."""
         await self._stack.enter_async_context(self._dialer)
+        await self._stack.enter_async_context(self.calls)
         return self
 
     async def __aexit__(self, *_: object) -> None:

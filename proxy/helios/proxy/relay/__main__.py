@@ -6,6 +6,7 @@ from helios.mesh.channel import Dialer
 from helios.mesh.errors import InvalidRequest
 from helios.mesh.process import Lifetime, run
 from helios.mesh.server import HEALTH_SERVICE, MeshServer, ServerOptions
+from helios.proxy.relay.moves import MoveTeller
 from helios.proxy.relay.replicas import Replicas
 from helios.proxy.relay.servicer import INFERENCE_SERVICE, OPENAI_SERVICE, RelayServicer
 from helios.proxy.relay.session import Surroundings
@@ -30,7 +31,9 @@ async def main(settings: RelaySettings, lifetime: Lifetime) -> None:
             await stack.enter_async_context(Dialer(target, identity=identity, peer="proxy"))
             for target in settings.proxies
         ]
-        around = Surroundings(replicas, proxies, settings.replace_seconds, settings.barren_limit)
+        moves = MoveTeller(proxies)
+        lifetime.group.create_task(moves.run(), name="tell moves")
+        around = Surroundings(replicas, proxies, settings.replace_seconds, settings.barren_limit, moves)
         options = ServerOptions(drain_seconds=settings.drain_seconds, transport="http2")
         server = MeshServer(listen=settings.listen, identity=identity, policy=_POLICY, options=options)
         RelayServicer(around, max_held_bytes=settings.max_held_bytes).add_to(server.grpc)

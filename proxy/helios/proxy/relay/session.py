@@ -26,6 +26,7 @@ from helios.mesh.status import error_from_rpc, openai_body
 from helios.mesh.tasks import task_scope
 from helios.proxy.relay import metrics
 from helios.proxy.relay.journal import Journal, Next
+from helios.proxy.relay.moves import Move, MoveTeller
 from helios.proxy.relay.replicas import Replicas
 
 log = structlog.get_logger()
@@ -57,12 +58,14 @@ class Surroundings:
         proxies: channels to the proxies' control services, the first one's first.
         replace_seconds: how long another replica is waited for.
         barren_limit: replicas in a row that may break off without one token more.
+        moves: tells proxies where answers went on.
     """
 
     replicas: Replicas
     proxies: Sequence[Dialer]
     replace_seconds: float
     barren_limit: int
+    moves: MoveTeller
 
 
 class _MovedError(Exception):
@@ -81,6 +84,7 @@ class Session:
         self._metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         self._endpoints = [each for each in self._metadata.get(names.ENDPOINT_HEADER, "").split(",") if each]
         self._is_first = True
+        self._first_token_at: float | None = None
 
     async def run(self) -> None:
         """Answers. Raises HeliosErrors; after the first message they are told in band, too."""
@@ -106,6 +110,7 @@ class Session:
             await self._answer(endpoint)
         except _MovedError:
             metrics.MOVES.labels("draining", "moved").inc()
+            self._tell(endpoint, self._endpoints[0], "DRAINING", is_drain=True)
             return
         except HeliosError as error:
             if self._journal.is_finished:
@@ -113,6 +118,7 @@ class Session:
                 return
             if self._journal.broken(error) is Next.FAIL:
                 raise
+            since = time.monotonic()
             log.info(
                 "replica broke off",
                 request=self._request_id,
@@ -122,8 +128,9 @@ class Session:
             )
             # What else was picked is as old as what this replica brought; where that is something, the proxy is asked.
             others = self._endpoints[1:] if self._journal.message_count == message_count else []
-            self._endpoints = others or await self._replacement(error, failed=endpoint)
+            self._endpoints = others or await self._replacement(error, since, failed=endpoint)
             metrics.MOVES.labels("broken", "moved").inc()
+            self._tell(endpoint, self._endpoints[0], error.reason, since=since)
 
     async def _answer(self, endpoint: str) -> None:
         """Passes on what a replica says, until it is done.
@@ -161,6 +168,8 @@ class Session:
         if response.HasField("opening"):
             opening = response.opening
             journal.opened(opening.prompt_token_ids, opening.cached_prompt_tokens, opening.created)
+        if self._first_token_at is None and response.steps.token_ids:
+            self._first_token_at = time.monotonic()
         journal.delivered(len(response.messages), response.steps.token_ids, response.steps.sizes)
         journal.is_finished = response.is_finished
 
@@ -179,11 +188,12 @@ class Session:
                     return
             await asyncio.sleep(_LOOK_SECONDS)
 
-    async def _replacement(self, error: HeliosError, *, failed: str) -> list[str]:
+    async def _replacement(self, error: HeliosError, since: float, *, failed: str) -> list[str]:
         try:
             return await self._pick(failed=failed if error.reason in _LOST else "")
         except HeliosError as refusal:
             metrics.MOVES.labels("broken", "lost").inc()
+            self._tell(failed, "", f"{error.reason}, {refusal.reason}", since=since)
             if not self._journal.message_count:
                 raise
             raise ReplicaLost(
@@ -191,6 +201,17 @@ class Session:
                 metadata={"tokens": str(len(self._journal.token_ids)), "cause": refusal.reason},
                 retry_after_seconds=refusal.retry_after_seconds or 1.0,
             ) from refusal
+
+    def _tell(
+        self, left: str, reached: str, reason: str, *, since: float | None = None, is_drain: bool = False
+    ) -> None:
+        """Has proxies told of a move. ``since``: when the replica broke off; None: the answer went on meanwhile."""
+        now, first = time.monotonic(), self._first_token_at
+        waited = now - since if since is not None else 0.0
+        first_ago = now - first if first is not None else None
+        count = len(self._journal.token_ids)
+        move = Move(self._request_id, left, reached, is_drain, reason, count, waited, first_ago)
+        self._around.moves.tell(move)
 
     async def _pick(self, *, failed: str, is_there_only: bool = False) -> list[str]:
         """Asks the proxies, one after the other, for replicas; waits for one that restarts. Raises HeliosErrors."""

@@ -1,22 +1,23 @@
-"""ReplacementService: picks for requests that are under way already.
+"""ReplacementService: picks for requests that are under way already, and where they went on.
 
 They passed keys, limits and the queue when they were picked for first, so nothing of that is asked again; they are
 picked and, where there is no replica, held like any request. The ledger knows them by the id that they have.
 """
 
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final
 
-import grpc
-
 from helios.api.fleet.v1 import replacement_service_pb2 as pb
 from helios.api.fleet.v1 import replacement_service_pb2_grpc
-from helios.mesh.errors import Draining, HeliosError, NoReadyReplica
+from helios.mesh.durations import seconds_from_proto
+from helios.mesh.errors import HeliosError, InvalidRequest, NoReadyReplica
 from helios.proxy.catalog.servicer import find_model
 from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry, addressed_name, shown
-from helios.proxy.explain.record import Refusal
+from helios.proxy.explain.record import Move
+from helios.proxy.peers.calls import PeerCalls
 from helios.proxy.routing.pick import Pick
 from helios.proxy.runtime import Arrival, Runtime
 
@@ -27,7 +28,11 @@ _RETRY_SECONDS: Final = 1.0
 class ReplacementServicer(replacement_service_pb2_grpc.ReplacementServiceServicer):
     """Answers the relay."""
 
-    def __init__(self, runtime: Runtime, models: ModelSource, *, hold_limit_seconds: float) -> None:
+    def __init__(
+        self, runtime: Runtime, models: ModelSource, *, hold_limit_seconds: float, peers: PeerCalls | None = None
+    ) -> None:
+        """``peers``: calls of other proxies; None: there are none."""
+        self._peers = peers
         self._runtime = runtime
         self._core = runtime.core
         self._models = models
@@ -61,31 +66,53 @@ class ReplacementServicer(replacement_service_pb2_grpc.ReplacementServiceService
     async def _wait(self, entry: ModelEntry, request: pb.PickReplicaRequest, context: Any, now: float) -> Pick:
         remaining: float | None = context.time_remaining()
         limit = self._hold_limit_seconds
-        arrival = Arrival(request.request_id, request.model, now, began_wall=datetime.now(UTC).timestamp())
+        began_wall = datetime.now(UTC).timestamp()
+        arrival = Arrival(request.request_id, request.model, now, began_wall=began_wall, is_continued=True)
         try:
             return await self._runtime.wait_pick(
                 entry, arrival, size_bytes=request.body_bytes, deadline=now + min(limit, remaining or limit)
             )
-        except Draining:
-            raise
-        except HeliosError as error:
-            self._note_refusal(entry, request, error, now)
+        except HeliosError:
+            # Of the request itself the relay knows more, and tells (NoteMove).
+            self._runtime.journal.left(entry.name, request.request_id, time.monotonic())
             raise
 
-    def _note_refusal(
-        self, entry: ModelEntry, request: pb.PickReplicaRequest, error: HeliosError, since: float
-    ) -> None:
-        code = int(grpc.StatusCode[error.grpc_code].value[0])
-        self._runtime.journal.refused(
-            request.request_id,
-            Refusal(error.reason, error.message, code, error.retry_after_seconds),
-            name=request.model,
-            began="",
-            model=entry.name,
-            revision=entry.revision,
-            arrived_at=since,
-            now=time.monotonic(),
+    async def NoteMove(self, request: pb.NoteMoveRequest, context: Any) -> pb.NoteMoveResponse:
+        """Remembers where an answer went on, or has the proxy remember it that knows the request."""
+        if not request.request_id or not request.left_endpoint:
+            raise InvalidRequest("a move has a request_id and a left_endpoint", reason="INVALID_MOVE")
+        if self._note(request):
+            return pb.NoteMoveResponse(is_noted=True)
+        if self._peers is None:
+            return pb.NoteMoveResponse(is_noted=False)
+        stub = replacement_service_pb2_grpc.ReplacementServiceStub
+        for address in self._peers.addresses(context):
+            with suppress(HeliosError):
+                if (await self._peers.ask(address, stub, "NoteMove", request, context)).is_noted:
+                    return pb.NoteMoveResponse(is_noted=True)
+        return pb.NoteMoveResponse(is_noted=False)
+
+    def _note(self, request: pb.NoteMoveRequest) -> bool:
+        now, journal = time.monotonic(), self._runtime.journal
+        record = journal.find(request.request_id)
+        if record is None:
+            return False
+        by_address = {replica.address: replica.replica_id for replica in self._core.fleet.replicas_of(record.model)}
+        # One that died is in the pick.
+        considered = record.pick.considered if record.pick is not None else ()
+        by_address |= {candidate.address: candidate.replica_id for candidate in considered}
+        left, reached = request.left_endpoint, request.reached_endpoint
+        move = Move(
+            left=by_address.get(left, left),
+            reached=by_address.get(reached, reached),
+            is_drain=request.is_drain,
+            reason=request.reason,
+            token_count=request.token_count,
+            waited_seconds=seconds_from_proto(request.waited),
+            at=now,
         )
+        first_at = now - seconds_from_proto(request.first_token_ago) if request.HasField("first_token_ago") else None
+        return journal.moved_on(request.request_id, move, first_at)
 
     def _of_revision(self, entry: ModelEntry, revision: str) -> ModelEntry:
         """The entry that has the revision now: the model's own, its canary's, or one that a tag or digest names."""

@@ -153,6 +153,7 @@ class RequestExplanation(_message.Message):
     PICK_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     STARTS_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def summary(self) -> Global___RequestSummary:
         """The request."""
@@ -179,6 +180,10 @@ class RequestExplanation(_message.Message):
     def starts(self) -> _containers.RepeatedCompositeFieldContainer[Global___StartExplanation]:
         """Starts of replicas that it waited for, in order."""
 
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestMove]:
+        """Where its answer went on, in order: durable streams only."""
+
     def __init__(
         self,
         *,
@@ -188,14 +193,65 @@ class RequestExplanation(_message.Message):
         pick: Global___PickExplanation | None = ...,
         refusal: Global___RefusalExplanation | None = ...,
         starts: _abc.Iterable[Global___StartExplanation] | None = ...,
+        moves: _abc.Iterable[Global___RequestMove] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["explained", b"explained", "pick", b"pick", "refusal", b"refusal", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["explained", b"explained", "phases", b"phases", "pick", b"pick", "refusal", b"refusal", "starts", b"starts", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explained", b"explained", "moves", b"moves", "phases", b"phases", "pick", b"pick", "refusal", b"refusal", "starts", b"starts", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequestExplanation: _TypeAlias = RequestExplanation  # noqa: Y015
+
+@_typing.final
+class RequestMove(_message.Message):
+    """RequestMove is a durable answer that left a replica."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEFT_FIELD_NUMBER: _builtins.int
+    REACHED_FIELD_NUMBER: _builtins.int
+    IS_DRAIN_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    WAITED_FIELD_NUMBER: _builtins.int
+    TOLD_AT_FIELD_NUMBER: _builtins.int
+    left: _builtins.str
+    """Replica that it was at, or its address where it was not known any more."""
+    reached: _builtins.str
+    """Replica that goes on, or its address; empty: none could."""
+    is_drain: _builtins.bool
+    """The first one drains, and was left while it went on; else it broke the answer off."""
+    reason: _builtins.str
+    """With what it broke off; where none goes on, also why not."""
+    token_count: _builtins.int
+    """Tokens that the client had by then: the next replica begins behind them."""
+    @_builtins.property
+    def waited(self) -> _duration_pb2.Duration:
+        """For how long nobody worked on it."""
+
+    @_builtins.property
+    def told_at(self) -> _timestamp_pb2.Timestamp:
+        """When the proxy was told."""
+
+    def __init__(
+        self,
+        *,
+        left: _builtins.str = ...,
+        reached: _builtins.str = ...,
+        is_drain: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        token_count: _builtins.int = ...,
+        waited: _duration_pb2.Duration | None = ...,
+        told_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["told_at", b"told_at", "waited", b"waited"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_drain", b"is_drain", "left", b"left", "reached", b"reached", "reason", b"reason", "token_count", b"token_count", "told_at", b"told_at", "waited", b"waited"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestMove: _TypeAlias = RequestMove  # noqa: Y015
 
 @_typing.final
 class ExplainedPhase(_message.Message):

@@ -5,6 +5,7 @@ Fleet: workers and the proxies that send them work."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
@@ -87,3 +88,79 @@ class PickReplicaResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PickReplicaResponse: _TypeAlias = PickReplicaResponse  # noqa: Y015
+
+@_typing.final
+class NoteMoveRequest(_message.Message):
+    """NoteMoveRequest says where an answer went on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LEFT_ENDPOINT_FIELD_NUMBER: _builtins.int
+    REACHED_ENDPOINT_FIELD_NUMBER: _builtins.int
+    IS_DRAIN_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    WAITED_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_AGO_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request's x-request-id."""
+    left_endpoint: _builtins.str
+    """Address (`ip:port`) of the replica that it was at."""
+    reached_endpoint: _builtins.str
+    """Of the one that goes on; empty: none could, and the client was told so."""
+    is_drain: _builtins.bool
+    """The first one drains, and was left while it went on; else it broke the answer off."""
+    reason: _builtins.str
+    """With what it broke off; where none goes on, also why not."""
+    token_count: _builtins.int
+    """Tokens that the client had by then."""
+    @_builtins.property
+    def waited(self) -> _duration_pb2.Duration:
+        """For how long nobody worked on it."""
+
+    @_builtins.property
+    def first_token_ago(self) -> _duration_pb2.Duration:
+        """How long ago the client got its first token; unset: it had none."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        left_endpoint: _builtins.str = ...,
+        reached_endpoint: _builtins.str = ...,
+        is_drain: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        token_count: _builtins.int = ...,
+        waited: _duration_pb2.Duration | None = ...,
+        first_token_ago: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_token_ago", b"first_token_ago", "waited", b"waited"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_ago", b"first_token_ago", "is_drain", b"is_drain", "left_endpoint", b"left_endpoint", "reached_endpoint", b"reached_endpoint", "reason", b"reason", "request_id", b"request_id", "token_count", b"token_count", "waited", b"waited"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NoteMoveRequest: _TypeAlias = NoteMoveRequest  # noqa: Y015
+
+@_typing.final
+class NoteMoveResponse(_message.Message):
+    """NoteMoveResponse says whether it was of use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IS_NOTED_FIELD_NUMBER: _builtins.int
+    is_noted: _builtins.bool
+    """Whether a proxy remembers the request."""
+    def __init__(
+        self,
+        *,
+        is_noted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_noted", b"is_noted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NoteMoveResponse: _TypeAlias = NoteMoveResponse  # noqa: Y015

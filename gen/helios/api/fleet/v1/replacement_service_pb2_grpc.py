@@ -40,6 +40,11 @@ class ReplacementServiceStub:
                 request_serializer=helios_dot_api_dot_fleet_dot_v1_dot_replacement__service__pb2.PickReplicaRequest.SerializeToString,
                 response_deserializer=helios_dot_api_dot_fleet_dot_v1_dot_replacement__service__pb2.PickReplicaResponse.FromString,
                 _registered_method=True)
+        self.NoteMove = channel.unary_unary(
+                '/helios.api.fleet.v1.ReplacementService/NoteMove',
+                request_serializer=helios_dot_api_dot_fleet_dot_v1_dot_replacement__service__pb2.NoteMoveRequest.SerializeToString,
+                response_deserializer=helios_dot_api_dot_fleet_dot_v1_dot_replacement__service__pb2.NoteMoveResponse.FromString,
+                _registered_method=True)
 
 
 class ReplacementServiceServicer:
@@ -56,6 +61,15 @@ class ReplacementServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def NoteMove(self, request, context):
+        """NoteMove tells of an answer that left a replica, for whoever asks where its time went (AdminService.ExplainRequest).
+        Any proxy takes it: one that does not remember the request asks the others. Errors: INVALID_ARGUMENT
+        (INVALID_MOVE: no request, or no replica).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ReplacementServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -63,6 +77,11 @@ def add_ReplacementServiceServicer_to_server(servicer, server):
                     servicer.PickReplica,
                     request_deserializer=helios_dot_api_dot_fleet_dot_v1_dot_replacement__service__pb2.PickReplicaRequest.FromString,
                     response_serializer=helios_dot_api_dot_fleet_dot_v1_dot_replacement__service__pb2.PickReplicaResponse.SerializeToString,
+            ),
+            'NoteMove': grpc.unary_unary_rpc_method_handler(
+                    servicer.NoteMove,
+                    request_deserializer=helios_dot_api_dot_fleet_dot_v1_dot_replacement__service__pb2.NoteMoveRequest.FromString,
+                    response_serializer=helios_dot_api_dot_fleet_dot_v1_dot_replacement__service__pb2.NoteMoveResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -93,6 +112,33 @@ class ReplacementService:
             '/helios.api.fleet.v1.ReplacementService/PickReplica',
             helios_dot_api_dot_fleet_dot_v1_dot_replacement__service__pb2.PickReplicaRequest.SerializeToString,
             helios_dot_api_dot_fleet_dot_v1_dot_replacement__service__pb2.PickReplicaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def NoteMove(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.api.fleet.v1.ReplacementService/NoteMove',
+            helios_dot_api_dot_fleet_dot_v1_dot_replacement__service__pb2.NoteMoveRequest.SerializeToString,
+            helios_dot_api_dot_fleet_dot_v1_dot_replacement__service__pb2.NoteMoveResponse.FromString,
             options,
             channel_credentials,
             insecure,

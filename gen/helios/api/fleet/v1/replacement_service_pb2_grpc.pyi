@@ -22,6 +22,11 @@ class ReplacementServiceStub:
     that it reserves. Errors: UNAVAILABLE (REVISION_GONE: the revision that began the answer is not served any more;
     HOLD_EXPIRED, OVERLOADED, NO_CAPACITY and others of a held request), NOT_FOUND (MODEL_NOT_FOUND).
     """
+    NoteMove: _aio.UnaryUnaryMultiCallable[_replacement_service_pb2.NoteMoveRequest, _replacement_service_pb2.NoteMoveResponse]
+    """NoteMove tells of an answer that left a replica, for whoever asks where its time went (AdminService.ExplainRequest).
+    Any proxy takes it: one that does not remember the request asks the others. Errors: INVALID_ARGUMENT
+    (INVALID_MOVE: no request, or no replica).
+    """
 
 class ReplacementServiceServicer(metaclass=_abc_1.ABCMeta):
     """ReplacementService is the proxy's word on where an answer goes on whose replica died, or drains. The relay calls it."""
@@ -36,6 +41,17 @@ class ReplacementServiceServicer(metaclass=_abc_1.ABCMeta):
         again. Where there is none it waits for one within the call's deadline, and starts one. Idempotent but for the place
         that it reserves. Errors: UNAVAILABLE (REVISION_GONE: the revision that began the answer is not served any more;
         HOLD_EXPIRED, OVERLOADED, NO_CAPACITY and others of a held request), NOT_FOUND (MODEL_NOT_FOUND).
+        """
+
+    @_abc_1.abstractmethod
+    def NoteMove(
+        self,
+        request: _replacement_service_pb2.NoteMoveRequest,
+        context: _aio.ServicerContext[_replacement_service_pb2.NoteMoveRequest, _abc.Awaitable[_replacement_service_pb2.NoteMoveResponse]],
+    ) -> _abc.Awaitable[_replacement_service_pb2.NoteMoveResponse]:
+        """NoteMove tells of an answer that left a replica, for whoever asks where its time went (AdminService.ExplainRequest).
+        Any proxy takes it: one that does not remember the request asks the others. Errors: INVALID_ARGUMENT
+        (INVALID_MOVE: no request, or no replica).
         """
 
 def add_ReplacementServiceServicer_to_server(servicer: ReplacementServiceServicer, server: _aio.Server) -> None: ...

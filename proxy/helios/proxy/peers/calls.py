@@ -1,0 +1,97 @@
+"""Calls of other proxies on behalf of somebody who called this one.
+
+A call is passed on once by whoever got it and once by the leader, so that two that take each other for the leader don't
+pass it on for ever.
+"""
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any, Final, Protocol, Self
+
+import grpc.aio
+
+from helios.mesh.channel import Dialer
+from helios.mesh.identity import IdentityFiles
+from helios.mesh.status import error_from_rpc
+
+_FORWARDED: Final = "x-helios-forwarded"
+_MOST_HOPS: Final = 2
+_CALL_SECONDS: Final = 10.0
+
+
+class Others(Protocol):
+    """The other proxies, as far as this one knows them."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this proxy leads."""
+        ...
+
+    def addresses(self) -> list[str]:
+        """Where they are reached: of a follower's, the leader; of the leader's, all followers."""
+        ...
+
+
+class PeerCalls:
+    """Passes calls on; open it with ``async with``. Nothing is dialled before it is called."""
+
+    def __init__(self, others: Others, *, identity: IdentityFiles | None) -> None:
+        self._others = others
+        self._identity = identity
+        self._dialers: dict[str, Dialer] = {}
+        self._stack = AsyncExitStack()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this proxy leads."""
+        return self._others.leads
+
+    async def __aenter__(self) -> Self:
+        """Nothing is dialled yet."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Closes the channels."""
+        await self._stack.aclose()
+
+    def addresses(self, context: Any) -> list[str]:
+        """Where a call that came here may be passed on to."""
+        return self._others.addresses() if _hop_count(context) < _MOST_HOPS else []
+
+    async def ask(
+        self,
+        address: str,
+        stub_class: Callable[[grpc.aio.Channel], Any],
+        name: str,
+        request: Any,
+        context: Any,
+        *,
+        seconds: float = _CALL_SECONDS,
+    ) -> Any:
+        """Passes a unary call on, within its own deadline. Raises HeliosError."""
+        method = getattr(await self.stub(address, stub_class), name)
+        remaining = context.time_remaining()
+        timeout = min(seconds, remaining) if remaining is not None else seconds
+        try:
+            return await method(request, timeout=timeout, metadata=hops(context))
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+
+    async def stub(self, address: str, stub_class: Callable[[grpc.aio.Channel], Any]) -> Any:
+        """A stub of another proxy, for one call, which is to carry `hops`."""
+        dialer = self._dialers.get(address)
+        if dialer is None:
+            dialer = Dialer(address, identity=self._identity, peer="proxy")
+            self._dialers[address] = await self._stack.enter_async_context(dialer)
+        return dialer.stub(stub_class)
+
+
+def hops(context: Any) -> tuple[tuple[str, str], ...]:
+    """What a call that is passed on carries."""
+    return ((_FORWARDED, str(_hop_count(context) + 1)),)
+
+
+def _hop_count(context: Any) -> int:
+    metadata = context.invocation_metadata() or ()
+    text = next((str(value) for key, value in metadata if key == _FORWARDED), "0")
+    return int(text) if text.isdecimal() else _MOST_HOPS
