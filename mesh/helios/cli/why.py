@@ -198,9 +198,6 @@ def _pick_line(pick: pb.PickExplanation) -> Text:
     return text
 
 
-def _end_line(summary: pb.RequestSummary) -> Text:
-    if not summary.replica_id:
-        return Text("")
 def _move_line(move: pb.RequestMove) -> Text:
     why = "drains" if move.is_drain else f"broke off ({move.reason})"
     text = Text(f"after {move.token_count} tokens replica {move.left} {why}: ")
@@ -210,6 +207,9 @@ def _move_line(move: pb.RequestMove) -> Text:
     return text.append(f"the answer went on at {move.reached}{rest}")
 
 
+def _end_line(summary: pb.RequestSummary) -> Text:
+    if not summary.replica_id:
+        return Text("")
     tokens = f", {summary.prompt_tokens} + {summary.completion_tokens} tokens" if summary.prompt_tokens else ""
     whole = f" in {_ms(summary.duration)}" if summary.HasField("duration") else ""
     return Text(f"{_state(summary)} at replica {summary.replica_id}{whole}{tokens}", "dim")

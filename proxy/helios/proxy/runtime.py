@@ -200,9 +200,9 @@ class Runtime:
             group.create_task(self._wait_express_acks(), name="wait for acks of the express lane")
             group.create_task(self._remember(), name="remember workers")
             group.create_task(self._remember_swap_failures(), name="remember failed swaps")
+            group.create_task(self._starts.run(), name="remember starts")
 
     def stop(self) -> None:
-            group.create_task(self._starts.run(), name="remember starts")
         """Ends every session, and every wait with Draining: another proxy, or this one restarted, goes on with it."""
         self._is_stopping = True
         for future in self._waiting.values():
@@ -392,11 +392,11 @@ class Runtime:
                 self._end_span(model, {}, error=f"{reason}: {message}")
             case actions.ModelScaled(decision):
                 _report_decision(decision)
+            case actions.StartScored():
+                self._starts.scored(action)
             case _:
                 _report_swap(action)
 
-            case actions.StartScored():
-                self._starts.scored(action)
     def _end_span(self, model: str, phases: dict[str, float], *, error: str = "") -> None:
         span = self._spans.pop(model, None)
         if span is None:
