@@ -10,6 +10,7 @@ from helios.proxy.core import Core
 from helios.proxy.fleet.state import Load, Replica
 from helios.proxy.outliers import OutlierPolicy, Outliers
 from helios.proxy.retries import RetryBudgets, RetryPolicy
+from helios.proxy.routing.rules import Rules, Weights
 from helios.proxy.traffic import LoadDelta, RoutingPolicy
 from tests.proxy.support import core, entry, hello, policy, replica
 
@@ -60,7 +61,7 @@ def test_a_share_of_failures_is_forgotten_with_good_answers() -> None:
 
 def two_models() -> Core:
     """Models a and b, each with two replicas that take requests."""
-    subject = core(replace(policy(), routing=RoutingPolicy(prefix_weight=0.0)))
+    subject = core(replace(policy(), routing=RoutingPolicy(Rules(Weights(prefix=0.0)))))
     subject.models_replaced([entry("a", min_replicas=2), entry("b", min_replicas=2)], 0.0, is_synced=True)
     replicas: list[Replica] = []
     for number, name in enumerate(("a1", "a2", "b1", "b2")):

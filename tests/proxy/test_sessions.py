@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helios.mesh.routing import Choice
 from helios.proxy.core import Core
 from helios.proxy.fleet.state import Load, Replica, WorkerHello
 from helios.proxy.routing.pick import Affinity, Wishes, pick
+from helios.proxy.routing.rules import Rules, Weights
 from helios.proxy.routing.sessions import Ring
 from helios.proxy.routing.table import Candidate, Locality, score
 from helios.proxy.traffic import LoadDelta, RoutingPolicy
@@ -104,7 +106,7 @@ def test_a_session_is_explained() -> None:
 
 
 def test_the_nearest_replica_is_taken_until_it_has_more_to_do() -> None:
-    routing = RoutingPolicy(locality=Locality(node="node2", weight=0.2))
+    routing = RoutingPolicy(Rules(Weights(locality=0.2)), locality=Locality(node="node2"))
     subject = fleet(3, routing, node="node")
     assert {first(subject, Wishes(), f"q{number}") for number in range(5)} == {"r2"}
     subject.load_report([LoadDelta("r2", Load(running_count=8, waiting_count=2))], 1.0)
@@ -164,5 +166,5 @@ def test_what_draws_a_request_to_a_replica_counts_beside_the_draw(loads: list[in
 
 
 def test_draws_spread_what_one_look_would_send_to_one_replica() -> None:
-    subject = fleet(10, RoutingPolicy(draw=random.Random(1).randrange))
+    subject = fleet(10, RoutingPolicy(Rules(choice=Choice.POWER_OF_TWO), draw=random.Random(1).randrange))
     assert len({first(subject, Wishes(), f"q{number}") for number in range(60)}) > 5

@@ -82,5 +82,5 @@ def test_weights_that_are_none_are_refused_by_name(routing: ModelRouting, word: 
 
 
 def test_a_load_of_one_part_is_a_load() -> None:
-    assert ModelPolicy(routing=ModelRouting(0.0, 0.0, 1.0)).check()
-    assert ModelPolicy(routing=ModelRouting(0.0, 0.0)).check()
+    assert ModelRouting(0.0, 0.0, 1.0).problem() == ""
+    assert ModelRouting(0.0, 0.0).problem() == ""

@@ -117,7 +117,7 @@ def read_routing(text: str, routing: ModelRouting) -> ModelRouting:
     if name not in NAMES:
         raise InvalidRequest(f"{text!r} is not NAME=VALUE, of {', '.join(NAMES)}", reason="INVALID_POLICY")
     try:
-        meant = None if value == _USUAL else Choice(value) if name == "choice" else float(value)
+        meant: Any = None if value == _USUAL else Choice(value) if name == "choice" else float(value)
     except ValueError:
         kinds = " or ".join(Choice) if name == "choice" else "a number"
         raise InvalidRequest(f"{name}: {value!r} is not {kinds}, or {_USUAL}", reason="INVALID_POLICY") from None

@@ -193,6 +193,9 @@ def _pick_line(pick: pb.PickExplanation) -> Text:
         scores = ", ".join(f"{name} {value:.2f}" for name, value in sorted(candidate.scores.items()))
         chosen = f"choice {candidate.choice}" if candidate.choice else "not tried"
         text.append(f"\n  {candidate.replica_id} {candidate.score:.3f} ({scores}): {chosen}")
+    if pick.weights:
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in sorted(pick.weights.items()))
+        text.append(f"\n  weighed: {shares}")
     for excluded in pick.excluded:
         text.append(f"\n  {excluded.replica_id}: {excluded.reason}")
     return text

@@ -43,10 +43,9 @@ class ModelRouting:
 
     @classmethod
     def of_fields(cls, values: dict[str, Any]) -> Self:
-        """What `as_fields` returned; what a newer version said beside is left out. Raises ValueError."""
+        """What `as_fields` returned; what only a newer version knows is left out."""
         known = {name: value for name, value in values.items() if name in NAMES}
-        if "choice" in known:
-            known["choice"] = Choice(known["choice"])
+        known["choice"] = next((choice for choice in Choice if choice == known.get("choice")), None)
         return cls(**known)
 
     def as_fields(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
+from helios.mesh.routing import USUAL_ROUTING, ModelRouting
 from helios.proxy.engine_needs import needs_of
 from helios.proxy.scaling.policy import Scaling
 
@@ -59,6 +60,8 @@ class ModelEntry:
     """What the policy says beside the bounds that hold now; None: nothing."""
     is_durable: bool = False
     """Streamed answers go on on another replica where their own dies, unless a request says otherwise."""
+    routing: ModelRouting = USUAL_ROUTING
+    """What the policy says of how one of its replicas is chosen."""
 
     @property
     def is_adapter(self) -> bool:

@@ -370,6 +370,7 @@ class Core:
         # Replicas and holds of names that are in neither list were made while the catalogue was out of step.
         for model in changed | set(self.fleet.models()) | set(self.holds.models()):
             if model in changed:
+                self.traffic.model_changed(model, self.catalogue.get(model))
                 self.lifecycle.handle(model, machine.Changed(), now)
             self.lifecycle.reconcile(model, now)
         return self._take(now)
@@ -378,6 +379,7 @@ class Core:
         """A model was made or changed."""
         entry = self.lifecycle.wants.bounds.now(entry)
         if self.catalogue.upsert(entry):
+            self.traffic.model_changed(entry.name, entry)
             self.rollouts.changed(entry, now)
             self.lifecycle.handle(entry.name, machine.Changed(), now)
             self.lifecycle.reconcile(entry.name, now)
@@ -391,6 +393,7 @@ class Core:
         """A model is gone: its replicas drain, and its bytes leave the nodes unless another model has the same."""
         entry = self.catalogue.find(name)
         if self.catalogue.delete(name):
+            self.traffic.model_changed(name, None)
             self.rollouts.deleted(name)
             self.lifecycle.reconcile(name, now)
             if entry is not None:

@@ -1,6 +1,5 @@
 """Settings of the proxy process: defaults < file < `HELIOS_PROXY__<FIELD>` < flags."""
 
-import enum
 import random
 from pathlib import Path
 from typing import ClassVar, Self
@@ -17,6 +16,7 @@ from pydantic import (
 )
 
 from helios.mesh.addresses import dialable
+from helios.mesh.routing import NAMES, Choice, ModelRouting
 from helios.mesh.settings import CLOSE_SECONDS, ProcessSettings
 from helios.proxy.activation.machine import ActivationPolicy
 from helios.proxy.activation.turns import TurnPolicy
@@ -27,6 +27,7 @@ from helios.proxy.holds import HoldLimits
 from helios.proxy.lifecycle import LifecyclePolicy
 from helios.proxy.outliers import OutlierPolicy
 from helios.proxy.retries import RetryPolicy
+from helios.proxy.routing.rules import Rules
 from helios.proxy.routing.table import Locality
 from helios.proxy.scaling.forecast import WarmPoolMode
 from helios.proxy.scaling.load import LoadPolicy, ScalingMode
@@ -201,18 +202,18 @@ class ScalingSettings(BaseModel):
     first."""
 
 
-class Choice(enum.Enum):
-    """Among which candidates the best one is looked for."""
-
-    BEST = "best"
-    POWER_OF_TWO = "power_of_two"
-
-
 class RoutingSettings(BaseModel):
-    """Which of several replicas takes a request."""
+    """Which of several replicas takes a request. A model's own policy goes before (`helios models policy --route`)."""
 
     model_config = _FROZEN
 
+    queue_weight: float = Field(default=0.5, ge=0, le=1)
+    """What it weighs in a replica's load that few requests wait in its engine, beside running_weight and kv_weight,
+    where only their ratio counts. 0.5, the most: waiting costs whole requests of time."""
+    running_weight: float = Field(default=0.3, ge=0, le=1)
+    """What it weighs there that few requests run, or are on their way. 0.3: each slows the others a little."""
+    kv_weight: float = Field(default=0.2, ge=0, le=1)
+    """What it weighs there that the KV cache is empty. 0.2: it warns of preemption."""
     prefix_weight: float = Field(default=0.4, ge=0, lt=1)
     """The share of a replica's score that a prompt is which it has wholly in its cache; its load has the rest. 0.4: the
     next turn of a conversation goes where the last one was until requests queue there. 0: prompts are not looked
@@ -232,6 +233,12 @@ class RoutingSettings(BaseModel):
     """Name of the gateway's node, as workers call theirs; replicas there are nearer. Empty: not known."""
     zone: str = ""
     """Zone of the gateway, as workers call theirs. Empty: not known."""
+    kept_for_high_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """The share of a replica's places (of the requests that it works on at once) that is kept for requests of high
+    priority: others are not sent there while no more than these are free, and wait. 0: no place is kept; the highest
+    priority goes first where requests wait."""
+    kept_from_low_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """The share, beside it, that is kept for requests of normal and high priority. One place stays for everybody."""
     locality_weight: float = Field(default=0.2, ge=0, lt=0.5)
     """The share of a replica's score that nearness is, where the gateway's node or zone is known: all of it on the same
     node, half in the same zone. 0.2: another zone is asked once two requests more run here."""
@@ -245,6 +252,19 @@ class RoutingSettings(BaseModel):
     prefix_blocks: PositiveInt = 500_000
     """Blocks of 256 bytes of prompts that are remembered, of all replicas. 500,000: 91 MiB of this process once
     they are full; a thousand replicas have 500 each then, which is 32,000 tokens."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if problem := self._said().problem():
+            raise ValueError(problem)
+        return self
+
+    def rules(self) -> Rules:
+        """How replicas of a model are chosen among whose policy says nothing else."""
+        return Rules().of_model(self._said(), 0, knows_place=True)
+
+    def _said(self) -> ModelRouting:
+        return ModelRouting(**{name: getattr(self, name) for name in NAMES})
 
 
 class BreakerSettings(BaseModel):
@@ -411,15 +431,14 @@ class ProxySettings(ProcessSettings):
             worker_grace_seconds=fleet.worker_grace_seconds,
             resync_seconds=fleet.resync_seconds,
             routing=RoutingPolicy(
-                self.routing.prefix_weight,
+                self.routing.rules(),
                 self.routing.prefix_blocks,
                 self.routing.queue_count,
                 RetryPolicy(self.breaker.retry_ratio, self.breaker.retry_burst),
                 OutlierPolicy(self.breaker.outlier_ratio),
-                self.routing.session_weight,
-                Locality(self.routing.node, self.routing.zone, self.routing.locality_weight),
+                Locality(self.routing.node, self.routing.zone),
                 # It spreads requests and hides nothing.
-                random.Random().randrange if self.routing.choice is Choice.POWER_OF_TWO else None,  # noqa: S311
+                random.Random().randrange,  # noqa: S311
                 ExpressPolicy(0 if self.has_peers else self.routing.express_models, self.routing.express_per_second),
             ),
             requires_keys=self.admission.require_keys,

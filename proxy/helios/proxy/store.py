@@ -160,7 +160,9 @@ def load_usage(directory: Path) -> object:
 def _entry(item: dict[str, Any]) -> ModelEntry:
     known = {key: value for key, value in item.items() if key in _FIELDS}
     scaling = Scaling.of_fields(known["scaling"]) if known.get("scaling") else None
-    return ModelEntry(**{**known, "scaling": scaling, **{name: tuple(known.get(name, ())) for name in _TUPLES}})
+    routing = ModelRouting.of_fields(known.get("routing") or {})
+    tuples = {name: tuple(known.get(name, ())) for name in _TUPLES}
+    return ModelEntry(**{**known, "scaling": scaling, "routing": routing, **tuples})
 
 
 def _read_names(path: Path) -> list[str]:

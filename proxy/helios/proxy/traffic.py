@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from helios.mesh.routing import USUAL_ROUTING, Choice
 from helios.proxy.admission.quotas import Quotas, Usage
 from helios.proxy.breaker import BreakerPolicy, Breakers
 from helios.proxy.catalogue import ModelEntry
@@ -21,6 +22,7 @@ from helios.proxy.outliers import OutlierPolicy, Outliers
 from helios.proxy.retries import RetryBudgets, RetryPolicy
 from helios.proxy.routing.pick import NO_WISHES, Affinity, Pick, Wishes, pick
 from helios.proxy.routing.prefix import BLOCK_TOKENS, Blocks, PrefixIndex
+from helios.proxy.routing.rules import Rules, Weights
 from helios.proxy.routing.table import Candidate, Facts, Locality, RoutingTable, exclusion, score
 
 # gRPC codes that speak of the replica and not of the request: UNKNOWN, INTERNAL, UNAVAILABLE, DATA_LOSS.
@@ -35,27 +37,26 @@ _UNKNOWN_CAPACITY = 256
 
 @dataclass(frozen=True, slots=True)
 class RoutingPolicy:
-    """What scores weigh.
+    """How requests are routed.
 
     Attributes:
-        prefix_weight: the share of a score that a wholly cached prompt is; 0: prompts are not looked at.
+        rules: how one of a model's replicas is chosen where its policy says nothing else.
         max_blocks: blocks of prompts that are remembered, of all replicas.
         queue_count: requests that may wait inside a replica's engine before others wait here, in their tenants' and
             priorities' order; 0: any number.
         retries: how many requests are tried a second time.
         outliers: which replica fails more than its neighbours.
-        session_weight: the share of a score that a session's own replica has; 0: sessions are not told apart.
-        locality: where the gateway is, and what nearness weighs.
-        draw: draws a number below its argument: the best one of two candidates that are drawn is taken. None: of all.
+        locality: where the gateway is.
+        draw: draws a number below its argument, where the best one of two candidates that are drawn is to be taken;
+            None: the best of all is.
         express: which models Envoy routes by itself.
     """
 
-    prefix_weight: float = 0.4
+    rules: Rules = field(default_factory=Rules)
     max_blocks: int = 500_000
     queue_count: int = 32
     retries: RetryPolicy = field(default_factory=RetryPolicy)
     outliers: OutlierPolicy = field(default_factory=OutlierPolicy)
-    session_weight: float = 0.2
     locality: Locality = field(default_factory=Locality)
     draw: Callable[[int], int] | None = None
     express: ExpressPolicy = field(default_factory=ExpressPolicy)
@@ -90,6 +91,9 @@ class Traffic:
         self.retries = RetryBudgets(routing.retries)
         self.outliers = Outliers(routing.outliers)
         self._routing = routing
+        self._usual = routing.rules.of_model(USUAL_ROUTING, 0, knows_place=routing.locality.is_known)
+        # Of models whose rules are others than the usual ones.
+        self._rules: dict[str, Rules] = {}
         self._prefixes = PrefixIndex(routing.max_blocks)
         # Of all replicas that were ever scored: no request below it has to be compared with any.
         self._least_context = sys.maxsize
@@ -109,7 +113,7 @@ class Traffic:
 
     def wants_prompt(self, entry: ModelEntry) -> bool:
         """Whether a request's prompt bears on where it goes."""
-        return self._routing.prefix_weight > 0 and self.table.count(entry.name, entry.revision) > 1
+        return self.rules_of(entry.name).weights.prefix > 0 and self.table.count(entry.name, entry.revision) > 1
 
     def has_choice(self, entry: ModelEntry) -> bool:
         """Whether what a request says may bear on where it goes."""
@@ -133,12 +137,13 @@ class Traffic:
             snapshot = tuple(candidate for candidate in snapshot if candidate.replica_id in holders)
         if self._busy:
             snapshot = tuple(candidate for candidate in snapshot if candidate.replica_id not in self._busy)
-        affinity = None
+        affinity, rules = None, self.rules_of(entry.name)
         if len(snapshot) > 1:
             if wishes.answer_tokens >= self._least_context:
                 snapshot = _with_room(snapshot, wishes.answer_tokens)
-            affinity = self._affinity(entry, wishes.blocks, wishes.session)
-        chosen = pick(entry.name, entry.revision, snapshot, affinity, self._routing.draw)
+            affinity = self._affinity(entry, wishes.blocks, wishes.session, rules.weights)
+        draw = self._routing.draw if rules.choice is Choice.POWER_OF_TWO else None
+        chosen = pick(entry.name, entry.revision, snapshot, affinity, draw, weights=rules.weights)
         if chosen is None:
             return None
         may_retry = self.retries.request(entry.name)
@@ -155,15 +160,33 @@ class Traffic:
         self._last_used[entry.name] = now
         return chosen
 
-    def _affinity(self, entry: ModelEntry, blocks: Blocks, session: str) -> Affinity | None:
+    def _affinity(self, entry: ModelEntry, blocks: Blocks, session: str, weights: Weights) -> Affinity | None:
         """What draws a request to some of several candidates; None: nothing does."""
-        held = self._prefixes.match(blocks)
-        home = self.table.home(entry.name, entry.revision, session) if session else ""
+        held = self._prefixes.match(blocks) if weights.prefix else {}
+        home = self.table.home(entry.name, entry.revision, session) if session and weights.session else ""
         if not held and not home:
             return None
-        routing = self._routing
-        weight, home_weight = routing.prefix_weight if held else 0.0, routing.session_weight if home else 0.0
+        weight, home_weight = weights.prefix if held else 0.0, weights.session if home else 0.0
         return Affinity(held, len(blocks), weight, home, home_weight)
+
+    def rules_of(self, model: str) -> Rules:
+        """How a model's replicas are chosen among."""
+        return self._rules.get(model, self._usual) if self._rules else self._usual
+
+    def model_changed(self, name: str, entry: ModelEntry | None) -> None:
+        """A model is new, another one, or (None) gone: its replicas are scored by its rules from now on."""
+        rules = self._usual
+        if entry is not None and (entry.routing != USUAL_ROUTING or self._usual.keeps_places):
+            places = needs_of(entry.engine_settings).max_running_requests
+            rules = self._routing.rules.of_model(entry.routing, places, knows_place=self._routing.locality.is_known)
+        if rules == self.rules_of(name):
+            return
+        if rules == self._usual:
+            del self._rules[name]
+        else:
+            self._rules[name] = rules
+        for replica in self.fleet.replicas_of(name):
+            self.refresh(replica.replica_id)
 
     def prompt_sent(self, entry: ModelEntry, replica_id: str, blocks: Blocks) -> None:
         """A prompt is on its way to a replica, which will have it in its cache."""
@@ -420,15 +443,17 @@ class Traffic:
         self.table.put(replica.model, replica.revision, self._scored(replica, reserved_count))
 
     def _scored(self, replica: Replica, reserved_count: int) -> Candidate:
-        context_tokens, locality = replica.max_context_tokens, self._routing.locality
-        candidate = score(replica.replica_id, replica.address, replica.load, reserved_count, context_tokens)
+        context_tokens, weights = replica.max_context_tokens, self.rules_of(replica.model).weights
+        candidate = score(
+            replica.replica_id, replica.address, replica.load, reserved_count, context_tokens, weights=weights
+        )
         if 0 < context_tokens < self._least_context:
             self._least_context = context_tokens
-        if not locality.node and not locality.zone:
+        if not weights.locality:
             return candidate
-        worker = self.fleet.worker(replica.worker_id)
+        worker, locality = self.fleet.worker(replica.worker_id), self._routing.locality
         nearness = locality.score_of(worker.hello.node, worker.hello.zone) if worker is not None else 0.0
-        total = (1.0 - locality.weight) * candidate.score + locality.weight * nearness
+        total = (1.0 - weights.locality) * candidate.score + weights.locality * nearness
         return candidate._replace(score=total, locality_score=nearness)
 
     def _note_busy(self, replica: Replica, reserved_count: int) -> None:

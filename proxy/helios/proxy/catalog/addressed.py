@@ -74,6 +74,7 @@ def entry_from_model(model: Model) -> ModelEntry:
         engine_settings=model.engine_settings.document,
         scaling=_scaling(model.policy),
         is_durable=model.policy.is_durable,
+        routing=model.policy.routing,
     )
 
 

@@ -91,7 +91,7 @@ def _move_to_proto(move: Move, wall_offset: float) -> pb.RequestMove:
 def _pick_to_proto(pick: Pick, excluded: tuple[tuple[str, str], ...]) -> pb.PickExplanation:
     chosen = [choice.replica_id for choice in pick.choices]
     others = [candidate for candidate in pick.considered if candidate.replica_id not in chosen]
-    message = pb.PickExplanation(candidate_count=pick.candidate_count)
+    message = pb.PickExplanation(candidate_count=pick.candidate_count, weights=pick.shares)
     for place, candidate in enumerate([*pick.choices, *others], start=1):
         scores = {
             "queue": candidate.queue_score,

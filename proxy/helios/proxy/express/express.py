@@ -100,5 +100,6 @@ class Express:
         replica = self._traffic.fleet.replica(replica_id) if self.lane.has_carried(replica_id) else None
         if replica is None:
             return None
-        candidate = score(replica_id, replica.address, replica.load, 0)
-        return Pick(replica.model, replica.revision, (candidate,), 1, is_express=True)
+        weights = self._traffic.rules_of(replica.model).weights
+        candidate = score(replica_id, replica.address, replica.load, 0, weights=weights)
+        return Pick(replica.model, replica.revision, (candidate,), 1, is_express=True, weights=weights)

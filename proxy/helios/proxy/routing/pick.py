@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import Final, NamedTuple
 
 from helios.proxy.routing.prefix import NO_BLOCKS, Blocks
+from helios.proxy.routing.rules import USUAL_WEIGHTS, Weights
 from helios.proxy.routing.table import Candidate
 
 # Candidates that a pick keeps for its explanation; all of a larger fleet's would cost memory, not tell more.
@@ -24,7 +25,8 @@ class Pick(NamedTuple):
 
     `considered` is the snapshot that it was made from, where that was small, else the choices. `split` says why
     a rollout sent the request to this revision, for people; empty: there is none. `is_express`: Envoy routed it by
-    itself. A NamedTuple because one is made on the path of every request.
+    itself. `weights` are the model's, of which `prefix_weight` and `session_weight` counted for this request. A
+    NamedTuple because one is made on the path of every request.
     """
 
     model: str
@@ -34,6 +36,14 @@ class Pick(NamedTuple):
     considered: tuple[Candidate, ...] = ()
     split: str = ""
     is_express: bool = False
+    weights: Weights = USUAL_WEIGHTS
+    prefix_weight: float = 0.0
+    session_weight: float = 0.0
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """What each scorer had of the score."""
+        return self.weights.shares(self.prefix_weight, self.session_weight)
 
     @property
     def endpoints(self) -> str:
@@ -106,26 +116,32 @@ def pick(
     snapshot: tuple[Candidate, ...],
     affinity: Affinity | None = None,
     draw: Callable[[int], int] | None = None,
+    *,
+    weights: Weights = USUAL_WEIGHTS,
 ) -> Pick | None:
     """Picks from a snapshot; None where it is empty. Equal scores go to the candidate that came first.
 
     With ``draw``, which returns a number below its argument, two candidates are drawn and the better one is taken
     (Source: Mitzenmacher, The Power of Two Choices): proxies that do not know of each other's picks do not all send to
-    the one that looked best. What draws a request to a replica counts beside.
+    the one that looked best. What draws a request to a replica counts beside. ``weights`` are what the snapshot was
+    scored by, for who wants to know.
     """
     count = len(snapshot)
     if count == 1:
-        return Pick(model, revision, snapshot, 1, snapshot)
+        return Pick(model, revision, snapshot, 1, snapshot, "", False, weights)
     if not count:
         return None
     if draw is not None and count > _DRAWN:
         snapshot = _drawn(snapshot, affinity, draw)
+    prefix_weight = session_weight = 0.0
     if affinity is not None:
+        prefix_weight, session_weight = affinity.weight, affinity.home_weight
         # The order of those that nothing draws it to is that of their own scores: only the best of them matter.
         snapshot = snapshot if count <= MAX_CONSIDERED else _contenders(snapshot, affinity)
         snapshot = tuple(map(affinity.rescored, snapshot))
     choices = tuple(nlargest(MAX_CHOICES, snapshot, key=_by_score))
-    return Pick(model, revision, choices, count, snapshot if count <= MAX_CONSIDERED else choices)
+    considered = snapshot if count <= MAX_CONSIDERED else choices
+    return Pick(model, revision, choices, count, considered, "", False, weights, prefix_weight, session_weight)
 
 
 def _contenders(snapshot: tuple[Candidate, ...], affinity: Affinity) -> tuple[Candidate, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from helios.proxy.fleet.state import Load, Replica, ReplicaState
+from helios.proxy.routing.rules import USUAL_WEIGHTS, Weights
 from helios.proxy.routing.sessions import Ring
 
 
@@ -45,13 +46,6 @@ class Facts(NamedTuple):
     reserved_count: int
 
 
-# Waiting in the engine's queue costs whole requests of time, running costs a share of a batch, KV usage warns of
-# preemption.
-QUEUE_WEIGHT = 0.5
-RUNNING_WEIGHT = 0.3
-KV_WEIGHT = 0.2
-
-
 _UNREADY = {ReplicaState.DRAINING: "draining", ReplicaState.ASLEEP: "asleep", ReplicaState.WAKING: "waking"}
 
 
@@ -73,11 +67,15 @@ def exclusion(replica: Replica, facts: Facts) -> str | None:
 
 
 class Locality(NamedTuple):
-    """Where the gateway is, and what nearness weighs in a score; empty names: not known."""
+    """Where the gateway is; empty names: not known."""
 
     node: str = ""
     zone: str = ""
-    weight: float = 0.2
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything can be said to be near."""
+        return bool(self.node or self.zone)
 
     def score_of(self, node: str, zone: str) -> float:
         """How near a worker is: 1 on the gateway's node, half of it in its zone."""
@@ -86,12 +84,20 @@ class Locality(NamedTuple):
         return 0.5 if self.zone and zone == self.zone else 0.0
 
 
-def score(replica_id: str, address: str, load: Load, reserved_count: int, context_tokens: int = 0) -> Candidate:
+def score(
+    replica_id: str,
+    address: str,
+    load: Load,
+    reserved_count: int,
+    context_tokens: int = 0,
+    *,
+    weights: Weights = USUAL_WEIGHTS,
+) -> Candidate:
     """Scores a replica by its load; requests that are on their way to it count as running."""
     queue_score = 1.0 / (1.0 + load.waiting_count)
     running_score = 1.0 / (1.0 + load.running_count + reserved_count)
     kv_score = 1.0 - load.kv_usage_ratio
-    total = QUEUE_WEIGHT * queue_score + RUNNING_WEIGHT * running_score + KV_WEIGHT * kv_score
+    total = weights.queue * queue_score + weights.running * running_score + weights.kv * kv_score
     return Candidate(replica_id, address, total, queue_score, running_score, kv_score, 0.0, 0.0, 0.0, context_tokens)
 
 
