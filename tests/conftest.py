@@ -73,6 +73,7 @@ SLOW_FILES = (
     "storage/test_service.py",
     "wire/test_admin.py",
     "wire/test_changes.py",
+    "wire/test_endurance.py",
     "wire/test_express.py",
     "wire/test_grpc.py",
     "wire/test_large_bodies.py",

@@ -17,6 +17,7 @@ from helios.mesh.envoy.process import binary, command, validate
 from helios.mesh.envoy.settings import EdgeSettings
 from helios.mesh.errors import InvalidRequest
 from helios.mesh.identity import CertificateAuthority
+from helios.proxy.settings import ProxySettings
 
 TOKEN = "a-token-that-is-secret"
 
@@ -142,6 +143,39 @@ def test_every_cluster_of_the_mesh_demands_a_peer_and_shows_a_leaf(tmp_path: Pat
     assert found == {
         name: (leaf, f"spiffe://helios.local/ns/default/sa/{peer}") for name, (leaf, peer) in wanted.items()
     }
+
+
+def test_an_answer_may_take_any_time_while_it_says_something(tmp_path: Path) -> None:
+    """Envoy's own default is 15 s a request, and other gateways have 60, 300 or 900."""
+    for listener in _listeners(tmp_path):
+        manager = _manager(listener)
+        routes_of = [route for host in manager["routeConfig"]["virtualHosts"] for route in host["routes"]]
+        timeouts = {route["route"]["timeout"] for route in routes_of if "route" in route}
+        assert timeouts == {"0s"}, "0 is none"
+        for name in ("idleTimeout", "maxStreamDuration", "perTryTimeout", "perTryIdleTimeout", "drainTimeout"):
+            assert name not in json.dumps(listener), name
+        assert manager["streamIdleTimeout"] == "3600s"
+
+
+def test_nothing_that_envoy_waits_for_is_waited_for_without_end(tmp_path: Path) -> None:
+    edge, _ = (_manager(listener) for listener in _listeners(tmp_path))
+    picker = next(one for one in edge["httpFilters"] if one["name"].endswith("ext_proc"))
+    hold_seconds = settings(tmp_path).limits.hold_limit_seconds
+    waits = (
+        edge["requestHeadersTimeout"],
+        edge["requestTimeout"],
+        picker["typedConfig"]["extensionConfig"]["typedConfig"]["messageTimeout"],
+        edge["streamIdleTimeout"],
+    )
+    seconds = [float(wait.removesuffix("s")) for wait in waits]
+    assert seconds == sorted(seconds)
+    # The picker's own answer, which says when to come again, is sooner.
+    assert ProxySettings().hold.limit_seconds < hold_seconds < seconds[2]
+    for cluster in edge_config(settings(tmp_path)).to_dict()["staticResources"]["clusters"]:
+        assert cluster["connectTimeout"] == "5s"
+        (options,) = cluster["typedExtensionProtocolOptions"].values()
+        keepalive = options["explicitHttpConfig"]["http2ProtocolOptions"]["connectionKeepalive"]
+        assert set(keepalive) >= {"interval", "timeout"}, "a peer that is gone without a word is noticed"
 
 
 def test_nothing_deprecated_is_used(tmp_path: Path) -> None:
