@@ -47,6 +47,8 @@ class SlowDisk:
 
     async def save_starts(self, document: Mapping[str, Any]) -> None: ...
 
+    async def save_decisions(self, documents: Sequence[Mapping[str, Any]]) -> None: ...
+
     async def save_cordons(self, own: Iterable[str], shared: Iterable[str]) -> None:
         is_first = not self.begun.is_set()
         self.begun.set()

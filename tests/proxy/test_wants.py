@@ -28,7 +28,7 @@ from helios.proxy.scaling.decisions import Cause
 from helios.proxy.scaling.forecast import Expected, Forecasts, WarmPoolMode
 from helios.proxy.scaling.ladder import Cooldowns, Rung, rung_after
 from helios.proxy.scaling.policy import Scaling
-from helios.proxy.store import Store, load_models
+from helios.proxy.store import Store, load_decisions, load_models
 from helios.proxy.warmth import WarmthPolicy
 from tests.proxy.support import GIB, core, entry, policy, ready, replica
 from tests.proxy.test_runtime import NoEnvoys, SlowDisk
@@ -102,9 +102,10 @@ def test_a_model_goes_to_sleep_then_to_memory_then_to_disk_and_each_step_is_told
     assert [type(order) for _, order in steps] == [SleepReplica, StageRevision, StopReplica, UnstageRevision]
     assert [now for now, _ in steps] == pytest.approx([50, 151, 151, 351], abs=1)
     told = [(each.cause, each.reason) for each in subject.lifecycle.wants.decisions.kept]
-    assert [cause for cause, _ in told] == [Cause.COOLDOWN] * 2
-    assert "slept" in told[0][1]
-    assert "in memory" in told[1][1]
+    assert [cause for cause, _ in told] == [Cause.COOLDOWN] * 3
+    assert "nobody used it" in told[0][1]
+    assert "slept" in told[1][1]
+    assert "in memory" in told[2][1]
 
 
 def test_a_request_begins_the_times_anew() -> None:
@@ -308,6 +309,27 @@ async def test_scaling_to_zero_leaves_what_an_open_window_promises(window_count:
     response = await AdminServicer(runtime, Policies(model)).ScaleModel(request, None)
     assert response.desired_count == 0
     assert len(subject.traffic.staying("m")) == response.ready_count == window_count
+
+
+async def test_what_was_decided_is_known_to_the_next_run(tmp_path: Path) -> None:
+    subject = world(sleeper())
+    pass_time(subject, 400)
+    decisions = subject.lifecycle.wants.decisions
+    await Store(tmp_path, subject.catalogue).save_decisions(decisions.documents(1_000_000.0))
+    again = world(replica())
+    # The next run's clock began an hour later.
+    again.lifecycle.wants.decisions.restore(load_decisions(tmp_path, 1_003_600.0))
+    kept = list(again.lifecycle.wants.decisions.kept)
+    assert [replace(each, at=each.at + 3600.0) for each in kept] == list(decisions.kept)
+    pass_time(again, 60)
+    assert len(kept) < len(again.lifecycle.wants.decisions.kept)
+    assert list(again.lifecycle.wants.decisions.kept)[: len(kept)] == kept
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'[{"at": 1}]', b'[{"at": "x"}]'])
+def test_a_damaged_file_of_decisions_counts_as_absent(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "decisions.json").write_bytes(content)
+    assert load_decisions(tmp_path, 0.0) == []
 
 
 async def test_what_a_policy_says_is_kept_on_disk(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from helios.proxy.settings import ProxySettings
 from helios.proxy.store import (
     Store,
     load_cordons,
+    load_decisions,
     load_keys,
     load_models,
     load_starts,
@@ -79,7 +80,9 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
         known_workers=load_workers(directory),
         now=time.monotonic(),
     )
-    core.lifecycle.wants.set_clock(datetime.now(UTC).timestamp() - time.monotonic(), time.monotonic())
+    wall_offset = datetime.now(UTC).timestamp() - time.monotonic()
+    core.lifecycle.wants.set_clock(wall_offset, time.monotonic())
+    core.lifecycle.wants.decisions.restore(load_decisions(directory, wall_offset))
     core.lifecycle.swaps.restore(load_swap_failures(directory))
     load_starts(directory, core.lifecycle.promises.estimates)
     core.models_replaced(load_models(directory), time.monotonic(), is_synced=False)

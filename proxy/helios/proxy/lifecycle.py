@@ -499,6 +499,7 @@ class Lifecycle:
 
     def _put_down(self, entry: ModelEntry, current: list[Replica], count: int, now: float) -> None:
         replaced = self.swaps.replaced(entry, current)
+        self.wants.put_down(entry, len(current), len(current) - count, now)
         for replica in least_missed(current, replaced)[:count]:
             is_replaced = replica.replica_id in replaced
             if count < len(current) and (is_replaced or not self._traffic.is_idle(replica)):

@@ -19,6 +19,7 @@ from helios.mesh.xds.state import Endpoint, ExpressRoute
 from helios.proxy import actions, metrics
 from helios.proxy.admission.keyring import ANYBODY, Caller
 from helios.proxy.catalogue import ModelEntry
+from helios.proxy.chronicle import Chronicle, ChronicleKeeper
 from helios.proxy.core import Core
 from helios.proxy.events.log import EventLog
 from helios.proxy.events.record import event_of
@@ -29,8 +30,6 @@ from helios.proxy.fleet.cordons import CordonMemory, Cordons
 from helios.proxy.fleet.state import ReplicaState
 from helios.proxy.holds import Hold
 from helios.proxy.routing.pick import Pick
-from helios.proxy.scaling.decisions import Cause, Scaled
-from helios.proxy.start_memory import StartKeeper, StartMemory
 from helios.proxy.swap import SwapFailures
 from helios.proxy.usage.meter import Meter
 
@@ -80,7 +79,7 @@ class EndpointPublisher(Protocol):
         ...
 
 
-class Memory(CordonMemory, StartKeeper, Protocol):
+class Memory(CordonMemory, ChronicleKeeper, Protocol):
     """Remembers, over restarts of this process, which workers there are, and what could not be compiled."""
 
     async def save(self, worker_ids: frozenset[str]) -> None:
@@ -173,9 +172,14 @@ class Runtime:
         self.cordons = Cordons(core, self.apply, memory)
         self._publisher = publisher
         self._memory = memory
+        self._chronicle = Chronicle(
+            core.lifecycle.promises.estimates,
+            core.lifecycle.wants.decisions,
+            memory,
+            wall_offset=lambda: self.journal.wall_offset,
+        )
         self._waiting: dict[int, asyncio.Future[Pick]] = {}
         self._outboxes: dict[str, Outbox] = {}
-        self._starts = StartMemory(core.lifecycle.promises.estimates, memory)
         self._spans: dict[str, trace.Span] = {}
         self._published_version = (-1, -1)
         # Versions of the lane, as the publisher counts them and as the core does.
@@ -200,7 +204,7 @@ class Runtime:
             group.create_task(self._wait_express_acks(), name="wait for acks of the express lane")
             group.create_task(self._remember(), name="remember workers")
             group.create_task(self._remember_swap_failures(), name="remember failed swaps")
-            group.create_task(self._starts.run(), name="remember starts")
+            group.create_task(self._chronicle.run(), name="remember starts and decisions")
 
     def stop(self) -> None:
         """Ends every session, and every wait with Draining: another proxy, or this one restarted, goes on with it."""
@@ -391,9 +395,9 @@ class Runtime:
                 metrics.ACTIVATIONS.labels(reason.lower()).inc()
                 self._end_span(model, {}, error=f"{reason}: {message}")
             case actions.ModelScaled(decision):
-                _report_decision(decision)
+                self._chronicle.decided(decision)
             case actions.StartScored():
-                self._starts.scored(action)
+                self._chronicle.scored(action)
             case _:
                 _report_swap(action)
 
@@ -544,23 +548,6 @@ def _measure_split(pick: Pick, finished: Finished) -> None:
     metrics.ROLLOUT_FINISHED.labels(*labels, str(finished.status_code)).inc()
     if finished.time_to_first_token_seconds is not None:
         metrics.ROLLOUT_FIRST_TOKEN.labels(*labels).observe(finished.time_to_first_token_seconds)
-
-
-def _report_decision(decision: Scaled) -> None:
-    model, count = decision.model, decision.to_count
-    if decision.cause is Cause.LOAD:
-        if count > 1:
-            metrics.LOAD_REPLICAS.labels(model).set(count)
-        elif decision.from_count > 1:
-            metrics.LOAD_REPLICAS.remove(model)
-    log.info(
-        "model would be scaled" if decision.is_advice else "model is scaled",
-        model=model,
-        before=decision.from_count,
-        after=count,
-        cause=decision.cause.name.lower(),
-        reason=decision.reason,
-    )
 
 
 def _report_swap(action: actions.Action) -> None:

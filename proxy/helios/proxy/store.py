@@ -1,4 +1,4 @@
-"""What a proxy remembers over a restart: the catalogue, workers and cordons, failed swaps, starts, usage, and keys.
+"""What a proxy remembers over a restart: the catalogue, workers, cordons, swaps, starts, decisions, usage, keys.
 
 Each file is written whole to a temporary name, synced and renamed, so a reader, or the next start after a crash, finds
 the old or the new one. A file that can't be read counts as absent: it is a copy, the registry and the workers have the
@@ -19,6 +19,7 @@ from helios.mesh.routing import ModelRouting
 from helios.proxy.activation.rungs import RungEstimates
 from helios.proxy.admission.keyring import Caller
 from helios.proxy.catalogue import Catalogue, ModelEntry
+from helios.proxy.scaling.decisions import Scaled, scaled_of
 from helios.proxy.scaling.policy import Scaling
 from helios.proxy.swap import SwapFailures
 
@@ -41,6 +42,7 @@ class Store:
         self._swaps = directory / "swaps.json"
         self._usage = directory / "usage.json"
         self._starts = directory / "starts.json"
+        self._decisions = directory / "decisions.json"
         self._cordons = directory / "cordons.json"
         self._keys = directory / "keys.json"
         self._catalogue = catalogue
@@ -73,6 +75,10 @@ class Store:
     async def save_swap_failures(self, failures: Sequence[SwapFailures]) -> None:
         """Remembers which models' compiled replicas failed, and how often."""
         await asyncio.to_thread(_write, self._swaps, failures)
+
+    async def save_decisions(self, documents: Sequence[Mapping[str, Any]]) -> None:
+        """Remembers why models have as many replicas as they have. Raises OSError."""
+        await asyncio.to_thread(_write, self._decisions, documents)
 
     async def save_starts(self, document: Mapping[str, Any]) -> None:
         """Remembers what starts took. Raises OSError."""
@@ -138,6 +144,18 @@ def load_keys(directory: Path) -> list[tuple[bytes, Caller]] | None:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         log.warning("keys on disk can't be used", error=str(error))
         return None
+
+
+def load_decisions(directory: Path, wall_offset: float) -> list[Scaled]:
+    """What an earlier run decided, the oldest first; the clock since 1970 is `wall_offset` ahead of this run's."""
+    document = _read(directory / "decisions.json")
+    if not isinstance(document, list):
+        return []
+    try:
+        return [scaled_of(item, wall_offset) for item in document]
+    except (KeyError, TypeError, ValueError) as error:
+        log.warning("decisions on disk can't be used", error=str(error))
+        return []
 
 
 def load_starts(directory: Path, estimates: RungEstimates) -> None:

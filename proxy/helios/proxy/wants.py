@@ -104,6 +104,18 @@ class Wants:
             now=now,
         )
 
+    def put_down(self, entry: ModelEntry, count: int, kept_count: int, now: float) -> None:
+        """Takes down that of a model's replicas so many stay, where the rest goes because nobody used it for so long.
+
+        What load does not ask for any more was taken down when it did not.
+        """
+        last_used_at = self._traffic.last_used_at(entry.name)
+        unused_seconds = now - last_used_at if last_used_at is not None else 0.0
+        idle_seconds = self._idle_seconds(entry, now)
+        if idle_seconds and unused_seconds >= idle_seconds:
+            reason = f"nobody used it for {unused_seconds:.0f} s, {idle_seconds:.0f} are enough"
+            self.decide(Scaled(now, entry.name, count, kept_count, reason, is_advice=False, cause=Cause.COOLDOWN))
+
     def expected_count(self, model: str, now: float) -> int:
         """How many replicas what is expected of a model asks for."""
         expected = self.forecasts.followed(model, now)

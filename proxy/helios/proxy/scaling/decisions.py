@@ -2,9 +2,9 @@
 
 import enum
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 _MOST_DECISIONS: Final = 1000
 
@@ -34,6 +34,19 @@ class Scaled:
     cause: Cause = Cause.LOAD
 
 
+def scaled_of(document: Mapping[str, Any], wall_offset: float) -> Scaled:
+    """A decision as `Decisions.documents` wrote it. Raises KeyError, TypeError, ValueError where it is none."""
+    return Scaled(
+        float(document["at"]) - wall_offset,
+        str(document["model"]),
+        int(document["from_count"]),
+        int(document["to_count"]),
+        str(document["reason"]),
+        bool(document["is_advice"]),
+        Cause[document["cause"]],
+    )
+
+
 class Decisions:
     """The last thousand decisions, the newest last; each is told when it is made."""
 
@@ -45,3 +58,22 @@ class Decisions:
         """Takes a decision down."""
         self.kept.append(decision)
         self._tell(decision)
+
+    def restore(self, decisions: Iterable[Scaled]) -> None:
+        """Takes in those of an earlier run, which are older than all that there are; nobody is told again."""
+        self.kept = deque([*decisions, *self.kept], maxlen=_MOST_DECISIONS)
+
+    def documents(self, wall_offset: float) -> list[dict[str, Any]]:
+        """All of them in JSON's types, their times since 1970: those of another run have another clock."""
+        return [
+            {
+                "at": one.at + wall_offset,
+                "model": one.model,
+                "from_count": one.from_count,
+                "to_count": one.to_count,
+                "reason": one.reason,
+                "is_advice": one.is_advice,
+                "cause": one.cause.name,
+            }
+            for one in self.kept
+        ]
