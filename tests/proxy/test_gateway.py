@@ -12,9 +12,11 @@ import grpc
 import grpc.aio
 import httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from helios.api.inference.v1 import inference_service_pb2 as inference_pb
 from helios.api.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
+from helios.mesh.envoy import rest, routes
 from helios.mesh.envoy.settings import EdgeSettings
 from helios.mesh.server import MeshServer
 from helios.mesh.status import error_from_rpc
@@ -167,6 +169,40 @@ async def test_a_client_that_leaves_ends_its_hold(world: World) -> None:
             await client.post("/v1/chat/completions", json={"model": "m"}, timeout=0.3)
         async with asyncio.timeout(5):
             assert (await client.post("/v1/chat/completions", json={"model": "m"})).status_code == 200
+
+
+async def look(edge: Edge, client: httpx.AsyncClient) -> None:
+    """Looks at everything that there is to be looked at: every GET of the proxy at both addresses, and health."""
+    for path in ("/healthz", "/v1/models", "/v1/models/m"):
+        assert (await client.get(path)).status_code == 200, path
+    authorized = {"authorization": f"Bearer {TOKEN}"}
+    reads = [p for p, methods in rest.literal_paths((routes.ADMIN_SERVICE,)).items() if "GET" in methods]
+    assert len(reads) >= 5
+    for path in (*reads, "/v1/models/m"):
+        # Events are watched for ever unless they are to end.
+        answer = await client.get(
+            f"http://{edge.admin_address}{path}", params={"until_now": "true"}, headers=authorized
+        )
+        assert answer.status_code == 200, (path, answer.text)
+    async with grpc.aio.insecure_channel(edge.address) as channel:
+        service = "helios.api.catalog.v1.ModelService"
+        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+
+
+async def test_looking_is_no_use_of_a_model(world: World) -> None:
+    """Whoever watches a model must neither start it nor keep it up: it would never be at zero."""
+    world.registry.put("m")
+    # The replica reports nothing, so that what was picked counts as under way for a while.
+    async with running_edge(world, idle_timeout_seconds=1, reservation_seconds=1) as edge, edge.client() as client:
+        await look(edge, client)
+        assert edge.worker.starts == []
+        assert (await client.post("/v1/chat/completions", json={"model": "m"})).status_code == 200
+        assert len(edge.worker.replicas) == 1
+        async with asyncio.timeout(20):
+            while edge.worker.replicas:
+                await look(edge, client)
+        await look(edge, client)
+        assert len(edge.worker.starts) == 1
 
 
 @asynccontextmanager
