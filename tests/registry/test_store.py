@@ -4,6 +4,7 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import structlog
 
 from helios.mesh.errors import (
     AlreadyExists,
@@ -293,6 +294,44 @@ async def test_changes_are_numbered_without_gaps_and_left_on_the_model(store: St
         "revision": B,
         "cause": "tag",
     }
+
+
+async def test_what_somebody_asked_for_is_in_the_audit_log_once_and_only_where_it_was_done(
+    store: Store, tags: TagStore
+) -> None:
+    await put(store, "m", "a")
+    asked = Mutation(actor="admin-edge", request_id="1")
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(2):
+            await store.update_policy("m", ModelPolicy(1, 2), NOW, asked)
+        await tags.put_tag(parse_reference("m"), "prod", NOW, Mutation(actor="admin-edge"))
+        # What the registry does by itself, what changes nothing, and what is refused after it was begun.
+        await store.put_alias("x", "m", NOW)
+        await store.update_policy("m", ModelPolicy(1, 2), NOW, Mutation(actor="admin-edge"))
+        with pytest.raises(Conflict):
+            await store.update_policy("m", ModelPolicy(3, 4), NOW, Mutation(actor="admin-edge", expected_version=1))
+    assert [line for line in lines if line["event"] == "audit"] == [
+        {
+            "event": "audit",
+            "log_level": "info",
+            "what": "policy changed",
+            "actor": "admin-edge",
+            "model": "m",
+            "min_replicas": "1",
+            "max_replicas": "2",
+            "scaling": "{}",
+        },
+        {
+            "event": "audit",
+            "log_level": "info",
+            "what": "tag moved",
+            "actor": "admin-edge",
+            "model": "m",
+            "tag": "prod",
+            "revision": A,
+            "cause": "tag",
+        },
+    ]
 
 
 async def test_what_changes_nothing_is_no_change(store: Store, tags: TagStore) -> None:

@@ -2,7 +2,8 @@
 
 Every change of a model takes the next number in the transaction that makes it, writes an event under it, and leaves it
 on the model as its ``version``. Writers queue (``database``), so whoever has read up to a number has missed none below
-it. Events are kept by count: a watcher that asks for older ones begins anew with all models.
+it. Events are kept by count: a watcher that asks for older ones begins anew with all models. What somebody asked for is
+in the audit log, too, which has no end.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from typing import Final
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from helios.mesh.audit import audit
 from helios.mesh.errors import InvalidRequest
 from helios.registry.database import Database
 from helios.registry.events import Event, EventKind, Mutation
@@ -39,6 +41,7 @@ class Write:
         self.connection = connection
         self.now = now
         self.is_repeat = False
+        self._changes: list[tuple[EventKind, str, dict[str, str]]] = []
         self._mutation = mutation
         self._kept_events = kept_events
 
@@ -68,11 +71,17 @@ class Write:
             "actor": self.actor,
             "at_us": to_us(self.now),
         }
+        self._changes.append((kind, model, detail))
         await self.connection.execute(insert(events).values(row))
         await self.connection.execute(update(models).where(models.c.name == model).values(version=version))
         if version % _CLEARING_STEP == 0:
             await self.connection.execute(delete(events).where(events.c.version <= version - self._kept_events))
         return version
+
+    def audit(self) -> None:
+        """Has what was recorded in the audit log, once it is committed; what the registry does by itself is not."""
+        for kind, model, detail in self._changes if self.actor else ():
+            audit(kind.value.replace("_", " "), actor=self.actor, model=model, **detail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +115,7 @@ class ChangeLog:
                 if not write.is_repeat:
                     await _remember(connection, mutation.request_id, fingerprint, now)
             yield write
+        write.audit()
 
     async def is_known(self, mutation: Mutation, call: str, *arguments: str) -> bool:
         """Returns whether a call was carried out before, for those that have much to do before they write.

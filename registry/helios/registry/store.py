@@ -325,7 +325,8 @@ class Store:
                 if before.policy != policy:
                     statement = update(models).where(models.c.name == model).values(**values)
                     await write.connection.execute(statement)
-                    await write.record(EventKind.POLICY_CHANGED, model)
+                    detail = {key: str(value) for key, value in values.items()}
+                    await write.record(EventKind.POLICY_CHANGED, model, **detail)
             return await require_model(write.connection, model)
 
     async def update_engine_settings(

@@ -84,7 +84,7 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     EVENT_KIND_ALIAS_REMOVED: _EventKind.ValueType  # 9
     """The model has a name less: `alias`."""
     EVENT_KIND_POLICY_CHANGED: _EventKind.ValueType  # 10
-    """Its policy was set."""
+    """Its policy was set: `min_replicas`, `max_replicas`, and `scaling`, which is the rest of it in JSON."""
     EVENT_KIND_SETTINGS_CHANGED: _EventKind.ValueType  # 11
     """Its engine settings were set."""
     EVENT_KIND_REVISION_PINNED: _EventKind.ValueType  # 12
@@ -128,7 +128,7 @@ EVENT_KIND_ALIAS_ADDED: EventKind.ValueType  # 8
 EVENT_KIND_ALIAS_REMOVED: EventKind.ValueType  # 9
 """The model has a name less: `alias`."""
 EVENT_KIND_POLICY_CHANGED: EventKind.ValueType  # 10
-"""Its policy was set."""
+"""Its policy was set: `min_replicas`, `max_replicas`, and `scaling`, which is the rest of it in JSON."""
 EVENT_KIND_SETTINGS_CHANGED: EventKind.ValueType  # 11
 """Its engine settings were set."""
 EVENT_KIND_REVISION_PINNED: EventKind.ValueType  # 12
