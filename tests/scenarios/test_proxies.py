@@ -1,5 +1,5 @@
-"""Two proxies: the one that leads is killed, the other one is, the registry goes away. No request is lost by it, and
-nothing is started twice.
+"""Two proxies: the one that leads is killed, the other one is, the registry goes away, a worker is drained. No request
+is lost by it, and nothing is started twice.
 
 A mesh of its own whose engine only takes time. What a replica does for its clients never passes a proxy, so streams go
 on whatever becomes of proxies; requests that a killed proxy held move to the other one.
@@ -10,15 +10,17 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.registry.tiny import write_model
@@ -27,6 +29,7 @@ from tests.scenarios.running_mesh import RunningMesh
 pytestmark = pytest.mark.timeout(600)
 
 MODEL = "first"
+SPREAD = "spread"
 PROXIES = ("proxy", "proxy-2")
 # Long enough that a proxy can be killed while requests wait for it, on a machine however quick.
 START_SECONDS = 3
@@ -41,15 +44,17 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningMesh]:
     mesh = RunningMesh(Path(tmp_path_factory.mktemp("pair")) / "state", settings, options=options)
     mesh.start()
     try:
-        add(mesh, MODEL, write_model(tmp_path_factory.mktemp("weights") / "tiny"))
+        directory = write_model(tmp_path_factory.mktemp("weights") / "tiny")
+        add(mesh, MODEL, directory)
+        add(mesh, SPREAD, directory, start_seconds=0.2)
         yield mesh
     finally:
         status = mesh.stop()
     assert status == 0
 
 
-def add(mesh: RunningMesh, name: str, directory: Path) -> None:
-    options = {"start_seconds": str(START_SECONDS), "decode_seconds_per_token": "0.02"}
+def add(mesh: RunningMesh, name: str, directory: Path, *, start_seconds: float = START_SECONDS) -> None:
+    options = {"start_seconds": str(start_seconds), "decode_seconds_per_token": "0.02"}
     document = {
         "name": name,
         "source": str(directory),
@@ -261,3 +266,102 @@ def looks(mesh: RunningMesh) -> list[list[dict[str, Any]]]:
 def all_say(mesh: RunningMesh, *, cordoned: bool) -> bool:
     """Whether all proxies say of the worker that it is cordoned, or that it is not."""
     return all(entry.get("cordoned", False) is cordoned for look in looks(mesh) for entry in look)
+
+
+@contextmanager
+def second_worker(mesh: RunningMesh) -> Iterator[str]:
+    """Runs another worker with the settings of the mesh's own, and gives its name."""
+    name, ready = "second", mesh.state / "run" / "second.ready.json"
+    given = psutil.Process(mesh.pid_of("worker")).cmdline()
+    other = {"worker-id": name, "node": name, "state-directory": mesh.state / name, "ready-file": ready}
+    other |= {"supervisor-listen": f"unix:{mesh.state / 'run' / 'second.sock'}"}
+    kept = [each for each in given if not each.startswith(tuple(f"--{key}=" for key in other))]
+    with (mesh.state / "logs" / "second.log").open("ab") as log:
+        flags = [f"--{key}={value}" for key, value in other.items()]
+        process = subprocess.Popen([*kept, *flags], stdout=log, stderr=subprocess.STDOUT)
+    try:
+        mesh.wait(lambda: ready.exists() or process.poll() is not None, WAIT_SECONDS, "the second worker is ready")
+        assert process.poll() is None, (mesh.state / "logs" / "second.log").read_text(errors="replace")[-4000:]
+        yield name
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
+            process.wait(5)
+
+
+def spread(mesh: RunningMesh) -> dict[str, dict[str, Any]]:
+    """Returns the ready replicas of the model that is on both workers, by id, each with its worker."""
+    listed = json.loads(mesh.request("/admin/v1/replicas", is_admin=True).body)["replicas"]
+    found = [one["replica"] | {"worker_id": one["worker_id"]} for one in listed if one["replica"]["model"] == SPREAD]
+    return {one["replica_id"]: one for one in found if one["state"] == "REPLICA_STATE_READY"}
+
+
+def workers_of(mesh: RunningMesh) -> set[str]:
+    return {replica["worker_id"] for replica in spread(mesh).values()}
+
+
+async def count_tokens(client: httpx.AsyncClient, *, is_durable: bool) -> tuple[str, str, dict[str, int]]:
+    """Streams an answer; returns its request's id, its text, and what it says it took."""
+    body = {"model": SPREAD, "prompt": "ab cd", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    body |= {"stream_options": {"include_usage": True}, "temperature": 0}
+    headers = {"x-helios-durable": "true"} if is_durable else {}
+    answer = await client.post("/v1/completions", json=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    assert lines[-1] == "[DONE]", lines[-2:]
+    events = [json.loads(line) for line in lines[:-1]]
+    text = "".join(choice["text"] for event in events for choice in event["choices"])
+    return answer.headers["x-request-id"], text, events[-1]["usage"]
+
+
+async def test_a_drained_worker_s_durable_streams_go_on_at_the_other_one(pair: RunningMesh) -> None:
+    with second_worker(pair) as second:
+        first = await drain_while_it_streams(pair, second)
+        answer = pair.request(f"/admin/v1/workers/{first}:uncordon", b"{}", is_admin=True)
+        assert answer.status == 200, answer.body
+        result = await asyncio.to_thread(pair.helios, "models", "rm", SPREAD)
+        assert result.returncode == 0, result.stdout + result.stderr
+        await until(lambda: not spread(pair), "no replica of it is left")
+
+
+async def drain_while_it_streams(mesh: RunningMesh, second: str) -> str:
+    """Drains the mesh's own worker while both have streams; returns its name."""
+    result = await asyncio.to_thread(mesh.helios, "models", "policy", SPREAD, "--min", "2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    await until(lambda: len(workers_of(mesh)) == 2, "each worker has a replica")
+    (leaving,) = (one for one in spread(mesh).values() if one["worker_id"] != second)
+    first: str = leaving["worker_id"]
+    replica_id: str = leaving["replica_id"]
+    async with client_of(mesh) as client, asyncio.TaskGroup() as group:
+        ordinary = [group.create_task(count_tokens(client, is_durable=False)) for _ in range(2)]
+        durable = [group.create_task(count_tokens(client, is_durable=True)) for _ in range(6)]
+        # More than the ordinary ones, so a durable one is among them.
+        await until(
+            lambda: int(spread(mesh)[replica_id].get("load", {}).get("running_requests", 0)) > 2, "both have some"
+        )
+        answer = await asyncio.to_thread(mesh.request, f"/admin/v1/workers/{first}:drain", b"{}", is_admin=True)
+        assert answer.status == 200, answer.body
+        assert not any(task.done() for task in durable), "the streams were over too early"
+    # What ended where it began, and what moved, are the same to the last token.
+    told = [task.result()[1:] for task in (*ordinary, *durable)]
+    assert all(one == told[0] for one in told), told
+    assert told[0][1]["completion_tokens"] == 300
+    moved = [await asyncio.to_thread(moves, mesh, task.result()[0]) for task in durable]
+    assert any(moved), "none was at the drained worker"
+    for move in filter(None, moved):
+        assert (move["is_drain"], move["left"]) == (True, replica_id)
+        assert spread(mesh)[move["reached"]]["worker_id"] == second
+    await until(lambda: workers_of(mesh) == {second}, "the drained worker has no replica")
+    return first
+
+
+def moves(mesh: RunningMesh, request_id: str) -> dict[str, Any]:
+    """Returns how a request's answer moved, as `helios why` shows it; empty: it did not."""
+    answer = mesh.request(f"/admin/v1/requests/{request_id}", is_admin=True)
+    assert answer.status == 200, answer.body
+    found: list[dict[str, Any]] = answer.json["explanation"].get("moves", [])
+    assert len(found) <= 1
+    return found[0] if found else {}
