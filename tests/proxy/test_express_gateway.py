@@ -57,6 +57,11 @@ async def test_requests_of_the_lane_are_explained_and_none_is_lost_in_a_drain(wo
             async with asyncio.timeout(WAIT_SECONDS):
                 while "express lane" not in await explain(stub, await ask(edge, client)):
                     await asyncio.sleep(0.05)
+            # What a request says of its own urgency is the picker's to weigh.
+            for body, headers in (({"service_tier": "flex"}, {}), ({}, {"x-service-tier": "flex"})):
+                picked = await client.post("/v1/chat/completions", json={"model": "m"} | body, headers=headers)
+                assert picked.headers["x-service-tier"] == "flex"
+            assert "express lane" in await explain(stub, await ask(edge, client))
             # Drained while requests come: each is answered, by this replica or by the next one.
             async with asyncio.TaskGroup() as group:
                 asked = [group.create_task(client.post("/v1/chat/completions", json={"model": "m"})) for _ in range(20)]

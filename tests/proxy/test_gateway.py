@@ -133,6 +133,16 @@ async def test_an_unknown_model_is_404_and_a_bad_body_400(world: World) -> None:
                     )
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND, name[:50]
         assert edge.worker.starts == []
+        for wrong in ("fast", 3):
+            for is_streamed in (False, True):
+                body = {"model": "m", "service_tier": wrong, "stream": is_streamed}
+                answer = await client.post("/v1/chat/completions", json=body)
+                error = answer.json()["error"]
+                assert (answer.status_code, error["type"], error["param"]) == (
+                    400,
+                    "invalid_request_error",
+                    "service_tier",
+                )
 
 
 async def test_native_grpc_is_routed_with_and_without_the_header(world: World) -> None:
@@ -149,6 +159,13 @@ async def test_native_grpc_is_routed_with_and_without_the_header(world: World) -
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         # The details survive: a gRPC client sees the reason.
         assert error_from_rpc(caught.value).reason == "MODEL_NOT_FOUND"
+        call = stub.Tokenize(request, timeout=10, metadata=(("x-service-tier", "flex"),))
+        assert list((await call).token_ids) == [1, 2, 3]
+        assert dict(await call.initial_metadata())["x-service-tier"] == "flex"
+        assert edge.replica.calls[-1].metadata["x-helios-priority"] == "1"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Tokenize(request, timeout=10, metadata=(("x-service-tier", "fast"),))
+        assert error_from_rpc(caught.value).reason == "INVALID_VALUE"
 
 
 async def test_a_hold_that_expires_is_a_clean_503(world: World) -> None:

@@ -13,7 +13,7 @@ import pytest
 from helios.api.inference.v1 import inference_service_pb2 as inference_pb
 from helios.api.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from helios.proxy.settings import AdmissionSettings
-from helios.registry.client import KeySpec
+from helios.registry.client import KeySpec, Priority
 from helios.registry.database import Database
 from helios.registry.keys.keys import Keys
 from helios.registry.keys.store import KeyStore
@@ -169,6 +169,22 @@ async def test_on_loopback_nobody_needs_a_key_and_one_that_is_sent_counts(world:
         await until(is_known)
         wrong = await client.post(CHAT, json={"model": "m"}, headers=bearer(f"{secret}x"))
         assert wrong.status_code == 401
+        # A band of its own: without a key normal at most, with one what the key has at most.
+        _, urgent = await keys.create(KeySpec("urgent", priority=Priority.HIGH), "test")
+        await accepted(client, urgent)
+        for headers, asked, given, band in (
+            ({}, "flex", "flex", "1"),
+            ({}, "priority", "default", None),
+            (bearer(urgent), "priority", "priority", "3"),
+            (bearer(urgent), "auto", "priority", "3"),
+            (bearer(urgent), "default", "default", "2"),
+        ):
+            answer = await client.post(CHAT, json={"model": "m", "service_tier": asked}, headers=headers)
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["x-service-tier"] == given
+            assert answer.json()["headers"].get("x-helios-priority") == band
+        silent = await client.post(CHAT, json={"model": "m", "service_tier": None})
+        assert "x-service-tier" not in silent.headers
 
 
 async def test_a_client_can_not_set_what_the_picker_leaves_for_the_answer(world: World) -> None:

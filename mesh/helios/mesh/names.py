@@ -31,6 +31,9 @@ HOLDS: Final = "helios_holds"
 HOLD_SECONDS: Final = "helios_hold_seconds"
 PICKS_TOTAL: Final = "helios_picks_total"
 PICK_SECONDS: Final = "helios_pick_seconds"
+PREFIX_EMPTIED_TOTAL: Final = "helios_prefix_emptied_total"
+PREFIX_LOSSES_TOTAL: Final = "helios_prefix_losses_total"
+PREFIX_LOST_BLOCKS_TOTAL: Final = "helios_prefix_lost_blocks_total"
 RELAY_MOVES_TOTAL: Final = "helios_relay_moves_total"
 RELAY_REQUESTS_TOTAL: Final = "helios_relay_requests_total"
 RELAY_STREAMS: Final = "helios_relay_streams"
@@ -105,6 +108,10 @@ COHORT_HEADER: Final = "x-helios-cohort"
 ANSWER_FIELDS: Final = ("max_tokens", "max_completion_tokens", "n")
 # Whose request it is, of which conversation, the narrowest first: such requests go to one revision of a rollout.
 SESSION_FIELDS: Final = ("prompt_cache_key", "safety_identifier", "user")
+# How urgent a request is: "auto", "default", "flex" (waits for others), "priority" or "scale" (goes first).
+TIER_FIELD: Final = "service_tier"
+# The same from clients that have no such field (native gRPC). The field goes before; answers say what was given.
+TIER_HEADER: Final = "x-service-tier"
 # Answers carry these, as OpenAI's do. The picker, which is gone by then, leaves them with the request (`kept_header`).
 RATE_LIMIT_HEADERS: Final = tuple(
     f"x-ratelimit-{part}-{what}" for what in ("requests", "tokens") for part in ("limit", "remaining", "reset")

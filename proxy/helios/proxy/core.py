@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from helios.mesh.errors import HeliosError, HoldExpired, NotFound, Unavailable
 from helios.proxy import actions
 from helios.proxy.activation import ends, machine
-from helios.proxy.activation.machine import ActivationState
 from helios.proxy.admission.keyring import ANYBODY, Caller, Keyring
 from helios.proxy.breaker import BreakerPolicy
 from helios.proxy.catalogue import Catalogue, ModelEntry, is_by_digest, shown
@@ -32,7 +31,7 @@ from helios.proxy.fleet.commands import (
     WakeReplica,
 )
 from helios.proxy.fleet.state import Change, Device, Replica, ReplicaState, Staged, WorkerHello
-from helios.proxy.holds import Hold, HoldLimits, Holds, too_many
+from helios.proxy.holds import Hold, HoldLimits, Holds, expired, too_many
 from helios.proxy.lifecycle import Lifecycle, LifecyclePolicy
 from helios.proxy.peers.leadership import Leadership, Parts
 from helios.proxy.prefill import prefill_endpoint
@@ -61,6 +60,7 @@ class CorePolicy:
         resync_seconds: how long a proxy that starts waits for the workers that it knew.
         routing: what scores weigh.
         requires_keys: whether requests without an API key are refused.
+        has_free_bands: whether these may ask for any priority.
     """
 
     holds: HoldLimits
@@ -72,6 +72,7 @@ class CorePolicy:
     resync_seconds: float
     routing: RoutingPolicy
     requires_keys: bool = False
+    has_free_bands: bool = False
 
 
 class Core:
@@ -90,7 +91,7 @@ class Core:
         self._resync_at = now + policy.resync_seconds
         self._next_hold_id = 0
         self.catalogue = Catalogue()
-        self.keyring = Keyring(is_required=policy.requires_keys)
+        self.keyring = Keyring(is_required=policy.requires_keys, has_free_bands=policy.has_free_bands)
         self.holds = Holds(policy.holds)
         self.traffic = Traffic(
             reservation_seconds=policy.reservation_seconds, breaker=policy.breaker, routing=policy.routing
@@ -569,17 +570,9 @@ class Core:
     def _expired(self, hold: Hold, now: float) -> HoldExpired:
         entry = self.catalogue.find(hold.model)
         retry_after = self.lifecycle.remaining_seconds(entry, now) if entry is not None else 1.0
+        has_candidates = self.traffic.has_candidates(hold.model)
         state = self.lifecycle.state(hold.model)
-        progress = "is still starting" if state is ActivationState.STARTING else "has no replica that takes requests"
-        if self.traffic.has_candidates(hold.model) and not hold.adapter:
-            progress = "has more requests than it can answer"
-        if hold.adapter:
-            progress += f" for the adapter '{hold.adapter}'"
-        return HoldExpired(
-            f"the model '{hold.model}' {progress} after {now - hold.since:.0f} s; try again in {retry_after:.0f} s",
-            metadata={"model": hold.model, "waited_seconds": f"{now - hold.since:.1f}", "activation": state.name},
-            retry_after_seconds=retry_after,
-        )
+        return expired(hold, now, state, retry_after_seconds=retry_after, has_candidates=has_candidates)
 
     def follow_up(self, now: float) -> list[actions.Action]:
         """What follows from what a part of the core was told (`leadership`)."""

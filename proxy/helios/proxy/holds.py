@@ -25,7 +25,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
-from helios.mesh.errors import Overloaded, QuotaExceeded
+from helios.mesh.errors import HoldExpired, Overloaded, QuotaExceeded
+from helios.proxy.activation.machine import ActivationState
 from helios.proxy.admission.fair_queue import Entry, FairQueue
 from helios.proxy.admission.keyring import ANYBODY, Caller
 
@@ -244,6 +245,23 @@ def too_many(model: str, bound: str) -> Overloaded:
     """The answer to a request for which there is no place, or that was put out for another one."""
     message = f"too many requests wait for the model '{model}'; try again later"
     return Overloaded(message, metadata={"model": model, "bound": bound})
+
+
+def expired(
+    hold: Hold, now: float, state: ActivationState, *, retry_after_seconds: float, has_candidates: bool
+) -> HoldExpired:
+    """The answer to a request that has waited for as long as it may; `state` is that of what it waited for."""
+    progress = "is still starting" if state is ActivationState.STARTING else "has no replica that takes requests"
+    if has_candidates and not hold.adapter:
+        progress = "has more requests than it can answer"
+    if hold.adapter:
+        progress += f" for the adapter '{hold.adapter}'"
+    waited_seconds = now - hold.since
+    return HoldExpired(
+        f"the model '{hold.model}' {progress} after {waited_seconds:.0f} s; try again in {retry_after_seconds:.0f} s",
+        metadata={"model": hold.model, "waited_seconds": f"{waited_seconds:.1f}", "activation": state.name},
+        retry_after_seconds=retry_after_seconds,
+    )
 
 
 def _entry(hold: Hold) -> Entry:

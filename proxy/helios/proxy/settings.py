@@ -95,7 +95,8 @@ class ReplicaSettings(BaseModel):
     there is room. The ones used longest ago give way to others."""
     asleep_seconds: NonNegativeFloat = 3600.0
     """A replica that has slept for so long without a request stops, and its weights stay staged, in seconds; a model's
-    own policy may say otherwise. 3,600: processes that wait hold host memory and a CUDA context. 0: never."""
+    own policy may say otherwise. 1,800: processes that wait hold host memory, a CUDA context and one of the worker's
+    slots, and four of five that are woken at all within an hour are so by then. 0: never."""
     staged_seconds: NonNegativeFloat = 0.0
     """Weights that have lain in memory for so long after that are given back, in seconds; a model's own policy may say
     otherwise. 0: when the memory is needed."""
@@ -298,6 +299,9 @@ class AdmissionSettings(BaseModel):
     require_keys: bool = False
     """Whether requests without an API key are refused (401). `helios up` sets it where the public address is not a
     loopback one."""
+    free_priority: bool = False
+    """Whether requests without an API key may ask for a high priority (`service_tier`: `priority`). False: normal is
+    the most they get; one with a key gets what its key has at most."""
 
 
 class ExplainSettings(BaseModel):
@@ -442,6 +446,7 @@ class ProxySettings(ProcessSettings):
                 ExpressPolicy(0 if self.has_peers else self.routing.express_models, self.routing.express_per_second),
             ),
             requires_keys=self.admission.require_keys,
+            has_free_bands=self.admission.free_priority,
         )
 
     def _lifecycle_policy(self) -> LifecyclePolicy:

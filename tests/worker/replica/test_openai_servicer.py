@@ -1,6 +1,7 @@
 """OpenAIService over a real server, with engines that fail on purpose."""
 
 import contextlib
+import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from google.api.httpbody_pb2 import HttpBody
 from helios.api.inference.v1 import openai_service_pb2_grpc
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import HeliosError, InvalidRequest, ReplicaLost
-from helios.mesh.names import ROUTE_ADAPTER_HEADER, ROUTE_MODEL_HEADER
+from helios.mesh.names import ROUTE_ADAPTER_HEADER, ROUTE_MODEL_HEADER, TIER_HEADER, kept_header
 from helios.mesh.server import MeshServer
 from helios.mesh.status import error_from_rpc
 from helios.worker.replica.engine import (
@@ -32,6 +33,7 @@ from helios.worker.replica.engine import (
 from helios.worker.replica.gate import CallGate
 from helios.worker.replica.ledger import RequestLedger
 from helios.worker.replica.openai_servicer import OpenAIServicer
+from helios.worker.replica.tier import with_tier
 
 SERVICE = "helios.api.inference.v1.OpenAIService"
 
@@ -67,7 +69,9 @@ class FailingEngine:
         pass
 
 
-async def ask(engine: FailingEngine, ledger: RequestLedger) -> tuple[list[HttpBody], HeliosError | None]:
+async def ask(
+    engine: FailingEngine, ledger: RequestLedger, metadata: tuple[tuple[str, str], ...] = ()
+) -> tuple[list[HttpBody], HeliosError | None]:
     gate = CallGate(names=("m",), revision="sha256:0", ledger=ledger, on_change=lambda: None)
     server = MeshServer(listen="127.0.0.1:0", identity=None, policy={SERVICE: frozenset({"*"})})
     openai_service_pb2_grpc.add_OpenAIServiceServicer_to_server(OpenAIServicer(engine, gate), server.grpc)
@@ -77,7 +81,7 @@ async def ask(engine: FailingEngine, ledger: RequestLedger) -> tuple[list[HttpBo
         stub = dialer.stub(openai_service_pb2_grpc.OpenAIServiceStub)
         body = HttpBody(content_type="application/json", data=b'{"model":"m"}')
         try:
-            async for message in stub.CreateCompletion(body, timeout=10):
+            async for message in stub.CreateCompletion(body, timeout=10, metadata=metadata):
                 messages.append(message)  # noqa: PERF401  what came before an error is kept
         except grpc.aio.AioRpcError as error:
             return messages, error_from_rpc(error)
@@ -103,6 +107,30 @@ async def test_an_error_after_the_first_event_travels_in_band_and_ends_the_strea
     # The HTTP status is 200 by now; gRPC callers and the account get the status that REST callers can't.
     assert isinstance(status, ReplicaLost)
     assert [finished.status_code for finished in ledger.take().finished] == [grpc.StatusCode.UNAVAILABLE.value[0]]
+
+
+FLEX = ((kept_header(TIER_HEADER), "flex"),)
+
+
+async def test_every_event_says_the_tier_that_was_given_where_one_was_asked_for() -> None:
+    text = json.dumps({"text": 'he said "service_tier":null'}, separators=(",", ":"))
+    events = [f'data: {{"id":"1",{text[1:]}\n\n', 'data: {"id":"1","choices":[]}\n\n', "data: [DONE]\n\n"]
+    plain, _ = await ask(FailingEngine(events, ReplicaLost("over")), RequestLedger())
+    assert b"".join(message.data for message in plain).decode().startswith("".join(events))
+    told, _ = await ask(FailingEngine(events, ReplicaLost("over")), RequestLedger(), FLEX)
+    *found, last, _error, _ = b"".join(message.data for message in told).decode().split("\n\n")
+    documents = [orjson.loads(event.removeprefix("data: ")) for event in found]
+    assert [document["service_tier"] for document in documents] == ["flex", "flex"]
+    assert documents[0]["text"] == json.loads(text)["text"]
+    assert last == "data: [DONE]"
+
+
+@pytest.mark.parametrize("body", [b'{"id":"1","service_tier":null,"choices":[]}', b'{"id":"1","choices":[]}'])
+def test_an_answer_says_the_tier_once(body: bytes) -> None:
+    pairs = json.loads(with_tier(body, "priority"), object_pairs_hook=list)
+    assert sorted(name for name, _ in pairs) == ["choices", "id", "service_tier"]
+    assert dict(pairs)["service_tier"] == "priority"
+    assert with_tier(b"[]", "flex") == b"[]"
 
 
 class VectorEngine(FailingEngine):

@@ -73,6 +73,7 @@ from helios.mesh.names import (
     METADATA_NAMESPACE,
     MODEL_KEY,
     SESSION_FIELDS,
+    TIER_FIELD,
 )
 
 # The picker's own deadline ends a hold (503 with an estimate); Envoy's, a 504, is for a picker that hangs.
@@ -139,7 +140,8 @@ def cors() -> HttpFilter:
 
 
 def lift_model() -> HttpFilter:
-    """Copies to metadata, in C++, a JSON body's ``model``, what bounds its answer, and whose conversation it is of.
+    """Copies to metadata, in C++, what the picker reads of a JSON body: the model, what bounds its answer, whose
+    conversation it is of, how urgent it is.
 
     What is absent sets nothing.
 
@@ -151,7 +153,7 @@ def lift_model() -> HttpFilter:
                 selectors=[JsonToMetadataSelector(key=key)],
                 on_present=JsonToMetadataKeyValuePair(metadata_namespace=METADATA_NAMESPACE, key=key),
             )
-            for key in (MODEL_KEY, *SESSION_FIELDS, *ANSWER_FIELDS)
+            for key in (MODEL_KEY, *SESSION_FIELDS, *ANSWER_FIELDS, TIER_FIELD)
         ],
         allow_content_types_regex=RegexMatcher(regex=r"(?i)application/json\s*(;.*)?"),
         allow_empty_content_type=True,

@@ -56,6 +56,7 @@ from helios.mesh.names import (
     MODEL_KEY,
     RATE_LIMIT_HEADERS,
     REFUSAL_REASON_HEADER,
+    TIER_HEADER,
 )
 
 OPENAI_SERVICE: Final = "helios.api.inference.v1.OpenAIService"
@@ -109,7 +110,8 @@ DURABLE_METHODS: Final = {
 # Browsers' preflights ask for these; "*" covers the rest (openai's x-stainless-*), but never stands for authorization.
 _CORS_REQUEST_HEADERS: Final = (
     "authorization, content-type, openai-organization, openai-project, openai-beta, x-request-id, "
-    f"{CLIENT_REQUEST_ID_HEADER}, {MODEL_HEADER}, {DURABLE_HEADER}, traceparent, tracestate, idempotency-key, *"
+    f"{CLIENT_REQUEST_ID_HEADER}, {MODEL_HEADER}, {DURABLE_HEADER}, {TIER_HEADER}, "
+    "traceparent, tracestate, idempotency-key, *"
 )
 _CORS_RESPONSE_HEADERS: Final = ", ".join(
     (
@@ -119,6 +121,7 @@ _CORS_RESPONSE_HEADERS: Final = ", ".join(
         "openai-processing-ms",
         REFUSAL_REASON_HEADER,
         *RATE_LIMIT_HEADERS,
+        TIER_HEADER,
     )
 )
 
@@ -176,7 +179,7 @@ def _inference(route: Route, settings: EdgeSettings) -> Route:
         assert route.route is not None, "an inference route forwards"
         route.route.cluster, route.route.cluster_header = None, CLUSTER_HEADER
     route.request_headers_to_remove = [AUTHORIZATION_HEADER]
-    route.response_headers_to_add = kept_for_answer(RATE_LIMIT_HEADERS)
+    route.response_headers_to_add = kept_for_answer((*RATE_LIMIT_HEADERS, TIER_HEADER))
     return route
 
 

@@ -7,7 +7,7 @@ picker is left out of requests that have them (`helios.mesh.envoy.filters`). All
 
 What takes the lane is narrow on purpose; everything else asks the picker, as ever: JSON over REST to OpenAI's calls, of
 a stated length below 100 kB, whose body names the model and whose headers name none, without one of our API keys and
-without a word on durability. A client's own key, whatever it insists on sending, is no hindrance.
+without a word on durability or urgency. A client's own key, whatever it insists on sending, is no hindrance.
 """
 
 from collections.abc import Iterable
@@ -36,6 +36,8 @@ from helios.mesh.names import (
     MODEL_KEY,
     ROUTE_MODEL_HEADER,
     ROUTE_REVISION_HEADER,
+    TIER_FIELD,
+    TIER_HEADER,
 )
 from helios.mesh.xds.state import ExpressRoute
 
@@ -69,6 +71,8 @@ def _ordinary() -> Any:
         _not(_header("authorization", f"(?i).*{KEY_PREFIX}.*")),
         _not(_header(MODEL_HEADER, ".*")),
         _not(_header(DURABLE_HEADER, ".*")),
+        _not(_header(TIER_HEADER, ".*")),
+        _not(_lifted(TIER_FIELD, _anything())),
     ]
     return _Predicate(and_matcher=_Predicate.PredicateList(predicate=conditions))
 
@@ -76,9 +80,20 @@ def _ordinary() -> Any:
 def _names(model: str) -> Any:
     value = metadata_pb2.Metadata()
     value.value.string_match.exact = model
+    return _lifted(MODEL_KEY, value)
+
+
+def _anything() -> Any:
+    value = metadata_pb2.Metadata()
+    value.value.present_match = True
+    return value
+
+
+def _lifted(key: str, value: Any) -> Any:
+    """Whether what was lifted from the body by this name is so."""
     lifted = network_inputs_pb2.DynamicMetadataInput(filter=METADATA_NAMESPACE)
-    lifted.path.add(key=MODEL_KEY)
-    single = _Predicate.SinglePredicate(input=_xds_extension("model", lifted))
+    lifted.path.add(key=key)
+    single = _Predicate.SinglePredicate(input=_xds_extension(key, lifted))
     single.custom_match.CopyFrom(_xds_extension("envoy.matching.matchers.metadata_matcher", value))
     return _Predicate(single_predicate=single)
 

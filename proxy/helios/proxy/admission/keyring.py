@@ -76,9 +76,10 @@ class Keyring:
     Invariant: a secret is recognised if, and only if, it is one of the last `replace`'s keys and has not expired.
     """
 
-    def __init__(self, *, is_required: bool) -> None:
-        """``is_required``: requests without a key are refused."""
+    def __init__(self, *, is_required: bool, has_free_bands: bool = False) -> None:
+        """``is_required``: requests without a key are refused; ``has_free_bands``: they may ask for any priority."""
         self.is_required = is_required
+        self.has_free_bands = has_free_bands
         self._callers: dict[bytes, Caller] = {}
         self._by_id: dict[str, Caller] = {}
         self._is_known = False

@@ -6,13 +6,14 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from helios.mesh.errors import QuotaExceeded, Unavailable
-from helios.mesh.names import kept_header
+from helios.mesh.names import TIER_FIELD, TIER_HEADER, kept_header
+from helios.proxy.admission import tiers
 from helios.proxy.admission.keyring import ANYBODY, Caller, check_model
 from helios.proxy.admission.quotas import Standing
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
 from helios.proxy.picker.limits import answer_bound, rate_limit_headers
-from helios.proxy.picker.request import Heads
+from helios.proxy.picker.request import Body, Heads
 from helios.proxy.runtime import Peers
 
 _LEADER_SECONDS: Final = 10.0
@@ -34,6 +35,7 @@ class Gate:
         self.is_passed = False
         """Whether it is on its way to a replica, whose reports settle what it reserved."""
         self._standing: Standing | None = None
+        self._tier = ""
 
     def identify(self) -> None:
         """Finds out whose request it is. Raises Unauthenticated."""
@@ -41,18 +43,20 @@ class Gate:
         if self._heads.authorization or keyring.is_required:
             self.caller = keyring.identify(self._heads.authorization, datetime.now(UTC).timestamp())
 
-    def admit(self, entry: ModelEntry, model: str, lifted: Mapping[str, Any]) -> bool:
-        """Reserves what the request may take; False where its key's part of a limit is to be waited for.
+    def admit(self, entry: ModelEntry, model: str, lifted: Mapping[str, Any], body: Body | None) -> bool:
+        """Ranks the request and reserves what it may take; False where its key's part of a limit is to be waited for.
 
         Args:
             entry: the model that it names.
             model: the name that it names it by.
             lifted: what Envoy lifted from a JSON body.
+            body: what was read of the body, where it was asked for.
 
         Raises:
             ModelNotFound: its key may not use the model.
-            QuotaExceeded, InvalidRequest: its key's limits.
+            QuotaExceeded, InvalidRequest: its key's limits; there is no such tier.
         """
+        self._rank(lifted, body)
         if self.caller.key_id:
             check_model(self.caller, entry, model)
             try:
@@ -84,6 +88,21 @@ class Gate:
                 if not is_told:
                     raise
 
+    def _rank(self, lifted: Mapping[str, Any], body: Body | None) -> None:
+        """Gives the request the band that it asks for, if it asks for one and may have it.
+
+        The body says it before a header does, which is for clients without such a field. Raises InvalidRequest.
+        """
+        asked: object = body.tier if body is not None else None
+        if asked is None and len(lifted) > 1:
+            # Beside the model, Envoy lifted something more.
+            asked = _said(lifted[TIER_FIELD])
+        if asked is None:
+            asked = self._heads.tier or None
+        if asked is not None:
+            keyring = self._core.keyring
+            self.caller, self._tier = tiers.given(self.caller, asked, is_free=keyring.has_free_bands)
+
     def _reserve(self, entry: ModelEntry, lifted: Mapping[str, Any]) -> None:
         self._standing = self._core.traffic.quotas.admit(
             self.caller,
@@ -96,9 +115,10 @@ class Gate:
 
     def left_for_answer(self) -> dict[str, str]:
         """Headers for the request in which Envoy finds those of its answer."""
-        if self._standing is None:
-            return {}
-        return {kept_header(name): value for name, value in rate_limit_headers(self._standing).items()}
+        found = rate_limit_headers(self._standing) if self._standing is not None else {}
+        if self._tier:
+            found[TIER_HEADER] = self._tier
+        return {kept_header(name): value for name, value in found.items()}
 
     def refusal_headers(self) -> dict[str, str]:
         """Headers of an answer that refuses the request."""
@@ -111,6 +131,12 @@ class Gate:
         """Ends: a request that goes to no replica gives back what it reserved."""
         if not self.is_passed and self.caller.key_id:
             self._core.traffic.quotas.release(self._heads.request_id, time.monotonic())
+
+
+def _said(value: Any) -> object:
+    """What a protobuf Value has; None for null, and for what is not there."""
+    kind = value.WhichOneof("kind")
+    return getattr(value, kind) if kind is not None and kind != "null_value" else None
 
 
 def _is_over(since: float) -> bool:

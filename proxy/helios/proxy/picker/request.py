@@ -50,6 +50,7 @@ class Heads:
     traceparent: str
     session: str = ""
     durable: str = ""
+    tier: str = ""
     authorization: str = field(default="", repr=False)
     """Holds a secret: never to be logged, nor kept for longer than the request."""
 
@@ -59,6 +60,8 @@ class Body(NamedTuple):
 
     model: str
     prompt: Prompt
+    tier: object = None
+    """OpenAI's `service_tier`, whatever it is; None: it says nothing."""
 
 
 def read_heads(headers: dict[str, str]) -> Heads:
@@ -76,6 +79,7 @@ def read_heads(headers: dict[str, str]) -> Heads:
         traceparent=headers.get("traceparent", ""),
         session=headers.get(names.SESSION_HEADER, ""),
         durable=headers.get(names.DURABLE_HEADER, ""),
+        tier=headers.get(names.TIER_HEADER, ""),
         authorization=headers.get("authorization", ""),
     )
 
@@ -109,7 +113,7 @@ def read_body(path: str, body: bytes) -> Body:
             raise _missing()
         return Body(str(model), native_prompt(request))
     document = _openai_document(message)
-    return Body(_openai_model(document), openai_prompt(document))
+    return Body(_openai_model(document), openai_prompt(document), document.get(names.TIER_FIELD))
 
 
 def missing_model() -> InvalidRequest:

@@ -119,7 +119,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 body = await _ask_body(context, heads)
                 model = body.model
             served = entry = self._core.resolve(model) or await find_model(self._runtime, self._models, model)
-            if not gate.admit(entry, model, _lifted(request)):
+            if not gate.admit(entry, model, _lifted(request), body):
                 await gate.wait_admitted(entry, _lifted(request), self._runtime.peers)
             split = Assignment(entry)
             if entry.canary:

@@ -32,6 +32,8 @@ from helios.mesh.names import (
     ROUTE_ADAPTER_HEADER,
     ROUTE_MODEL_HEADER,
     ROUTE_REVISION_HEADER,
+    TIER_HEADER,
+    kept_header,
 )
 from helios.worker.replica import metrics, tracing
 from helios.worker.replica.continuation import CONTINUATION, Continuation
@@ -42,6 +44,8 @@ from helios.worker.replica.settings import Role
 
 log = structlog.get_logger()
 
+# Where the picker leaves the tier that it gave.
+_TIER_HEADER: Final = kept_header(TIER_HEADER)
 # Longer ones are not ids; vLLM carries the id through every message to its core.
 _REQUEST_ID_LIMIT: Final = 128
 # A drained endpoint leaves the picker's view within a session message.
@@ -57,6 +61,8 @@ class Call:
     meter: Meter
     route_model: str | None
     header_model: str | None
+    tier: str = ""
+    """The service tier that it was given, in OpenAI's words; empty: it asked for none."""
 
 
 class CallGate:
@@ -163,7 +169,8 @@ class CallGate:
         if continuation is not None:
             self._continuations.add(continuation)
         try:
-            yield Call(meter, metadata.get(ROUTE_MODEL_HEADER), metadata.get(MODEL_HEADER) or None)
+            header_model, tier = metadata.get(MODEL_HEADER) or None, metadata.get(_TIER_HEADER, "")
+            yield Call(meter, metadata.get(ROUTE_MODEL_HEADER), header_model, tier)
         except BaseException as error:
             status = _status_of(error)
             if continuation is not None and _goes_on_elsewhere(continuation, status):

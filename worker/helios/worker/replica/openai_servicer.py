@@ -11,8 +11,9 @@ from helios.mesh.status import openai_body
 from helios.worker.replica.body import parse_body
 from helios.worker.replica.continuation import CONTINUATION, only_new, with_created
 from helios.worker.replica.engine import Engine, EventStream, JsonAnswer, OpenAICall
-from helios.worker.replica.gate import Call, CallGate
+from helios.worker.replica.gate import CallGate
 from helios.worker.replica.ready import ReadyTogether
+from helios.worker.replica.tier import event_with_tier, with_tier
 
 _JSON: Final = "application/json"
 _EVENTS: Final = "text/event-stream"
@@ -48,25 +49,28 @@ class OpenAIServicer(openai_service_pb2_grpc.OpenAIServiceServicer):
             self._gate.check_model(document["model"], call)
             document["model"] = self._gate.engine_name(document["model"])
             answer = await self._engine.answer(operation, document, call.meter)
+            # OpenAI's vectors have none.
+            tier = call.tier if operation is not OpenAICall.EMBEDDING else ""
             if isinstance(answer, JsonAnswer):
-                for begin in range(0, max(1, len(answer.body)), _PART_BYTES):
-                    part = answer.body[begin : begin + _PART_BYTES]
+                body = with_tier(answer.body, tier) if tier else answer.body
+                for begin in range(0, max(1, len(body)), _PART_BYTES):
+                    part = body[begin : begin + _PART_BYTES]
                     await context.write(HttpBody(content_type=_JSON, data=part))
             else:
-                await _stream(answer, call, context)
+                await _stream(answer, tier, context)
 
 
-async def _stream(answer: EventStream, call: Call, context: Any) -> None:
+async def _stream(answer: EventStream, tier: str, context: Any) -> None:
     """Writes events, those that are ready together in one message; an error after the first one travels in band."""
-    del call
     is_begun = False
     continuation = CONTINUATION.get()
     created = continuation.progress.created if continuation is not None and continuation.progress is not None else 0
     async with contextlib.aclosing(ReadyTogether(only_new(answer.events))) as batches:
         try:
-            async for events in batches:
-                text = "".join([with_created(event, created) for event in events] if created else events)
-                await context.write(HttpBody(content_type=_EVENTS, data=text.encode()))
+            async for batch in batches:
+                events = [with_created(event, created) for event in batch] if created else batch
+                events = [event_with_tier(event, tier) for event in events] if tier else events
+                await context.write(HttpBody(content_type=_EVENTS, data="".join(events).encode()))
                 is_begun = True
         except HeliosError as error:
             # Of a durable request the relay is told, which may go on elsewhere.
