@@ -72,6 +72,8 @@ async def test_the_launcher_has_one_thread_and_its_children_hold_nothing_of_it(t
         assert psutil.Process(launcher.pid).num_threads() == 1
         two = await launcher.fork(second, deadline())
         await complete(leaves, second, "ready")
+        # Whether a hub lets anybody in is nothing to a model that is here.
+        assert b"\0HF_HUB_OFFLINE=1\0" in Path(f"/proc/{one.pid}/environ").read_bytes()
         # A copy of the control socket in a replica would hide the launcher's end from the supervisor.
         sockets = {
             fd.readlink().name for fd in Path(f"/proc/{launcher.pid}/fd").iterdir() if "socket:" in str(fd.readlink())
