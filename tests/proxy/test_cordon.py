@@ -8,7 +8,8 @@ from helios.mesh.errors import NotFound, PreconditionFailed
 from helios.proxy.actions import Send
 from helios.proxy.core import Core
 from helios.proxy.fleet.commands import DrainReplica, StartReplica, StopReplica
-from helios.proxy.fleet.state import ReplicaState
+from helios.proxy.fleet.state import Load, ReplicaState
+from helios.proxy.traffic import LoadDelta
 from tests.proxy.support import GIB, core, entry, hello, ready, replica
 
 
@@ -39,6 +40,33 @@ def test_nothing_is_started_on_a_cordoned_worker_and_what_it_has_goes_on() -> No
     subject.cordon("w", 6.0, is_cordoned=False)
     subject.tick(7.0)
     assert [replica.worker_id for replica in subject.fleet.replicas_of("o")] == ["w"]
+
+
+def test_requests_go_elsewhere_than_to_a_cordoned_worker_wherever_another_one_takes_them() -> None:
+    subject = core()
+    subject.models_replaced([entry(min_replicas=2)], 0.0, is_synced=True)
+    for number, worker_id in enumerate(("v", "w")):
+        there = replica(f"at-{worker_id}", worker_id=worker_id, address=f"127.0.0.1:100{number}")
+        subject.worker_hello(hello(worker_id, replicas=(there,)), 0.0)
+    subject.endpoints_acknowledged(subject.fleet.endpoints(), 0.0)
+
+    def picked(count: int, now: float) -> set[str]:
+        chosen = [subject.pick(entry(), f"{now}-{number}", now) for number in range(count)]
+        return {candidate.replica_id for pick in chosen if pick is not None for candidate in pick.choices}
+
+    assert picked(4, 1.0) == {"at-v", "at-w"}
+    subject.cordon("w", 2.0, is_cordoned=True)
+    # However much the other one has to do, and as the next host of a retry, too.
+    assert picked(20, 2.0) == {"at-v"}
+    assert ("at-w", "cordoned") in subject.traffic.exclusions("m")
+    subject.load_report([LoadDelta("at-v", Load(waiting_count=99))], 3.0)
+    assert picked(2, 3.0) == {"at-w"}, "a cordon makes nobody wait"
+    assert ("at-w", "cordoned") not in subject.traffic.exclusions("m")
+    subject.load_report([LoadDelta("at-v", Load())], 4.0)
+    subject.cordon("v", 4.0, is_cordoned=True)
+    assert picked(4, 4.0) == {"at-v", "at-w"}
+    subject.cordon("w", 5.0, is_cordoned=False)
+    assert picked(4, 5.0) == {"at-w"}
 
 
 def test_a_cordon_outlives_the_worker_and_a_drained_one_stays_cordoned() -> None:

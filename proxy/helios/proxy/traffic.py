@@ -139,6 +139,8 @@ class Traffic:
             snapshot = tuple(candidate for candidate in snapshot if candidate.replica_id not in self._busy)
         affinity, rules = None, self.rules_of(entry.name)
         if len(snapshot) > 1:
+            if self.fleet.cordoned:
+                snapshot = self._uncordoned(snapshot)
             if wishes.answer_tokens >= self._least_context:
                 snapshot = _with_room(snapshot, wishes.answer_tokens)
             affinity = self._affinity(entry, wishes.blocks, wishes.session, rules.weights)
@@ -402,8 +404,28 @@ class Traffic:
         return exclusion(replica, facts)
 
     def exclusions(self, model: str) -> tuple[tuple[str, str], ...]:
-        """Replicas of a model that can't be picked now, each with its reason."""
-        return self._excluded.get(model, ())
+        """Replicas of a model that are not picked now, each with its reason."""
+        excluded = self._excluded.get(model, ())
+        return excluded + self._left_alone(model) if self.fleet.cordoned else excluded
+
+    def _left_alone(self, model: str) -> tuple[tuple[str, str], ...]:
+        """Candidates on cordoned workers, where others take requests."""
+        candidates = [
+            replica
+            for replica in self.fleet.replicas_of(model)
+            if replica.replica_id in self.table and replica.replica_id not in self._busy
+        ]
+        cordoned = [replica for replica in candidates if replica.worker_id in self.fleet.cordoned]
+        if len(cordoned) == len(candidates):
+            return ()
+        return tuple((replica.replica_id, "cordoned") for replica in cordoned)
+
+    def _uncordoned(self, snapshot: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+        """Candidates on workers that are not cordoned; all where there is none: a cordon makes nobody wait."""
+        cordoned, replica_of = self.fleet.cordoned, self.fleet.replica
+        replicas = ((candidate, replica_of(candidate.replica_id)) for candidate in snapshot)
+        is_open = tuple(one for one, replica in replicas if replica is not None and replica.worker_id not in cordoned)
+        return is_open or snapshot
 
     def take_opened(self) -> set[str]:
         """Models that got a candidate since the last call: what waits for them can go on."""

@@ -193,8 +193,9 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CordonWorker(self, request, context):
-        """CordonWorker has nothing more started on a worker; what it holds goes on. Idempotent, and kept over restarts of
-        the proxy and of the worker. Errors: NOT_FOUND (WORKER_NOT_FOUND).
+        """CordonWorker has nothing more started on a worker; what it holds goes on, and takes requests that no replica
+        elsewhere takes. Idempotent, and kept over restarts of the proxy and of the worker. Errors: NOT_FOUND
+        (WORKER_NOT_FOUND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -50,8 +50,9 @@ class AdminServiceStub:
     ListWorkers: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListWorkersRequest, _admin_service_pb2.ListWorkersResponse]
     """ListWorkers lists the workers that are connected. Idempotent."""
     CordonWorker: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CordonWorkerRequest, _admin_service_pb2.CordonWorkerResponse]
-    """CordonWorker has nothing more started on a worker; what it holds goes on. Idempotent, and kept over restarts of
-    the proxy and of the worker. Errors: NOT_FOUND (WORKER_NOT_FOUND).
+    """CordonWorker has nothing more started on a worker; what it holds goes on, and takes requests that no replica
+    elsewhere takes. Idempotent, and kept over restarts of the proxy and of the worker. Errors: NOT_FOUND
+    (WORKER_NOT_FOUND).
     """
     UncordonWorker: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UncordonWorkerRequest, _admin_service_pb2.UncordonWorkerResponse]
     """UncordonWorker lets replicas be started on a worker again. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND: neither
@@ -178,8 +179,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.CordonWorkerRequest,
         context: _aio.ServicerContext[_admin_service_pb2.CordonWorkerRequest, _abc.Awaitable[_admin_service_pb2.CordonWorkerResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.CordonWorkerResponse]:
-        """CordonWorker has nothing more started on a worker; what it holds goes on. Idempotent, and kept over restarts of
-        the proxy and of the worker. Errors: NOT_FOUND (WORKER_NOT_FOUND).
+        """CordonWorker has nothing more started on a worker; what it holds goes on, and takes requests that no replica
+        elsewhere takes. Idempotent, and kept over restarts of the proxy and of the worker. Errors: NOT_FOUND
+        (WORKER_NOT_FOUND).
         """
 
     @_abc_1.abstractmethod
