@@ -152,11 +152,19 @@ async def test_there_is_no_cors(gateway: Gateway) -> None:
         ("POST", "/admin/v1/models/org/name:preload", "PreloadModel", {"model": "org/name"}),
         ("POST", "/admin/v1/models/org%2Fname:preload", "PreloadModel", {"model": "org/name"}),
         ("POST", "/admin/v1/models/a/b/c-1.5_x:scale", "ScaleModel", {"model": "a/b/c-1.5_x", "replica_count": 2}),
-        ("POST", "/admin/v1/models/org/name:evict", "EvictModel", {"model": "org/name"}),
+        ("POST", "/admin/v1/models/org/name:evict", "EvictModel", {"model": "org/name", "dry_run": True}),
+        ("POST", "/admin/v1/models/org/name:stage", "StageModel", {"model": "org/name", "dry_run": True}),
+        ("POST", "/admin/v1/models/org/name:unstage", "UnstageModel", {"model": "org/name", "dry_run": True}),
+        ("POST", "/admin/v1/replicas/r-1:sleep", "SleepReplica", {"replica_id": "r-1", "dry_run": True}),
+        ("POST", "/admin/v1/replicas/r-1:wake", "WakeReplica", {"replica_id": "r-1", "dry_run": True}),
+        ("POST", "/admin/v1/workers/w-1:cordon", "CordonWorker", {"worker_id": "w-1", "dry_run": True}),
+        ("POST", "/admin/v1/workers/w-1:uncordon", "UncordonWorker", {"worker_id": "w-1", "dry_run": True}),
+        ("POST", "/admin/v1/workers/w-1:drain", "DrainWorker", {"worker_id": "w-1", "dry_run": True}),
+        ("GET", "/admin/v1/scaling-decisions?model=m&page_size=7", "ListScalingDecisions", {"page_size": 7}),
         ("GET", "/admin/v1/workers", "ListWorkers", {}),
         ("GET", "/admin/v1/workers?page_size=7", "ListWorkers", {"page_size": 7}),
         ("GET", "/admin/v1/replicas?model=org/name", "ListReplicas", {"model": "org/name"}),
-        ("POST", "/admin/v1/replicas/r-1:reset-breaker", "ResetBreaker", {"replica_id": "r-1"}),
+        ("POST", "/admin/v1/replicas/r-1:reset-breaker", "ResetBreaker", {"replica_id": "r-1", "dry_run": True}),
         (
             "GET",
             "/admin/v1/events?model=org/name&until_now=true",
@@ -172,7 +180,7 @@ async def test_there_is_no_cors(gateway: Gateway) -> None:
 async def test_rest_of_the_proxys_services(
     gateway: Gateway, admin: httpx.AsyncClient, *, method: str, path: str, called: str, fields: dict[str, object]
 ) -> None:
-    body = {"replica_count": 2} if path.endswith(":scale") else {}
+    body = {name: fields[name] for name in ("replica_count", "dry_run") if name in fields}
     answer = await admin.request(method, path, json=body if method == "POST" else None)
     assert answer.status_code == 200, answer.text
     call = gateway.control.calls[-1]
