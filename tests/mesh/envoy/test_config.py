@@ -154,7 +154,7 @@ def test_an_answer_may_take_any_time_while_it_says_something(tmp_path: Path) -> 
         assert timeouts == {"0s"}, "0 is none"
         for name in ("idleTimeout", "maxStreamDuration", "perTryTimeout", "perTryIdleTimeout", "drainTimeout"):
             assert name not in json.dumps(listener), name
-        assert manager["streamIdleTimeout"] == "3600s"
+        assert manager["streamIdleTimeout"] == "4200s", "an hour, behind the longest hold"
 
 
 def test_nothing_that_envoy_waits_for_is_waited_for_without_end(tmp_path: Path) -> None:

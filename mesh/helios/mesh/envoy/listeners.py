@@ -132,7 +132,7 @@ def _manager(
         # the Host header, which 1.0 does not demand.
         http_protocol_options=Http1ProtocolOptions(accept_http_10=name == EDGE, default_host_for_http_10="localhost"),
         http2_protocol_options=pack.http2(keepalive_seconds=30, timeout_seconds=15),
-        stream_idle_timeout=pack.seconds(limits.stream_idle_seconds),
+        stream_idle_timeout=pack.seconds(limits.stream_idle_seconds + limits.hold_limit_seconds),
         request_headers_timeout=pack.seconds(30),
         request_timeout=pack.seconds(limits.upload_seconds),
         local_reply_config=replies.own_replies(),

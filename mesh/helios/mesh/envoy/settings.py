@@ -28,7 +28,8 @@ class Limits:
     504).
     """
     stream_idle_seconds: float = 3600.0
-    """How long a request may see no byte in either direction. An hour: above every hold and every prefill."""
+    """How long a request may see no byte in either direction, beside the longest hold, which sees none either. An hour:
+    above every prefill."""
     upload_seconds: float = 600.0
     """How long a client may take to send a whole request."""
     max_downstream_connections: int = 20_000
