@@ -33,24 +33,47 @@ def test_only_whole_blocks_count_and_short_prompts_have_none() -> None:
 
 
 class AgainstAPlainModel(RuleBasedStateMachine):
-    """The index finds what a list of each replica's blocks, cut from the front, finds."""
+    """The index finds what a list of each replica's blocks, cut from the front, finds.
+
+    Each block is listed with the number of the prompt that had it last.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.max_blocks = 12
         self.index = PrefixIndex(self.max_blocks)
-        self.model: dict[str, OrderedDict[int, None]] = {}
+        self.model: dict[str, OrderedDict[int, int]] = {}
+        self.sent: list[tuple[str, str, Blocks]] = []
 
-    @rule(replica=st.sampled_from(REPLICAS), prompt=PROMPTS, capacity=st.integers(1, 8))
-    def send(self, replica: str, prompt: bytes, capacity: int) -> None:
+    @rule(replica=st.sampled_from(REPLICAS), prompt=PROMPTS, capacity=st.integers(1, 8), reuses_its_name=st.booleans())
+    def send(self, replica: str, prompt: bytes, capacity: int, *, reuses_its_name: bool) -> None:
         blocks = blocks_of(prompt, "s")
-        self.index.add(replica, blocks, capacity)
+        name = self.sent[-1][1] if reuses_its_name and self.sent else f"r{len(self.sent)}"
+        number = len(self.sent)
+        self.sent.append((replica, name, blocks))
+        self.index.add(replica, name, blocks, capacity)
         held = self.model.setdefault(replica, OrderedDict())
         for block in reversed(blocks[:capacity]):
             held.pop(block, None)
-            held[block] = None
+            held[block] = number
         while len(held) > min(capacity, self.max_blocks // len(self.model)):
             held.popitem(last=False)
+
+    @rule(replica=st.sampled_from(REPLICAS), data=st.data(), ratio=st.floats(0, 1))
+    def lose(self, replica: str, data: st.DataObject, ratio: float) -> None:
+        name = data.draw(st.sampled_from([name for _, name, _ in self.sent] or ["unknown"]))
+        held = self.model.get(replica, OrderedDict())
+        number = self._last_of(replica, name)
+        blocks = self.sent[number][2] if number is not None else NO_BLOCKS
+        lost = [block for block in blocks[int(ratio * len(blocks)) :] if held.get(block) == number]
+        for block in lost:
+            del held[block]
+        assert self.index.keep(replica, name, ratio) == len(lost)
+
+    def _last_of(self, replica: str, name: str) -> int | None:
+        """The number of the last prompt of this name that the replica was sent."""
+        numbers = [number for number, sent in enumerate(self.sent) if sent[:2] == (replica, name)]
+        return max(numbers, default=None)
 
     @rule(replica=st.sampled_from(REPLICAS))
     def forget(self, replica: str) -> None:
@@ -67,19 +90,25 @@ class AgainstAPlainModel(RuleBasedStateMachine):
     def it_holds_what_they_hold(self) -> None:
         assert self.index.block_count == sum(map(len, self.model.values()))
 
+    @invariant()
+    def it_remembers_the_prompts_that_were_the_last_of_a_block(self) -> None:
+        numbers = [(replica, number) for replica, held in self.model.items() for number in set(held.values())]
+        last = [1 for replica, number in numbers if self._last_of(replica, self.sent[number][1]) == number]
+        assert self.index.prompt_count == len(last)
+
 
 TestAgainstAPlainModel = AgainstAPlainModel.TestCase
 
 
-def _leading(blocks: Blocks, held: OrderedDict[int, None]) -> int:
+def _leading(blocks: Blocks, held: OrderedDict[int, int]) -> int:
     return next((count for count, block in enumerate(blocks) if block not in held), len(blocks))
 
 
 def test_a_beginning_outlives_its_end() -> None:
     index = PrefixIndex(100)
     long = blocks_of(bytes(range(256)) * 6, "s")
-    index.add("a", long, 6)
-    index.add("a", blocks_of((b"other" * BLOCK_BYTES)[: 2 * BLOCK_BYTES], "s"), 6)
+    index.add("a", "r1", long, 6)
+    index.add("a", "r2", blocks_of((b"other" * BLOCK_BYTES)[: 2 * BLOCK_BYTES], "s"), 6)
     assert index.match(long) == {"a": 4}
 
 

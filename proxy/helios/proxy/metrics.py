@@ -54,6 +54,15 @@ COLD_START_PHASE: Final = Histogram(
     ["model", "phase"],
     buckets=_PHASE_BUCKETS,
 )
+PREFIX_LOSSES: Final = Counter(
+    names.PREFIX_LOSSES_TOTAL, "Prompts of which a replica told that its KV cache lost them, in part or whole"
+)
+PREFIX_LOST_BLOCKS: Final = Counter(
+    names.PREFIX_LOST_BLOCKS_TOTAL, "Blocks of prompts that are not believed cached any more, because a replica told so"
+)
+PREFIX_EMPTIED: Final = Counter(
+    names.PREFIX_EMPTIED_TOTAL, "Replicas of whose KV cache nothing was believed any more: emptied, or losses missed"
+)
 WORKERS: Final = Gauge(names.WORKERS, "Workers that can be reached")
 REPLICAS: Final = Gauge(names.REPLICAS, "Replicas, by state", ["state"])
 RESERVATIONS: Final = Gauge(names.RESERVATIONS, "Picks whose request has not been reported yet")

@@ -519,6 +519,10 @@ class Runtime:
         fleet = self.core.fleet
         metrics.WORKERS.set(sum(1 for worker in fleet.workers() if worker.is_reachable))
         metrics.RESERVATIONS.set(self.core.traffic.ledger.statistics().reserved_count)
+        corrected = self.core.traffic.corrections.take_tally()
+        metrics.PREFIX_LOSSES.inc(corrected.losses)
+        metrics.PREFIX_LOST_BLOCKS.inc(corrected.blocks)
+        metrics.PREFIX_EMPTIED.inc(corrected.emptied)
         states = (state.name.lower() for state in ReplicaState if not state.is_gone)
         counts: dict[str, int] = dict.fromkeys(states, 0)
         for replica in fleet.replicas():

@@ -20,6 +20,7 @@ from helios.proxy.fleet.state import Adapter, AdapterState, Change, FleetState, 
 from helios.proxy.ledger import Ledger
 from helios.proxy.outliers import OutlierPolicy, Outliers
 from helios.proxy.retries import RetryBudgets, RetryPolicy
+from helios.proxy.routing.corrections import Corrections, KvNews
 from helios.proxy.routing.pick import NO_WISHES, Affinity, Pick, Wishes, pick
 from helios.proxy.routing.prefix import BLOCK_TOKENS, Blocks, PrefixIndex
 from helios.proxy.routing.rules import Rules, Weights
@@ -66,7 +67,7 @@ class RoutingPolicy:
 class LoadDelta:
     """What changed at a replica: its load now, ids that started, and ids that finished with their gRPC code.
 
-    `usage` is what the finished ones took.
+    `usage` is what the finished ones took; `kv` what its KV cache lost, None where nothing is said of it.
     """
 
     replica_id: str
@@ -74,6 +75,7 @@ class LoadDelta:
     started: tuple[str, ...] = ()
     finished: tuple[tuple[str, int], ...] = ()
     usage: tuple[Usage, ...] = ()
+    kv: KvNews | None = None
 
 
 class Traffic:
@@ -95,6 +97,7 @@ class Traffic:
         # Of models whose rules are others than the usual ones.
         self._rules: dict[str, Rules] = {}
         self._prefixes = PrefixIndex(routing.max_blocks)
+        self.corrections = Corrections(self._prefixes)
         # Of all replicas that were ever scored: no request below it has to be compared with any.
         self._least_context = sys.maxsize
         self._published: frozenset[str] = frozenset()
@@ -190,8 +193,8 @@ class Traffic:
         for replica in self.fleet.replicas_of(name):
             self.refresh(replica.replica_id)
 
-    def prompt_sent(self, entry: ModelEntry, replica_id: str, blocks: Blocks) -> None:
-        """A prompt is on its way to a replica, which will have it in its cache."""
+    def prompt_sent(self, entry: ModelEntry, replica_id: str, request_id: str, blocks: Blocks) -> None:
+        """A request's prompt is on its way to a replica, which will have it in its cache."""
         if not blocks:
             return
         replica = self.fleet.replica(replica_id)
@@ -201,7 +204,8 @@ class Traffic:
         token_bytes = needs.kv_bytes_per_token(entry.kv_bytes_per_token, entry.dtype)
         kv_cache_bytes = dict(replica.memory_items).get("KV_CACHE", 0)
         capacity = int(kv_cache_bytes / (token_bytes * BLOCK_TOKENS)) if token_bytes and kv_cache_bytes else 0
-        self._prefixes.add(replica_id, blocks, capacity or _UNKNOWN_CAPACITY)
+        room = self.corrections.room(replica_id, capacity or _UNKNOWN_CAPACITY)
+        self._prefixes.add(replica_id, request_id, blocks, room)
 
     def changed(self, change: Change, now: float) -> None:
         """Follows a change of the fleet's state."""
@@ -242,6 +246,8 @@ class Traffic:
         if replica is None:
             return None
         replica_id, touched = delta.replica_id, {delta.replica_id}
+        if delta.kv is not None:
+            self.corrections.take(replica_id, delta.kv)
         for request_id in delta.started:
             self.quotas.started(request_id)
             freed = self.ledger.started(request_id, replica_id) or replica_id
@@ -523,6 +529,7 @@ class Traffic:
         self.breakers.forget(replica_id)
         self.outliers.forget(replica_id)
         self._prefixes.forget(replica_id)
+        self.corrections.forget(replica_id)
         self._draining.discard(replica_id)
         self._ready_since.pop(replica_id, None)
 

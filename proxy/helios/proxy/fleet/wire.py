@@ -43,6 +43,7 @@ from helios.proxy.fleet.state import (
     StagedState,
     WorkerHello,
 )
+from helios.proxy.routing.corrections import KvNews
 from helios.proxy.traffic import LoadDelta
 
 E = TypeVar("E", bound=Enum)
@@ -249,7 +250,16 @@ def delta_from_proto(message: types_pb2.LoadDelta) -> LoadDelta:
             Usage(ended.request_id, ended.status_code, ended.prompt_tokens, ended.completion_tokens)
             for ended in message.finished
         ),
+        kv=_kv_from_proto(message.kv_cache) if message.HasField("kv_cache") else None,
     )
+
+
+def _kv_from_proto(message: types_pb2.KvCacheNews) -> KvNews:
+    losses = tuple(
+        (loss.request_id, min(1.0, loss.kept_tokens / loss.prompt_tokens) if loss.prompt_tokens else 0.0)
+        for loss in message.losses
+    )
+    return KvNews(message.sequence, message.after, losses)
 
 
 def command_to_proto(command: Command) -> pb.SessionResponse:

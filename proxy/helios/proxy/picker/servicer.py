@@ -152,7 +152,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
         more = self._more_headers(pick, model, heads) | hints | gate.left_for_answer() | self._cluster
         await context.write(_answer(pick, model, is_body=body is not None, more=more))
         # Behind the answer: a long prompt has many blocks.
-        self._core.traffic.prompt_sent(entry, pick.choices[0].replica_id, wishes.blocks)
+        self._core.traffic.prompt_sent(entry, pick.choices[0].replica_id, heads.request_id, wishes.blocks)
 
     async def _first(self, context: Any) -> Any:
         """Reads the request's headers, once it is sure that an edge asks; None where there is nothing to read."""

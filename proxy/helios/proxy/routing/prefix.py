@@ -1,14 +1,16 @@
-"""Which replica has the beginning of a prompt in its KV cache, as far as can be known from what was sent where.
+"""Which replica has the beginning of a prompt in its KV cache: what it was sent, less what it says that it lost.
 
 An engine keeps the KV blocks of prompts that it has seen, and takes them again for a prompt that begins alike; so a
 conversation's next turn, or a question after the same long system prompt, is answered sooner where the last one was.
 The text of a prompt is cut into blocks; a block's hash is made of its bytes and the hash before, so that equal hashes
-mean equal beginnings. For each replica the hashes of what it was sent are kept in the order of use, as many as its
-KV cache has room for, and an inverted index says which replicas have a block: the bits of an int, one for each replica.
-A look takes one lookup and one AND a block, however many replicas there are.
+mean equal beginnings. For each replica the hashes of what it was sent are kept in the order of use, and an inverted
+index says which replicas have a block: the bits of an int, one for each replica. A look takes one lookup and one AND a
+block, however many replicas there are.
 
-Nothing here is truth: tokens are guessed from bytes, the engine's evictions are guessed from its cache's size. A wrong
-guess costs a prefill, as without. Pure.
+What an engine dropped it tells by the request whose prompt it was (``routing.corrections``), since nobody but this
+process can make the hashes; so each block remembers the last prompt that had it. Where an engine tells nothing, its
+evictions are guessed from its cache's size. Tokens are guessed from bytes in any case. A wrong guess costs a prefill,
+as without. Pure.
 """
 
 from collections import OrderedDict
@@ -45,24 +47,35 @@ def blocks_of(prompt: bytes, seed: str) -> Blocks:
     return Blocks(tuple(hashes))
 
 
+@dataclass(slots=True, eq=False)
+class _Sent:
+    """A prompt that a replica was sent, and of how many of its blocks it is the last that had them."""
+
+    request_id: str
+    blocks: Blocks
+    count: int
+
+
 @dataclass(slots=True)
 class _Held:
-    """A replica's blocks, the one used longest ago first."""
+    """A replica's blocks, each with the last prompt that had it, the one used longest ago first; and these prompts."""
 
     bit: int
     capacity: int
-    blocks: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    blocks: OrderedDict[int, _Sent] = field(default_factory=OrderedDict)
+    sent: dict[str, _Sent] = field(default_factory=dict)
 
 
 class PrefixIndex:
-    """Which replica was sent which blocks.
+    """Which replica was sent which blocks, and has not said that it lost them.
 
     Invariants: a replica has at most its capacity, and its share of ``max_blocks``; the index holds exactly what
-    replicas hold; no two replicas have a bit in common.
+    replicas hold; no two replicas have a bit in common; the prompts that are remembered of a replica are those that
+    are the last ones of at least one of its blocks.
     """
 
     def __init__(self, max_blocks: int) -> None:
-        """``max_blocks`` bounds what is kept of all replicas; a block of one takes 190 bytes."""
+        """``max_blocks`` bounds what is kept of all replicas; a block of one takes 200 bytes."""
         self._max_blocks = max_blocks
         self._held: dict[str, _Held] = {}
         self._replica_of: dict[int, str] = {}
@@ -73,6 +86,11 @@ class PrefixIndex:
     def block_count(self) -> int:
         """Blocks of all replicas, each counted for each replica that has it."""
         return sum(len(held.blocks) for held in self._held.values())
+
+    @property
+    def prompt_count(self) -> int:
+        """Prompts of all replicas of which a loss would be understood."""
+        return sum(len(held.sent) for held in self._held.values())
 
     def match(self, blocks: Blocks) -> dict[str, int]:
         """How many of a prompt's first blocks each replica has; those that have none are left out."""
@@ -94,34 +112,61 @@ class PrefixIndex:
             found[self._replica_of[lowest]] = count
             bits ^= lowest
 
-    def add(self, replica_id: str, blocks: Blocks, capacity: int) -> None:
-        """A prompt was sent to a replica whose cache has room for ``capacity`` blocks."""
+    def add(self, replica_id: str, request_id: str, blocks: Blocks, capacity: int) -> None:
+        """A request's prompt was sent to a replica whose cache has room for ``capacity`` blocks."""
         held = self._held.get(replica_id)
         if held is None:
             held = self._held[replica_id] = _Held(self._new_bit(), capacity)
             self._replica_of[held.bit] = replica_id
         held.capacity = capacity
+        sent = held.sent[request_id] = _Sent(request_id, blocks, min(len(blocks), capacity))
+        bit, held_blocks, replicas_of = held.bit, held.blocks, self._replicas_of
         # The last first: a beginning is of use without its end, and an end is of none without its beginning.
         for block in reversed(blocks[:capacity]):
-            if block in held.blocks:
-                held.blocks.move_to_end(block)
+            before = held_blocks.get(block)
+            held_blocks[block] = sent
+            if before is None:
+                replicas_of[block] = replicas_of.get(block, 0) | bit
             else:
-                held.blocks[block] = None
-                self._replicas_of[block] = self._replicas_of.get(block, 0) | held.bit
+                held_blocks.move_to_end(block)
+                before.count -= 1
+                if not before.count:
+                    _forget_prompt(held, before)
         share = max(1, self._max_blocks // len(self._held))
         while len(held.blocks) > min(held.capacity, share):
-            self._drop(held, held.blocks.popitem(last=False)[0])
+            self._drop(held, *held.blocks.popitem(last=False))
+
+    def keep(self, replica_id: str, request_id: str, ratio: float) -> int:
+        """Of a request's prompt a replica has only the first part, a ``ratio`` of it; returns how many blocks it lost.
+
+        What a later prompt has, too, stays: a loss that came after that one is told of it as well, and where it came
+        before, the engine computed these blocks anew. A request that is not known lost nothing.
+        """
+        held = self._held.get(replica_id)
+        sent = held.sent.get(request_id) if held is not None else None
+        if held is None or sent is None:
+            return 0
+        lost_count = 0
+        for block in sent.blocks[int(ratio * len(sent.blocks)) :]:
+            if held.blocks.get(block) is sent:
+                del held.blocks[block]
+                self._drop(held, block, sent)
+                lost_count += 1
+        return lost_count
 
     def forget(self, replica_id: str) -> None:
         """A replica is gone, or its cache is empty; harmless where nothing is known of it."""
         held = self._held.pop(replica_id, None)
         if held is not None:
-            for block in held.blocks:
-                self._drop(held, block)
+            for block, sent in held.blocks.items():
+                self._drop(held, block, sent)
             del self._replica_of[held.bit]
             self._free_bits.append(held.bit)
 
-    def _drop(self, held: _Held, block: int) -> None:
+    def _drop(self, held: _Held, block: int, sent: _Sent) -> None:
+        sent.count -= 1
+        if not sent.count:
+            _forget_prompt(held, sent)
         left = self._replicas_of[block] & ~held.bit
         if left:
             self._replicas_of[block] = left
@@ -130,3 +175,9 @@ class PrefixIndex:
 
     def _new_bit(self) -> int:
         return self._free_bits.pop() if self._free_bits else 1 << len(self._held)
+
+
+def _forget_prompt(held: _Held, sent: _Sent) -> None:
+    """A prompt is the last one of no block any more, so that its loss would say nothing; another may have its name."""
+    if held.sent.get(sent.request_id) is sent:
+        del held.sent[sent.request_id]

@@ -30,6 +30,7 @@ from helios.worker.replica.adapters import Adapters
 from helios.worker.replica.condition import Condition, State
 from helios.worker.replica.engine import EngineLoad
 from helios.worker.replica.ledger import Changes, RequestLedger
+from helios.worker.replica.loss_wire import losses_to_proto
 from helios.worker.replica.settings import Compilation
 from helios.worker.replica.spec import ReplicaSpec
 
@@ -158,7 +159,7 @@ class Attachment:
         """Yields hello, and after the welcome what changed, at most once in a report interval while ready."""
         condition = self._condition
         phase_count, state, ready_count = len(condition.phases), condition.state, condition.ready_count
-        statuses = self._adapters.statuses
+        statuses, told = self._adapters.statuses, None
         yield pb.AttachRequest(hello=self._hello())
         await welcomed.wait()
         while number == self._session_number:
@@ -176,10 +177,25 @@ class Attachment:
                 yield self._announce(state)
                 if state is State.FAILED:
                     condition.failure_told.set()
-            yield pb.AttachRequest(load=self._load_delta(self._take()))
+            delta = self._load_delta(self._take())
+            told = self._tell_losses(delta, told)
+            yield pb.AttachRequest(load=delta)
             if state is State.READY:
                 await asyncio.sleep(self._report_seconds)
             await self._wait_changed(number)
+
+    def _tell_losses(self, delta: fleet.LoadDelta, told: int | None) -> int | None:
+        """Adds what the KV cache lost since number ``told``, and returns the last number; None: nothing was told yet.
+
+        Losses wait for a report: what they are worth is not worth a message of their own.
+        """
+        losses = self._ledger.losses
+        if not losses.is_told:
+            return None
+        news = losses.since(told or 0)
+        if news.sequence != told:
+            delta.kv_cache.CopyFrom(losses_to_proto(news))
+        return news.sequence
 
     async def _wait_changed(self, number: int) -> None:
         """Waits for something worth a message at once; the load is told once in a while, whether it moved or not.

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any, Final, Protocol, runtime_checkable
 
 from helios.worker.artifacts.requests import ArtifactRequest
+from helios.worker.replica.loss_pipe import LossWriter
 from helios.worker.replica.phases import measured
 
 
@@ -271,6 +272,7 @@ class EngineHooks:
             phase of the start is over (CLOCK_MONOTONIC), or ``{"reason": …, "message": …}`` before it dies of it.
         began_at: When the engine's part of the start begins, on that clock.
         artifacts: The engine adds what it uses or makes that other starts can use, before it is made.
+        losses: Any process of the engine tells here what its KV cache lost of prompts; None: nobody wants to know.
     """
 
     on_forked: Callable[[], None]
@@ -278,6 +280,7 @@ class EngineHooks:
     phase_descriptor: int
     began_at: float = field(default_factory=time.monotonic, kw_only=True)
     artifacts: list[ArtifactRequest] = field(default_factory=list)
+    losses: LossWriter | None = None
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Measures the block as a phase of the start."""

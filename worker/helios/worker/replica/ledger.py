@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from helios.worker.replica.engine import Meter
+from helios.worker.replica.kv_losses import LossLog
 
 # A supervisor that is away for a minute misses some thousand requests; beyond this the oldest reports are dropped.
 _PENDING_LIMIT: Final = 10_000
@@ -44,9 +45,14 @@ class Changes:
 
 
 class RequestLedger:
-    """Counts requests between reports. One event loop uses it; no method waits."""
+    """Counts requests between reports. One event loop uses it; no method waits.
+
+    Attributes:
+        losses: What the KV cache lost of their prompts.
+    """
 
     def __init__(self) -> None:
+        self.losses = LossLog()
         self._started: deque[Started] = deque(maxlen=_PENDING_LIMIT)
         self._finished: deque[Finished] = deque(maxlen=_PENDING_LIMIT)
         self._running_count = 0

@@ -108,6 +108,7 @@ class _Replica:
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, self._end, Ending(signum.name, self._spec.drain_seconds))
         loop.add_reader(self._start.phase_descriptor, self._take_phases)
+        loop.add_reader(self._start.losses, self._start.losses.read, self._ledger.losses)
         async with asyncio.TaskGroup() as group:
             background = [group.create_task(self._watch(), name="watch engine and supervisor")]
             offload = self._spec.settings.kv_offload

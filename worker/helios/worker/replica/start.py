@@ -17,6 +17,7 @@ from helios.worker.artifacts.requests import ArtifactRequest
 from helios.worker.early.asking import Arrivals
 from helios.worker.replica.engine import Engine, EngineHooks
 from helios.worker.replica.engines import engine_module
+from helios.worker.replica.loss_pipe import LossPipe
 from helios.worker.replica.spec import ReplicaSpec
 
 # Reading config and tokenizer before the fork takes a second or two, on a slow disk some ten.
@@ -31,6 +32,7 @@ class EngineStart:
         engine: Done when the engine takes requests, or with what stopped it. Its callbacks run in the starting thread.
         phase_descriptor: Read end of a pipe with a JSON line ``[phase, began_at, ended_at]`` for each phase.
         phase_writer: The other end of that pipe.
+        losses: What the engine's KV cache loses.
         ended_at: Monotonic time at which ``engine`` was done.
         failure: Reason and message of what a process of the engine died of; None where none said anything.
         on_load: Called in the event loop when the engine's load changed, once it is set.
@@ -40,13 +42,17 @@ class EngineStart:
         self.engine: Future[Engine] = Future()
         self.phase_descriptor, self.phase_writer = os.pipe()
         os.set_blocking(self.phase_descriptor, False)
+        self.losses = LossPipe()
         self.ended_at = 0.0
         self.failure: tuple[str, str] | None = None
         self.on_load: Callable[[], None] | None = None
         self._spec = spec
         self._forked = threading.Event()
         self._hooks = EngineHooks(
-            on_forked=self._forked.set, on_load=self._report_load, phase_descriptor=self.phase_writer
+            on_forked=self._forked.set,
+            on_load=self._report_load,
+            phase_descriptor=self.phase_writer,
+            losses=self.losses.writer,
         )
         self._buffer = b""
         self._thread = threading.Thread(target=self._make, name="engine start", daemon=True)

@@ -3,15 +3,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from helios.worker.replica.kv_losses import LossLog
 from helios.worker.supervisor.outbox import DEFAULT_CAPACITY, Outbox, ReplicaEvent, StagedEvent
-from helios.worker.supervisor.records import DeviceMeasure, LoadDelta, ReplicaView, StagedView, WorkerView
+from helios.worker.supervisor.records import DeviceMeasure, Load, LoadDelta, ReplicaView, StagedView, WorkerView
 
 
 class FleetFeed:
     """Gives each session a snapshot and an outbox with everything that changed since that snapshot.
 
     Invariant: snapshot and outbox are made in one step, so that no change falls between them. Sequence numbers grow
-    by one with each event of this process, whoever listens.
+    by one with each event of this process, whoever listens. What KV caches lost last is in each outbox from the
+    beginning: a proxy that was away for a moment need not forget what it knew.
     """
 
     def __init__(self, snapshot: Callable[[], WorkerView], outbox_capacity: int = DEFAULT_CAPACITY) -> None:
@@ -19,11 +21,15 @@ class FleetFeed:
         self._capacity = outbox_capacity
         self._outboxes: list[Outbox] = []
         self._sequence = 0
+        self._losses: dict[str, LossLog] = {}
+        self._loads: dict[str, Load] = {}
 
     @contextmanager
     def subscribe(self, wake: Callable[[Outbox], None]) -> Iterator[tuple[WorkerView, Outbox]]:
         """Lends an outbox for the block; ``wake`` is called with it whenever something was put in."""
         outbox = Outbox(wake, self._capacity)
+        for replica_id, log in self._losses.items():
+            outbox.put_delta(LoadDelta(replica_id, self._loads[replica_id], losses=log.since(0)))
         self._outboxes.append(outbox)
         try:
             yield self._snapshot(), outbox
@@ -33,6 +39,9 @@ class FleetFeed:
     def publish(self, view: ReplicaView) -> None:
         """Tells every session of a changed replica."""
         self._sequence += 1
+        if view.state.is_ended:
+            self._losses.pop(view.replica_id, None)
+            self._loads.pop(view.replica_id, None)
         event = ReplicaEvent(self._sequence, view)
         for outbox in self._outboxes:
             outbox.put_event(event)
@@ -51,5 +60,9 @@ class FleetFeed:
 
     def report(self, delta: LoadDelta) -> None:
         """Tells every session of a changed load."""
+        if delta.losses is not None:
+            self._losses.setdefault(delta.replica_id, LossLog()).take(delta.losses)
+        if delta.replica_id in self._losses:
+            self._loads[delta.replica_id] = delta.load
         for outbox in self._outboxes:
             outbox.put_delta(delta)

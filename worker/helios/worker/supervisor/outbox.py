@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
+from helios.worker.replica.kv_losses import joined
 from helios.worker.supervisor.commands import Ack
 from helios.worker.supervisor.records import DeviceMeasure, LoadDelta, ReplicaView, StagedView
 
@@ -98,6 +99,7 @@ class Outbox:
                 started=(*waiting.started, *delta.started),
                 finished=(*waiting.finished, *delta.finished),
                 arrivals=(*waiting.arrivals, *delta.arrivals),
+                losses=joined(waiting.losses, delta.losses),
             )
             self._request_count -= len(waiting.started) + len(waiting.finished)
         self._deltas[delta.replica_id] = delta

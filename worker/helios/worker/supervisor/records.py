@@ -10,6 +10,7 @@ from datetime import datetime
 
 from helios.mesh.transfer.progress import TransferProgress
 from helios.worker.replica.adapter_state import AdapterStatus
+from helios.worker.replica.kv_losses import Losses
 from helios.worker.replica.settings import EngineSettings
 
 
@@ -119,7 +120,8 @@ class FinishedRequest:
 class LoadDelta:
     """What changed at a replica since the last delta of the same replica.
 
-    ``arrivals`` says of requests that started when they arrived, in seconds since the epoch.
+    ``arrivals`` says of requests that started when they arrived, in seconds since the epoch; ``losses`` what the KV
+    cache lost, None: nothing, or the engine does not say.
     """
 
     replica_id: str
@@ -127,6 +129,7 @@ class LoadDelta:
     started: tuple[str, ...] = ()
     finished: tuple[FinishedRequest, ...] = ()
     arrivals: tuple[tuple[str, float], ...] = ()
+    losses: Losses | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -301,7 +301,7 @@ class Supervisor:
         """Takes a replica's load and hands it on."""
         runner = self._runners.get(replica_id)
         if runner is not None and runner.is_link(link) and delta.replica_id == replica_id:
-            is_news = delta.load != runner.view.load or delta.started or delta.finished
+            is_news = delta.load != runner.view.load or delta.started or delta.finished or delta.losses
             runner.take_load(delta.load)
             # A replica that has nothing to say says so, for this supervisor alone: it is alive.
             if is_news:

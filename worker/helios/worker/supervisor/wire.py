@@ -12,6 +12,7 @@ from helios.mesh.durations import seconds_from_proto, seconds_to_proto
 from helios.mesh.errors import InvalidRequest
 from helios.mesh.transfer.progress import TransferProgress
 from helios.worker.replica.adapter_wire import adapter_from_proto, status_from_proto, status_to_proto
+from helios.worker.replica.loss_wire import losses_from_proto, losses_to_proto
 from helios.worker.replica.settings import EngineSettings
 from helios.worker.supervisor.commands import (
     Ack,
@@ -102,6 +103,7 @@ def delta_from_proto(delta: types.LoadDelta) -> LoadDelta:
             if request.HasField("arrived_at")
         ),
         finished=tuple(_finished_from_proto(request) for request in delta.finished),
+        losses=losses_from_proto(delta.kv_cache) if delta.HasField("kv_cache") else None,
     )
 
 
@@ -113,6 +115,7 @@ def delta_to_proto(delta: LoadDelta) -> types.LoadDelta:
         load=load_to_proto(delta.load),
         started=[_started_to_proto(request_id, arrivals.get(request_id)) for request_id in delta.started],
         finished=[_finished_to_proto(request) for request in delta.finished],
+        kv_cache=losses_to_proto(delta.losses) if delta.losses is not None else None,
     )
 
 

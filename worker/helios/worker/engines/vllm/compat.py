@@ -81,6 +81,7 @@ from helios.worker.engines.vllm.compat_compiled import (
     share_compiled,
 )
 from helios.worker.engines.vllm.compat_continue import REPLAY, continued
+from helios.worker.engines.vllm.compat_losses import telling
 from helios.worker.engines.vllm.compat_outputs import OutputPump, spare_checks_of_answers
 from helios.worker.engines.vllm.compat_pooling import BertEmbeddingModel, PoolingRequestOutput
 from helios.worker.engines.vllm.compat_statistics import Unpublished
@@ -91,6 +92,7 @@ from helios.worker.engines.vllm.ranks import rank_cores
 from helios.worker.engines.vllm.transfers import with_transfer
 from helios.worker.replica.continuation import CONTINUATION
 from helios.worker.replica.engine import PREFILL, Meter
+from helios.worker.replica.loss_pipe import LossWriter
 from helios.worker.replica.packed_writer import ArtifactWriter
 from helios.worker.replica.phases import write_phase
 from helios.worker.replica.queueing import ORDER
@@ -343,6 +345,7 @@ def make_llm(
     on_forked: Callable[[], None],
     while_loading: Callable[[Any, Any], None],
     began_at: float,
+    losses: LossWriter | None = None,
 ) -> "MeteredLLM":
     """Makes an engine whose processes load the weights while this one builds tokenizer and renderer.
 
@@ -355,6 +358,7 @@ def make_llm(
         on_forked: Called in another thread when EngineCore's process exists.
         while_loading: Called with the model's config and its renderer while the weights load.
         began_at: When the first phase of the engine's start begins.
+        losses: Where the engine tells what its KV cache lost.
 
     With an unknown version of vLLM everything happens in AsyncLLM's own order, in this thread.
     """
@@ -377,6 +381,7 @@ def make_llm(
         while_loading=while_loading,
         phase_descriptor=descriptor,
         configured_at=configured_at,
+        losses=losses,
     )
     # The engine may have fitted the context to its KV cache: what was derived from the old length is derived anew.
     for name in ("default_cmpl_tok_params", "default_chat_tok_params"):
@@ -394,6 +399,7 @@ def _make_side_by_side(
     while_loading: Callable[[Any, Any], None],
     phase_descriptor: int,
     configured_at: float,
+    losses: LossWriter | None,
 ) -> "MeteredLLM":
     executor_class = Executor.get_class(config)
     joined_at: list[float] = []
@@ -432,7 +438,7 @@ def _make_side_by_side(
             return client
 
     patches = _patched(async_llm_module, "EngineCoreClient", Started), _notifying(tell)
-    with patches[0], patches[1], _confessing(phase_descriptor, configured_at):
+    with telling(config, losses), patches[0], patches[1], _confessing(phase_descriptor, configured_at):
         threading.Thread(target=start, name="engine core handshake", daemon=True).start()
         forked.result()
         llm = MeteredLLM(
@@ -527,6 +533,9 @@ class MeteredLLM(AsyncLLM):
         """Adds a request where it stands in the queue: what a client says of that (`priority`) is not its to say."""
         # vLLM begins the lowest first. Nobody's request is the replica's own.
         kwargs["priority"] = ORDER.get() or 0
+        meter = METER.get()
+        if meter is not None and self.vllm_config.kv_events_config is not None:
+            kwargs["session_id"] = meter.request_id
         return await super().add_request(*args, **kwargs)
 
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:

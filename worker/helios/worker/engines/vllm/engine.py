@@ -97,6 +97,7 @@ class VllmEngine:
             on_forked=hooks.on_forked,
             while_loading=self._prepare,
             began_at=hooks.began_at,
+            losses=hooks.losses,
         )
         self._make_api(spec)
         write_phase(hooks.phase_descriptor, "api", self._llm.joined_at, time.monotonic())
