@@ -196,11 +196,11 @@ class World:
         if ask is Ask.RENEW:
             if not is_free and (lease.holder, lease.epoch) == (name, epoch):
                 lease.until = self.now + TTL_SECONDS
-                node.role.renewed(epoch, self.now)
+                node.role.renewed(epoch, self.now, self.now)
             else:
                 node.role.lost(epoch, "" if is_free else lease.holder, self.now)
         elif is_free or lease.holder == name:
-            seen = node.core.leadership.seen_epoch
+            seen = node.core.leadership.believed_epoch
             self.lease = FakeLease(name, max(lease.epoch, seen) + 1, self.now + TTL_SECONDS)
             node.role.granted(self.lease.epoch, self.now, self.now)
         else:
@@ -276,11 +276,15 @@ class World:
         machine.epoch = max(machine.epoch, epoch)
         if not refused and command.command_id not in machine.done:
             machine.done[command.command_id] = self._carry_out(machine, command)
-        machine.events[name].append(
-            lambda subject, now: subject.command_acknowledged(
+        claimed = machine.epoch if refused else 0
+
+        def acknowledged(subject: Core, now: float) -> list[actions.Action]:
+            subject.leadership.claims.note(machine.worker_id, claimed)
+            return subject.command_acknowledged(
                 machine.worker_id, command.command_id, refused_reason=refused, message="", now=now
             )
-        )
+
+        machine.events[name].append(acknowledged)
 
     def _carry_out(self, machine: Machine, command: Command) -> str:
         match command.order:

@@ -315,7 +315,7 @@ class Core:
         command = self._commands.acknowledge(worker_id, command_id)
         is_of_now = command is None or command.epoch == self.leadership.epoch
         if refused_reason == STALE_LEADER and self.leadership.epoch and is_of_now:
-            self.leadership.follow(now)
+            self.leadership.doubt(worker_id, now)
         elif command is not None and isinstance(command.order, Fence):
             if is_of_now:
                 self.leadership.fenced(worker_id, now)

@@ -57,7 +57,7 @@ class FleetServicer(FleetServiceServicer):
         first = await self._hello(request_iterator)
         hello = wire.hello_from_proto(first.hello)
         now = time.monotonic()
-        self._runtime.core.leadership.outdone(first.hello.epoch, now)
+        self._runtime.core.leadership.claimed(hello.worker_id, first.hello.epoch, now)
         outbox = self._runtime.connect_worker(hello.worker_id)
         try:
             epoch = self._runtime.core.leadership.epoch
@@ -128,7 +128,7 @@ class FleetServicer(FleetServiceServicer):
                 self._runtime.apply(core.replica_event(worker_id, event.sequence, replica, now))
             case "command_ack":
                 ack = message.command_ack
-                core.leadership.seen_epoch = max(core.leadership.seen_epoch, ack.epoch)
+                core.leadership.claims.note(worker_id, ack.epoch)
                 if ack.refused_reason:
                     log.warning("command refused", worker=worker_id, reason=ack.refused_reason, error=ack.message)
                 todo = core.command_acknowledged(

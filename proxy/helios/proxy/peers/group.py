@@ -70,7 +70,7 @@ class PeerGroup:
     @property
     def leads(self) -> bool:
         """Whether this proxy leads."""
-        return self._leadership.epoch > 0
+        return self._leadership.epoch > 0 and self._leadership.leads
 
     def addresses(self) -> list[str]:
         """Where others are reached: of a follower's, the leader; of the leader's, all followers."""

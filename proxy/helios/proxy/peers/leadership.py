@@ -31,6 +31,7 @@ from helios.proxy.catalogue import Catalogue
 from helios.proxy.fleet.commands import CommandBook, Fence
 from helios.proxy.holds import Holds
 from helios.proxy.lifecycle import Lifecycle
+from helios.proxy.peers.claims import Claims
 from helios.proxy.peers.escrow import Buckets, Escrow, Slices
 from helios.proxy.peers.followers import Followers
 from helios.proxy.peers.following import Following
@@ -71,7 +72,10 @@ class Leadership:
         self.epoch = 0
         """In which this proxy leads; 0: it does not, or there are no leases."""
         self.seen_epoch = 0
-        """The highest that this proxy has heard of."""
+        """The highest that this proxy has heard of from the registry or another proxy."""
+        self.claims = Claims()
+        self.doubted_at: float | None = None
+        """Since when a worker says that another proxy leads; nothing is ordered until the registry has been asked."""
         self.lease_until = 0.0
         """Until when the registry gives the lead to nobody else."""
         self.escrow = Escrow(self._buckets)
@@ -89,6 +93,7 @@ class Leadership:
         # Where an epoch is missing in between, somebody else may have led meanwhile, and let requests in.
         goes_on = self.leads and 0 < self.epoch == epoch - 1
         self.epoch = self._commands.epoch = epoch
+        self.doubted_at = None
         self.seen_epoch = max(self.seen_epoch, epoch)
         if not goes_on:
             self.following = None
@@ -106,7 +111,7 @@ class Leadership:
 
     def follow(self, now: float) -> None:
         """This proxy leads no more, or not yet: another one does, or will."""
-        self.epoch, self.lease_until = 0, 0.0
+        self.epoch, self.lease_until, self.doubted_at = 0, 0.0, None
         self._unfenced = set()
         self._lifecycle.step_down()
         self.followers.clear(now)
@@ -117,6 +122,39 @@ class Leadership:
         self.seen_epoch = max(self.seen_epoch, epoch)
         if self.epoch and epoch > self.epoch:
             self.follow(now)
+
+    def claimed(self, worker_id: str, epoch: int, now: float) -> None:
+        """A worker says that it has heard of a leader of this epoch."""
+        self.claims.note(worker_id, epoch)
+        if epoch > self.epoch:
+            self.doubt(worker_id, now)
+
+    def doubt(self, worker_id: str, now: float) -> None:
+        """A worker says that another proxy leads: what it would refuse is not ordered before the registry was asked."""
+        if self.epoch and self.doubted_at is None and self.claims.counts(worker_id, now):
+            self.doubted_at = now
+            self._lifecycle.step_down()
+
+    def confirmed(self, asked_at: float, now: float) -> bool:
+        """The registry says that this proxy leads, asked then; False where most workers know of a later leader.
+
+        It has forgotten that one, then, and this proxy is to ask for an epoch above.
+        """
+        if self.doubted_at is None or asked_at < self.doubted_at:
+            return True
+        if self.believed_epoch > self.epoch:
+            return False
+        self.doubted_at = None
+        self.claims.refute(self.epoch, now)
+        self._lifecycle.lead()
+        self._open(now)
+        return True
+
+    @property
+    def believed_epoch(self) -> int:
+        """The highest that there was, by the word of the registry, of proxies, or of most workers."""
+        workers = [worker.hello.worker_id for worker in self._traffic.fleet.workers() if worker.is_reachable]
+        return max(self.seen_epoch, self.claims.believed(workers))
 
     def resynchronised(self, now: float) -> None:
         """The fleet is believed to be complete."""

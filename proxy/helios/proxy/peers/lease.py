@@ -75,7 +75,8 @@ class LeaseKeeper:
 
     async def _acquire(self) -> None:
         asked_at = time.monotonic()
-        wish = LeaseWish(PROXY_LEASE, self._holder, self._ttl_seconds, self.address, self._leadership.seen_epoch)
+        seen_epoch = self._leadership.believed_epoch
+        wish = LeaseWish(PROXY_LEASE, self._holder, self._ttl_seconds, self.address, seen_epoch)
         try:
             is_granted, lease = await self._leases.acquire(wish)
         except HeliosError as error:
@@ -98,4 +99,4 @@ class LeaseKeeper:
             log.warning("lease can't be renewed", epoch=epoch, error=error.message)
             self._role.unreachable(time.monotonic())
         else:
-            self._role.renewed(epoch, asked_at)
+            self._role.renewed(epoch, asked_at, time.monotonic())

@@ -7,7 +7,11 @@
 | leads | a third of the TTL is over | renews |
 | leads | the registry can't be asked | leads: workers are fenced, and nobody else can get an epoch |
 | leads | the lease ended, and is nobody's | asks anew, and leads on meanwhile |
-| leads | the lease is another's, or a higher epoch is heard of | follows |
+| leads | the lease is another's, or a higher epoch is heard of by another proxy | follows |
+| leads | a worker says that there is a later leader | asks the registry at once, and orders nothing until it has said |
+| leads, doubted | the registry can't be asked | follows: it may be cut off, and the other one not |
+| leads, doubted | the lease is its own, and most workers know of a higher epoch | asks for one above that |
+| leads, doubted | the lease is its own | leads: that worker is wrong |
 
 A follower that hears the leader does not ask, whatever the registry says: an outage of the registry moves no lead.
 """
@@ -46,9 +50,9 @@ class Role:
 
     def due(self, now: float) -> Ask | None:
         """What is to be asked now."""
-        if now < self._next_at:
-            return None
         leadership = self._leadership
+        if now < self._next_at and leadership.doubted_at is None:
+            return None
         if leadership.epoch:
             return Ask.ACQUIRE if self._is_lost else Ask.RENEW
         following = leadership.following
@@ -58,13 +62,14 @@ class Role:
         """The lease is this proxy's, since the question was asked at the latest."""
         self.leader_address, self._is_lost = "", False
         self._leadership.lead(epoch, now)
-        self.renewed(epoch, asked_at)
+        self.renewed(epoch, asked_at, now)
 
-    def renewed(self, epoch: int, asked_at: float) -> None:
+    def renewed(self, epoch: int, asked_at: float, now: float) -> None:
         """The lease goes on."""
         if epoch == self._leadership.epoch:
             self._leadership.lease_until = asked_at + self._ttl_seconds
             self._next_at = asked_at + self._ttl_seconds / 3
+            self._is_lost = not self._leadership.confirmed(asked_at, now)
 
     def refused(self, address: str, epoch: int, rest_seconds: float, now: float) -> None:
         """The lease is another's, which listens there; for so long, unless it renews it."""
@@ -85,6 +90,8 @@ class Role:
     def unreachable(self, now: float) -> None:
         """The registry could not be asked."""
         self._next_at = now + self._ttl_seconds / 6
+        if self._leadership.doubted_at is not None:
+            self._follow(now)
 
     def outdone(self, epoch: int, now: float) -> None:
         """Somebody has heard of this epoch."""
