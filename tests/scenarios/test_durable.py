@@ -61,6 +61,9 @@ def test_a_durable_stream_outlives_its_replica(mesh: RunningMesh) -> None:
 
 
 def test_a_models_policy_makes_its_streams_durable(mesh: RunningMesh) -> None:
+    asked = mesh.helios("models", "durable", MODEL, "--on", "--dry-run")
+    assert "it would be" in asked.stdout, asked
+    assert "end with their replica" in mesh.helios("models", "durable", MODEL).stdout
     assert mesh.helios("models", "durable", MODEL, "--on").returncode == 0
     try:
         # Proxies hear of it by the registry's watch, within moments.

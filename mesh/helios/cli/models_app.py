@@ -20,7 +20,7 @@ from helios.cli.models_push import models_push as models_push_command
 from helios.cli.models_set import models_set as models_set_command
 from helios.cli.models_watch import WatchOptions
 from helios.cli.models_watch import models_watch as models_watch_command
-from helios.cli.options import JsonOption, StateOption, console, run, state_of
+from helios.cli.options import DryRunOption, JsonOption, StateOption, console, run, state_of
 
 app: Final = typer.Typer(help="Models that the mesh knows.", no_args_is_help=True)
 
@@ -262,10 +262,14 @@ def models_durable(
             "--on/--off", help="Have its streams go on on another replica where theirs dies or drains; or not."
         ),
     ] = None,
+    dry_run: DryRunOption = False,
     is_json: JsonOption = False,
 ) -> None:
     """Say whether a model's streams outlive their replicas; without an option, show what holds."""
-    run(models_durable_command(state_of(state_dir), console, name, is_durable=durable, is_json=is_json))
+    command = models_durable_command(
+        state_of(state_dir), console, name, is_durable=durable, is_dry_run=dry_run, is_json=is_json
+    )
+    run(command)
 
 
 @app.command("tag")

@@ -11,19 +11,29 @@ from helios.registry.client import RegistryClient
 
 
 async def models_durable(
-    state: StateDirectory, console: Console, name: str, *, is_durable: bool | None, is_json: bool = False
+    state: StateDirectory,
+    console: Console,
+    name: str,
+    *,
+    is_durable: bool | None,
+    is_dry_run: bool = False,
+    is_json: bool = False,
 ) -> None:
-    """Says for all requests of a model whether they are durable; None shows what holds."""
+    """Says for all requests of a model whether they are durable; None shows what holds, a dry run what would."""
     async with open_admin(state) as dialer:
         registry = RegistryClient(dialer)
         model = await registry.get_model(name)
         if is_durable is not None:
             policy = replace(model.policy, is_durable=is_durable)
             # The policy is replaced as a whole: what another person has set meanwhile would be gone.
-            model = await registry.update_policy(model.name, policy, expected_version=model.version)
+            model = await registry.update_policy(
+                model.name, policy, expected_version=model.version, is_dry_run=is_dry_run
+            )
     if is_json:
         console.print_json(json.dumps({"model": model.name, "is_durable": model.policy.is_durable}))
         return
+    if is_dry_run:
+        console.print("nothing was done; it would be:")
     what = "go on on another replica where theirs dies" if model.policy.is_durable else "end with their replica"
     console.print(
         f"{model.name}: streams {what}, unless a request says otherwise (x-helios-durable)",

@@ -71,6 +71,8 @@ async def models_policy(
     if is_json:
         console.print_json(json.dumps({"model": model.name, **asdict(model.policy)}))
         return
+    if is_dry_run:
+        console.print("nothing was done; it would be:")
     for line in lines_of(model.policy):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -33,7 +33,7 @@ class Order:
 
     def say(self, subject: str, done: str) -> None:
         """Prints what was done to whom, or what would be."""
-        would = "nothing was done; " if self.is_dry_run else ""
+        would = "nothing was done; it would be: " if self.is_dry_run else ""
         self.console.print(f"{subject}: {would}{done}", markup=False, soft_wrap=True)
 
 

@@ -85,7 +85,7 @@ async def scaling(state: StateDirectory, console: Console, model: str, *, count:
         console.print_json(json.dumps(_documents(response.decisions)))
         return
     if not response.decisions:
-        console.print("nothing asked for other than one replica of a model since the proxy started", style="dim")
+        console.print("nothing was decided of any model yet but to start it for its requests", style="dim")
         return
     table = Table(box=None)
     for title in ("TIME", "MODEL", "CAUSE", "REPLICAS", "REASON"):

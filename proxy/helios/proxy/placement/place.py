@@ -77,8 +77,8 @@ def place(engine: str, workers: list[WorkerCapacity], *, may_preempt: bool) -> P
     """
     able = able_workers(engine, workers)
     if not able:
-        what = f"with the engine '{engine}' " if engine and workers else ""
-        return Wait("NO_WORKER", f"no worker {what}is connected")
+        what = f"with the engine '{engine}' is connected" if engine and workers else "is connected, or all are cordoned"
+        return Wait("NO_WORKER", f"no worker {what}")
     roomy = [worker for worker in able if worker.free_host_bytes >= worker.needed_host_bytes]
     if not roomy:
         roomiest = max(able, key=lambda worker: worker.free_host_bytes)
