@@ -302,6 +302,7 @@ if __name__ == "__main__":
     # Collects the contracts of the other files.
     importlib.import_module("tests.worker.engines.continuation_contracts")
     importlib.import_module("tests.worker.engines.early_contracts")
+    importlib.import_module("tests.worker.engines.loss_contracts")
     importlib.import_module("tests.worker.engines.setting_contracts")
     importlib.import_module("tests.worker.engines.sleep_contracts")
     importlib.import_module("tests.worker.engines.weight_contracts")

@@ -18,7 +18,7 @@ from tests.worker.replica.support import ROOT, source_path
 
 SOURCES = [
     Path(__file__).with_name(f"{name}_contracts.py".removeprefix("_"))
-    for name in ("", "kind", "setting", "sleep", "weight", "early", "continuation", "output")
+    for name in ("", "kind", "setting", "sleep", "weight", "early", "continuation", "loss", "output")
 ]
 # Two processes of tests would each import vLLM once.
 pytestmark = pytest.mark.real_model

@@ -9,6 +9,8 @@ import helios.worker.supervisor as package
 
 PURE = (
     "../early/growth",
+    "../engines/vllm/kept_prompts",
+    "../replica/kv_losses",
     "commands",
     "core_placement",
     "fence",
