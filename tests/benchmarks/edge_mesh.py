@@ -59,7 +59,7 @@ class EdgeMesh:
 
     def start_plain(self, replica: str) -> int:
         """Starts the plain Envoy before a replica; returns its port."""
-        settings = _settings(self.directory, "plain")
+        settings = _settings(self.directory, "plain", has_tls=True)
         self.children.start("plain", command(_install_plain(settings, replica)), self.environment)
         self.wait_answers(self.directory / "load", settings.edge_port, next(iter(self.replicas)))
         return settings.edge_port
@@ -83,9 +83,17 @@ def requests(model: str, **more: object) -> list[bytes]:
 
 @contextmanager
 def running_edge(
-    models: Mapping[str, int], *, http_count: int = 0, resting_count: int = 0, proxy: Mapping[str, Any] | None = None
+    models: Mapping[str, int],
+    *,
+    http_count: int = 0,
+    resting_count: int = 0,
+    has_tls: bool = True,
+    proxy: Mapping[str, Any] | None = None,
 ) -> Iterator[EdgeMesh]:
-    """Starts everything, with so many ready replicas by model; ``proxy`` are more settings of the proxy."""
+    """Starts everything, with so many ready replicas by model; ``proxy`` are more settings of the proxy.
+
+    Without ``has_tls`` it is a mesh whose sidecars see to TLS, and has none: nothing is encrypted.
+    """
     # A short path: a unix socket's has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="hb") as name, Children(Path(name, "logs")) as children:
         directory = Path(name)
@@ -102,6 +110,7 @@ def running_edge(
             models=dict(models),
             http_count=http_count,
             resting_count=resting_count,
+            has_tls=has_tls,
         )
         peers = [sys.executable, "-m", "tests.benchmarks.edge_peers", str(directory)]
         children.start("peers", peers, environment)
@@ -109,9 +118,9 @@ def running_edge(
         children.wait(address_file.exists, START_SECONDS, "the replicas listen")
         addresses = json.loads(address_file.read_text())
         ready = directory / "proxy.ready"
-        proxy_process = children.start("proxy", _proxy(directory, ready, proxy or {}), environment)
+        proxy_process = children.start("proxy", _proxy(directory, ready, proxy or {}, has_tls=has_tls), environment)
         children.wait(ready.exists, START_SECONDS, "the proxy is ready")
-        settings = _settings(directory, "helios")
+        settings = _settings(directory, "helios", has_tls=has_tls)
         envoy = children.start("helios", command(install(settings)), environment)
         found = EdgeMesh(
             directory,
@@ -140,9 +149,10 @@ def _answers(client: LoadClient, port: int) -> bool:
         return False
 
 
-def _proxy(directory: Path, ready: Path, more: Mapping[str, Any]) -> list[str]:
+def _proxy(directory: Path, ready: Path, more: Mapping[str, Any], *, has_tls: bool) -> list[str]:
+    files = {"tls": "files", "identity_directory": directory / "pki" / "proxy"}
     settings = {
-        "mesh": {"tls": "files", "identity_directory": directory / "pki" / "proxy"},
+        "mesh": files if has_tls else {"tls": "off"},
         "state_directory": directory / "proxy",
         "control_listen": f"unix:{directory}/{edge_peers.CONTROL_SOCKET}",
         "picker_listen": f"unix:{directory}/picker.sock",
@@ -152,7 +162,7 @@ def _proxy(directory: Path, ready: Path, more: Mapping[str, Any]) -> list[str]:
     return [sys.executable, "-m", "helios.proxy", f"--ready-file={ready}", *to_arguments(settings)]
 
 
-def _settings(directory: Path, name: str) -> EdgeSettings:
+def _settings(directory: Path, name: str, *, has_tls: bool) -> EdgeSettings:
     return EdgeSettings(
         directory=directory / name,
         envoy_admin=f"unix:{directory}/{name}.sock",
@@ -160,8 +170,8 @@ def _settings(directory: Path, name: str) -> EdgeSettings:
         picker=(f"unix:{directory}/picker.sock",),
         control=(f"unix:{directory}/{edge_peers.CONTROL_SOCKET}",),
         registry=(f"unix:{directory}/{edge_peers.REGISTRY_SOCKET}",),
-        edge_identity=_identity(directory, "edge"),
-        admin_identity=_identity(directory, "admin-edge"),
+        edge_identity=_identity(directory, "edge") if has_tls else None,
+        admin_identity=_identity(directory, "admin-edge") if has_tls else None,
         edge_port=free_port(),
         admin_port=free_port(),
         access_log=directory / f"{name}.access.log",

@@ -43,12 +43,15 @@ _GIB: Final = 1 << 30
 
 
 class Wanted(NamedTuple):
-    """What is to be there: ready replicas by model, plain HTTP servers, and workers at rest, of one model each."""
+    """What is to be there: ready replicas by model, plain HTTP servers, and workers at rest, of one model each. All
+    over mTLS, or all in the clear, as where sidecars see to it.
+    """
 
     program: str
     models: dict[str, int]
     http_count: int = 0
     resting_count: int = 0
+    has_tls: bool = True
 
 
 class Peers:
@@ -124,7 +127,7 @@ async def main(directory: Path) -> None:
     for model, count in wanted.models.items():
         registry.put(model, revision=_REVISION, min_replicas=count)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(_registry(directory, registry))
+        await stack.enter_async_context(_registry(directory, registry, _identity(directory, "registry", wanted)))
         process, ports = await _replicas(directory, wanted)
         stack.callback(process.kill)
         addresses = [f"127.0.0.1:{port}" for port in ports]
@@ -134,7 +137,7 @@ async def main(directory: Path) -> None:
             while not (directory / CONTROL_SOCKET).exists():
                 await asyncio.sleep(0.02)
         for worker in (peers.worker, *_resting(registry, wanted.resting_count)):
-            session = worker.connected(f"unix:{directory}/{CONTROL_SOCKET}", _identity(directory, "worker"))
+            session = worker.connected(f"unix:{directory}/{CONTROL_SOCKET}", _identity(directory, "worker", wanted))
             await stack.enter_async_context(session)
         gc.collect()
         gc.freeze()
@@ -158,11 +161,12 @@ def _resting(registry: FakeRegistry, count: int) -> list[FakeWorker]:
 
 
 async def _replicas(directory: Path, wanted: Wanted) -> tuple[asyncio.subprocess.Process, list[int]]:
-    pki = directory / "pki" / "worker"
+    identity = _identity(directory, "worker", wanted)
+    files = (identity.certificate, identity.key, identity.ca) if identity is not None else ("-", "-", "-")
     counts = (str(wanted.http_count), str(sum(wanted.models.values())))
     process = await asyncio.create_subprocess_exec(
         wanted.program,
-        *(str(pki / name) for name in ("tls.crt", "tls.key", "ca.crt")),
+        *map(str, files),
         *counts,
         stdout=asyncio.subprocess.PIPE,
         limit=1 << 22,
@@ -172,10 +176,10 @@ async def _replicas(directory: Path, wanted: Wanted) -> tuple[asyncio.subprocess
         return process, [int(port) for port in (await process.stdout.readline()).split()]
 
 
-def _registry(directory: Path, registry: FakeRegistry) -> MeshServer:
+def _registry(directory: Path, registry: FakeRegistry, identity: IdentityFiles | None) -> MeshServer:
     server = MeshServer(
         listen=f"unix:{directory}/{REGISTRY_SOCKET}",
-        identity=_identity(directory, "registry"),
+        identity=identity,
         policy=dict.fromkeys(REGISTRY_SERVICES, frozenset({"proxy"})),
         options=ServerOptions(drain_seconds=0.1),
     )
@@ -186,8 +190,8 @@ def _registry(directory: Path, registry: FakeRegistry) -> MeshServer:
     return server
 
 
-def _identity(directory: Path, component: str) -> IdentityFiles:
-    return IdentityFiles(directory / "pki" / component)
+def _identity(directory: Path, component: str, wanted: Wanted) -> IdentityFiles | None:
+    return IdentityFiles(directory / "pki" / component) if wanted.has_tls else None
 
 
 def _publish(path: Path, text: str) -> None:

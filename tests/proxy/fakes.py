@@ -67,7 +67,7 @@ class FakeWorker:
         return [command.start for command in self.commands if command.WhichOneof("command") == "start"]
 
     @asynccontextmanager
-    async def connected(self, target: str, identity: IdentityFiles) -> AsyncIterator["FakeWorker"]:
+    async def connected(self, target: str, identity: IdentityFiles | None) -> AsyncIterator["FakeWorker"]:
         """Holds a session for the block; leaving it breaks the stream and keeps the replicas."""
         async with Dialer(target, identity=identity, peer="proxy") as dialer:
             with contextlib.suppress(asyncio.CancelledError):
@@ -250,10 +250,13 @@ class FakeEnvoy:
         path: str = "/helios.api.inference.v1.OpenAIService/CreateChatCompletion",
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
+        pushed: list[bytes] | None = None,
         age_seconds: float = 0.0,
         timeout: float = 15.0,
     ) -> Answer:
-        """One request: `model` is what Envoy lifted from the body, `header` is x-helios-model."""
+        """One request: `model` is what Envoy lifted from the body, `header` is x-helios-model; `pushed` are parts of a
+        body that is sent unasked.
+        """
         request = ext_proc.ProcessingRequest()
         sent = {":path": path, ":method": "POST", "x-request-id": f"q{next(self._ids)}", "content-length": "100"}
         if header is not None:
@@ -270,8 +273,18 @@ class FakeEnvoy:
         )
         asked_body = False
         try:
+            request.protocol_config.send_body_without_waiting_for_header_response = pushed is not None
+            request.request_headers.end_of_stream = pushed == []
             await call.write(request)
+            for number, part in enumerate(pushed or (), start=1):
+                message = ext_proc.ProcessingRequest()
+                message.request_body.body = part
+                message.request_body.end_of_stream = number == len(pushed or ())
+                await call.write(message)
             response = await call.read()
+            if response.WhichOneof("response") != "immediate_response":
+                for _ in pushed or ():
+                    assert (await call.read()).WhichOneof("response") == "request_body", "each part has its answer"
             if response.HasField("mode_override"):
                 asked_body = True
                 message = ext_proc.ProcessingRequest()

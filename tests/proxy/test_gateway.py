@@ -30,6 +30,7 @@ from tests.wire.gateway import QUICK, running_envoy
 pytestmark = pytest.mark.leaks("Envoy keeps connections to servers of this process until it is gone")
 INFERENCE = frozenset({"edge"})
 TOKEN = "token-of-this-test-0123456789"
+CHAT = "/helios.api.inference.v1.InferenceService/Chat"
 GRPCURL = Path(sys.executable).with_name("grpcurl")
 
 
@@ -325,7 +326,8 @@ async def test_grpcurl_sees_public_services_on_the_edge_and_all_on_the_admin_edg
         assert len(json.loads(started)["replicas"]) == 1
 
 
-async def test_a_conversation_stays_where_its_beginning_is(world: World) -> None:
+@pytest.mark.parametrize("words", [10, 6000], ids=["sent along", "asked for"])
+async def test_a_conversation_stays_where_its_beginning_is(world: World, words: int) -> None:
     async with AsyncExitStack() as stack:
         edge = await stack.enter_async_context(running_edge(world))
         second = FakeReplica(name="second")
@@ -339,13 +341,30 @@ async def test_a_conversation_stays_where_its_beginning_is(world: World) -> None
         for turn in range(3):
             for talk in range(6):
                 messages = [{"role": "system", "content": f"Talk number {talk}. " * 60}]
-                # 200 KiB in the end: near to what is looked at.
-                messages += [{"role": "user", "content": "And then? " * 6000}] * (turn + 1)
+                # 2 KiB, or 200 in the end: near to what is looked at.
+                messages += [{"role": "user", "content": "And then? " * words}] * (turn + 1)
                 answer = await client.post("/v1/chat/completions", json={"model": "m", "messages": messages})
                 assert answer.status_code == 200, answer.text
                 places.setdefault(talk, []).append(answer.json()["replica"])
         assert all(len(set(place)) == 1 for place in places.values()), places
         assert {place[0] for place in places.values()} == {"replica", "second"}, "and all are not in one place"
+
+
+async def test_bodies_arrive_whole_whether_the_picker_sees_them_or_not(world: World) -> None:
+    world.registry.put("m")
+    async with running_edge(world) as edge, edge.client() as client:
+        for size in (100, 499, 500, 511, 512, 4000, 15_999, 16_000, 100_000):
+            frame = len(json.dumps({"model": "m", "messages": [{"role": "user", "content": ""}]}))
+            text = "x" * (size - frame)
+            for path in ("chat/completions", "completions"):
+                body = json.dumps({"model": "m", "messages": [{"role": "user", "content": text}]})
+                answer = await client.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
+                assert answer.status_code == 200, (size, answer.text)
+                assert answer.json()["size"] == size == len(body)
+        # Refusals are read before the body is.
+        long = json.dumps({"model": "nope", "messages": [{"role": "user", "content": "x" * 4000}]})
+        unknown = await client.post("/v1/completions", content=long, headers={"content-type": "application/json"})
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
 
 
 async def test_a_prompt_is_asked_for_where_it_matters_only(world: World) -> None:
@@ -369,6 +388,14 @@ async def test_a_prompt_is_asked_for_where_it_matters_only(world: World) -> None
             {"content-length": ""},
         ):
             assert not (await envoy.ask("m", body=b"", headers=headers)).asked_body, headers
+        whole = [b"no", b" fr", b"ame"]
+        assert not (await envoy.ask("m", pushed=whole, headers={"content-length": "1000"})).asked_body
+        assert (await envoy.ask("nope", pushed=whole)).status == 404
+        chat = inference_pb.ChatRequest(model="m").SerializeToString()
+        framed = [b"\0" + len(chat).to_bytes(4, "big"), chat]
+        nameless = await envoy.ask(None, path=CHAT, pushed=framed, headers={"content-length": "1000"})
+        assert (nameless.asked_body, nameless.headers["x-helios-route-model"]) == (False, "m")
+        assert (await envoy.ask(None, pushed=[], headers={"content-length": "1000"})).status == 400
         embeddings = "/helios.api.inference.v1.OpenAIService/CreateEmbedding"
         lengthy = {"content-length": "1000"}
         assert not (await envoy.ask("m", body=b"", path=embeddings, headers=lengthy)).asked_body

@@ -124,10 +124,15 @@ async def client_of(mesh: RunningMesh) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def ask(
-    client: httpx.AsyncClient, outcomes: Counter[str], *, is_streamed: bool = False, max_tokens: int = 8
+    client: httpx.AsyncClient,
+    outcomes: Counter[str],
+    *,
+    is_streamed: bool = False,
+    max_tokens: int = 8,
+    prompt: str = "ab cd",
 ) -> None:
     """Sends one request and notes how it ended."""
-    body = {"model": MODEL, "prompt": "ab cd", "max_tokens": max_tokens, "ignore_eos": True, "stream": is_streamed}
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": is_streamed}
     try:
         answer = await client.post("/v1/completions", json=body)
     except httpx.HTTPError as error:
@@ -139,10 +144,11 @@ async def ask(
 
 @asynccontextmanager
 async def asking(mesh: RunningMesh, outcomes: Counter[str], count: int) -> AsyncIterator[None]:
-    """Sends requests; all have ended when the block does."""
+    """Sends requests, half of them with prompts that the picker is sent; all have ended when the block does."""
     async with client_of(mesh) as client, asyncio.TaskGroup() as group:
         for number in range(count):
-            group.create_task(ask(client, outcomes, is_streamed=number % 2 == 1))
+            prompt = "ab cd " * (1 if number % 4 < 2 else 200)
+            group.create_task(ask(client, outcomes, is_streamed=number % 2 == 1, prompt=prompt))
         yield
 
 

@@ -128,11 +128,13 @@ Pick = Callable[[PickRequest], "list[str] | errors.HeliosError"]
 
 @dataclass
 class FakePicker(external_processor_pb2_grpc.ExternalProcessorServicer):
-    """ext_proc: names fixed endpoints, headers only; asks for the body where no model is known."""
+    """ext_proc: names fixed endpoints; asks for the body where no model is known, takes the one that comes unasked."""
 
     endpoints: list[str] = field(default_factory=list)
     requests: list[PickRequest] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
+    pushed: list[bytes] = field(default_factory=list)
+    """Parts of bodies that came unasked."""
     pick: Pick | None = None
     hold: Callable[[PickRequest], Any] | None = None
     cluster: str = ""
@@ -141,7 +143,14 @@ class FakePicker(external_processor_pb2_grpc.ExternalProcessorServicer):
     async def Process(self, request_iterator: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         """Answers one request."""
         node = _metadata(context).get("x-helios-envoy", "")
+        is_pushed = False
         async for message in request_iterator:
+            if is_pushed:
+                self.pushed.append(message.request_body.body)
+                yield external_processor_pb2.ProcessingResponse(request_body=external_processor_pb2.BodyResponse())
+                if message.request_body.end_of_stream:
+                    return
+                continue
             if message.HasField("request_body"):
                 self.bodies.append(message.request_body.body)
                 response = external_processor_pb2.ProcessingResponse(request_body=external_processor_pb2.BodyResponse())
@@ -157,9 +166,10 @@ class FakePicker(external_processor_pb2_grpc.ExternalProcessorServicer):
             if isinstance(choice, errors.HeliosError):
                 yield rejected(choice)
                 return
-            response = picked(choice, wants_body=not request.model)
+            is_pushed = message.protocol_config.send_body_without_waiting_for_header_response
+            response = picked(choice, wants_body=not (request.model or is_pushed))
             yield in_cluster(response, response.request_headers, self.cluster)
-            if request.model:
+            if request.model and not is_pushed:
                 return
 
 

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 import grpc
@@ -43,15 +44,22 @@ def peer_component(context: Any, own: SpiffeId | None = None) -> str | None:
     if _INSECURE in auth.get("transport_security_type", (_INSECURE,)):
         return NO_TLS_COMPONENT
     for name in auth.get("x509_subject_alternative_name", ()):
-        uri = name.decode("utf-8", "replace")
-        if uri.startswith("spiffe://"):
-            try:
-                peer = SpiffeId.parse(uri)
-            except InvalidRequest:
+        if name.startswith(b"spiffe://"):
+            peer = _spiffe_id(name)
+            if peer is None:
                 return None
             is_stranger = own is not None and (peer.trust_domain, peer.namespace) != (own.trust_domain, own.namespace)
             return None if is_stranger else peer.component
     return None
+
+
+@lru_cache(maxsize=256)
+def _spiffe_id(name: bytes) -> SpiffeId | None:
+    """The id, None where it has another form. Each call asks for its caller's, and callers are few."""
+    try:
+        return SpiffeId.parse(name.decode("utf-8", "replace"))
+    except InvalidRequest:
+        return None
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):

@@ -6,6 +6,7 @@ addresses that were taken from ``--ready-file``.
 """
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 import structlog
 import uvloop
@@ -28,6 +29,7 @@ from helios.mesh.telemetry import setup_telemetry
 
 log = structlog.get_logger()
 S = TypeVar("S", bound=ProcessSettings)
+_GC_THRESHOLDS: Final = (10_000, 10, 50)
 
 
 class Lifetime:
@@ -68,13 +70,16 @@ def run(
 ) -> NoReturn:
     """Runs a process to its end and exits.
 
-    ``is_hot`` takes uvloop, for a process that answers many small calls. A process that starts others must not: uvloop
-    forks where asyncio's own loop uses vfork, and gRPC's handlers of fork() then crash the child before it has begun.
+    ``is_hot`` is for a process that answers many small calls: it takes uvloop, and looks for garbage in cycles seldom.
+    A process that starts others must not take it: uvloop forks where asyncio's own loop uses vfork, and gRPC's handlers
+    of fork() then crash the child before it has begun.
     """
     ready_file, arguments = _take_ready_file(sys.argv[1:])
     settings = load_settings(settings_class, arguments)
     setup_logs(process=name, level=settings.log_level)
     shut_down_telemetry = setup_telemetry(process=name, otlp_endpoint=settings.otlp_endpoint)
+    if is_hot:
+        _collect_seldom()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop if is_hot else None) as runner:
             runner.run(_run(settings, main, ready_file))
@@ -110,6 +115,17 @@ async def _run(settings: S, main: Callable[[S, Lifetime], Awaitable[None]], read
             lifetime.is_ready = False
             # What failed is to be started again, and must not hang while it closes.
             stop()
+
+
+def _collect_seldom() -> None:
+    """Leaves what was imported out of the search for cycles, and searches less often for what comes.
+
+    A process that remembers its last requests has many objects that live long, and few cycles. With Python's thresholds
+    (700, 10, 10) the proxy spent a fifth of its time on the search, up to a tenth of a second at once.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 def _report(name: str, error: BaseException) -> int:

@@ -3,7 +3,8 @@
  *   worker CERTIFICATE KEY CA HTTP_COUNT GRPC_COUNT
  *
  * One thread, one epoll. Listens on 127.0.0.1, on ports that the kernel chooses: HTTP_COUNT for HTTP/1.1 in the clear,
- * where everything is answered with a chat completion, and GRPC_COUNT for gRPC over mutual TLS, each a replica of its own.
+ * where everything is answered with a chat completion, and GRPC_COUNT for gRPC over mutual TLS, each a replica of its own;
+ * in the clear, too, where CERTIFICATE is "-".
  * The first line of standard output has the ports in this order. Each further line tells of a gRPC call: "started REPLICA
  * ID" or "finished REPLICA ID", REPLICA counted from 0, ID the call's x-request-id.
  *
@@ -372,12 +373,12 @@ static void tick(void) {
         struct connection *c = stream->connection;
         int is_last = --stream->left <= 0;
         const char *event = is_last ? DONE : EVENT;
-        if (c->ssl)
+        if (c->replica >= 0)
             put_body(c, stream->id, "text/event-stream", event);
         else
             put_chunk(c, event);
         if (is_last) {
-            if (c->ssl)
+            if (c->replica >= 0)
                 end_stream(c, stream->id, stream->request);
             else
                 put(c, "0\r\n\r\n", 5);
@@ -408,7 +409,7 @@ static int receive(struct connection *c) {
             if (n <= 0) return 0;
         }
         c->have += (size_t)n;
-        size_t taken = c->ssl ? take_http2(c) : take_http1(c);
+        size_t taken = c->replica >= 0 ? take_http2(c) : take_http1(c);
         memmove(c->in, c->in + taken, c->have - taken);
         c->have -= taken;
     }
@@ -461,7 +462,7 @@ static void take_in(struct listener *listener) {
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
         c->fd = fd;
         c->replica = listener->replica;
-        if (c->replica >= 0) {
+        if (c->replica >= 0 && tls) {
             c->ssl = SSL_new(tls);
             SSL_set_fd(c->ssl, fd);
             SSL_set_accept_state(c->ssl);
@@ -475,7 +476,7 @@ int main(int count, char **arguments) {
     if (count != 6) return fprintf(stderr, "usage: worker CERTIFICATE KEY CA HTTP_COUNT GRPC_COUNT\n"), 2;
     signal(SIGPIPE, SIG_IGN);
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    open_tls(arguments[1], arguments[2], arguments[3]);
+    if (strcmp(arguments[1], "-")) open_tls(arguments[1], arguments[2], arguments[3]);
     for (int i = 0; i < atoi(arguments[4]); i++) listen_on(-1);
     for (int i = 0; i < atoi(arguments[5]); i++) listen_on(i);
     printf("\n");

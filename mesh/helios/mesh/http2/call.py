@@ -42,6 +42,7 @@ class Link(Protocol):
     """What a call needs of its connection."""
 
     sender: Sender
+    loop: asyncio.AbstractEventLoop
     peer: str
     auth: Any
 
@@ -73,7 +74,7 @@ class Call:
         self.is_over = False
         self.is_half_closed = False
         self._link = link
-        self._loop = asyncio.get_running_loop()
+        self._loop = link.loop
         self._max_message_bytes = max_message_bytes
         self._reader = MessageReader(max_message_bytes)
         self._messages: deque[bytes] = deque()

@@ -48,9 +48,9 @@ class Connection(asyncio.Protocol):
         self.auth: AuthContext = {}
         self._host = host
         self._limits = limits
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._protocol = ServerProtocol(self, limits)
-        self.sender = Sender(self._protocol, self._loop, max_unsent_bytes=limits.max_unsent_bytes)
+        self.sender = Sender(self._protocol, self.loop, max_unsent_bytes=limits.max_unsent_bytes)
         self._transport: asyncio.Transport | None = None
         self._calls: dict[int, Call] = {}
         self._running_count = 0
@@ -70,8 +70,8 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         self.auth = auth_context(transport.get_extra_info("ssl_object"))
         self.peer = _peer_name(transport.get_extra_info("peername"))
-        self._heard_at = self._loop.time()
-        self._timer = self._loop.call_later(self._limits.keepalive_seconds, self._look_after)
+        self._heard_at = self.loop.time()
+        self._timer = self.loop.call_later(self._limits.keepalive_seconds, self._look_after)
         self._protocol.open()
         self.sender.open(self._transport)
         self._host.opened(self)
@@ -91,7 +91,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes have arrived."""
-        self._heard_at = self._loop.time()
+        self._heard_at = self.loop.time()
         try:
             self._protocol.receive(data)
         except BrokenError as error:
@@ -223,7 +223,7 @@ class Connection(asyncio.Protocol):
 
     def on_idle_frame(self) -> None:
         """The peer sent something for nothing. Raises BrokenError when it was once too often."""
-        if not self._idle_frames.add(self._loop.time()):
+        if not self._idle_frames.add(self.loop.time()):
             raise BrokenError(ErrorCode.ENHANCE_YOUR_CALM, "too many frames for nothing")
 
     def on_goaway(self, code: int) -> None:
@@ -258,7 +258,7 @@ class Connection(asyncio.Protocol):
 
     def _look_after(self) -> None:
         """Asks a silent peer for a sign of life, and cuts one that gave none."""
-        limits, silent_seconds = self._limits, self._loop.time() - self._heard_at
+        limits, silent_seconds = self._limits, self.loop.time() - self._heard_at
         if silent_seconds >= limits.keepalive_seconds + limits.keepalive_timeout_seconds:
             log.info("http2 connection ended: the peer is silent", peer=self.peer, seconds=round(silent_seconds))
             self.abort()
@@ -269,7 +269,7 @@ class Connection(asyncio.Protocol):
             if not self._is_ending:
                 self._protocol.ping(_PING)
                 self.sender.flush_soon()
-        self._timer = self._loop.call_later(delay, self._look_after)
+        self._timer = self.loop.call_later(delay, self._look_after)
 
 
 def _peer_name(address: Any) -> str:

@@ -1,9 +1,10 @@
-"""The endpoint picker: Envoy's external processor, headers only.
+"""The endpoint picker: Envoy's external processor.
 
 The numbered conversation, one stream a request:
-    1. Envoy → request headers, with the model that it lifted from a JSON body as dynamic metadata.
+    1. Envoy → request headers, with the model that it lifted from a JSON body as dynamic metadata; a prompt of ordinary
+       length follows at once.
     2. picker → headers to set (where to go), or an immediate response (an error). A hold is an answer that comes later.
-    Where neither header nor metadata names a model, and where several replicas could take a prompt of middling size:
+    Where neither header nor metadata names a model, and where several replicas could take a prompt that is longer:
     2. picker → "send the body", 3. Envoy → the body, 4. as 2.
 
 Every request of the mesh passes here, so this server has no interceptors: the caller's identity is checked and errors
@@ -20,7 +21,6 @@ import grpc
 import grpc.aio
 import structlog
 from envoy.config.core.v3 import base_pb2
-from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
 
@@ -34,6 +34,7 @@ from helios.proxy.catalog.servicer import find_model
 from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.explain.record import Refusal
+from helios.proxy.picker.exchange import Exchange
 from helios.proxy.picker.gate import Gate
 from helios.proxy.picker.hints import hint_headers
 from helios.proxy.picker.limits import longest_answer
@@ -104,10 +105,10 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
 
     async def Process(self, _: Any, context: Any) -> None:
         """Serves one request."""
-        request = await self._first(context)
-        if request is None:
+        exchange = await self._begun(context)
+        if exchange is None:
             return
-        arrived_at = time.monotonic()
+        arrived_at, request = time.monotonic(), exchange.request
         heads = read_heads(_header_map(request.request_headers.headers.headers))
         gate = Gate(self._core, heads)
         began, body, model = _began(request), None, heads.model
@@ -116,7 +117,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             model = agree(heads.model, _lifted_model(request))
             if not model:
                 _check_path(heads.path)
-                body = await _ask_body(context, heads)
+                body = await _body(exchange, heads)
                 model = body.model
             served = entry = self._core.resolve(model) or await find_model(self._runtime, self._models, model)
             if not gate.admit(entry, model, _lifted(request), body):
@@ -126,11 +127,14 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 split = self._core.rollouts.assign(entry, model, _session_key(heads, request), time.monotonic())
                 entry = split.entry
             if body is None and self._wants_prompt(entry, heads):
-                body = await _ask_prompt(context, heads)
+                body = await _prompt(exchange, heads)
                 # While Envoy sent it, the canary may have gone away.
                 split = self._core.rollouts.still(split, served)
                 entry = split.entry
             wishes = self._wishes(entry, model, body, heads, request)
+            # A request that waits keeps no body here.
+            body = None
+            exchange.drop_body()
             if split.outcome:
                 metrics.ROLLOUT_REQUESTS.labels(served.name, split.outcome).inc()
             pick = await self._pick(
@@ -141,8 +145,6 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             # No answer but a broken stream: Envoy asks another proxy, or this one once it is back.
             await status.abort(context, error)
         except HeliosError as error:
-            metrics.PICKS.labels(error.reason.lower()).inc()
-            log.debug("request refused", request=heads.request_id, reason=error.reason, error=error.message)
             self._note_refusal(model, heads, arrived_at, began, error)
             await context.write(_refusal(error, gate.refusal_headers()))
             return
@@ -150,12 +152,12 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             gate.leave()
         hints = hint_headers(gate.caller, entry.name, wishes.blocks, self._core.traffic.quotas.history)
         more = self._more_headers(pick, model, heads) | hints | gate.left_for_answer() | self._cluster
-        await context.write(_answer(pick, model, is_body=body is not None, more=more))
+        await exchange.answer(_answer(exchange, pick, model, more))
         # Behind the answer: a long prompt has many blocks.
         self._core.traffic.prompt_sent(entry, pick.choices[0].replica_id, heads.request_id, wishes.blocks)
 
-    async def _first(self, context: Any) -> Any:
-        """Reads the request's headers, once it is sure that an edge asks; None where there is nothing to read."""
+    async def _begun(self, context: Any) -> Exchange | None:
+        """Reads what comes unasked, once it is sure that an edge asks; None where there is nothing to read."""
         request = await context.read()
         if request is grpc.aio.EOF:
             return None
@@ -167,7 +169,9 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 await status.abort(context, error)
         if not request.HasField("request_headers"):
             await status.abort(context, InvalidRequest("the first message must be the request's headers"))
-        return request
+        exchange = Exchange(context, request)
+        await exchange.read_pushed()
+        return exchange
 
     def _wants_prompt(self, entry: ModelEntry, heads: Heads) -> bool:
         return (
@@ -246,6 +250,8 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
         return await self._runtime.wait_pick(entry, arrival, size_bytes=heads.body_bytes, deadline=deadline)
 
     def _note_refusal(self, model: str, heads: Heads, arrived_at: float, began: str, error: HeliosError) -> None:
+        metrics.PICKS.labels(error.reason.lower()).inc()
+        log.debug("request refused", request=heads.request_id, reason=error.reason, error=error.message)
         code = int(grpc.StatusCode[error.grpc_code].value[0])
         refusal = Refusal(error.reason, error.message, code, error.retry_after_seconds)
         entry = self._core.catalogue.find(model)
@@ -294,22 +300,19 @@ def _check_path(path: str) -> None:
         raise missing_model()
 
 
-async def _ask_body(context: Any, heads: Heads) -> Body:
-    await context.write(_ASK_BODY)
-    message = await context.read()
-    if message is grpc.aio.EOF or not message.HasField("request_body"):
-        # A request that ends with its headers has no body to send.
+async def _body(exchange: Exchange, heads: Heads) -> Body:
+    body = await exchange.body()
+    if body is None:
         raise missing_model()
-    body = message.request_body.body
     if len(body) <= INLINE_BODY_BYTES:
         return read_body(heads.path, body)
     return await asyncio.to_thread(read_body, heads.path, body)
 
 
-async def _ask_prompt(context: Any, heads: Heads) -> Body:
+async def _prompt(exchange: Exchange, heads: Heads) -> Body:
     """The body, for its prompt alone: what is wrong with it is the replica's to say, which reads all of it."""
     try:
-        return await _ask_body(context, heads)
+        return await _body(exchange, heads)
     except (InvalidRequest, Unsupported):
         return Body("", NO_PROMPT)
 
@@ -340,9 +343,9 @@ def _trace_of(context: Any) -> str:
     return next((str(value) for key, value in metadata if key == "traceparent"), "")
 
 
-def _answer(pick: Pick, model: str, *, is_body: bool, more: dict[str, str]) -> Any:
+def _answer(exchange: Exchange, pick: Pick, model: str, more: dict[str, str]) -> Any:
     response = ext_proc.ProcessingResponse()
-    part = response.request_body if is_body else response.request_headers
+    part = exchange.part(response)
     if names.CLUSTER_HEADER in more or names.DURABLE_HEADER in more:
         # The route was chosen before its cluster was named, or before it was known that it is the relay's.
         part.response.clear_route_cache = True
@@ -377,16 +380,3 @@ def _set(headers: Any, key: str, value: bytes) -> None:
     option.append_action = _OVERWRITE
     option.header.key = key
     option.header.raw_value = value
-
-
-def _body_asked() -> Any:
-    response = ext_proc.ProcessingResponse()
-    # An answer to the headers that changes nothing.
-    response.request_headers.response.SetInParent()
-    response.mode_override.request_header_mode = processing_mode_pb2.ProcessingMode.SEND
-    response.mode_override.response_header_mode = processing_mode_pb2.ProcessingMode.SKIP
-    response.mode_override.request_body_mode = processing_mode_pb2.ProcessingMode.BUFFERED
-    return response
-
-
-_ASK_BODY: Final = _body_asked()
