@@ -7,6 +7,7 @@ import pytest
 from helios.mesh.errors import HoldExpired, ModelNotFound, NoReadyReplica, Overloaded, PreconditionFailed
 from helios.mesh.transfer.progress import TransferProgress
 from helios.proxy import actions
+from helios.proxy.activation.ends import OF_THE_WORKER
 from helios.proxy.core import Core
 from helios.proxy.fleet.commands import DrainReplica, EvictRevision, StartReplica, StopReplica
 from helios.proxy.fleet.state import Load, ReplicaState
@@ -132,18 +133,46 @@ def test_a_failed_start_releases_holds_with_the_reason_and_backs_off() -> None:
     assert [type(order) for order in sent(todo)] == [StartReplica]
 
 
-def test_a_refused_start_fails_the_holds() -> None:
+def refuse(subject: Core, todo: list[actions.Action], reason: str, now: float) -> list[actions.Action]:
+    """The worker of the one start among these actions refuses it."""
+    (send,) = [action for action in todo if isinstance(action, actions.Send)]
+    command = send.command
+    return subject.command_acknowledged(
+        command.worker_id, command.command_id, refused_reason=reason, message="full", now=now
+    )
+
+
+def test_a_start_that_a_worker_refuses_for_what_it_is_fails_the_holds() -> None:
     subject = core()
     known(subject)
     subject.worker_hello(hello(), 0.0)
     _, todo = subject.hold(entry(), "q1", size_bytes=0, deadline=99.0, now=1.0)
-    (send,) = [action for action in todo if isinstance(action, actions.Send)]
-    todo = subject.command_acknowledged(
-        "w", send.command.command_id, refused_reason="NO_CAPACITY", message="full", now=1.1
-    )
+    todo = refuse(subject, todo, "INVALID_ENGINE_SETTINGS", 1.1)
     (failed,) = [action for action in todo if isinstance(action, actions.Fail)]
-    assert failed.error.reason == "NO_CAPACITY"
+    assert failed.error.metadata["cause"] == "INVALID_ENGINE_SETTINGS"
     assert subject.fleet.replicas_of("m") == ()
+
+
+@pytest.mark.parametrize("reason", sorted(OF_THE_WORKER))
+def test_a_start_that_a_worker_has_no_room_for_goes_to_another_one_and_waits(reason: str) -> None:
+    subject = core()
+    known(subject)
+    for name in ("w1", "w2"):
+        subject.worker_hello(hello(name), 0.0)
+    _, todo = subject.hold(entry(), "q1", size_bytes=0, deadline=99.0, now=1.0)
+    first = refuse(subject, todo, reason, 1.1)
+    second = refuse(subject, first, reason, 1.2)
+    asked = [send.command.worker_id for send in (*todo, *first, *second) if isinstance(send, actions.Send)]
+    assert sorted(asked) == ["w1", "w2"]
+    assert not [action for action in second if isinstance(action, actions.Fail)]
+    assert subject.holds.count("m") == 1
+    # They are asked again, not at once, and for as long as the request waits.
+    ordered: list[tuple[float, type]] = []
+    for now in (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0):
+        for name in ("w1", "w2"):
+            subject.worker_seen(name, now)
+        ordered += [(now, type(order)) for order in sent(subject.tick(now))]
+    assert ordered == [(7.0, StartReplica)]
 
 
 def test_a_worker_that_is_not_heard_of_may_have_room_that_no_other_one_has() -> None:

@@ -15,6 +15,7 @@ from helios.proxy import actions
 from helios.proxy.activation import machine
 from helios.proxy.activation.estimate import StartEstimates
 from helios.proxy.activation.machine import Activation, ActivationPolicy, ActivationState
+from helios.proxy.activation.refusals import StartRefusals
 from helios.proxy.activation.turns import Claim, TurnPolicy
 from helios.proxy.catalogue import Catalogue, ModelEntry, shown
 from helios.proxy.engine_needs import needs_of
@@ -91,6 +92,7 @@ class Activating:
         self._starts = starts
         self._outside = outside
         self._activations: dict[str, Activation] = {}
+        self._refusals = StartRefusals()
         self._waking: set[str] = set()
         self._looked: dict[str, tuple[float, bool]] = {}
         self._look_at = 0.0
@@ -199,9 +201,11 @@ class Activating:
         self._looked.pop(model, None)
         self._room.line.leave(model)
 
-    def gone(self, replica_id: str) -> None:
-        """A replica is gone."""
-        self._waking.discard(replica_id)
+    def gone(self, replica: Replica, event: machine.Gone, now: float) -> None:
+        """A replica is gone; to be told before its activation is."""
+        self._waking.discard(replica.replica_id)
+        if event.is_refused:
+            self._refusals.note(replica.worker_id, replica.model, event.message, now)
 
     def handle(self, model: str, event: machine.Event, now: float, *, may_preempt: bool) -> HeliosError | None:
         """Hands an event to a model's activation and carries out what it asks for; returns what holds were told."""
@@ -289,16 +293,25 @@ class Activating:
         if sleeper is not None:
             self._asked(model, now)
             return self._ordered(self.wake(sleeper), now)
-        workers = [c for w in self._traffic.fleet.open_workers() for c in self._room.capacities(w, entry, now)]
+        refusals = self._refusals.by_worker(model, now)
+        asked = [w for w in self._traffic.fleet.open_workers() if w.hello.worker_id not in refusals]
+        workers = [c for w in asked for c in self._room.capacities(w, entry, now)]
         engine = self._starts.engine(needs_of(entry.engine_settings))
         plan = placement.place(engine, workers, may_preempt=may_preempt)
+        if refusals and not isinstance(plan, placement.Placed | placement.Preempt):
+            # They may have room in a moment, whatever the others lack for good.
+            message = "; ".join(f"{worker_id} refused: {why}" for worker_id, why in sorted(refusals.items()))
+            self._outside.report(actions.ActivationDelayed(model, "NO_CAPACITY", message))
+            return machine.Delayed("NO_CAPACITY", "its workers refused to start it, and will be asked again")
         match plan:
             case placement.Placed() as placed:
                 self._asked(model, now)
                 return self._ordered(self._starts.begin(entry, placed), now)
             case placement.Preempt():
                 return self._preempt(model, plan, now, may_preempt=may_preempt)
-            case placement.Wait(reason, message):
+            case placement.Wait(reason, message, leaving):
+                for replica_id in leaving:
+                    self._hasten(replica_id, now)
                 return self._delayed(model, reason, message, now, may_preempt=may_preempt)
             case placement.Impossible() if self._is_room_away(entry, engine, now, may_preempt=may_preempt):
                 return self._delayed(model, "NO_WORKER", _AWAY, now, may_preempt=may_preempt)
@@ -401,6 +414,13 @@ class Activating:
         delayed = self._delayed(model, "NO_CAPACITY", detail, now, may_preempt=may_preempt)
         line.claim(model, Claim(plan.worker_id, plan.device_ids, plan.share_bytes))
         return machine.Delayed(delayed.reason, message)
+
+    def _hasten(self, replica_id: str, now: float) -> None:
+        """Gives a replica that drains, but not for its room, as long as any other that a start waits for."""
+        replica = self._traffic.fleet.replica(replica_id)
+        assert replica is not None
+        self._room.leaves_soon(replica_id)
+        self._outside.drain(replica, now, self._turns.drain_seconds)
 
     def _why_goes(self, replica: Replica, now: float) -> str:
         if replica.is_spare:

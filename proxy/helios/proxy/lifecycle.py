@@ -361,7 +361,7 @@ class Lifecycle:
 
     def gone(self, replica: Replica, event: machine.Gone, now: float) -> None:
         """The replica is gone."""
-        self.activating.gone(replica.replica_id)
+        self.activating.gone(replica, event, now)
         self._drain_seconds.pop(replica.replica_id, None)
         self.warmth.forget(replica.replica_id)
         self.room.forget(replica.replica_id)

@@ -24,6 +24,7 @@ from functools import lru_cache
 from typing import Final
 
 from helios.proxy import actions
+from helios.proxy.activation.ends import OF_THE_WORKER
 from helios.proxy.activation.machine import Gone, is_permanent
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.engine_needs import needs_of, with_form
@@ -33,7 +34,6 @@ from helios.proxy.traffic import Traffic
 # For the others both forms are the same, and a swap would gain nothing.
 _COMPILING_ENGINES: Final = frozenset({"vllm", "simulated"})
 # Whether it can be compiled is not known: it never came to that, or never got the processors' time.
-_NOT_TRIED: Final = frozenset({"NO_CAPACITY", "WORKER_DRAINING", "DEVICE_LOST", "STALE_LEADER"})
 _TOO_SLOW: Final = "START_TIMEOUT"
 # A node that left no time for a compile may be as busy for a while: 16 minutes, by default.
 _BUSY_PAUSES: Final = 16
@@ -240,7 +240,7 @@ class Swaps:
         spare = spare or _Spare(now)
         if replica.revision != attempts.key[0] or spare.settings not in ("", attempts.key[1]):
             return
-        if gone.reason in _NOT_TRIED:
+        if gone.reason in OF_THE_WORKER:
             attempts.pause_until = now + self._policy.back_off_seconds
             return
         worker = self._traffic.fleet.worker(replica.worker_id)

@@ -7,6 +7,8 @@ from dataclasses import replace
 from helios.proxy.activation.machine import Gone
 from helios.proxy.fleet.state import Replica, ReplicaState
 
+OF_THE_WORKER = frozenset({"NO_CAPACITY", "WORKER_DRAINING", "DEVICE_LOST", "STALE_LEADER"})
+"""Why a worker refuses a start that another one may take, or itself later: it says nothing of the model."""
 _LOST_IN_SLEEP = frozenset({"CANARY_FAILED", "WAKE_FAILED", "WAKE_TIMEOUT"})
 
 
@@ -24,4 +26,5 @@ def gone(replica: Replica, *, is_worker_lost: bool) -> Gone:
     cause = replica.failure_message.partition("\n")[0]
     message = f"{reason}: {cause}" if cause else reason
     # A replica that can't wake is replaced at once, like one whose worker went away: the model itself starts well.
-    return Gone(replica.replica_id, reason, message, is_worker_lost=reason in _LOST_IN_SLEEP)
+    is_refused = reason in OF_THE_WORKER
+    return Gone(replica.replica_id, reason, message, is_worker_lost=reason in _LOST_IN_SLEEP, is_refused=is_refused)

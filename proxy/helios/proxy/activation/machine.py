@@ -11,6 +11,7 @@
 | PLACING | Refused | IDLE | FailHolds |
 | IDLE, WAITING | Adopted (a start of another proxy, or of this one before its restart) | STARTING | |
 | STARTING | Ready of its replica | IDLE, failures forgotten | Measured |
+| STARTING | Gone of its replica, which its worker refused to start | PLACING | Place |
 | STARTING | Gone of its replica, worker lost, fewer than 3 in a row | PLACING | Place |
 | STARTING | Gone of its replica, else | BACKING_OFF | FailHolds |
 | STARTING | Withdrawn of its replica | IDLE | |
@@ -129,12 +130,13 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """A replica of the model is gone."""
+    """A replica of the model is gone. `is_refused`: its worker did not start it, for reasons of the worker's own."""
 
     replica_id: str
     reason: str
     message: str
     is_worker_lost: bool = False
+    is_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +318,9 @@ class Activation:
     def _gone(self, event: Gone, now: float) -> list[Action]:
         if self.state is not ActivationState.STARTING or event.replica_id != self.replica_id:
             return []
+        if event.is_refused:
+            # Whoever places it knows who refused a moment ago, so that ends.
+            return self._place()
         if event.is_worker_lost and self.failure_count + 1 < _MAX_LOST_WORKERS:
             self.failure_count += 1
             return self._place()
