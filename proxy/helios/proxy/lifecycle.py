@@ -373,19 +373,19 @@ class Lifecycle:
     def drain(self, replica: Replica, now: float, *, seconds: float | None = None) -> None:
         """Takes a replica out: un-pick, then drain; its endpoint goes when it is gone. One not ready yet is stopped.
 
-        Requests that run may go on for `seconds`, also where the order is repeated; None is the policy's time.
+        Requests that run may go on for `seconds`, also where the order is repeated; None is the policy's time. Of two
+        times the shorter one counts.
         """
         if not self.leads:
             return
-        if self._traffic.is_draining(replica) and self._commands.has_pending_drain(
-            replica.worker_id, replica.replica_id
-        ):
+        is_pending = self._commands.has_pending_drain(replica.worker_id, replica.replica_id)
+        if seconds is None and self._traffic.is_draining(replica) and is_pending:
             return
         self._traffic.drain_asked(replica.replica_id)
         self.loads.stopped(replica)
         self.handle(replica.model, machine.Withdrawn(replica.replica_id), now)
-        seconds = self.policy.drain_seconds if seconds is None else seconds
-        seconds = self._drain_seconds.setdefault(replica.replica_id, seconds)
+        known = self._drain_seconds.get(replica.replica_id, seconds or self.policy.drain_seconds)
+        seconds = self._drain_seconds[replica.replica_id] = known if seconds is None else min(known, seconds)
         is_routable = replica.state in (ReplicaState.READY, ReplicaState.DRAINING)
         order: Order = DrainReplica(replica.replica_id, seconds) if is_routable else StopReplica(replica.replica_id)
         self._send(replica.worker_id, order)

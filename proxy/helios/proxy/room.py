@@ -114,6 +114,10 @@ class Room:
         """A replica drains, and may do so for longer than a start can wait for its room."""
         self._late.add(replica_id)
 
+    def leaves_soon(self, replica_id: str) -> None:
+        """A replica that drains is waited for, and has no longer than a start can wait."""
+        self._late.discard(replica_id)
+
     def forget(self, replica_id: str) -> None:
         """The replica is gone."""
         self._settings.pop(replica_id, None)

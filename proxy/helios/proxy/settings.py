@@ -200,7 +200,7 @@ class ScalingSettings(BaseModel):
     drain_seconds: NonNegativeFloat = 3600.0
     """How long requests may go on at a replica that load needs no more, in seconds; then they are cut off. 3,600: it
     was not drained for its room, so that no answer has to end for it; a start that needs room takes it from idle models
-    first."""
+    first, and where there are none, `replica.turn_drain_seconds` are left."""
 
 
 class RoutingSettings(BaseModel):

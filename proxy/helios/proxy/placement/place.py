@@ -49,10 +49,14 @@ class Preempt:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Room is coming: replicas are draining, or no worker is here yet."""
+    """Room is coming: replicas are draining, or no worker is here yet.
+
+    `leaving` are those that take their time, and are waited for by somebody now.
+    """
 
     reason: str
     message: str
+    leaving: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +105,10 @@ def place(engine: str, workers: list[WorkerCapacity], *, may_preempt: bool) -> P
         preempted = _cheapest(turns_over, may_take_idle=True)
     if preempted is not None:
         return preempted
-    if any(_fits_late(worker, may_preempt=may_preempt) for worker in large_enough):
-        return Wait("NO_CAPACITY", "a replica that another one replaced still has requests")
+    late = next((worker.late for worker in large_enough if _fits_late(worker, may_preempt=may_preempt)), ())
+    if late:
+        leaving = tuple(occupant.replica_id for occupant in late) if may_preempt else ()
+        return Wait("NO_CAPACITY", "replicas that are needed no more still have requests", leaving)
     if may_preempt and any(_fits_in_turn(worker) for worker in large_enough):
         return Wait("NO_CAPACITY", "models that are in use give way in turn")
     return Impossible("NO_CAPACITY", _no_room(large_enough))
