@@ -99,8 +99,8 @@ def sleeper() -> Replica:
 def test_a_model_goes_to_sleep_then_to_memory_then_to_disk_and_each_step_is_told() -> None:
     subject = world(sleeper())
     steps = pass_time(subject, 400)
-    assert [type(order) for _, order in steps] == [SleepReplica, StageRevision, StopReplica, UnstageRevision]
-    assert [now for now, _ in steps] == pytest.approx([50, 151, 151, 351], abs=1)
+    assert [type(order) for _, order in steps] == [StageRevision, SleepReplica, StopReplica, UnstageRevision]
+    assert [now for now, _ in steps] == pytest.approx([50, 50, 151, 351], abs=1)
     told = [(each.cause, each.reason) for each in subject.lifecycle.wants.decisions.kept]
     assert [cause for cause, _ in told] == [Cause.COOLDOWN] * 3
     assert "nobody used it" in told[0][1]
@@ -113,13 +113,42 @@ def test_a_request_begins_the_times_anew() -> None:
     pass_time(subject, 40)
     assert subject.pick(MODEL, "q", 40.0) is not None
     subject.traffic.ledger.forget_replica("r")
-    assert [now for now, _ in pass_time(subject, 250, 40)] == pytest.approx([90, 191, 191], abs=1)
+    assert [now for now, _ in pass_time(subject, 250, 40)] == pytest.approx([90, 90, 191], abs=1)
 
 
 def test_a_model_s_own_times_go_before_those_of_all() -> None:
     own = replace(MODEL, scaling=Scaling(idle_seconds=10.0, asleep_seconds=0.0))
     steps = pass_time(world(sleeper(), model=own), 400)
-    assert [(now, type(order)) for now, order in steps] == [(10, SleepReplica)]
+    assert [(now, type(order)) for now, order in steps] == [(10, StageRevision), (10, SleepReplica)]
+
+
+def test_sleepers_leave_a_quarter_of_a_worker_s_slots_free_and_the_one_used_longest_ago_goes_first() -> None:
+    models = [replace(MODEL, name=f"m{n}", revision=f"sha256:{n}", weights_bytes=GIB // 4) for n in range(8)]
+    held = [
+        replace(
+            replica(), replica_id=f"r{n}", model=one.name, revision=one.revision, state=ReplicaState.ASLEEP,
+            address=f"10.0.0.1:{n + 1}", can_sleep=True, memory_bytes=GIB // 8, device_ids=("cuda:0",),
+        )
+        for n, one in enumerate(models)
+    ]  # fmt: skip
+    subject = world(model=models[0])
+    subject.models_replaced(models, 0.0, is_synced=True)
+    for n, one in enumerate(models):
+        subject.traffic.used(one.name, -60.0 - n)
+    subject.worker_hello(WorkerHello("w", "2", "node", GPUS, ("vllm",), 8, tuple(held), host_memory_bytes=8 * GIB), 1.0)
+    steps = pass_time(subject, 20, 1)
+    assert [(now, order.replica_id) for now, order in steps if isinstance(order, StopReplica)] == [(2, "r7"), (3, "r6")]
+    assert {order.model for _, order in steps if isinstance(order, StageRevision)} == {"m7", "m6"}
+    told = [each.reason for each in subject.lifecycle.wants.decisions.kept]
+    assert len(told) == 2
+    assert all("too few free slots" in reason for reason in told)
+
+
+def test_a_worker_with_few_slots_keeps_its_sleeper() -> None:
+    subject = world()
+    asleep = replace(sleeper(), state=ReplicaState.ASLEEP)
+    subject.worker_hello(WorkerHello("w", "2", "node", GPUS, ("vllm",), 1, (asleep,), host_memory_bytes=GIB), 1.0)
+    assert pass_time(subject, 90, 1) == []
 
 
 # What is expected.
@@ -228,7 +257,7 @@ def test_spare_memory_is_looked_for_once_a_round_where_there_is_none(monkeypatch
 def test_a_replica_that_is_to_sleep_goes_on_sleeping_and_without_one_weights_are_staged() -> None:
     subject = world(sleeper())
     subject.expect(expected(Rung.ASLEEP), 0.0)
-    assert [type(order) for _, order in pass_time(subject, 400)] == [SleepReplica]
+    assert [type(order) for _, order in pass_time(subject, 400)] == [StageRevision, SleepReplica]
     empty = world()
     empty.expect(expected(Rung.ASLEEP), 0.0)
     assert [type(order) for _, order in pass_time(empty, 20)] == [StageRevision]

@@ -4,6 +4,7 @@ import math
 import random
 from datetime import UTC, datetime
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -123,7 +124,7 @@ def test_a_replica_sleeps_where_requests_are_likely_and_not_sure_if_that_is_aske
         assert target_from_proto(target_to_proto(found)) == found
         return found.rung
 
-    assert [rung(20.0, low, 2.0) for low in (1.0, 0.0)] == [Rung.READY, Rung.ASLEEP]
+    assert [rung(20.0, low, 2.0) for low in (2.0, 1.9)] == [Rung.READY, Rung.ASLEEP]
     assert [rung(requests, 0.0, 2.0) for requests in (2.0, 1.9)] == [Rung.ASLEEP, Rung.MEMORY]
     assert rung(20.0, 0.0, 0.0) is Rung.MEMORY, "nobody asked for it"
 
@@ -135,10 +136,23 @@ def test_a_model_is_ready_only_where_a_request_comes_almost_surely_and_else_its_
         assert found is not None
         return found
 
-    assert (target(0.5).rung, target(0.5).idle_seconds) == (Rung.READY, 0.0)
-    assert (target(0.4).rung, target(0.4).idle_seconds) == (Rung.MEMORY, 150.0)
-    assert target_from_proto(target_to_proto(target(0.4))) == target(0.4)
-    assert target_from_proto(target_to_proto(target(0.5))) == target(0.5)
+    assert (target(2.0).rung, target(2.0).idle_seconds) == (Rung.READY, 0.0)
+    assert (target(1.9).rung, target(1.9).idle_seconds) == (Rung.MEMORY, 150.0)
+    assert all(target_from_proto(target_to_proto(target(low))) == target(low) for low in (2.0, 1.9))
+
+
+def test_requests_that_come_each_for_itself_are_worth_a_replica_at_fewer_than_those_of_conversations() -> None:
+    def rung(mean: float, turns: int) -> Rung | None:
+        generator = np.random.default_rng(7)
+        hours = generator.poisson(mean / turns, 400) * turns
+        outlook = forecast_of(hours.astype(float).tolist(), 24)
+        forecast = Forecast(outlook.method, outlook.history_hours, HOUR, outlook.hours, NOW)
+        found = target_of("m", forecast, Counts(), hour=HOUR, policy=POLICY)
+        return found.rung if found is not None else None
+
+    assert rung(8.0, 1) is Rung.READY
+    assert rung(8.0, 4) is Rung.MEMORY, "two conversations an hour"
+    assert rung(40.0, 4) is Rung.READY
 
 
 def test_a_rhythm_is_sure_of_its_busy_hours_and_bursts_are_not() -> None:

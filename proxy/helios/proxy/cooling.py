@@ -2,20 +2,27 @@
 
 From ready to asleep is `lifecycle`'s, which knows how many replicas are wanted; from there on this is it: a replica
 that has slept for long enough stops and leaves its weights in memory, and weights that have lain there for long enough
-are given back. What a forecast expects is staged where memory is free. Pure.
+are given back. What a forecast expects is staged where memory is free. Sleepers take slots: where they would take a
+worker's last ones, the one that was used longest ago stops early, since models would else start far from their bytes.
+Pure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from helios.proxy.catalogue import ModelEntry
-from helios.proxy.fleet.state import Replica, ReplicaState
+from helios.proxy.fleet.state import Replica, ReplicaState, Worker
 from helios.proxy.holds import Holds
 from helios.proxy.scaling.decisions import Cause, Scaled
 from helios.proxy.scaling.ladder import Cooldowns, Rung, rung_after
 from helios.proxy.traffic import Traffic
 from helios.proxy.warmth import Warmth
+
+# Of so many slots one is free for starts, wherever a sleeper can go for that: of 8, two. tests/simulator/REPORT.md has
+# what it is worth.
+SLOTS_PER_SPARE: Final = 4
 
 
 class Cooling:
@@ -62,6 +69,24 @@ class Cooling:
             self._decided(entry.name, f"its weights were in memory, unused for {unused_seconds:.0f} s", now)
         if floor >= Rung.STAGED and not replicas:
             self._warmth.stage_spare(entry)
+
+    def relieve(self, now: float) -> None:
+        """Has one sleeper go of each worker that has too few free slots; once a second."""
+        for worker in self._traffic.fleet.workers():
+            spare_count = worker.hello.slot_count // SLOTS_PER_SPARE
+            if not worker.is_reachable or len(worker.replicas) + spare_count <= worker.hello.slot_count:
+                continue
+            staying = [replica for replica in worker.replicas.values() if not self._traffic.is_draining(replica)]
+            if len(staying) + spare_count > worker.hello.slot_count:
+                self._make_slot(worker, staying, now)
+
+    def _make_slot(self, worker: Worker, staying: list[Replica], now: float) -> None:
+        sleepers = [r for r in staying if r.state is ReplicaState.ASLEEP and not self._holds.count(r.model)]
+        oldest = min(sleepers, key=lambda replica: self._traffic.last_wanted_at(replica.model), default=None)
+        if oldest is not None:
+            self._warmth.keep(oldest)
+            self._drain(oldest, now)
+            self._decided(oldest.model, f"a replica slept, and {worker.hello.worker_id} has too few free slots", now)
 
     def _is_lower(self, entry: ModelEntry, floor: Rung) -> bool:
         """Whether a model is on a rung of this module's, or is to be; most are ready, and cost one look."""

@@ -320,6 +320,8 @@ class Lifecycle:
         self._round = deque(self.room.start_order(names, now))
         self._evict_idle()
         self.warmth.relieve()
+        if self.is_open:
+            self.cooling.relieve(now)
 
     def go_on(self, now: float, count: int) -> bool:
         """Looks at some more models of the round; False once there are no more.

@@ -91,9 +91,9 @@ class ReplicaSettings(BaseModel):
     sleeps: bool = True
     """Whether idle replicas sleep on their GPU (weights off the device, processes wait) before they are stopped."""
     stages: bool = True
-    """Whether a model whose last replica is stopped for idleness stays staged: its weights in the node's memory, while
-    there is room. The ones used longest ago give way to others."""
-    asleep_seconds: NonNegativeFloat = 3600.0
+    """Whether a model whose last replica is stopped for idleness, or sleeps, stays staged: its weights in the node's
+    memory, while there is room. The ones used longest ago give way to others."""
+    asleep_seconds: NonNegativeFloat = 1800.0
     """A replica that has slept for so long without a request stops, and its weights stay staged, in seconds; a model's
     own policy may say otherwise. 1,800: processes that wait hold host memory, a CUDA context and one of the worker's
     slots, and four of five that are woken at all within an hour are so by then. 0: never."""

@@ -37,7 +37,7 @@ class WarmthPolicy:
     sleeps: bool = True
     stages: bool = True
     pressure_ratio: float = 0.9
-    asleep_seconds: float = 3600.0
+    asleep_seconds: float = 1800.0
     staged_seconds: float = 0.0
 
 
@@ -69,6 +69,8 @@ class Warmth:
 
     def sleep(self, replica: Replica) -> None:
         """Orders sleep; the replica is not picked from now on."""
+        # It reads its weights again when it wakes.
+        self.keep(replica)
         self._believe(replica, ReplicaState.ASLEEP)
         self._send(replica.worker_id, SleepReplica(replica.replica_id))
 
@@ -116,8 +118,14 @@ class Warmth:
         self._asleep_bytes.pop(replica_id, None)
 
     # Staged.
+    def keep(self, replica: Replica) -> None:
+        """As `keep_staged`, for a replica that goes or sleeps, unless its revision is an old one."""
+        entry = self._catalogue.get(replica.model)
+        if entry is not None and entry.revision == replica.revision:
+            self.keep_staged(entry, replica.worker_id)
+
     def keep_staged(self, entry: ModelEntry, worker_id: str) -> None:
-        """Stages a model whose last replica on this worker goes, where the policy and the memory allow."""
+        """Stages a model of which a replica on this worker goes or sleeps, where the policy and the memory allow."""
         worker = self._traffic.fleet.worker(worker_id)
         if self._policy.stages and worker is not None and entry.weights_bytes:
             self._stage(entry, worker)

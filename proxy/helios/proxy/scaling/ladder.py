@@ -29,7 +29,7 @@ class Cooldowns:
     """
 
     idle_seconds: float = 900.0
-    asleep_seconds: float = 3600.0
+    asleep_seconds: float = 1800.0
     staged_seconds: float = 0.0
 
 

@@ -12,7 +12,7 @@ from helios.proxy.scaling.ladder import Rung
 from helios.registry.client import Rung as ToldRung
 from helios.registry.client import Target, UsageClient
 
-_RUNGS: Final = {
+RUNGS: Final = {
     ToldRung.DISK: Rung.DISK,
     ToldRung.MEMORY: Rung.STAGED,
     ToldRung.ASLEEP: Rung.ASLEEP,
@@ -36,7 +36,7 @@ async def watch_advice(
 
 def _expected(target: Target, now: float, at: datetime) -> Expected:
     return Expected(
-        rung=_RUNGS[target.rung],
+        rung=RUNGS[target.rung],
         replica_count=target.replica_count,
         reason=target.reason,
         until=now + (target.expires_at - at).total_seconds(),

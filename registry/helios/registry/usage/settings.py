@@ -20,8 +20,11 @@ class UsageSettings(BaseModel):
     """A run that takes longer is ended; forecasts of the hour before go on to hold. 900: 10,000 models in use every
     hour take some three minutes of one core."""
     ready_requests: float = Field(default=4.0, gt=0)
-    """Requests expected in an hour from which a model is to have replicas ready, where one comes in nine of ten such
-    hours. 4: one in each fifteen minutes, which is how long a replica stays idle by the proxy's own setting."""
+    """Requests expected in an hour from which a model is to have replicas ready, where some come for sure. 4: one in
+    each fifteen minutes, which is how long a replica stays idle by the proxy's own setting."""
+    sure_requests: float = Field(default=2.0, ge=0)
+    """The least that must come in nine of ten such hours, for that. 2: four or five requests that come each for itself,
+    or twelve in conversations of three: what is saved is one start for each conversation."""
     asleep_requests: float = Field(default=0.0, ge=0)
     """Requests expected in an hour from which a model's replicas are to sleep on their GPUs rather than stop, where it
     is not to have ready ones. 0: proxies' own times alone say how long replicas sleep, which suits most."""
@@ -32,10 +35,10 @@ class UsageSettings(BaseModel):
     concurrency: float = Field(default=8.0, gt=0)
     """Requests that a replica works on at once, for the number of replicas."""
 
-    idle_seconds: float = Field(default=180.0, ge=0)
+    idle_seconds: float = Field(default=240.0, ge=0)
     """How long a replica without requests is worth keeping where its model is not to be ready, in seconds; proxies that
-    follow targets stop it then, or earlier where their own setting says so. 180: the pauses within a conversation. 0:
-    nothing is said."""
+    follow targets stop it, or put it to sleep, then, or earlier where their own setting says so. 240: the pauses within
+    a conversation. 0: nothing is said."""
 
     prefetch_bytes_per_hour: int = Field(default=20_000_000_000, ge=0)
     """Most that each node is asked to fetch ahead in an hour, in bytes; its agent has a bound of its own, and takes
@@ -47,6 +50,7 @@ class UsageSettings(BaseModel):
         """The share of the settings that targets are made by."""
         return TargetPolicy(
             ready_requests=self.ready_requests,
+            sure_requests=self.sure_requests,
             asleep_requests=self.asleep_requests,
             memory_ratio=self.memory_ratio,
             disk_ratio=self.disk_ratio,

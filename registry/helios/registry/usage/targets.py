@@ -1,8 +1,13 @@
 """How warm a model is best kept, from what is expected of it. Pure.
 
 A rung costs what it holds: a replica holds a device, staged weights hold host memory, a disk next to nothing. So the
-rungs ask for more the higher they are: that several requests come in the hour, and one almost surely; that one comes
+rungs ask for more the higher they are: that several requests come in the hour, and some almost surely; that one comes
 soon; that one comes today.
+
+What a replica that waits saves is starts, and a start is saved for each conversation, not for each request of one. Only
+requests are counted, but hours tell: ten requests that come each for itself swing by three, ten in three conversations
+by seven. So what counts is the least that comes in nine of ten hours. After a burst the mean is high and the least is
+nothing.
 
 How long an idle replica waits is part of it. It costs the same each second, and saves a start if a request comes. Where
 conversations begin independently of each other, the chance that one begins in the next second does not depend on how
@@ -15,13 +20,8 @@ import math
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
-from typing import Final
 
 from helios.registry.usage.records import HOUR, Counts, Forecast, start_of
-
-# The least that comes in nine of ten hours of which as much was expected: a request, since half of one rounds up. The
-# mean after a burst is high, too, and most often nothing more comes.
-_SURE_REQUESTS: Final = 0.5
 
 
 class Rung(IntEnum):
@@ -38,7 +38,8 @@ class TargetPolicy:
     """When a rung is worth it.
 
     Attributes:
-        ready_requests: Requests in an hour that are worth a replica which waits for them, where one comes for sure.
+        ready_requests: Requests in an hour that are worth a replica which waits for them, where they come for sure.
+        sure_requests: The least that comes in nine of ten hours of which as much was expected, for that.
         asleep_requests: Requests in an hour that are worth a replica which sleeps, where its engine can; 0: none are.
         memory_ratio: Chance of a request within an hour that is worth host memory, 0..1.
         disk_ratio: The same, within a day, that is worth a place on disks.
@@ -48,10 +49,11 @@ class TargetPolicy:
     """
 
     ready_requests: float = 4.0
+    sure_requests: float = 2.0
     memory_ratio: float = 0.3
     disk_ratio: float = 0.05
     concurrency: float = 8.0
-    idle_seconds: float = 180.0
+    idle_seconds: float = 240.0
     asleep_requests: float = 0.0
 
 
@@ -91,7 +93,7 @@ def target_of(
     # Two hours without news, and nobody makes forecasts any more.
     expires_at = start_of(hour) + 2 * HOUR
     told = f"{busiest.requests:.1f} requests expected in the hour ({busiest.low:.0f} to {busiest.high:.0f})"
-    if busiest.requests >= policy.ready_requests and busiest.low >= _SURE_REQUESTS:
+    if busiest.requests >= policy.ready_requests and busiest.low >= policy.sure_requests:
         seconds = recent.busy_ms / 1000 / recent.requests if recent.requests else 0.0
         at_once = busiest.high * seconds / HOUR.total_seconds()
         count = max(1, math.ceil(at_once / policy.concurrency))
