@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helios.mesh.errors import Draining, InvalidRequest, Overloaded
+from helios.mesh.errors import Draining, InvalidRequest, Overloaded, Unavailable
 from helios.proxy import actions
 from helios.proxy.admin.watch import EventWatches
 from helios.proxy.events.log import EventLog
@@ -166,6 +166,25 @@ async def test_a_watch_ends_with_the_process_and_keeps_it_from_nothing() -> None
         runtime.stop()
     assert [each async for each in watches.watch("", "", until_now=True)] == []
     await watched()
+
+
+async def test_a_watch_ends_where_another_proxy_leads_from_now_on() -> None:
+    subject = core()
+    runtime = Runtime(subject, publisher=NoEnvoys(), memory=SlowDisk())
+    subject.leadership.lead(3, 0.0)
+    watches = EventWatches(runtime)
+
+    async def watched() -> None:
+        with pytest.raises(Unavailable) as moved:
+            await anext(watches.watch(None, "", until_now=False))
+        assert moved.value.reason == "LEADER_MOVED"
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(watched())
+        await asyncio.sleep(0)
+        subject.leadership.follow(1.0)
+    # What is known here can still be read.
+    assert [each async for each in watches.watch("", "", until_now=True)] == []
 
 
 async def test_watches_are_bounded_and_one_that_ends_makes_room() -> None:

@@ -2,16 +2,18 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Final
 
 from helios.api.admin.v1 import admin_service_pb2 as pb
-from helios.mesh.errors import Draining, Overloaded
+from helios.mesh.errors import Draining, Overloaded, Unavailable
 from helios.proxy.events.log import EventLog, Numbered
 from helios.proxy.fleet.wire import timestamp
 from helios.proxy.runtime import Runtime
 
 # Each holds a stream of the control server, which workers' sessions share.
 _MOST_WATCHERS: Final = 64
+_LOOK_SECONDS: Final = 1.0
 
 
 class EventWatches:
@@ -30,8 +32,10 @@ class EventWatches:
             InvalidRequest: INVALID_CURSOR.
             Overloaded: TOO_MANY_WATCHERS.
             Draining: This process stops, which would wait for its watches else.
+            Unavailable: LEADER_MOVED: another proxy decides from now on, and what it does begins there.
         """
-        log = self._runtime.events
+        log, leadership = self._runtime.events, self._runtime.core.leadership
+        has_led = leadership.epoch > 0
         number, is_missed = log.position(after)
         if self._count >= _MOST_WATCHERS:
             raise Overloaded(
@@ -53,7 +57,13 @@ class EventWatches:
                         return
                     if self._runtime.is_stopping:
                         raise Draining("the proxy is stopping; watch another one, or this one when it is back")
-                    await changed.wait()
+                    if has_led and not leadership.epoch:
+                        raise Unavailable(
+                            "another proxy leads now; watch again, and it is that one's events",
+                            reason="LEADER_MOVED",
+                            retry_after_seconds=1,
+                        )
+                    await _wait(changed)
                 number = page.number
                 # One that is far behind lets requests have their turn.
                 await asyncio.sleep(0)
@@ -72,6 +82,13 @@ class EventWatches:
             reason=event.reason,
             message=event.message,
         )
+
+
+async def _wait(changed: asyncio.Event) -> None:
+    """Returns with the next event, or after a moment: who leads changes without one."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LOOK_SECONDS):
+            await changed.wait()
 
 
 def _missed(log: EventLog, number: int) -> pb.WatchEventsResponse:

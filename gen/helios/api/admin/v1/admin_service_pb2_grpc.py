@@ -254,7 +254,7 @@ class AdminServiceServicer:
         """WatchEvents tells what happens to workers and replicas, for as long as the caller stays: what is known after its
         cursor, then each change as it comes. The proxy keeps the last few thousand; where more was missed, or the proxy was
         restarted meanwhile, that is said. Changes of models are VersionService's. Errors: INVALID_ARGUMENT
-        (INVALID_CURSOR), UNAVAILABLE (TOO_MANY_WATCHERS).
+        (INVALID_CURSOR), UNAVAILABLE (TOO_MANY_WATCHERS; LEADER_MOVED: another proxy leads from now on: watch again).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -82,7 +82,7 @@ class AdminServiceStub:
     """WatchEvents tells what happens to workers and replicas, for as long as the caller stays: what is known after its
     cursor, then each change as it comes. The proxy keeps the last few thousand; where more was missed, or the proxy was
     restarted meanwhile, that is said. Changes of models are VersionService's. Errors: INVALID_ARGUMENT
-    (INVALID_CURSOR), UNAVAILABLE (TOO_MANY_WATCHERS).
+    (INVALID_CURSOR), UNAVAILABLE (TOO_MANY_WATCHERS; LEADER_MOVED: another proxy leads from now on: watch again).
     """
     ResetBreaker: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ResetBreakerRequest, _admin_service_pb2.ResetBreakerResponse]
     """ResetBreaker closes a replica's circuit breaker: it is picked again at once. Idempotent. Errors: NOT_FOUND
@@ -253,7 +253,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """WatchEvents tells what happens to workers and replicas, for as long as the caller stays: what is known after its
         cursor, then each change as it comes. The proxy keeps the last few thousand; where more was missed, or the proxy was
         restarted meanwhile, that is said. Changes of models are VersionService's. Errors: INVALID_ARGUMENT
-        (INVALID_CURSOR), UNAVAILABLE (TOO_MANY_WATCHERS).
+        (INVALID_CURSOR), UNAVAILABLE (TOO_MANY_WATCHERS; LEADER_MOVED: another proxy leads from now on: watch again).
         """
 
     @_abc_1.abstractmethod
