@@ -59,6 +59,27 @@ def test_a_model_with_one_replica_that_is_asked_for_is_in_the_lane_under_all_of_
     assert {(place.replica_id, place.names) for place in subject.express.lane.places} == {("r", ("m", "alias"))}
 
 
+def chosen(lane: Lane, rates: dict[str, int], now: float) -> set[str]:
+    """A second in which models were asked for so often; returns who is in the lane then."""
+    for model, count in rates.items():
+        lane.heard(model, count)
+    lane.count()
+    fit = {model: replace(PLACE, model=model, replica_id=model) for model in lane.asked_for()}
+    lane.choose(fit, now)
+    return {place.model for place in lane.places}
+
+
+def test_models_that_are_asked_for_alike_do_not_change_places() -> None:
+    lane = Lane(POLICY, has_past=False)
+    first = [chosen(lane, {"a": 20, "b": 21, "c": 19}, float(now)) for now in range(10)][-1]
+    version = lane.version
+    for now in range(10, 40):
+        assert chosen(lane, {"a": 20, "b": 21, "c": 30 + now % 5}, float(now)) == first == {"a", "b"}
+    assert lane.version == version
+    # One that is clearly asked for more has its place.
+    assert [chosen(lane, {"a": 20, "b": 21, "c": 80}, float(now)) for now in range(40, 50)][-1] == {"b", "c"}
+
+
 def test_a_model_that_is_not_asked_for_leaves_the_lane() -> None:
     subject = busy_core()
     now = ask(subject, 0.0)
