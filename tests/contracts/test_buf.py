@@ -12,6 +12,9 @@ from proto.generate import GOOGLEAPIS, ROOT, buf, generate, lay_out_googleapis
 
 # From here on contracts only grow. A break that has to be moves this date, and the commit that moves it says why.
 COMPATIBLE_SINCE = "2026-11-22T06:00:00Z"
+# States in which KvCacheNews was for two minutes, before anything spoke it: nobody is to be compatible with it as it
+# was thought of first.
+TAKEN_BACK = frozenset({"9ff30d5ae2754de3da55087ab305b7ae3f9c7009", "17025a12429a1b810edee40bb1a923c65804569f"})
 RULES = '{"version": "v2", "breaking": {"use": ["FILE"]}}'
 
 
@@ -63,7 +66,7 @@ def earlier_states() -> list[str]:
     commits = git("rev-list", "--max-count=1", *of_contracts).split()
     commits += git("rev-list", "--max-count=1", f"--before={COMPATIBLE_SINCE}", *of_contracts).split()
     commits += git("rev-list", "--max-count=40", f"--since={COMPATIBLE_SINCE}", *of_contracts).split()
-    return [commit.decode() for commit in dict.fromkeys(commits)]
+    return [name for commit in dict.fromkeys(commits) if (name := commit.decode()) not in TAKEN_BACK]
 
 
 def test_contracts_stay_compatible(googleapis: None, tmp_path: Path) -> None:
