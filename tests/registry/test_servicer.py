@@ -88,7 +88,7 @@ async def test_every_call_of_the_contract(client: RegistryClient, model_director
     windows = (Window("0 8 * * MON-FRI", 36_000.0, "Europe/Berlin", min_replicas=2),)
     policy = ModelPolicy(1, 3, windows, idle_seconds=60.0, routing=ModelRouting(prefix_weight=0.0))
     planned = await client.update_policy("x", policy, is_dry_run=True)
-    assert (planned.policy, planned.version) == (policy, model.version)
+    assert (planned.policy, planned.version) == (policy, model.version + 1)
     assert (await client.get_model("x")).policy == ModelPolicy()
     assert (await client.update_policy("x", policy)).policy == policy
     assert (await client.get_model("x")).policy == policy

@@ -334,6 +334,36 @@ async def test_what_somebody_asked_for_is_in_the_audit_log_once_and_only_where_i
     ]
 
 
+async def test_a_dry_run_says_what_would_be_and_changes_nothing(store: Store, tags: TagStore) -> None:
+    await put(store, "m", "a")
+    await put(store, "m", "b")
+    await store.put_alias("x", "m", NOW)
+    before, version = await store.snapshot(), await store.changes.version()
+    asked = Mutation(actor="admin-edge", request_id="1", is_dry_run=True)
+    with structlog.testing.capture_logs() as lines:
+        assert (await store.update_policy("m", ModelPolicy(1, 2), NOW, asked)).policy == ModelPolicy(1, 2)
+        settings = EngineSettings('{"max_context_tokens": 99}')
+        assert (await store.update_engine_settings("m", settings, NOW, asked)).engine_settings == settings
+        assert (await store.put_alias("y", "m", NOW, asked)).aliases == ("x", "y")
+        await store.delete_alias("x", NOW, asked)
+        tagged = await tags.put_tag(parse_reference(f"m@{A}"), "prod", NOW, asked)
+        assert [(tag.name, tag.revision.digest) for tag in tagged.tags] == [("prod", A)]
+        _, gone = await tags.delete_revision(parse_reference(f"m@{A}"), NOW, asked)
+        assert gone == {"a" * 64: 100}
+        assert (await store.delete_model("m", NOW, asked, is_forced=False)).keys() == {"a" * 64, "b" * 64, "c" * 64}
+        # What the call would refuse, a dry run refuses, too.
+        with pytest.raises(NotFound):
+            await store.delete_alias("y", NOW, asked)
+        stale = Mutation(expected_version=1, is_dry_run=True)
+        with pytest.raises(Conflict):
+            await store.update_policy("m", ModelPolicy(1, 2), NOW, stale)
+    assert not lines
+    assert (await store.snapshot(), await store.changes.version()) == (before, version)
+    # The request's id was not used up.
+    meant = Mutation(actor="admin-edge", request_id="1")
+    assert (await store.update_policy("m", ModelPolicy(3, 4), NOW, meant)).policy == ModelPolicy(3, 4)
+
+
 async def test_what_changes_nothing_is_no_change(store: Store, tags: TagStore) -> None:
     await store.put_model("m", ("x",), new("a", tags=("t",), engine_settings=EngineSettings()), NOW)
     await store.update_policy("m", ModelPolicy(1, 2), NOW)

@@ -196,7 +196,8 @@ async def test_rest_of_the_proxys_services(
         ("GET", "/admin/v1/models/m", "GetModel", {"name": "m"}),
         ("GET", "/admin/v1/models/org/name", "GetModel", {"name": "org/name"}),
         ("GET", "/admin/v1/models/org%2Fname", "GetModel", {"name": "org/name"}),
-        ("DELETE", "/admin/v1/models/org/name", "DeleteModel", {"name": "org/name"}),
+        ("DELETE", "/admin/v1/models/org/name", "DeleteModel", {"name": "org/name", "dry_run": False}),
+        ("DELETE", "/admin/v1/models/org/name?dry_run=true", "DeleteModel", {"name": "org/name", "dry_run": True}),
         ("GET", "/admin/v1/revisions/org/name", "ListRevisions", {"name": "org/name"}),
         ("GET", "/admin/v1/manifests/sha256:abc", "GetManifest", {"revision": "sha256:abc"}),
         ("POST", "/admin/v1/blobs:collect", "CollectBlobs", {"dry_run": True}),
@@ -204,6 +205,8 @@ async def test_rest_of_the_proxys_services(
         ("DELETE", "/admin/v1/aliases/team/best", "DeleteAlias", {"alias": "team/best"}),
         ("PUT", "/admin/v1/policies/org/name", "UpdatePolicy", {"name": "org/name"}),
         ("PUT", "/admin/v1/engine-settings/org/name", "UpdateEngineSettings", {"name": "org/name"}),
+        ("PUT", "/admin/v1/engine-settings/m?dry_run=true", "UpdateEngineSettings", {"name": "m", "dry_run": True}),
+        ("PUT", "/admin/v1/policies/m?dry_run=true", "UpdatePolicy", {"name": "m", "dry_run": True}),
     ],
 )
 async def test_rest_of_the_registry(

@@ -6,7 +6,7 @@ proxy, through which replica counts are set (``ScaleModel`` writes to the regist
 which run them: compiled code from anybody else would be a way into every worker.
 """
 
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from helios.mesh.errors import PermissionDenied
 from helios.mesh.server import NO_TLS_COMPONENT, peer_component
@@ -112,9 +112,33 @@ def check_may_order(context: Any) -> None:
     _check(context, _ORDERERS, "order prefetches")
 
 
-def mutation_of(context: Any, request_id: str, expected_version: int = 0) -> Mutation:
+class MutationRequest(Protocol):
+    """What every request that changes models has."""
+
+    @property
+    def request_id(self) -> str:
+        """Names it, so that it is carried out once."""
+        ...
+
+    @property
+    def expected_version(self) -> int:
+        """The version of the model that the caller has seen."""
+        ...
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether it is only asked what would be."""
+        ...
+
+
+def mutation_of(context: Any, request: MutationRequest) -> Mutation:
     """Returns how a change is asked for, and by whom."""
-    return Mutation(peer_component(context) or "", request_id, expected_version)
+    return Mutation(actor_of(context), request.request_id, request.expected_version, is_dry_run=request.dry_run)
+
+
+def actor_of(context: Any) -> str:
+    """Returns by whom a change is asked for."""
+    return peer_component(context) or ""
 
 
 def is_worker(context: Any) -> bool:

@@ -11,7 +11,6 @@ Rows go before files: a crash in between leaves unreferenced files, which the ne
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping
 from contextlib import ExitStack, aclosing
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -62,7 +61,7 @@ class Catalog:
         async def write() -> tuple[None, Mapping[str, int]]:
             return None, await self.store.delete_model(name, datetime.now(UTC), mutation, is_forced=is_forced)
 
-        _, freed_bytes = await self.write_and_collect(write)
+        _, freed_bytes = await self.write_and_collect(write, is_dry_run=mutation.is_dry_run)
         return freed_bytes
 
     async def discard(self, hashes: Collection[str]) -> None:
@@ -81,13 +80,6 @@ class Catalog:
         """Sets a model's policy. Raises ModelNotFound, InvalidRequest, Conflict."""
         policy.check()
         return await self.write(lambda: self.store.update_policy(name, policy, datetime.now(UTC), mutation))
-
-    async def plan_policy(self, name: str, policy: ModelPolicy, mutation: Mutation = PLAIN) -> Model:
-        """Returns the model as ``update_policy`` would leave it; changes nothing. Raises as that one."""
-        policy.check()
-        model = await self.store.get_model(name)
-        mutation.check_version(model.name, model.version)
-        return replace(model, policy=policy)
 
     async def update_engine_settings(self, name: str, settings: EngineSettings, mutation: Mutation = PLAIN) -> Model:
         """Sets how a model's engine is set. Raises as ``Store.update_engine_settings``."""
@@ -162,12 +154,12 @@ class Catalog:
             return await offload.uninterrupted(alone())
 
     async def write_and_collect(
-        self, work: Callable[[], Coroutine[Any, Any, tuple[T, Mapping[str, int]]]]
+        self, work: Callable[[], Coroutine[Any, Any, tuple[T, Mapping[str, int]]]], *, is_dry_run: bool = False
     ) -> tuple[T, int]:
         """Runs a write, as ``write`` does, then deletes the blobs that it says nothing refers to since.
 
         Returns:
-            The write's result, and the bytes of the blobs that are gone.
+            The write's result, and the bytes of the blobs that are gone, or would be.
         """
 
         async def both() -> tuple[T, int]:
@@ -175,7 +167,7 @@ class Catalog:
                 await self._begin()
                 result, gone = await work()
                 await self._tell()
-            return result, await self._collect(gone)
+            return result, sum(gone.values()) if is_dry_run else await self._collect(gone)
 
         return await offload.uninterrupted(both())
 

@@ -9,7 +9,7 @@ in the audit log, too, which has no end.
 import hashlib
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
@@ -32,6 +32,10 @@ DEFAULT_KEPT_EVENTS: Final = 10_000
 REQUEST_LIFE: Final = timedelta(days=1)
 # How many changes lie between two clearings of what is too old: each costs a scan of an index.
 _CLEARING_STEP: Final = 64
+
+
+class _TakenBack(Exception):
+    """Rolls a dry run back."""
 
 
 class Write:
@@ -103,19 +107,24 @@ class ChangeLog:
     async def write(self, mutation: Mutation, now: datetime, call: str, *arguments: str) -> AsyncIterator[Write]:
         """Yields a transaction for one call. A call of the same request id, and the same arguments, is a repeat.
 
+        A dry run is rolled back: whoever asks reads in the transaction what would be.
+
         Raises:
             InvalidRequest: INVALID_REQUEST_ID; REQUEST_ID_REUSED, the id was another call's.
         """
         mutation.check()
-        async with self._database.transaction() as connection:
-            write = Write(connection, mutation, now, self._kept_events)
-            if mutation.request_id:
-                fingerprint = _fingerprint(mutation, call, arguments)
-                write.is_repeat = await _is_known(connection, mutation.request_id, fingerprint)
-                if not write.is_repeat:
-                    await _remember(connection, mutation.request_id, fingerprint, now)
-            yield write
-        write.audit()
+        with suppress(_TakenBack):
+            async with self._database.transaction() as connection:
+                write = Write(connection, mutation, now, self._kept_events)
+                if mutation.request_id and not mutation.is_dry_run:
+                    fingerprint = _fingerprint(mutation, call, arguments)
+                    write.is_repeat = await _is_known(connection, mutation.request_id, fingerprint)
+                    if not write.is_repeat:
+                        await _remember(connection, mutation.request_id, fingerprint, now)
+                yield write
+                if mutation.is_dry_run:
+                    raise _TakenBack
+            write.audit()
 
     async def is_known(self, mutation: Mutation, call: str, *arguments: str) -> bool:
         """Returns whether a call was carried out before, for those that have much to do before they write.

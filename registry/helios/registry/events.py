@@ -55,11 +55,13 @@ class Mutation:
         actor: Who asks, for people; a component of the mesh.
         request_id: The same request sent again changes nothing; empty: it counts as another one.
         expected_version: The model's version that the caller has seen; 0: any.
+        is_dry_run: It is carried out as if it were meant, and taken back: only what would be is asked.
     """
 
     actor: str = ""
     request_id: str = ""
     expected_version: int = 0
+    is_dry_run: bool = False
 
     def check(self) -> "Mutation":
         """Returns itself. Raises InvalidRequest (INVALID_REQUEST_ID)."""

@@ -11,6 +11,7 @@ from helios.registry import access, metrics, wire
 from helios.registry.catalog import Catalog
 from helios.registry.collection_wire import collection_report_to_proto, grace_from_proto
 from helios.registry.collector import Collector
+from helios.registry.events import Mutation
 from helios.registry.ingest import Ingester
 from helios.registry.manifest import parse_revision
 from helios.registry.names import check_name
@@ -30,7 +31,7 @@ class RegistryServicer(RegistryServiceServicer):
         """Streams an ingest; a caller that goes away cancels it unless another one follows it too."""
         access.check_may_write(context)
         has_begun = False
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = Mutation(access.actor_of(context), request.request_id, request.expected_version)
         async with aclosing(self._ingester.ingest(wire.ingest_spec_from_proto(request, mutation))) as events:
             try:
                 async for event in events:
@@ -66,7 +67,7 @@ class RegistryServicer(RegistryServiceServicer):
     async def DeleteModel(self, request: pb.DeleteModelRequest, context: Any) -> pb.DeleteModelResponse:
         """Removes a model."""
         access.check_may_write(context)
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = access.mutation_of(context, request)
         name = _required(request.name, "name")
         freed = await self._catalog.delete_model(name, mutation, is_forced=request.force)
         return pb.DeleteModelResponse(freed_bytes=freed)
@@ -95,7 +96,7 @@ class RegistryServicer(RegistryServiceServicer):
     async def PutAlias(self, request: pb.PutAliasRequest, context: Any) -> pb.PutAliasResponse:
         """Points an alias at a model."""
         access.check_may_write(context)
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = access.mutation_of(context, request)
         alias, name = check_name(request.alias, param="alias"), _required(request.model, "model")
         model = await self._catalog.put_alias(alias, name, mutation)
         return pb.PutAliasResponse(model=wire.model_to_proto(model))
@@ -103,7 +104,7 @@ class RegistryServicer(RegistryServiceServicer):
     async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Any) -> pb.DeleteAliasResponse:
         """Removes an alias."""
         access.check_may_write(context)
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = access.mutation_of(context, request)
         await self._catalog.delete_alias(_required(request.alias, "alias"), mutation)
         return pb.DeleteAliasResponse()
 
@@ -113,9 +114,8 @@ class RegistryServicer(RegistryServiceServicer):
         if not request.HasField("policy"):
             raise InvalidRequest("policy is missing", reason="INVALID_POLICY", metadata={"param": "policy"})
         name = _required(request.name, "name")
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
-        carry_out = self._catalog.plan_policy if request.dry_run else self._catalog.update_policy
-        model = await carry_out(name, wire.policy_from_proto(request.policy), mutation)
+        mutation = access.mutation_of(context, request)
+        model = await self._catalog.update_policy(name, wire.policy_from_proto(request.policy), mutation)
         return pb.UpdatePolicyResponse(model=wire.model_to_proto(model))
 
     async def UpdateEngineSettings(
@@ -125,7 +125,7 @@ class RegistryServicer(RegistryServiceServicer):
         access.check_may_write(context)
         name = _required(request.name, "name")
         settings = wire.engine_settings_from_proto(request.settings)
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = access.mutation_of(context, request)
         model = await self._catalog.update_engine_settings(name, settings, mutation)
         return pb.UpdateEngineSettingsResponse(model=wire.model_to_proto(model))
 

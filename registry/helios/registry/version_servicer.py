@@ -31,14 +31,14 @@ class VersionServicer(VersionServiceServicer):
         """Points a tag, or the served revision, at a revision."""
         access.check_may_write(context)
         tag = check_tag(request.tag) if request.tag else ""
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = access.mutation_of(context, request)
         model = await self._versions.put_tag(parse_reference(request.model), tag, mutation)
         return pb.PutTagResponse(model=wire.model_to_proto(model))
 
     async def DeleteTag(self, request: pb.DeleteTagRequest, context: Any) -> pb.DeleteTagResponse:
         """Removes a tag."""
         access.check_may_write(context)
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = access.mutation_of(context, request)
         model = await self._versions.delete_tag(
             check_name(request.model, param="model"), check_tag(request.tag), mutation
         )
@@ -48,7 +48,7 @@ class VersionServicer(VersionServiceServicer):
         """Points a tag, or the served revision, where it pointed before."""
         access.check_may_write(context)
         tag = check_tag(request.tag) if request.tag else ""
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = access.mutation_of(context, request)
         name = check_name(request.model, param="model")
         to = Reference(name, digest=parse_digest(request.revision)) if request.revision else None
         model = await self._versions.roll_back(name, tag, mutation, to=to)
@@ -71,21 +71,21 @@ class VersionServicer(VersionServiceServicer):
     async def PutPin(self, request: pb.PutPinRequest, context: Any) -> pb.PutPinResponse:
         """Keeps a revision from being deleted."""
         access.check_may_write(context)
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = access.mutation_of(context, request)
         model = await self._versions.put_pin(parse_reference(request.model), request.reason, mutation)
         return pb.PutPinResponse(model=wire.model_to_proto(model))
 
     async def DeletePin(self, request: pb.DeletePinRequest, context: Any) -> pb.DeletePinResponse:
         """Takes a pin back."""
         access.check_may_write(context)
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = access.mutation_of(context, request)
         model = await self._versions.delete_pin(parse_reference(request.model), mutation)
         return pb.DeletePinResponse(model=wire.model_to_proto(model))
 
     async def DeleteRevision(self, request: pb.DeleteRevisionRequest, context: Any) -> pb.DeleteRevisionResponse:
         """Removes a revision that nothing points at."""
         access.check_may_write(context)
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = access.mutation_of(context, request)
         target = parse_reference(request.model)
         if not target.digest:
             # A pointer may move between the look and the deletion; a digest means one revision for ever.

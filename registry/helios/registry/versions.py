@@ -46,7 +46,7 @@ class Versions:
     async def delete_revision(self, target: Reference, mutation: Mutation = PLAIN) -> tuple[Model, int]:
         """Removes a revision and what only it used; returns the model and the freed bytes. Raises as the store."""
         return await self._catalog.write_and_collect(
-            lambda: self.store.delete_revision(target, datetime.now(UTC), mutation)
+            lambda: self.store.delete_revision(target, datetime.now(UTC), mutation), is_dry_run=mutation.is_dry_run
         )
 
     async def watch_events(self, after: int | None = None) -> AsyncGenerator[Event | EventsMissed, None]:

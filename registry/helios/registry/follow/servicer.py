@@ -24,7 +24,7 @@ class FollowServicer(FollowServiceServicer):
     async def PutFollowing(self, request: pb.PutFollowingRequest, context: Any) -> pb.PutFollowingResponse:
         """Makes a model follow a source."""
         access.check_may_write(context)
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = access.mutation_of(context, request)
         name, wish = check_name(request.model, param="model"), request_from_proto(request)
         found = await self._catalog.write(lambda: self._store.put(name, wish, datetime.now(UTC), mutation))
         self._follower.wake()
@@ -33,7 +33,7 @@ class FollowServicer(FollowServiceServicer):
     async def DeleteFollowing(self, request: pb.DeleteFollowingRequest, context: Any) -> pb.DeleteFollowingResponse:
         """Ends it."""
         access.check_may_write(context)
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = access.mutation_of(context, request)
         name = check_name(request.model, param="model")
         await self._catalog.write(lambda: self._store.remove(name, datetime.now(UTC), mutation))
         return pb.DeleteFollowingResponse()

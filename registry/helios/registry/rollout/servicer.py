@@ -23,7 +23,7 @@ class RolloutServicer(RolloutServiceServicer):
     async def PutRollout(self, request: pb.PutRolloutRequest, context: Any) -> pb.PutRolloutResponse:
         """Sends a share of a model's requests to a revision."""
         access.check_may_write(context)
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = access.mutation_of(context, request)
         target = parse_reference(request.model)
         model = await self._catalog.write(
             lambda: self._store.put(target, request.weight_percent, datetime.now(UTC), mutation)
@@ -33,7 +33,7 @@ class RolloutServicer(RolloutServiceServicer):
     async def PromoteRollout(self, request: pb.PromoteRolloutRequest, context: Any) -> pb.PromoteRolloutResponse:
         """Serves the canary."""
         access.check_may_write(context)
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = access.mutation_of(context, request)
         name = check_name(request.model, param="model")
         model = await self._catalog.write(lambda: self._store.promote(name, datetime.now(UTC), mutation))
         return pb.PromoteRolloutResponse(model=wire.model_to_proto(model))
@@ -41,7 +41,7 @@ class RolloutServicer(RolloutServiceServicer):
     async def AbortRollout(self, request: pb.AbortRolloutRequest, context: Any) -> pb.AbortRolloutResponse:
         """Gives the canary up."""
         access.check_may_write(context)
-        mutation = access.mutation_of(context, request.request_id, request.expected_version)
+        mutation = access.mutation_of(context, request)
         name = check_name(request.model, param="model")
         model = await self._catalog.write(lambda: self._store.abort(name, datetime.now(UTC), mutation))
         return pb.AbortRolloutResponse(model=wire.model_to_proto(model))

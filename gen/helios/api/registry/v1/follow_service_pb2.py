@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+helios/api/registry/v1/follow_service.proto\x12\x16helios.api.registry.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x92\x04\n\tFollowing\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n\x06source\x18\x02 \x01(\tR\x06source\x12\x18\n\x07include\x18\x03 \x03(\tR\x07include\x12\x18\n\x07\x65xclude\x18\x04 \x03(\tR\x07\x65xclude\x12\x35\n\x08interval\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08interval\x12<\n\x06policy\x18\x06 \x01(\x0e\x32$.helios.api.registry.v1.FollowPolicyR\x06policy\x12%\n\x0eweight_percent\x18\x07 \x01(\rR\rweightPercent\x12\x39\n\nchecked_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcheckedAt\x12\x39\n\nchanged_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tchangedAt\x12\x14\n\x05\x65rror\x18\n \x01(\tR\x05\x65rror\x12!\n\x0c\x65rror_reason\x18\x0b \x01(\tR\x0b\x65rrorReason\x12#\n\rfailure_count\x18\x0c \x01(\rR\x0c\x66\x61ilureCount\x12\x33\n\x07next_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x06nextAt\"\xdd\x02\n\x13PutFollowingRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n\x06source\x18\x02 \x01(\tR\x06source\x12\x18\n\x07include\x18\x03 \x03(\tR\x07include\x12\x18\n\x07\x65xclude\x18\x04 \x03(\tR\x07\x65xclude\x12\x35\n\x08interval\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08interval\x12<\n\x06policy\x18\x06 \x01(\x0e\x32$.helios.api.registry.v1.FollowPolicyR\x06policy\x12%\n\x0eweight_percent\x18\x07 \x01(\rR\rweightPercent\x12\x1d\n\nrequest_id\x18\x08 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\t \x01(\x04R\x0f\x65xpectedVersion\"W\n\x14PutFollowingResponse\x12?\n\tfollowing\x18\x01 \x01(\x0b\x32!.helios.api.registry.v1.FollowingR\tfollowing\"x\n\x16\x44\x65leteFollowingRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x03 \x01(\x04R\x0f\x65xpectedVersion\"\x19\n\x17\x44\x65leteFollowingResponse\"+\n\x13GetFollowingRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"W\n\x14GetFollowingResponse\x12?\n\tfollowing\x18\x01 \x01(\x0b\x32!.helios.api.registry.v1.FollowingR\tfollowing\"-\n\x15\x43heckFollowingRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"Y\n\x16\x43heckFollowingResponse\x12?\n\tfollowing\x18\x01 \x01(\x0b\x32!.helios.api.registry.v1.FollowingR\tfollowing*x\n\x0c\x46ollowPolicy\x12\x1d\n\x19\x46OLLOW_POLICY_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46OLLOW_POLICY_KEEP\x10\x01\x12\x16\n\x12\x46OLLOW_POLICY_MOVE\x10\x02\x12\x19\n\x15\x46OLLOW_POLICY_ROLLOUT\x10\x03\x32\xee\x04\n\rFollowService\x12\x93\x01\n\x0cPutFollowing\x12+.helios.api.registry.v1.PutFollowingRequest\x1a,.helios.api.registry.v1.PutFollowingResponse\"(\x82\xd3\xe4\x93\x02\"\x1a\x1d/admin/v1/followed/{model=**}:\x01*\x12\x99\x01\n\x0f\x44\x65leteFollowing\x12..helios.api.registry.v1.DeleteFollowingRequest\x1a/.helios.api.registry.v1.DeleteFollowingResponse\"%\x82\xd3\xe4\x93\x02\x1f*\x1d/admin/v1/followed/{model=**}\x12\x90\x01\n\x0cGetFollowing\x12+.helios.api.registry.v1.GetFollowingRequest\x1a,.helios.api.registry.v1.GetFollowingResponse\"%\x82\xd3\xe4\x93\x02\x1f\x12\x1d/admin/v1/followed/{model=**}\x12\x97\x01\n\x0e\x43heckFollowing\x12-.helios.api.registry.v1.CheckFollowingRequest\x1a..helios.api.registry.v1.CheckFollowingResponse\"&\x82\xd3\xe4\x93\x02 \"\x1b/admin/v1/checks/{model=**}:\x01*b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+helios/api/registry/v1/follow_service.proto\x12\x16helios.api.registry.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x92\x04\n\tFollowing\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n\x06source\x18\x02 \x01(\tR\x06source\x12\x18\n\x07include\x18\x03 \x03(\tR\x07include\x12\x18\n\x07\x65xclude\x18\x04 \x03(\tR\x07\x65xclude\x12\x35\n\x08interval\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08interval\x12<\n\x06policy\x18\x06 \x01(\x0e\x32$.helios.api.registry.v1.FollowPolicyR\x06policy\x12%\n\x0eweight_percent\x18\x07 \x01(\rR\rweightPercent\x12\x39\n\nchecked_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcheckedAt\x12\x39\n\nchanged_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tchangedAt\x12\x14\n\x05\x65rror\x18\n \x01(\tR\x05\x65rror\x12!\n\x0c\x65rror_reason\x18\x0b \x01(\tR\x0b\x65rrorReason\x12#\n\rfailure_count\x18\x0c \x01(\rR\x0c\x66\x61ilureCount\x12\x33\n\x07next_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x06nextAt\"\xf6\x02\n\x13PutFollowingRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n\x06source\x18\x02 \x01(\tR\x06source\x12\x18\n\x07include\x18\x03 \x03(\tR\x07include\x12\x18\n\x07\x65xclude\x18\x04 \x03(\tR\x07\x65xclude\x12\x35\n\x08interval\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08interval\x12<\n\x06policy\x18\x06 \x01(\x0e\x32$.helios.api.registry.v1.FollowPolicyR\x06policy\x12%\n\x0eweight_percent\x18\x07 \x01(\rR\rweightPercent\x12\x1d\n\nrequest_id\x18\x08 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\t \x01(\x04R\x0f\x65xpectedVersion\x12\x17\n\x07\x64ry_run\x18\n \x01(\x08R\x06\x64ryRun\"W\n\x14PutFollowingResponse\x12?\n\tfollowing\x18\x01 \x01(\x0b\x32!.helios.api.registry.v1.FollowingR\tfollowing\"\x91\x01\n\x16\x44\x65leteFollowingRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x03 \x01(\x04R\x0f\x65xpectedVersion\x12\x17\n\x07\x64ry_run\x18\x04 \x01(\x08R\x06\x64ryRun\"\x19\n\x17\x44\x65leteFollowingResponse\"+\n\x13GetFollowingRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"W\n\x14GetFollowingResponse\x12?\n\tfollowing\x18\x01 \x01(\x0b\x32!.helios.api.registry.v1.FollowingR\tfollowing\"-\n\x15\x43heckFollowingRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"Y\n\x16\x43heckFollowingResponse\x12?\n\tfollowing\x18\x01 \x01(\x0b\x32!.helios.api.registry.v1.FollowingR\tfollowing*x\n\x0c\x46ollowPolicy\x12\x1d\n\x19\x46OLLOW_POLICY_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46OLLOW_POLICY_KEEP\x10\x01\x12\x16\n\x12\x46OLLOW_POLICY_MOVE\x10\x02\x12\x19\n\x15\x46OLLOW_POLICY_ROLLOUT\x10\x03\x32\xee\x04\n\rFollowService\x12\x93\x01\n\x0cPutFollowing\x12+.helios.api.registry.v1.PutFollowingRequest\x1a,.helios.api.registry.v1.PutFollowingResponse\"(\x82\xd3\xe4\x93\x02\"\x1a\x1d/admin/v1/followed/{model=**}:\x01*\x12\x99\x01\n\x0f\x44\x65leteFollowing\x12..helios.api.registry.v1.DeleteFollowingRequest\x1a/.helios.api.registry.v1.DeleteFollowingResponse\"%\x82\xd3\xe4\x93\x02\x1f*\x1d/admin/v1/followed/{model=**}\x12\x90\x01\n\x0cGetFollowing\x12+.helios.api.registry.v1.GetFollowingRequest\x1a,.helios.api.registry.v1.GetFollowingResponse\"%\x82\xd3\xe4\x93\x02\x1f\x12\x1d/admin/v1/followed/{model=**}\x12\x97\x01\n\x0e\x43heckFollowing\x12-.helios.api.registry.v1.CheckFollowingRequest\x1a..helios.api.registry.v1.CheckFollowingResponse\"&\x82\xd3\xe4\x93\x02 \"\x1b/admin/v1/checks/{model=**}:\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,26 +42,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FOLLOWSERVICE'].methods_by_name['GetFollowing']._serialized_options = b'\202\323\344\223\002\037\022\035/admin/v1/followed/{model=**}'
   _globals['_FOLLOWSERVICE'].methods_by_name['CheckFollowing']._loaded_options = None
   _globals['_FOLLOWSERVICE'].methods_by_name['CheckFollowing']._serialized_options = b'\202\323\344\223\002 \"\033/admin/v1/checks/{model=**}:\001*'
-  _globals['_FOLLOWPOLICY']._serialized_start=1561
-  _globals['_FOLLOWPOLICY']._serialized_end=1681
+  _globals['_FOLLOWPOLICY']._serialized_start=1612
+  _globals['_FOLLOWPOLICY']._serialized_end=1732
   _globals['_FOLLOWING']._serialized_start=167
   _globals['_FOLLOWING']._serialized_end=697
   _globals['_PUTFOLLOWINGREQUEST']._serialized_start=700
-  _globals['_PUTFOLLOWINGREQUEST']._serialized_end=1049
-  _globals['_PUTFOLLOWINGRESPONSE']._serialized_start=1051
-  _globals['_PUTFOLLOWINGRESPONSE']._serialized_end=1138
-  _globals['_DELETEFOLLOWINGREQUEST']._serialized_start=1140
-  _globals['_DELETEFOLLOWINGREQUEST']._serialized_end=1260
-  _globals['_DELETEFOLLOWINGRESPONSE']._serialized_start=1262
-  _globals['_DELETEFOLLOWINGRESPONSE']._serialized_end=1287
-  _globals['_GETFOLLOWINGREQUEST']._serialized_start=1289
-  _globals['_GETFOLLOWINGREQUEST']._serialized_end=1332
-  _globals['_GETFOLLOWINGRESPONSE']._serialized_start=1334
-  _globals['_GETFOLLOWINGRESPONSE']._serialized_end=1421
-  _globals['_CHECKFOLLOWINGREQUEST']._serialized_start=1423
-  _globals['_CHECKFOLLOWINGREQUEST']._serialized_end=1468
-  _globals['_CHECKFOLLOWINGRESPONSE']._serialized_start=1470
-  _globals['_CHECKFOLLOWINGRESPONSE']._serialized_end=1559
-  _globals['_FOLLOWSERVICE']._serialized_start=1684
-  _globals['_FOLLOWSERVICE']._serialized_end=2306
+  _globals['_PUTFOLLOWINGREQUEST']._serialized_end=1074
+  _globals['_PUTFOLLOWINGRESPONSE']._serialized_start=1076
+  _globals['_PUTFOLLOWINGRESPONSE']._serialized_end=1163
+  _globals['_DELETEFOLLOWINGREQUEST']._serialized_start=1166
+  _globals['_DELETEFOLLOWINGREQUEST']._serialized_end=1311
+  _globals['_DELETEFOLLOWINGRESPONSE']._serialized_start=1313
+  _globals['_DELETEFOLLOWINGRESPONSE']._serialized_end=1338
+  _globals['_GETFOLLOWINGREQUEST']._serialized_start=1340
+  _globals['_GETFOLLOWINGREQUEST']._serialized_end=1383
+  _globals['_GETFOLLOWINGRESPONSE']._serialized_start=1385
+  _globals['_GETFOLLOWINGRESPONSE']._serialized_end=1472
+  _globals['_CHECKFOLLOWINGREQUEST']._serialized_start=1474
+  _globals['_CHECKFOLLOWINGREQUEST']._serialized_end=1519
+  _globals['_CHECKFOLLOWINGRESPONSE']._serialized_start=1521
+  _globals['_CHECKFOLLOWINGRESPONSE']._serialized_end=1610
+  _globals['_FOLLOWSERVICE']._serialized_start=1735
+  _globals['_FOLLOWSERVICE']._serialized_end=2357
 # @@protoc_insertion_point(module_scope)

@@ -146,6 +146,7 @@ class PutFollowingRequest(_message.Message):
     WEIGHT_PERCENT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name or alias of the model, which must exist."""
     source: _builtins.str
@@ -158,6 +159,8 @@ class PutFollowingRequest(_message.Message):
     """Names this request, so that it is carried out once."""
     expected_version: _builtins.int
     """The version of the model that the caller has seen; 0: any."""
+    dry_run: _builtins.bool
+    """Say what would be, and change nothing: the answer is that of a call which is then taken back."""
     @_builtins.property
     def include(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only files that match one of these patterns (`*` also matches `/`). Empty: all."""
@@ -184,10 +187,11 @@ class PutFollowingRequest(_message.Message):
         weight_percent: _builtins.int = ...,
         request_id: _builtins.str = ...,
         expected_version: _builtins.int = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exclude", b"exclude", "expected_version", b"expected_version", "include", b"include", "interval", b"interval", "model", b"model", "policy", b"policy", "request_id", b"request_id", "source", b"source", "weight_percent", b"weight_percent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "exclude", b"exclude", "expected_version", b"expected_version", "include", b"include", "interval", b"interval", "model", b"model", "policy", b"policy", "request_id", b"request_id", "source", b"source", "weight_percent", b"weight_percent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -226,22 +230,26 @@ class DeleteFollowingRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name or alias."""
     request_id: _builtins.str
     """Names this request, so that it is carried out once."""
     expected_version: _builtins.int
     """The version of the model that the caller has seen; 0: any."""
+    dry_run: _builtins.bool
+    """Say what would be, and change nothing: the answer is that of a call which is then taken back."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         request_id: _builtins.str = ...,
         expected_version: _builtins.int = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_version", b"expected_version", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "expected_version", b"expected_version", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -958,6 +958,7 @@ class DeleteModelRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name; not an alias."""
     request_id: _builtins.str
@@ -968,6 +969,8 @@ class DeleteModelRequest(_message.Message):
     """The version of the model that the caller has seen: another one is ABORTED (STALE_VERSION). 0: any."""
     force: _builtins.bool
     """Delete it though somebody said that it is needed."""
+    dry_run: _builtins.bool
+    """Say what would be, and change nothing: the answer is that of a call which is then taken back."""
     def __init__(
         self,
         *,
@@ -975,10 +978,11 @@ class DeleteModelRequest(_message.Message):
         request_id: _builtins.str = ...,
         expected_version: _builtins.int = ...,
         force: _builtins.bool = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_version", b"expected_version", "force", b"force", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "expected_version", b"expected_version", "force", b"force", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1190,6 +1194,7 @@ class PutAliasRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     alias: _builtins.str
     """The alias; the same grammar as a model's name."""
     model: _builtins.str
@@ -1200,6 +1205,8 @@ class PutAliasRequest(_message.Message):
     """
     expected_version: _builtins.int
     """The version of the model that the caller has seen: another one is ABORTED (STALE_VERSION). 0: any."""
+    dry_run: _builtins.bool
+    """Say what would be, and change nothing: the answer is that of a call which is then taken back."""
     def __init__(
         self,
         *,
@@ -1207,10 +1214,11 @@ class PutAliasRequest(_message.Message):
         model: _builtins.str = ...,
         request_id: _builtins.str = ...,
         expected_version: _builtins.int = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "expected_version", b"expected_version", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "dry_run", b"dry_run", "expected_version", b"expected_version", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1249,6 +1257,7 @@ class DeleteAliasRequest(_message.Message):
     ALIAS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     alias: _builtins.str
     """The alias."""
     request_id: _builtins.str
@@ -1257,16 +1266,19 @@ class DeleteAliasRequest(_message.Message):
     """
     expected_version: _builtins.int
     """The version of the model that it names that the caller has seen: another one is ABORTED (STALE_VERSION). 0: any."""
+    dry_run: _builtins.bool
+    """Say what would be, and change nothing: the answer is that of a call which is then taken back."""
     def __init__(
         self,
         *,
         alias: _builtins.str = ...,
         request_id: _builtins.str = ...,
         expected_version: _builtins.int = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "expected_version", b"expected_version", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "dry_run", b"dry_run", "expected_version", b"expected_version", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1365,6 +1377,7 @@ class UpdateEngineSettingsRequest(_message.Message):
     SETTINGS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name or alias of the model."""
     request_id: _builtins.str
@@ -1373,6 +1386,8 @@ class UpdateEngineSettingsRequest(_message.Message):
     """
     expected_version: _builtins.int
     """The version of the model that the caller has seen: another one is ABORTED (STALE_VERSION). 0: any."""
+    dry_run: _builtins.bool
+    """Say what would be, and change nothing: the answer is that of a call which is then taken back."""
     @_builtins.property
     def settings(self) -> _engine_settings_pb2.EngineSettings:
         """The whole settings."""
@@ -1384,10 +1399,11 @@ class UpdateEngineSettingsRequest(_message.Message):
         settings: _engine_settings_pb2.EngineSettings | None = ...,
         request_id: _builtins.str = ...,
         expected_version: _builtins.int = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_version", b"expected_version", "name", b"name", "request_id", b"request_id", "settings", b"settings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "expected_version", b"expected_version", "name", b"name", "request_id", b"request_id", "settings", b"settings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from helios.api.registry.v1 import registry_service_pb2 as helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,helios/api/registry/v1/rollout_service.proto\x12\x16helios.api.registry.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a-helios/api/registry/v1/registry_service.proto\"\x9a\x01\n\x11PutRolloutRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12%\n\x0eweight_percent\x18\x02 \x01(\rR\rweightPercent\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x04 \x01(\x04R\x0f\x65xpectedVersion\"I\n\x12PutRolloutResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"w\n\x15PromoteRolloutRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x03 \x01(\x04R\x0f\x65xpectedVersion\"M\n\x16PromoteRolloutResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"u\n\x13\x41\x62ortRolloutRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x03 \x01(\x04R\x0f\x65xpectedVersion\"K\n\x14\x41\x62ortRolloutResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"k\n\x17ListRolloutStepsRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1b\n\tpage_size\x18\x02 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x03 \x01(\tR\tpageToken\"}\n\x18ListRolloutStepsResponse\x12\x39\n\x05steps\x18\x01 \x03(\x0b\x32#.helios.api.registry.v1.RolloutStepR\x05steps\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xe2\x01\n\x0bRolloutStep\x12\x18\n\x07version\x18\x01 \x01(\x04R\x07version\x12\x1a\n\x08revision\x18\x02 \x01(\tR\x08revision\x12%\n\x0eweight_percent\x18\x03 \x01(\rR\rweightPercent\x12\x34\n\x03\x61\x63t\x18\x04 \x01(\x0e\x32\".helios.api.registry.v1.RolloutActR\x03\x61\x63t\x12\x14\n\x05\x61\x63tor\x18\x05 \x01(\tR\x05\x61\x63tor\x12*\n\x02\x61t\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x02\x61t*\x8a\x01\n\nRolloutAct\x12\x1b\n\x17ROLLOUT_ACT_UNSPECIFIED\x10\x00\x12\x16\n\x12ROLLOUT_ACT_WEIGHT\x10\x01\x12\x17\n\x13ROLLOUT_ACT_PROMOTE\x10\x02\x12\x15\n\x11ROLLOUT_ACT_ABORT\x10\x03\x12\x17\n\x13ROLLOUT_ACT_REPLACE\x10\x04\x32\xf0\x04\n\x0eRolloutService\x12\x8d\x01\n\nPutRollout\x12).helios.api.registry.v1.PutRolloutRequest\x1a*.helios.api.registry.v1.PutRolloutResponse\"(\x82\xd3\xe4\x93\x02\"\x1a\x1d/admin/v1/rollouts/{model=**}:\x01*\x12\x9b\x01\n\x0ePromoteRollout\x12-.helios.api.registry.v1.PromoteRolloutRequest\x1a..helios.api.registry.v1.PromoteRolloutResponse\"*\x82\xd3\xe4\x93\x02$\"\x1f/admin/v1/promotions/{model=**}:\x01*\x12\x90\x01\n\x0c\x41\x62ortRollout\x12+.helios.api.registry.v1.AbortRolloutRequest\x1a,.helios.api.registry.v1.AbortRolloutResponse\"%\x82\xd3\xe4\x93\x02\x1f*\x1d/admin/v1/rollouts/{model=**}\x12\x9c\x01\n\x10ListRolloutSteps\x12/.helios.api.registry.v1.ListRolloutStepsRequest\x1a\x30.helios.api.registry.v1.ListRolloutStepsResponse\"%\x82\xd3\xe4\x93\x02\x1f\x12\x1d/admin/v1/rollouts/{model=**}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,helios/api/registry/v1/rollout_service.proto\x12\x16helios.api.registry.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a-helios/api/registry/v1/registry_service.proto\"\xb3\x01\n\x11PutRolloutRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12%\n\x0eweight_percent\x18\x02 \x01(\rR\rweightPercent\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x04 \x01(\x04R\x0f\x65xpectedVersion\x12\x17\n\x07\x64ry_run\x18\x05 \x01(\x08R\x06\x64ryRun\"I\n\x12PutRolloutResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\x90\x01\n\x15PromoteRolloutRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x03 \x01(\x04R\x0f\x65xpectedVersion\x12\x17\n\x07\x64ry_run\x18\x04 \x01(\x08R\x06\x64ryRun\"M\n\x16PromoteRolloutResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\x8e\x01\n\x13\x41\x62ortRolloutRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x03 \x01(\x04R\x0f\x65xpectedVersion\x12\x17\n\x07\x64ry_run\x18\x04 \x01(\x08R\x06\x64ryRun\"K\n\x14\x41\x62ortRolloutResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"k\n\x17ListRolloutStepsRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1b\n\tpage_size\x18\x02 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x03 \x01(\tR\tpageToken\"}\n\x18ListRolloutStepsResponse\x12\x39\n\x05steps\x18\x01 \x03(\x0b\x32#.helios.api.registry.v1.RolloutStepR\x05steps\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xe2\x01\n\x0bRolloutStep\x12\x18\n\x07version\x18\x01 \x01(\x04R\x07version\x12\x1a\n\x08revision\x18\x02 \x01(\tR\x08revision\x12%\n\x0eweight_percent\x18\x03 \x01(\rR\rweightPercent\x12\x34\n\x03\x61\x63t\x18\x04 \x01(\x0e\x32\".helios.api.registry.v1.RolloutActR\x03\x61\x63t\x12\x14\n\x05\x61\x63tor\x18\x05 \x01(\tR\x05\x61\x63tor\x12*\n\x02\x61t\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x02\x61t*\x8a\x01\n\nRolloutAct\x12\x1b\n\x17ROLLOUT_ACT_UNSPECIFIED\x10\x00\x12\x16\n\x12ROLLOUT_ACT_WEIGHT\x10\x01\x12\x17\n\x13ROLLOUT_ACT_PROMOTE\x10\x02\x12\x15\n\x11ROLLOUT_ACT_ABORT\x10\x03\x12\x17\n\x13ROLLOUT_ACT_REPLACE\x10\x04\x32\xf0\x04\n\x0eRolloutService\x12\x8d\x01\n\nPutRollout\x12).helios.api.registry.v1.PutRolloutRequest\x1a*.helios.api.registry.v1.PutRolloutResponse\"(\x82\xd3\xe4\x93\x02\"\x1a\x1d/admin/v1/rollouts/{model=**}:\x01*\x12\x9b\x01\n\x0ePromoteRollout\x12-.helios.api.registry.v1.PromoteRolloutRequest\x1a..helios.api.registry.v1.PromoteRolloutResponse\"*\x82\xd3\xe4\x93\x02$\"\x1f/admin/v1/promotions/{model=**}:\x01*\x12\x90\x01\n\x0c\x41\x62ortRollout\x12+.helios.api.registry.v1.AbortRolloutRequest\x1a,.helios.api.registry.v1.AbortRolloutResponse\"%\x82\xd3\xe4\x93\x02\x1f*\x1d/admin/v1/rollouts/{model=**}\x12\x9c\x01\n\x10ListRolloutSteps\x12/.helios.api.registry.v1.ListRolloutStepsRequest\x1a\x30.helios.api.registry.v1.ListRolloutStepsResponse\"%\x82\xd3\xe4\x93\x02\x1f\x12\x1d/admin/v1/rollouts/{model=**}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,26 +42,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROLLOUTSERVICE'].methods_by_name['AbortRollout']._serialized_options = b'\202\323\344\223\002\037*\035/admin/v1/rollouts/{model=**}'
   _globals['_ROLLOUTSERVICE'].methods_by_name['ListRolloutSteps']._loaded_options = None
   _globals['_ROLLOUTSERVICE'].methods_by_name['ListRolloutSteps']._serialized_options = b'\202\323\344\223\002\037\022\035/admin/v1/rollouts/{model=**}'
-  _globals['_ROLLOUTACT']._serialized_start=1276
-  _globals['_ROLLOUTACT']._serialized_end=1414
+  _globals['_ROLLOUTACT']._serialized_start=1353
+  _globals['_ROLLOUTACT']._serialized_end=1491
   _globals['_PUTROLLOUTREQUEST']._serialized_start=183
-  _globals['_PUTROLLOUTREQUEST']._serialized_end=337
-  _globals['_PUTROLLOUTRESPONSE']._serialized_start=339
-  _globals['_PUTROLLOUTRESPONSE']._serialized_end=412
-  _globals['_PROMOTEROLLOUTREQUEST']._serialized_start=414
-  _globals['_PROMOTEROLLOUTREQUEST']._serialized_end=533
-  _globals['_PROMOTEROLLOUTRESPONSE']._serialized_start=535
-  _globals['_PROMOTEROLLOUTRESPONSE']._serialized_end=612
-  _globals['_ABORTROLLOUTREQUEST']._serialized_start=614
-  _globals['_ABORTROLLOUTREQUEST']._serialized_end=731
-  _globals['_ABORTROLLOUTRESPONSE']._serialized_start=733
-  _globals['_ABORTROLLOUTRESPONSE']._serialized_end=808
-  _globals['_LISTROLLOUTSTEPSREQUEST']._serialized_start=810
-  _globals['_LISTROLLOUTSTEPSREQUEST']._serialized_end=917
-  _globals['_LISTROLLOUTSTEPSRESPONSE']._serialized_start=919
-  _globals['_LISTROLLOUTSTEPSRESPONSE']._serialized_end=1044
-  _globals['_ROLLOUTSTEP']._serialized_start=1047
-  _globals['_ROLLOUTSTEP']._serialized_end=1273
-  _globals['_ROLLOUTSERVICE']._serialized_start=1417
-  _globals['_ROLLOUTSERVICE']._serialized_end=2041
+  _globals['_PUTROLLOUTREQUEST']._serialized_end=362
+  _globals['_PUTROLLOUTRESPONSE']._serialized_start=364
+  _globals['_PUTROLLOUTRESPONSE']._serialized_end=437
+  _globals['_PROMOTEROLLOUTREQUEST']._serialized_start=440
+  _globals['_PROMOTEROLLOUTREQUEST']._serialized_end=584
+  _globals['_PROMOTEROLLOUTRESPONSE']._serialized_start=586
+  _globals['_PROMOTEROLLOUTRESPONSE']._serialized_end=663
+  _globals['_ABORTROLLOUTREQUEST']._serialized_start=666
+  _globals['_ABORTROLLOUTREQUEST']._serialized_end=808
+  _globals['_ABORTROLLOUTRESPONSE']._serialized_start=810
+  _globals['_ABORTROLLOUTRESPONSE']._serialized_end=885
+  _globals['_LISTROLLOUTSTEPSREQUEST']._serialized_start=887
+  _globals['_LISTROLLOUTSTEPSREQUEST']._serialized_end=994
+  _globals['_LISTROLLOUTSTEPSRESPONSE']._serialized_start=996
+  _globals['_LISTROLLOUTSTEPSRESPONSE']._serialized_end=1121
+  _globals['_ROLLOUTSTEP']._serialized_start=1124
+  _globals['_ROLLOUTSTEP']._serialized_end=1350
+  _globals['_ROLLOUTSERVICE']._serialized_start=1494
+  _globals['_ROLLOUTSERVICE']._serialized_end=2118
 # @@protoc_insertion_point(module_scope)

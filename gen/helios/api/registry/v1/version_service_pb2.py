@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from helios.api.registry.v1 import registry_service_pb2 as helios_dot_api_dot_registry_dot_v1_dot_registry__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,helios/api/registry/v1/version_service.proto\x12\x16helios.api.registry.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a-helios/api/registry/v1/registry_service.proto\"+\n\x13ResolveModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"\x89\x01\n\x14ResolveModelResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\x12<\n\x08revision\x18\x02 \x01(\x0b\x32 .helios.api.registry.v1.RevisionR\x08revision\"\x81\x01\n\rPutTagRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x10\n\x03tag\x18\x02 \x01(\tR\x03tag\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x04 \x01(\x04R\x0f\x65xpectedVersion\"E\n\x0ePutTagResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\x84\x01\n\x10\x44\x65leteTagRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x10\n\x03tag\x18\x02 \x01(\tR\x03tag\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x04 \x01(\x04R\x0f\x65xpectedVersion\"H\n\x11\x44\x65leteTagResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\xa4\x01\n\x14RollBackModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x10\n\x03tag\x18\x02 \x01(\tR\x03tag\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12\x1d\n\nrequest_id\x18\x04 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x05 \x01(\x04R\x0f\x65xpectedVersion\"L\n\x15RollBackModelResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\x83\x01\n\x10ListMovesRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x15\n\x03tag\x18\x02 \x01(\tH\x00R\x03tag\x88\x01\x01\x12\x1b\n\tpage_size\x18\x03 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x04 \x01(\tR\tpageTokenB\x06\n\x04_tag\"o\n\x11ListMovesResponse\x12\x32\n\x05moves\x18\x01 \x03(\x0b\x32\x1c.helios.api.registry.v1.MoveR\x05moves\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xc9\x01\n\x04Move\x12\x18\n\x07version\x18\x01 \x01(\x04R\x07version\x12\x10\n\x03tag\x18\x02 \x01(\tR\x03tag\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12\x37\n\x05\x63\x61use\x18\x04 \x01(\x0e\x32!.helios.api.registry.v1.MoveCauseR\x05\x63\x61use\x12\x14\n\x05\x61\x63tor\x18\x05 \x01(\tR\x05\x61\x63tor\x12*\n\x02\x61t\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x02\x61t\"\x87\x01\n\rPutPinRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x04 \x01(\x04R\x0f\x65xpectedVersion\"E\n\x0ePutPinResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"r\n\x10\x44\x65letePinRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x03 \x01(\x04R\x0f\x65xpectedVersion\"H\n\x11\x44\x65letePinResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"w\n\x15\x44\x65leteRevisionRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x03 \x01(\x04R\x0f\x65xpectedVersion\"n\n\x16\x44\x65leteRevisionResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\x12\x1f\n\x0b\x66reed_bytes\x18\x02 \x01(\x04R\nfreedBytes\"\xb8\x02\n\nModelEvent\x12\x18\n\x07version\x18\x01 \x01(\x04R\x07version\x12\x35\n\x04kind\x18\x02 \x01(\x0e\x32!.helios.api.registry.v1.EventKindR\x04kind\x12\x14\n\x05model\x18\x03 \x01(\tR\x05model\x12\x46\n\x06\x64\x65tail\x18\x04 \x03(\x0b\x32..helios.api.registry.v1.ModelEvent.DetailEntryR\x06\x64\x65tail\x12\x14\n\x05\x61\x63tor\x18\x05 \x01(\tR\x05\x61\x63tor\x12*\n\x02\x61t\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x02\x61t\x1a\x39\n\x0b\x44\x65tailEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"P\n\x12WatchEventsRequest\x12(\n\rafter_version\x18\x01 \x01(\x04H\x00R\x0c\x61\x66terVersion\x88\x01\x01\x42\x10\n\x0e_after_version\"\x96\x01\n\x13WatchEventsResponse\x12:\n\x05\x65vent\x18\x01 \x01(\x0b\x32\".helios.api.registry.v1.ModelEventH\x00R\x05\x65vent\x12\x38\n\x06resync\x18\x02 \x01(\x0b\x32\x1e.helios.api.registry.v1.ResyncH\x00R\x06resyncB\t\n\x07message\"\"\n\x06Resync\x12\x18\n\x07version\x18\x01 \x01(\x04R\x07version*\x9c\x01\n\tMoveCause\x12\x1a\n\x16MOVE_CAUSE_UNSPECIFIED\x10\x00\x12\x15\n\x11MOVE_CAUSE_INGEST\x10\x01\x12\x12\n\x0eMOVE_CAUSE_TAG\x10\x02\x12\x17\n\x13MOVE_CAUSE_ROLLBACK\x10\x03\x12\x15\n\x11MOVE_CAUSE_DELETE\x10\x04\x12\x18\n\x14MOVE_CAUSE_PROMOTION\x10\x05*\xed\x04\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45VENT_KIND_MODEL_CREATED\x10\x01\x12\x1c\n\x18\x45VENT_KIND_MODEL_DELETED\x10\x02\x12\x1d\n\x19\x45VENT_KIND_REVISION_ADDED\x10\x03\x12\x1f\n\x1b\x45VENT_KIND_REVISION_DELETED\x10\x04\x12\x1b\n\x17\x45VENT_KIND_SERVED_MOVED\x10\x05\x12\x18\n\x14\x45VENT_KIND_TAG_MOVED\x10\x06\x12\x1a\n\x16\x45VENT_KIND_TAG_DELETED\x10\x07\x12\x1a\n\x16\x45VENT_KIND_ALIAS_ADDED\x10\x08\x12\x1c\n\x18\x45VENT_KIND_ALIAS_REMOVED\x10\t\x12\x1d\n\x19\x45VENT_KIND_POLICY_CHANGED\x10\n\x12\x1f\n\x1b\x45VENT_KIND_SETTINGS_CHANGED\x10\x0b\x12\x1e\n\x1a\x45VENT_KIND_REVISION_PINNED\x10\x0c\x12 \n\x1c\x45VENT_KIND_REVISION_UNPINNED\x10\r\x12\x1c\n\x18\x45VENT_KIND_ROLLOUT_MOVED\x10\x0e\x12\x1c\n\x18\x45VENT_KIND_ROLLOUT_ENDED\x10\x0f\x12\x1e\n\x1a\x45VENT_KIND_SOURCE_FOLLOWED\x10\x10\x12 \n\x1c\x45VENT_KIND_SOURCE_UNFOLLOWED\x10\x11\x12\x1d\n\x19\x45VENT_KIND_SOURCE_CHANGED\x10\x12\x12\x1c\n\x18\x45VENT_KIND_SOURCE_FAILED\x10\x13\x32\xf3\t\n\x0eVersionService\x12\x90\x01\n\x0cResolveModel\x12+.helios.api.registry.v1.ResolveModelRequest\x1a,.helios.api.registry.v1.ResolveModelResponse\"%\x82\xd3\xe4\x93\x02\x1f\x12\x1d/admin/v1/resolved/{model=**}\x12}\n\x06PutTag\x12%.helios.api.registry.v1.PutTagRequest\x1a&.helios.api.registry.v1.PutTagResponse\"$\x82\xd3\xe4\x93\x02\x1e\x1a\x19/admin/v1/tags/{model=**}:\x01*\x12\x83\x01\n\tDeleteTag\x12(.helios.api.registry.v1.DeleteTagRequest\x1a).helios.api.registry.v1.DeleteTagResponse\"!\x82\xd3\xe4\x93\x02\x1b*\x19/admin/v1/tags/{model=**}\x12\x97\x01\n\rRollBackModel\x12,.helios.api.registry.v1.RollBackModelRequest\x1a-.helios.api.registry.v1.RollBackModelResponse\")\x82\xd3\xe4\x93\x02#\"\x1e/admin/v1/rollbacks/{model=**}:\x01*\x12\x84\x01\n\tListMoves\x12(.helios.api.registry.v1.ListMovesRequest\x1a).helios.api.registry.v1.ListMovesResponse\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/admin/v1/moves/{model=**}\x12}\n\x06PutPin\x12%.helios.api.registry.v1.PutPinRequest\x1a&.helios.api.registry.v1.PutPinResponse\"$\x82\xd3\xe4\x93\x02\x1e\x1a\x19/admin/v1/pins/{model=**}:\x01*\x12\x83\x01\n\tDeletePin\x12(.helios.api.registry.v1.DeletePinRequest\x1a).helios.api.registry.v1.DeletePinResponse\"!\x82\xd3\xe4\x93\x02\x1b*\x19/admin/v1/pins/{model=**}\x12\x97\x01\n\x0e\x44\x65leteRevision\x12-.helios.api.registry.v1.DeleteRevisionRequest\x1a..helios.api.registry.v1.DeleteRevisionResponse\"&\x82\xd3\xe4\x93\x02 *\x1e/admin/v1/revisions/{model=**}\x12\x88\x01\n\x0bWatchEvents\x12*.helios.api.registry.v1.WatchEventsRequest\x1a+.helios.api.registry.v1.WatchEventsResponse\"\x1e\x82\xd3\xe4\x93\x02\x18\x12\x16/admin/v1/model-events0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,helios/api/registry/v1/version_service.proto\x12\x16helios.api.registry.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a-helios/api/registry/v1/registry_service.proto\"+\n\x13ResolveModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"\x89\x01\n\x14ResolveModelResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\x12<\n\x08revision\x18\x02 \x01(\x0b\x32 .helios.api.registry.v1.RevisionR\x08revision\"\x9a\x01\n\rPutTagRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x10\n\x03tag\x18\x02 \x01(\tR\x03tag\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x04 \x01(\x04R\x0f\x65xpectedVersion\x12\x17\n\x07\x64ry_run\x18\x05 \x01(\x08R\x06\x64ryRun\"E\n\x0ePutTagResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\x9d\x01\n\x10\x44\x65leteTagRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x10\n\x03tag\x18\x02 \x01(\tR\x03tag\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x04 \x01(\x04R\x0f\x65xpectedVersion\x12\x17\n\x07\x64ry_run\x18\x05 \x01(\x08R\x06\x64ryRun\"H\n\x11\x44\x65leteTagResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\xbd\x01\n\x14RollBackModelRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x10\n\x03tag\x18\x02 \x01(\tR\x03tag\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12\x1d\n\nrequest_id\x18\x04 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x05 \x01(\x04R\x0f\x65xpectedVersion\x12\x17\n\x07\x64ry_run\x18\x06 \x01(\x08R\x06\x64ryRun\"L\n\x15RollBackModelResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\x83\x01\n\x10ListMovesRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x15\n\x03tag\x18\x02 \x01(\tH\x00R\x03tag\x88\x01\x01\x12\x1b\n\tpage_size\x18\x03 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x04 \x01(\tR\tpageTokenB\x06\n\x04_tag\"o\n\x11ListMovesResponse\x12\x32\n\x05moves\x18\x01 \x03(\x0b\x32\x1c.helios.api.registry.v1.MoveR\x05moves\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xc9\x01\n\x04Move\x12\x18\n\x07version\x18\x01 \x01(\x04R\x07version\x12\x10\n\x03tag\x18\x02 \x01(\tR\x03tag\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12\x37\n\x05\x63\x61use\x18\x04 \x01(\x0e\x32!.helios.api.registry.v1.MoveCauseR\x05\x63\x61use\x12\x14\n\x05\x61\x63tor\x18\x05 \x01(\tR\x05\x61\x63tor\x12*\n\x02\x61t\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x02\x61t\"\xa0\x01\n\rPutPinRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\x12\x1d\n\nrequest_id\x18\x03 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x04 \x01(\x04R\x0f\x65xpectedVersion\x12\x17\n\x07\x64ry_run\x18\x05 \x01(\x08R\x06\x64ryRun\"E\n\x0ePutPinResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\x8b\x01\n\x10\x44\x65letePinRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x03 \x01(\x04R\x0f\x65xpectedVersion\x12\x17\n\x07\x64ry_run\x18\x04 \x01(\x08R\x06\x64ryRun\"H\n\x11\x44\x65letePinResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\"\x90\x01\n\x15\x44\x65leteRevisionRequest\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1d\n\nrequest_id\x18\x02 \x01(\tR\trequestId\x12)\n\x10\x65xpected_version\x18\x03 \x01(\x04R\x0f\x65xpectedVersion\x12\x17\n\x07\x64ry_run\x18\x04 \x01(\x08R\x06\x64ryRun\"n\n\x16\x44\x65leteRevisionResponse\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32\x1d.helios.api.registry.v1.ModelR\x05model\x12\x1f\n\x0b\x66reed_bytes\x18\x02 \x01(\x04R\nfreedBytes\"\xb8\x02\n\nModelEvent\x12\x18\n\x07version\x18\x01 \x01(\x04R\x07version\x12\x35\n\x04kind\x18\x02 \x01(\x0e\x32!.helios.api.registry.v1.EventKindR\x04kind\x12\x14\n\x05model\x18\x03 \x01(\tR\x05model\x12\x46\n\x06\x64\x65tail\x18\x04 \x03(\x0b\x32..helios.api.registry.v1.ModelEvent.DetailEntryR\x06\x64\x65tail\x12\x14\n\x05\x61\x63tor\x18\x05 \x01(\tR\x05\x61\x63tor\x12*\n\x02\x61t\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x02\x61t\x1a\x39\n\x0b\x44\x65tailEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"P\n\x12WatchEventsRequest\x12(\n\rafter_version\x18\x01 \x01(\x04H\x00R\x0c\x61\x66terVersion\x88\x01\x01\x42\x10\n\x0e_after_version\"\x96\x01\n\x13WatchEventsResponse\x12:\n\x05\x65vent\x18\x01 \x01(\x0b\x32\".helios.api.registry.v1.ModelEventH\x00R\x05\x65vent\x12\x38\n\x06resync\x18\x02 \x01(\x0b\x32\x1e.helios.api.registry.v1.ResyncH\x00R\x06resyncB\t\n\x07message\"\"\n\x06Resync\x12\x18\n\x07version\x18\x01 \x01(\x04R\x07version*\x9c\x01\n\tMoveCause\x12\x1a\n\x16MOVE_CAUSE_UNSPECIFIED\x10\x00\x12\x15\n\x11MOVE_CAUSE_INGEST\x10\x01\x12\x12\n\x0eMOVE_CAUSE_TAG\x10\x02\x12\x17\n\x13MOVE_CAUSE_ROLLBACK\x10\x03\x12\x15\n\x11MOVE_CAUSE_DELETE\x10\x04\x12\x18\n\x14MOVE_CAUSE_PROMOTION\x10\x05*\xed\x04\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45VENT_KIND_MODEL_CREATED\x10\x01\x12\x1c\n\x18\x45VENT_KIND_MODEL_DELETED\x10\x02\x12\x1d\n\x19\x45VENT_KIND_REVISION_ADDED\x10\x03\x12\x1f\n\x1b\x45VENT_KIND_REVISION_DELETED\x10\x04\x12\x1b\n\x17\x45VENT_KIND_SERVED_MOVED\x10\x05\x12\x18\n\x14\x45VENT_KIND_TAG_MOVED\x10\x06\x12\x1a\n\x16\x45VENT_KIND_TAG_DELETED\x10\x07\x12\x1a\n\x16\x45VENT_KIND_ALIAS_ADDED\x10\x08\x12\x1c\n\x18\x45VENT_KIND_ALIAS_REMOVED\x10\t\x12\x1d\n\x19\x45VENT_KIND_POLICY_CHANGED\x10\n\x12\x1f\n\x1b\x45VENT_KIND_SETTINGS_CHANGED\x10\x0b\x12\x1e\n\x1a\x45VENT_KIND_REVISION_PINNED\x10\x0c\x12 \n\x1c\x45VENT_KIND_REVISION_UNPINNED\x10\r\x12\x1c\n\x18\x45VENT_KIND_ROLLOUT_MOVED\x10\x0e\x12\x1c\n\x18\x45VENT_KIND_ROLLOUT_ENDED\x10\x0f\x12\x1e\n\x1a\x45VENT_KIND_SOURCE_FOLLOWED\x10\x10\x12 \n\x1c\x45VENT_KIND_SOURCE_UNFOLLOWED\x10\x11\x12\x1d\n\x19\x45VENT_KIND_SOURCE_CHANGED\x10\x12\x12\x1c\n\x18\x45VENT_KIND_SOURCE_FAILED\x10\x13\x32\xf3\t\n\x0eVersionService\x12\x90\x01\n\x0cResolveModel\x12+.helios.api.registry.v1.ResolveModelRequest\x1a,.helios.api.registry.v1.ResolveModelResponse\"%\x82\xd3\xe4\x93\x02\x1f\x12\x1d/admin/v1/resolved/{model=**}\x12}\n\x06PutTag\x12%.helios.api.registry.v1.PutTagRequest\x1a&.helios.api.registry.v1.PutTagResponse\"$\x82\xd3\xe4\x93\x02\x1e\x1a\x19/admin/v1/tags/{model=**}:\x01*\x12\x83\x01\n\tDeleteTag\x12(.helios.api.registry.v1.DeleteTagRequest\x1a).helios.api.registry.v1.DeleteTagResponse\"!\x82\xd3\xe4\x93\x02\x1b*\x19/admin/v1/tags/{model=**}\x12\x97\x01\n\rRollBackModel\x12,.helios.api.registry.v1.RollBackModelRequest\x1a-.helios.api.registry.v1.RollBackModelResponse\")\x82\xd3\xe4\x93\x02#\"\x1e/admin/v1/rollbacks/{model=**}:\x01*\x12\x84\x01\n\tListMoves\x12(.helios.api.registry.v1.ListMovesRequest\x1a).helios.api.registry.v1.ListMovesResponse\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/admin/v1/moves/{model=**}\x12}\n\x06PutPin\x12%.helios.api.registry.v1.PutPinRequest\x1a&.helios.api.registry.v1.PutPinResponse\"$\x82\xd3\xe4\x93\x02\x1e\x1a\x19/admin/v1/pins/{model=**}:\x01*\x12\x83\x01\n\tDeletePin\x12(.helios.api.registry.v1.DeletePinRequest\x1a).helios.api.registry.v1.DeletePinResponse\"!\x82\xd3\xe4\x93\x02\x1b*\x19/admin/v1/pins/{model=**}\x12\x97\x01\n\x0e\x44\x65leteRevision\x12-.helios.api.registry.v1.DeleteRevisionRequest\x1a..helios.api.registry.v1.DeleteRevisionResponse\"&\x82\xd3\xe4\x93\x02 *\x1e/admin/v1/revisions/{model=**}\x12\x88\x01\n\x0bWatchEvents\x12*.helios.api.registry.v1.WatchEventsRequest\x1a+.helios.api.registry.v1.WatchEventsResponse\"\x1e\x82\xd3\xe4\x93\x02\x18\x12\x16/admin/v1/model-events0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -54,54 +54,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VERSIONSERVICE'].methods_by_name['DeleteRevision']._serialized_options = b'\202\323\344\223\002 *\036/admin/v1/revisions/{model=**}'
   _globals['_VERSIONSERVICE'].methods_by_name['WatchEvents']._loaded_options = None
   _globals['_VERSIONSERVICE'].methods_by_name['WatchEvents']._serialized_options = b'\202\323\344\223\002\030\022\026/admin/v1/model-events'
-  _globals['_MOVECAUSE']._serialized_start=2694
-  _globals['_MOVECAUSE']._serialized_end=2850
-  _globals['_EVENTKIND']._serialized_start=2853
-  _globals['_EVENTKIND']._serialized_end=3474
+  _globals['_MOVECAUSE']._serialized_start=2846
+  _globals['_MOVECAUSE']._serialized_end=3002
+  _globals['_EVENTKIND']._serialized_start=3005
+  _globals['_EVENTKIND']._serialized_end=3626
   _globals['_RESOLVEMODELREQUEST']._serialized_start=182
   _globals['_RESOLVEMODELREQUEST']._serialized_end=225
   _globals['_RESOLVEMODELRESPONSE']._serialized_start=228
   _globals['_RESOLVEMODELRESPONSE']._serialized_end=365
   _globals['_PUTTAGREQUEST']._serialized_start=368
-  _globals['_PUTTAGREQUEST']._serialized_end=497
-  _globals['_PUTTAGRESPONSE']._serialized_start=499
-  _globals['_PUTTAGRESPONSE']._serialized_end=568
-  _globals['_DELETETAGREQUEST']._serialized_start=571
-  _globals['_DELETETAGREQUEST']._serialized_end=703
-  _globals['_DELETETAGRESPONSE']._serialized_start=705
-  _globals['_DELETETAGRESPONSE']._serialized_end=777
-  _globals['_ROLLBACKMODELREQUEST']._serialized_start=780
-  _globals['_ROLLBACKMODELREQUEST']._serialized_end=944
-  _globals['_ROLLBACKMODELRESPONSE']._serialized_start=946
-  _globals['_ROLLBACKMODELRESPONSE']._serialized_end=1022
-  _globals['_LISTMOVESREQUEST']._serialized_start=1025
-  _globals['_LISTMOVESREQUEST']._serialized_end=1156
-  _globals['_LISTMOVESRESPONSE']._serialized_start=1158
-  _globals['_LISTMOVESRESPONSE']._serialized_end=1269
-  _globals['_MOVE']._serialized_start=1272
-  _globals['_MOVE']._serialized_end=1473
-  _globals['_PUTPINREQUEST']._serialized_start=1476
-  _globals['_PUTPINREQUEST']._serialized_end=1611
-  _globals['_PUTPINRESPONSE']._serialized_start=1613
-  _globals['_PUTPINRESPONSE']._serialized_end=1682
-  _globals['_DELETEPINREQUEST']._serialized_start=1684
-  _globals['_DELETEPINREQUEST']._serialized_end=1798
-  _globals['_DELETEPINRESPONSE']._serialized_start=1800
-  _globals['_DELETEPINRESPONSE']._serialized_end=1872
-  _globals['_DELETEREVISIONREQUEST']._serialized_start=1874
-  _globals['_DELETEREVISIONREQUEST']._serialized_end=1993
-  _globals['_DELETEREVISIONRESPONSE']._serialized_start=1995
-  _globals['_DELETEREVISIONRESPONSE']._serialized_end=2105
-  _globals['_MODELEVENT']._serialized_start=2108
-  _globals['_MODELEVENT']._serialized_end=2420
-  _globals['_MODELEVENT_DETAILENTRY']._serialized_start=2363
-  _globals['_MODELEVENT_DETAILENTRY']._serialized_end=2420
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=2422
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=2502
-  _globals['_WATCHEVENTSRESPONSE']._serialized_start=2505
-  _globals['_WATCHEVENTSRESPONSE']._serialized_end=2655
-  _globals['_RESYNC']._serialized_start=2657
-  _globals['_RESYNC']._serialized_end=2691
-  _globals['_VERSIONSERVICE']._serialized_start=3477
-  _globals['_VERSIONSERVICE']._serialized_end=4744
+  _globals['_PUTTAGREQUEST']._serialized_end=522
+  _globals['_PUTTAGRESPONSE']._serialized_start=524
+  _globals['_PUTTAGRESPONSE']._serialized_end=593
+  _globals['_DELETETAGREQUEST']._serialized_start=596
+  _globals['_DELETETAGREQUEST']._serialized_end=753
+  _globals['_DELETETAGRESPONSE']._serialized_start=755
+  _globals['_DELETETAGRESPONSE']._serialized_end=827
+  _globals['_ROLLBACKMODELREQUEST']._serialized_start=830
+  _globals['_ROLLBACKMODELREQUEST']._serialized_end=1019
+  _globals['_ROLLBACKMODELRESPONSE']._serialized_start=1021
+  _globals['_ROLLBACKMODELRESPONSE']._serialized_end=1097
+  _globals['_LISTMOVESREQUEST']._serialized_start=1100
+  _globals['_LISTMOVESREQUEST']._serialized_end=1231
+  _globals['_LISTMOVESRESPONSE']._serialized_start=1233
+  _globals['_LISTMOVESRESPONSE']._serialized_end=1344
+  _globals['_MOVE']._serialized_start=1347
+  _globals['_MOVE']._serialized_end=1548
+  _globals['_PUTPINREQUEST']._serialized_start=1551
+  _globals['_PUTPINREQUEST']._serialized_end=1711
+  _globals['_PUTPINRESPONSE']._serialized_start=1713
+  _globals['_PUTPINRESPONSE']._serialized_end=1782
+  _globals['_DELETEPINREQUEST']._serialized_start=1785
+  _globals['_DELETEPINREQUEST']._serialized_end=1924
+  _globals['_DELETEPINRESPONSE']._serialized_start=1926
+  _globals['_DELETEPINRESPONSE']._serialized_end=1998
+  _globals['_DELETEREVISIONREQUEST']._serialized_start=2001
+  _globals['_DELETEREVISIONREQUEST']._serialized_end=2145
+  _globals['_DELETEREVISIONRESPONSE']._serialized_start=2147
+  _globals['_DELETEREVISIONRESPONSE']._serialized_end=2257
+  _globals['_MODELEVENT']._serialized_start=2260
+  _globals['_MODELEVENT']._serialized_end=2572
+  _globals['_MODELEVENT_DETAILENTRY']._serialized_start=2515
+  _globals['_MODELEVENT_DETAILENTRY']._serialized_end=2572
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=2574
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=2654
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=2657
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=2807
+  _globals['_RESYNC']._serialized_start=2809
+  _globals['_RESYNC']._serialized_end=2843
+  _globals['_VERSIONSERVICE']._serialized_start=3629
+  _globals['_VERSIONSERVICE']._serialized_end=4896
 # @@protoc_insertion_point(module_scope)

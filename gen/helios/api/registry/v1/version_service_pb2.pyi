@@ -211,6 +211,7 @@ class PutTagRequest(_message.Message):
     TAG_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The revision, as a reference: `m@1f0c22`, or `m@canary` for where another tag points now."""
     tag: _builtins.str
@@ -221,6 +222,8 @@ class PutTagRequest(_message.Message):
     """Names this request, so that it is carried out once."""
     expected_version: _builtins.int
     """The version of the model that the caller has seen; 0: any."""
+    dry_run: _builtins.bool
+    """Say what would be, and change nothing: the answer is that of a call which is then taken back."""
     def __init__(
         self,
         *,
@@ -228,10 +231,11 @@ class PutTagRequest(_message.Message):
         tag: _builtins.str = ...,
         request_id: _builtins.str = ...,
         expected_version: _builtins.int = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_version", b"expected_version", "model", b"model", "request_id", b"request_id", "tag", b"tag"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "expected_version", b"expected_version", "model", b"model", "request_id", b"request_id", "tag", b"tag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -271,6 +275,7 @@ class DeleteTagRequest(_message.Message):
     TAG_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name or alias of the model."""
     tag: _builtins.str
@@ -279,6 +284,8 @@ class DeleteTagRequest(_message.Message):
     """Names this request, so that it is carried out once."""
     expected_version: _builtins.int
     """The version of the model that the caller has seen; 0: any."""
+    dry_run: _builtins.bool
+    """Say what would be, and change nothing: the answer is that of a call which is then taken back."""
     def __init__(
         self,
         *,
@@ -286,10 +293,11 @@ class DeleteTagRequest(_message.Message):
         tag: _builtins.str = ...,
         request_id: _builtins.str = ...,
         expected_version: _builtins.int = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_version", b"expected_version", "model", b"model", "request_id", b"request_id", "tag", b"tag"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "expected_version", b"expected_version", "model", b"model", "request_id", b"request_id", "tag", b"tag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -330,6 +338,7 @@ class RollBackModelRequest(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name or alias of the model."""
     tag: _builtins.str
@@ -340,6 +349,8 @@ class RollBackModelRequest(_message.Message):
     """Names this request, so that it is carried out once."""
     expected_version: _builtins.int
     """The version of the model that the caller has seen; 0: any."""
+    dry_run: _builtins.bool
+    """Say what would be, and change nothing: the answer is that of a call which is then taken back."""
     def __init__(
         self,
         *,
@@ -348,10 +359,11 @@ class RollBackModelRequest(_message.Message):
         revision: _builtins.str = ...,
         request_id: _builtins.str = ...,
         expected_version: _builtins.int = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_version", b"expected_version", "model", b"model", "request_id", b"request_id", "revision", b"revision", "tag", b"tag"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "expected_version", b"expected_version", "model", b"model", "request_id", b"request_id", "revision", b"revision", "tag", b"tag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -499,6 +511,7 @@ class PutPinRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The revision, as a reference."""
     reason: _builtins.str
@@ -507,6 +520,8 @@ class PutPinRequest(_message.Message):
     """Names this request, so that it is carried out once."""
     expected_version: _builtins.int
     """The version of the model that the caller has seen; 0: any."""
+    dry_run: _builtins.bool
+    """Say what would be, and change nothing: the answer is that of a call which is then taken back."""
     def __init__(
         self,
         *,
@@ -514,10 +529,11 @@ class PutPinRequest(_message.Message):
         reason: _builtins.str = ...,
         request_id: _builtins.str = ...,
         expected_version: _builtins.int = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_version", b"expected_version", "model", b"model", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "expected_version", b"expected_version", "model", b"model", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -556,22 +572,26 @@ class DeletePinRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The revision, as a reference."""
     request_id: _builtins.str
     """Names this request, so that it is carried out once."""
     expected_version: _builtins.int
     """The version of the model that the caller has seen; 0: any."""
+    dry_run: _builtins.bool
+    """Say what would be, and change nothing: the answer is that of a call which is then taken back."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         request_id: _builtins.str = ...,
         expected_version: _builtins.int = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_version", b"expected_version", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "expected_version", b"expected_version", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -610,22 +630,26 @@ class DeleteRevisionRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The revision, as a reference with a digest: `m@1f0c22`."""
     request_id: _builtins.str
     """Names this request, so that it is carried out once."""
     expected_version: _builtins.int
     """The version of the model that the caller has seen; 0: any."""
+    dry_run: _builtins.bool
+    """Say what would be, and change nothing: the answer is that of a call which is then taken back."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         request_id: _builtins.str = ...,
         expected_version: _builtins.int = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_version", b"expected_version", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "expected_version", b"expected_version", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
