@@ -261,10 +261,11 @@ def test_a_compile_that_gets_no_processors_is_tried_again_much_later_however_oft
         world.pass_time(100, is_used=True)
         spare = world.spare()
     # A worker that never gives up a start is not waited for.
-    world.pass_time(SWAP.start_seconds + 2, is_used=True)
+    seconds = SWAP.start_seconds + spare.memory_bytes / (64 << 20)
+    world.pass_time(seconds + 2, is_used=True)
     assert StopReplica(spare.replica_id) in world.orders
     assert world.of(actions.SwapFailed)[-1] == actions.SwapFailed(
-        "m", "START_TIMEOUT", "it was not ready after 2000 s", 960.0
+        "m", "START_TIMEOUT", f"it was not ready after {seconds:.0f} s", 960.0
     )
 
 

@@ -152,8 +152,8 @@ class SwapSettings(BaseModel):
     back_off_seconds: PositiveFloat = 60.0
     """Pause after the first failure, in seconds; four times as long after each further one."""
     start_seconds: PositiveFloat = 2400.0
-    """How long a compiled start may take before it is given up, in seconds. Above the worker's own
-    replica.background_start_seconds, which knows why."""
+    """How long a compiled start may take before it is given up, in seconds, beside what its bytes take at
+    `replica.start_least_bytes_per_second`. Above the worker's own replica.background_start_seconds, which knows why."""
     overlap_seconds: NonNegativeFloat = 2.0
     """How long both replicas are picked before the eager one drains, in seconds: a request that it then refuses names
     the other one, too, and Envoy goes on there."""
@@ -480,5 +480,5 @@ class ProxySettings(ProcessSettings):
             ),
             warm_pool=self.usage.warm_pool,
             load=LoadPolicy(**self.scaling.model_dump()),
-            swap=SwapPolicy(**self.swap.model_dump()),
+            swap=SwapPolicy(**self.swap.model_dump(), least_bytes_per_second=replica.start_least_bytes_per_second),
         )

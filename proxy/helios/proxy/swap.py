@@ -51,7 +51,8 @@ class SwapPolicy:
         recent_seconds: how long ago its last use may be then.
         attempt_count: failed compiled replicas of a revision and its settings, after which it stays eager.
         back_off_seconds: pause after the first failure; four times as long after each further one.
-        start_seconds: how long a compiled start may take before it is given up.
+        start_seconds: how long a compiled start may take before it is given up, beside what its bytes take.
+        least_bytes_per_second: how slowly it may load what it books.
         overlap_seconds: how long both are picked before one drains; a request that was sent to that one alone, or would
             be refused by it, has arrived or names the other one, too.
         drain_seconds: how long requests at the replica that is replaced may go on.
@@ -64,6 +65,7 @@ class SwapPolicy:
     attempt_count: int = 3
     back_off_seconds: float = 60.0
     start_seconds: float = 2400.0
+    least_bytes_per_second: float = 64 << 20
     overlap_seconds: float = 2.0
     drain_seconds: float = 600.0
     nearly_done_ratio: float = 0.8
@@ -207,8 +209,9 @@ class Swaps:
             why = "" if has_both else "the model is not to have both forms any more"
             why = why or ("" if replica is starting[0] else "another one is on its way")
             why = why or self._of_no_use(spare, attempts, standing, now, is_wanted=is_wanted)
-            if not why and now - spare.since > self._policy.start_seconds:
-                why = f"it was not ready after {self._policy.start_seconds:.0f} s"
+            limit_seconds = self._policy.start_seconds + replica.memory_bytes / self._policy.least_bytes_per_second
+            if not why and now - spare.since > limit_seconds:
+                why = f"it was not ready after {limit_seconds:.0f} s"
                 self._failed(entry.name, attempts, _TOO_SLOW, why, now)
             if why:
                 self._report(actions.SwapStopped(entry.name, replica.replica_id, why))
