@@ -109,6 +109,46 @@ def test_what_is_kept_is_read_back(tmp_path: Path) -> None:
     assert load_cordons(tmp_path) == ([], [])
 
 
+@dataclass
+class SlowRegistry(Registry):
+    """One whose answers wait."""
+
+    answers: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def set(self, worker_id: str, *, is_cordoned: bool) -> list[Told]:
+        told = await super().set(worker_id, is_cordoned=is_cordoned)
+        await self.answers.wait()
+        return told
+
+
+@pytest.mark.parametrize("is_undone", [False, True], ids=["another changed", "undone"])
+async def test_an_answer_that_is_older_than_the_watch_changes_nothing(tmp_path: Path, is_undone: bool) -> None:
+    registry = SlowRegistry()
+    here, cordons = proxy(tmp_path, registry)
+    async with watching(cordons), asyncio.TaskGroup() as group:
+        changing = group.create_task(cordons.change("w", is_cordoned=True))
+        await until(here, {"w"})
+        await Registry.set(registry, "w" if is_undone else "v", is_cordoned=not is_undone)
+        await until(here, set() if is_undone else {"v", "w"})
+        registry.answers.set()
+        await changing
+        assert here.fleet.cordoned == registry.cordons
+
+
+async def test_a_change_counts_though_the_watch_broke_while_it_was_made(tmp_path: Path) -> None:
+    registry = SlowRegistry()
+    here, cordons = proxy(tmp_path, registry)
+    async with asyncio.TaskGroup() as group:
+        changing = group.create_task(cordons.change("w", is_cordoned=True))
+        while not registry.cordons:
+            await asyncio.sleep(0)
+        # The last thing that the watch said is of before.
+        await cordons._take(["v"])
+        registry.answers.set()
+        await changing
+    assert here.fleet.cordoned == {"v", "w"}
+
+
 async def test_a_cordon_made_at_one_proxy_counts_at_all_of_them(tmp_path: Path) -> None:
     registry = Registry()
     here, cordons = proxy(tmp_path / "a", registry)

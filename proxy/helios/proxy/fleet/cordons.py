@@ -8,7 +8,8 @@ it was before there were several proxies, and what such a proxy knows is handed 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Protocol
+from contextlib import suppress
+from typing import Final, Protocol
 
 import structlog
 
@@ -17,6 +18,9 @@ from helios.proxy.actions import Action
 from helios.proxy.core import Core
 
 log = structlog.get_logger()
+
+# The watch tells of a change some milliseconds after it is answered.
+_SETTLE_SECONDS: Final = 1.0
 
 
 class Cordoned(Protocol):
@@ -58,6 +62,9 @@ class Cordons:
         self._source: CordonSource | None = None
         self._own: frozenset[str] = frozenset()
         self._writing = asyncio.Lock()
+        self._is_watching = False
+        self._taken_count = 0
+        self._taken = asyncio.Event()
 
     def restore(self, own: Iterable[str], shared: Iterable[str]) -> None:
         """Begins with what an earlier run kept."""
@@ -79,6 +86,7 @@ class Cordons:
             self._own = frozenset(cordoned | {worker_id} if is_cordoned else cordoned - {worker_id})
             await self._take(self._own)
             return
+        taken_count = self._taken_count
         try:
             cordons = await self._source.set(worker_id, is_cordoned=is_cordoned)
         except HeliosError as error:
@@ -91,7 +99,22 @@ class Cordons:
                 retry_after_seconds=2,
             ) from error
         self._own -= {worker_id}
-        await self._take(cordon.worker_id for cordon in cordons)
+        if self._taken_count == taken_count:
+            await self._take(cordon.worker_id for cordon in cordons)
+        else:
+            await self._settle(worker_id, is_cordoned=is_cordoned)
+
+    async def _settle(self, worker_id: str, *, is_cordoned: bool) -> None:
+        """Waits until what is known here has a change in it. What came while it was asked for may be newer than the
+        answer, or older; the watch, which tells all changes in their order, is yet to say what holds, or has said so.
+        """
+        cordoned = self._core.fleet.cordoned
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SETTLE_SECONDS):
+                while (worker_id in cordoned) is not is_cordoned:
+                    await self._taken.wait()
+        if not self._is_watching:
+            await self._take((cordoned | {worker_id} if is_cordoned else cordoned - {worker_id}) - self._own)
 
     async def watch(self) -> None:
         """Follows the registry's cordons until the watch breaks. Raises HeliosError then; call it again."""
@@ -100,11 +123,18 @@ class Cordons:
             await self._source.set(worker_id, is_cordoned=True)
             log.info("cordon handed to the registry", worker=worker_id)
             self._own -= {worker_id}
-        async for cordons in self._source.watch():
-            await self._take(cordon.worker_id for cordon in cordons)
+        try:
+            async for cordons in self._source.watch():
+                self._is_watching = True
+                await self._take(cordon.worker_id for cordon in cordons)
+        finally:
+            self._is_watching = False
 
     async def _take(self, worker_ids: Iterable[str]) -> None:
         wanted, now = frozenset(worker_ids) | self._own, time.monotonic()
+        self._taken_count += 1
+        self._taken.set()
+        self._taken = asyncio.Event()
         for worker_id in sorted(wanted ^ self._core.fleet.cordoned):
             self._apply(self._core.cordon(worker_id, now, is_cordoned=worker_id in wanted))
         # Two writes at once might end in another order than they began.
