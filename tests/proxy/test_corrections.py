@@ -5,12 +5,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from helios.api.fleet.v1 import types_pb2
+from helios.proxy.core import Core
+from helios.proxy.fleet.state import Load
 from helios.proxy.fleet.wire import delta_from_proto
 from helios.proxy.routing.corrections import Corrections, KvNews
+from helios.proxy.routing.pick import Wishes
 from helios.proxy.routing.prefix import Blocks, PrefixIndex
+from helios.proxy.traffic import LoadDelta
 from helios.worker.engines.vllm.kept_prompts import KeptPrompts
 from helios.worker.replica.kv_losses import LossLog
 from helios.worker.replica.loss_wire import losses_from_proto, losses_to_proto
+from tests.proxy.support import core, entry, hello, replica
 
 ROOM = 1_000
 BLOCK_TOKENS = 16
@@ -144,6 +149,60 @@ class AgainstACache(RuleBasedStateMachine):
     def what_is_followed_is_bounded(self) -> None:
         assert self.kept.prompt_count <= len(self.kept) * self.sent_count
         assert len(self.kept) <= max(self.most_blocks, 5)
+
+
+def sent_to_one_of_two() -> Core:
+    """A core with two replicas, of which one was picked for a request with a prompt, and sent it."""
+    subject, model = core(), entry("m", min_replicas=2)
+    subject.models_replaced([model], 0.0, is_synced=True)
+    for number in (0, 1):
+        held = replica(f"r{number}", worker_id=f"w{number}", address=f"127.0.0.1:{1000 + number}")
+        subject.worker_hello(hello(held.worker_id, replicas=(held,)), 0.0)
+    subject.endpoints_acknowledged(subject.fleet.endpoints(), 0.0)
+    picked = subject.traffic.pick(model, "first", 0.0, None, Wishes(blocks_of("ab")))
+    assert picked is not None
+    assert picked.choices[0].replica_id == "r0"
+    subject.traffic.prompt_sent(model, "r0", "first", blocks_of("ab"))
+    return subject
+
+
+def prefix_scores(subject: Core) -> set[float]:
+    """What the replicas' caches count for in a pick for the same prompt."""
+    picked = subject.traffic.pick(entry("m"), "next", 0.0, None, Wishes(blocks_of("ab")))
+    assert picked is not None
+    return {choice.prefix_score for choice in picked.choices}
+
+
+def test_a_prompt_that_arrived_is_believed_in_until_its_replica_says_otherwise() -> None:
+    subject = sent_to_one_of_two()
+    subject.load_report([LoadDelta("r0", Load(running_count=1), started=("first",), kv=KvNews(0, 0))], 1.0)
+    subject.traffic.tick(1000.0)
+    assert prefix_scores(subject) == {0.0, 1.0}
+    subject.load_report([LoadDelta("r0", Load(), kv=KvNews(1, 0, (("somebody else's", 0.0), ("first", 0.5))))], 1001.0)
+    assert prefix_scores(subject) == {0.0, 0.5}
+    subject.load_report([LoadDelta("r0", Load(), kv=KvNews(9, 9))], 1002.0)
+    assert prefix_scores(subject) == {0.0}
+    tally = subject.traffic.corrections.take_tally()
+    assert (tally.losses, tally.blocks, tally.emptied) == (1, 1, 1)
+
+
+def test_a_prompt_that_never_arrived_is_not_believed_in() -> None:
+    subject = sent_to_one_of_two()
+    subject.traffic.tick(1000.0)
+    assert prefix_scores(subject) == {0.0}
+    subject = sent_to_one_of_two()
+    # Envoy could not reach the one that it was to go to.
+    subject.load_report([LoadDelta("r1", Load(running_count=1), started=("first",))], 1.0)
+    assert prefix_scores(subject) == {0.0}
+
+
+def test_a_cache_whose_losses_are_told_may_hold_more_than_was_guessed() -> None:
+    corrections = Corrections(PrefixIndex(ROOM))
+    assert corrections.room("r", 100) == 100
+    corrections.take("r", KvNews(0, 0))
+    assert corrections.room("r", 100) == 200
+    corrections.forget("r")
+    assert corrections.room("r", 100) == 100
 
 
 def keys(text: str) -> tuple[str, ...]:

@@ -255,6 +255,7 @@ class Traffic:
             if freed != replica_id:
                 # Envoy did not reach the replica that it was sent to.
                 self.retries.retried(replica.model)
+                self._prefixes.keep(freed, request_id, 0.0)
         for request_id, code in delta.finished:
             touched.add(self.ledger.finished(request_id, replica_id) or replica_id)
             self._judge(replica, code, now)
@@ -329,6 +330,8 @@ class Traffic:
             self.refresh(replica_id)
         for reservation in self.ledger.expire(now):
             self.quotas.lapse(reservation.request_id, now)
+            # Its prompt never came, as far as anybody knows.
+            self._prefixes.keep(reservation.replica_id, reservation.request_id, 0.0)
             self._rescore(reservation.replica_id)
         self.quotas.tick(now)
 

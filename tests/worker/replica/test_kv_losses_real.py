@@ -146,6 +146,10 @@ async def test_a_prompt_that_the_engine_dropped_draws_nothing_to_its_replica_any
             assert (best.replica_id, best.prefix_score) == ("r0", 1.0)
             tally = gateway.traffic.corrections.take_tally()
             assert (tally.losses >= 1, tally.blocks, tally.emptied) == (True, len(blocks("apple")), 0)
+    async with small.supervisor() as supervisor:
+        # To a supervisor that begins anew everything is told again, with the first load.
+        first = await supervisor.wait_heard(lambda said: said.HasField("load"), SECONDS)
+        assert is_lost("first", first)
 
 
 def is_lost(request_id: str, said: worker_pb.AttachRequest) -> bool:

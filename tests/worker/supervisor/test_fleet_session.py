@@ -11,6 +11,7 @@ import pytest
 
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet
 from helios.mesh.tasks import task_scope
+from helios.worker.replica.kv_losses import Loss, Losses
 from helios.worker.replica.settings import Compilation, EngineSettings
 from helios.worker.supervisor.commands import Ack, Command, CommandLog, Drain, Start
 from helios.worker.supervisor.fleet import FleetFeed
@@ -149,11 +150,12 @@ async def test_the_end_of_a_request_is_told_at_once() -> None:
     async with serving(FakeProxy(interval_seconds=5.0)) as proxy, in_session(worker, proxy) as session:
         await asyncio.sleep(0.05)
         sent_at = time.monotonic()
-        worker.feed.report(LoadDelta("r1", Load(), started=("q",), finished=(finished("q"),)))
+        lost = Losses(3, 1, (Loss("older", 16, 40), Loss("q", 0, 40)))
+        worker.feed.report(LoadDelta("r1", Load(), started=("q",), finished=(finished("q"),), losses=lost))
         await session.wait_for(lambda: "load" in session.kinds())
         assert time.monotonic() - sent_at < 1.0
         [report] = [r.load for r in session.received if r.WhichOneof("message") == "load"]
-        assert delta_from_proto(report.deltas[0]) == LoadDelta("r1", Load(), ("q",), (finished("q"),))
+        assert delta_from_proto(report.deltas[0]) == LoadDelta("r1", Load(), ("q",), (finished("q"),), losses=lost)
 
 
 async def test_a_proxy_that_restarts_gets_a_complete_new_hello() -> None:

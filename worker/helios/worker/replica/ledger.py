@@ -26,6 +26,7 @@ class Finished:
     completion_tokens: int
     time_to_first_token: float | None
     duration: float
+    cached_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,13 @@ class RequestLedger:
         self._has_answered = self._has_answered or status_code == 0
         first = None if meter.first_token_at is None else max(0.0, meter.first_token_at - meter.arrived_at)
         finished = Finished(
-            meter.request_id, status_code, meter.prompt_tokens, meter.completion_tokens, first, now - meter.arrived_at
+            meter.request_id,
+            status_code,
+            meter.prompt_tokens,
+            meter.completion_tokens,
+            first,
+            now - meter.arrived_at,
+            meter.cached_prompt_tokens,
         )
         self._finished.append(finished)
         return finished

@@ -37,6 +37,9 @@ def observe(model: str, operation: str, status: str, finished: Finished) -> None
     _DURATION.labels(*labels, status).observe(finished.duration)
     if finished.prompt_tokens:
         _TOKENS.labels(*labels, "input").inc(finished.prompt_tokens)
+    if finished.cached_prompt_tokens:
+        # Of those of the input: what affinity and the prefix cache spared.
+        _TOKENS.labels(*labels, "cached_input").inc(finished.cached_prompt_tokens)
     if finished.completion_tokens:
         _TOKENS.labels(*labels, "output").inc(finished.completion_tokens)
     if finished.time_to_first_token is not None:

@@ -8,7 +8,7 @@ that is dropped one look.
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from helios.worker.replica.kv_losses import Loss
@@ -29,12 +29,6 @@ class _Prompt:
     count: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class _Block:
-    position: int
-    prompts: list[_Prompt] = field(default_factory=list)
-
-
 class KeptPrompts:
     """The last prompts, by the keys of their blocks.
 
@@ -44,13 +38,14 @@ class KeptPrompts:
     """
 
     def __init__(self, block_tokens: int, most_blocks: int, most_prompts: int = _MOST_PROMPTS_OF_A_BLOCK) -> None:
-        """``most_blocks`` bounds the table; a block takes some 300 bytes."""
+        """``most_blocks`` bounds the table; a block takes some 200 bytes."""
         self._block_tokens = block_tokens
         self._most_blocks = most_blocks
         self._most_prompts = most_prompts
-        self._blocks: dict[Hashable, _Block] = {}
+        # By key, the prompts that have the block, all at the same place.
+        self._blocks: dict[Hashable, list[_Prompt]] = {}
         self._prompts: OrderedDict[str, _Prompt] = OrderedDict()
-        self._lost: dict[str, Loss] = {}
+        self._cut_prompts: dict[str, _Prompt] = {}
 
     def __len__(self) -> int:
         """Counts blocks."""
@@ -75,13 +70,14 @@ class KeptPrompts:
             self._forget(known)
         prompt = self._prompts[request_id] = _Prompt(request_id, keys, token_count, len(keys), len(keys))
         blocks = self._blocks
-        for position, key in enumerate(keys):
-            block = blocks.get(key)
-            if block is None:
-                block = blocks[key] = _Block(position)
-            block.prompts.append(prompt)
-            if len(block.prompts) > self._most_prompts:
-                self._leave(block.prompts.pop(0))
+        for key in keys:
+            prompts = blocks.get(key)
+            if prompts is None:
+                blocks[key] = [prompt]
+                continue
+            prompts.append(prompt)
+            if len(prompts) > self._most_prompts:
+                self._leave(prompts.pop(0))
         while len(blocks) > self._most_blocks and len(self._prompts) > 1:
             oldest = next(iter(self._prompts.values()))
             self._cut(oldest, 0)
@@ -93,11 +89,12 @@ class KeptPrompts:
 
     def dropped(self, key: Hashable) -> None:
         """The engine dropped a block, and has no other one of the key."""
-        block = self._blocks.pop(key, None)
-        if block is not None:
-            for prompt in block.prompts:
-                self._cut(prompt, block.position)
-                self._leave(prompt)
+        for prompt in self._blocks.pop(key, ()):
+            # Mostly the last one that was kept: an engine drops the end before the beginning.
+            last = prompt.kept - 1
+            if last >= 0:
+                self._cut(prompt, last if prompt.keys[last] == key else prompt.keys.index(key))
+            self._leave(prompt)
 
     def check(self, request_id: str, is_cached: Callable[[Hashable], bool]) -> None:
         """A request ended before its time: what was not computed of its prompt is no more cached than what was lost."""
@@ -110,20 +107,20 @@ class KeptPrompts:
         """The cache was emptied: whoever hears of it knows all that there is to know."""
         self._blocks.clear()
         self._prompts.clear()
-        self._lost.clear()
+        self._cut_prompts.clear()
 
     def take(self) -> list[Loss]:
-        """Returns what was lost since the last call, the last loss of each prompt."""
-        if not self._lost:
+        """Returns what was lost since the last call, of each prompt all that it lost."""
+        if not self._cut_prompts:
             return []
-        lost, self._lost = list(self._lost.values()), {}
-        return lost
+        prompts, self._cut_prompts = self._cut_prompts.values(), {}
+        size = self._block_tokens
+        return [Loss(prompt.request_id, prompt.kept * size, prompt.token_count) for prompt in prompts]
 
     def _cut(self, prompt: _Prompt, position: int) -> None:
         if position < prompt.kept:
             prompt.kept = position
-            self._lost.pop(prompt.request_id, None)
-            self._lost[prompt.request_id] = Loss(prompt.request_id, position * self._block_tokens, prompt.token_count)
+            self._cut_prompts[prompt.request_id] = prompt
 
     def _leave(self, prompt: _Prompt) -> None:
         prompt.count -= 1
@@ -133,9 +130,9 @@ class KeptPrompts:
     def _forget(self, prompt: _Prompt) -> None:
         """Follows a prompt no longer."""
         for key in prompt.keys:
-            block = self._blocks.get(key)
-            if block is not None and prompt in block.prompts:
-                block.prompts.remove(prompt)
-                if not block.prompts:
+            prompts = self._blocks.get(key)
+            if prompts is not None and prompt in prompts:
+                prompts.remove(prompt)
+                if not prompts:
                     del self._blocks[key]
         self._prompts.pop(prompt.request_id, None)
