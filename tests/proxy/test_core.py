@@ -321,6 +321,28 @@ def test_an_old_revision_gets_no_request_and_is_drained() -> None:
     assert subject.pick(newer, "q1", 1.0) is None
 
 
+def test_answers_end_at_an_old_revision_unless_its_room_is_waited_for() -> None:
+    subject = core()
+    known(subject)
+    warm(subject)
+    assert subject.pick(entry(), "q1", 0.5) is not None
+    newer = entry(revision="sha256:2")
+    todo = subject.model_upserted(newer, 1.0)
+    assert [type(order) for order in sent(todo)] == [DrainReplica, StartReplica]
+    assert DrainReplica("r", 3600.0) in sent(todo)
+    subject = core()
+    known(subject)
+    subject.worker_hello(hello(replicas=(replica(),), memory_bytes=GIB), 0.0)
+    subject.endpoints_acknowledged(subject.fleet.endpoints(), 0.0)
+    assert subject.pick(entry(), "q1", 0.5) is not None
+    assert sent(subject.model_upserted(newer, 1.0))[0] == DrainReplica("r", 3600.0)
+    subject.worker_seen("w", 2.0)
+    _, todo = subject.hold(newer, "q2", size_bytes=0, deadline=99.0, now=2.0)
+    assert sent(todo) == [DrainReplica("r", 30.0)], "all of the model's requests wait"
+    todo = subject.replica_event("w", 1, replica(state=ReplicaState.STOPPED), 3.0)
+    assert [type(order) for order in sent(todo)] == [StartReplica]
+
+
 def test_a_deleted_models_replicas_are_drained_and_holds_told() -> None:
     subject = core()
     known(subject)

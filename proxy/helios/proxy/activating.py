@@ -311,7 +311,7 @@ class Activating:
                 return self._preempt(model, plan, now, may_preempt=may_preempt)
             case placement.Wait(reason, message, leaving):
                 for replica_id in leaving:
-                    self._hasten(replica_id, now)
+                    self._hasten(replica_id, model, now)
                 return self._delayed(model, reason, message, now, may_preempt=may_preempt)
             case placement.Impossible() if self._is_room_away(entry, engine, now, may_preempt=may_preempt):
                 return self._delayed(model, "NO_WORKER", _AWAY, now, may_preempt=may_preempt)
@@ -415,12 +415,15 @@ class Activating:
         line.claim(model, Claim(plan.worker_id, plan.device_ids, plan.share_bytes))
         return machine.Delayed(delayed.reason, message)
 
-    def _hasten(self, replica_id: str, now: float) -> None:
-        """Gives a replica that drains, but not for its room, as long as any other that a start waits for."""
+    def _hasten(self, replica_id: str, model: str, now: float) -> None:
+        """Gives a replica that drains, but not for its room, as long as any other that a start waits for.
+
+        One of the model itself, of a revision before, makes all of the model's requests wait.
+        """
         replica = self._traffic.fleet.replica(replica_id)
         assert replica is not None
         self._room.leaves_soon(replica_id)
-        self._outside.drain(replica, now, self._turns.drain_seconds)
+        self._outside.drain(replica, now, None if replica.model == model else self._turns.drain_seconds)
 
     def _why_goes(self, replica: Replica, now: float) -> str:
         if replica.is_spare:

@@ -255,8 +255,10 @@ class Lifecycle:
             return
         replicas = self._traffic.staying(model)
         for replica in replicas:
-            # No request is sent to an old revision any more, so its memory is better used otherwise.
-            if replica.revision != entry.revision:
+            # No request is sent to an old revision any more; those that it has may end there.
+            if replica.revision != entry.revision and not self._traffic.is_idle(replica):
+                self._let_end(replica, now, self.policy.load.drain_seconds)
+            elif replica.revision != entry.revision:
                 self.drain(replica, now)
         current = [replica for replica in replicas if replica.revision == entry.revision]
         standing, spares = self.swaps.split(current, now)
@@ -393,7 +395,12 @@ class Lifecycle:
         self._send(replica.worker_id, order)
 
     def _drain_within(self, replica: Replica, now: float, seconds: float | None) -> None:
+        self.drain(replica, now, seconds=self.policy.drain_seconds if seconds is None else seconds)
+
+    def _let_end(self, replica: Replica, now: float, seconds: float) -> None:
+        """Drains what is not drained for its room, so that its requests may take their time."""
         self.drain(replica, now, seconds=seconds)
+        self.room.leaves_late(replica.replica_id)
 
     def drain_all(self, model: str, now: float) -> int:
         """Brings a model to zero now; returns how many replicas drain."""
@@ -505,10 +512,8 @@ class Lifecycle:
         for replica in least_missed(current, replaced)[:count]:
             is_replaced = replica.replica_id in replaced
             if count < len(current) and (is_replaced or not self._traffic.is_idle(replica)):
-                # It was not drained for its room, so that its requests may take their time.
                 seconds = self.policy.swap.drain_seconds if is_replaced else self.policy.load.drain_seconds
-                self.drain(replica, now, seconds=seconds)
-                self.room.leaves_late(replica.replica_id)
+                self._let_end(replica, now, seconds)
                 self.outbox += [actions.SwapDone(entry.name, replica.replica_id)] if is_replaced else []
                 continue
             if self.warmth.may_sleep(replica):

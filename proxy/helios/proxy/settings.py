@@ -198,9 +198,10 @@ class ScalingSettings(BaseModel):
     keep_seconds: NonNegativeFloat = 300.0
     """As many replicas stay as were asked for at any time in so long, in seconds. 300: a pause between two bursts."""
     drain_seconds: NonNegativeFloat = 3600.0
-    """How long requests may go on at a replica that load needs no more, in seconds; then they are cut off. 3,600: it
-    was not drained for its room, so that no answer has to end for it; a start that needs room takes it from idle models
-    first, and where there are none, `replica.turn_drain_seconds` are left."""
+    """How long requests may go on at a replica that load needs no more, or whose revision is served no more, in
+    seconds; then they are cut off. 3,600: it was not drained for its room, so that no answer has to end
+    for it; a start that needs room takes it from idle models first, and where there are none,
+    `replica.turn_drain_seconds` are left."""
 
 
 class RoutingSettings(BaseModel):
@@ -251,7 +252,7 @@ class RoutingSettings(BaseModel):
     """Requests a second of a model above which Envoy routes it by itself. 1: each such change is a message to every
     Envoy."""
     prefix_blocks: PositiveInt = 500_000
-    """Blocks of 256 bytes of prompts that are remembered, of all replicas. 500,000: 91 MiB of this process once
+    """Blocks of 256 bytes of prompts that are remembered, of all replicas. 500,000: 97 MiB of this process once
     they are full; a thousand replicas have 500 each then, which is 32,000 tokens."""
 
     @model_validator(mode="after")
