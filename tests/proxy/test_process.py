@@ -319,6 +319,28 @@ async def test_operators_preload_scale_list_and_evict(world: World) -> None:
         assert (await envoy.ask("m")).status == 200
 
 
+async def test_a_long_prompt_goes_where_there_is_room_for_it(world: World) -> None:
+    world.registry.put("m", min_replicas=2)
+    async with small_world(world) as (_, envoy, worker):
+        await until(lambda: len(envoy.endpoints) == 2)
+        short, long = worker.replicas
+        at_short, at_long = (worker.replicas[replica_id].address for replica_id in (short, long))
+        worker.change(short, max_context_tokens=4096)
+        worker.change(long, max_context_tokens=131_072)
+
+        async def picked(body_bytes: int) -> set[str]:
+            """The first choices of some requests, which load alone would spread."""
+            asked = [await envoy.ask("m", headers={"content-length": str(body_bytes)}) for _ in range(4)]
+            return {answer.headers["x-helios-endpoint"].partition(",")[0] for answer in asked}
+
+        async with asyncio.timeout(20):
+            while await picked(300_000) != {at_long}:
+                await asyncio.sleep(0.05)
+        assert at_short in await picked(100)
+        # What fits into neither is a replica's to refuse.
+        assert await picked(3_000_000)
+
+
 async def test_preload_without_a_worker_says_so(world: World) -> None:
     world.registry.put("m")
     async with world.running_registry(), world.running_proxy() as proxy, world.admin(proxy) as (admin, models):

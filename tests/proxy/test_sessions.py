@@ -136,8 +136,8 @@ def test_a_long_answer_goes_where_there_is_room_for_it() -> None:
         held = replace(at(number), max_context_tokens=tokens)
         subject.worker_hello(hello(held.worker_id, replicas=(held,)), 0.0)
     subject.endpoints_acknowledged(subject.fleet.endpoints(), 0.0)
-    assert {first(subject, Wishes(answer_tokens=4096), f"q{number}") for number in range(5)} == {"r1"}
-    assert first(subject, Wishes(answer_tokens=100_000)) in ("r0", "r1"), "a replica says that it is too long"
+    assert {first(subject, Wishes(context_tokens=4096), f"q{number}") for number in range(5)} == {"r1"}
+    assert first(subject, Wishes(context_tokens=100_000)) in ("r0", "r1"), "a replica says that it is too long"
 
 
 def candidates(loads: list[int]) -> tuple[Candidate, ...]:

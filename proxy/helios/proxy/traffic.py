@@ -144,8 +144,8 @@ class Traffic:
         if len(snapshot) > 1:
             if self.fleet.cordoned:
                 snapshot = self._uncordoned(snapshot)
-            if wishes.answer_tokens >= self._least_context:
-                snapshot = _with_room(snapshot, wishes.answer_tokens)
+            if wishes.context_tokens >= self._least_context:
+                snapshot = _with_room(snapshot, wishes.context_tokens)
             affinity = self._affinity(entry, wishes.blocks, wishes.session, rules.weights)
         draw = self._routing.draw if rules.choice is Choice.POWER_OF_TWO else None
         chosen = pick(entry.name, entry.revision, snapshot, affinity, draw, weights=rules.weights)
@@ -537,9 +537,9 @@ class Traffic:
         self._ready_since.pop(replica_id, None)
 
 
-def _with_room(snapshot: tuple[Candidate, ...], answer_tokens: int) -> tuple[Candidate, ...]:
-    """Candidates whose context an answer fits into; all where it fits into none, which is a replica's to say."""
-    fitting = tuple(c for c in snapshot if not c.context_tokens or c.context_tokens > answer_tokens)
+def _with_room(snapshot: tuple[Candidate, ...], context_tokens: int) -> tuple[Candidate, ...]:
+    """Candidates whose context so much fits into; all where it fits into none, which is a replica's to say."""
+    fitting = tuple(c for c in snapshot if not c.context_tokens or c.context_tokens > context_tokens)
     return fitting or snapshot
 
 

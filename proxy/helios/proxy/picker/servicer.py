@@ -185,11 +185,12 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
         blocks = _blocks(entry, model, body)
         if not self._core.traffic.has_choice(entry):
             return Wishes(blocks) if blocks else NO_WISHES
-        lifted = _lifted(request)
+        lifted, history = _lifted(request), self._core.traffic.quotas.history
+        prompt_tokens = history.prompt_tokens(entry.name, heads.body_bytes)
         if len(lifted) <= 1:
             # The model alone.
-            return Wishes(blocks, heads.session)
-        return Wishes(blocks, _session_key(heads, request), longest_answer(lifted))
+            return Wishes(blocks, heads.session, prompt_tokens)
+        return Wishes(blocks, _session_key(heads, request), prompt_tokens + longest_answer(lifted))
 
     def _more_headers(self, pick: Pick, model: str, heads: Heads) -> dict[str, str]:
         """What only requests of some models carry: the adapter that they name, the replica that computes the prompt,
