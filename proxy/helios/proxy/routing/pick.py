@@ -71,13 +71,12 @@ class Wishes(NamedTuple):
     """What a request says that bears on where it goes.
 
     `blocks` are its prompt's, where that was asked for; `session` stands for a conversation or a user, empty: none is
-    known; `context_tokens` is what its prompt is likely to have and its answer may have at most; `band` is its priority.
+    known; `context_tokens` is what its prompt is likely to have and its answer may have at most.
     """
 
     blocks: Blocks = NO_BLOCKS
     session: str = ""
     context_tokens: int = 0
-    band: int = NORMAL_BAND
 
 
 NO_WISHES: Final = Wishes()
