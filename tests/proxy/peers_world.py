@@ -44,6 +44,7 @@ class Node:
 
     core: Core
     role: Role
+    incarnation: str
     waiting: dict[int, Hold] = field(default_factory=dict)
     answered: list[tuple[Hold, HeliosError | None]] = field(default_factory=list)
     session: Session | None = None
@@ -86,7 +87,7 @@ class World:
         subject._commands._new_id = lambda: f"{name}-{self._new_id()}"
         subject.lifecycle._starts._new_id = lambda: f"r-{self._new_id()}"
         role = Role(subject.leadership, ttl_seconds=TTL_SECONDS)
-        node = self.nodes[name] = Node(subject, role)
+        node = self.nodes[name] = Node(subject, role, self._new_id())
         subject.leadership.follow(self.now)
         self.apply(name, subject.models_replaced([entry(model) for model in "abc"], self.now, is_synced=True))
         for machine in self.machines.values():
@@ -220,7 +221,7 @@ class World:
         if not leadership.epoch:
             node.core.leadership.released()
             return
-        session = leadership.connect(Hello(name, "1", node.core.leadership.seen_epoch), self.now)
+        session = leadership.connect(Hello(name, node.incarnation, node.core.leadership.seen_epoch), self.now)
         node.core.leadership.begin_session(self.now)
         node.session = Session(node.role.leader_address, session)
 
@@ -403,3 +404,16 @@ class World:
                 total += tokens
                 worst = max(worst, total - KEY.tokens_per_minute * (1 + (at - begin) / 60))
         return worst
+
+
+def settled(proxy_count: int = 2) -> World:
+    """Proxies of which one leads and the others follow."""
+    world = World(proxy_count)
+    world.go_well(2)
+    return world
+
+
+def leader_of(world: World) -> str:
+    """The one proxy that believes to lead."""
+    (leader,) = world.leaders()
+    return leader

@@ -31,22 +31,11 @@ from helios.proxy.peers.role import Role
 from helios.proxy.peers.session import FollowerSession
 from helios.proxy.runtime import Runtime
 from helios.proxy.settings import PeerSettings, ProxySettings
-from tests.proxy.peers_world import KEY, Machine, World
+from tests.proxy.peers_world import KEY, Machine, World, leader_of, settled
 from tests.proxy.support import core, entry
 from tests.proxy.test_runtime import NoEnvoys, SlowDisk
 
 RARELY = st.sampled_from([True, False, False, False])
-
-
-def settled(proxy_count: int = 2) -> World:
-    world = World(proxy_count)
-    world.go_well(2)
-    return world
-
-
-def leader_of(world: World) -> str:
-    (leader,) = world.leaders()
-    return leader
 
 
 def follower_of(world: World) -> str:
@@ -300,74 +289,6 @@ def test_what_proxies_say_survives_the_wire() -> None:
     assert wire.report_from_proto(wire.report_to_proto(report)) == report
     assert [wire.news_from_proto(wire.news_to_proto(one)) for one in (news, quiet)] == [news, quiet]
     assert (news.has_content, quiet.has_content) == (True, False)
-
-
-def test_a_leader_follows_where_a_worker_has_heard_of_a_later_one() -> None:
-    world = settled()
-    world.nodes["p1"].core.leadership.outdone(9, world.now)
-    assert world.leaders() == []
-    world.go_well(10)
-    assert len(world.leaders()) == 1
-    assert world.nodes[leader_of(world)].core.leadership.epoch > 9
-
-
-def test_a_worker_that_is_wrong_about_a_later_leader_moves_no_lead() -> None:
-    world = settled()
-    subject = world.nodes["p1"].core
-    subject.leadership.claimed("w1", 9, world.now)
-    world.request("p1", "a", 60)
-    assert not subject.lifecycle.is_open, "what is true is not known yet"
-    world.go_well(2)
-    assert (world.leaders(), subject.leadership.epoch) == (["p1"], 1)
-    assert [error for _, error in world.nodes["p1"].answered] == [None]
-    # It is not asked about again for a while, whatever it says.
-    subject.leadership.claimed("w1", 10, world.now)
-    assert subject.lifecycle.is_open
-    subject.leadership.claimed("w2", 10, world.now)
-    assert not subject.lifecycle.is_open
-
-
-def test_no_worker_keeps_everybody_from_the_lead() -> None:
-    world = settled()
-    for node in world.nodes.values():
-        for epoch in (9, (1 << 64) - 1):
-            node.core.leadership.claimed("w1", epoch, world.now)
-    world.kill("p1")
-    world.go_well(12)
-    assert (world.leaders(), world.lease.epoch) == (["p2"], 2)
-
-
-def test_a_doubted_leader_that_can_not_ask_follows() -> None:
-    world = settled()
-    world.cut.add(frozenset(("p1", "registry")))
-    world.nodes["p1"].core.leadership.claimed("w1", 9, world.now)
-    world.pass_time(0.1)
-    assert world.leaders() == []
-
-
-def test_a_registry_that_forgot_leaders_grants_an_epoch_above_what_most_workers_know() -> None:
-    world = settled()
-    leadership = world.nodes["p1"].core.leadership
-    for machine in world.machines.values():
-        machine.epoch = 9
-        leadership.claimed(machine.worker_id, 9, world.now)
-    world.go_well(3)
-    assert (world.leaders(), leadership.epoch) == (["p1"], 10)
-    world.request("p2", "a", 60)
-    world.go_well(2)
-    assert [error for _, error in world.nodes["p2"].answered] == [None]
-
-
-def test_an_answer_of_before_a_doubt_does_not_end_it() -> None:
-    world = settled()
-    node = world.nodes["p1"]
-    asked_at = world.now
-    world.now += 0.1
-    node.core.leadership.claimed("w1", 9, world.now)
-    node.role.renewed(1, asked_at, world.now)
-    assert node.core.leadership.doubted_at is not None
-    world.ask_registry("p1")
-    assert node.core.leadership.doubted_at is None
 
 
 def ordered(world: World) -> Machine:

@@ -55,6 +55,7 @@ class _Follower:
     """One session, and what it was told."""
 
     proxy_id: str
+    incarnation: str
     address: str
     heard_at: float
     heard_stamp: float = 0.0
@@ -66,6 +67,15 @@ class _Follower:
     draining: frozenset[str] | None = None
     forgotten: dict[str, float] = field(default_factory=dict)
     looked_at: float = -1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Missed:
+    """A follower without a session since `at`; what its run had promised."""
+
+    at: float
+    incarnation: str
+    promised_until: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +99,7 @@ class Followers:
         self._expectations = expectations
         self._on_held = on_held
         self._sessions: dict[str, _Follower] = {}
-        self._missed: dict[str, float] = {}
+        self._missed: dict[str, _Missed] = {}
         self._next_session = 0
 
     def __len__(self) -> int:
@@ -102,8 +112,11 @@ class Followers:
             self.disconnect(session, now)
         self._next_session += 1
         session = f"{hello.proxy_id}/{self._next_session}"
-        self._sessions[session] = _Follower(hello.proxy_id, hello.address, now)
-        self._missed.pop(hello.proxy_id, None)
+        follower = self._sessions[session] = _Follower(hello.proxy_id, hello.incarnation, hello.address, now)
+        missed = self._missed.pop(hello.proxy_id, None)
+        if missed is not None and missed.incarnation == hello.incarnation:
+            # It kept its promise meanwhile. Another run of it knows of none.
+            follower.promised_until = missed.promised_until
         self._escrow.begin(session)
         return session
 
@@ -114,7 +127,7 @@ class Followers:
             return
         self._escrow.end(session, follower.heard_at)
         if not is_leaving:
-            self._missed[follower.proxy_id] = now
+            self._missed[follower.proxy_id] = _Missed(now, follower.incarnation, follower.promised_until)
         for model in follower.held:
             self._count(model)
 
@@ -180,7 +193,7 @@ class Followers:
         """Follows the time: sessions are over whose followers said nothing."""
         for session in [key for key, one in self._sessions.items() if now - one.heard_at > VALID_SECONDS]:
             self.disconnect(session, now)
-        self._missed = {key: at for key, at in self._missed.items() if now - at <= _MISSED_SECONDS}
+        self._missed = {key: one for key, one in self._missed.items() if now - one.at <= _MISSED_SECONDS}
         self._escrow.tick(now)
 
     def promised_until(self) -> float:

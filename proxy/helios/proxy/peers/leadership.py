@@ -39,6 +39,8 @@ from helios.proxy.peers.messages import Failure, Hello, News, Outlook, Report, S
 from helios.proxy.refusals import start_error
 from helios.proxy.traffic import Traffic
 
+_ASK_WORKERS_SECONDS: Final = 2.0
+"""How often a leader whose lease is over asks its workers whether they have heard of another one."""
 _AT_REST: Final = (ActivationState.IDLE, ActivationState.PLACING)
 
 
@@ -67,6 +69,7 @@ class Leadership:
         self._keyring = parts.keyring
         self._fence_seconds = fence_seconds
         self._fence_until = 0.0
+        self._asked_workers_at = 0.0
         self._unfenced: set[str] = set()
         self._is_resynchronised = False
         self.epoch = 0
@@ -103,11 +106,13 @@ class Leadership:
         self._fence_until = now + self._fence_seconds
         self._unfenced = set()
         for worker in self._traffic.fleet.workers() if epoch else ():
-            worker_id = worker.hello.worker_id
-            self._lifecycle.outbox.append(actions.Send(self._commands.issue(worker_id, Fence())))
+            self._send_fence(worker.hello.worker_id)
             if worker.is_reachable:
-                self._unfenced.add(worker_id)
+                self._unfenced.add(worker.hello.worker_id)
         self._open(now)
+
+    def _send_fence(self, worker_id: str) -> None:
+        self._lifecycle.outbox.append(actions.Send(self._commands.issue(worker_id, Fence())))
 
     def follow(self, now: float) -> None:
         """This proxy leads no more, or not yet: another one does, or will."""
@@ -171,6 +176,22 @@ class Leadership:
             self.following.slices.follow()
         if self.epoch:
             self.followers.tick(now)
+            self._ask_workers(now)
+
+    def _ask_workers(self, now: float) -> None:
+        """Looks for another leader where the registry can't be asked: one that nobody here knew, such as a new proxy,
+        has told all workers that it reaches, and counts the limits of keys, too.
+        """
+        if now < max(self.lease_until, self._asked_workers_at + _ASK_WORKERS_SECONDS):
+            return
+        self._asked_workers_at = now
+        for worker in self._traffic.fleet.workers():
+            worker_id = worker.hello.worker_id
+            if worker.is_reachable and not self._has_fence(worker_id):
+                self._send_fence(worker_id)
+
+    def _has_fence(self, worker_id: str) -> bool:
+        return any(isinstance(one.order, Fence) for one in self._commands.pending(worker_id))
 
     def may_spend(self, now: float) -> bool:
         """Whether no other proxy counts the limits of keys: by the lease, or by the word of all who could have it."""
@@ -181,7 +202,7 @@ class Leadership:
         """A worker introduces itself; what it has not answered is sent again after that."""
         if not self.epoch:
             return
-        if not any(isinstance(one.order, Fence) for one in self._commands.pending(worker_id)):
+        if not self._has_fence(worker_id):
             self._commands.issue(worker_id, Fence())
         if not self._lifecycle.is_open:
             self._unfenced.add(worker_id)
