@@ -16,7 +16,7 @@ from helios.proxy.placement.defragment import Proposal, propose
 from helios.proxy.placement.packing import Want, pack
 from helios.proxy.placement.place import Impossible, Placed, Plan, Preempt, Wait, place
 from helios.proxy.placement.workers import Occupant, WorkerCapacity
-from tests.proxy.support import GIB, MIB, core, entry, replica
+from tests.proxy.support import GIB, MIB, core, entry, hello, ready, replica
 
 
 def worker(
@@ -67,6 +67,27 @@ def test_gpus_come_before_processors_and_replicas_of_a_model_apart_before_the_we
     assert where(decide(worker("cpu", free=[90]), worker("gpu", free=[6], has_gpus=True))) == "gpu"
     staged = worker("a", is_staged=True, same_model_count=1)
     assert where(decide(staged, worker("b"))) == "b"
+
+
+def test_replicas_of_a_model_are_spread_over_zones_then_over_nodes_before_anything_draws_them_together() -> None:
+    near = worker("a", same_zone_count=1, is_staged=True), worker("b", same_zone_count=1, same_model_count=1)
+    assert where(decide(*near, worker("far", free=[5]))) == "far"
+    assert where(decide(worker("far", free=[1], size=1), *near)) == "a"
+
+
+def test_promised_replicas_come_up_in_different_zones() -> None:
+    subject = core()
+    subject.models_replaced([entry(min_replicas=3)], 0.0, is_synced=True)
+    # The first zone has the most room, and two nodes.
+    for number, (worker_id, zone) in enumerate((("a", "one"), ("b", "one"), ("c", "two"))):
+        subject.worker_hello(replace(hello(worker_id, memory_bytes=(9 - number) * GIB), zone=zone), 0.0)
+    places = []
+    for now in range(1, 4):
+        subject.tick(float(now))
+        (asked,) = (one for one in subject.fleet.replicas() if one.state.is_starting)
+        places.append(asked.worker_id)
+        subject.replica_event(asked.worker_id, now, ready(asked, f"127.0.0.1:{now}"), float(now))
+    assert places == ["a", "c", "b"]
 
 
 def test_weights_in_memory_come_before_those_on_disk_and_these_before_room() -> None:

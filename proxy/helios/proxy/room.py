@@ -186,6 +186,7 @@ class Room:
             device_count=device_count,
             has_gpus=worker.has_gpus,
             same_model_count=sum(each.model == entry.name and each not in draining for each in replicas),
+            same_zone_count=self._zone_count(worker, entry.name),
             is_staged=entry.revision in worker.staged,
             is_on_disk=self.is_on_disk(worker_id, entry.revision),
             free_slot_count=worker.hello.slot_count - len(replicas) - len(claims),
@@ -195,6 +196,14 @@ class Room:
             turn_over=turn_over,
             in_turn=in_turn,
         )
+
+    def _zone_count(self, worker: Worker, model: str) -> int:
+        """How many of a model's replicas that stay are in a worker's zone; 0 where it does not tell its zone."""
+        zone, fleet = worker.hello.zone, self._traffic.fleet
+        if not zone:
+            return 0
+        theirs = (fleet.worker(replica.worker_id) for replica in self._traffic.staying(model))
+        return sum(other is not None and other.hello.zone == zone for other in theirs)
 
     def propose_moves(
         self, model: str, engine: str, capacities: Iterable[WorkerCapacity], now: float

@@ -1,7 +1,7 @@
 """Where a replica goes, and who gives way where there is no room. Pure.
 
-Of workers with room, in this order: one with GPUs; one where it takes the fewest devices; one with the fewest replicas
-of the model, so that a node that fails takes no model with it; one that has the weights in memory, then on its disk;
+Of workers with room, in this order: one with GPUs; one where it takes the fewest devices; one in the zone with the
+fewest replicas of the model, then with the fewest itself, so that no zone or node that fails takes a model with it; one that has the weights in memory, then on its disk;
 one where it has fewer stages; one whose devices reach each other fastest; on GPUs the one where the least room is left
 over (best fit), so that what needs a whole device finds one; on processors the one with the most room, because replicas
 share cores.
@@ -131,6 +131,7 @@ def _price(worker: WorkerCapacity, gang: Gang) -> tuple[object, ...]:
     return (
         not worker.has_gpus,
         worker.device_count,
+        worker.same_zone_count,
         worker.same_model_count,
         not worker.is_staged,
         not worker.is_on_disk,

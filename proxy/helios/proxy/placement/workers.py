@@ -47,6 +47,7 @@ class WorkerCapacity:
         in_turn: replicas that give way in their turn, and not yet.
         movable: replicas that serve, and that another worker could have instead.
         same_model_count: replicas of the model that are there.
+        same_zone_count: replicas of the model in its zone; 0 where it does not tell its zone.
         is_staged: the weights are in memory there.
         is_on_disk: the weights are on the node.
         has_gpus: whether devices have memory of their own. On processors replicas share cores, too.
@@ -68,6 +69,7 @@ class WorkerCapacity:
     in_turn: tuple[Occupant, ...] = ()
     movable: tuple[Occupant, ...] = ()
     same_model_count: int = 0
+    same_zone_count: int = 0
     is_staged: bool = False
     is_on_disk: bool = False
     has_gpus: bool = False
