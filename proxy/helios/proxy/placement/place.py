@@ -1,10 +1,10 @@
 """Where a replica goes, and who gives way where there is no room. Pure.
 
 Of workers with room, in this order: one with GPUs; one where it takes the fewest devices; one in the zone with the
-fewest replicas of the model, then with the fewest itself, so that no zone or node that fails takes a model with it; one that has the weights in memory, then on its disk;
-one where it has fewer stages; one whose devices reach each other fastest; on GPUs the one where the least room is left
-over (best fit), so that what needs a whole device finds one; on processors the one with the most room, because replicas
-share cores.
+fewest replicas of the model, then with the fewest itself, so that no zone or node that fails takes a model with it; one
+that has the weights in memory, then on its disk; one where it has fewer stages; one whose devices reach each other
+fastest; on GPUs the one where the least room is left over (best fit), so that what needs a whole device finds one; on
+processors the one with the most room, because replicas share cores.
 
 Where nothing has room, draining replicas are waited for; then idle replicas give way, on the worker where the least is
 lost with them; then those in use that have had their turn. What may drain for minutes is waited for only where nothing
