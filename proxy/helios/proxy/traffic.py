@@ -207,6 +207,10 @@ class Traffic:
         room = self.corrections.room(replica_id, capacity or _UNKNOWN_CAPACITY)
         self._prefixes.add(replica_id, request_id, blocks, room)
 
+    def prompt_of(self, request_id: str) -> Blocks:
+        """What is known of the prompt of a request that was sent to a replica."""
+        return self._prefixes.sent(request_id)
+
     def changed(self, change: Change, now: float) -> None:
         """Follows a change of the fleet's state."""
         if change.before is None and change.after is None:

@@ -16,6 +16,8 @@ from helios.proxy.explain.record import RequestState
 from helios.proxy.explain.wire import explanation_to_proto
 from helios.proxy.fleet.state import Load
 from helios.proxy.replacement.servicer import ReplacementServicer
+from helios.proxy.routing.pick import Wishes
+from helios.proxy.routing.prefix import blocks_of
 from helios.proxy.runtime import Runtime
 from helios.proxy.traffic import LoadDelta
 from helios.proxy.usage.meter import Tally
@@ -79,6 +81,31 @@ async def test_for_one_that_drains_nobody_waits_and_nothing_is_started() -> None
     with pytest.raises(NoReadyReplica):
         await pick(subject, failed_endpoints=[FIRST], is_there_only=True)
     assert not subject.holds.count("m")
+
+
+PROMPT = blocks_of(bytes(range(256)) * 8, "")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+async def test_an_answer_goes_on_where_a_prompt_began_alike(number: int) -> None:
+    addresses = (FIRST, SECOND, "127.0.0.1:1003")
+    subject = with_replicas(entry("m"), *addresses)
+    subject.traffic.prompt_sent(entry("m"), "r0", "q", PROMPT)
+    subject.traffic.prompt_sent(entry("m"), f"r{number}", "like it", PROMPT)
+    assert (await pick(subject, failed_endpoints=[FIRST]))[0] == addresses[number]
+    # There it is from now on, whatever becomes of the other prompt.
+    subject.traffic._prefixes.forget("r0")
+    assert subject.traffic.prompt_of("q") == PROMPT
+    assert subject.traffic.prompt_of("unknown") == ()
+
+
+async def test_a_session_goes_on_at_the_replica_that_its_next_request_goes_to() -> None:
+    for session in ("a", "b", "c", "d", "e", "f"):
+        subject = with_replicas(entry("m"), FIRST, SECOND, "127.0.0.1:1003")
+        went_to = (await pick(subject, failed_endpoints=[FIRST], session_id=session))[0]
+        following = subject.pick(entry("m"), "next", time.monotonic(), wishes=Wishes(session=session))
+        assert following is not None
+        assert following.choices[0].address == went_to
 
 
 async def test_where_there_is_no_other_the_answer_waits_for_one() -> None:

@@ -222,6 +222,7 @@ class Session:
             failed_endpoints=[failed] if failed else [],
             body_bytes=len(self._request),
             is_there_only=is_there_only,
+            session_id=self._metadata.get(names.SESSION_HEADER, ""),
         )
         deadline = time.monotonic() + self._remaining(self._around.replace_seconds)
         while True:

@@ -18,7 +18,7 @@ from helios.proxy.catalog.session import ModelSource
 from helios.proxy.catalogue import ModelEntry, addressed_name, shown
 from helios.proxy.explain.record import Move
 from helios.proxy.peers.calls import PeerCalls
-from helios.proxy.routing.pick import Pick
+from helios.proxy.routing.pick import Pick, Wishes
 from helios.proxy.runtime import Arrival, Runtime
 
 REPLACEMENT_SERVICE: Final = "helios.api.fleet.v1.ReplacementService"
@@ -50,7 +50,10 @@ class ReplacementServicer(replacement_service_pb2_grpc.ReplacementServiceService
             request.request_id, is_ours=self._core.traffic.ledger.is_ours(request.request_id)
         )
         adapter = request.model if request.model in entry.adapters else ""
-        pick = self._core.pick(entry, request.request_id, now, adapter)
+        # Another replica of the same revision may have had a prompt that begins alike, and saves most of this one.
+        blocks = self._core.traffic.prompt_of(request.request_id)
+        wishes = Wishes(blocks, request.session_id)
+        pick = self._core.pick(entry, request.request_id, now, adapter, wishes)
         if pick is None and not request.is_there_only:
             pick = await self._wait(entry, request, context, now)
         endpoints = [choice.address for choice in pick.choices] if pick is not None else []
@@ -61,6 +64,9 @@ class ReplacementServicer(replacement_service_pb2_grpc.ReplacementServiceService
             raise NoReadyReplica(
                 f"no other replica of '{shown(entry.name)}' takes requests now", retry_after_seconds=_RETRY_SECONDS
             )
+        assert pick is not None, "whoever has endpoints was picked"
+        goes_to = next(choice.replica_id for choice in pick.choices if choice.address == endpoints[0])
+        self._core.traffic.prompt_sent(entry, goes_to, request.request_id, blocks)
         return pb.PickReplicaResponse(endpoints=endpoints)
 
     async def _wait(self, entry: ModelEntry, request: pb.PickReplicaRequest, context: Any, now: float) -> Pick:

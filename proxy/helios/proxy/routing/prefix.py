@@ -154,6 +154,11 @@ class PrefixIndex:
                 lost_count += 1
         return lost_count
 
+    def sent(self, request_id: str) -> Blocks:
+        """The blocks of a request's prompt, where a replica was sent it a short while ago. Looks at each replica."""
+        found = (held.sent[request_id].blocks for held in self._held.values() if request_id in held.sent)
+        return next(found, NO_BLOCKS)
+
     def forget(self, replica_id: str) -> None:
         """A replica is gone, or its cache is empty; harmless where nothing is known of it."""
         held = self._held.pop(replica_id, None)

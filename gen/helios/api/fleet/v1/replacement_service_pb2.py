@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-helios/api/fleet/v1/replacement_service.proto\x12\x13helios.api.fleet.v1\x1a\x1egoogle/protobuf/duration.proto\"\xd3\x01\n\x12PickReplicaRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\tR\trequestId\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12)\n\x10\x66\x61iled_endpoints\x18\x04 \x03(\tR\x0f\x66\x61iledEndpoints\x12\x1d\n\nbody_bytes\x18\x05 \x01(\x04R\tbodyBytes\x12\"\n\ris_there_only\x18\x06 \x01(\x08R\x0bisThereOnly\"3\n\x13PickReplicaResponse\x12\x1c\n\tendpoints\x18\x01 \x03(\tR\tendpoints\"\xca\x02\n\x0fNoteMoveRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\tR\trequestId\x12#\n\rleft_endpoint\x18\x02 \x01(\tR\x0cleftEndpoint\x12)\n\x10reached_endpoint\x18\x03 \x01(\tR\x0freachedEndpoint\x12\x19\n\x08is_drain\x18\x04 \x01(\x08R\x07isDrain\x12\x16\n\x06reason\x18\x05 \x01(\tR\x06reason\x12\x1f\n\x0btoken_count\x18\x06 \x01(\rR\ntokenCount\x12\x31\n\x06waited\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationR\x06waited\x12\x41\n\x0f\x66irst_token_ago\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationR\rfirstTokenAgo\"-\n\x10NoteMoveResponse\x12\x19\n\x08is_noted\x18\x01 \x01(\x08R\x07isNoted2\xcf\x01\n\x12ReplacementService\x12`\n\x0bPickReplica\x12\'.helios.api.fleet.v1.PickReplicaRequest\x1a(.helios.api.fleet.v1.PickReplicaResponse\x12W\n\x08NoteMove\x12$.helios.api.fleet.v1.NoteMoveRequest\x1a%.helios.api.fleet.v1.NoteMoveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-helios/api/fleet/v1/replacement_service.proto\x12\x13helios.api.fleet.v1\x1a\x1egoogle/protobuf/duration.proto\"\xf2\x01\n\x12PickReplicaRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\tR\trequestId\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12)\n\x10\x66\x61iled_endpoints\x18\x04 \x03(\tR\x0f\x66\x61iledEndpoints\x12\x1d\n\nbody_bytes\x18\x05 \x01(\x04R\tbodyBytes\x12\"\n\ris_there_only\x18\x06 \x01(\x08R\x0bisThereOnly\x12\x1d\n\nsession_id\x18\x07 \x01(\tR\tsessionId\"3\n\x13PickReplicaResponse\x12\x1c\n\tendpoints\x18\x01 \x03(\tR\tendpoints\"\xca\x02\n\x0fNoteMoveRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\tR\trequestId\x12#\n\rleft_endpoint\x18\x02 \x01(\tR\x0cleftEndpoint\x12)\n\x10reached_endpoint\x18\x03 \x01(\tR\x0freachedEndpoint\x12\x19\n\x08is_drain\x18\x04 \x01(\x08R\x07isDrain\x12\x16\n\x06reason\x18\x05 \x01(\tR\x06reason\x12\x1f\n\x0btoken_count\x18\x06 \x01(\rR\ntokenCount\x12\x31\n\x06waited\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationR\x06waited\x12\x41\n\x0f\x66irst_token_ago\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationR\rfirstTokenAgo\"-\n\x10NoteMoveResponse\x12\x19\n\x08is_noted\x18\x01 \x01(\x08R\x07isNoted2\xcf\x01\n\x12ReplacementService\x12`\n\x0bPickReplica\x12\'.helios.api.fleet.v1.PickReplicaRequest\x1a(.helios.api.fleet.v1.PickReplicaResponse\x12W\n\x08NoteMove\x12$.helios.api.fleet.v1.NoteMoveRequest\x1a%.helios.api.fleet.v1.NoteMoveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,13 +33,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'helios.api.fleet.v1.replace
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PICKREPLICAREQUEST']._serialized_start=103
-  _globals['_PICKREPLICAREQUEST']._serialized_end=314
-  _globals['_PICKREPLICARESPONSE']._serialized_start=316
-  _globals['_PICKREPLICARESPONSE']._serialized_end=367
-  _globals['_NOTEMOVEREQUEST']._serialized_start=370
-  _globals['_NOTEMOVEREQUEST']._serialized_end=700
-  _globals['_NOTEMOVERESPONSE']._serialized_start=702
-  _globals['_NOTEMOVERESPONSE']._serialized_end=747
-  _globals['_REPLACEMENTSERVICE']._serialized_start=750
-  _globals['_REPLACEMENTSERVICE']._serialized_end=957
+  _globals['_PICKREPLICAREQUEST']._serialized_end=345
+  _globals['_PICKREPLICARESPONSE']._serialized_start=347
+  _globals['_PICKREPLICARESPONSE']._serialized_end=398
+  _globals['_NOTEMOVEREQUEST']._serialized_start=401
+  _globals['_NOTEMOVEREQUEST']._serialized_end=731
+  _globals['_NOTEMOVERESPONSE']._serialized_start=733
+  _globals['_NOTEMOVERESPONSE']._serialized_end=778
+  _globals['_REPLACEMENTSERVICE']._serialized_start=781
+  _globals['_REPLACEMENTSERVICE']._serialized_end=988
 # @@protoc_insertion_point(module_scope)

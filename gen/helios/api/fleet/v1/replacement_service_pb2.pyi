@@ -31,6 +31,7 @@ class PickReplicaRequest(_message.Message):
     FAILED_ENDPOINTS_FIELD_NUMBER: _builtins.int
     BODY_BYTES_FIELD_NUMBER: _builtins.int
     IS_THERE_ONLY_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's x-request-id."""
     model: _builtins.str
@@ -43,6 +44,8 @@ class PickReplicaRequest(_message.Message):
     """Only a replica that takes the request now: nothing is waited for or started. For answers whose own replica drains
     and goes on meanwhile. Without one: UNAVAILABLE (NO_READY_REPLICA).
     """
+    session_id: _builtins.str
+    """Whose the request is, as its header x-session-id says; empty: it says nothing."""
     @_builtins.property
     def failed_endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Addresses (`ip:port`) whose replicas broke the answer off; they are not picked until they prove well."""
@@ -56,10 +59,11 @@ class PickReplicaRequest(_message.Message):
         failed_endpoints: _abc.Iterable[_builtins.str] | None = ...,
         body_bytes: _builtins.int = ...,
         is_there_only: _builtins.bool = ...,
+        session_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body_bytes", b"body_bytes", "failed_endpoints", b"failed_endpoints", "is_there_only", b"is_there_only", "model", b"model", "request_id", b"request_id", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body_bytes", b"body_bytes", "failed_endpoints", b"failed_endpoints", "is_there_only", b"is_there_only", "model", b"model", "request_id", b"request_id", "revision", b"revision", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
