@@ -215,7 +215,7 @@ async def test_looking_is_no_use_of_a_model(world: World) -> None:
         await look(edge, client)
         assert edge.worker.starts == []
         assert (await client.post("/v1/chat/completions", json={"model": "m"})).status_code == 200
-        assert len(edge.worker.replicas) == 1
+        assert len(edge.worker.starts) == 1
         async with asyncio.timeout(20):
             while edge.worker.replicas:
                 await look(edge, client)

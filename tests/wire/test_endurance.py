@@ -29,10 +29,10 @@ pytestmark = [
     pytest.mark.leaks("Envoy keeps connections to the module's fakes, which are in this process"),
 ]
 CHAT = "/v1/chat/completions"
-IDLE_SECONDS = 4.0
+IDLE_SECONDS = 5.0
 STEP_SECONDS = 0.5
 # Longer than every limit of the gateway that it goes through.
-STREAM_SECONDS = 6.0
+STREAM_SECONDS = 6.5
 TIGHT = Limits(stream_idle_seconds=IDLE_SECONDS - 1, upload_seconds=3, connection_age_seconds=1, hold_limit_seconds=1)
 EVENTS = (
     "".join(f'data: {{"index":{index},"text":"é—\U0001f600\\n\\n"}}\n\n' for index in range(40)) + "data: [DONE]\n\n"
