@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helios.mesh.transfer.progress import TransferProgress
 from helios.proxy import actions
 from helios.proxy.activation.rungs import RungEstimates, StartRung, Took
 from helios.proxy.catalogue import Catalogue, ModelEntry
 from helios.proxy.core import Core
-from helios.mesh.transfer.progress import TransferProgress
 from helios.proxy.fleet.state import Replica, ReplicaState, Staged, StagedState
 from helios.proxy.store import Store, load_starts
 from tests.proxy.support import GIB, core, entry, hello, ready, replica
