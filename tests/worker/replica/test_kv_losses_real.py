@@ -10,10 +10,12 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import orjson
 import pytest
+from google.api.httpbody_pb2 import HttpBody
 
 from helios.api.inference.v1 import inference_service_pb2 as pb
-from helios.api.inference.v1 import inference_service_pb2_grpc
+from helios.api.inference.v1 import inference_service_pb2_grpc, openai_service_pb2_grpc
 from helios.api.worker.v1 import supervisor_service_pb2 as worker_pb
 from helios.proxy.core import Core
 from helios.proxy.fleet.wire import delta_from_proto as heard_by_proxy
@@ -61,6 +63,12 @@ def small(launcher: Launcher, leaves: Leaves, tmp_path: Path, smollm2_directory:
 async def native(small: RunningReplica) -> AsyncIterator[inference_service_pb2_grpc.InferenceServiceStub]:
     async with small.leaves.dial(small.address) as dialer:
         yield dialer.stub(inference_service_pb2_grpc.InferenceServiceStub)
+
+
+@pytest.fixture
+async def openai(small: RunningReplica) -> AsyncIterator[openai_service_pb2_grpc.OpenAIServiceStub]:
+    async with small.leaves.dial(small.address) as dialer:
+        yield dialer.stub(openai_service_pb2_grpc.OpenAIServiceStub)
 
 
 def text_of(topic: str) -> str:
@@ -120,8 +128,18 @@ async def ask(native: Any, request_id: str, topic: str) -> None:
         pass
 
 
+async def ask_openai(openai: Any, request_id: str, topic: str) -> None:
+    document = {"model": MODEL, "prompt": text_of(topic), "max_tokens": 1, "n": 2, "temperature": 1}
+    body = HttpBody(content_type="application/json", data=orjson.dumps(document))
+    metadata = (("x-request-id", request_id),)
+    async for _ in openai.CreateCompletion(body, metadata=metadata, timeout=SECONDS, wait_for_ready=True):
+        pass
+
+
 async def test_a_prompt_that_the_engine_dropped_draws_nothing_to_its_replica_any_more(
-    small: RunningReplica, native: inference_service_pb2_grpc.InferenceServiceStub
+    small: RunningReplica,
+    native: inference_service_pb2_grpc.InferenceServiceStub,
+    openai: openai_service_pb2_grpc.OpenAIServiceStub,
 ) -> None:
     # Nobody asks for the worker itself here.
     feed = FleetFeed(lambda: cast(WorkerView, None))
@@ -129,7 +147,8 @@ async def test_a_prompt_that_the_engine_dropped_draws_nothing_to_its_replica_any
         async with small.supervisor() as supervisor:
             gateway = Gateway(supervisor)
             gateway.sent("first", "apple")
-            await ask(native, "first", "apple")
+            # By vLLM's own serving code; the others go by the engine directly.
+            await ask_openai(openai, "first", "apple")
             gateway.hear(feed, outbox)
             best, other = gateway.pick("apple")
             assert (best.replica_id, best.prefix_score, other.prefix_score) == ("r0", 1.0, 0.0)
