@@ -24,6 +24,7 @@ from helios.api.inference.v1 import inference_service_pb2 as native_pb
 from helios.mesh import names
 from helios.mesh.channel import Dialer
 from helios.mesh.server import MeshServer, ServerOptions
+from helios.proxy.relay.moves import MoveTeller
 from helios.proxy.relay.replicas import Replicas
 from helios.proxy.relay.servicer import OPENAI_SERVICE, RelayServicer
 from helios.proxy.relay.session import Surroundings
@@ -235,7 +236,7 @@ async def relay(proxy: Proxy, leaves: Leaves) -> AsyncIterator[Dialer]:
         server = MeshServer(
             listen="127.0.0.1:0", identity=identity, policy={OPENAI_SERVICE: frozenset({"edge"})}, options=options
         )
-        around = Surroundings(replicas, [asking], replace_seconds=30.0, barren_limit=3)
+        around = Surroundings(replicas, [asking], replace_seconds=30.0, barren_limit=3, moves=MoveTeller([asking]))
         RelayServicer(around, max_held_bytes=1 << 26).add_to(server.grpc)
         await stack.enter_async_context(server)
         edge = leaves.files("edge")
