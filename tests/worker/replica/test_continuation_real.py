@@ -212,6 +212,9 @@ class Proxy(replacement_service_pb2_grpc.ReplacementServiceServicer):
     endpoint: str
     asked: list[replacement_service_pb2.PickReplicaRequest] = field(default_factory=list)
 
+    async def NoteMove(self, request: Any, context: Any) -> replacement_service_pb2.NoteMoveResponse:
+        return replacement_service_pb2.NoteMoveResponse(is_noted=True)
+
     async def PickReplica(self, request: Any, context: Any) -> replacement_service_pb2.PickReplicaResponse:
         self.asked.append(request)
         return replacement_service_pb2.PickReplicaResponse(endpoints=[self.endpoint])
