@@ -13,6 +13,7 @@ import grpc.aio
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import REGISTRY
 
 from helios.api.inference.v1 import inference_service_pb2 as inference_pb
 from helios.api.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -136,8 +137,8 @@ async def test_an_unknown_model_is_404_and_a_bad_body_400(world: World) -> None:
         assert edge.worker.starts == []
         for wrong in ("fast", 3):
             for is_streamed in (False, True):
-                body = {"model": "m", "service_tier": wrong, "stream": is_streamed}
-                answer = await client.post("/v1/chat/completions", json=body)
+                tiered = {"model": "m", "service_tier": wrong, "stream": is_streamed}
+                answer = await client.post("/v1/chat/completions", json=tiered)
                 error = answer.json()["error"]
                 assert (answer.status_code, error["type"], error["param"]) == (
                     400,
@@ -365,6 +366,28 @@ async def test_bodies_arrive_whole_whether_the_picker_sees_them_or_not(world: Wo
         long = json.dumps({"model": "nope", "messages": [{"role": "user", "content": "x" * 4000}]})
         unknown = await client.post("/v1/completions", content=long, headers={"content-type": "application/json"})
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_a_replica_that_cannot_be_reached_is_given_up_by_what_envoy_says(world: World) -> None:
+    def reservations() -> float | None:
+        return REGISTRY.get_sample_value("helios_reservations")
+
+    hold = HoldSettings(limit_seconds=0.5)
+    async with running_edge(world, reservation_seconds=3600, hold=hold) as edge, edge.client() as client:
+        # Nobody listens there, and its worker is well.
+        edge.worker.address = lambda: f"127.0.0.1:{free_port()}"
+        world.registry.put("m", min_replicas=1)
+        envoy = await (stack := AsyncExitStack()).enter_async_context(world.envoy(edge.proxy))
+        async with stack:
+            await until(lambda: len(envoy.endpoints) == 1)
+            reasons = []
+            async with asyncio.timeout(30):
+                while "hold_expired" not in reasons:
+                    answer = await client.post("/v1/completions", json={"model": "m", "prompt": "x"})
+                    assert answer.status_code == 503, answer.text
+                    reasons.append(answer.headers.get("x-helios-reason"))
+            assert reasons[:3] == [None] * 3, "the breaker opens at the third"
+            await until(lambda: reservations() == 0)
 
 
 async def test_a_prompt_is_asked_for_where_it_matters_only(world: World) -> None:

@@ -1,5 +1,7 @@
 """What the picker reads from requests."""
 
+from typing import Any
+
 import pytest
 from google.api import httpbody_pb2
 from hypothesis import given
@@ -7,10 +9,29 @@ from hypothesis import strategies as st
 
 from helios.api.inference.v1 import inference_service_pb2 as inference_pb
 from helios.mesh.errors import InvalidRequest, ModelMismatch, Unsupported
+from helios.mesh.names import PICKER_HEADERS
 from helios.proxy.picker.request import agree, read_body, read_heads, timeout_seconds
 
 OPENAI = "/helios.api.inference.v1.OpenAIService/CreateCompletion"
 TOKENIZE = "/helios.api.inference.v1.InferenceService/Tokenize"
+
+
+class Asked(dict[str, str]):
+    """Headers that note which of them are looked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.names.add(key)
+        return default
+
+
+def test_envoy_sends_the_picker_the_headers_that_it_reads_and_no_others() -> None:
+    asked = Asked()
+    read_heads(asked)
+    assert asked.names == set(PICKER_HEADERS)
 
 
 def frame(message: bytes) -> bytes:

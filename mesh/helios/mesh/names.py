@@ -121,6 +121,20 @@ REFUSAL_REASON_HEADER: Final = "x-helios-reason"
 REQUEST_ID_HEADER: Final = "x-request-id"
 # How many other candidates Envoy may try before the first byte.
 MAX_RETRIES_HEADER: Final = "x-envoy-max-retries"
+# All of a request's headers that the picker reads: Envoy sends it no others.
+PICKER_HEADERS: Final = (
+    ":path",
+    REQUEST_ID_HEADER,
+    MODEL_HEADER,
+    BODY_BYTES_HEADER,
+    "content-length",
+    "grpc-timeout",
+    "traceparent",
+    SESSION_HEADER,
+    DURABLE_HEADER,
+    TIER_HEADER,
+    "authorization",
+)
 # Where Envoy puts what it lifts from a JSON body, and the model's key there.
 METADATA_NAMESPACE: Final = "helios"
 MODEL_KEY: Final = "model"

@@ -22,6 +22,7 @@ from helios.mesh.process import Lifetime, run
 from helios.mesh.server import HEALTH_SERVICE, MeshServer, ServerOptions
 from helios.mesh.tasks import keep_running
 from helios.mesh.xds.server import XdsServer
+from helios.mesh.xds.state import CLUSTER
 from helios.proxy.admin.servicer import ADMIN_SERVICE, AdminServicer
 from helios.proxy.admission.session import watch_keys
 from helios.proxy.catalog.servicer import MODEL_SERVICE, ModelServicer
@@ -32,9 +33,10 @@ from helios.proxy.fleet.feed import FEED_SERVICE, Feed, FeedServicer, FeedSessio
 from helios.proxy.fleet.servicer import FLEET_SERVICE, FleetServicer
 from helios.proxy.measures import MeasureExchange
 from helios.proxy.peers.group import PEER_SERVICE, PeerGroup
-from helios.proxy.picker.ads import GuardedXds
+from helios.proxy.picker.ads import EdgeStreams, GuardedXds
 from helios.proxy.picker.request import INFERENCE_PREFIX, OPENAI_PREFIX
 from helios.proxy.picker.servicer import PickerServicer
+from helios.proxy.picker.unreached import UnreachedServicer
 from helios.proxy.reflection import REFLECTION_SERVICES, ReflectionServicer
 from helios.proxy.replacement.servicer import REPLACEMENT_SERVICE, ReplacementServicer
 from helios.proxy.runtime import Runtime
@@ -90,7 +92,7 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
         core.keyring.replace(keys)
     store = Store(directory, core.catalogue)
     xds = XdsServer()
-    ads = GuardedXds(xds, own=_own_id(settings))
+    streams = EdgeStreams(own=_own_id(settings))
     limits = JournalLimits(settings.explain.request_count, settings.explain.total_bytes)
     runtime = Runtime(core, publisher=xds, memory=store, journal_limits=limits)
     runtime.cordons.restore(*load_cordons(directory))
@@ -99,7 +101,7 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
         peers = await _peers(settings, stack, runtime)
         lifetime.group.create_task(runtime.run(), name="runtime")
         lifetime.group.create_task(store.run(), name="store")
-        picker = await stack.enter_async_context(_picker(settings, runtime, models, ads))
+        picker = await stack.enter_async_context(_picker(settings, runtime, models, xds, streams))
         feed = Feed() if peers is not None else None
         fleet = FleetServicer(
             runtime,
@@ -119,7 +121,7 @@ async def main(settings: ProxySettings, lifetime: Lifetime) -> None:
         runtime.stop()
         if peers is not None:
             await peers.stop()
-        ads.close()
+        streams.close()
 
 
 async def _registry(
@@ -191,7 +193,9 @@ async def _peers(settings: ProxySettings, stack: AsyncExitStack, runtime: Runtim
     return await stack.enter_async_context(peers)
 
 
-def _picker(settings: ProxySettings, runtime: Runtime, models: ModelSource, ads: GuardedXds) -> MeshServer:
+def _picker(
+    settings: ProxySettings, runtime: Runtime, models: ModelSource, xds: XdsServer, streams: EdgeStreams
+) -> MeshServer:
     identity = settings.mesh.identity
     # Envoy's calls of the picker have the same headers, request for request.
     options = ServerOptions(
@@ -206,7 +210,8 @@ def _picker(settings: ProxySettings, runtime: Runtime, models: ModelSource, ads:
         cluster=settings.replica_cluster,
     )
     picker.add_to(server.grpc)
-    ads.add_to(server.grpc)
+    GuardedXds(xds, streams).add_to(server.grpc)
+    UnreachedServicer(runtime, streams, cluster=settings.replica_cluster or CLUSTER).add_to(server.grpc)
     return server
 
 

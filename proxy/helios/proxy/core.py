@@ -308,6 +308,11 @@ class Core:
             self.express.heard(self.traffic.load(delta, now), len(delta.started))
         return self._take(now)
 
+    def unreached(self, request_id: str, now: float, *, is_failure: bool) -> list[actions.Action]:
+        """A request got to no replica: its place is free; a failure is that there was no connection."""
+        self.traffic.unreached(request_id, now, is_failure=is_failure)
+        return self._take(now)
+
     def command_acknowledged(
         self, worker_id: str, command_id: str, *, refused_reason: str, message: str, now: float
     ) -> list[actions.Action]:

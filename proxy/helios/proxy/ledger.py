@@ -83,16 +83,26 @@ class Ledger:
         """Reclaims reservations whose time is over."""
         expired: list[Reservation] = []
         while self._reservations:
-            request_id, reservation = next(iter(self._reservations.items()))
+            reservation = next(iter(self._reservations.values()))
             if reservation.expires_at > now:
                 break
-            del self._reservations[request_id]
-            self._lower(reservation.replica_id)
-            self._lapsed[request_id] = None
-            if len(self._lapsed) > _LAPSED_COUNT:
-                self._lapsed.popitem(last=False)
+            self._lapse(reservation)
             expired.append(reservation)
         return expired
+
+    def withdraw(self, request_id: str) -> Reservation | None:
+        """Reclaims the reservation of a request that reached no replica; None where there is none (any more)."""
+        reservation = self._reservations.get(request_id)
+        if reservation is not None:
+            self._lapse(reservation)
+        return reservation
+
+    def _lapse(self, reservation: Reservation) -> None:
+        del self._reservations[reservation.request_id]
+        self._lower(reservation.replica_id)
+        self._lapsed[reservation.request_id] = None
+        if len(self._lapsed) > _LAPSED_COUNT:
+            self._lapsed.popitem(last=False)
 
     def forget_running(self, replica_id: str) -> set[str]:
         """Drops what is believed to run at a replica: it is gone, or its worker's hello is the truth. Returns what."""

@@ -272,6 +272,16 @@ class Traffic:
             self.refresh(other)
         return replica
 
+    def unreached(self, request_id: str, now: float, *, is_failure: bool) -> None:
+        """A request got to no replica; ``is_failure``: none could be connected to."""
+        reservation = self.ledger.withdraw(request_id)
+        # None: another proxy's, or its replica has told of it.
+        if reservation is not None:
+            self.quotas.lapse(request_id, now)
+            if is_failure:
+                self.breakers.failed(reservation.replica_id, now)
+            self.refresh(reservation.replica_id)
+
     def _judge(self, replica: Replica, code: int, now: float) -> None:
         """What a request's end says of its replica."""
         replica_id, is_failure = replica.replica_id, code in _REPLICA_FAULTS

@@ -30,6 +30,7 @@ from envoy_data_plane.envoy.extensions.filters.http.composite.v3 import Composit
 from envoy_data_plane.envoy.extensions.filters.http.cors.v3 import Cors
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
     ExternalProcessor,
+    HeaderForwardingRules,
     MetadataOptions,
     MetadataOptionsMetadataNamespaces,
     ProcessingMode,
@@ -55,7 +56,7 @@ from envoy_data_plane.envoy.extensions.filters.http.rbac.v3 import Rbac
 from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
-from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
+from envoy_data_plane.envoy.type.matcher.v3 import ListStringMatcher, RegexMatcher, StringMatcher
 from envoy_data_plane.envoy.type.v3 import HttpStatus, Percent, StatusCode
 from envoy_data_plane.google.protobuf import Any
 
@@ -70,6 +71,7 @@ from helios.mesh.names import (
     EXPRESS_FILTER,
     METADATA_NAMESPACE,
     MODEL_KEY,
+    PICKER_HEADERS,
     SESSION_FIELDS,
     TIER_FIELD,
 )
@@ -262,6 +264,10 @@ def _processor(settings: EdgeSettings, body_mode: ProcessingModeBodySendMode) ->
         ),
         # When the request began: a hold that moves to another picker must not begin anew.
         request_attributes=["request.time"],
+        # A client sends some twenty headers, cookies among them.
+        forward_rules=HeaderForwardingRules(
+            allowed_headers=ListStringMatcher(patterns=[StringMatcher(exact=name) for name in PICKER_HEADERS])
+        ),
         # x-envoy-max-retries = candidates - 1, so that the last failure is the replica's own.
         mutation_rules=HeaderMutationRules(allow_envoy=True),
     )

@@ -1,7 +1,14 @@
 """The two doors: the edge for everybody, the admin listener for the operator of this machine."""
 
-from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog
+from envoy_data_plane.envoy.config.accesslog.v3 import (
+    AccessLog,
+    AccessLogFilter,
+    AndFilter,
+    HeaderFilter,
+    ResponseFlagFilter,
+)
 from envoy_data_plane.envoy.config.core.v3 import (
+    ApiVersion,
     GrpcService,
     GrpcServiceEnvoyGrpc,
     Http1ProtocolOptions,
@@ -11,9 +18,10 @@ from envoy_data_plane.envoy.config.core.v3 import (
     TcpKeepalive,
 )
 from envoy_data_plane.envoy.config.listener.v3 import Filter, FilterChain, Listener
-from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
+from envoy_data_plane.envoy.config.route.v3 import HeaderMatcher, RouteConfiguration
 from envoy_data_plane.envoy.config.trace.v3 import OpenTelemetryConfig, TracingHttp
 from envoy_data_plane.envoy.extensions.access_loggers.file.v3 import FileAccessLog
+from envoy_data_plane.envoy.extensions.access_loggers.grpc.v3 import CommonGrpcAccessLogConfig, HttpGrpcAccessLogConfig
 from envoy_data_plane.envoy.extensions.access_loggers.stream.v3 import StdoutAccessLog
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
     HttpConnectionManager,
@@ -23,12 +31,13 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
     HttpConnectionManagerTracing,
     HttpFilter,
 )
+from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.google.protobuf import Any
 
 from helios.mesh.envoy import clusters, filters, pack, replies, routes
 from helios.mesh.envoy.headers import CLIENT_REQUEST_ID_HEADER, strip_client_headers
-from helios.mesh.envoy.settings import EdgeSettings
-from helios.mesh.names import ENDPOINT_HEADER, METADATA_NAMESPACE, MODEL_KEY
+from helios.mesh.envoy.settings import EdgeSettings, replica_cluster
+from helios.mesh.names import CLUSTER_HEADER, ENDPOINT_HEADER, METADATA_NAMESPACE, MODEL_KEY
 
 EDGE = "edge"
 ADMIN = "admin"
@@ -76,6 +85,7 @@ def edge_listener(settings: EdgeSettings) -> Listener:
         filters.router(),
     ]
     manager = _manager(settings, EDGE, routes.edge_routes(settings), chain)
+    manager.access_log += _unreached(settings)
     return _listener(EDGE, f"{settings.edge_host}:{settings.edge_port}", manager)
 
 
@@ -139,6 +149,38 @@ def _manager(
         local_reply_config=replies.own_replies(),
         access_log=[_access_log(settings)],
         tracing=_tracing(settings.otlp_endpoint),
+    )
+
+
+def _unreached(settings: EdgeSettings) -> list[AccessLog]:
+    """Returns the logs by which proxies learn of requests that got to no replica, each of its own picks.
+
+    There was no host, no connection, or no room for one; what a replica answered it tells of itself.
+    """
+    feeds = [(f"feed-{name}", replica_cluster(name)) for name, _ in settings.feeds] or [(clusters.PICKER, "")]
+    return [_unreached_log(cluster, of) for cluster, of in feeds]
+
+
+def _unreached_log(cluster: str, replicas: str) -> AccessLog:
+    conditions = [
+        AccessLogFilter(response_flag_filter=ResponseFlagFilter(flags=["UH", "UF", "UO", "NC", "URX"])),
+        AccessLogFilter(header_filter=HeaderFilter(header=HeaderMatcher(name=ENDPOINT_HEADER, present_match=True))),
+    ]
+    if replicas:
+        of = HeaderMatcher(name=CLUSTER_HEADER, string_match=StringMatcher(exact=replicas))
+        conditions.append(AccessLogFilter(header_filter=HeaderFilter(header=of)))
+    to_proxy = CommonGrpcAccessLogConfig(
+        log_name="unreached",
+        grpc_service=GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=cluster)),
+        transport_api_version=ApiVersion.V3,
+        # Few, and each at once: a timer would wake every thread for nothing.
+        buffer_size_bytes=0,
+        buffer_flush_interval=pack.seconds(3600),
+    )
+    return AccessLog(
+        name="envoy.access_loggers.http_grpc",
+        filter=AccessLogFilter(and_filter=AndFilter(filters=conditions)),
+        typed_config=Any.pack(HttpGrpcAccessLogConfig(common_config=to_proxy)),
     )
 
 

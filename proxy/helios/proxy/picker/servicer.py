@@ -153,8 +153,10 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
         hints = hint_headers(gate.caller, entry.name, wishes.blocks, self._core.traffic.quotas.history)
         more = self._more_headers(pick, model, heads) | hints | gate.left_for_answer() | self._cluster
         await exchange.answer(_answer(exchange, pick, model, more))
-        # Behind the answer: a long prompt has many blocks.
-        self._core.traffic.prompt_sent(entry, pick.choices[0].replica_id, heads.request_id, wishes.blocks)
+        # Behind the answer, which leaves at the end of this turn of the loop: a long prompt has many blocks.
+        asyncio.get_running_loop().call_soon(
+            self._core.traffic.prompt_sent, entry, pick.choices[0].replica_id, heads.request_id, wishes.blocks
+        )
 
     async def _begun(self, context: Any) -> Exchange | None:
         """Reads what comes unasked, once it is sure that an edge asks; None where there is nothing to read."""
