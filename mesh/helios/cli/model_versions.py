@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from helios.cli.edge import open_admin
+from helios.cli.options import NOTHING_DONE
 from helios.cli.state import StateDirectory
 from helios.cli.transfer_progress import size
 from helios.mesh.errors import InvalidRequest
@@ -19,26 +20,37 @@ _DIGEST_CHARS: Final = len("sha256:") + 12
 
 
 async def tag(
-    state: StateDirectory, console: Console, reference: str, name: str, *, is_deleted: bool, is_json: bool
+    state: StateDirectory,
+    console: Console,
+    reference: str,
+    name: str,
+    *,
+    is_deleted: bool,
+    is_json: bool,
+    is_dry_run: bool = False,
 ) -> None:
     """Points a tag, or the served revision where ``name`` is empty, at a revision; or deletes the tag."""
     async with open_admin(state) as dialer:
         versions = VersionClient(dialer)
         if is_deleted:
-            model = await versions.delete_tag(reference, name, request_id=uuid4().hex)
+            model = await versions.delete_tag(reference, name, request_id=uuid4().hex, is_dry_run=is_dry_run)
         else:
-            model = await versions.put_tag(reference, name, request_id=uuid4().hex)
+            model = await versions.put_tag(reference, name, request_id=uuid4().hex, is_dry_run=is_dry_run)
     pointer = f"{model.name}@{name}" if name else model.name
     told = f"{pointer} is gone" if is_deleted else f"{pointer} is {short(_pointed(model, name))}"
-    _show(console, model, told, is_json=is_json)
+    _show(console, model, told, is_json=is_json, is_dry_run=is_dry_run)
 
 
-async def rollback(state: StateDirectory, console: Console, pointer: str, *, to: str, is_json: bool) -> None:
+async def rollback(
+    state: StateDirectory, console: Console, pointer: str, *, to: str, is_json: bool, is_dry_run: bool = False
+) -> None:
     """Points a tag, or the served revision, where it pointed before."""
     name, tag_name = _pointer(pointer)
     async with open_admin(state) as dialer:
-        model = await VersionClient(dialer).roll_back(name, tag_name, to=to, request_id=uuid4().hex)
-    _show(console, model, f"{pointer} is {short(_pointed(model, tag_name))} again", is_json=is_json)
+        versions = VersionClient(dialer)
+        model = await versions.roll_back(name, tag_name, to=to, request_id=uuid4().hex, is_dry_run=is_dry_run)
+    told = f"{pointer} is {short(_pointed(model, tag_name))} again"
+    _show(console, model, told, is_json=is_json, is_dry_run=is_dry_run)
 
 
 async def history(state: StateDirectory, console: Console, pointer: str, *, count: int, is_json: bool) -> None:
@@ -69,20 +81,35 @@ async def history(state: StateDirectory, console: Console, pointer: str, *, coun
 
 
 async def pin(
-    state: StateDirectory, console: Console, reference: str, *, reason: str, is_removed: bool, is_json: bool
+    state: StateDirectory,
+    console: Console,
+    reference: str,
+    *,
+    reason: str,
+    is_removed: bool,
+    is_json: bool,
+    is_dry_run: bool = False,
 ) -> None:
     """Keeps a revision from being deleted, or takes that back."""
     async with open_admin(state) as dialer:
         versions = VersionClient(dialer)
         if is_removed:
-            model = await versions.delete_pin(reference, request_id=uuid4().hex)
+            model = await versions.delete_pin(reference, request_id=uuid4().hex, is_dry_run=is_dry_run)
         else:
-            model = await versions.put_pin(reference, reason, request_id=uuid4().hex)
+            model = await versions.put_pin(reference, reason, request_id=uuid4().hex, is_dry_run=is_dry_run)
     pins = ", ".join(short(one.revision) for one in model.pins) or "nothing"
-    _show(console, model, f"{model.name} keeps {pins}", is_json=is_json)
+    _show(console, model, f"{model.name} keeps {pins}", is_json=is_json, is_dry_run=is_dry_run)
 
 
-async def remove(state: StateDirectory, console: Console, reference: str, *, is_forced: bool, is_json: bool) -> None:
+async def remove(
+    state: StateDirectory,
+    console: Console,
+    reference: str,
+    *,
+    is_forced: bool,
+    is_json: bool,
+    is_dry_run: bool = False,
+) -> None:
     """Removes a model, or one revision of it where its digest is named."""
     name, mark, _ = reference.partition("@")
     if mark and is_forced:
@@ -91,13 +118,18 @@ async def remove(state: StateDirectory, console: Console, reference: str, *, is_
         )
     async with open_admin(state) as dialer:
         if mark:
-            _, freed = await VersionClient(dialer).delete_revision(reference, request_id=uuid4().hex)
+            versions = VersionClient(dialer)
+            _, freed = await versions.delete_revision(reference, request_id=uuid4().hex, is_dry_run=is_dry_run)
         else:
-            freed = await RegistryClient(dialer).delete_model(name, is_forced=is_forced, request_id=uuid4().hex)
+            registry = RegistryClient(dialer)
+            freed = await registry.delete_model(
+                name, is_forced=is_forced, request_id=uuid4().hex, is_dry_run=is_dry_run
+            )
     if is_json:
         console.print_json(json.dumps({"removed": reference, "freed_bytes": freed}))
     else:
-        console.print(f"{reference} removed, {size(freed)} freed", markup=False, highlight=False)
+        would = NOTHING_DONE if is_dry_run else ""
+        console.print(f"{would}{reference} removed, {size(freed)} freed", markup=False, highlight=False)
 
 
 def versions_of(model: Model) -> dict[str, Any]:
@@ -112,11 +144,11 @@ def versions_of(model: Model) -> dict[str, Any]:
     }
 
 
-def _show(console: Console, model: Model, told: str, *, is_json: bool) -> None:
+def _show(console: Console, model: Model, told: str, *, is_json: bool, is_dry_run: bool) -> None:
     if is_json:
         console.print_json(json.dumps(versions_of(model)))
     else:
-        console.print(told, markup=False, highlight=False, soft_wrap=True)
+        console.print(NOTHING_DONE * is_dry_run + told, markup=False, highlight=False, soft_wrap=True)
 
 
 def _pointer(text: str) -> tuple[str, str]:

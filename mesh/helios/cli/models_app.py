@@ -208,11 +208,12 @@ def models_set(
     *,
     setting: SettingOption = None,
     unset: Annotated[list[str] | None, typer.Option(help="Setting to take back. May be repeated.")] = None,
+    dry_run: DryRunOption = False,
     is_json: JsonOption = False,
 ) -> None:
     """Change how a model's engine is set; without options, show the settings and what can be set."""
     changes = (tuple(setting or ()), tuple(unset or ()))
-    run(models_set_command(state_of(state_dir), console, name, *changes, is_json=is_json))
+    run(models_set_command(state_of(state_dir), console, name, *changes, is_dry_run=dry_run, is_json=is_json))
 
 
 @app.command("policy")
@@ -282,12 +283,16 @@ def models_tag(
     state_dir: StateOption,
     serve: Annotated[bool, typer.Option("--serve", help="Serve the revision: requests for MODEL reach it.")] = False,
     delete: Annotated[bool, typer.Option("--delete", help="Delete the tag; the revision stays.")] = False,
+    dry_run: DryRunOption = False,
     is_json: JsonOption = False,
 ) -> None:
     """Point a tag at a revision of a model, or serve that revision; the change is at once for everybody."""
     if bool(tag) == serve or (serve and delete):
         raise typer.BadParameter("give a TAG, or --serve without one")
-    run(model_versions.tag(state_of(state_dir), console, model, tag, is_deleted=delete, is_json=is_json))
+    command = model_versions.tag(
+        state_of(state_dir), console, model, tag, is_deleted=delete, is_json=is_json, is_dry_run=dry_run
+    )
+    run(command)
 
 
 @app.command("rollback")
@@ -298,10 +303,11 @@ def models_rollback(
     to: Annotated[
         str, typer.Option(help="Digest, or its beginning, of an earlier revision; else the one before.")
     ] = "",
+    dry_run: DryRunOption = False,
     is_json: JsonOption = False,
 ) -> None:
     """Go back to the revision that a model or a tag had before; doing it twice goes back two."""
-    run(model_versions.rollback(state_of(state_dir), console, model, to=to, is_json=is_json))
+    run(model_versions.rollback(state_of(state_dir), console, model, to=to, is_json=is_json, is_dry_run=dry_run))
 
 
 @app.command("history")
@@ -342,6 +348,7 @@ def models_rollout(
     ] = None,
     promote: Annotated[bool, typer.Option("--promote", help="Serve the canary: all requests go there.")] = False,
     abort: Annotated[bool, typer.Option("--abort", help="All requests go to what is served.")] = False,
+    dry_run: DryRunOption = False,
     is_json: JsonOption = False,
 ) -> None:
     """Send a share of a model's requests to another revision of it; with no option, show what was done.
@@ -349,7 +356,7 @@ def models_rollout(
     A canary that does not answer hurts nobody: while it has no replica, its share goes to what is served.
     """
     change = rollouts.Change(to, weight, is_promoted=promote, is_aborted=abort)
-    run(rollouts.rollout(state_of(state_dir), console, model, change, is_json=is_json))
+    run(rollouts.rollout(state_of(state_dir), console, model, change, is_json=is_json, is_dry_run=dry_run))
 
 
 @app.command("pin")
@@ -359,10 +366,14 @@ def models_pin(
     *,
     reason: Annotated[str, typer.Option(help="Why, for others.")] = "",
     remove: Annotated[bool, typer.Option("--remove", help="Take the pin back.")] = False,
+    dry_run: DryRunOption = False,
     is_json: JsonOption = False,
 ) -> None:
     """Keep a revision, and its model, from being removed."""
-    run(model_versions.pin(state_of(state_dir), console, model, reason=reason, is_removed=remove, is_json=is_json))
+    command = model_versions.pin(
+        state_of(state_dir), console, model, reason=reason, is_removed=remove, is_json=is_json, is_dry_run=dry_run
+    )
+    run(command)
 
 
 @app.command("rm")
@@ -373,10 +384,11 @@ def models_rm(
     force: Annotated[
         bool, typer.Option("--force", help="Also one that is pinned, or that another model's settings name.")
     ] = False,
+    dry_run: DryRunOption = False,
     is_json: JsonOption = False,
 ) -> None:
     """Remove a model, its replicas and its bytes, or one revision that nothing points at."""
-    run(model_versions.remove(state_of(state_dir), console, name, is_forced=force, is_json=is_json))
+    run(model_versions.remove(state_of(state_dir), console, name, is_forced=force, is_json=is_json, is_dry_run=dry_run))
 
 
 @app.command("gc")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from helios.cli.edge import open_admin
+from helios.cli.options import NOTHING_DONE
 from helios.cli.state import StateDirectory
 from helios.registry.client import RegistryClient
 
@@ -33,7 +34,7 @@ async def models_durable(
         console.print_json(json.dumps({"model": model.name, "is_durable": model.policy.is_durable}))
         return
     if is_dry_run:
-        console.print("nothing was done; it would be:")
+        console.print(NOTHING_DONE.rstrip())
     what = "go on on another replica where theirs dies" if model.policy.is_durable else "end with their replica"
     console.print(
         f"{model.name}: streams {what}, unless a request says otherwise (x-helios-durable)",

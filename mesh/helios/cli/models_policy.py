@@ -8,6 +8,7 @@ from rich.console import Console
 
 from helios.cli.edge import open_admin
 from helios.cli.models_follow import read_span
+from helios.cli.options import NOTHING_DONE
 from helios.cli.state import StateDirectory
 from helios.mesh.errors import InvalidRequest
 from helios.mesh.routing import NAMES, Choice, ModelRouting
@@ -72,7 +73,7 @@ async def models_policy(
         console.print_json(json.dumps({"model": model.name, **asdict(model.policy)}))
         return
     if is_dry_run:
-        console.print("nothing was done; it would be:")
+        console.print(NOTHING_DONE.rstrip())
     for line in lines_of(model.policy):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from helios.cli.edge import open_admin
 from helios.cli.model_versions import short
+from helios.cli.options import NOTHING_DONE
 from helios.cli.state import StateDirectory
 from helios.mesh.errors import InvalidRequest
 from helios.registry.client import Model, RegistryClient, RolloutClient
@@ -36,7 +37,9 @@ class Change:
         return self
 
 
-async def rollout(state: StateDirectory, console: Console, name: str, change: Change, *, is_json: bool) -> None:
+async def rollout(
+    state: StateDirectory, console: Console, name: str, change: Change, *, is_json: bool, is_dry_run: bool = False
+) -> None:
     """Changes a model's rollout, or shows it with what was done to it."""
     change.check()
     async with open_admin(state) as dialer:
@@ -44,11 +47,11 @@ async def rollout(state: StateDirectory, console: Console, name: str, change: Ch
         request_id = uuid4().hex
         if change.weight is not None:
             to = change.to or await _canary(RegistryClient(dialer), name)
-            model = await rollouts.put(f"{name}@{to}", change.weight, request_id=request_id)
+            model = await rollouts.put(f"{name}@{to}", change.weight, request_id=request_id, is_dry_run=is_dry_run)
         elif change.is_promoted:
-            model = await rollouts.promote(name, request_id=request_id)
+            model = await rollouts.promote(name, request_id=request_id, is_dry_run=is_dry_run)
         elif change.is_aborted:
-            model = await rollouts.abort(name, request_id=request_id)
+            model = await rollouts.abort(name, request_id=request_id, is_dry_run=is_dry_run)
         else:
             model = await RegistryClient(dialer).get_model(name)
         steps = await rollouts.list_steps(model.name, limit=_SHOWN_STEPS)
@@ -66,7 +69,7 @@ async def rollout(state: StateDirectory, console: Console, name: str, change: Ch
         ]
         console.print_json(json.dumps(rollout_of(model) | {"steps": told}))
         return
-    console.print(_told(model), markup=False, highlight=False, soft_wrap=True)
+    console.print(NOTHING_DONE * is_dry_run + _told(model), markup=False, highlight=False, soft_wrap=True)
     if change == Change() and steps:
         table = Table("when", "revision", "weight", "what", box=None)
         for step in steps:

@@ -8,6 +8,7 @@ from rich.console import Console
 from helios.api.engine.v1 import engine_settings_pb2 as pb
 from helios.cli import engine_settings
 from helios.cli.edge import open_admin
+from helios.cli.options import NOTHING_DONE
 from helios.cli.state import StateDirectory
 from helios.mesh.errors import ModelNotFound
 from helios.registry.client import EngineSettings, Model, RegistryClient
@@ -20,6 +21,7 @@ async def models_set(
     assignments: tuple[str, ...],
     removals: tuple[str, ...],
     *,
+    is_dry_run: bool = False,
     is_json: bool = False,
 ) -> None:
     """Changes a model's engine settings; without a change, shows them and the keys that there are."""
@@ -29,11 +31,15 @@ async def models_set(
         if assignments or removals:
             settings = engine_settings.change(settings_of(model), assignments, removals)
             # They are replaced as a whole: what another person has set meanwhile would be gone.
-            model = await registry.update_engine_settings(model.name, _kept(settings), expected_version=model.version)
+            model = await registry.update_engine_settings(
+                model.name, _kept(settings), expected_version=model.version, is_dry_run=is_dry_run
+            )
     if is_json:
         shown = {"model": model.name, "engine_settings": engine_settings.flatten(settings_of(model))}
         console.print_json(json.dumps(shown))
         return
+    if is_dry_run:
+        console.print(NOTHING_DONE.rstrip())
     for key, value in engine_settings.flatten(settings_of(model)).items():
         console.print(f"{key}={value}", markup=False, highlight=False, soft_wrap=True)
     if assignments or removals:

@@ -14,6 +14,7 @@ from helios.api.admin.v1 import admin_service_pb2 as pb
 from helios.api.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 from helios.api.fleet.v1 import fleet_service_pb2
 from helios.cli.edge import open_admin
+from helios.cli.options import NOTHING_DONE
 from helios.cli.state import StateDirectory
 from helios.mesh.errors import Unavailable
 from helios.mesh.status import error_from_rpc
@@ -33,7 +34,7 @@ class Order:
 
     def say(self, subject: str, done: str) -> None:
         """Prints what was done to whom, or what would be."""
-        would = "nothing was done; it would be: " if self.is_dry_run else ""
+        would = NOTHING_DONE if self.is_dry_run else ""
         self.console.print(f"{subject}: {would}{done}", markup=False, soft_wrap=True)
 
 

@@ -36,6 +36,8 @@ StateOption = Annotated[
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+NOTHING_DONE: Final = "nothing was done; it would be: "
+"""What stands before what a dry run tells."""
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and do nothing.")]
 
 

@@ -239,7 +239,9 @@ class RegistryClient:
         response = await answer_of(stub.UpdatePolicy(request, timeout=RESTART_SECONDS, wait_for_ready=True))
         return wire.model_from_proto(response.model)
 
-    async def update_engine_settings(self, name: str, settings: EngineSettings, *, expected_version: int = 0) -> Model:
+    async def update_engine_settings(
+        self, name: str, settings: EngineSettings, *, expected_version: int = 0, is_dry_run: bool = False
+    ) -> Model:
         """Replaces a model's engine settings.
 
         Raises:
@@ -248,24 +250,41 @@ class RegistryClient:
             Conflict: STALE_VERSION, the model does not have the expected version, if one is given, any more.
         """
         request = pb.UpdateEngineSettingsRequest(
-            name=name, settings=wire.engine_settings_to_proto(settings), expected_version=expected_version
+            name=name,
+            settings=wire.engine_settings_to_proto(settings),
+            expected_version=expected_version,
+            dry_run=is_dry_run,
         )
         response = await answer_of(self._stub().UpdateEngineSettings(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
-    async def put_alias(self, alias: str, model: str, *, request_id: str = "", expected_version: int = 0) -> Model:
+    async def put_alias(
+        self, alias: str, model: str, *, request_id: str = "", expected_version: int = 0, is_dry_run: bool = False
+    ) -> Model:
         """Points an alias at a model. Raises ModelNotFound, AlreadyExists, InvalidRequest, Conflict (STALE_VERSION)."""
-        request = pb.PutAliasRequest(alias=alias, model=model, request_id=request_id, expected_version=expected_version)
+        request = pb.PutAliasRequest(
+            alias=alias, model=model, request_id=request_id, expected_version=expected_version, dry_run=is_dry_run
+        )
         response = await answer_of(self._stub().PutAlias(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
-    async def delete_alias(self, alias: str, *, request_id: str = "", expected_version: int = 0) -> None:
+    async def delete_alias(
+        self, alias: str, *, request_id: str = "", expected_version: int = 0, is_dry_run: bool = False
+    ) -> None:
         """Removes an alias. Raises NotFound (ALIAS_NOT_FOUND), Conflict (STALE_VERSION)."""
-        request = pb.DeleteAliasRequest(alias=alias, request_id=request_id, expected_version=expected_version)
+        request = pb.DeleteAliasRequest(
+            alias=alias, request_id=request_id, expected_version=expected_version, dry_run=is_dry_run
+        )
         await answer_of(self._stub().DeleteAlias(request, timeout=self._timeout_seconds))
 
     async def delete_model(
-        self, name: str, *, is_forced: bool = False, request_id: str = "", expected_version: int = 0
+        self,
+        name: str,
+        *,
+        is_forced: bool = False,
+        request_id: str = "",
+        expected_version: int = 0,
+        is_dry_run: bool = False,
     ) -> int:
         """Removes a model; returns the bytes of blobs that were freed.
 
@@ -275,7 +294,7 @@ class RegistryClient:
             Conflict: STALE_VERSION.
         """
         request = pb.DeleteModelRequest(
-            name=name, force=is_forced, request_id=request_id, expected_version=expected_version
+            name=name, force=is_forced, request_id=request_id, expected_version=expected_version, dry_run=is_dry_run
         )
         response = await answer_of(self._stub().DeleteModel(request, timeout=DELETE_TIMEOUT_SECONDS))
         return response.freed_bytes

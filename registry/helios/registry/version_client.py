@@ -36,24 +36,44 @@ class VersionClient:
         response = await answer_of(self._stub().ResolveModel(request, timeout=self._timeout_seconds))
         return version_wire.resolved_from_proto(response)
 
-    async def put_tag(self, target: str, tag: str, *, request_id: str = "", expected_version: int = 0) -> Model:
+    async def put_tag(
+        self, target: str, tag: str, *, request_id: str = "", expected_version: int = 0, is_dry_run: bool = False
+    ) -> Model:
         """Points a tag, or the served revision where it is empty, at a revision of the same model."""
-        request = pb.PutTagRequest(model=target, tag=tag, request_id=request_id, expected_version=expected_version)
+        request = pb.PutTagRequest(
+            model=target, tag=tag, request_id=request_id, expected_version=expected_version, dry_run=is_dry_run
+        )
         response = await answer_of(self._stub().PutTag(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
-    async def delete_tag(self, model: str, tag: str, *, request_id: str = "", expected_version: int = 0) -> Model:
+    async def delete_tag(
+        self, model: str, tag: str, *, request_id: str = "", expected_version: int = 0, is_dry_run: bool = False
+    ) -> Model:
         """Removes a tag. Raises ModelNotFound, NotFound (TAG_NOT_FOUND), Conflict (STALE_VERSION)."""
-        request = pb.DeleteTagRequest(model=model, tag=tag, request_id=request_id, expected_version=expected_version)
+        request = pb.DeleteTagRequest(
+            model=model, tag=tag, request_id=request_id, expected_version=expected_version, dry_run=is_dry_run
+        )
         response = await answer_of(self._stub().DeleteTag(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
     async def roll_back(
-        self, model: str, tag: str = "", *, to: str = "", request_id: str = "", expected_version: int = 0
+        self,
+        model: str,
+        tag: str = "",
+        *,
+        to: str = "",
+        request_id: str = "",
+        expected_version: int = 0,
+        is_dry_run: bool = False,
     ) -> Model:
         """Points a tag, or the served revision, where it pointed before."""
         request = pb.RollBackModelRequest(
-            model=model, tag=tag, revision=to, request_id=request_id, expected_version=expected_version
+            model=model,
+            tag=tag,
+            revision=to,
+            request_id=request_id,
+            expected_version=expected_version,
+            dry_run=is_dry_run,
         )
         response = await answer_of(self._stub().RollBackModel(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
@@ -72,25 +92,39 @@ class VersionClient:
             if not token or len(found) >= limit:
                 return tuple(found)
 
-    async def put_pin(self, target: str, reason: str = "", *, request_id: str = "", expected_version: int = 0) -> Model:
+    async def put_pin(
+        self,
+        target: str,
+        reason: str = "",
+        *,
+        request_id: str = "",
+        expected_version: int = 0,
+        is_dry_run: bool = False,
+    ) -> Model:
         """Keeps a revision from being deleted."""
         request = pb.PutPinRequest(
-            model=target, reason=reason, request_id=request_id, expected_version=expected_version
+            model=target, reason=reason, request_id=request_id, expected_version=expected_version, dry_run=is_dry_run
         )
         response = await answer_of(self._stub().PutPin(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
-    async def delete_pin(self, target: str, *, request_id: str = "", expected_version: int = 0) -> Model:
+    async def delete_pin(
+        self, target: str, *, request_id: str = "", expected_version: int = 0, is_dry_run: bool = False
+    ) -> Model:
         """Takes a pin back."""
-        request = pb.DeletePinRequest(model=target, request_id=request_id, expected_version=expected_version)
+        request = pb.DeletePinRequest(
+            model=target, request_id=request_id, expected_version=expected_version, dry_run=is_dry_run
+        )
         response = await answer_of(self._stub().DeletePin(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
     async def delete_revision(
-        self, target: str, *, request_id: str = "", expected_version: int = 0
+        self, target: str, *, request_id: str = "", expected_version: int = 0, is_dry_run: bool = False
     ) -> tuple[Model, int]:
         """Removes a revision that nothing points at; returns the model and the bytes that were freed."""
-        request = pb.DeleteRevisionRequest(model=target, request_id=request_id, expected_version=expected_version)
+        request = pb.DeleteRevisionRequest(
+            model=target, request_id=request_id, expected_version=expected_version, dry_run=is_dry_run
+        )
         response = await answer_of(self._stub().DeleteRevision(request, timeout=_DELETE_TIMEOUT_SECONDS))
         return wire.model_from_proto(response.model), response.freed_bytes
 

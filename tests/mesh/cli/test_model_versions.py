@@ -125,3 +125,16 @@ async def test_what_reaches_a_revision_that_is_not_served(parts: Parts) -> None:
     assert (name, done.model.revision) == ("m@canary", new_revision := model.tags[0].revision)
     assert new_revision != model.revision
     assert reached(Addition("m", "/d", tags=("canary",)), "m", IngestDone(model, 1)) == ("m", IngestDone(model, 1))
+
+
+async def test_dry_runs_say_what_would_be_and_leave_everything(parts: Parts, out: Printed) -> None:
+    before = await parts.catalog.store.get_model("m")
+    await model_versions.tag(STATE, out.console, f"m@{A}", "prod", is_deleted=False, is_json=False, is_dry_run=True)
+    assert out.text().startswith("nothing was done; it would be: m@prod is sha256:")
+    await model_versions.pin(STATE, out.console, f"m@{A}", reason="", is_removed=False, is_json=False, is_dry_run=True)
+    assert "m keeps sha256:" in out.text()
+    await model_versions.remove(STATE, out.console, "m", is_forced=False, is_json=True, is_dry_run=True)
+    assert out.json() == {"removed": "m", "freed_bytes": 100 + 100 + 7}
+    with pytest.raises(PreconditionFailed):
+        await model_versions.remove(STATE, out.console, f"m@{B}", is_forced=False, is_json=False, is_dry_run=True)
+    assert await parts.catalog.store.get_model("m") == before

@@ -21,23 +21,37 @@ class RolloutClient:
         self._dialer = dialer
         self._timeout_seconds = timeout_seconds
 
-    async def put(self, target: str, percent: int, *, request_id: str = "", expected_version: int = 0) -> Model:
+    async def put(
+        self, target: str, percent: int, *, request_id: str = "", expected_version: int = 0, is_dry_run: bool = False
+    ) -> Model:
         """Sends a share of a model's requests to the revision that a reference means."""
         request = pb.PutRolloutRequest(
-            model=target, weight_percent=percent, request_id=request_id, expected_version=expected_version
+            model=target,
+            weight_percent=percent,
+            request_id=request_id,
+            expected_version=expected_version,
+            dry_run=is_dry_run,
         )
         response = await answer_of(self._stub().PutRollout(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
-    async def promote(self, model: str, *, request_id: str = "", expected_version: int = 0) -> Model:
+    async def promote(
+        self, model: str, *, request_id: str = "", expected_version: int = 0, is_dry_run: bool = False
+    ) -> Model:
         """Serves the canary. Raises PreconditionFailed (NO_ROLLOUT)."""
-        request = pb.PromoteRolloutRequest(model=model, request_id=request_id, expected_version=expected_version)
+        request = pb.PromoteRolloutRequest(
+            model=model, request_id=request_id, expected_version=expected_version, dry_run=is_dry_run
+        )
         response = await answer_of(self._stub().PromoteRollout(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
-    async def abort(self, model: str, *, request_id: str = "", expected_version: int = 0) -> Model:
+    async def abort(
+        self, model: str, *, request_id: str = "", expected_version: int = 0, is_dry_run: bool = False
+    ) -> Model:
         """Gives the canary up. Raises PreconditionFailed (NO_ROLLOUT)."""
-        request = pb.AbortRolloutRequest(model=model, request_id=request_id, expected_version=expected_version)
+        request = pb.AbortRolloutRequest(
+            model=model, request_id=request_id, expected_version=expected_version, dry_run=is_dry_run
+        )
         response = await answer_of(self._stub().AbortRollout(request, timeout=self._timeout_seconds))
         return wire.model_from_proto(response.model)
 
