@@ -130,7 +130,7 @@ def test_an_adapter_that_no_replica_can_have_is_answered_with_the_reason(
     assert "set lora.max_rank" in failed.error.message
     with pytest.raises(kind):
         subject.hold(model, "q3", size_bytes=0, deadline=99.0, now=3.0, adapter="pirate")
-    assert subject.holds.first_of_lane("m", "poet") == waiting
+    assert subject.holds.next_of_lane("m", "poet") == [waiting]
     assert subject.pick(model, "q4", 3.0) is not None, "the model itself is not affected"
     # Where one replica has it, another one's failure is nobody's business.
     subject.replica_event("w", 2, holding((adapter("pirate"), LOADED), replica_id="s"), 4.0)

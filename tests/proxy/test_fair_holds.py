@@ -197,7 +197,7 @@ class FairHoldsMachine(RuleBasedStateMachine):
     @rule(model=st.sampled_from("ab"), adapter=st.sampled_from(["", "x"]))
     def release(self, model: str, adapter: str) -> None:
         lane = [hold for hold in self.held.values() if (hold.model, hold.adapter) == (model, adapter)]
-        first = self.holds.first_of_lane(model, adapter)
+        first = next(iter(self.holds.next_of_lane(model, adapter)), None)
         assert (first is None) == (not lane)
         if first is not None:
             # Of one tenant and rank, the one that came first.

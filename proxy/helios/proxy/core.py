@@ -140,7 +140,9 @@ class Core:
         `adapter` is the one that the request names, where it names one; only replicas that have it are picked.
         `wishes` is what it says that bears on where it goes, where there is a choice.
         """
-        if self.holds.first_of_lane(entry.name, adapter) is not None:
+        waiting = self.holds.highest_band(entry.name, adapter)
+        # Who waits for a place that is kept from its band holds up nobody for whom it is kept.
+        if waiting and (waiting >= wishes.band or not self.traffic.rules_of(entry.name).keeps_places):
             return None
         return self._pick(entry, request_id, now, adapter, wishes)
 
@@ -280,15 +282,7 @@ class Core:
         return self._take(now)
 
     def _as_ordered(self, worker_id: str, replica: Replica) -> Replica:
-        """What was said before an order arrived must not undo what is believed since the order."""
-        replica = self.rollouts.at_home(replica)
-        match self._commands.pending_state_order(worker_id, replica.replica_id), replica.state:
-            case SleepReplica(), ReplicaState.READY:
-                return replace(replica, state=ReplicaState.ASLEEP)
-            case WakeReplica(), ReplicaState.ASLEEP:
-                return replace(replica, state=ReplicaState.WAKING)
-            case _:
-                return replica
+        return self._commands.as_ordered(worker_id, self.rollouts.at_home(replica))
 
     def staged_event(self, worker_id: str, sequence: int, staged: Staged, now: float) -> list[actions.Action]:
         """A staged revision changed; an event that comes twice changes nothing."""
@@ -558,12 +552,17 @@ class Core:
         entry = self.catalogue.find(model)
         for adapter in self.holds.lanes(model) if entry is not None else ():
             assert entry is not None
-            while (hold := self.holds.first_of_lane(model, adapter)) is not None:
-                chosen = self._pick(entry, hold.request_id, now, adapter, NO_WISHES)
-                if chosen is None:
-                    break
-                self.holds.release(hold.hold_id)
-                self._out([actions.Release(hold, chosen)])
+            while (turn := self._next_turn(entry, adapter, now)) is not None:
+                self.holds.release(turn.hold.hold_id)
+                self._out([turn])
+
+    def _next_turn(self, entry: ModelEntry, adapter: str, now: float) -> actions.Release | None:
+        """Who of a lane goes on now, and where to; None where there is no place for anybody."""
+        for hold in self.holds.next_of_lane(entry.name, adapter):
+            wishes = Wishes(band=hold.caller.priority)
+            if (chosen := self._pick(entry, hold.request_id, now, adapter, wishes)) is not None:
+                return actions.Release(hold, chosen)
+        return None
 
     def _resynchronise(self, now: float, *, is_complete: bool) -> None:
         if self.is_resynchronised:

@@ -138,12 +138,19 @@ class Holds:
         """Adapters of a model that requests wait for; "" is the model itself."""
         return list(self._lanes.get(model, ()))
 
-    def first_of_lane(self, model: str, adapter: str) -> Hold | None:
-        """The hold for an adapter of a model that is next."""
+    def next_of_lane(self, model: str, adapter: str) -> list[Hold]:
+        """Who goes on next for an adapter of a model: whoever's turn it is, else, if there is no place for that band,
+        the first of the highest one.
+        """
+        lane = self._lanes.get(model, {}).get(adapter)
+        keys = (lane.first(), lane.first_of_highest()) if lane is not None else ()
+        return [self._holds[key] for key in dict.fromkeys(keys) if key is not None]
+
+    def highest_band(self, model: str, adapter: str) -> int:
+        """The highest band that waits for an adapter of a model; 0: nobody does."""
         lanes = self._lanes.get(model)
         lane = lanes.get(adapter) if lanes is not None else None
-        key = lane.first() if lane is not None else None
-        return self._holds[key] if key is not None else None
+        return lane.highest_band if lane is not None else 0
 
     def take_lane(self, model: str, adapter: str) -> list[Hold]:
         """Ends all holds for an adapter of a model, first come first."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from helios.proxy.activation import machine
 from helios.proxy.catalogue import Catalogue, ModelEntry, addressed_name
 from helios.proxy.fleet.state import Replica
+from helios.proxy.routing.rules import NORMAL_BAND
 from helios.proxy.routing.split import Splitter
 from helios.proxy.traffic import Traffic
 
@@ -46,8 +47,8 @@ class Rollouts:
         self._splitter = Splitter()
         self._wanted_at: dict[str, float] = {}
 
-    def assign(self, entry: ModelEntry, name: str, key: str, now: float) -> Assignment:
-        """Which revision of a model answers a request for `name`.
+    def assign(self, entry: ModelEntry, name: str, key: str, now: float, *, band: int = NORMAL_BAND) -> Assignment:
+        """Which revision of a model answers a request for `name`, of a band of priority.
 
         Requests that name a revision or an adapter are not split. `key` stands for a conversation or a user.
         """
@@ -55,7 +56,7 @@ class Rollouts:
         if canary is None or "@" in name or name in entry.adapters:
             return Assignment(entry)
         self._traffic.use(canary.name, now)
-        is_ready = self._traffic.takes_requests(canary)
+        is_ready = self._traffic.takes_requests(canary, band)
         if not is_ready and now - self._wanted_at.get(canary.name, -_WANT_SECONDS) >= _WANT_SECONDS:
             self._wanted_at[canary.name] = now
             self._lifecycle.want(canary, now)
@@ -64,11 +65,11 @@ class Rollouts:
             why = f"{entry.canary_percent} % go to {canary.name}, not this one, by its {by}"
             return Assignment(entry, why, "served")
         why = f"{entry.canary_percent} % go to {canary.name}, this one by its {by}"
-        return self.still(Assignment(canary, why, "canary"), entry)
+        return self.still(Assignment(canary, why, "canary"), entry, band=band)
 
-    def still(self, assigned: Assignment, served: ModelEntry) -> Assignment:
+    def still(self, assigned: Assignment, served: ModelEntry, *, band: int = NORMAL_BAND) -> Assignment:
         """An assignment as it is now: what is the canary's goes to what is served unless a replica takes it at once."""
-        if assigned.outcome != "canary" or self._traffic.takes_requests(assigned.entry):
+        if assigned.outcome != "canary" or self._traffic.takes_requests(assigned.entry, band):
             return assigned
         return Assignment(served, f"{assigned.why}, but no replica there takes requests", "fallback")
 

@@ -240,7 +240,7 @@ class Runtime:
     ) -> Pick:
         since = time.monotonic()
         adapter = arrival.name if arrival.name in entry.adapters else ""
-        request_id, why = arrival.request_id, self._why_held(entry.name, adapter)
+        request_id, why = arrival.request_id, self._why_held(entry.name, adapter, arrival.caller.priority)
         hold, todo = self.core.hold(
             entry,
             request_id,
@@ -345,10 +345,10 @@ class Runtime:
             changed, self.events_changed = self.events_changed, asyncio.Event()
             changed.set()
 
-    def _why_held(self, model: str, adapter: str) -> str:
+    def _why_held(self, model: str, adapter: str, band: int) -> str:
         """Says, for people, why no replica of a model takes a request now."""
         ahead_count = self.core.holds.count(model)
-        excluded = self.core.traffic.exclusions(model)
+        excluded = self.core.traffic.exclusions(model, band)
         if not self.core.is_resynchronised:
             why = "this proxy has just started and waits for its workers"
         elif excluded:
@@ -368,7 +368,7 @@ class Runtime:
         if isinstance(result, HeliosError):
             future.set_exception(result)
         else:
-            excluded = self.core.traffic.exclusions(hold.model)
+            excluded = self.core.traffic.exclusions(hold.model, hold.caller.priority)
             self.journal.released(hold.request_id, result, excluded, time.monotonic())
             future.set_result(result)
 

@@ -23,7 +23,7 @@ from helios.proxy.retries import RetryBudgets, RetryPolicy
 from helios.proxy.routing.corrections import Corrections, KvNews
 from helios.proxy.routing.pick import NO_WISHES, Affinity, Pick, Wishes, pick
 from helios.proxy.routing.prefix import BLOCK_TOKENS, Blocks, PrefixIndex
-from helios.proxy.routing.rules import Rules, Weights
+from helios.proxy.routing.rules import LOW_BAND, NORMAL_BAND, Rules, Weights
 from helios.proxy.routing.table import Candidate, Facts, Locality, RoutingTable, exclusion, score
 
 # gRPC codes that speak of the replica and not of the request: UNKNOWN, INTERNAL, UNAVAILABLE, DATA_LOSS.
@@ -109,6 +109,8 @@ class Traffic:
         self._opened: set[str] = set()
         # Candidates in whose engines as many wait as may: no pick takes them, whatever else counts them as candidates.
         self._busy: set[str] = set()
+        # Candidates that take no requests of the lowest bands, with the lowest one that they take.
+        self._lowest: dict[str, int] = {}
         # By model, as a tuple that is made anew where it changes: a pick takes it as it is.
         self._excluded: dict[str, tuple[tuple[str, str], ...]] = {}
         # Replicas that have an adapter loaded; few picks name one, so candidates are looked up here and not grouped.
@@ -140,6 +142,8 @@ class Traffic:
             snapshot = tuple(candidate for candidate in snapshot if candidate.replica_id in holders)
         if self._busy:
             snapshot = tuple(candidate for candidate in snapshot if candidate.replica_id not in self._busy)
+        if self._lowest:
+            snapshot = tuple(candidate for candidate in snapshot if self._takes(candidate.replica_id, wishes.band))
         affinity, rules = None, self.rules_of(entry.name)
         if len(snapshot) > 1:
             if self.fleet.cordoned:
@@ -357,10 +361,14 @@ class Traffic:
             and self.ledger.is_idle(replica.replica_id)
         )
 
-    def takes_requests(self, entry: ModelEntry) -> bool:
+    def takes_requests(self, entry: ModelEntry, band: int = NORMAL_BAND) -> bool:
         """Whether a request for an entry's revision would be picked a replica now, and not wait for a busy one."""
-        candidates = self.table.snapshot(entry.name, entry.revision)
-        return any(candidate.replica_id not in self._busy for candidate in candidates)
+        replica_ids = (candidate.replica_id for candidate in self.table.snapshot(entry.name, entry.revision))
+        return any(replica_id not in self._busy and self._takes(replica_id, band) for replica_id in replica_ids)
+
+    def _takes(self, replica_id: str, band: int) -> bool:
+        """Whether a candidate has a place that is not kept from a band."""
+        return self._lowest.get(replica_id, LOW_BAND) <= band
 
     @property
     def busy(self) -> frozenset[str]:
@@ -426,9 +434,12 @@ class Traffic:
         )
         return exclusion(replica, facts)
 
-    def exclusions(self, model: str) -> tuple[tuple[str, str], ...]:
-        """Replicas of a model that are not picked now, each with its reason."""
+    def exclusions(self, model: str, band: int = NORMAL_BAND) -> tuple[tuple[str, str], ...]:
+        """Replicas of a model that are not picked for a band now, each with its reason."""
         excluded = self._excluded.get(model, ())
+        if self._lowest:
+            kept = (one.replica_id for one in self.fleet.replicas_of(model) if not self._takes(one.replica_id, band))
+            excluded += tuple((replica_id, "kept_for_higher_bands") for replica_id in kept)
         return excluded + self._left_alone(model) if self.fleet.cordoned else excluded
 
     def _left_alone(self, model: str) -> tuple[tuple[str, str], ...]:
@@ -463,20 +474,23 @@ class Traffic:
         """Filters and scores a replica anew."""
         replica = self.fleet.replica(replica_id)
         if replica is None:
-            self.table.remove(replica_id)
-            self._busy.discard(replica_id)
+            self._unlist(replica_id)
             return
         reason = self.excluded(replica)
         self._note_exclusion(replica, reason)
         if reason is not None:
-            self.table.remove(replica_id)
-            self._busy.discard(replica_id)
+            self._unlist(replica_id)
             return
         reserved_count = self.ledger.reserved_count(replica_id)
         self._note_busy(replica, reserved_count)
         candidate = self._scored(replica, reserved_count)
         if self.table.put(replica.model, replica.revision, candidate):
             self._opened.add(replica.model)
+
+    def _unlist(self, replica_id: str) -> None:
+        self.table.remove(replica_id)
+        self._busy.discard(replica_id)
+        self._lowest.pop(replica_id, None)
 
     def _rescore(self, replica_id: str) -> None:
         if replica_id not in self.table:
@@ -512,6 +526,19 @@ class Traffic:
         elif replica.replica_id in self._busy:
             self._busy.discard(replica.replica_id)
             self._opened.add(replica.model)
+        rules = self.rules_of(replica.model)
+        if rules.low_limit or replica.replica_id in self._lowest:
+            self._note_kept(replica, rules, replica.load.running_count + waiting + reserved_count)
+
+    def _note_kept(self, replica: Replica, rules: Rules, request_count: int) -> None:
+        """Which bands a replica with so many requests has no place for: they wait, and look again when it has."""
+        replica_id = replica.replica_id
+        before = self._lowest.pop(replica_id, LOW_BAND)
+        lowest = rules.lowest_band(request_count, is_full=replica.load.waiting_count > 0)
+        if lowest > LOW_BAND:
+            self._lowest[replica_id] = lowest
+        if lowest < before:
+            self._opened.add(replica.model)
 
     def _note_exclusion(self, replica: Replica, reason: str | None) -> None:
         known = self._excluded.get(replica.model, ())
@@ -540,8 +567,7 @@ class Traffic:
     def _forget(self, replica: Replica, now: float) -> None:
         replica_id = replica.replica_id
         self._note_exclusion(replica, None)
-        self.table.remove(replica_id)
-        self._busy.discard(replica_id)
+        self._unlist(replica_id)
         self.quotas.lost(self.ledger.forget_replica(replica_id), now)
         self.breakers.forget(replica_id)
         self.outliers.forget(replica_id)

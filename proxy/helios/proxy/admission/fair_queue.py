@@ -118,6 +118,16 @@ class FairQueue:
             band = min(waiting, key=lambda number: self._served_at.get(number, 0))
         return self._bands[band].first().key
 
+    @property
+    def highest_band(self) -> int:
+        """The highest band of which anybody waits; 0: nobody does."""
+        return max(self._waiting(), default=0)
+
+    def first_of_highest(self) -> int | None:
+        """Who is next of the highest band, whoever's turn it is; None where nobody waits."""
+        waiting = self._waiting()
+        return self._bands[max(waiting)].first().key if waiting else None
+
     def serve(self, key: int) -> None:
         """A request's turn has come: it leaves, and its tenant has had it. It is the `first` one, or another."""
         waiting = self._waiting()

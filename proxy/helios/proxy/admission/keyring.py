@@ -17,11 +17,11 @@ from helios.mesh.errors import Unauthenticated, Unavailable
 from helios.mesh.names import KEY_PREFIX
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.refusals import model_not_found
+from helios.proxy.routing.rules import NORMAL_BAND
 
 # What Helios's own keys begin with. Where no key is required, others are whatever a client library insists on.
 SECRET_PREFIX: Final = KEY_PREFIX
 _SCHEME: Final = "bearer "
-NORMAL_PRIORITY: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Caller:
     models: tuple[str, ...] = ()
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
-    priority: int = NORMAL_PRIORITY
+    priority: int = NORMAL_BAND
     weight: int = 1
     expires_at: float = 0.0
     _pattern: re.Pattern[str] | None = field(init=False, default=None, compare=False, repr=False)

@@ -13,19 +13,19 @@ from typing import Final
 
 from helios.mesh.errors import InvalidRequest
 from helios.mesh.names import TIER_FIELD
-from helios.proxy.admission.keyring import NORMAL_PRIORITY, Caller
+from helios.proxy.admission.keyring import Caller
 from helios.proxy.catalogue import shown
-from helios.proxy.routing.rules import HIGH_BAND, LOW_BAND
+from helios.proxy.routing.rules import HIGH_BAND, LOW_BAND, NORMAL_BAND
 
 _AUTO: Final = "auto"
 # "scale" is capacity that was bought beforehand at OpenAI: here it is what goes first.
 _BANDS: Final[Mapping[str, int]] = {
-    "default": NORMAL_PRIORITY,
+    "default": NORMAL_BAND,
     "flex": LOW_BAND,
     "priority": HIGH_BAND,
     "scale": HIGH_BAND,
 }
-_GIVEN: Final[Mapping[int, str]] = {LOW_BAND: "flex", NORMAL_PRIORITY: "default", HIGH_BAND: "priority"}
+_GIVEN: Final[Mapping[int, str]] = {LOW_BAND: "flex", NORMAL_BAND: "default", HIGH_BAND: "priority"}
 # A boolean is an integer to Python.
 _KINDS: Final = ((bool, "a boolean"), ((int, float), "a number"), (list, "an array"))
 _SUPPORTED: Final = ", ".join(f"'{name}'" for name in (_AUTO, *_BANDS))

@@ -79,6 +79,8 @@ class Express:
         if entry.is_adapter or entry.adapters or entry.role or entry.canary or entry.is_durable or "@" in entry.name:
             # Its requests differ.
             return False
+        if self._traffic.rules_of(entry.name).keeps_places:
+            return False
         return len(replicas) == 1 and not self._holds.count(entry.name) and self._takes_all(entry, replicas[0])
 
     def _takes_all(self, entry: ModelEntry, replica: Replica) -> bool:

@@ -7,7 +7,7 @@ hello; workers carry a command out once however often it comes. Pure.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from helios.proxy.fleet.state import Adapter
+from helios.proxy.fleet.state import Adapter, Replica, ReplicaState
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +163,20 @@ class CommandBook:
         orders = (command.order for command in self._pending.get(worker_id, {}).values())
         return any(isinstance(order, DrainReplica) and order.replica_id == replica_id for order in orders)
 
-    def pending_state_order(self, worker_id: str, replica_id: str) -> SleepReplica | WakeReplica | None:
-        """The newest order to sleep or wake that a replica's worker has not answered; None where it answered all."""
+    def as_ordered(self, worker_id: str, replica: Replica) -> Replica:
+        """A replica as its worker told it, and as the newest order that it has not answered leaves it.
+
+        What was said before an order arrived must not undo what is believed since the order.
+        """
         orders = (command.order for command in self._pending.get(worker_id, {}).values())
-        own = [o for o in orders if isinstance(o, SleepReplica | WakeReplica) and o.replica_id == replica_id]
-        return own[-1] if own else None
+        own = [o for o in orders if isinstance(o, SleepReplica | WakeReplica) and o.replica_id == replica.replica_id]
+        match own[-1] if own else None, replica.state:
+            case SleepReplica(), ReplicaState.READY:
+                return replace(replica, state=ReplicaState.ASLEEP)
+            case WakeReplica(), ReplicaState.ASLEEP:
+                return replace(replica, state=ReplicaState.WAKING)
+            case _:
+                return replica
 
     def forget_worker(self, worker_id: str) -> None:
         """Drops the commands of a worker that is no longer believed in."""

@@ -8,8 +8,9 @@ from typing import Final
 
 from helios.mesh.names import COHORT_HEADER, EXPECTED_TOKENS_HEADER, PRIORITY_HEADER
 from helios.proxy.admission.history import History
-from helios.proxy.admission.keyring import NORMAL_PRIORITY, Caller
+from helios.proxy.admission.keyring import Caller
 from helios.proxy.routing.prefix import Blocks
+from helios.proxy.routing.rules import NORMAL_BAND
 
 # Blocks of 256 bytes: prompts that have their first kilobyte in common begin alike.
 _COHORT_BLOCKS: Final = 4
@@ -18,7 +19,7 @@ _COHORT_BLOCKS: Final = 4
 def hint_headers(caller: Caller, model: str, blocks: Blocks, history: History) -> dict[str, str]:
     """Returns the headers for a request of a caller for a model, whose prompt has these blocks; empty: nothing."""
     found: dict[str, str] = {}
-    if caller.key_id or caller.priority != NORMAL_PRIORITY:
+    if caller.key_id or caller.priority != NORMAL_BAND:
         found[PRIORITY_HEADER] = str(caller.priority)
     if caller.key_id:
         found[EXPECTED_TOKENS_HEADER] = str(history.answer_tokens(model, caller.key_id))

@@ -124,12 +124,14 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 await gate.wait_admitted(entry, _lifted(request), self._runtime.peers)
             split = Assignment(entry)
             if entry.canary:
-                split = self._core.rollouts.assign(entry, model, _session_key(heads, request), time.monotonic())
+                split = self._core.rollouts.assign(
+                    entry, model, _session_key(heads, request), time.monotonic(), band=gate.caller.priority
+                )
                 entry = split.entry
             if body is None and self._wants_prompt(entry, heads):
                 body = await _prompt(exchange, heads)
                 # While Envoy sent it, the canary may have gone away.
-                split = self._core.rollouts.still(split, served)
+                split = self._core.rollouts.still(split, served, band=gate.caller.priority)
                 entry = split.entry
             wishes = self._wishes(entry, model, body, heads, request)
             # A request that waits keeps no body here.
@@ -157,6 +159,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
         asyncio.get_running_loop().call_soon(
             self._core.traffic.prompt_sent, entry, pick.choices[0].replica_id, heads.request_id, wishes.blocks
         )
+        await exchange.let_rest_go_on()
 
     async def _begun(self, context: Any) -> Exchange | None:
         """Reads what comes unasked, once it is sure that an edge asks; None where there is nothing to read."""
@@ -219,10 +222,12 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 metadata={"param": "model"},
             )
         adapter = model if model in entry.adapters else ""
+        if came.caller.priority != wishes.band:
+            wishes = wishes._replace(band=came.caller.priority)
         pick = self._core.pick(entry, heads.request_id, time.monotonic(), adapter, wishes)
         if pick is not None:
             pick = pick._replace(split=split) if split else pick
-            excluded = self._core.traffic.exclusions(entry.name)
+            excluded = self._core.traffic.exclusions(entry.name, wishes.band)
             self._journal.picked(
                 heads.request_id, (model, pick, excluded, came.began, came.arrived_at, time.monotonic())
             )

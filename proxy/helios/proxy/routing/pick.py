@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Final, NamedTuple
 
 from helios.proxy.routing.prefix import NO_BLOCKS, Blocks
-from helios.proxy.routing.rules import USUAL_WEIGHTS, Weights
+from helios.proxy.routing.rules import NORMAL_BAND, USUAL_WEIGHTS, Weights
 from helios.proxy.routing.table import Candidate
 
 # Candidates that a pick keeps for its explanation; all of a larger fleet's would cost memory, not tell more.
@@ -71,12 +71,13 @@ class Wishes(NamedTuple):
     """What a request says that bears on where it goes.
 
     `blocks` are its prompt's, where that was asked for; `session` stands for a conversation or a user, empty: none is
-    known; `context_tokens` is what its prompt is likely to have and its answer may have at most.
+    known; `context_tokens` is what its prompt is likely to have and its answer may have at most; `band` is its rank.
     """
 
     blocks: Blocks = NO_BLOCKS
     session: str = ""
     context_tokens: int = 0
+    band: int = NORMAL_BAND
 
 
 NO_WISHES: Final = Wishes()

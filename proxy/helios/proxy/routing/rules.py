@@ -7,12 +7,14 @@ not see where they come from.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Final
 
 from helios.mesh.routing import Choice, ModelRouting
 
-HIGH_BAND: Final = 3
 LOW_BAND: Final = 1
+NORMAL_BAND: Final = 2
+HIGH_BAND: Final = 3
 # What an engine runs at once where its settings don't say (ReplicaSpec).
 USUAL_PLACE_COUNT: Final = 64
 
@@ -60,24 +62,35 @@ class Rules:
     Attributes:
         weights: what scorers weigh.
         choice: among which candidates the best one is looked for.
-        kept_for_high_ratio: the share of a replica's places that only requests of the highest band take.
-        kept_from_low_ratio: the share, beside it, that requests of the lowest band leave free.
-        place_count: requests that a replica works on at once.
+        kept_for_high_ratio: the share of a replica's places that is kept for requests of the highest band.
+        kept_from_low_ratio: the share, beside it, that is kept from those of the lowest.
+        normal_limit: a replica at which so many requests are takes none of a normal band; 0: any number.
+        low_limit: the same of a low band; 0 where no place is kept.
     """
 
     weights: Weights = Weights()
     choice: Choice = Choice.BEST
     kept_for_high_ratio: float = 0.0
     kept_from_low_ratio: float = 0.0
-    place_count: int = USUAL_PLACE_COUNT
+    normal_limit: int = 0
+    low_limit: int = 0
 
     @property
     def keeps_places(self) -> bool:
         """Whether some places are not for everybody."""
-        return bool(self.kept_for_high_ratio or self.kept_from_low_ratio)
+        return self.low_limit > 0
+
+    def lowest_band(self, request_count: int, *, is_full: bool) -> int:
+        """The lowest band whose requests go to a replica at which so many are. ``is_full``: some wait in its engine.
+
+        One whose engine has no room for what it has keeps all that gets free, however many places it is said to have.
+        """
+        if self.normal_limit and (is_full or request_count >= self.normal_limit):
+            return HIGH_BAND
+        return NORMAL_BAND if self.low_limit and (is_full or request_count >= self.low_limit) else LOW_BAND
 
     def of_model(self, own: ModelRouting, place_count: int, *, knows_place: bool) -> Rules:
-        """The rules of a model whose policy says ``own``.
+        """The rules of a model whose policy says ``own``, and of whose replicas each works on so many requests at once.
 
         What a policy says of a prefix or a session goes before what the proxy is set to of the other one, where both
         together would leave nothing to load. ``knows_place``: the gateway knows where it is.
@@ -95,10 +108,19 @@ class Rules:
         )
         locality = _first(own.locality_weight, usual.locality) if knows_place else 0.0
         weights = Weights(queue / load, running / load, kv / load, prefix, session, locality)
-        return Rules(weights, own.choice or self.choice, high, low, place_count or USUAL_PLACE_COUNT)
+        places = place_count or USUAL_PLACE_COUNT
+        normal_limit, low_limit = _limit(places, high), _limit(places, high + low)
+        return Rules(weights, own.choice or self.choice, high, low, normal_limit, low_limit)
 
 
 USUAL_WEIGHTS: Final = Weights()
+
+
+def _limit(place_count: int, kept_ratio: float) -> int:
+    """Places that a band may fill, at least one; 0: all."""
+    # A share is a whole number of places; what computing adds to it behind the ninth digit is no place.
+    kept_count = ceil(round(place_count * kept_ratio, 9))
+    return max(1, place_count - kept_count) if kept_count else 0
 
 
 def _first(own: float | None, usual: float) -> float:
