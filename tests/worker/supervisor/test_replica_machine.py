@@ -168,6 +168,14 @@ def test_weights_may_take_as_long_as_they_like_while_they_come() -> None:
     assert machine.view.failure == Failure("FETCH_TIMEOUT", "no byte of the weights came for 60 s")
 
 
+def test_bytes_that_go_and_come_again_are_no_progress() -> None:
+    machine = ReplicaMachine(ORDER, LIMITS)
+    drive(machine, on.Begin())
+    for minute in range(10):
+        drive(machine, on.WeightsCome(TransferProgress(minute % 2, 1000)), on.Tick(), now=minute * 59.0)
+    assert machine.view.failure == Failure("FETCH_TIMEOUT", "no byte of the weights came for 60 s")
+
+
 def test_a_stop_during_the_fork_waits_for_the_process_and_kills_it() -> None:
     machine = ReplicaMachine(ORDER, LIMITS)
     drive(machine, on.Begin(), on.WeightsReady("/w", "l"))

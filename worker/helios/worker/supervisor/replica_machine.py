@@ -96,7 +96,7 @@ class ReplicaMachine:
     | stage | event | next | actions beside Publish |
     |---|---|---|---|
     | PENDING | Begin | FETCHING | Fetch |
-    | FETCHING | WeightsCome, more than before | FETCHING, and its time begins anew | |
+    | FETCHING | WeightsCome, more than ever | FETCHING, and its time begins anew | |
     | FETCHING | WeightsReady | LOADING | Fork |
     | FETCHING | WeightsEnough | LOADING, not lent | Fork |
     | LOADING, WARMING, not lent | WeightsCome | the same | |
@@ -144,6 +144,8 @@ class ReplicaMachine:
         self._overdue: Failure | None = None
         self._drain_deadline = 0.0
         self._fetching_since = 0.0
+        # A chunk that is fetched again and again takes bytes away and brings them back, and gets no further.
+        self._most_bytes = -1
         self._fork_asked_at: float | None = None
         self._heard_at: float | None = None
         self._left_bytes = 0
@@ -272,8 +274,8 @@ class ReplicaMachine:
     ) -> list[Action]:
         match event:
             case WeightsCome(progress) if self._is_fetching:
-                before = self._view.fetch
-                if before is None or progress.done_bytes > before.done_bytes:
+                if progress.done_bytes > self._most_bytes:
+                    self._most_bytes = progress.done_bytes
                     self._set_fetch_deadline(now)
                 self._view = replace(self._view, fetch=progress)
                 return [Publish()]
