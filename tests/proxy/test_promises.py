@@ -186,6 +186,18 @@ def test_starts_that_fail_are_not_measured_and_leave_nothing() -> None:
     assert subject.lifecycle.promises.estimates.score_of(StartRung.CLOUD).count == 0
 
 
+def test_a_phase_of_less_than_no_time_spoils_no_promise() -> None:
+    subject = world()
+    start(subject, 10.0, load_seconds=3.0)
+    before = subject.lifecycle.promises.promise(replace(MODEL, name="other", revision="sha256:other")).seconds
+    stop(subject, 30.0)
+    subject.hold(MODEL, "q", size_bytes=0, deadline=900.0, now=40.0)
+    (asked,) = (one for one in subject.fleet.replicas_of("m") if one.state.is_starting)
+    subject.replica_event("w", 401, replace(ready(asked), phases=(("load", -1e15),)), 42.0)
+    after = subject.lifecycle.promises.promise(replace(MODEL, name="other", revision="sha256:other")).seconds
+    assert after < before + 2.0
+
+
 async def test_a_proxy_that_restarts_promises_what_it_knew(tmp_path: Path) -> None:
     subject = world()
     start(subject, 1.0, fetch_seconds=50.0)

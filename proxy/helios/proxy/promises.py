@@ -142,7 +142,8 @@ class Promises:
         score = self.estimates.score(watched.rung, watched.promised_seconds, seconds)
         rung = _real_rung(watched)
         moved = sum(spent for phase, spent in replica.phases if phase in _MOVING)
-        moved = seconds if rung is StartRung.ASLEEP else min(moved, seconds)
+        # What one worker says of its phases counts for no more than what was seen, and for no less than nothing.
+        moved = seconds if rung is StartRung.ASLEEP else min(max(moved, 0.0), seconds)
         self.estimates.record(replica.model, rung, Took(seconds, moved, replica.revision, entry.weights_bytes))
         self._report(
             actions.StartScored(
