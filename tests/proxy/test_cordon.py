@@ -9,6 +9,7 @@ from helios.proxy.actions import Send
 from helios.proxy.core import Core
 from helios.proxy.fleet.commands import DrainReplica, StartReplica, StopReplica
 from helios.proxy.fleet.state import Load, ReplicaState
+from helios.proxy.routing.pick import Wishes
 from helios.proxy.traffic import LoadDelta
 from tests.proxy.support import GIB, core, entry, hello, ready, replica
 
@@ -67,6 +68,22 @@ def test_requests_go_elsewhere_than_to_a_cordoned_worker_wherever_another_one_ta
     assert picked(4, 4.0) == {"at-v", "at-w"}
     subject.cordon("w", 5.0, is_cordoned=False)
     assert picked(4, 5.0) == {"at-w"}
+
+
+def test_a_request_that_fits_on_a_cordoned_worker_alone_goes_there() -> None:
+    subject = core()
+    subject.models_replaced([entry(min_replicas=2)], 0.0, is_synced=True)
+    for number, worker_id in enumerate(("v", "w")):
+        address, tokens = f"127.0.0.1:100{number}", 1024 << 3 * number
+        there = replica(f"at-{worker_id}", worker_id=worker_id, address=address)
+        there = replace(there, max_context_tokens=tokens)
+        subject.worker_hello(hello(worker_id, replicas=(there,)), 0.0)
+    subject.endpoints_acknowledged(subject.fleet.endpoints(), 0.0)
+    subject.cordon("w", 1.0, is_cordoned=True)
+    for tokens, expected in ((100, "at-v"), (4096, "at-w"), (100_000, "at-v")):
+        chosen = subject.pick(entry(), f"q{tokens}", 1.0, "", Wishes(context_tokens=tokens))
+        assert chosen is not None
+        assert [choice.replica_id for choice in chosen.choices] == [expected]
 
 
 def test_a_cordon_outlives_the_worker_and_a_drained_one_stays_cordoned() -> None:

@@ -146,10 +146,11 @@ class Traffic:
             snapshot = tuple(candidate for candidate in snapshot if self._takes(candidate.replica_id, wishes.band))
         affinity, rules = None, self.rules_of(entry.name)
         if len(snapshot) > 1:
-            if self.fleet.cordoned:
-                snapshot = self._uncordoned(snapshot)
             if wishes.context_tokens >= self._least_context:
                 snapshot = _with_room(snapshot, wishes.context_tokens)
+            # After what a replica would refuse: a cordon must not send a request to where it does not fit.
+            if self.fleet.cordoned:
+                snapshot = self._uncordoned(snapshot)
             affinity = self._affinity(entry, wishes.blocks, wishes.session, rules.weights)
         draw = self._routing.draw if rules.choice is Choice.POWER_OF_TWO else None
         chosen = pick(entry.name, entry.revision, snapshot, affinity, draw, weights=rules.weights)
