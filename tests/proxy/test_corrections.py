@@ -173,6 +173,12 @@ def prefix_scores(subject: Core) -> set[float]:
     return {choice.prefix_score for choice in picked.choices}
 
 
+def test_a_prompt_that_envoy_could_not_bring_anywhere_is_not_believed_in() -> None:
+    subject = sent_to_one_of_two()
+    subject.unreached("first", 1.0, is_failure=True)
+    assert prefix_scores(subject) == {0.0}
+
+
 def test_a_prompt_that_arrived_is_believed_in_until_its_replica_says_otherwise() -> None:
     subject = sent_to_one_of_two()
     subject.load_report([LoadDelta("r0", Load(running_count=1), started=("first",), kv=KvNews(0, 0))], 1.0)

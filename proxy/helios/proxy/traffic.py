@@ -283,6 +283,7 @@ class Traffic:
         # None: another proxy's, or its replica has told of it.
         if reservation is not None:
             self.quotas.lapse(request_id, now)
+            self._prefixes.keep(reservation.replica_id, request_id, 0.0)
             if is_failure:
                 self.breakers.failed(reservation.replica_id, now)
             self.refresh(reservation.replica_id)
