@@ -165,6 +165,10 @@ def test_an_explained_score_is_its_scorers_by_their_weights(
 def test_settings_say_what_a_policy_may_say_and_are_refused_alike() -> None:
     assert set(NAMES) <= set(RoutingSettings.model_fields)
     assert RoutingSettings().rules() == Rules(Weights(locality=0.2))
-    for wrong in ({"prefix_weight": 0.7, "session_weight": 0.4}, dict.fromkeys(LOAD_WEIGHTS, 0.0)):
+    wrongs: tuple[dict[str, Any], ...] = (
+        {"prefix_weight": 0.7, "session_weight": 0.4},
+        dict.fromkeys(LOAD_WEIGHTS, 0.0),
+    )
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="weight"):
             RoutingSettings(**wrong)

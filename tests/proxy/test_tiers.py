@@ -1,5 +1,7 @@
 """A request's own band of priority: at most what its key allows, refused in OpenAI's words where it is none."""
 
+from typing import Any
+
 import pytest
 from google.protobuf.struct_pb2 import Struct
 from hypothesis import given as over
@@ -56,11 +58,13 @@ def test_what_is_no_tier_is_refused_by_name(asked: object, reason: str, words: s
     assert (refused.value.reason, refused.value.metadata["param"]) == (reason, "service_tier")
 
 
-def ranked(subject: Core, *, header: str = "", body: object = None, lifted: object = None) -> Gate:
+def ranked(subject: Core, *, header: str = "", body: object = None, lifted: Any = None) -> Gate:
     """A request's gate once it was ranked."""
     gate = Gate(subject, read_heads({"x-service-tier": header, "x-request-id": "q"} if header else {}))
     document = Struct()
-    document.update({"model": "m"} | ({TIER_FIELD: lifted} if lifted is not None else {}))
+    document["model"] = "m"
+    if lifted is not None:
+        document[TIER_FIELD] = lifted
     gate.admit(entry("m"), "m", document.fields, Body("m", NO_PROMPT, body) if body is not None else None)
     return gate
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,11 @@ from helios.registry.policy import ModelPolicy, policy_of
 HOUR = 3600.0
 WINDOW = Window("0 8 * * MON-FRI", 10 * HOUR, "Europe/Berlin", min_replicas=2, max_replicas=0)
 FULL = ModelPolicy(1, 3, (WINDOW, Window("0 0 1 * *", 60.0, max_replicas=2)), 60.0, 0.0, 3600.5)
+
+
+def saying(name: str, value: Any) -> ModelRouting:
+    """What a policy says of routing that names one thing."""
+    return ModelRouting(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -63,12 +69,8 @@ def test_what_contradicts_itself_is_refused(policy: ModelPolicy) -> None:
 @pytest.mark.parametrize(
     ("routing", "word"),
     [
-        *((ModelRouting(**{name: value}), name) for name in NAMES if name != "choice" for value in (-0.1, 1.5, 1e300)),
-        *(
-            (ModelRouting(**{name: float(text)}), name)
-            for name in ("kv_weight", "prefix_weight")
-            for text in ("nan", "inf")
-        ),
+        *((saying(name, value), name) for name in NAMES if name != "choice" for value in (-0.1, 1.5, 1e300)),
+        *((saying(name, float(text)), name) for name in ("kv_weight", "prefix_weight") for text in ("nan", "inf")),
         (ModelRouting(prefix_weight=1.0), "prefix_weight"),
         (ModelRouting(prefix_weight=0.6, session_weight=0.4), "prefix_weight and session_weight"),
         (ModelRouting(kept_for_high_ratio=0.5, kept_from_low_ratio=0.5), "kept_for_high_ratio and kept_from_low_ratio"),

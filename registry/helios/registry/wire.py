@@ -171,8 +171,7 @@ def _routing_to_proto(routing: ModelRouting) -> pb.ModelRouting:
 
 def _routing_from_proto(message: pb.ModelRouting) -> ModelRouting:
     """Reads what a policy says of routing; a choice that this software does not know is as proxies are set."""
-    said = (name for name in NAMES if name != "choice" and message.HasField(name))
-    values: dict[str, Any] = {name: getattr(message, name) for name in said}
+    values: dict[str, Any] = {field.name: value for field, value in message.ListFields() if field.name in NAMES}
     values["choice"] = next((choice for choice, value in _CHOICES.items() if value == message.choice), None)
     return ModelRouting(**values)
 
