@@ -1,6 +1,6 @@
 """``python -m tests.simulator``: runs the study, writes results as they come, one JSON object a line; draws them.
 
-`python -m tests.simulator --traces DIRECTORY` is the whole study (some 15 minutes of one quiet core); `--size short`
+`python -m tests.simulator --traces DIRECTORY` is the whole study (some 20 minutes of one quiet core); `--size short`
 takes a minute. A run that was stopped goes on with what its file lacks. `--report` draws what files have and runs
 nothing.
 """

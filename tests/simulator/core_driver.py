@@ -11,18 +11,27 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from helios.proxy import actions
 from helios.proxy.core import Core, CorePolicy
-from helios.proxy.fleet.commands import DrainReplica, Order, StageRevision, StartReplica, StopReplica, UnstageRevision
+from helios.proxy.fleet.commands import (
+    DrainReplica,
+    Order,
+    SleepReplica,
+    StageRevision,
+    StartReplica,
+    StopReplica,
+    UnstageRevision,
+    WakeReplica,
+)
 from helios.proxy.fleet.state import Device, DeviceKind, Replica, ReplicaState, StagedState, WorkerHello
 from helios.proxy.fleet.state import Load as EngineLoad
 from helios.proxy.holds import Hold
 from helios.proxy.routing.pick import Pick
 from helios.proxy.scaling.forecast import Expected
-from helios.proxy.scaling.ladder import Rung
 from helios.proxy.traffic import LoadDelta
-from helios.registry.client import Rung as TargetRung
+from helios.proxy.usage.advice import RUNGS
 from helios.registry.client import Target
 from tests.simulator.clock import Clock
 from tests.simulator.expected import FORECAST_DELAY_SECONDS
@@ -30,7 +39,6 @@ from tests.simulator.loads import HOUR, Load
 from tests.simulator.outcome import Decision
 from tests.simulator.world import Hardware, Model, Stores, node_name
 
-_RUNGS = {TargetRung.DISK: Rung.DISK, TargetRung.MEMORY: Rung.STAGED, TargetRung.READY: Rung.READY}
 # Two hours without news, and a target counts for nothing.
 _TARGET_SECONDS = 2 * HOUR
 
@@ -44,6 +52,10 @@ class _Engine:
     running_count: int = 0
     queue: deque[int] = field(default_factory=deque)
     is_draining: bool = False
+    booked_bytes: int = 0
+    asleep_at: float | None = None
+    """From when on it sleeps, since it was told to; None: it was not, or is told to wake."""
+    wake_count: int = 0
 
 
 class CoreRun:
@@ -74,6 +86,7 @@ class CoreRun:
         self._sequences = dict.fromkeys(self._workers, 0)
         self._clock = Clock()
         self._envoy: frozenset[str] = frozenset()
+        self._lane_version = 0
         self.first_token_seconds: dict[int, float] = {}
         self.decisions: list[Decision] = []
 
@@ -91,7 +104,7 @@ class CoreRun:
         for index, time in enumerate(self._load.times):
             self._clock.at(time, partial(self._arrive, index))
         for second in range(1, int(self._load.span.simulated_hours * HOUR)):
-            self._clock.at(float(second), self._tick)
+            self._clock.at(float(second), self._tick, is_round=True)
         self._clock.run_until(self._load.span.simulated_hours * HOUR)
 
     def _tick(self, now: float) -> None:
@@ -99,7 +112,7 @@ class CoreRun:
         if self._targets is not None and seconds == FORECAST_DELAY_SECONDS:
             expected = {
                 target.model: Expected(
-                    _RUNGS[target.rung], target.replica_count, target.reason, now + _TARGET_SECONDS, target.idle_seconds
+                    RUNGS[target.rung], target.replica_count, target.reason, now + _TARGET_SECONDS, target.idle_seconds
                 )
                 for target in self._targets[hour]
             }
@@ -157,28 +170,37 @@ class CoreRun:
         for action in todo:
             match action:
                 case actions.Send(command):
-                    self._order(command.worker_id, command.order, now)
+                    refused = self._order(command.worker_id, command.order, now)
                     acknowledged = self._core.command_acknowledged(
-                        command.worker_id, command.command_id, refused_reason="", message="", now=now
+                        command.worker_id, command.command_id, refused_reason=refused, message=refused, now=now
                     )
                     self._do(acknowledged, now)
                 case actions.Release(Hold() as hold, chosen):
                     self._send(int(hold.request_id), chosen, now)
                 case _:
                     pass
-        endpoints = self._core.fleet.endpoints()
+        lane = self._core.express.lane
+        if lane.version != self._lane_version:
+            self._lane_version = lane.version
+            self._do(self._core.express_acknowledged(lane.version, now), now)
+        endpoints = self._core.fleet.endpoints() | lane.addresses()
         if endpoints != self._envoy:
             self._envoy = endpoints
             self._do(self._core.endpoints_acknowledged(endpoints, now), now)
 
-    def _order(self, worker: str, order: Order, now: float) -> None:
+    def _order(self, worker: str, order: Order, now: float) -> str:
+        """Has a worker carry an order out; returns why it is refused, if it is."""
         node = self._workers.index(worker)
         match order:
+            case SleepReplica(replica_id):
+                return self._sleep(self._engines[replica_id], now)
+            case WakeReplica(replica_id):
+                return self._wake(self._engines[replica_id], now)
             case StartReplica(replica_id, model):
                 self._note(now, "start", model, worker)
                 believed = self._core.fleet.replica(replica_id)
                 assert believed is not None
-                self._engines[replica_id] = _Engine(believed, self._index[model])
+                self._engines[replica_id] = _Engine(believed, self._index[model], booked_bytes=believed.memory_bytes)
                 _, seconds = self._stores.start(self._index[model], node, now)
                 self._clock.at(now + seconds, lambda at: self._ready(replica_id, at))
             case DrainReplica(replica_id) | StopReplica(replica_id):
@@ -190,7 +212,7 @@ class CoreRun:
             case StageRevision(revision, model):
                 self._note(now, "stage", model, worker)
                 is_loaded = any(
-                    one.replica.revision == revision and one.replica.worker_id == worker
+                    one.replica.revision == revision and one.replica.worker_id == worker and one.asleep_at is None
                     for one in self._engines.values()
                 )
                 self._stores.stage(self._index[model], node, now, is_loaded=is_loaded)
@@ -202,14 +224,54 @@ class CoreRun:
                 self._stores.unstage(self._by_revision[revision], node)
             case _:
                 raise AssertionError(f"nobody simulates {order}")
+        return ""
 
     def _ready(self, replica_id: str, now: float) -> None:
         engine = self._engines.get(replica_id)
         if engine is None or engine.is_draining:
             return
-        ready = replace(engine.replica, state=ReplicaState.READY, address=f"10.0.0.1:{int(replica_id)}")
-        engine.replica = ready
-        self._do(self._core.replica_event(ready.worker_id, self._next(ready.worker_id), ready, now), now)
+        can_sleep = self._hardware.can_sleep
+        self._changed(engine, now, state=ReplicaState.READY, address=f"10.0.0.1:{int(replica_id)}", can_sleep=can_sleep)
+
+    def _sleep(self, engine: _Engine, now: float) -> str:
+        if engine.wake_count >= self._hardware.wake_limit:
+            return "SLEEP_CYCLES_USED_UP"
+        self._note(now, "sleep", engine.replica.model, engine.replica.worker_id)
+        engine.asleep_at = now + self._hardware.sleep_seconds
+        self._clock.at(engine.asleep_at, partial(self._fell_asleep, engine, engine.asleep_at))
+        return ""
+
+    def _fell_asleep(self, engine: _Engine, asleep_at: float, now: float) -> None:
+        if engine.asleep_at == asleep_at and not engine.is_draining:
+            engine.booked_bytes = self._hardware.asleep_bytes
+            self._changed(engine, now, state=ReplicaState.ASLEEP, memory_bytes=engine.booked_bytes)
+
+    def _wake(self, engine: _Engine, now: float) -> str:
+        worker_id = engine.replica.worker_id
+        believed = self._core.fleet.replica(engine.replica.replica_id)
+        assert believed is not None
+        assert engine.asleep_at is not None
+        booked = sum(one.booked_bytes for one in self._engines.values() if one.replica.worker_id == worker_id)
+        if booked - engine.booked_bytes + believed.memory_bytes > self._hardware.device_bytes:
+            return "NO_CAPACITY"
+        self._note(now, "wake", engine.replica.model, worker_id)
+        begun = max(now, engine.asleep_at)
+        engine.asleep_at, engine.booked_bytes = None, believed.memory_bytes
+        engine.replica = replace(believed, state=ReplicaState.WAKING)
+        seconds = self._stores.wake(engine.model, self._workers.index(worker_id), begun)
+        self._clock.at(begun + seconds, partial(self._awake, engine))
+        return ""
+
+    def _awake(self, engine: _Engine, now: float) -> None:
+        if not engine.is_draining:
+            engine.wake_count += 1
+            self._changed(engine, now, state=ReplicaState.READY, wake_count=engine.wake_count)
+
+    def _changed(self, engine: _Engine, now: float, **changes: Any) -> None:
+        """Tells the core of a replica."""
+        engine.replica = replace(engine.replica, **changes)
+        worker = engine.replica.worker_id
+        self._do(self._core.replica_event(worker, self._next(worker), engine.replica, now), now)
 
     def _stop_if_idle(self, engine: _Engine, now: float) -> None:
         if engine.is_draining and not engine.running_count and not engine.queue:

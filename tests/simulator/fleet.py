@@ -7,37 +7,44 @@ one goes (`idle_after`), where one starts and who gives way (`place`), how large
 takes a request (`score`, `pick`). `tests/simulator/test_core.py` runs the real core on the same small cases and demands
 the same decisions at the same seconds.
 
-Left out: sleeping replicas, compiled forms, failures, keys, prefixes, the express lane, bounds of holds, turns of
-models where all nodes are full (a start then takes an idle replica's room, or waits).
+Left out: compiled forms, failures, keys, prefixes, the express lane, bounds of holds, how often a long line of models
+that wait for room is looked at.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import ceil, floor
 from typing import Final
 
 from helios.proxy.activation.estimate import StartEstimates
+from helios.proxy.activation.turns import Claim
 from helios.proxy.core import CorePolicy
 from helios.proxy.fleet.state import Load as EngineLoad
 from helios.proxy.placement.place import Placed, Preempt, Wait
-from helios.proxy.placement.workers import Occupant
 from helios.proxy.routing.pick import pick
 from helios.proxy.routing.table import score
 from helios.proxy.scaling.desired import Desired, Usage, desired_replicas, idle_after
+from helios.proxy.scaling.ladder import Rung
 from helios.proxy.scaling.load import LoadSample, LoadScaler
 from helios.proxy.sizing import replica_size
-from helios.registry.client import Rung, Target
+from helios.proxy.usage.advice import RUNGS
+from helios.registry.client import Target
 from tests.simulator.clock import Clock
 from tests.simulator.expected import FORECAST_DELAY_SECONDS
+from tests.simulator.giving_way import Turns
 from tests.simulator.loads import HOUR, Load
-from tests.simulator.nodes import ModelState, Node, Nodes, Replica
+from tests.simulator.nodes import ModelState, Nodes, Replica
 from tests.simulator.outcome import Decision, Outcome
+from tests.simulator.sleeping import Outside, Sleepers
 from tests.simulator.staging import Staging
 from tests.simulator.world import Hardware, Model, Stores, Tier
 
+# What a request waited for that met no ready replica.
+_STARTED: Final = 1
+_WOKEN: Final = 2
 # How long `helios.proxy.loads` waits where it found no room.
 _NO_ROOM_SECONDS: Final = 10.0
 
@@ -87,11 +94,23 @@ class Fleet:
             base_seconds=self._policy.start_base_seconds, bytes_per_second=self._policy.start_bytes_per_second
         )
         self._clock = Clock()
+        self._turns = Turns(self._policy.turns, self._policy.residency_seconds, self._estimates, load.times)
         self._staging = Staging(
             self._policy.warmth, hardware, self._states, nodes=self._nodes, stores=self._stores, note=self._note
         )
+        self._sleepers = Sleepers(
+            self._policy.warmth,
+            self._policy.idle_seconds,
+            hardware,
+            clock=self._clock,
+            nodes=self._nodes,
+            stores=self._stores,
+            staging=self._staging,
+            outside=Outside(self._ready, self._drain, self._rebook, self._note),
+        )
         self._replica_count = 0
         self._waiting: set[str] = set()
+        self._is_looking = False
         self._watched: set[str] = set()
         self._activated: dict[str, None] = {}
         self._is_ticking = False
@@ -101,6 +120,8 @@ class Fleet:
         self._first_token = array("d", [float("nan")]) * count
         self._cold = array("b", [0]) * count
         self._device_seconds = 0.0
+        self._asleep_seconds = 0.0
+        self._wake_count = 0
         self._starts = dict.fromkeys(Tier, 0)
         self._decisions: list[Decision] = []
         if is_settled:
@@ -115,18 +136,24 @@ class Fleet:
         """Plays the load to its end."""
         if self._targets is not None:
             for hour in range(self._load.span.simulated_hours):
-                self._clock.at(hour * HOUR + FORECAST_DELAY_SECONDS, partial(self._advised, hour))
+                self._clock.at(hour * HOUR + FORECAST_DELAY_SECONDS, partial(self._advised, hour), is_round=True)
         times = self._load.times
         for index, time in enumerate(times):
             self._clock.run_until(time)
             self._arrive(index, time)
         self._clock.run_until(self._end)
-        for state in self._states:
-            for replica in state.standing:
+        for node in self._nodes.all:
+            for replica in node.replicas.values():
                 self._count_time(replica, self._end)
         first = next((i for i, time in enumerate(times) if time >= self._judged_from), len(times))
         return Outcome(
-            self._first_token[first:], self._cold[first:], self._device_seconds, self._starts, self._decisions
+            first_token_seconds=self._first_token[first:],
+            cold=self._cold[first:],
+            device_seconds=self._device_seconds,
+            asleep_seconds=self._asleep_seconds,
+            starts=self._starts,
+            wake_count=self._wake_count,
+            decisions=self._decisions,
         )
 
     def _settle(self) -> None:
@@ -136,7 +163,7 @@ class Fleet:
             used = hours[state.index].nonzero()[0]
             if len(used):
                 state.fetched |= self._stores.disks(state.index)
-                state.last_used_at = (int(used[-1]) + 1 - hours.shape[1]) * HOUR
+                state.use((int(used[-1]) + 1 - hours.shape[1]) * HOUR)
         known = [state for state in self._states if state.last_used_at is not None]
         for state in sorted(known, key=lambda state: -(state.last_used_at or 0.0)):
             self._staging.settle(state)
@@ -149,7 +176,7 @@ class Fleet:
         if ready and not state.held:
             self._send(index, self._pick(ready), now)
             return
-        self._cold[index] = 1
+        self._cold[index] = _STARTED
         state.held.append(index)
         self._demand(state, now)
 
@@ -166,7 +193,7 @@ class Fleet:
         return ready[int(chosen.choices[0].replica_id)]
 
     def _send(self, index: int, replica: Replica, now: float) -> None:
-        replica.state.last_used_at = now
+        replica.state.use(now)
         if replica.running_count < self._hardware.running_count:
             self._run_request(index, replica, now)
         else:
@@ -186,7 +213,7 @@ class Fleet:
         replica.running_count -= 1
         self._count(state, -1, now)
         if not replica.is_draining:
-            state.last_used_at = now
+            state.use(now)
         if replica.queue:
             self._run_request(replica.queue.popleft(), replica, now)
         elif replica.is_draining and replica.is_idle:
@@ -210,72 +237,130 @@ class Fleet:
 
     # Starts.
     def _demand(self, state: ModelState, now: float) -> None:
-        desired = self._desired(state, now)
-        if len(state.standing) >= desired.start_below:
-            return
-        self._activated[state.name] = None
-        # Only what somebody waits for takes another model's memory.
-        victims = (lambda node: self._victims(node, state, now)) if state.held else None
-        plan = self._nodes.plan(state, victims=victims, is_another=False)
-        if isinstance(plan, Placed):
-            self._waiting.discard(state.name)
-            self._start(state, self._nodes.index(plan.worker_id), now)
-            return
-        if isinstance(plan, Preempt):
-            for replica_id in plan.replica_ids:
-                victim = self._nodes.all[self._nodes.index(plan.worker_id)].replicas[int(replica_id)]
-                victim.state.last_used_at = None
-                self._staging.keep(victim.state, victim.node, now)
-                self._drain(victim, now)
-        if isinstance(plan, Preempt | Wait) or not state.held:
+        """Brings one up where there are too few; whoever waits in the line is looked at with the line."""
+        is_missing = len(state.standing) < self._desired(state, now).start_below
+        if is_missing:
+            self._activated[state.name] = None
+        if is_missing and state.name in self._turns.line and self._turns.in_turn is not state:
+            self._turns.look(now, self._demand, self._by_name)
+        elif is_missing and self._place(state, now):
             self._waiting.add(state.name)
-            return
+            self._look_later(now)
+        else:
+            self._waiting.discard(state.name)
+            self._turns.line.leave(state.name)
+
+    def _place(self, state: ModelState, now: float) -> bool:
+        """Wakes or starts a replica, or has others make room for it; returns whether it waits for that."""
+        while (sleeper := self._sleepers.find(state)) is not None:
+            if self._wake(sleeper, now):
+                return False
+        # Only what somebody waits for takes another model's memory.
+        turns, line = self._turns, self._turns.line
+        giving_way = (lambda node: turns.on(node, state, now)) if state.held else None
+        match self._nodes.plan(state, line=line, giving_way=giving_way, is_another=False):
+            case Placed(worker_id):
+                self._start(state, self._nodes.named(worker_id).index, now)
+                return False
+            case Preempt() as plan:
+                # Those who have waited longer are asked first.
+                is_first = not len(line) or turns.in_turn is state
+                line.join(state.name, now)
+                if is_first:
+                    self._preempt(plan, now)
+                    line.claim(state.name, Claim(plan.worker_id, plan.device_ids, plan.share_bytes))
+                return True
+            case Wait():
+                if state.held:
+                    line.join(state.name, now)
+                return True
+            case _ if not state.held:
+                return True
         for _ in range(len(state.held)):
             state.held.popleft()
             self._count(state, -1, now)
+        return False
+
+    def _preempt(self, plan: Preempt, now: float) -> None:
+        for replica_id in plan.replica_ids:
+            victim = self._nodes.named(plan.worker_id).replicas[int(replica_id)]
+            if victim.is_ready:
+                victim.state.last_used_at = None
+                self._staging.keep(victim.state, victim.node, now)
+            self._drain(victim, now)
+            if victim.state.forecast_count:
+                # It is to come back where there is room that nobody has.
+                self._waiting.add(victim.state.name)
+
+    def _look_later(self, now: float) -> None:
+        """What waits is looked at in the core's next round, too."""
+        if self._waiting and not self._is_looking:
+            self._is_looking = True
+            self._clock.at(floor(now) + 1.0, self._look_again, is_round=True)
+
+    def _look_again(self, now: float) -> None:
+        self._is_looking = False
+        self._has_room(now)
+        self._look_later(now)
 
     def _start(self, state: ModelState, node: int, now: float, *, is_for_load: bool = False) -> None:
-        if not state.standing:
+        if not state.standing and not state.sleeping:
             state.observed_since = now
+        if state.held or state.last_used_at is None:
+            state.use(now)
         self._replica_count += 1
-        replica = Replica(state, node, self._replica_count, now, is_for_load)
+        replica = Replica(state, node, self._replica_count, now, is_for_load, counted_to=now)
         state.standing.append(replica)
         self._nodes.take(replica)
+        self._sleepers.relieve_later(node, now)
         tier, seconds = self._stores.start(state.index, node, now)
         if now >= self._judged_from:
             self._starts[tier] += 1
         self._note(now, "start", state, node)
-        self._clock.at(now + seconds, lambda at: self._ready(replica, at))
+        self._clock.at(now + seconds, lambda at: self._started(replica, at))
 
-    def _ready(self, replica: Replica, now: float) -> None:
+    def _wake(self, replica: Replica, now: float, *, is_for_load: bool = False) -> bool:
+        if replica.state.held:
+            replica.state.use(now)
+        if not self._sleepers.wake(replica, now):
+            return False
+        replica.is_for_load = is_for_load
+        self._wake_count += now >= self._judged_from
+        return True
+
+    def _started(self, replica: Replica, now: float) -> None:
         if replica.is_draining:
             return
-        state = replica.state
         replica.ready_at = now
-        state.fetched.add(replica.node)
+        replica.state.fetched.add(replica.node)
         if not replica.is_for_load:
-            self._estimates.record(state.name, now - replica.ordered_at)
+            self._estimates.record(replica.state.name, now - replica.ordered_at)
+        self._ready(replica, now)
+
+    def _ready(self, replica: Replica, now: float) -> None:
+        """A replica was started, or woken."""
+        state = replica.state
         while state.held:
-            self._send(state.held.popleft(), self._pick([one for one in state.standing if one.is_ready]), now)
+            index = state.held.popleft()
+            self._cold[index] = _WOKEN if replica.wake_count else _STARTED
+            self._send(index, self._pick([one for one in state.standing if one.is_ready]), now)
         if not state.request_count:
             self._check_later(state, now)
 
-    def _victims(self, node: Node, wanting: ModelState, now: float) -> Iterator[Occupant]:
-        """Idle replicas, each worth its model's start over the time that nobody has used it, as `Room` says it."""
-        for replica in node.replicas.values():
-            state = replica.state
-            is_old = replica.ready_at is not None and now - replica.ready_at >= self._policy.residency_seconds
-            if state is wanting or not is_old or replica.is_draining or not replica.is_idle or state.held:
-                continue
-            idle_seconds = max(1.0, now - (state.last_used_at or 0.0))
-            weights_bytes = state.model.entry.weights_bytes
-            value = self._estimates.expected_seconds(state.name, weights_bytes) * 3600 / idle_seconds
-            yield Occupant(str(replica.number), state.needed_bytes, ("cuda:0",), max(1e-6, value))
-
     # Stops.
+    def _put_down(self, replica: Replica, now: float, *, is_last: bool) -> None:
+        if self._sleepers.may_sleep(replica):
+            self._count_time(replica, now)
+            self._sleepers.sleep(replica, now)
+            return
+        if is_last and replica.is_ready:
+            self._staging.keep(replica.state, replica.node, now)
+        self._drain(replica, now)
+
     def _drain(self, replica: Replica, now: float) -> None:
         replica.is_draining = True
-        replica.state.standing.remove(replica)
+        homes = replica.state.standing if replica.asleep_at is None else replica.state.sleeping
+        homes.remove(replica)
         self._note(now, "drain", replica.state, replica.node)
         if replica.is_idle:
             self._stop(replica, now)
@@ -284,14 +369,28 @@ class Fleet:
         self._clock.at(now + self._hardware.stop_seconds, lambda at: self._gone(replica, at))
 
     def _gone(self, replica: Replica, now: float) -> None:
-        self._nodes.give_back(replica)
         self._count_time(replica, now)
+        self._nodes.give_back(replica)
+        self._sleepers.look_again()
+        self._has_room(now)
+
+    def _has_room(self, now: float) -> None:
+        self._turns.look(now, self._demand, self._by_name)
         for name in sorted(self._waiting):
-            self._demand(self._by_name[name], now)
+            if name not in self._turns.line:
+                self._demand(self._by_name[name], now)
+
+    def _rebook(self, replica: Replica, size_bytes: int, now: float) -> bool:
+        self._count_time(replica, now)
+        return self._nodes.rebook(replica, size_bytes)
 
     def _count_time(self, replica: Replica, now: float) -> None:
-        seconds = min(now, self._end) - max(replica.ordered_at, self._judged_from)
-        self._device_seconds += max(0.0, seconds) * replica.state.needed_bytes / self._hardware.device_bytes
+        seconds = max(0.0, min(now, self._end) - max(replica.counted_to, self._judged_from))
+        booked = seconds * replica.booked_bytes / self._hardware.device_bytes
+        replica.counted_to = now
+        self._device_seconds += booked
+        if replica.asleep_at is not None:
+            self._asleep_seconds += booked
 
     def _check_later(self, state: ModelState, now: float) -> None:
         """Looks whether a model is idle at the first second at which it may be."""
@@ -299,7 +398,7 @@ class Fleet:
         due = ceil(now if used_at is None else max(now, used_at + self._idle_seconds(state)))
         if state.check_at is None or due < state.check_at:
             state.check_at = due
-            self._clock.at(due, partial(self._check, state, due))
+            self._clock.at(due, partial(self._check, state, due), is_round=True)
 
     def _check(self, state: ModelState, due: float | None, now: float) -> None:
         if state.check_at != due:
@@ -314,9 +413,7 @@ class Fleet:
 
     def _bring_down(self, state: ModelState, now: float) -> None:
         for replica in sorted(state.standing, key=lambda replica: (replica.is_ready, replica.number)):
-            if replica.is_ready:
-                self._staging.keep(state, replica.node, now)
-            self._drain(replica, now)
+            self._put_down(replica, now, is_last=True)
 
     def _idle_seconds(self, state: ModelState) -> float:
         return idle_after(self._policy.idle_seconds, state.advised_idle_seconds)
@@ -341,24 +438,35 @@ class Fleet:
         targets = {target.model: target for target in self._targets[hour]}
         for state in self._states:
             target = targets.get(state.name)
-            is_ready = target is not None and target.rung is Rung.READY
-            state.forecast_count = target.replica_count if target is not None and is_ready else 0
+            if state.floor is Rung.READY:
+                # The core saw the promise last in the round before.
+                state.promised_at = now - 1.0
+            state.floor = RUNGS[target.rung] if target is not None else Rung.DISK
+            state.forecast_count = target.replica_count if target is not None and state.floor is Rung.READY else 0
             state.advised_idle_seconds = target.idle_seconds if target is not None else None
             if state.forecast_count > 1 or len(state.standing) > 1:
                 self._watch(state, now)
             if state.standing and not state.request_count:
                 state.check_at = None
                 self._check(state, None, now)
+            self._sleepers.cool_later(state, now)
         # Models that had a start before come first, as in the core's round.
         for name in dict.fromkeys([*self._activated, *targets]):
             target = targets.get(name)
-            if target is not None and target.rung is not Rung.DISK:
+            if target is not None and RUNGS[target.rung] >= Rung.STAGED:
                 self._warm(self._by_name[name], now)
 
     def _warm(self, state: ModelState, now: float) -> None:
         if state.forecast_count:
             self._demand(state, now)
-        if not state.standing and not state.staged:
+        if state.held:
+            # The core looks again in its next round.
+            self._clock.at(floor(now) + 1.0, partial(self._stage_spare, state), is_round=True)
+        else:
+            self._stage_spare(state, now)
+
+    def _stage_spare(self, state: ModelState, now: float) -> None:
+        if not state.standing and not state.sleeping and not state.staged:
             self._staging.stage_spare(state, now)
 
     # Load.
@@ -366,7 +474,7 @@ class Fleet:
         self._watched.add(state.name)
         if not self._is_ticking:
             self._is_ticking = True
-            self._clock.at(floor(now) + 1.0, self._tick)
+            self._clock.at(floor(now) + 1.0, self._tick, is_round=True)
 
     def _tick(self, now: float) -> None:
         self._is_ticking = False
@@ -377,7 +485,7 @@ class Fleet:
 
     def _look(self, state: ModelState, now: float) -> None:
         """Has as many replicas as load and forecast ask for."""
-        if not state.standing:
+        if not state.standing and not state.sleeping:
             state.scaler = None
             self._watched.discard(state.name)
             return
@@ -413,12 +521,15 @@ class Fleet:
         """What is not ready yet goes first, then what has least to do, as `Lifecycle` says it."""
         order = sorted(state.standing, key=lambda r: (r.is_ready, r.running_count + len(r.queue), r.number))
         for replica in order[:count]:
-            self._drain(replica, now)
+            self._put_down(replica, now, is_last=count == len(order))
 
     def _start_another(self, state: ModelState, now: float) -> None:
-        plan = self._nodes.plan(state, victims=None, is_another=True)
+        if (sleeper := self._sleepers.find(state)) is not None:
+            self._wake(sleeper, now, is_for_load=True)
+            return
+        plan = self._nodes.plan(state, line=self._turns.line, giving_way=None, is_another=True)
         if isinstance(plan, Placed):
-            self._start(state, self._nodes.index(plan.worker_id), now, is_for_load=True)
+            self._start(state, self._nodes.named(plan.worker_id).index, now, is_for_load=True)
         else:
             state.roomless_until = now + _NO_ROOM_SECONDS
 
@@ -427,7 +538,7 @@ class Fleet:
 
     def _note(self, now: float, what: str, state: ModelState, node: int) -> None:
         if self._keeps_decisions:
-            self._decisions.append(Decision(round(float(now), 6), what, state.name, self._nodes.name(node)))
+            self._decisions.append(Decision(round(float(now), 6), what, state.name, self._nodes.all[node].name))
 
 
 def _count_at(state: ModelState, at: float) -> int:

@@ -7,17 +7,19 @@ nodes are alike but for these, which is how `place` compares them.
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from helios.mesh.gangs import GangDevice
+from helios.proxy.activation.turns import Line
 from helios.proxy.placement.place import Placed, Plan, place
 from helios.proxy.placement.workers import Occupant, WorkerCapacity
+from helios.proxy.scaling.ladder import Rung
 from helios.proxy.scaling.load import LoadScaler
 from tests.simulator.world import Hardware, Model, node_name
 
-_DEVICE: Final = "cuda:0"
+DEVICE: Final = "cuda:0"
 
 
 @dataclass(eq=False, slots=True)
@@ -30,13 +32,24 @@ class Replica:
     ordered_at: float
     is_for_load: bool = False
     ready_at: float | None = None
+    """When it was ready first."""
     is_draining: bool = False
+    asleep_at: float | None = None
+    """From when on it sleeps, since it was told to; None: it is awake, or is told to wake."""
+    told_at: float = 0.0
+    """When it was told to sleep, last."""
+    is_waking: bool = False
+    wake_count: int = 0
+    booked_bytes: int = 0
+    """Of its node's device."""
+    counted_to: float = 0.0
+    """Until when its booking is in the accounts."""
     running_count: int = 0
     queue: deque[int] = field(default_factory=deque)
 
     @property
     def is_ready(self) -> bool:
-        return self.ready_at is not None and not self.is_draining
+        return self.ready_at is not None and not self.is_draining and self.asleep_at is None and not self.is_waking
 
     @property
     def is_idle(self) -> bool:
@@ -51,14 +64,24 @@ class ModelState:
     model: Model
     needed_bytes: int
     standing: list[Replica] = field(default_factory=list)
-    """Replicas that are not on their way out."""
+    """Replicas that are awake, or get there, and not on their way out."""
+    sleeping: list[Replica] = field(default_factory=list)
+    """Replicas that sleep, or are told to, in the order of their numbers."""
     held: deque[int] = field(default_factory=deque)
     request_count: int = 0
     """Requests that run, wait in engines, or are held."""
     last_used_at: float | None = None
+    """None: never, or it was told to go to zero."""
+    last_wanted_at: float = 0.0
+    """When it was used last, whatever it was told since."""
     forecast_count: int = 0
+    floor: Rung = Rung.DISK
+    """The rung below which it is not to go, for what is expected of it."""
+    promised_at: float = 0.0
+    """Until when it was to be ready for that."""
     advised_idle_seconds: float | None = None
     check_at: float | None = None
+    cool_at: float | None = None
     staged: set[int] = field(default_factory=set)
     fetched: set[int] = field(default_factory=set)
     scaler: LoadScaler | None = None
@@ -75,7 +98,11 @@ class ModelState:
 
     def is_activating(self) -> bool:
         """Whether a replica is on its way that is not for load alone."""
-        return any(replica.ready_at is None and not replica.is_for_load for replica in self.standing)
+        return any(not replica.is_ready and not replica.is_for_load for replica in self.standing)
+
+    def use(self, now: float) -> None:
+        """A request came to a replica, or left it."""
+        self.last_used_at = self.last_wanted_at = now
 
 
 @dataclass(eq=False, slots=True)
@@ -83,11 +110,20 @@ class Node:
     """A node's device, slots and staged revisions (models by index, with their bytes)."""
 
     index: int
+    name: str
     free_bytes: int
     free_slots: int
     free_host_bytes: int
     replicas: dict[int, Replica] = field(default_factory=dict)
     staged: dict[int, int] = field(default_factory=dict)
+
+
+class GivingWay(NamedTuple):
+    """Who may make room at a node: the idle; those in use that have had their turn; those that will have had it."""
+
+    victims: tuple[Occupant, ...] = ()
+    turn_over: tuple[Occupant, ...] = ()
+    in_turn: tuple[Occupant, ...] = ()
 
 
 class Nodes:
@@ -96,70 +132,99 @@ class Nodes:
     def __init__(self, hardware: Hardware, count: int) -> None:
         self._hardware = hardware
         self.all = [
-            Node(index, hardware.device_bytes, hardware.slot_count, hardware.host_bytes) for index in range(count)
+            Node(index, node_name(index), hardware.device_bytes, hardware.slot_count, hardware.host_bytes)
+            for index in range(count)
         ]
-        self._names = [node_name(index) for index in range(count)]
-        self._index = {name: index for index, name in enumerate(self._names)}
+        self._by_name = {node.name: node for node in self.all}
         self.least_free_bytes = hardware.device_bytes
         """The least that any device had free."""
         self._by_free = [(hardware.device_bytes, index) for index in range(count)]
 
-    def index(self, worker_id: str) -> int:
-        return self._index[worker_id]
-
-    def name(self, index: int) -> str:
-        return self._names[index]
+    def named(self, name: str) -> Node:
+        return self._by_name[name]
 
     def take(self, replica: Replica) -> None:
         """A replica was ordered."""
         node = self.all[replica.node]
-        self._move(node, -replica.state.needed_bytes, -1)
+        replica.booked_bytes = replica.state.needed_bytes
+        self._move(node, -replica.booked_bytes, -1)
         node.replicas[replica.number] = replica
+
+    def rebook(self, replica: Replica, size_bytes: int) -> bool:
+        """A replica fell asleep, or is to wake and has so much from now on; False where there is no room for that."""
+        node = self.all[replica.node]
+        if size_bytes - replica.booked_bytes > node.free_bytes:
+            return False
+        self._move(node, replica.booked_bytes - size_bytes, 0)
+        replica.booked_bytes = size_bytes
+        return True
 
     def give_back(self, replica: Replica) -> None:
         """A replica is gone."""
         node = self.all[replica.node]
         del node.replicas[replica.number]
-        self._move(node, replica.state.needed_bytes, 1)
+        self._move(node, replica.booked_bytes, 1)
 
     def plan(
-        self, state: ModelState, *, victims: Callable[[Node], Iterable[Occupant]] | None, is_another: bool
+        self,
+        state: ModelState,
+        *,
+        line: Line,
+        giving_way: Callable[[Node], GivingWay] | None,
+        is_another: bool,
     ) -> Plan:
         """Where a replica goes.
 
         Args:
             state: The model.
-            victims: Who may give way at a node; None: nobody.
+            line: Models that room is being made for.
+            giving_way: Who may give way at a node: idle, in use for long enough, and others; None: nobody.
             is_another: The model has replicas, and no device takes two.
         """
         homes = {replica.node for replica in state.standing} if is_another else set()
-        near = [self.capacity(self.all[index], state) for index in sorted((state.staged | state.fetched) - homes)]
-        tightest = self._tightest(state.needed_bytes, homes)
-        if tightest is not None:
-            near.append(self.capacity(tightest, state))
-        plan = place("", near, may_preempt=False)
+        nodes = [self.all[index] for index in sorted((state.staged | state.fetched) - homes)]
+        # A node where the model sleeps, and can't be woken, is the last to be chosen.
+        beds = {replica.node for replica in state.sleeping}
+        tightest = self._tightest(state.needed_bytes, homes | beds) or self._tightest(state.needed_bytes, homes)
+        if len(line):
+            # What is claimed may be where the least is left over.
+            nodes = [node for node in self.all if node.index not in homes]
+        elif tightest is not None:
+            nodes.append(tightest)
+        plan = place("", [self.capacity(node, state, line) for node in nodes], may_preempt=False)
         if isinstance(plan, Placed) or is_another:
             return plan
-        others = [self.capacity(node, state, victims(node) if victims is not None else ()) for node in self.all]
-        return place("", others, may_preempt=victims is not None)
+        others = [self.capacity(node, state, line, giving_way and giving_way(node)) for node in self.all]
+        return place("", others, may_preempt=giving_way is not None)
 
-    def capacity(self, node: Node, state: ModelState, victims: Iterable[Occupant] = ()) -> WorkerCapacity:
+    def capacity(
+        self,
+        node: Node,
+        state: ModelState,
+        line: Line,
+        giving_way: GivingWay | None = None,
+    ) -> WorkerCapacity:
         """What a node has left for a replica of a model."""
+        giving_way = giving_way or GivingWay()
+        claims = line.claims_on(node.name, state.name)
+        devices: tuple[GangDevice, ...] = (GangDevice(DEVICE, "CUDA", node.free_bytes),)
+        for claim in claims:
+            devices = claim.book(devices)
         draining = tuple(
-            Occupant(str(one.number), one.state.needed_bytes, (_DEVICE,))
-            for one in node.replicas.values()
-            if one.is_draining
+            Occupant(str(one.number), one.booked_bytes, (DEVICE,)) for one in node.replicas.values() if one.is_draining
         )
         return WorkerCapacity(
-            worker_id=self._names[node.index],
+            worker_id=node.name,
             engines=(),
             needed_bytes=state.needed_bytes,
-            devices=(GangDevice(_DEVICE, "CUDA", node.free_bytes),),
+            devices=devices,
             memory_bytes=self._hardware.device_bytes,
-            free_slot_count=node.free_slots,
+            free_slot_count=node.free_slots - len(claims),
             draining=draining,
-            victims=tuple(victims),
-            same_model_count=sum(one.node == node.index for one in state.standing),
+            victims=giving_way.victims,
+            turn_over=giving_way.turn_over,
+            in_turn=giving_way.in_turn,
+            same_model_count=sum(one.node == node.index for one in (*state.standing, *state.sleeping)),
             is_staged=node.index in state.staged,
             is_on_disk=node.index in state.fetched,
             has_gpus=True,

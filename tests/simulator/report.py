@@ -7,32 +7,39 @@ from statistics import mean
 from textwrap import fill
 from typing import Any, Final
 
-from tests.simulator.study import KEEP_ALIVE, ORACLE, POLICIES, PREDICTIVE, REACTIVE
+from tests.simulator.study import KEEP_ALIVE, ORACLE, POLICIES, PREDICTIVE, REACTIVE, RIVALS, SLEEPLESS
 
 Rows = Sequence[Mapping[str, Any]]
 _BEGIN: Final = "<!-- python -m tests.simulator --report writes what follows -->"
 _END: Final = "<!-- up to here -->"
-_COLOURS: Final = {KEEP_ALIVE: "#d95f02", REACTIVE: "#7570b3", PREDICTIVE: "#1b9e77", ORACLE: "#666666"}
+_COLOURS: Final = {
+    SLEEPLESS: "#e6ab02",
+    KEEP_ALIVE: "#d95f02",
+    REACTIVE: "#7570b3",
+    PREDICTIVE: "#1b9e77",
+    ORACLE: "#666666",
+}
 
 
 def table(results: Rows) -> str:
     """Returns a table in Markdown: means over seeds, and of how many seeds predictive is better."""
     lines = [
-        "| load | policy | cold starts | p50 TTFT | p99 TTFT | mean TTFT | device-hours | of reactive | seeds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| load | policy | cold | of these woken | p50 TTFT | p99 | mean | device-hours | asleep | ratio | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for load in dict.fromkeys(row["load"] for row in results):
         usual = _mean(results, load, REACTIVE, "device_hours")
         for policy in POLICIES:
             rows = _of(results, load, policy)
             if rows:
-                hours = _mean(results, load, policy, "device_hours")
+                hours, asleep = (_mean(results, load, policy, key) for key in ("device_hours", "asleep_hours"))
+                cold, woken = (_mean(results, load, policy, key) for key in ("cold_ratio", "woken_ratio"))
                 lines.append(
-                    f"| {load} | {policy} | {_mean(results, load, policy, 'cold_ratio'):.2%}"
+                    f"| {load} | {policy} | {cold:.2%} | {woken / max(cold, 1e-9):.0%}"
                     f" | {1000 * _mean(results, load, policy, 'p50_seconds'):.0f} ms"
                     f" | {_mean(results, load, policy, 'p99_seconds'):.2f} s"
                     f" | {_mean(results, load, policy, 'mean_seconds'):.3f} s"
-                    f" | {hours:,.0f} | {hours / usual:.3f} | {len(rows)} |"
+                    f" | {hours:,.0f} | {asleep:,.0f} | {hours / usual:.3f} | {len(rows)} |"
                 )
     return "\n".join([*lines, "", *verdicts(results), ""])
 
@@ -45,7 +52,7 @@ def verdicts(results: Rows) -> list[str]:
     ]
     for load in dict.fromkeys(row["load"] for row in results):
         ours = {row["seed"]: row for row in _of(results, load, PREDICTIVE)}
-        for rival in (KEEP_ALIVE, REACTIVE):
+        for rival in RIVALS:
             pairs = [(ours[row["seed"]], row) for row in _of(results, load, rival) if row["seed"] in ours]
             if pairs:
                 cost, p99 = ([our[key] / their[key] for our, their in pairs] for key in ("device_hours", "p99_seconds"))
@@ -84,7 +91,7 @@ def draw(results: Rows, directory: Path) -> None:
     columns = min(2, len(loads))
     figure, axes = plt.subplots(-(-len(loads) // columns), columns, squeeze=False, figsize=(9, 3.2 * len(loads) / 2))
     for load, axis in zip(loads, axes.flat, strict=False):
-        for policy in (KEEP_ALIVE, REACTIVE, PREDICTIVE):
+        for policy in (*RIVALS, PREDICTIVE):
             rows = _of(results, load, policy)
             axis.scatter(
                 [row["device_hours"] for row in rows], [row["p99_seconds"] for row in rows],
@@ -99,6 +106,7 @@ def draw(results: Rows, directory: Path) -> None:
     figure.tight_layout()
     figure.savefig(directory / "plane.svg", metadata={"Date": None})
     figure, axis = plt.subplots(figsize=(9, 3.2))
+    # What sleeps changes what a cold start costs, not how many there are.
     for place, policy in enumerate((KEEP_ALIVE, REACTIVE, PREDICTIVE)):
         heights = [100 * _mean(results, load, policy, "cold_ratio") for load in loads]
         axis.bar([at + 0.27 * (place - 1) for at in range(len(loads))], heights, 0.25, label=policy,

@@ -28,10 +28,10 @@ class Staging:
         self._stores = stores
         self._note = note
 
-    def keep(self, state: ModelState, node: int, now: float) -> None:
-        """Stages a model whose last replica at a node goes."""
+    def keep(self, state: ModelState, node: int, now: float, *, is_loaded: bool = True) -> None:
+        """Stages a model whose last replica at a node goes or falls asleep; one that slept had no weights loaded."""
         if self._policy.stages and self._stage(state, self._nodes.all[node], now, may_evict=True):
-            self._stores.stage(state.index, node, now, is_loaded=True)
+            self._stores.stage(state.index, node, now, is_loaded=is_loaded)
 
     def stage_spare(self, state: ModelState, now: float) -> None:
         """Stages a model where most memory is free, if it is anywhere."""
@@ -50,7 +50,7 @@ class Staging:
         if node.index in state.staged or size > self._hardware.host_bytes:
             return False
         while may_evict and node.free_host_bytes < size and node.staged:
-            oldest = min(node.staged, key=lambda index: self._states[index].last_used_at or 0.0)
+            oldest = min(node.staged, key=lambda index: self._states[index].last_wanted_at)
             node.free_host_bytes += node.staged.pop(oldest)
             self._states[oldest].staged.discard(node.index)
             self._stores.unstage(oldest, node.index)

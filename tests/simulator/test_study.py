@@ -21,7 +21,9 @@ from tests.simulator.study import (
     POLICIES,
     PREDICTIVE,
     REACTIVE,
+    RIVALS,
     SHORT,
+    SLEEPLESS,
     TUNING_SEEDS,
     Result,
     Size,
@@ -50,12 +52,12 @@ def test_predictive_costs_less_and_answers_sooner_in_the_small_form() -> None:
     def of(load: str, policy: str, key: str) -> float:
         return mean(float(getattr(result, key)) for result in results[load, policy])
 
-    for rival in (KEEP_ALIVE, REACTIVE):
+    for rival in RIVALS:
         assert of("seasonal", PREDICTIVE, "device_hours") < of("seasonal", rival, "device_hours"), rival
         assert of("seasonal", PREDICTIVE, "p99_seconds") < of("seasonal", rival, "p99_seconds"), rival
     assert of("bursty", PREDICTIVE, "device_hours") <= 1.05 * of("bursty", REACTIVE, "device_hours")
     for load in ("seasonal", "bursty"):
-        for policy in (KEEP_ALIVE, REACTIVE, PREDICTIVE):
+        for policy in (*RIVALS, PREDICTIVE):
             assert of(load, ORACLE, "device_hours") < of(load, policy, "device_hours")
             assert of(load, ORACLE, "p99_seconds") < of(load, policy, "p99_seconds")
     told = table([result.as_json() for rows in results.values() for result in rows])
@@ -66,7 +68,7 @@ def test_predictive_costs_less_and_answers_sooner_in_the_small_form() -> None:
 @pytest.mark.timeout(3600)
 def test_predictive_costs_less_and_answers_sooner_for_each_seed_at_full_size() -> None:
     results = study(FULL, JUDGING_SEEDS)
-    for rival in (KEEP_ALIVE, REACTIVE):
+    for rival in RIVALS:
         for ours, theirs in zip(results["seasonal", PREDICTIVE], results["seasonal", rival], strict=True):
             assert ours.device_hours < theirs.device_hours, (rival, ours.seed)
             assert ours.p99_seconds < theirs.p99_seconds, (rival, ours.seed)
@@ -158,3 +160,21 @@ def test_a_start_takes_the_longer_the_farther_its_weights_are() -> None:
     seconds = [hardware.started_after(tier, 16 << 30) for tier in Tier]
     assert seconds == sorted(seconds)
     assert seconds[0] > hardware.start_seconds
+    assert hardware.awake_after(Tier.MEMORY, 16 << 30) < seconds[0], "waking is for that"
+
+
+def test_a_sleeper_costs_what_it_leaves_on_the_device_and_waking_costs_less_time_than_a_start() -> None:
+    hardware = Hardware()
+    population = models(30, hardware)
+    load = seasonal(30, 0.05, SPAN, seed=7)
+    bare, sleeping = (
+        Fleet(policy_of(name), hardware, population, load, node_count=8).run() for name in (SLEEPLESS, KEEP_ALIVE)
+    )
+    assert bare.wake_count == bare.asleep_seconds == 0
+    assert sleeping.wake_count > 0
+    assert sum(sleeping.starts.values()) < sum(bare.starts.values())
+    extra = sleeping.device_seconds - bare.device_seconds
+    # Until it sleeps, and while it wakes, it books all.
+    assert 0 < extra == pytest.approx(sleeping.asleep_seconds, rel=0.2)
+    waits = [np.nanmean(np.array(run.first_token_seconds)) for run in (sleeping, bare)]
+    assert waits[0] < waits[1]

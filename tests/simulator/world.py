@@ -1,13 +1,16 @@
 """What is simulated below the policies: nodes, tiers of storage, starts by phase, engines. No decision is made here.
 
-Constants are of two kinds. Measured on this project's machines: what a start takes without its weights (2.5 s; a fork
-with a frozen heap gave 2.15 to 2.5 s before later work made it 0.3 s for a small model on a CPU, and nobody has
+Constants are of three kinds. Measured on this project's machines: what a start takes without its weights (2.5 s; a
+fork with a frozen heap gave 2.15 to 2.5 s before later work made it 0.3 s for a small model on a CPU, and nobody has
 measured a GPU yet, so the older figure stands), and what the edge adds to a request (1.5 ms). Taken from data sheets:
 bandwidths of PCIe 4 (25 GB/s), one NVMe (3 GB/s), 10 GbE at 94 % (1.17 GB/s), an object store by one node (0.5 GB/s),
-and a GPU of 80 GiB, 150 TFLOP/s of dense work and 1.5 TB/s of memory that is really had.
+and a GPU of 80 GiB, 150 TFLOP/s of dense work and 1.5 TB/s of memory that is really had. Sleep is no more than
+documented: what a sleeping replica leaves on its device and how often it may wake are the worker's own settings; waking
+takes 0.6 s (its KV cache, the canary) beside the weights, which makes 1.2 s for 8 B and 3.2 s for 32 B parameters where
+vLLM's authors publish 0.8 to 2.6 s for sleep of level 2, and GKE 2.7 s for 32 B.
 
-Simplified: a tier's bandwidth is each start's own; disks do not fill; a request's time is fixed when it begins to run,
-from how many run beside it then; prompts share no prefixes.
+Simplified: a tier's bandwidth is each start's own; disks do not fill; nothing is in the page cache but what is staged;
+a request's time is fixed when it begins to run, from how many run beside it then; prompts share no prefixes.
 """
 
 from collections.abc import Sequence
@@ -44,6 +47,11 @@ class Hardware:
         bytes_per_second: by tier.
         start_seconds: a start without its weights: process, engine, KV cache, warm-up.
         stop_seconds: from the order until the device's memory is free again.
+        can_sleep: replicas can sleep: weights and KV cache leave the device, processes wait.
+        sleep_seconds: from the order until the device's memory is free, but for what is left.
+        wake_seconds: a wake without its weights.
+        asleep_bytes: of the device, that a sleeping replica books.
+        wake_limit: how often a replica may wake; then it stops instead of sleeping.
         edge_seconds: what gateway and replica add to the time to first token.
         flops: of dense work, per second.
         device_bytes_per_second: of the device's memory.
@@ -56,6 +64,11 @@ class Hardware:
     bytes_per_second: tuple[float, float, float, float] = (25e9, 3e9, 1.17e9, 0.5e9)
     start_seconds: float = 2.5
     stop_seconds: float = 1.0
+    can_sleep: bool = True
+    sleep_seconds: float = 1.0
+    wake_seconds: float = 0.6
+    asleep_bytes: int = GIB
+    wake_limit: int = 20
     edge_seconds: float = 0.0015
     flops: float = 150e12
     device_bytes_per_second: float = 1.5e12
@@ -64,6 +77,10 @@ class Hardware:
     def started_after(self, tier: Tier, weights_bytes: int) -> float:
         """Seconds from the order of a start until the replica is ready: what is fetched is loaded as it comes."""
         return self.start_seconds + weights_bytes / self.bytes_per_second[tier]
+
+    def awake_after(self, tier: Tier, weights_bytes: int) -> float:
+        """Seconds from the order of a wake until the replica is ready, once it sleeps."""
+        return self.wake_seconds + weights_bytes / self.bytes_per_second[tier]
 
 
 @dataclass(frozen=True)
@@ -163,6 +180,10 @@ class Stores:
         tier = self.tier(model, node, now)
         self._holders(model).add(node)
         return tier, self.hardware.started_after(tier, self.models[model].entry.weights_bytes)
+
+    def wake(self, model: int, node: int, now: float) -> float:
+        """Begins a wake; returns how long it takes: weights are read again, from memory where they are staged."""
+        return self.hardware.awake_after(self.tier(model, node, now), self.models[model].entry.weights_bytes)
 
     def stage(self, model: int, node: int, now: float, *, is_loaded: bool) -> None:
         """Begins to bring weights to memory; where a replica has just had them, they are there already."""
