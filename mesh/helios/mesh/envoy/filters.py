@@ -201,36 +201,27 @@ def express() -> HttpFilter:
 
 
 def picker(settings: EdgeSettings) -> HttpFilter:
-    """Asks a proxy where a request goes: headers and the lifted model only, one message each way.
+    """Asks a proxy where a request goes: headers and the lifted model, and the body where it may be a prompt.
 
-    A request of the express lane, and one whose prompt was sent along (``prompt_picker``), has its endpoint already
-    (clients can't set it) and is not asked about.
-    """
-    processor = _processor(settings, ProcessingModeBodySendMode.NONE)
-    # The picker asks for the body where it has no model from header or metadata.
-    processor.allow_mode_override = True
-    return matching.skipped_where(PICKER_FILTER, processor, (_is_picked(),))
-
-
-def prompt_picker(settings: EdgeSettings) -> HttpFilter:
-    """Asks the same, and sends the body along, of requests whose prompt may say which replica has its beginning.
-
-    A picker that asks for a body costs the request a second exchange, a fifth of what it takes at all. `STREAMED` is
-    the only mode in which the body does not wait for the headers' answer. A request whose call is moved to another
-    picker takes its body along: Envoy keeps 64 KiB of it.
+    A request of the express lane has its endpoint already (clients can't set it) and is not asked about. Prompts of
+    ordinary length are sent along, because a picker that asks for a body costs the request a second exchange, a fifth
+    of what it takes at all; `STREAMED` is the only mode in which a body does not wait for the headers' answer. A
+    request whose call is moved to another picker takes its body along: Envoy keeps 64 KiB of it.
     """
     methods = "|".join(DURABLE_METHODS[OPENAI_SERVICE])
-    others = (
-        matching.is_not(matching.request_header(":path", f"/{re.escape(OPENAI_SERVICE)}/({methods})")),
-        matching.is_not(matching.request_header(BODY_BYTES_HEADER, _PROMPT_BYTES)),
+    has_prompt = matching.all_of(
+        (
+            matching.request_header(BODY_BYTES_HEADER, _PROMPT_BYTES),
+            matching.request_header(":path", f"/{re.escape(OPENAI_SERVICE)}/({methods})"),
+        )
     )
-    processor = _processor(settings, ProcessingModeBodySendMode.STREAMED)
-    processor.send_body_without_waiting_for_header_response = True
-    return matching.skipped_where("helios.prompt_picker", processor, (_is_picked(), *others))
-
-
-def _is_picked() -> matching.Condition:
-    return matching.request_header(ENDPOINT_HEADER, ".+")
+    with_body = _processor(settings, ProcessingModeBodySendMode.STREAMED)
+    with_body.send_body_without_waiting_for_header_response = True
+    without = _processor(settings, ProcessingModeBodySendMode.NONE)
+    # The picker asks for the body where it has no model from header or metadata.
+    without.allow_mode_override = True
+    is_picked = matching.request_header(ENDPOINT_HEADER, ".+")
+    return matching.one_of(PICKER_FILTER, skip=is_picked, first=(has_prompt, with_body), otherwise=without)
 
 
 def _processor(settings: EdgeSettings, body_mode: ProcessingModeBodySendMode) -> ExternalProcessor:

@@ -80,7 +80,6 @@ def edge_listener(settings: EdgeSettings) -> Listener:
         filters.transcoder(services, settings.limits),
         # With several proxies nobody is in the lane: each has a view of its own.
         *(() if settings.feeds else (filters.express(),)),
-        filters.prompt_picker(settings),
         filters.picker(settings),
         filters.router(),
     ]

@@ -41,7 +41,7 @@ from helios.mesh.names import (
 )
 from helios.mesh.xds.state import ExpressRoute
 
-_PATHS: Final = r"/helios\.api\.inference\.v1\.OpenAIService/.*"
+_PATHS: Final = "/helios.api.inference.v1.OpenAIService/"
 _OVERWRITE: Final = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 _Predicate = matcher_pb2.Matcher.MatcherList.Predicate
 
@@ -67,7 +67,7 @@ def _ordinary() -> Any:
     """What every request of the lane is."""
     conditions = [
         _header(BODY_BYTES_HEADER, "[0-9]{1,5}"),
-        _header(":path", _PATHS),
+        _begins(":path", _PATHS),
         _not(_header("authorization", f"(?i).*{KEY_PREFIX}.*")),
         _not(_header(MODEL_HEADER, ".*")),
         _not(_header(DURABLE_HEADER, ".*")),
@@ -98,10 +98,20 @@ def _lifted(key: str, value: Any) -> Any:
     return _Predicate(single_predicate=single)
 
 
-def _header(name: str, pattern: str) -> Any:
-    single = _Predicate.SinglePredicate(
+def _begins(name: str, start: str) -> Any:
+    single = _of_header(name)
+    single.value_match.prefix = start
+    return _Predicate(single_predicate=single)
+
+
+def _of_header(name: str) -> Any:
+    return _Predicate.SinglePredicate(
         input=_xds_extension("header", http_inputs_pb2.HttpRequestHeaderMatchInput(header_name=name))
     )
+
+
+def _header(name: str, pattern: str) -> Any:
+    single = _of_header(name)
     single.value_match.safe_regex.google_re2.SetInParent()
     single.value_match.safe_regex.regex = pattern
     return _Predicate(single_predicate=single)
