@@ -13,12 +13,14 @@ from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
 from helios.proxy.fleet.state import Load
 from helios.proxy.routing.pick import Affinity, Wishes, pick
+from helios.proxy.routing.prefix import blocks_of
 from helios.proxy.routing.rules import Rules, Weights
 from helios.proxy.routing.table import Locality
 from helios.proxy.settings import RoutingSettings
 from helios.proxy.traffic import LoadDelta, RoutingPolicy
 from tests.proxy.support import core, entry, hello, policy, replica
 
+PROMPT = blocks_of(b"You are terse. " * 100, "")
 LOW = st.floats(0, 0.45)
 ROUTINGS = st.builds(
     ModelRouting,
@@ -84,6 +86,15 @@ def test_a_model_that_does_not_care_for_prompts_is_not_asked_for_them() -> None:
     subject = fleet(model("a", USUAL_ROUTING), model("n", ModelRouting(prefix_weight=0.0)))
     assert subject.traffic.wants_prompt(subject.catalogue.models()[0])
     assert not subject.traffic.wants_prompt(subject.catalogue.models()[1])
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(None, "m1"), (0.05, "m0")])
+def test_a_cached_prompt_weighs_what_its_model_says(weight: float | None, expected: str) -> None:
+    one = model("m", ModelRouting(prefix_weight=weight))
+    subject = fleet(one)
+    subject.traffic.prompt_sent(one, "m1", "before", PROMPT)
+    subject.load_report([LoadDelta("m1", Load(running_count=1))], 1.0)
+    assert first(subject, "m", Wishes(PROMPT)) == expected
 
 
 def test_sessions_are_not_told_apart_where_a_policy_says_so() -> None:

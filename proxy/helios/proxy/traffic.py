@@ -29,6 +29,8 @@ from helios.proxy.routing.table import Candidate, Facts, Locality, RoutingTable,
 # gRPC codes that speak of the replica and not of the request: UNKNOWN, INTERNAL, UNAVAILABLE, DATA_LOSS.
 _REPLICA_FAULTS = frozenset({2, 13, 14, 15})
 _UNAVAILABLE = 14
+# Looked up once: each pick compares with it.
+_POWER_OF_TWO = Choice.POWER_OF_TWO
 # Until a word of an operator is at all proxies. What they sent to replicas before that needs no other replica, and what
 # comes after it waits, which counts by itself.
 _UNHEARD_SECONDS = 0.5
@@ -144,7 +146,7 @@ class Traffic:
             snapshot = tuple(candidate for candidate in snapshot if candidate.replica_id not in self._busy)
         if self._lowest:
             snapshot = tuple(candidate for candidate in snapshot if self._takes(candidate.replica_id, wishes.band))
-        affinity, rules = None, self.rules_of(entry.name)
+        affinity, rules = None, self._rules.get(entry.name, self._usual) if self._rules else self._usual
         if len(snapshot) > 1:
             if wishes.context_tokens >= self._least_context:
                 snapshot = _with_room(snapshot, wishes.context_tokens)
@@ -152,7 +154,7 @@ class Traffic:
             if self.fleet.cordoned:
                 snapshot = self._uncordoned(snapshot)
             affinity = self._affinity(entry, wishes.blocks, wishes.session, rules.weights)
-        draw = self._routing.draw if rules.choice is Choice.POWER_OF_TWO else None
+        draw = self._routing.draw if rules.choice is _POWER_OF_TWO else None
         chosen = pick(entry.name, entry.revision, snapshot, affinity, draw, weights=rules.weights)
         if chosen is None:
             return None
@@ -483,9 +485,9 @@ class Traffic:
         if reason is not None:
             self._unlist(replica_id)
             return
-        reserved_count = self.ledger.reserved_count(replica_id)
-        self._note_busy(replica, reserved_count)
-        candidate = self._scored(replica, reserved_count)
+        reserved_count, rules = self.ledger.reserved_count(replica_id), self.rules_of(replica.model)
+        self._note_busy(replica, reserved_count, rules)
+        candidate = self._scored(replica, reserved_count, rules.weights)
         if self.table.put(replica.model, replica.revision, candidate):
             self._opened.add(replica.model)
 
@@ -500,11 +502,12 @@ class Traffic:
         replica = self.fleet.replica(replica_id)
         assert replica is not None
         reserved_count = self.ledger.reserved_count(replica_id)
-        self._note_busy(replica, reserved_count)
-        self.table.put(replica.model, replica.revision, self._scored(replica, reserved_count))
+        rules = self._rules.get(replica.model, self._usual) if self._rules else self._usual
+        self._note_busy(replica, reserved_count, rules)
+        self.table.put(replica.model, replica.revision, self._scored(replica, reserved_count, rules.weights))
 
-    def _scored(self, replica: Replica, reserved_count: int) -> Candidate:
-        context_tokens, weights = replica.max_context_tokens, self.rules_of(replica.model).weights
+    def _scored(self, replica: Replica, reserved_count: int, weights: Weights) -> Candidate:
+        context_tokens = replica.max_context_tokens
         candidate = score(
             replica.replica_id, replica.address, replica.load, reserved_count, context_tokens, weights=weights
         )
@@ -517,7 +520,7 @@ class Traffic:
         total = (1.0 - weights.locality) * candidate.score + weights.locality * nearness
         return candidate._replace(score=total, locality_score=nearness)
 
-    def _note_busy(self, replica: Replica, reserved_count: int) -> None:
+    def _note_busy(self, replica: Replica, reserved_count: int, rules: Rules) -> None:
         """An engine in which requests wait has no use for more than keep it busy until the next report.
 
         Those on their way to it will wait there, too. One in which none waits takes all: nobody knows how many it can.
@@ -528,8 +531,7 @@ class Traffic:
         elif replica.replica_id in self._busy:
             self._busy.discard(replica.replica_id)
             self._opened.add(replica.model)
-        rules = self.rules_of(replica.model)
-        if rules.low_limit or replica.replica_id in self._lowest:
+        if rules.low_limit or (self._lowest and replica.replica_id in self._lowest):
             self._note_kept(replica, rules, replica.load.running_count + waiting + reserved_count)
 
     def _note_kept(self, replica: Replica, rules: Rules, request_count: int) -> None:

@@ -134,15 +134,16 @@ def pick(
         return None
     if draw is not None and count > _DRAWN:
         snapshot = _drawn(snapshot, affinity, draw)
-    prefix_weight = session_weight = 0.0
     if affinity is not None:
-        prefix_weight, session_weight = affinity.weight, affinity.home_weight
         # The order of those that nothing draws it to is that of their own scores: only the best of them matter.
         snapshot = snapshot if count <= MAX_CONSIDERED else _contenders(snapshot, affinity)
         snapshot = tuple(map(affinity.rescored, snapshot))
     choices = tuple(nlargest(MAX_CHOICES, snapshot, key=_by_score))
     considered = snapshot if count <= MAX_CONSIDERED else choices
-    return Pick(model, revision, choices, count, considered, "", False, weights, prefix_weight, session_weight)
+    if affinity is None:
+        return Pick(model, revision, choices, count, considered, "", False, weights)
+    drawn = (affinity.weight, affinity.home_weight)
+    return Pick(model, revision, choices, count, considered, "", False, weights, *drawn)
 
 
 def _contenders(snapshot: tuple[Candidate, ...], affinity: Affinity) -> tuple[Candidate, ...]:
