@@ -56,11 +56,11 @@ class Side:
         """A batch at a fixed rate."""
         return self.client.paced(self.port, connections=CONNECTIONS, per_second=PER_SECOND, count=BATCH)
 
-    def saturated(self) -> tuple[float, float]:
-        """Requests a second, and CPU a request in microseconds."""
+    def saturated(self) -> tuple[float, float, float]:
+        """Requests a second, CPU a request in microseconds, and half of the requests' milliseconds."""
         before = self._cpu_seconds()
         served = self.client.saturating(self.port, connections=LOAD_CONNECTIONS, seconds=LOAD_SECONDS)
-        return served.per_second, (self._cpu_seconds() - before) * 1e6 / served.completed
+        return served.per_second, (self._cpu_seconds() - before) * 1e6 / served.completed, served.p50_ms
 
     def _cpu_seconds(self) -> float:
         return sum(cpu_seconds(process.pid) for process in self.processes)
@@ -135,29 +135,27 @@ def _latencies(rounds: list[dict[str, Served]]) -> Iterator[dict[str, Any]]:
     def added(name: str) -> list[float]:
         return [batches[name].p50_ms - batches[DIRECT].p50_ms for batches in rounds]
 
-    def ratio(ours: list[float], theirs: list[float]) -> float:
-        return statistics.median(own / their for own, their in zip(ours, theirs, strict=True))
-
-    def whole(name: str) -> list[float]:
-        return [batches[name].p50_ms for batches in rounds]
-
-    baseline, samples = statistics.median(added(ROUTER)), LATENCY_ROUNDS * BATCH
-    yield _row("router_added_latency_p50", baseline, "ms", statistics.median(whole(DIRECT)), samples)
+    router, samples = added(ROUTER), LATENCY_ROUNDS * BATCH
+    baseline = statistics.median(router)
+    yield _row("router_added_latency_p50", baseline, "ms", statistics.median(b[DIRECT].p50_ms for b in rounds), samples)
     for name in OURS:
-        yield _row(f"{name}_added_latency_p50", statistics.median(added(name)), "ms", baseline, samples)
-        yield _row(f"{name}_added_latency_ratio", ratio(added(name), added(ROUTER)), "ratio", baseline, samples)
-        p50 = statistics.median(whole(ROUTER))
-        yield _row(f"{name}_latency_ratio", ratio(whole(name), whole(ROUTER)), "ratio", p50, samples)
+        own = added(name)
+        yield _row(f"{name}_added_latency_p50", statistics.median(own), "ms", baseline, samples)
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(own, router, strict=True))
+        yield _row(f"{name}_added_latency_ratio", ratio, "ratio", baseline, samples)
 
 
-def _loads(rounds: list[dict[str, tuple[float, float]]]) -> Iterator[dict[str, Any]]:
+def _loads(rounds: list[dict[str, tuple[float, float, float]]]) -> Iterator[dict[str, Any]]:
     def median(name: str, which: int) -> float:
         return statistics.median(loads[name][which] for loads in rounds)
 
+    def ratio(name: str, which: int) -> float:
+        return statistics.median(loads[name][which] / loads[ROUTER][which] for loads in rounds)
+
     for name in OURS:
-        ratio = statistics.median(loads[name][0] / loads[ROUTER][0] for loads in rounds)
-        yield _row(f"{name}_requests_ratio", ratio, "ratio", round(median(ROUTER, 0)), LOAD_ROUNDS)
+        yield _row(f"{name}_requests_ratio", ratio(name, 0), "ratio", round(median(ROUTER, 0)), LOAD_ROUNDS)
         yield _row(f"{name}_cpu_per_request", median(name, 1), "us", median(ROUTER, 1), LOAD_ROUNDS)
+        yield _row(f"{name}_loaded_latency_ratio", ratio(name, 2), "ratio", median(ROUTER, 2), LOAD_ROUNDS)
 
 
 def _row(name: str, value: float, unit: str, baseline: float, samples: int) -> dict[str, Any]:
