@@ -165,7 +165,7 @@ ROOMY = st.builds(
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ROOMY)
 def test_any_small_fleet_with_room_decides_what_the_core_decides(world: World) -> None:
     world.run(2)
@@ -191,9 +191,9 @@ def test_small_fleets_without_room_decide_what_the_core_decides_but_for_a_few() 
 @pytest.mark.timeout(3600)
 def test_a_fleet_of_a_hundred_nodes_decides_what_the_core_decides() -> None:
     hardware = Hardware()
-    load = seasonal(1000, 0.5, SPAN, seed=5)
+    load = seasonal(1000, 0.5, Span(72, 0, 1), seed=5)
     targets = expected_targets(load, models(1000, hardware), [UsageSettings().target_policy])[0]
     outcome, core = play(policy_of(PREDICTIVE), hardware, load, nodes=100, targets=targets)
     assert in_order(outcome.decisions) == in_order(core.decisions)
-    assert counted(core, "start") > 300
-    assert counted(core, "wake") > 100
+    assert counted(core, "start") > 100
+    assert counted(core, "wake") > 50
