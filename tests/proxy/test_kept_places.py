@@ -131,7 +131,7 @@ def test_nothing_is_kept_unless_somebody_says_so_nor_once_it_is_taken_back() -> 
     subject = world(routing=USUAL_ROUTING)
     assert all(pick(subject, f"low {number}", 1) for number in range(9))
     subject = world()
-    pick(subject, "a", 1), pick(subject, "b", 1)
+    assert [pick(subject, name, 1) for name in ("a", "b")] == ["r0", "r0"]
     assert hold(subject, "c", 1) == []
     todo = subject.model_upserted(entry("m", min_replicas=1, engine_settings=FOUR_PLACES), 2.0)
     assert released(todo) == ["c"]

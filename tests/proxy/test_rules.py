@@ -155,7 +155,7 @@ def test_an_explained_score_is_its_scorers_by_their_weights(
     for number, load in enumerate(loads[:2]):
         subject.load_report([LoadDelta(f"m{number}", Load(*load))], 1.0)
     weights = subject.traffic.rules_of("m").weights
-    held = data.draw(st.dictionaries(st.sampled_from(("m0", "m1")), st.integers(1, 10)))
+    held: dict[str, int] = data.draw(st.dictionaries(st.sampled_from(("m0", "m1")), st.integers(1, 10)))
     home = data.draw(st.sampled_from(("", "m0", "m1")))
     affinity = Affinity(held, 10, weights.prefix if held else 0.0, home, weights.session if home else 0.0)
     snapshot = subject.traffic.table.snapshot("m", "sha256:1")

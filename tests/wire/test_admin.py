@@ -203,7 +203,8 @@ async def test_rest_of_the_proxys_services(
         ("POST", "/admin/v1/blobs:collect", "CollectBlobs", {"dry_run": True}),
         ("PUT", "/admin/v1/aliases/team/best", "PutAlias", {"alias": "team/best", "model": "org/name"}),
         ("DELETE", "/admin/v1/aliases/team/best", "DeleteAlias", {"alias": "team/best"}),
-        ("PUT", "/admin/v1/policies/org/name", "UpdatePolicy", {"name": "org/name"}),
+        ("PUT", "/admin/v1/policies/org/name", "UpdatePolicy", {"name": "org/name", "dry_run": False}),
+        ("PUT", "/admin/v1/policies/org/name?dry_run=true", "UpdatePolicy", {"name": "org/name", "dry_run": True}),
         ("PUT", "/admin/v1/engine-settings/org/name", "UpdateEngineSettings", {"name": "org/name"}),
         ("PUT", "/admin/v1/engine-settings/m?dry_run=true", "UpdateEngineSettings", {"name": "m", "dry_run": True}),
         ("PUT", "/admin/v1/policies/m?dry_run=true", "UpdatePolicy", {"name": "m", "dry_run": True}),
@@ -216,7 +217,10 @@ async def test_rest_of_the_registry(
         "IngestModel": {"name": "m", "source": "dir:/x"},
         "CollectBlobs": {"dry_run": True, "grace": "60s"},
         "PutAlias": {"model": "org/name"},
-        "UpdatePolicy": {"min_replicas": 1},
+        "UpdatePolicy": {
+            "min_replicas": 1,
+            "routing": {"prefix_weight": 0.0, "kv_weight": 0.5, "choice": "REPLICA_CHOICE_POWER_OF_TWO"},
+        },
         "UpdateEngineSettings": {
             "kv_cache_bytes": "67108864",
             "prefix_caching": False,
@@ -235,6 +239,11 @@ async def test_rest_of_the_registry(
     assert {name: getattr(call.request, name) for name in fields} == fields
     if called == "UpdatePolicy":
         assert call.request.policy.min_replicas == 1
+        routing = call.request.policy.routing
+        assert (routing.prefix_weight, routing.kv_weight) == (0.0, 0.5)
+        assert routing.HasField("prefix_weight")
+        assert not routing.HasField("session_weight")
+        assert routing.choice == registry_service_pb2.REPLICA_CHOICE_POWER_OF_TWO
     if called == "UpdateEngineSettings":
         settings = call.request.settings
         assert (settings.kv_cache_bytes, settings.compilation) == (64 << 20, engine_settings_pb2.COMPILATION_MODE_EAGER)
