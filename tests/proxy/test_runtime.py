@@ -1,6 +1,7 @@
 """What the runtime has written, and in which order."""
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,10 +13,13 @@ from helios.mesh.names import EXPRESS_FILTER
 from helios.mesh.tasks import task_scope
 from helios.mesh.xds.server import EXTENSIONS_TYPE, XdsServer
 from helios.mesh.xds.state import ExpressRoute
+from helios.proxy import actions
 from helios.proxy.express.lane import ExpressPolicy
 from helios.proxy.runtime import Runtime
+from helios.proxy.scaling.decisions import Scaled
 from helios.proxy.swap import SwapFailures
 from helios.proxy.traffic import RoutingPolicy
+from tests.proxy.fakes import until
 from tests.proxy.support import core, hello, policy
 
 
@@ -72,6 +76,44 @@ async def test_the_last_cordon_is_the_one_that_stays_written() -> None:
         assert not second.done()
         disk.go_on.set()
     assert disk.written == [{"v"}, {"v", "w"}]
+
+
+class FullDisk(SlowDisk):
+    """Takes nothing the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.kept: set[str] = set()
+
+    def _write(self, what: str) -> None:
+        self.asked.append(what)
+        if self.asked.count(what) == 1:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        self.kept.add(what)
+
+    async def save(self, worker_ids: frozenset[str]) -> None:
+        assert worker_ids == {"w"}
+        self._write("workers")
+
+    async def save_swap_failures(self, failures: Sequence[SwapFailures]) -> None:
+        self._write("swaps")
+
+    async def save_decisions(self, documents: Sequence[Mapping[str, Any]]) -> None:
+        assert [document["model"] for document in documents] == ["m"]
+        self._write("decisions")
+
+
+async def test_a_full_disk_ends_no_proxy_and_is_written_to_when_it_has_room() -> None:
+    subject, disk = core(), FullDisk()
+    runtime = Runtime(subject, publisher=NoEnvoys(), memory=disk)
+    async with task_scope() as group:
+        group.create_task(runtime.run())
+        runtime.apply(subject.worker_hello(hello("w"), 0.0))
+        runtime.apply([actions.WorkersChanged(), actions.SwapFailuresChanged()])
+        subject.lifecycle.wants.decisions.add(Scaled(0.0, "m", 0, 1, "asked for", is_advice=False))
+        runtime.apply(subject.tick(1.0))
+        await until(lambda: disk.kept == {"workers", "swaps", "decisions"}, seconds=30)
 
 
 class DeafEnvoys(NoEnvoys):

@@ -4,7 +4,7 @@ A proxy that starts again promises by what it had measured, and says why there a
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import structlog
@@ -85,14 +85,30 @@ class Chronicle:
         self._changed.set()
 
     async def run(self) -> None:
-        """Keeps what changed, until cancelled. Raises OSError."""
-        while True:
-            await self._changed.wait()
-            await asyncio.sleep(_SETTLE_SECONDS)
-            self._changed.clear()
+        """Keeps what changed, until cancelled. Raises OSError: what was not kept is with the next call."""
+        await save_changes(self._changed, self._save)
+
+    async def _save(self) -> None:
+        await asyncio.sleep(_SETTLE_SECONDS)
+        try:
             if self._has_starts:
                 self._has_starts = False
                 await self._keeper.save_starts(self._estimates.document())
             if self._has_decisions:
                 self._has_decisions = False
                 await self._keeper.save_decisions(self._decisions.documents(self._wall_offset()))
+        except OSError:
+            self._has_starts = self._has_decisions = True
+            raise
+
+
+async def save_changes(changed: asyncio.Event, save: Callable[[], Awaitable[None]]) -> None:
+    """Saves whenever something changed, until cancelled. Raises OSError: what was not saved has changed still."""
+    while True:
+        await changed.wait()
+        changed.clear()
+        try:
+            await save()
+        except OSError:
+            changed.set()
+            raise

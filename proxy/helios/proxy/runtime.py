@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final, Protocol
 from uuid import uuid4
 
@@ -15,11 +16,12 @@ import structlog
 from opentelemetry import propagate, trace
 
 from helios.mesh.errors import Draining, HeliosError, Unavailable
+from helios.mesh.tasks import keep_running
 from helios.mesh.xds.state import Endpoint, ExpressRoute
 from helios.proxy import actions, metrics
 from helios.proxy.admission.keyring import ANYBODY, Caller
 from helios.proxy.catalogue import ModelEntry
-from helios.proxy.chronicle import Chronicle, ChronicleKeeper
+from helios.proxy.chronicle import Chronicle, ChronicleKeeper, save_changes
 from helios.proxy.core import Core
 from helios.proxy.events.log import EventLog
 from helios.proxy.events.record import event_of
@@ -202,9 +204,13 @@ class Runtime:
             group.create_task(self._tick(), name="tick")
             group.create_task(self._wait_acks(), name="wait for acks")
             group.create_task(self._wait_express_acks(), name="wait for acks of the express lane")
-            group.create_task(self._remember(), name="remember workers")
-            group.create_task(self._remember_swap_failures(), name="remember failed swaps")
-            group.create_task(self._chronicle.run(), name="remember starts and decisions")
+            # A disk that is full costs what is remembered, not the proxy.
+            workers = partial(save_changes, self._workers_changed, self._save_workers)
+            group.create_task(keep_running("remember workers", workers), name="remember workers")
+            swaps = partial(save_changes, self._swap_failures_changed, self._save_swap_failures)
+            group.create_task(keep_running("remember failed swaps", swaps), name="remember failed swaps")
+            chronicle = keep_running("remember starts and decisions", self._chronicle.run)
+            group.create_task(chronicle, name="remember starts and decisions")
 
     def stop(self) -> None:
         """Ends every session, and every wait with Draining: another proxy, or this one restarted, goes on with it."""
@@ -497,17 +503,11 @@ class Runtime:
                 now = time.monotonic()
             await asyncio.sleep(_PAUSE_SECONDS if is_left else 0)
 
-    async def _remember(self) -> None:
-        while True:
-            await self._workers_changed.wait()
-            self._workers_changed.clear()
-            await self._memory.save(frozenset(worker.hello.worker_id for worker in self.core.fleet.workers()))
+    async def _save_workers(self) -> None:
+        await self._memory.save(frozenset(worker.hello.worker_id for worker in self.core.fleet.workers()))
 
-    async def _remember_swap_failures(self) -> None:
-        while True:
-            await self._swap_failures_changed.wait()
-            self._swap_failures_changed.clear()
-            await self._memory.save_swap_failures(self.core.lifecycle.swaps.failures)
+    async def _save_swap_failures(self) -> None:
+        await self._memory.save_swap_failures(self.core.lifecycle.swaps.failures)
 
     def _measure_holds(self) -> None:
         statistics = self.core.holds.statistics()
