@@ -47,6 +47,7 @@ SLOW_FILES = (
     "proxy/test_main.py",
     "proxy/test_peers_process.py",
     "proxy/test_process.py",
+    "proxy/test_sent_along.py",
     "proxy/test_usage_process.py",
     "registry/test_convert.py",
     "registry/test_database.py",

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc.aio
 from envoy.config.endpoint.v3 import endpoint_pb2
+from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
 from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
@@ -274,6 +275,8 @@ class FakeEnvoy:
         asked_body = False
         try:
             request.protocol_config.send_body_without_waiting_for_header_response = pushed is not None
+            if pushed is not None:
+                request.protocol_config.request_body_mode = processing_mode_pb2.ProcessingMode.STREAMED
             request.request_headers.end_of_stream = pushed == []
             await call.write(request)
             for number, part in enumerate(pushed or (), start=1):

@@ -11,6 +11,8 @@ import grpc.aio
 from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 
+from helios.proxy.picker.request import FRAME_BYTES
+
 
 class Exchange:
     """What is read and written between the request's headers and the end of its stream."""
@@ -19,24 +21,28 @@ class Exchange:
         """``request`` is the first message: the headers."""
         self.request = request
         self._context = context
-        self._is_pushed: bool = request.protocol_config.send_body_without_waiting_for_header_response
-        self._has_body = not request.request_headers.end_of_stream
+        protocol = request.protocol_config
+        # The route of requests that name no model has their bodies buffered, whatever the filter is set to.
+        is_streamed = protocol.request_body_mode == processing_mode_pb2.ProcessingMode.STREAMED
+        self._is_pushed: bool = is_streamed and protocol.send_body_without_waiting_for_header_response
+        self._is_ended: bool = request.request_headers.end_of_stream
         self._part_count = 0
         self._pushed = b""
         self._is_asked = False
 
     async def read_pushed(self) -> None:
-        """Reads a body that follows unasked, wanted or not: what is not read counts against its connection."""
-        parts = []
-        is_more = self._is_pushed and self._has_body
-        while is_more:
-            message = await self._context.read()
-            if message is grpc.aio.EOF:
-                break
-            parts.append(message.request_body.body)
-            is_more = not message.request_body.end_of_stream
-        self._part_count = len(parts)
-        self._pushed = b"".join(parts)
+        """Reads a body that follows unasked, wanted or not: what is not read counts against its connection.
+
+        Its end may come later: apart, or in trailers, which Envoy keeps until its headers are answered.
+        """
+        if not self._is_pushed:
+            return
+        body = bytearray()
+        while not self._is_ended and not _is_whole(body):
+            if (part := await self._read_part()) is not None:
+                body += part
+                self._part_count += 1
+        self._pushed = bytes(body)
 
     async def body(self) -> bytes | None:
         """The body; None where the request has none."""
@@ -63,6 +69,25 @@ class Exchange:
         await self._context.write(response)
         for _ in range(self._part_count):
             await self._context.write(_GO_ON)
+
+    async def let_rest_go_on(self) -> None:
+        """Answers what is left of a pushed body: mostly nothing, else its end, or nothing until the request is over."""
+        while self._is_pushed and not self._is_ended:
+            if await self._read_part() is not None:
+                await self._context.write(_GO_ON)
+
+    async def _read_part(self) -> bytes | None:
+        message = await self._context.read()
+        if message is grpc.aio.EOF:
+            self._is_ended = True
+            return None
+        self._is_ended = message.request_body.end_of_stream
+        return bytes(message.request_body.body)
+
+
+def _is_whole(body: bytearray) -> bool:
+    """Whether it is a gRPC message, as all bodies are."""
+    return len(body) >= FRAME_BYTES and len(body) - FRAME_BYTES >= int.from_bytes(body[1:FRAME_BYTES], "big")
 
 
 def _body_asked() -> Any:

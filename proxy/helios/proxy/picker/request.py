@@ -18,7 +18,8 @@ OPENAI_PREFIX: Final = "/helios.api.inference.v1.OpenAIService/"
 INFERENCE_PREFIX: Final = "/helios.api.inference.v1.InferenceService/"
 # Above it, parsing takes more than a millisecond and leaves the event loop.
 INLINE_BODY_BYTES: Final = 256 << 10
-_FRAME_BYTES: Final = 5
+FRAME_BYTES: Final = 5
+"""What is before a gRPC message: whether it is compressed, and its length."""
 _MISSING: Final = "you must provide a model parameter"
 PROMPT_PATHS: Final = frozenset(
     (
@@ -128,13 +129,13 @@ def timeout_seconds(text: str) -> float | None:
 
 
 def _unframe(body: bytes) -> bytes:
-    if len(body) < _FRAME_BYTES:
+    if len(body) < FRAME_BYTES:
         raise _missing()
     if body[0] != 0:
         raise InvalidRequest("a compressed request needs the metadata x-helios-model", metadata={"param": "model"})
-    if int.from_bytes(body[1:_FRAME_BYTES], "big") != len(body) - _FRAME_BYTES:
+    if int.from_bytes(body[1:FRAME_BYTES], "big") != len(body) - FRAME_BYTES:
         raise InvalidRequest("the request is not exactly one gRPC message")
-    return body[_FRAME_BYTES:]
+    return body[FRAME_BYTES:]
 
 
 def _openai_document(message: bytes) -> dict[str, Any]:

@@ -114,6 +114,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
         began, body, model = _began(request), None, heads.model
         try:
             gate.identify()
+            await exchange.read_pushed()
             model = agree(heads.model, _lifted_model(request))
             if not model:
                 _check_path(heads.path)
@@ -152,17 +153,22 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
             return
         finally:
             gate.leave()
-        hints = hint_headers(gate.caller, entry.name, wishes.blocks, self._core.traffic.quotas.history)
-        more = self._more_headers(pick, model, heads) | hints | gate.left_for_answer() | self._cluster
-        await exchange.answer(_answer(exchange, pick, model, more))
-        # Behind the answer, which leaves at the end of this turn of the loop: a long prompt has many blocks.
-        asyncio.get_running_loop().call_soon(
-            self._core.traffic.prompt_sent, entry, pick.choices[0].replica_id, heads.request_id, wishes.blocks
+        more = (
+            self._more_headers(pick, model, heads)
+            | hint_headers(gate.caller, entry.name, wishes.blocks, self._core.traffic.quotas.history)
+            | gate.left_for_answer()
+            | self._cluster
         )
+        await exchange.answer(_answer(exchange, pick, model, more))
+        await self._answered(exchange, (entry, pick.choices[0].replica_id, heads.request_id, wishes.blocks))
+
+    async def _answered(self, exchange: Exchange, sent: tuple[ModelEntry, str, str, Blocks]) -> None:
+        # Behind the answer, which leaves at the end of this turn of the loop: a long prompt has many blocks.
+        asyncio.get_running_loop().call_soon(self._core.traffic.prompt_sent, *sent)
         await exchange.let_rest_go_on()
 
     async def _begun(self, context: Any) -> Exchange | None:
-        """Reads what comes unasked, once it is sure that an edge asks; None where there is nothing to read."""
+        """Reads what comes first, and makes sure that an edge asks; None where there is nothing to read."""
         request = await context.read()
         if request is grpc.aio.EOF:
             return None
@@ -174,9 +180,7 @@ class PickerServicer(external_processor_pb2_grpc.ExternalProcessorServicer):
                 await status.abort(context, error)
         if not request.HasField("request_headers"):
             await status.abort(context, InvalidRequest("the first message must be the request's headers"))
-        exchange = Exchange(context, request)
-        await exchange.read_pushed()
-        return exchange
+        return Exchange(context, request)
 
     def _wants_prompt(self, entry: ModelEntry, heads: Heads) -> bool:
         return (
