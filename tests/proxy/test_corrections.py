@@ -173,6 +173,15 @@ def prefix_scores(subject: Core) -> set[float]:
     return {choice.prefix_score for choice in picked.choices}
 
 
+def test_the_prompt_of_an_answer_that_may_go_on_elsewhere_is_known_until_it_has_ended() -> None:
+    subject = sent_to_one_of_two()
+    subject.load_report([LoadDelta("r0", Load(), started=("first",), finished=(("first", 14),))], 1.0)
+    assert subject.traffic.prompt_of("first") == blocks_of("ab")
+    subject.load_report([LoadDelta("r0", Load(), finished=(("first", 0),))], 2.0)
+    assert subject.traffic.prompt_of("first") == ()
+    assert prefix_scores(subject) == {0.0, 1.0}, "the replica has it still"
+
+
 def test_a_prompt_that_envoy_could_not_bring_anywhere_is_not_believed_in() -> None:
     subject = sent_to_one_of_two()
     subject.unreached("first", 1.0, is_failure=True)

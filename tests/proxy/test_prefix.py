@@ -44,6 +44,7 @@ class AgainstAPlainModel(RuleBasedStateMachine):
         self.index = PrefixIndex(self.max_blocks)
         self.model: dict[str, OrderedDict[int, int]] = {}
         self.sent: list[tuple[str, str, Blocks]] = []
+        self.open: set[tuple[str, str]] = set()
 
     @rule(replica=st.sampled_from(REPLICAS), prompt=PROMPTS, capacity=st.integers(1, 8), reuses_its_name=st.booleans())
     def send(self, replica: str, prompt: bytes, capacity: int, *, reuses_its_name: bool) -> None:
@@ -51,6 +52,7 @@ class AgainstAPlainModel(RuleBasedStateMachine):
         name = self.sent[-1][1] if reuses_its_name and self.sent else f"r{len(self.sent)}"
         number = len(self.sent)
         self.sent.append((replica, name, blocks))
+        self.open.add((replica, name))
         self.index.add(replica, name, blocks, capacity)
         held = self.model.setdefault(replica, OrderedDict())
         for block in reversed(blocks[:capacity]):
@@ -69,6 +71,25 @@ class AgainstAPlainModel(RuleBasedStateMachine):
         for block in lost:
             del held[block]
         assert self.index.keep(replica, name, ratio) == len(lost)
+
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        replica, name, _ = data.draw(st.sampled_from(self.sent or [("a", "unknown", NO_BLOCKS)]))
+        self.index.ended(replica, name)
+        self.open.discard((replica, name))
+        assert all(not self._is_open(name) or self.index.sent(name) in self._all_of(name) for _, name, _ in self.sent)
+
+    def _is_open(self, name: str) -> bool:
+        return any(one == name for _, one in self.open)
+
+    def _all_of(self, name: str) -> list[Blocks]:
+        """What a request's prompt may be, whole; nothing where a replica is the last of none of its blocks."""
+        return [NO_BLOCKS, *(blocks for _, one, blocks in self.sent if one == name)]
+
+    @invariant()
+    def what_has_ended_is_remembered_by_its_own_blocks_alone(self) -> None:
+        open_count = sum(len(blocks) for replica, name, blocks in self.sent if (replica, name) in self.open)
+        assert self.index.remembered_count <= self.index.block_count + open_count
 
     def _last_of(self, replica: str, name: str) -> int | None:
         """The number of the last prompt of this name that the replica was sent."""
@@ -102,6 +123,18 @@ TestAgainstAPlainModel = AgainstAPlainModel.TestCase
 
 def _leading(blocks: Blocks, held: OrderedDict[int, int]) -> int:
     return next((count for count, block in enumerate(blocks) if block not in held), len(blocks))
+
+
+def test_a_beginning_that_all_have_in_common_is_remembered_once() -> None:
+    index, beginning = PrefixIndex(10_000), bytes(range(256)) * 100
+    for number in range(50):
+        index.add("a", f"q{number}", blocks_of(beginning + bytes([number]) * BLOCK_BYTES, "s"), 10_000)
+        index.ended("a", f"q{number}")
+    assert index.prompt_count == 50
+    assert index.remembered_count == index.block_count == 150
+    assert index.keep("a", "q7", 1.0) == 0
+    assert index.keep("a", "q7", 100 / 101) == 1, "the ratio is of the whole prompt"
+    assert index.keep("a", "q49", 0.5) == 51
 
 
 def test_a_beginning_outlives_its_end() -> None:

@@ -269,6 +269,8 @@ class Traffic:
                 self._prefixes.keep(freed, request_id, 0.0)
         for request_id, code in delta.finished:
             touched.add(self.ledger.finished(request_id, replica_id) or replica_id)
+            if code != _UNAVAILABLE:  # Else another replica may go on with it, and is looked for by its prompt.
+                self._prefixes.ended(replica_id, request_id)
             self._judge(replica, code, now)
         for usage in delta.usage:
             self.quotas.finished(usage, now)

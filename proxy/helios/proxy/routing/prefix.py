@@ -49,11 +49,25 @@ def blocks_of(prompt: bytes, seed: str) -> Blocks:
 
 @dataclass(slots=True, eq=False)
 class _Sent:
-    """A prompt that a replica was sent, and of how many of its blocks it is the last that had them."""
+    """A prompt that a replica was sent, and of how many of its blocks it is the last that had them.
+
+    These are the ``count`` before ``end``: what a later prompt has, too, is a beginning, and what is dropped an end.
+    ``blocks`` begin at ``offset``, which is 0 until the request has ended; the prompt had ``length``.
+    """
 
     request_id: str
     blocks: Blocks
     count: int
+    end: int
+    length: int
+    offset: int = 0
+    has_ended: bool = False
+
+    def shorten(self) -> None:
+        """Remembers no more than the blocks that it is the last of."""
+        first = self.end - self.count
+        self.blocks = Blocks(self.blocks[first - self.offset : self.end - self.offset])
+        self.offset = first
 
 
 @dataclass(slots=True)
@@ -71,11 +85,12 @@ class PrefixIndex:
 
     Invariants: a replica has at most its capacity, and its share of ``max_blocks``; the index holds exactly what
     replicas hold; no two replicas have a bit in common; the prompts that are remembered of a replica are those that
-    are the last ones of at least one of its blocks.
+    are the last ones of at least one of its blocks, and by no other blocks once their requests have ended: else each
+    question after a long beginning that all have in common would keep all of it.
     """
 
     def __init__(self, max_blocks: int) -> None:
-        """``max_blocks`` bounds what is kept of all replicas; a block of one takes 200 bytes."""
+        """``max_blocks`` bounds what is kept of all replicas; a block of one takes 200 to 400 bytes."""
         self._max_blocks = max_blocks
         self._held: dict[str, _Held] = {}
         self._replica_of: dict[int, str] = {}
@@ -91,6 +106,11 @@ class PrefixIndex:
     def prompt_count(self) -> int:
         """Prompts of all replicas of which a loss would be understood."""
         return sum(len(held.sent) for held in self._held.values())
+
+    @property
+    def remembered_count(self) -> int:
+        """Blocks that these prompts are remembered by."""
+        return sum(len(sent.blocks) for held in self._held.values() for sent in held.sent.values())
 
     def match(self, blocks: Blocks) -> dict[str, int]:
         """How many of a prompt's first blocks each replica has; those that have none are left out."""
@@ -119,7 +139,10 @@ class PrefixIndex:
             held = self._held[replica_id] = _Held(self._new_bit(), capacity)
             self._replica_of[held.bit] = replica_id
         held.capacity = capacity
-        sent = held.sent[request_id] = _Sent(request_id, blocks, min(len(blocks), capacity))
+        self.ended(replica_id, request_id)
+        count = min(len(blocks), capacity)
+        sent = held.sent[request_id] = _Sent(request_id, blocks, count, count, len(blocks))
+        shared: list[_Sent] = []
         bit, held_blocks, replicas_of = held.bit, held.blocks, self._replicas_of
         # The last first: a beginning is of use without its end, and an end is of none without its beginning.
         for block in reversed(blocks[:capacity]):
@@ -132,6 +155,10 @@ class PrefixIndex:
                 before.count -= 1
                 if not before.count:
                     _forget_prompt(held, before)
+                elif before.has_ended and (not shared or shared[-1] is not before):
+                    shared.append(before)
+        for before in shared:
+            before.shorten()
         share = max(1, self._max_blocks // len(self._held))
         while len(held.blocks) > min(held.capacity, share):
             self._drop(held, *held.blocks.popitem(last=False))
@@ -147,17 +174,25 @@ class PrefixIndex:
         if held is None or sent is None:
             return 0
         lost_count = 0
-        for block in sent.blocks[int(ratio * len(sent.blocks)) :]:
+        for block in sent.blocks[max(0, int(ratio * sent.length) - sent.offset) :]:
             if held.blocks.get(block) is sent:
                 del held.blocks[block]
                 self._drop(held, block, sent)
                 lost_count += 1
         return lost_count
 
+    def ended(self, replica_id: str, request_id: str) -> None:
+        """A request needs its prompt's blocks no more: of those, its losses concern the ones that are its own."""
+        held = self._held.get(replica_id)
+        sent = held.sent.get(request_id) if held is not None else None
+        if sent is not None:
+            sent.has_ended = True
+            sent.shorten()
+
     def sent(self, request_id: str) -> Blocks:
-        """The blocks of a request's prompt, where a replica was sent it a short while ago. Looks at each replica."""
-        found = (held.sent[request_id].blocks for held in self._held.values() if request_id in held.sent)
-        return next(found, NO_BLOCKS)
+        """The blocks of the prompt of a request that was sent and has not ended. Looks at each replica."""
+        found = (held.sent[request_id] for held in self._held.values() if request_id in held.sent)
+        return next((sent.blocks for sent in found if not sent.has_ended), NO_BLOCKS)
 
     def forget(self, replica_id: str) -> None:
         """A replica is gone, or its cache is empty; harmless where nothing is known of it."""
@@ -170,6 +205,7 @@ class PrefixIndex:
 
     def _drop(self, held: _Held, block: int, sent: _Sent) -> None:
         sent.count -= 1
+        sent.end -= 1
         if not sent.count:
             _forget_prompt(held, sent)
         left = self._replicas_of[block] & ~held.bit
