@@ -156,6 +156,18 @@ def test_a_wake_that_is_refused_for_want_of_room_leads_to_the_next_rung() -> Non
     assert sleeping.state is S.ASLEEP
 
 
+def test_however_many_refuse_to_wake_the_request_waits_for_the_next_rung() -> None:
+    asleep = [sleeper(replica_id=f"r{number}", state=S.ASLEEP, memory_bytes=MIB) for number in range(5)]
+    subject = world(*asleep)
+    _, todo = subject.hold(entry(), "q", size_bytes=0, deadline=99.0, now=1.0)
+    for _ in asleep:
+        (order,) = orders(todo)
+        assert isinstance(order, WakeReplica)
+        todo = acknowledge(subject, todo, "NO_CAPACITY", now=2.0)
+        assert not [action for action in todo if isinstance(action, actions.Fail)]
+    assert [type(order) for order in orders(todo)] == [StartReplica]
+
+
 def test_room_that_a_waking_replica_needs_is_nobody_elses() -> None:
     subject = core()
     subject.models_replaced([entry(), entry("other", revision="sha256:2")], 0.0, is_synced=True)

@@ -346,7 +346,7 @@ class Core:
                 else:
                     warmth.wake_refused(replica)
                     # Its activation goes on with the next rung.
-                    gone = machine.Gone(replica_id, reason, message, is_worker_lost=True)
+                    gone = machine.Gone(replica_id, reason, message, is_refused=True)
                     self.lifecycle.handle(replica.model, gone, now)
             case _:
                 pass
