@@ -433,9 +433,7 @@ class Core:
         todo = self.cordon(worker_id, now, is_cordoned=True)
         worker = self.fleet.worker(worker_id)
         replicas = list(worker.replicas.values()) if worker is not None else []
-        for replica in replicas:
-            if not self.traffic.is_draining(replica):
-                self.lifecycle.drain(replica, now)
+        self.lifecycle.drain_soon(replicas, now)
         for model in {replica.model for replica in replicas}:
             self.lifecycle.reconcile(model, now)
         return todo + self._take(now)

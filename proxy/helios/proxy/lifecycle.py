@@ -7,7 +7,7 @@ about the model changed, and by the clock. It is level-triggered: a lost event c
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from helios.mesh.errors import PreconditionFailed
@@ -406,10 +406,14 @@ class Lifecycle:
         """Brings a model to zero now; returns how many replicas drain."""
         self._traffic.forget_use(model, now)
         self.wants.forecasts.dismiss(model)
-        replicas = self._traffic.fleet.replicas_of(model)
+        return self.drain_soon(self._traffic.fleet.replicas_of(model), now)
+
+    def drain_soon(self, replicas: Collection[Replica], now: float) -> int:
+        """Drains replicas for an operator, those that had longer, too; returns how many there are."""
+        limit = self.policy.drain_seconds
         for replica in replicas:
-            if not self._traffic.is_draining(replica):
-                self.drain(replica, now)
+            if not self._traffic.is_draining(replica) or self._drain_seconds.get(replica.replica_id, limit) > limit:
+                self.drain(replica, now, seconds=limit)
         return len(replicas)
 
     def evict(self, entry: ModelEntry, now: float) -> int:
@@ -495,8 +499,7 @@ class Lifecycle:
         return staged, self.drain_all(entry.name, now)
 
     def _adopt(self, model: str, current: list[Replica], now: float) -> None:
-        # One that was stopped a moment ago is none: its end would be taken for a failure.
-        # One for load is awaited by nobody.
+        # One that was stopped a moment ago is none: its end would be taken for a failure. One for load nobody awaits.
         awaited = (
             r
             for r in current
@@ -534,9 +537,7 @@ class Lifecycle:
             self._move_holds(model, now)
 
     def _remove(self, model: str, now: float) -> None:
-        for replica in self._traffic.fleet.replicas_of(model):
-            if not self._traffic.is_draining(replica):
-                self.drain(replica, now)
+        self.drain_soon(self._traffic.fleet.replicas_of(model), now)
         self.activating.forget(model)
         self.swaps.forget(model)
         self._traffic.forget_use(model, now)
