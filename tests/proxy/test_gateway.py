@@ -380,13 +380,14 @@ async def test_a_replica_that_cannot_be_reached_is_given_up_by_what_envoy_says(w
         envoy = await (stack := AsyncExitStack()).enter_async_context(world.envoy(edge.proxy))
         async with stack:
             await until(lambda: len(envoy.endpoints) == 1)
-            reasons = []
+            reasons: list[str | None] = []
             async with asyncio.timeout(30):
-                while "hold_expired" not in reasons:
+                # Requests may wait at first, too, until the real Envoy has the endpoint.
+                while None not in reasons or reasons[-1] != "hold_expired":
                     answer = await client.post("/v1/completions", json={"model": "m", "prompt": "x"})
                     assert answer.status_code == 503, answer.text
                     reasons.append(answer.headers.get("x-helios-reason"))
-            assert reasons[:3] == [None] * 3, "the breaker opens at the third"
+            assert reasons.count(None) >= 3, "the breaker opens at the third"
             await until(lambda: reservations() == 0)
 
 
