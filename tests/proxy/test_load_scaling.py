@@ -157,9 +157,9 @@ def test_an_answer_may_end_at_a_replica_that_load_needs_no_more() -> None:
     (drain,) = drains
     # Nobody needs its room: no answer is cut off for it after seconds.
     assert drain.timeout_seconds == LoadPolicy().drain_seconds == 3600
-    # An operator who takes the worker out does, as those of all its replicas.
-    todo = [action.command.order for action in subject.drain_worker("w", 60.0) if isinstance(action, Send)]
-    assert DrainReplica(drain.replica_id, subject.lifecycle.policy.drain_seconds) in todo
+    # An operator who takes the worker out does, after the time that all replicas have.
+    orders = [action.command.order for action in subject.drain_worker("w", 60.0) if isinstance(action, Send)]
+    assert DrainReplica(drain.replica_id, subject.lifecycle.policy.drain_seconds) in orders
     again = [action.command.order for action in subject.drain_worker("w", 61.0) if isinstance(action, Send)]
     assert not [order for order in again if isinstance(order, DrainReplica)]
 
