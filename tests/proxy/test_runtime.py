@@ -8,6 +8,8 @@ from typing import Any
 
 from envoy.service.discovery.v3 import discovery_pb2
 
+from helios.api.fleet.v1 import fleet_service_pb2 as fleet_pb
+from helios.api.fleet.v1 import types_pb2
 from helios.mesh.errors import Unavailable
 from helios.mesh.names import EXPRESS_FILTER
 from helios.mesh.tasks import task_scope
@@ -15,12 +17,13 @@ from helios.mesh.xds.server import EXTENSIONS_TYPE, XdsServer
 from helios.mesh.xds.state import ExpressRoute
 from helios.proxy import actions
 from helios.proxy.express.lane import ExpressPolicy
+from helios.proxy.fleet.servicer import FleetServicer
 from helios.proxy.runtime import Runtime
 from helios.proxy.scaling.decisions import Scaled
 from helios.proxy.swap import SwapFailures
 from helios.proxy.traffic import RoutingPolicy
 from tests.proxy.fakes import until
-from tests.proxy.support import core, hello, policy
+from tests.proxy.support import core, entry, hello, policy, replica
 
 
 class NoEnvoys:
@@ -172,3 +175,27 @@ class _Answers:
 
     async def write(self, message: Any) -> None:
         await self._answers.put(message)
+
+
+async def test_a_worker_is_believed_of_its_own_replicas_only() -> None:
+    subject = core()
+    subject.models_replaced([entry("m", min_replicas=1)], 0.0, is_synced=True)
+    subject.worker_hello(hello(replicas=(replica(),)), 0.0)
+    subject.worker_hello(hello("other"), 0.0)
+    subject.endpoints_acknowledged(subject.fleet.endpoints(), 0.0)
+    servicer = FleetServicer(
+        Runtime(subject, publisher=NoEnvoys(), memory=SlowDisk()), proxy_id="p", report_interval_seconds=1.0
+    )
+
+    def say(worker_id: str) -> None:
+        failed = types_pb2.RequestFinished(request_id="q", status_code=14)
+        delta = types_pb2.LoadDelta(replica_id="r", finished=[failed] * 10)
+        servicer.take(fleet_pb.SessionRequest(load=fleet_pb.LoadReport(deltas=[delta])), worker_id, 1.0)
+
+    say("other")
+    gone = types_pb2.Replica(replica_id="r", model="m", state=types_pb2.REPLICA_STATE_STOPPED)
+    event = fleet_pb.ReplicaEvent(sequence=1, replica=gone)
+    servicer.take(fleet_pb.SessionRequest(replica_event=event), "other", 1.0)
+    assert subject.pick(entry("m"), "q1", 1.0) is not None
+    say("w")
+    assert subject.pick(entry("m"), "q2", 1.0) is None, "its own worker's word opens the circuit"

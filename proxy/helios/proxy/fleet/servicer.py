@@ -101,6 +101,9 @@ class FleetServicer(FleetServiceServicer):
         """Takes in what a worker says that has said hello."""
         core = self._runtime.core
         self._runtime.apply(core.worker_seen(worker_id, now))
+        if self._is_of_another(message, worker_id):
+            log.warning("a worker speaks of another one's replica: not believed", worker=worker_id)
+            return
         match message.WhichOneof("message"):
             case "load":
                 ends = [wire.ends_from_proto(delta, now) for delta in message.load.deltas]
@@ -139,6 +142,14 @@ class FleetServicer(FleetServiceServicer):
                 raise InvalidRequest("a session has one hello", reason="HELLO_EXPECTED")
             case _:
                 pass
+
+    def _is_of_another(self, message: pb.SessionRequest, worker_id: str) -> bool:
+        """Whether a worker speaks of a replica that is known as another worker's."""
+        named = [delta.replica_id for delta in message.load.deltas]
+        if message.HasField("replica_event"):
+            named.append(message.replica_event.replica.replica_id)
+        held = (self._runtime.core.fleet.replica(replica_id) for replica_id in named)
+        return any(replica is not None and replica.worker_id != worker_id for replica in held)
 
     def _count(self, report: pb.LoadReport, ends: Ends, now: float) -> None:
         meter, core, hour = self._runtime.meter, self._runtime.core, self._runtime.hour(now)
