@@ -9,6 +9,8 @@
 An operator's call reaches any proxy.
 """
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final, cast
 
@@ -41,6 +43,9 @@ _EVERYBODYS: Final = "ResetBreaker"
 _MERGED: Final = "ListRequests"
 # One that does not answer must not hide what others know.
 _LOOK_SECONDS: Final = 2.0
+# Proxies that start, or lose their leader, have one within seconds: nobody is to ask again for that.
+_ELECTION_SECONDS: Final = 5.0
+_ELECTION_LOOK_SECONDS: Final = 0.05
 
 
 class SharedAdmin:
@@ -69,19 +74,21 @@ class SharedAdmin:
 
     def _of_leader(self, name: str, own: Call) -> Call:
         async def call(request: Any, context: Any) -> Any:
-            if self._peers.leads:
+            leader = await self._leader(context)
+            if not leader:
                 return await own(request, context)
-            return await self._peers.ask(self._leader(context), AdminServiceStub, name, request, context)
+            return await self._peers.ask(leader, AdminServiceStub, name, request, context)
 
         return call
 
     def _watch(self, own: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
         async def watch(request: Any, context: Any) -> AsyncIterator[Any]:
-            if self._peers.leads:
+            leader = await self._leader(context)
+            if not leader:
                 async for event in own(request, context):
                     yield event
                 return
-            stub = await self._peers.stub(self._leader(context), AdminServiceStub)
+            stub = await self._peers.stub(leader, AdminServiceStub)
             call = stub.WatchEvents(request, metadata=hops(context))
             try:
                 async for event in call:
@@ -147,12 +154,17 @@ class SharedAdmin:
 
         return call
 
-    def _leader(self, context: Any) -> str:
-        addresses = self._peers.addresses(context)
-        if not addresses:
-            raise Unavailable(
-                "no proxy leads at the moment, and this is the leader's to do; try again",
-                reason="NO_LEADER",
-                retry_after_seconds=2,
-            )
-        return addresses[0]
+    async def _leader(self, context: Any) -> str:
+        """Where the leader is reached; empty where it is this proxy. Raises Unavailable where none comes for long."""
+        deadline = time.monotonic() + _ELECTION_SECONDS
+        while not self._peers.leads:
+            if addresses := self._peers.addresses(context):
+                return addresses[0]
+            if time.monotonic() >= deadline:
+                raise Unavailable(
+                    "no proxy leads at the moment, and this is the leader's to do; try again",
+                    reason="NO_LEADER",
+                    retry_after_seconds=2,
+                )
+            await asyncio.sleep(_ELECTION_LOOK_SECONDS)
+        return ""
