@@ -10,9 +10,9 @@ from typing import Any, Final, Protocol, Self
 
 import grpc.aio
 
+from helios.mesh.calls import answer_of
 from helios.mesh.channel import Dialer
 from helios.mesh.identity import IdentityFiles
-from helios.mesh.status import error_from_rpc
 
 _FORWARDED: Final = "x-helios-forwarded"
 _MOST_HOPS: Final = 2
@@ -72,10 +72,7 @@ class PeerCalls:
         method = getattr(await self.stub(address, stub_class), name)
         remaining = context.time_remaining()
         timeout = min(seconds, remaining) if remaining is not None else seconds
-        try:
-            return await method(request, timeout=timeout, metadata=hops(context))
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        return await answer_of(method(request, timeout=timeout, metadata=hops(context)))
 
     async def stub(self, address: str, stub_class: Callable[[grpc.aio.Channel], Any]) -> Any:
         """A stub of another proxy, for one call, which is to carry `hops`."""

@@ -12,13 +12,12 @@ An operator's call reaches any proxy.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, Final, cast
 
-import grpc.aio
-
 from helios.api.admin.v1.admin_service_pb2_grpc import AdminServiceServicer, AdminServiceStub
+from helios.mesh.calls import messages_of
 from helios.mesh.errors import HeliosError, NotFound, Unavailable
-from helios.mesh.status import error_from_rpc
 from helios.proxy.admin.servicer import DEFAULT_PAGE_SIZE
 from helios.proxy.peers.calls import PeerCalls, hops
 
@@ -89,14 +88,9 @@ class SharedAdmin:
                     yield event
                 return
             stub = await self._peers.stub(leader, AdminServiceStub)
-            call = stub.WatchEvents(request, metadata=hops(context))
-            try:
-                async for event in call:
+            async with aclosing(messages_of(stub.WatchEvents(request, metadata=hops(context)))) as events:
+                async for event in events:
                     yield event
-            except grpc.aio.AioRpcError as error:
-                raise error_from_rpc(error) from error
-            finally:
-                call.cancel()
 
         return watch
 
