@@ -8,17 +8,16 @@ gets a hello of each worker as it is by now.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any, Final
-
-import grpc.aio
 
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet_pb
 from helios.api.fleet.v1 import types_pb2
 from helios.api.proxy.v1 import feed_service_pb2 as pb
 from helios.api.proxy.v1.feed_service_pb2_grpc import FeedServiceServicer, FeedServiceStub
+from helios.mesh.calls import messages_of
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import Unavailable
-from helios.mesh.status import error_from_rpc
 from helios.proxy.fleet import wire
 from helios.proxy.runtime import Outbox, Runtime
 
@@ -146,13 +145,9 @@ class FeedSession:
         What is believed meanwhile is believed for as long as workers may be silent.
         """
         call = self._dialer.stub(FeedServiceStub).WatchWorkers(pb.WatchWorkersRequest())
-        try:
-            async for item in call:
+        async with aclosing(messages_of(call)) as items:
+            async for item in items:
                 self._hear(item, time.monotonic())
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        finally:
-            call.cancel()
         raise Unavailable("the proxy's feed ended", reason="FEED_ENDED")
 
     def _hear(self, item: pb.WatchWorkersResponse, now: float) -> None:
