@@ -126,7 +126,8 @@ async def remove(
                 name, is_forced=is_forced, request_id=uuid4().hex, is_dry_run=is_dry_run
             )
     if is_json:
-        console.print_json(json.dumps({"removed": reference, "freed_bytes": freed}))
+        told = "would_remove" if is_dry_run else "removed"
+        console.print_json(json.dumps({told: reference, "freed_bytes": freed}))
     else:
         would = NOTHING_DONE if is_dry_run else ""
         console.print(f"{would}{reference} removed, {size(freed)} freed", markup=False, highlight=False)

@@ -134,7 +134,7 @@ async def test_dry_runs_say_what_would_be_and_leave_everything(parts: Parts, out
     await model_versions.pin(STATE, out.console, f"m@{A}", reason="", is_removed=False, is_json=False, is_dry_run=True)
     assert "m keeps sha256:" in out.text()
     await model_versions.remove(STATE, out.console, "m", is_forced=False, is_json=True, is_dry_run=True)
-    assert out.json() == {"removed": "m", "freed_bytes": 100 + 100 + 7}
+    assert out.json() == {"would_remove": "m", "freed_bytes": 100 + 100 + 7}
     with pytest.raises(PreconditionFailed):
         await model_versions.remove(STATE, out.console, f"m@{B}", is_forced=False, is_json=False, is_dry_run=True)
     assert await parts.catalog.store.get_model("m") == before
