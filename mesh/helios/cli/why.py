@@ -19,6 +19,7 @@ from helios.api.admin.v1 import explanation_pb2 as pb
 from helios.api.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 from helios.cli.edge import open_admin
 from helios.cli.state import StateDirectory
+from helios.mesh.durations import seconds_from_proto
 from helios.mesh.errors import InvalidRequest, NotFound
 
 _CALL_SECONDS: Final = 15.0
@@ -120,7 +121,7 @@ def drawn(explanation: pb.RequestExplanation) -> Group:
 
 def shares(explanation: pb.RequestExplanation) -> list[float]:
     """The phases' shares of the whole, 0 to 1; they add up to 1 where there is a whole."""
-    seconds = [_seconds(phase.duration) for phase in explanation.phases]
+    seconds = [seconds_from_proto(phase.duration) for phase in explanation.phases]
     whole = sum(seconds)
     return [one / whole if whole else 0.0 for one in seconds]
 
@@ -157,10 +158,10 @@ def _phase_table(explanation: pb.RequestExplanation) -> Table:
     for index, (phase, share) in enumerate(zip(explanation.phases, shares(explanation), strict=True)):
         color = _color(index, phase.phase)
         bar = Text(_bar(share), color)
-        milliseconds = f"{_seconds(phase.duration) * 1e3:,.1f}"
+        milliseconds = f"{seconds_from_proto(phase.duration) * 1e3:,.1f}"
         table.add_row(Text(phase.phase, color), milliseconds, f"{share:.1%}".rstrip("%"), bar, Text(phase.reason))
     table.add_section()
-    total = sum(_seconds(phase.duration) for phase in explanation.phases)
+    total = sum(seconds_from_proto(phase.duration) for phase in explanation.phases)
     table.add_row("total", f"{total * 1e3:,.1f}", f"{sum(shares(explanation)):.1%}".rstrip("%"), "", "")
     return table
 
@@ -233,10 +234,6 @@ def _local(summary: pb.RequestSummary) -> datetime:
     return summary.arrived_at.ToDatetime(tzinfo=UTC).astimezone()
 
 
-def _seconds(duration: Duration) -> float:
-    return float(duration.ToNanoseconds() / 1e9)
-
-
 def _ms(duration: Duration) -> str:
-    seconds = _seconds(duration)
+    seconds = seconds_from_proto(duration)
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"

@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from helios.api.engine.v1 import engine_settings_pb2 as engine_pb
 from helios.api.registry.v1 import registry_service_pb2 as pb
 from helios.mesh.errors import HeliosError, InvalidRequest
-from helios.mesh.routing import NAMES, USUAL_ROUTING, Choice, ModelRouting
+from helios.mesh.routing import USUAL_ROUTING, Choice, ModelRouting
 from helios.mesh.status import openai_body
 from helios.mesh.windows import Window
 from helios.registry.engine_settings import EngineSettings
@@ -171,9 +171,9 @@ def _routing_to_proto(routing: ModelRouting) -> pb.ModelRouting:
 
 def _routing_from_proto(message: pb.ModelRouting) -> ModelRouting:
     """Reads what a policy says of routing; a choice that this software does not know is as proxies are set."""
-    values: dict[str, Any] = {field.name: value for field, value in message.ListFields() if field.name in NAMES}
+    values: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
     values["choice"] = next((choice for choice, value in _CHOICES.items() if value == message.choice), None)
-    return ModelRouting(**values)
+    return ModelRouting.of_fields(values)
 
 
 def engine_settings_to_proto(settings: EngineSettings) -> engine_pb.EngineSettings:

@@ -1,8 +1,7 @@
 """What proxies tell each other, as messages and back."""
 
-from google.protobuf.duration_pb2 import Duration
-
 from helios.api.proxy.v1 import peer_service_pb2 as pb
+from helios.mesh.durations import seconds_from_proto
 from helios.proxy.activation.machine import ActivationState
 from helios.proxy.fleet.wire import duration
 from helios.proxy.peers.messages import (
@@ -52,7 +51,7 @@ def report_from_proto(message: pb.Report) -> Report:
         message.sent_at,
         message.heard_at,
         held=tuple((held.model, held.count) for held in message.held),
-        used=tuple((used.model, _seconds(used.ago)) for used in message.used),
+        used=tuple((used.model, seconds_from_proto(used.ago)) for used in message.used),
         wished=tuple(message.wished),
         slices=tuple(
             SliceReport(_key_from_proto(one.key), _spent_from(one.requests), _spent_from(one.tokens))
@@ -96,14 +95,14 @@ def news_from_proto(message: pb.News) -> News:
         draining=tuple(message.draining.replica_ids) if message.HasField("draining") else None,
         outlooks=tuple(_outlook_from_proto(outlook) for outlook in message.outlooks),
         failures=tuple(
-            Failure(one.model, one.reason, one.message, _seconds(one.retry_after)) for one in message.failures
+            Failure(one.model, one.reason, one.message, seconds_from_proto(one.retry_after)) for one in message.failures
         ),
-        estimates=tuple((one.model, _seconds(one.seconds)) for one in message.estimates),
+        estimates=tuple((one.model, seconds_from_proto(one.seconds)) for one in message.estimates),
         slices=tuple(
             SliceGrant(_key_from_proto(one.key), _granted_from(one.requests), _granted_from(one.tokens))
             for one in message.slices
         ),
-        forgotten=tuple((one.model, _seconds(one.ago)) for one in message.forgotten),
+        forgotten=tuple((one.model, seconds_from_proto(one.ago)) for one in message.forgotten),
     )
 
 
@@ -120,7 +119,7 @@ def _outlook_from_proto(message: pb.Outlook) -> Outlook:
     name = pb.ActivationState.Name(message.state).removeprefix(_PREFIX)
     # One that a newer version sends is as good as none.
     state = ActivationState[name] if name in ActivationState.__members__ else ActivationState.IDLE
-    return Outlook(message.model, state, _seconds(message.remaining), message.failure)
+    return Outlook(message.model, state, seconds_from_proto(message.remaining), message.failure)
 
 
 def _key_to_proto(key: SliceKey) -> pb.SliceKey:
@@ -156,9 +155,9 @@ def _granted(granted: Granted) -> pb.Granted:
 
 def _granted_from(message: pb.Granted) -> Granted:
     return Granted(
-        message.granted, message.remaining, _seconds(message.reset), _seconds(message.wait), message.reclaimed
+        message.granted,
+        message.remaining,
+        seconds_from_proto(message.reset),
+        seconds_from_proto(message.wait),
+        message.reclaimed,
     )
-
-
-def _seconds(message: Duration) -> float:
-    return message.seconds + message.nanos / 1e9

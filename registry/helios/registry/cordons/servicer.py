@@ -6,7 +6,6 @@ from typing import Any
 
 from helios.api.registry.v1 import cordon_service_pb2 as pb
 from helios.api.registry.v1.cordon_service_pb2_grpc import CordonServiceServicer
-from helios.mesh.server import peer_component
 from helios.registry import access
 from helios.registry.cordons.cordons import Cordons
 from helios.registry.cordons.wire import cordon_to_proto
@@ -21,7 +20,7 @@ class CordonServicer(CordonServiceServicer):
     async def SetCordon(self, request: pb.SetCordonRequest, context: Any) -> pb.SetCordonResponse:
         """Cordons a worker, or lifts its cordon."""
         access.check_may_lead(context)
-        actor = peer_component(context) or ""
+        actor = access.actor_of(context)
         is_change, cordons = await self._cordons.set(request.worker_id, actor, is_cordoned=request.cordoned)
         return pb.SetCordonResponse(changed=is_change, cordons=map(cordon_to_proto, cordons))
 

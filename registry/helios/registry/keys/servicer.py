@@ -6,7 +6,6 @@ from typing import Any
 
 from helios.api.registry.v1 import key_service_pb2 as pb
 from helios.api.registry.v1.key_service_pb2_grpc import KeyServiceServicer
-from helios.mesh.server import peer_component
 from helios.registry import access
 from helios.registry.keys.keys import Keys
 from helios.registry.keys.wire import key_to_proto, spec_from_proto, stored_to_proto
@@ -21,7 +20,7 @@ class KeyServicer(KeyServiceServicer):
     async def CreateKey(self, request: pb.CreateKeyRequest, context: Any) -> pb.CreateKeyResponse:
         """Makes a key."""
         access.check_may_manage_keys(context)
-        key, secret = await self._keys.create(spec_from_proto(request), peer_component(context) or "")
+        key, secret = await self._keys.create(spec_from_proto(request), access.actor_of(context))
         return pb.CreateKeyResponse(key=key_to_proto(key), secret=secret)
 
     async def ListKeys(self, request: pb.ListKeysRequest, context: Any) -> pb.ListKeysResponse:
@@ -33,7 +32,7 @@ class KeyServicer(KeyServiceServicer):
     async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Any) -> pb.RevokeKeyResponse:
         """Ends a key."""
         access.check_may_manage_keys(context)
-        key = await self._keys.revoke(request.key, peer_component(context) or "")
+        key = await self._keys.revoke(request.key, access.actor_of(context))
         return pb.RevokeKeyResponse(key=key_to_proto(key))
 
     async def WatchKeys(self, request: pb.WatchKeysRequest, context: Any) -> AsyncIterator[pb.WatchKeysResponse]:
