@@ -1,14 +1,18 @@
 """Workers that are taken out of service."""
 
+import sys
 from dataclasses import replace
+from types import FrameType
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from helios.mesh.errors import NotFound, PreconditionFailed
 from helios.proxy.actions import Send
 from helios.proxy.core import Core
 from helios.proxy.fleet.commands import DrainReplica, StartReplica, StopReplica
-from helios.proxy.fleet.state import Load, ReplicaState
+from helios.proxy.fleet.state import Load, Replica, ReplicaState
 from helios.proxy.routing.pick import Wishes
 from helios.proxy.traffic import LoadDelta
 from tests.proxy.support import GIB, core, entry, hello, ready, replica
@@ -68,6 +72,83 @@ def test_requests_go_elsewhere_than_to_a_cordoned_worker_wherever_another_one_ta
     assert picked(4, 4.0) == {"at-v", "at-w"}
     subject.cordon("w", 5.0, is_cordoned=False)
     assert picked(4, 5.0) == {"at-w"}
+
+
+def many(count: int) -> Core:
+    """So many replicas of a model on workers of their own, one of another model on `elsewhere`."""
+    subject = core()
+    subject.models_replaced([entry(min_replicas=count), entry("n", min_replicas=1)], 0.0, is_synced=True)
+    for number in range(count):
+        held = replica(f"r{number}", worker_id=f"w{number}", address=f"127.0.0.1:{1000 + number}")
+        subject.worker_hello(hello(held.worker_id, replicas=(held,)), 0.0)
+    other = replica("other", model="n", worker_id="elsewhere", address="127.0.0.1:999")
+    subject.worker_hello(hello("elsewhere", replicas=(other,)), 0.0)
+    subject.endpoints_acknowledged(subject.fleet.endpoints(), 0.0)
+    return subject
+
+
+def call_count(subject: Core, request_id: str) -> int:
+    """How many functions of Python a pick calls, with what is told of it; each turn of a generator is one."""
+    count = 0
+
+    def note(_frame: FrameType, event: str, _arg: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(note)
+    try:
+        subject.pick(entry(), request_id, 1.0)
+        subject.traffic.exclusions("m")
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("cordoned", [("elsewhere",), tuple(f"unknown-{number}" for number in range(500))])
+def test_a_cordon_of_other_models_workers_has_no_pick_look_at_each_replica(cordoned: tuple[str, ...]) -> None:
+    subject = many(200)
+    without = call_count(subject, "q1")
+    for worker_id in cordoned:
+        subject.cordon(worker_id, 1.0, is_cordoned=True)
+    assert call_count(subject, "q2") <= without + 10
+
+
+@given(
+    moves=st.lists(
+        st.tuples(st.sampled_from("ab"), st.sampled_from("mmn"), st.sampled_from("vwx"), st.sampled_from((1, 1, 0))),
+        min_size=2,
+        max_size=12,
+    ),
+    cordoned=st.sets(st.sampled_from("vwx")),
+    lost=st.sets(st.sampled_from("vwx"), max_size=1),
+)
+@example(moves=[("a", "m", "v", 1), ("b", "m", "x", 1), ("a", "m", "w", 1)], cordoned={"v"}, lost=set())
+def test_cordons_count_for_replicas_where_they_are_now(
+    moves: list[tuple[str, str, str, int]], cordoned: set[str], lost: set[str]
+) -> None:
+    subject = core()
+    subject.models_replaced([entry("m", min_replicas=9), entry("n", min_replicas=9)], 0.0, is_synced=True)
+    told: dict[str, dict[str, Replica]] = {worker_id: {} for worker_id in "vwx"}
+    for key, model, worker_id, is_there in moves:
+        held = replica(key, model=model, worker_id=worker_id, address=f"127.0.0.1:{1000 + ord(key)}")
+        told[worker_id].pop(key, None)
+        told[worker_id].update({key: held} if is_there else {})
+        subject.worker_hello(hello(worker_id, replicas=tuple(told[worker_id].values())), 0.0)
+        subject.endpoints_acknowledged(subject.fleet.endpoints(), 0.0)
+    for worker_id in cordoned:
+        subject.cordon(worker_id, 1.0, is_cordoned=True)
+    for worker_id in lost:
+        subject.worker_lost(worker_id, 1.0)
+    for model in "mn":
+        candidates = [one for one in subject.fleet.replicas_of(model) if subject.traffic.is_candidate(one.replica_id)]
+        shunned = {one.replica_id for one in candidates if one.worker_id in cordoned}
+        expected = shunned if len(shunned) < len(candidates) else set[str]()
+        told_of = {one for one, reason in subject.traffic.exclusions(model) if reason == "cordoned"}
+        assert told_of == expected
+        chosen = subject.pick(entry(model), f"q{model}", 1.0)
+        picked = {choice.replica_id for choice in chosen.choices} if chosen is not None else set[str]()
+        assert bool(picked) is bool(candidates)
+        assert not picked & expected
 
 
 def test_a_request_that_fits_on_a_cordoned_worker_alone_goes_there() -> None:

@@ -355,6 +355,21 @@ def test_a_deleted_models_replicas_are_drained_and_holds_told() -> None:
     assert isinstance(failed.error, ModelNotFound)
 
 
+def test_nothing_is_kept_of_a_deleted_models_use() -> None:
+    subject = core()
+    known(subject)
+    warm(subject)
+    subject.endpoints_acknowledged(subject.fleet.endpoints(), 0.5)
+    assert subject.pick(entry(), "q1", 1.0) is not None
+    subject.drain_model(entry(), 2.0)
+    assert (subject.traffic.forgotten(), subject.traffic.last_wanted_at("m")) == ({"m": 2.0}, 1.0)
+    subject.model_deleted("m", 3.0)
+    subject.tick(4.0)
+    subject.replica_event("w", 1, replica(state=ReplicaState.STOPPED), 5.0)
+    assert (subject.traffic.forgotten(), dict(subject.traffic.uses())) == ({}, {})
+    assert subject.traffic.last_wanted_at("m") == 0.0
+
+
 def test_the_breaker_takes_a_failing_replica_out_and_lets_one_probe_in() -> None:
     subject = core()
     known(subject)

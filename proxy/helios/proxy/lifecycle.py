@@ -540,7 +540,7 @@ class Lifecycle:
         self.drain_soon(self._traffic.fleet.replicas_of(model), now)
         self.activating.forget(model)
         self.swaps.forget(model)
-        self._traffic.forget_use(model, now)
+        self._traffic.forget_model(model)
         self._move_holds(model, now)
 
     def _move_holds(self, model: str, now: float) -> None:

@@ -16,14 +16,16 @@ from helios.proxy.breaker import BreakerPolicy, Breakers
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.engine_needs import needs_of
 from helios.proxy.express.lane import ExpressPolicy
-from helios.proxy.fleet.state import Adapter, AdapterState, Change, FleetState, Load, Replica, ReplicaState
+from helios.proxy.fleet.state import Adapter, Change, FleetState, Load, Replica, ReplicaState
 from helios.proxy.ledger import Ledger
 from helios.proxy.outliers import OutlierPolicy, Outliers
 from helios.proxy.retries import RetryBudgets, RetryPolicy
 from helios.proxy.routing.corrections import Corrections, KvNews
+from helios.proxy.routing.holders import Holders
 from helios.proxy.routing.pick import NO_WISHES, Affinity, Pick, Wishes, pick
 from helios.proxy.routing.prefix import BLOCK_TOKENS, Blocks, PrefixIndex
 from helios.proxy.routing.rules import LOW_BAND, NORMAL_BAND, Rules, Weights
+from helios.proxy.routing.sites import Sites
 from helios.proxy.routing.table import Candidate, Facts, Locality, RoutingTable, exclusion, score
 
 # gRPC codes that speak of the replica and not of the request: UNKNOWN, INTERNAL, UNAVAILABLE, DATA_LOSS.
@@ -115,8 +117,8 @@ class Traffic:
         self._lowest: dict[str, int] = {}
         # By model, as a tuple that is made anew where it changes: a pick takes it as it is.
         self._excluded: dict[str, tuple[tuple[str, str], ...]] = {}
-        # Replicas that have an adapter loaded; few picks name one, so candidates are looked up here and not grouped.
-        self._holders: dict[Adapter, set[str]] = {}
+        self._holders = Holders()
+        self._sites = Sites()
 
     def wants_prompt(self, entry: ModelEntry) -> bool:
         """Whether a request's prompt bears on where it goes."""
@@ -140,7 +142,7 @@ class Traffic:
         """
         snapshot = self.table.snapshot(entry.name, entry.revision)
         if adapter is not None:
-            holders = self._holders.get(adapter, ())
+            holders = self._holders.of(adapter)
             snapshot = tuple(candidate for candidate in snapshot if candidate.replica_id in holders)
         if self._busy:
             snapshot = tuple(candidate for candidate in snapshot if candidate.replica_id not in self._busy)
@@ -152,7 +154,7 @@ class Traffic:
                 snapshot = _with_room(snapshot, wishes.context_tokens)
             # After what a replica would refuse: a cordon must not send a request to where it does not fit.
             if self.fleet.cordoned:
-                snapshot = self._uncordoned(snapshot)
+                snapshot = self._uncordoned(entry.name, snapshot)
             affinity = self._affinity(entry, wishes.blocks, wishes.session, rules.weights)
         draw = self._routing.draw if rules.choice is _POWER_OF_TWO else None
         chosen = pick(entry.name, entry.revision, snapshot, affinity, draw, weights=rules.weights)
@@ -187,6 +189,8 @@ class Traffic:
 
     def model_changed(self, name: str, entry: ModelEntry | None) -> None:
         """A model is new, another one, or (None) gone: its replicas are scored by its rules from now on."""
+        if entry is None:
+            self.forget_model(name)
         rules = self._usual
         if entry is not None and (entry.routing != USUAL_ROUTING or self._usual.keeps_places):
             places = needs_of(entry.engine_settings).max_running_requests
@@ -223,7 +227,9 @@ class Traffic:
         if change.before is None and change.after is None:
             return
         replica = change.replica
-        self._note_adapters(change)
+        if self._holders.follow(change):
+            # What waits for the adapter can go on, if the replica is a candidate already.
+            self._opened.add(replica.model)
         if change.after is None or change.after.state.is_gone:
             self._forget(replica, now)
             return
@@ -415,6 +421,12 @@ class Traffic:
         self._forgotten[model] = now
         self._last_wanted[model] = self._last_used.pop(model, self._last_wanted.get(model, 0.0))
 
+    def forget_model(self, model: str) -> None:
+        """A model is gone, and with it when it was used or let go."""
+        self._last_used.pop(model, None)
+        self._last_wanted.pop(model, None)
+        self._forgotten.pop(model, None)
+
     def forgotten(self) -> dict[str, float]:
         """Models that were let go and not used since, and when."""
         return {model: at for model, at in self._forgotten.items() if model not in self._last_used}
@@ -450,22 +462,17 @@ class Traffic:
 
     def _left_alone(self, model: str) -> tuple[tuple[str, str], ...]:
         """Candidates on cordoned workers, where others take requests."""
-        candidates = [
-            replica
-            for replica in self.fleet.replicas_of(model)
-            if replica.replica_id in self.table and replica.replica_id not in self._busy
-        ]
-        cordoned = [replica for replica in candidates if replica.worker_id in self.fleet.cordoned]
-        if len(cordoned) == len(candidates):
+        cordoned = dict.fromkeys(one for one in self._sites.on(model, self.fleet.cordoned) if one not in self._busy)
+        if not cordoned or all(one in cordoned or one in self._busy for one in self._sites.of(model)):
             return ()
-        return tuple((replica.replica_id, "cordoned") for replica in cordoned)
+        return tuple((replica_id, "cordoned") for replica_id in cordoned)
 
-    def _uncordoned(self, snapshot: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+    def _uncordoned(self, model: str, snapshot: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
         """Candidates on workers that are not cordoned; all where there is none: a cordon makes nobody wait."""
-        cordoned, replica_of = self.fleet.cordoned, self.fleet.replica
-        replicas = ((candidate, replica_of(candidate.replica_id)) for candidate in snapshot)
-        is_open = tuple(one for one, replica in replicas if replica is not None and replica.worker_id not in cordoned)
-        return is_open or snapshot
+        cordoned = frozenset(self._sites.on(model, self.fleet.cordoned))
+        if not cordoned:
+            return snapshot
+        return tuple(candidate for candidate in snapshot if candidate.replica_id not in cordoned) or snapshot
 
     def take_opened(self) -> set[str]:
         """Models that got a candidate since the last call: what waits for them can go on."""
@@ -490,11 +497,13 @@ class Traffic:
         reserved_count, rules = self.ledger.reserved_count(replica_id), self.rules_of(replica.model)
         self._note_busy(replica, reserved_count, rules)
         candidate = self._scored(replica, reserved_count, rules.weights)
+        self._sites.put(replica_id, replica.model, replica.worker_id)
         if self.table.put(replica.model, replica.revision, candidate):
             self._opened.add(replica.model)
 
     def _unlist(self, replica_id: str) -> None:
         self.table.remove(replica_id)
+        self._sites.remove(replica_id)
         self._busy.discard(replica_id)
         self._lowest.pop(replica_id, None)
 
@@ -503,8 +512,7 @@ class Traffic:
             return
         replica = self.fleet.replica(replica_id)
         assert replica is not None
-        reserved_count = self.ledger.reserved_count(replica_id)
-        rules = self._rules.get(replica.model, self._usual) if self._rules else self._usual
+        reserved_count, rules = self.ledger.reserved_count(replica_id), self.rules_of(replica.model)
         self._note_busy(replica, reserved_count, rules)
         self.table.put(replica.model, replica.revision, self._scored(replica, reserved_count, rules.weights))
 
@@ -557,19 +565,6 @@ class Traffic:
         else:
             self._excluded.pop(replica.model, None)
 
-    def _note_adapters(self, change: Change) -> None:
-        before, after = _loaded(change.before), _loaded(change.after)
-        replica = change.replica
-        for adapter in before - after:
-            holders = self._holders.get(adapter, set())
-            holders.discard(replica.replica_id)
-            if not holders:
-                self._holders.pop(adapter, None)
-        for adapter in after - before:
-            self._holders.setdefault(adapter, set()).add(replica.replica_id)
-            # What waits for it can go on, if the replica is a candidate already.
-            self._opened.add(replica.model)
-
     def _forget(self, replica: Replica, now: float) -> None:
         replica_id = replica.replica_id
         self._note_exclusion(replica, None)
@@ -592,9 +587,3 @@ def _with_room(snapshot: tuple[Candidate, ...], context_tokens: int) -> tuple[Ca
 def _is_before(used_at: float, forgotten_at: float | None) -> bool:
     """Whether whoever used a model can't have heard yet that it was let go."""
     return forgotten_at is not None and used_at <= forgotten_at + _UNHEARD_SECONDS
-
-
-def _loaded(replica: Replica | None) -> set[Adapter]:
-    if replica is None or replica.state.is_gone:
-        return set()
-    return {held.adapter for held in replica.adapters if held.state is AdapterState.LOADED}
