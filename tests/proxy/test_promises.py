@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -220,6 +221,49 @@ def test_a_damaged_file_of_starts_counts_as_absent(tmp_path: Path, content: byte
     known = estimates()
     load_starts(tmp_path, known)
     assert known.document() == estimates().document()
+
+
+DAMAGES = [
+    *({part: value} for part in ("means", "fixed", "fetched", "rates", "scores") for value in (None, 1, [1], [[]])),
+    *({part: {"DISK": value}} for part in ("rates", "scores", "fixed") for value in (None, [], "", 10**400)),
+    *({"means": [["m", "DISK", value]]} for value in (-1.0, float("inf"), 10**400, "soon", None)),
+    *({"fleet_fixed": value} for value in (-1.0, float("inf"), float("nan"), 10**400, "soon", [])),
+    *({"scores": {"DISK": value}} for value in ([1, 0.5], [1, float("nan")], [float("inf"), 2.0], [-1, 2.0], [1])),
+    {"fetched": ["sha256:1", None]},
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: repr(damage)[:40])
+def test_a_damaged_document_is_refused_and_nothing_of_it_taken_in(damage: dict[str, object]) -> None:
+    known, other = estimates(), estimates()
+    known.record("m", StartRung.DISK, took(2.0, 1.0))
+    other.record("n", StartRung.CLOUD, replace(took(9.0, 1.0), revision="sha256:n"))
+    before = known.document()
+    with pytest.raises(ValueError, match=r"."):
+        known.restore(other.document() | damage)
+    assert known.document() == before
+
+
+@pytest.mark.parametrize("part", sorted(estimates().document()))
+def test_a_document_without_one_of_its_parts_is_refused(part: str) -> None:
+    document = estimates().document()
+    del document[part]
+    with pytest.raises(ValueError, match=part):
+        estimates().restore(document)
+
+
+@pytest.mark.parametrize("document", [None, 1, [], "means"])
+def test_another_document_is_refused(document: Any) -> None:
+    with pytest.raises(ValueError, match="another thing"):
+        estimates().restore(document)
+
+
+def test_a_revision_that_is_started_again_stays_known_as_fetched() -> None:
+    known = estimates()
+    for revision in ("again", *map(str, range(19_999)), "again", "last"):
+        known.record("m", StartRung.DISK, replace(took(2.0, 1.0), revision=revision))
+    assert not known.was_fetched("0"), "of so many, the one whose last start is the longest ago is not known any more"
+    assert all(map(known.was_fetched, ("again", "1", "last")))
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("inf"), float("nan")])

@@ -165,7 +165,7 @@ def load_starts(directory: Path, estimates: RungEstimates) -> None:
         return
     try:
         estimates.restore(document[0])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except ValueError as error:
         log.warning("starts on disk can't be used", error=str(error))
 
 

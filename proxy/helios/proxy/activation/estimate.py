@@ -1,11 +1,9 @@
 """How long a model takes to start, wherever its weights are: what is lost with a replica, for comparison. Pure.
 
-Measured where it was, guessed from its size where it was not: an exponentially weighted mean that follows a changed
-machine within a few starts. What clients are told is `rungs`'.
+Measured where it was, guessed from its size where it was not. What clients are told is `rungs`'.
 """
 
-# Half of the weight lies on the last two or three starts.
-_NEW_SHARE = 0.3
+from helios.proxy.activation.means import moved_mean
 
 
 class StartEstimates:
@@ -19,8 +17,7 @@ class StartEstimates:
 
     def record(self, model: str, seconds: float) -> None:
         """Takes in a measured start."""
-        mean = self._means.get(model)
-        self._means[model] = seconds if mean is None else mean + _NEW_SHARE * (seconds - mean)
+        self._means[model] = moved_mean(self._means.get(model), seconds)
 
     def measured(self) -> dict[str, float]:
         """How long models take, as far as was measured."""
