@@ -255,6 +255,26 @@ async def test_the_contract_over_mtls(tmp_path: Path, mesh: Mesh) -> None:
                 await FollowClient(other).get("x")
 
 
+async def test_a_dry_run_follows_nothing_and_has_nothing_looked_at(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hub_and_registry(tmp_path) as (_, _, parts), serve(parts, mesh) as address:
+        woken: list[None] = []
+        monkeypatch.setattr(parts.follower, "wake", lambda: woken.append(None))
+        await parts.ingest("m", "hf:org/m")
+        before = await parts.store.get_model("m")
+        async with mesh.dialer(address, "admin-edge") as dialer:
+            client = FollowClient(dialer)
+            assert (await client.put("m", HUB, is_dry_run=True)).wish == HUB
+            with pytest.raises(NotFound):
+                await client.get("m")
+            assert (await parts.store.get_model("m"), woken) == (before, [])
+            await client.put("m", HUB)
+            assert woken == [None]
+            await client.remove("m", is_dry_run=True)
+            assert (await client.get("m")).wish == HUB
+
+
 async def test_of_several_registries_one_looks_and_another_if_that_dies(place: Place) -> None:
     async with opened(place) as database:
         store = Store(database)

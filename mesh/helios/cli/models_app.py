@@ -164,11 +164,12 @@ def models_follow(  # noqa: PLR0913 - one for each option
     weight: WeightOption = None,
     now: Annotated[bool, typer.Option("--now", help="Have the source looked at now.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="Follow it no more; revisions and tags stay.")] = False,
+    dry_run: DryRunOption = False,
     is_json: JsonOption = False,
 ) -> None:
     """Follow a model's source: what changes there becomes a new revision. With no option, show how that went."""
     manner = following.Manner(interval, policy, weight)
-    order = following.Order(source, manner, is_stopped=stop, is_now=now)
+    order = following.Order(source, manner, is_stopped=stop, is_now=now, is_dry_run=dry_run)
     run(following.follow(state_of(state_dir), console, model, order, is_json=is_json))
 
 
@@ -242,7 +243,7 @@ def models_policy(  # noqa: PLR0913 - one for each option
             " kept_for_high_ratio=0.25, where proxies are set otherwise; NAME=usual takes it back. May be repeated.",
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would hold, and change nothing.")] = False,
+    dry_run: DryRunOption = False,
     is_json: JsonOption = False,
 ) -> None:
     """Say how many replicas a model has and when, how warm they are kept and which takes a request; or show it."""
@@ -395,7 +396,7 @@ def models_rm(
 def models_gc(
     state_dir: StateOption,
     *,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: DryRunOption = False,
     grace: Annotated[
         float | None, typer.Option(help="Keep what is younger than this many seconds.", show_default="the registry's")
     ] = None,

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from helios.cli.edge import open_admin
+from helios.cli.options import NOTHING_DONE
 from helios.cli.state import StateDirectory
 from helios.mesh.channel import StubSource
 from helios.mesh.errors import InvalidRequest, NotFound
@@ -47,12 +48,13 @@ class Manner:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What ``helios models follow`` is to do; nothing: only show."""
+    """What ``helios models follow`` is to do; nothing: only show. A dry run shows what would be."""
 
     source: str = ""
     manner: Manner = Manner()
     is_stopped: bool = False
     is_now: bool = False
+    is_dry_run: bool = False
 
 
 async def follow(state: StateDirectory, console: Console, model: str, order: Order, *, is_json: bool) -> None:
@@ -62,17 +64,22 @@ async def follow(state: StateDirectory, console: Console, model: str, order: Ord
     async with open_admin(state) as dialer:
         client = FollowClient(dialer)
         if order.is_stopped:
-            await client.remove(model, request_id=uuid4().hex)
+            await client.remove(model, request_id=uuid4().hex, is_dry_run=order.is_dry_run)
             found = None
         elif order.source or order.manner != Manner():
             before = None if order.source else (await client.get(model)).wish
             wish = Wish(order.source) if before is None else before
-            found = await client.put(model, order.manner.apply(wish), request_id=uuid4().hex)
+            wish = order.manner.apply(wish)
+            found = await client.put(model, wish, request_id=uuid4().hex, is_dry_run=order.is_dry_run)
         else:
-            found = await (client.look_now(model) if order.is_now else client.get(model))
+            is_look = order.is_now and not order.is_dry_run
+            found = await (client.look_now(model) if is_look else client.get(model))
     if is_json:
         console.print_json(json.dumps(document_of(found)))
-    elif found is None:
+        return
+    if order.is_dry_run:
+        console.print(NOTHING_DONE.rstrip())
+    if found is None:
         console.print(f"{model} follows no source", markup=False, highlight=False)
     else:
         table = Table(show_header=False, box=None)

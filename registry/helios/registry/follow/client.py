@@ -19,16 +19,16 @@ class FollowClient:
         self._dialer = dialer
         self._timeout_seconds = timeout_seconds
 
-    async def put(self, model: str, wish: Wish, *, request_id: str = "") -> Following:
+    async def put(self, model: str, wish: Wish, *, request_id: str = "", is_dry_run: bool = False) -> Following:
         """Makes a model follow a source."""
         request = request_to_proto(model, wish)
-        request.request_id = request_id
+        request.request_id, request.dry_run = request_id, is_dry_run
         response = await answer_of(self._stub().PutFollowing(request, timeout=self._timeout_seconds))
         return following_from_proto(response.following)
 
-    async def remove(self, model: str, *, request_id: str = "") -> None:
+    async def remove(self, model: str, *, request_id: str = "", is_dry_run: bool = False) -> None:
         """Ends it; a model that follows nothing is no error."""
-        request = pb.DeleteFollowingRequest(model=model, request_id=request_id)
+        request = pb.DeleteFollowingRequest(model=model, request_id=request_id, dry_run=is_dry_run)
         await answer_of(self._stub().DeleteFollowing(request, timeout=self._timeout_seconds))
 
     async def get(self, model: str) -> Following:

@@ -27,7 +27,8 @@ class FollowServicer(FollowServiceServicer):
         mutation = access.mutation_of(context, request)
         name, wish = check_name(request.model, param="model"), request_from_proto(request)
         found = await self._catalog.write(lambda: self._store.put(name, wish, datetime.now(UTC), mutation))
-        self._follower.wake()
+        if not mutation.is_dry_run:
+            self._follower.wake()
         return pb.PutFollowingResponse(following=following_to_proto(found))
 
     async def DeleteFollowing(self, request: pb.DeleteFollowingRequest, context: Any) -> pb.DeleteFollowingResponse:
