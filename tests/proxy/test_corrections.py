@@ -147,7 +147,7 @@ class AgainstACache(RuleBasedStateMachine):
 
     @invariant()
     def what_is_followed_is_bounded(self) -> None:
-        assert self.kept.prompt_count <= len(self.kept) * self.sent_count
+        assert len(self.kept._prompts) <= len(self.kept) * self.sent_count
         assert len(self.kept) <= max(self.most_blocks, 5)
 
 

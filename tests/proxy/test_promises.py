@@ -182,8 +182,9 @@ def test_starts_that_fail_are_not_measured_and_leave_nothing() -> None:
     (asked,) = subject.fleet.replicas_of("m")
     failed = replace(asked, state=S.FAILED, failure_reason="ENGINE_DIED", failure_message="x")
     todo = subject.replica_event("w", 1, failed, 2.0)
+    # Whatever is said of it still: nothing is known of when it began.
+    todo += subject.replica_event("w", 2, ready(asked), 60.0)
     assert not any(isinstance(action, actions.StartScored) for action in todo)
-    assert not subject.lifecycle.promises.is_watching
     assert subject.lifecycle.promises.estimates.score_of(StartRung.CLOUD).count == 0
 
 
@@ -223,12 +224,18 @@ def test_a_damaged_file_of_starts_counts_as_absent(tmp_path: Path, content: byte
     assert known.document() == estimates().document()
 
 
-DAMAGES = [
-    *({part: value} for part in ("means", "fixed", "fetched", "rates", "scores") for value in (None, 1, [1], [[]])),
-    *({part: {"DISK": value}} for part in ("rates", "scores", "fixed") for value in (None, [], "", 10**400)),
-    *({"means": [["m", "DISK", value]]} for value in (-1.0, float("inf"), 10**400, "soon", None)),
-    *({"fleet_fixed": value} for value in (-1.0, float("inf"), float("nan"), 10**400, "soon", [])),
-    *({"scores": {"DISK": value}} for value in ([1, 0.5], [1, float("nan")], [float("inf"), 2.0], [-1, 2.0], [1])),
+NO_PARTS: list[object] = [None, 1, [1], [[]]]
+NO_NUMBERS: list[object] = [10**400, "soon", []]
+NO_SECONDS: list[object] = [-1.0, float("inf"), float("nan"), *NO_NUMBERS]
+NO_SCORES: list[object] = [[1, 0.5], [1, float("nan")], [float("inf"), 2.0], [-1, 2.0], [1], None]
+DAMAGES: list[dict[str, object]] = [
+    *({part: value} for part in ("means", "fixed", "fetched", "rates", "scores") for value in NO_PARTS),
+    *({"rates": {"DISK": value}} for value in (*NO_SECONDS, 0.0, None)),
+    *({"fixed": {"m": value}} for value in (*NO_SECONDS, None)),
+    *({"means": [["m", "DISK", value]]} for value in (*NO_SECONDS, None)),
+    *({"fleet_fixed": value} for value in NO_SECONDS),
+    *({"scores": {"DISK": value}} for value in NO_SCORES),
+    {"rates": {"SKY": 1.0}},
     {"fetched": ["sha256:1", None]},
 ]
 

@@ -133,8 +133,6 @@ class FakePicker(external_processor_pb2_grpc.ExternalProcessorServicer):
     endpoints: list[str] = field(default_factory=list)
     requests: list[PickRequest] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
-    pushed: list[bytes] = field(default_factory=list)
-    """Parts of bodies that came unasked."""
     pick: Pick | None = None
     hold: Callable[[PickRequest], Any] | None = None
     cluster: str = ""
@@ -146,7 +144,6 @@ class FakePicker(external_processor_pb2_grpc.ExternalProcessorServicer):
         is_pushed = False
         async for message in request_iterator:
             if is_pushed:
-                self.pushed.append(message.request_body.body)
                 yield external_processor_pb2.ProcessingResponse(request_body=external_processor_pb2.BodyResponse())
                 if message.request_body.end_of_stream:
                     return

@@ -68,11 +68,6 @@ class Promises:
         self._report = report
         self._watched: dict[str, _Watched] = {}
 
-    @property
-    def is_watching(self) -> bool:
-        """Whether any start is under way."""
-        return bool(self._watched)
-
     def promise(self, entry: ModelEntry) -> Promise:
         """What a start that began now would take, or all of the one that is under way."""
         rung = self._rung_under_way(entry) or self.rung(entry)

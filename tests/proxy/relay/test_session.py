@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from helios.mesh.errors import Bug, Draining, HeliosError, InvalidRequest, Overloaded, ReplicaLost, Unavailable
+from tests.proxy.fakes import until
 from tests.proxy.relay.world import complete_request, running_world
 
 WORDS = "one two three four five six seven"
@@ -138,7 +139,8 @@ async def test_proxies_are_told_where_an_answer_went_on() -> None:
         first, second = (replica.server.address for replica in world.replicas)
         _, error = await world.openai("CreateCompletion", request())
         assert error is None
-        (move,) = await world.wait_moves(1)
+        await until(lambda: world.moves, seconds=20)
+        (move,) = world.moves
         assert (move.request_id, move.left_endpoint, move.reached_endpoint) == ("r-1", first, second)
         assert (move.is_drain, move.reason, move.token_count) == (False, "UNAVAILABLE", 3)
         assert 0 <= move.waited.ToNanoseconds() <= move.first_token_ago.ToNanoseconds()
@@ -149,7 +151,8 @@ async def test_proxies_are_told_of_an_answer_that_nobody_went_on_with() -> None:
         world.refusal = Overloaded("no room", retry_after_seconds=7.0)
         _, error = await world.openai("CreateCompletion", request())
         assert isinstance(error, ReplicaLost)
-        (move,) = await world.wait_moves(1)
+        await until(lambda: world.moves, seconds=20)
+        (move,) = world.moves
         assert (move.reached_endpoint, move.reason) == ("", "UNAVAILABLE, OVERLOADED")
 
 
@@ -208,7 +211,8 @@ async def test_a_drain_moves_a_stream_and_counts_it_once() -> None:
         assert (left.status_code, left.prompt_tokens, left.completion_tokens) == (14, 0, 0)
         assert [end.completion_tokens for end in second.finished()] == [50, 50]
         assert len(world.picks) == 1
-        (move,) = await world.wait_moves(1)
+        await until(lambda: world.moves, seconds=20)
+        (move,) = world.moves
         assert (move.left_endpoint, move.reached_endpoint) == (first.server.address, second.server.address)
         assert (move.is_drain, move.waited.ToNanoseconds()) == (True, 0)
         assert 3 <= move.token_count < 50

@@ -1,6 +1,5 @@
 """A relay with replicas of the simulated engine in one process, whose answers can be cut off after any message."""
 
-import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -40,6 +39,7 @@ from helios.worker.replica.ledger import Finished, RequestLedger
 from helios.worker.replica.main import CONTINUATION_SERVICE
 from helios.worker.replica.openai_servicer import OpenAIServicer
 from helios.worker.replica.spec import ReplicaSpec
+from tests.proxy.fakes import until
 
 REVISION = "sha256:" + "5" * 64
 OPTIONS = ServerOptions(drain_seconds=0.0, transport="http2")
@@ -132,13 +132,6 @@ class World(replacement_service_pb2_grpc.ReplacementServiceServicer):
         self.moves.append(request)
         return fleet_pb.NoteMoveResponse(is_noted=True)
 
-    async def wait_moves(self, count: int) -> list[fleet_pb.NoteMoveRequest]:
-        """Waits until the proxy was told of so many moves."""
-        async with asyncio.timeout(20):
-            while len(self.moves) < count:
-                await asyncio.sleep(0.005)
-        return self.moves
-
     def metadata(self, durable: str = "true") -> list[tuple[str, str]]:
         """What Envoy and the picker add to a request."""
         own = {
@@ -152,9 +145,7 @@ class World(replacement_service_pb2_grpc.ReplacementServiceServicer):
 
     async def wait_written(self, count: int) -> None:
         """Waits until replicas have sent so many messages."""
-        async with asyncio.timeout(20):
-            while self.written < count:
-                await asyncio.sleep(0.005)
+        await until(lambda: self.written >= count, seconds=20)
 
     async def openai(
         self, method: str, document: dict[str, Any], *, direct: SimulatedReplica | None = None, durable: str = "true"

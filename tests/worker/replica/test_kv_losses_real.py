@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import orjson
 import pytest
@@ -141,8 +141,8 @@ async def test_a_prompt_that_the_engine_dropped_draws_nothing_to_its_replica_any
     native: inference_service_pb2_grpc.InferenceServiceStub,
     openai: openai_service_pb2_grpc.OpenAIServiceStub,
 ) -> None:
-    # Nobody asks for the worker itself here.
-    feed = FleetFeed(lambda: cast(WorkerView, None))
+    # Nobody begins a session here later than the engine.
+    feed = FleetFeed(lambda: WorkerView("w", "1", "node", "0", (), (), 1, ()))
     with feed.subscribe(lambda _: None) as (_, outbox):
         async with small.supervisor() as supervisor:
             gateway = Gateway(supervisor)

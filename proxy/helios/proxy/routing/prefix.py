@@ -102,16 +102,6 @@ class PrefixIndex:
         """Blocks of all replicas, each counted for each replica that has it."""
         return sum(len(held.blocks) for held in self._held.values())
 
-    @property
-    def prompt_count(self) -> int:
-        """Prompts of all replicas of which a loss would be understood."""
-        return sum(len(held.sent) for held in self._held.values())
-
-    @property
-    def remembered_count(self) -> int:
-        """Blocks that these prompts are remembered by."""
-        return sum(len(sent.blocks) for held in self._held.values() for sent in held.sent.values())
-
     def match(self, blocks: Blocks) -> dict[str, int]:
         """How many of a prompt's first blocks each replica has; those that have none are left out."""
         found: dict[str, int] = {}

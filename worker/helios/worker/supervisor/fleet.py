@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from helios.worker.replica.kv_losses import LossLog
 from helios.worker.supervisor.outbox import DEFAULT_CAPACITY, Outbox, ReplicaEvent, StagedEvent
-from helios.worker.supervisor.records import DeviceMeasure, Load, LoadDelta, ReplicaView, StagedView, WorkerView
+from helios.worker.supervisor.records import DeviceMeasure, LoadDelta, ReplicaView, StagedView, WorkerView
 
 
 class FleetFeed:
@@ -22,17 +22,18 @@ class FleetFeed:
         self._outboxes: list[Outbox] = []
         self._sequence = 0
         self._losses: dict[str, LossLog] = {}
-        self._loads: dict[str, Load] = {}
 
     @contextmanager
     def subscribe(self, wake: Callable[[Outbox], None]) -> Iterator[tuple[WorkerView, Outbox]]:
         """Lends an outbox for the block; ``wake`` is called with it whenever something was put in."""
         outbox = Outbox(wake, self._capacity)
-        for replica_id, log in self._losses.items():
-            outbox.put_delta(LoadDelta(replica_id, self._loads[replica_id], losses=log.since(0)))
+        whole = self._snapshot()
+        for replica in whole.replicas:
+            if (log := self._losses.get(replica.replica_id)) is not None:
+                outbox.put_delta(LoadDelta(replica.replica_id, replica.load, losses=log.since(0)))
         self._outboxes.append(outbox)
         try:
-            yield self._snapshot(), outbox
+            yield whole, outbox
         finally:
             self._outboxes.remove(outbox)
 
@@ -41,7 +42,6 @@ class FleetFeed:
         self._sequence += 1
         if view.state.is_ended:
             self._losses.pop(view.replica_id, None)
-            self._loads.pop(view.replica_id, None)
         event = ReplicaEvent(self._sequence, view)
         for outbox in self._outboxes:
             outbox.put_event(event)
@@ -59,10 +59,8 @@ class FleetFeed:
             outbox.put_device(measure, booked_bytes)
 
     def report(self, delta: LoadDelta) -> None:
-        """Tells every session of a changed load."""
+        """Tells every session of a changed load, which the snapshot has by now."""
         if delta.losses is not None:
             self._losses.setdefault(delta.replica_id, LossLog()).take(delta.losses)
-        if delta.replica_id in self._losses:
-            self._loads[delta.replica_id] = delta.load
         for outbox in self._outboxes:
             outbox.put_delta(delta)

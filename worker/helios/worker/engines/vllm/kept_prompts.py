@@ -51,11 +51,6 @@ class KeptPrompts:
         """Counts blocks."""
         return len(self._blocks)
 
-    @property
-    def prompt_count(self) -> int:
-        """Prompts whose losses are followed."""
-        return len(self._prompts)
-
     def begin(self, request_id: str, keys: Sequence[Hashable], token_count: int) -> None:
         """A request came whose prompt of ``token_count`` tokens has whole blocks with these keys, first to last.
 
