@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from helios.mesh.errors import InvalidRequest, ModelNotFound, QuotaExceeded, Unauthenticated, Unavailable
+from helios.mesh.names import KEY_PREFIX
 from helios.proxy.admission.bucket import Bucket
 from helios.proxy.admission.history import History
-from helios.proxy.admission.keyring import ANYBODY, SECRET_PREFIX, Caller, Keyring, check_model
+from helios.proxy.admission.keyring import ANYBODY, Caller, Keyring, check_model
 from helios.proxy.admission.quotas import Quotas, Usage
 from helios.proxy.fleet.state import Load
 from helios.proxy.picker.limits import duration
 from helios.proxy.traffic import LoadDelta
 from tests.proxy.support import core, entry, hello, replica
 
-SECRET = f"{SECRET_PREFIX}{'a' * 43}"
+SECRET = f"{KEY_PREFIX}{'a' * 43}"
 NOW = 1_800_000_000.0
 UNAVAILABLE = 14
 
@@ -41,7 +42,7 @@ def test_a_key_is_recognised_by_its_hash() -> None:
     assert ring(caller).identify(f"bearer  {SECRET} ", NOW) is caller
 
 
-@pytest.mark.parametrize("secret", ["", SECRET + "a", SECRET[:-1], "sk-other", SECRET_PREFIX, "\udce9"])
+@pytest.mark.parametrize("secret", ["", SECRET + "a", SECRET[:-1], "sk-other", KEY_PREFIX, "\udce9"])
 @pytest.mark.parametrize("scheme", ["Bearer", "Basic"])
 def test_no_other_secret_is_taken(secret: str, scheme: str) -> None:
     with pytest.raises(Unauthenticated):

@@ -18,9 +18,10 @@ from helios.mesh.errors import (
     PreconditionFailed,
     Unavailable,
 )
+from helios.mesh.names import KEY_PREFIX
 from helios.mesh.server import MeshServer, ServerOptions
 from helios.registry import access
-from helios.registry.client import SECRET_PREFIX, KeyClient, KeySpec, Priority, StoredKey, hash_secret
+from helios.registry.client import KeyClient, KeySpec, Priority, StoredKey, hash_secret
 from helios.registry.database import Database
 from helios.registry.keys import store as key_store
 from helios.registry.keys.keys import Keys
@@ -56,12 +57,12 @@ async def test_the_secret_is_told_once_and_only_its_hash_is_kept(database: Datab
     key, secret = await keys.create(SPEC, "admin-edge")
     stored = await anext(keys.watch())
     assert stored == (StoredKey(key, hash_secret(secret)),)
-    assert secret.startswith(SECRET_PREFIX)
+    assert secret.startswith(KEY_PREFIX)
     assert (key.tenant, key.models, key.priority, key.weight) == ("shop", ("smol*",), Priority.HIGH, 3)
     async with database.snapshot() as connection:
         rows = (await connection.exec_driver_sql("SELECT * FROM api_keys")).all()
     assert secret not in repr(rows)
-    assert secret.removeprefix(SECRET_PREFIX) not in repr(rows)
+    assert secret.removeprefix(KEY_PREFIX) not in repr(rows)
 
 
 async def test_an_ended_key_is_told_to_nobody(database: Database) -> None:
@@ -118,7 +119,7 @@ async def test_changes_are_in_the_audit_log_and_secrets_are_not(database: Databa
         ("create key", "admin-edge", key.id),
         ("revoke key", "admin-edge", key.id),
     ]
-    assert secret.removeprefix(SECRET_PREFIX) not in repr(lines)
+    assert secret.removeprefix(KEY_PREFIX) not in repr(lines)
 
 
 async def test_whoever_watches_is_told_of_each_change(tmp_path: Path, mesh: Mesh) -> None:

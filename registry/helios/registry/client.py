@@ -26,7 +26,7 @@ from helios.registry.follow.client import FollowClient
 from helios.registry.follow.following import Following, Wish
 from helios.registry.follow.following import Policy as FollowPolicy
 from helios.registry.history import Cause, Move
-from helios.registry.keys.client import SECRET_PREFIX, ApiKey, KeyClient, KeySpec, Priority, StoredKey, hash_secret
+from helios.registry.keys.client import ApiKey, KeyClient, KeySpec, Priority, StoredKey, hash_secret
 from helios.registry.leases.client import Grant, LeaseClient, ToldLease
 from helios.registry.leases.client import Wish as LeaseWish
 from helios.registry.manifest import Digest, Entry, Manifest
@@ -79,7 +79,6 @@ from helios.registry.usage.prefetch_client import NodePrefetches, PrefetchAsked,
 from helios.registry.version_client import VersionClient
 
 __all__ = [
-    "SECRET_PREFIX",
     "ApiKey",
     "Artifact",
     "ArtifactClient",

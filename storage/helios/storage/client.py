@@ -15,7 +15,7 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,10 +25,10 @@ import structlog
 
 from helios.api.storage.v1 import storage_service_pb2 as pb
 from helios.api.storage.v1.storage_service_pb2_grpc import StorageServiceStub
+from helios.mesh.calls import answer_of, messages_of
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import Bug, Corrupted, HeliosError, PreconditionFailed, Unavailable
 from helios.mesh.requests import StreamRequests
-from helios.mesh.status import error_from_rpc
 from helios.mesh.tasks import task_scope
 from helios.mesh.transfer.progress import TransferProgress
 from helios.storage.early.watching import Growth, watch_fetch
@@ -223,23 +223,14 @@ class StorageClient:
         Raises:
             PreconditionFailed: REVISION_LEASED, REVISION_PINNED.
         """
-        try:
-            response = await self._dialer.stub(StorageServiceStub).Evict(
-                pb.EvictRequest(revision=revision), timeout=timeout_seconds
-            )
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        request = pb.EvictRequest(revision=revision)
+        response = await answer_of(self._stub().Evict(request, timeout=timeout_seconds))
         return response.freed_bytes
 
     async def residency(self, *, timeout_seconds: float = _UNARY_TIMEOUT_SECONDS) -> Residency:
         """Lists what is on the node."""
-        try:
-            response = await self._dialer.stub(StorageServiceStub).GetResidency(
-                pb.GetResidencyRequest(), timeout=timeout_seconds
-            )
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        return residency_from_proto(response)
+        request = pb.GetResidencyRequest()
+        return residency_from_proto(await answer_of(self._stub().GetResidency(request, timeout=timeout_seconds)))
 
     async def statistics(self, *, timeout_seconds: float = _UNARY_TIMEOUT_SECONDS) -> NodeStatistics:
         """Says what the tiers did.
@@ -247,12 +238,8 @@ class StorageClient:
         Raises:
             Unavailable: TIER_FAILED.
         """
-        try:
-            response = await self._dialer.stub(StorageServiceStub).GetTierStatistics(
-                pb.GetTierStatisticsRequest(), timeout=timeout_seconds
-            )
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        request = pb.GetTierStatisticsRequest()
+        response = await answer_of(self._stub().GetTierStatistics(request, timeout=timeout_seconds))
         return NodeStatistics(tuple(map(_statistics_from_proto, response.tiers)), response.miss_count)
 
     async def pin(self, revision: str, *, timeout_seconds: float = _UNARY_TIMEOUT_SECONDS) -> None:
@@ -261,10 +248,7 @@ class StorageClient:
         Raises:
             InvalidRequest: INVALID_REVISION.
         """
-        try:
-            await self._dialer.stub(StorageServiceStub).Pin(pb.PinRequest(revision=revision), timeout=timeout_seconds)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        await answer_of(self._stub().Pin(pb.PinRequest(revision=revision), timeout=timeout_seconds))
 
     async def unpin(self, revision: str, *, timeout_seconds: float = _UNARY_TIMEOUT_SECONDS) -> None:
         """Takes a pin back. Idempotent.
@@ -272,11 +256,7 @@ class StorageClient:
         Raises:
             InvalidRequest: INVALID_REVISION.
         """
-        request = pb.UnpinRequest(revision=revision)
-        try:
-            await self._dialer.stub(StorageServiceStub).Unpin(request, timeout=timeout_seconds)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        await answer_of(self._stub().Unpin(pb.UnpinRequest(revision=revision), timeout=timeout_seconds))
 
     async def scrub(self, *, bytes_per_second: int | None = None) -> AsyncIterator[ScrubProgress]:
         """Has every blob read and compared with its name; yields progress, and ends with the scrub.
@@ -287,15 +267,14 @@ class StorageClient:
             PreconditionFailed: SCRUB_RUNS.
             Unavailable: TIER_FAILED, or no agent.
         """
-        call = self._dialer.stub(StorageServiceStub).Scrub(pb.ScrubRequest(bytes_per_second=bytes_per_second))
-        try:
-            async for answer in call:
+        call = self._stub().Scrub(pb.ScrubRequest(bytes_per_second=bytes_per_second))
+        async with aclosing(messages_of(call)) as answers:
+            async for answer in answers:
                 corrupt = tuple(CorruptBlob(c.hash, c.tier, c.is_lent, c.is_healed) for c in answer.corrupt)
                 yield ScrubProgress(answer.done_bytes, answer.total_bytes, corrupt)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        finally:
-            call.cancel()
+
+    def _stub(self) -> StorageServiceStub:
+        return self._dialer.stub(StorageServiceStub)
 
 
 def residency_from_proto(response: pb.GetResidencyResponse) -> Residency:
@@ -530,10 +509,7 @@ class _Holding:
 
     async def _read(self) -> pb.MaterializeResponse:
         assert self._stream is not None
-        try:
-            answer = await self._stream.read()
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        answer = await answer_of(self._stream.read())
         if not isinstance(answer, pb.MaterializeResponse):
             raise Unavailable("the storage agent closed the stream")
         return answer

@@ -19,8 +19,6 @@ from helios.proxy.catalogue import ModelEntry
 from helios.proxy.refusals import model_not_found
 from helios.proxy.routing.rules import NORMAL_BAND
 
-# What Helios's own keys begin with. Where no key is required, others are whatever a client library insists on.
-SECRET_PREFIX: Final = KEY_PREFIX
 _SCHEME: Final = "bearer "
 
 
@@ -112,7 +110,7 @@ class Keyring:
             return ANYBODY
         is_bearer = authorization[: len(_SCHEME)].lower() == _SCHEME
         secret = authorization[len(_SCHEME) :].strip() if is_bearer else ""
-        if not secret.startswith(SECRET_PREFIX) and not self.is_required:
+        if not secret.startswith(KEY_PREFIX) and not self.is_required:
             return ANYBODY
         if not secret:
             raise Unauthenticated(

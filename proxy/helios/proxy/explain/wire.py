@@ -2,12 +2,13 @@
 
 from helios.api.admin.v1 import admin_service_pb2 as admin_pb
 from helios.api.admin.v1 import explanation_pb2 as pb
+from helios.mesh.durations import seconds_to_proto
 from helios.proxy.catalogue import shown
 from helios.proxy.explain.journal import FailedReplica, Journal
 from helios.proxy.explain.record import Move, Record, RequestState
 from helios.proxy.explain.start import Start
 from helios.proxy.explain.timeline import Phase
-from helios.proxy.fleet.wire import duration, known, replica_to_proto, timestamp
+from helios.proxy.fleet.wire import known, replica_to_proto, timestamp
 from helios.proxy.routing.pick import Pick
 
 _EXCLUDED_COUNT = 16
@@ -34,9 +35,9 @@ def summary_to_proto(record: Record) -> pb.RequestSummary:
         message.replica_id, message.status_code = finished.replica_id, finished.status_code
         message.prompt_tokens, message.completion_tokens = finished.prompt_tokens, finished.completion_tokens
     if first is not None:
-        message.time_to_first_token.CopyFrom(duration(first - began))
+        message.time_to_first_token.CopyFrom(seconds_to_proto(first - began))
     if ended is not None:
-        message.duration.CopyFrom(duration(max(0.0, ended - began)))
+        message.duration.CopyFrom(seconds_to_proto(max(0.0, ended - began)))
     return message
 
 
@@ -45,7 +46,7 @@ def explanation_to_proto(record: Record, now: float) -> pb.RequestExplanation:
     message = pb.RequestExplanation(
         summary=summary_to_proto(record),
         phases=[_phase_to_proto(phase) for phase in record.phases(now)],
-        explained=duration(record.explained_seconds(now)),
+        explained=seconds_to_proto(record.explained_seconds(now)),
         starts=[_start_to_proto(start, now) for start in record.hold.starts] if record.hold is not None else [],
         moves=[_move_to_proto(move, record.wall_offset) for move in record.moves],
     )
@@ -54,7 +55,7 @@ def explanation_to_proto(record: Record, now: float) -> pb.RequestExplanation:
     if record.refusal is not None:
         message.refusal.reason, message.refusal.message = record.refusal.reason, record.refusal.message
         if record.refusal.retry_after_seconds is not None:
-            message.refusal.retry_after.CopyFrom(duration(record.refusal.retry_after_seconds))
+            message.refusal.retry_after.CopyFrom(seconds_to_proto(record.refusal.retry_after_seconds))
     return message
 
 
@@ -73,7 +74,7 @@ def failure_to_proto(failed: FailedReplica, wall_offset: float) -> admin_pb.Fail
 
 
 def _phase_to_proto(phase: Phase) -> pb.ExplainedPhase:
-    return pb.ExplainedPhase(phase=phase.phase, duration=duration(phase.seconds), reason=phase.reason)
+    return pb.ExplainedPhase(phase=phase.phase, duration=seconds_to_proto(phase.seconds), reason=phase.reason)
 
 
 def _move_to_proto(move: Move, wall_offset: float) -> pb.RequestMove:
@@ -83,7 +84,7 @@ def _move_to_proto(move: Move, wall_offset: float) -> pb.RequestMove:
         is_drain=move.is_drain,
         reason=move.reason,
         token_count=move.token_count,
-        waited=duration(move.waited_seconds),
+        waited=seconds_to_proto(move.waited_seconds),
         told_at=timestamp(move.at + wall_offset),
     )
 

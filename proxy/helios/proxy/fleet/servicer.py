@@ -14,6 +14,7 @@ import structlog
 
 from helios.api.fleet.v1 import fleet_service_pb2 as pb
 from helios.api.fleet.v1.fleet_service_pb2_grpc import FleetServiceServicer
+from helios.mesh.durations import seconds_to_proto
 from helios.mesh.errors import InvalidRequest
 from helios.proxy import metrics
 from helios.proxy.explain.record import Finished
@@ -62,7 +63,7 @@ class FleetServicer(FleetServiceServicer):
         try:
             epoch = self._runtime.core.leadership.epoch
             welcome = pb.Welcome(
-                report_interval=wire.duration(self._interval_seconds), proxy_id=self._proxy_id, epoch=epoch
+                report_interval=seconds_to_proto(self._interval_seconds), proxy_id=self._proxy_id, epoch=epoch
             )
             await context.write(pb.SessionResponse(welcome=welcome))
             log.info("worker connected", worker=hello.worker_id, node=hello.node, replicas=len(hello.replicas))

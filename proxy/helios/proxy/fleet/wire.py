@@ -6,12 +6,12 @@ from enum import Enum
 from typing import TypeVar
 
 from google.protobuf import json_format
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from helios.api.engine.v1 import engine_settings_pb2
 from helios.api.fleet.v1 import fleet_service_pb2 as pb
 from helios.api.fleet.v1 import types_pb2
+from helios.mesh.durations import seconds_to_proto
 from helios.mesh.gangs import Way
 from helios.mesh.transfer.progress import TransferProgress
 from helios.proxy.admission.quotas import Usage
@@ -209,7 +209,9 @@ def replica_to_proto(replica: Replica) -> types_pb2.Replica:
         compilation=engine_settings_pb2.CompilationMode.ValueType(replica.form.value),
         in_background=replica.is_background,
         adapters=map(_adapter_to_proto, replica.adapters),
-        phases=[types_pb2.PhaseTiming(phase=name, duration=duration(seconds)) for name, seconds in replica.phases],
+        phases=[
+            types_pb2.PhaseTiming(phase=name, duration=seconds_to_proto(seconds)) for name, seconds in replica.phases
+        ],
         load=types_pb2.ReplicaLoad(
             running_requests=replica.load.running_count,
             waiting_requests=replica.load.waiting_count,
@@ -225,7 +227,7 @@ def replica_to_proto(replica: Replica) -> types_pb2.Replica:
         message.fetch.done_bytes, message.fetch.total_bytes = fetch.done_bytes, fetch.total_bytes
         message.fetch.bytes_per_second = fetch.bytes_per_second
         if fetch.remaining_seconds is not None:
-            message.fetch.remaining.CopyFrom(duration(fetch.remaining_seconds))
+            message.fetch.remaining.CopyFrom(seconds_to_proto(fetch.remaining_seconds))
     return message
 
 
@@ -288,7 +290,7 @@ def command_to_proto(command: Command) -> pb.SessionResponse:
                 )
             )
         case DrainReplica(replica_id, timeout_seconds):
-            message.drain.CopyFrom(pb.DrainReplica(replica_id=replica_id, timeout=duration(timeout_seconds)))
+            message.drain.CopyFrom(pb.DrainReplica(replica_id=replica_id, timeout=seconds_to_proto(timeout_seconds)))
         case StopReplica(replica_id):
             message.stop.CopyFrom(pb.StopReplica(replica_id=replica_id))
         case EvictRevision(revision):
@@ -393,11 +395,4 @@ def timestamp(seconds: float) -> Timestamp:
     """A point in time, from seconds since the epoch."""
     message = Timestamp()
     message.FromDatetime(datetime.fromtimestamp(seconds, UTC))
-    return message
-
-
-def duration(seconds: float) -> Duration:
-    """A span of time."""
-    message = Duration()
-    message.FromNanoseconds(round(seconds * 1e9))
     return message

@@ -1,9 +1,8 @@
 """What proxies tell each other, as messages and back."""
 
 from helios.api.proxy.v1 import peer_service_pb2 as pb
-from helios.mesh.durations import seconds_from_proto
+from helios.mesh.durations import seconds_from_proto, seconds_to_proto
 from helios.proxy.activation.machine import ActivationState
-from helios.proxy.fleet.wire import duration
 from helios.proxy.peers.messages import (
     Failure,
     Granted,
@@ -36,7 +35,7 @@ def report_to_proto(report: Report) -> pb.Report:
         sent_at=report.sent_at,
         heard_at=report.heard_at,
         held=[pb.HeldRequests(model=model, count=count) for model, count in report.held],
-        used=[pb.UsedModel(model=model, ago=duration(seconds)) for model, seconds in report.used],
+        used=[pb.UsedModel(model=model, ago=seconds_to_proto(seconds)) for model, seconds in report.used],
         wished=report.wished,
         slices=[
             pb.SliceReport(key=_key_to_proto(one.key), requests=_spent(one.requests), tokens=_spent(one.tokens))
@@ -73,16 +72,18 @@ def news_to_proto(news: News) -> pb.News:
                 model=failed.model,
                 reason=failed.reason,
                 message=failed.message,
-                retry_after=duration(failed.retry_after_seconds),
+                retry_after=seconds_to_proto(failed.retry_after_seconds),
             )
             for failed in news.failures
         ],
-        estimates=[pb.StartEstimate(model=model, seconds=duration(seconds)) for model, seconds in news.estimates],
+        estimates=[
+            pb.StartEstimate(model=model, seconds=seconds_to_proto(seconds)) for model, seconds in news.estimates
+        ],
         slices=[
             pb.SliceGrant(key=_key_to_proto(one.key), requests=_granted(one.requests), tokens=_granted(one.tokens))
             for one in news.slices
         ],
-        forgotten=[pb.ForgottenUse(model=model, ago=duration(seconds)) for model, seconds in news.forgotten],
+        forgotten=[pb.ForgottenUse(model=model, ago=seconds_to_proto(seconds)) for model, seconds in news.forgotten],
     )
 
 
@@ -110,7 +111,7 @@ def _outlook_to_proto(outlook: Outlook) -> pb.Outlook:
     return pb.Outlook(
         model=outlook.model,
         state=pb.ActivationState.Value(_PREFIX + outlook.state.name),
-        remaining=duration(outlook.remaining_seconds),
+        remaining=seconds_to_proto(outlook.remaining_seconds),
         failure=outlook.failure,
     )
 
@@ -147,8 +148,8 @@ def _granted(granted: Granted) -> pb.Granted:
     return pb.Granted(
         granted=granted.granted,
         remaining=granted.remaining,
-        reset=duration(granted.reset_seconds),
-        wait=duration(granted.wait_seconds),
+        reset=seconds_to_proto(granted.reset_seconds),
+        wait=seconds_to_proto(granted.wait_seconds),
         reclaimed=granted.is_reclaimed,
     )
 

@@ -15,11 +15,11 @@ import structlog
 
 from helios.api.registry.v1 import sync_service_pb2 as pb
 from helios.api.registry.v1.sync_service_pb2_grpc import SyncServiceStub
+from helios.mesh.calls import answer_of
 from helios.mesh.channel import Dialer
 from helios.mesh.errors import DeadlineExceeded, Draining, HeliosError, Unavailable
 from helios.mesh.identity import IdentityFiles
 from helios.mesh.requests import StreamRequests
-from helios.mesh.status import error_from_rpc
 from helios.mesh.tasks import task_scope
 from helios.registry.coordination.seats import Seats
 from helios.registry.coordination.standing import Standing
@@ -145,13 +145,11 @@ class Relay:
         if target is None:
             return None
         async with Dialer(target, identity=self._identity, peer="registry") as dialer:
+            asked = call(dialer.stub(stub_class))(request, timeout=_CALL_SECONDS, metadata=((FORWARDED, "1"),))
             try:
-                return await call(dialer.stub(stub_class))(request, timeout=_CALL_SECONDS, metadata=((FORWARDED, "1"),))
-            except grpc.aio.AioRpcError as error:
-                refusal = error_from_rpc(error)
-                if not isinstance(refusal, Unavailable | DeadlineExceeded):
-                    raise refusal from error
-                self._unanswered(target, refusal)
+                return await answer_of(asked)
+            except (Unavailable, DeadlineExceeded) as error:
+                self._unanswered(target, error)
                 return None
 
     def _target(self, context: Any) -> str | None:
@@ -202,8 +200,5 @@ async def _end_when(moved: asyncio.Event) -> None:
 
 async def _read(stream: Any) -> pb.SessionResponse | None:
     """Returns the coordinator's next message, None at the end."""
-    try:
-        response = await stream.read()
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
+    response = await answer_of(stream.read())
     return response if isinstance(response, pb.SessionResponse) else None

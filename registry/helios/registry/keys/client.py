@@ -8,10 +8,10 @@ from helios.api.registry.v1 import key_service_pb2 as pb
 from helios.api.registry.v1.key_service_pb2_grpc import KeyServiceStub
 from helios.mesh.calls import answer_of, messages_of
 from helios.mesh.channel import StubSource
-from helios.registry.keys.records import SECRET_PREFIX, ApiKey, KeySpec, Priority, StoredKey, hash_secret
+from helios.registry.keys.records import ApiKey, KeySpec, Priority, StoredKey, hash_secret
 from helios.registry.keys.wire import key_from_proto, spec_to_proto, stored_from_proto
 
-__all__ = ["SECRET_PREFIX", "ApiKey", "KeyClient", "KeySpec", "Priority", "StoredKey", "hash_secret"]
+__all__ = ["ApiKey", "KeyClient", "KeySpec", "Priority", "StoredKey", "hash_secret"]
 
 _TIMEOUT_SECONDS: Final = 10.0
 

@@ -16,8 +16,6 @@ from typing import Final
 from helios.mesh.errors import InvalidRequest
 from helios.mesh.names import KEY_PREFIX
 
-# Tells secret scanners, and people who find one, what it is.
-SECRET_PREFIX: Final = KEY_PREFIX
 _SECRET_BYTES: Final = 32
 MAX_MODELS: Final = 64
 MAX_WEIGHT: Final = 1000
@@ -78,7 +76,8 @@ class StoredKey:
 
 def new_secret() -> str:
     """Returns a secret that nobody has."""
-    return SECRET_PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
+    # The prefix tells secret scanners, and people who find one, what it is.
+    return KEY_PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
 
 
 def hash_secret(secret: str) -> bytes:
