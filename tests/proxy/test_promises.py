@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -228,7 +229,7 @@ NO_PARTS: list[object] = [None, 1, [1], [[]]]
 NO_NUMBERS: list[object] = [10**400, "soon", []]
 NO_SECONDS: list[object] = [-1.0, float("inf"), float("nan"), *NO_NUMBERS]
 NO_SCORES: list[object] = [[1, 0.5], [1, float("nan")], [float("inf"), 2.0], [-1, 2.0], [1], None]
-DAMAGES: list[dict[str, object]] = [
+DAMAGES: list[Mapping[str, object]] = [
     *({part: value} for part in ("means", "fixed", "fetched", "rates", "scores") for value in NO_PARTS),
     *({"rates": {"DISK": value}} for value in (*NO_SECONDS, 0.0, None)),
     *({"fixed": {"m": value}} for value in (*NO_SECONDS, None)),
@@ -241,13 +242,13 @@ DAMAGES: list[dict[str, object]] = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: repr(damage)[:40])
-def test_a_damaged_document_is_refused_and_nothing_of_it_taken_in(damage: dict[str, object]) -> None:
+def test_a_damaged_document_is_refused_and_nothing_of_it_taken_in(damage: Mapping[str, object]) -> None:
     known, other = estimates(), estimates()
     known.record("m", StartRung.DISK, took(2.0, 1.0))
     other.record("n", StartRung.CLOUD, replace(took(9.0, 1.0), revision="sha256:n"))
     before = known.document()
     with pytest.raises(ValueError, match=r"."):
-        known.restore(other.document() | damage)
+        known.restore({**other.document(), **damage})
     assert known.document() == before
 
 
