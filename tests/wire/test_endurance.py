@@ -33,6 +33,9 @@ IDLE_SECONDS = 5.0
 STEP_SECONDS = 0.5
 # Longer than every limit of the gateway that it goes through.
 STREAM_SECONDS = 6.5
+# Far above every limit, so that who hangs is told apart from who is ended; and what a slow machine may take to end one.
+CLIENT_SECONDS = 60
+SPARE_SECONDS = 20
 TIGHT = Limits(stream_idle_seconds=IDLE_SECONDS - 1, upload_seconds=3, connection_age_seconds=1, hold_limit_seconds=1)
 EVENTS = (
     "".join(f'data: {{"index":{index},"text":"é—\U0001f600\\n\\n"}}\n\n' for index in range(40)) + "data: [DONE]\n\n"
@@ -80,6 +83,11 @@ class Outcome:
     error: httpx.TransportError | None
     seconds: float
 
+    def was_ended_after(self, limit_seconds: float) -> bool:
+        """Whether the gateway ended it by its limit; no client that gave up did, whose patience is longer."""
+        is_patient = not isinstance(self.error, httpx.TimeoutException)
+        return is_patient and limit_seconds <= self.seconds < limit_seconds + SPARE_SECONDS
+
 
 @dataclass(frozen=True)
 class Outcomes:
@@ -100,8 +108,7 @@ async def ask(gateway: Gateway, **body: Any) -> Outcome:
 async def _outcome(gateway: Gateway, content: bytes | AsyncIterator[bytes]) -> Outcome:
     began, text, status = time.monotonic(), "", 0
     headers = {"content-type": "application/json"}
-    # Well above every limit: who hangs is told apart from who is ended.
-    async with httpx.AsyncClient(base_url=f"http://{gateway.edge}", timeout=60, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=f"http://{gateway.edge}", timeout=CLIENT_SECONDS, trust_env=False) as client:
         try:
             async with client.stream("POST", CHAT, content=content, headers=headers) as answer:
                 status = answer.status_code
@@ -204,15 +211,18 @@ async def test_a_stream_lasts_longer_than_every_limit_while_it_says_something(ou
 async def test_a_stream_that_falls_silent_is_ended(outcomes: Outcomes) -> None:
     assert (outcomes.silent.status, outcomes.silent.text) == (200, 'data: {"index":0}\n\n')
     assert outcomes.silent.error is not None, "a client must not take it for a whole answer"
+    assert outcomes.silent.was_ended_after(IDLE_SECONDS), outcomes.silent
 
 
 async def test_a_request_that_nobody_answers_is_ended_with_an_error(outcomes: Outcomes) -> None:
     assert outcomes.unanswered.status in (408, 504), outcomes.unanswered
+    assert outcomes.unanswered.was_ended_after(IDLE_SECONDS), outcomes.unanswered
     assert set(json.loads(outcomes.unanswered.text)["error"]) == {"message", "type", "param", "code"}
 
 
 async def test_a_body_that_never_ends_is_ended(outcomes: Outcomes) -> None:
     assert outcomes.unsent.status == 408 or outcomes.unsent.error is not None, outcomes.unsent
+    assert outcomes.unsent.was_ended_after(TIGHT.upload_seconds), outcomes.unsent
 
 
 async def test_a_dead_replica_is_left_for_the_next_one_and_holds_up_nobody_else(outcomes: Outcomes) -> None:
