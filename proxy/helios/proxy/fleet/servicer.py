@@ -58,7 +58,6 @@ class FleetServicer(FleetServiceServicer):
         first = await self._hello(request_iterator)
         hello = wire.hello_from_proto(first.hello)
         now = time.monotonic()
-        self._runtime.core.leadership.claimed(hello.worker_id, first.hello.epoch, now)
         outbox = self._runtime.connect_worker(hello.worker_id)
         try:
             epoch = self._runtime.core.leadership.epoch
@@ -67,6 +66,7 @@ class FleetServicer(FleetServiceServicer):
             )
             await context.write(pb.SessionResponse(welcome=welcome))
             log.info("worker connected", worker=hello.worker_id, node=hello.node, replicas=len(hello.replicas))
+            self._runtime.core.leadership.claimed(hello.worker_id, first.hello.epoch, now)
             self._runtime.apply(self._runtime.core.worker_hello(hello, now))
             if self._feed is not None:
                 self._feed.said(hello.worker_id, first)

@@ -5,7 +5,6 @@ pass it on for ever.
 """
 
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from typing import Any, Final, Protocol, Self
 
 import grpc.aio
@@ -16,7 +15,11 @@ from helios.mesh.identity import IdentityFiles
 
 _FORWARDED: Final = "x-helios-forwarded"
 _MOST_HOPS: Final = 2
-_CALL_SECONDS: Final = 10.0
+CALL_SECONDS: Final = 10.0
+_MOST_CHANNELS: Final = 32
+"""Channels that are kept: proxies that are gone had addresses, too. Far more than there are proxies, so that none is
+closed that carries a call.
+"""
 
 
 class Others(Protocol):
@@ -39,7 +42,7 @@ class PeerCalls:
         self._others = others
         self._identity = identity
         self._dialers: dict[str, Dialer] = {}
-        self._stack = AsyncExitStack()
+        """By address; the one that was used last is last."""
 
     @property
     def leads(self) -> bool:
@@ -52,7 +55,8 @@ class PeerCalls:
 
     async def __aexit__(self, *_: object) -> None:
         """Closes the channels."""
-        await self._stack.aclose()
+        while self._dialers:
+            await self._close_first()
 
     def addresses(self, context: Any) -> list[str]:
         """Where a call that came here may be passed on to."""
@@ -66,7 +70,7 @@ class PeerCalls:
         request: Any,
         context: Any,
         *,
-        seconds: float = _CALL_SECONDS,
+        seconds: float = CALL_SECONDS,
     ) -> Any:
         """Passes a unary call on, within its own deadline. Raises HeliosError."""
         method = getattr(await self.stub(address, stub_class), name)
@@ -76,11 +80,18 @@ class PeerCalls:
 
     async def stub(self, address: str, stub_class: Callable[[grpc.aio.Channel], Any]) -> Any:
         """A stub of another proxy, for one call, which is to carry `hops`."""
-        dialer = self._dialers.get(address)
+        dialer = self._dialers.pop(address, None)
         if dialer is None:
             dialer = Dialer(address, identity=self._identity, peer="proxy")
-            self._dialers[address] = await self._stack.enter_async_context(dialer)
+            await dialer.__aenter__()
+        self._dialers[address] = dialer
+        if len(self._dialers) > _MOST_CHANNELS:
+            await self._close_first()
         return dialer.stub(stub_class)
+
+    async def _close_first(self) -> None:
+        dialer = self._dialers.pop(next(iter(self._dialers)))
+        await dialer.__aexit__(None, None, None)
 
 
 def hops(context: Any) -> tuple[tuple[str, str], ...]:

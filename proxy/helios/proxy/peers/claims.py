@@ -24,10 +24,17 @@ class Claims:
         self._epochs: dict[str, int] = {}
         self._ignored_until: dict[str, float] = {}
 
-    def note(self, worker_id: str, epoch: int) -> None:
-        """A worker has heard of this epoch, it says."""
-        if 0 < epoch < _MOST_EPOCH:
+    def note(self, worker_id: str, epoch: int) -> bool:
+        """A worker has heard of this epoch, it says; returns whether that can be."""
+        is_possible = 0 < epoch < _MOST_EPOCH
+        if is_possible:
             self._epochs[worker_id] = epoch
+        return is_possible
+
+    def keep_only(self, worker_ids: Collection[str], now: float) -> None:
+        """Forgets workers that are gone, and what is over."""
+        self._epochs = {key: epoch for key, epoch in self._epochs.items() if key in worker_ids}
+        self._ignored_until = {key: until for key, until in self._ignored_until.items() if until > now}
 
     def counts(self, worker_id: str, now: float) -> bool:
         """Whether what a worker says is worth asking the registry."""
@@ -38,11 +45,10 @@ class Claims:
         told = sorted((self._epochs.get(worker_id, 0) for worker_id in worker_ids), reverse=True)
         return told[len(told) // 2] if told else 0
 
-    def refute(self, epoch: int, now: float) -> list[str]:
-        """The registry knows of no epoch above this one; returns the workers that claimed one."""
-        found = [worker_id for worker_id, claimed in self._epochs.items() if claimed > epoch]
-        for worker_id in found:
-            del self._epochs[worker_id]
-            self._ignored_until[worker_id] = now + _IGNORED_SECONDS
-        self._ignored_until = {key: until for key, until in self._ignored_until.items() if until > now}
-        return found
+    def refute(self, epoch: int, doubter: str, now: float) -> None:
+        """The registry knows of no epoch above this one: who claimed one is wrong, and so is the doubter, for which it
+        was asked: that one may have refused an order and claimed none.
+        """
+        wrong = {worker_id for worker_id, claimed in self._epochs.items() if claimed > epoch}
+        self._epochs = {key: claimed for key, claimed in self._epochs.items() if key not in wrong}
+        self._ignored_until |= dict.fromkeys({*wrong, doubter}, now + _IGNORED_SECONDS)

@@ -154,7 +154,6 @@ class Followers:
                 follower.held[model] = count
             else:
                 follower.held.pop(model, None)
-                follower.outlooks.pop(model, None)
             self._count(model)
         self._escrow.report(session, report.slices, now)
         return Demands(tuple(model for model, _ in report.held), report.used, report.wished)

@@ -64,6 +64,8 @@ class Following:
         self.used_since = used_since
         """Uses before are told already."""
         self._heard_stamp = 0.0
+        self.has_heard = False
+        """Whether the leader has said something in this session."""
         self.promised_until = promised_until
         """Until when this proxy does not ask for the lease: a leader counts on it."""
 
@@ -98,6 +100,7 @@ class Following:
 
     def heard(self, news: News, now: float) -> None:
         """Takes in what bears on this session."""
+        self.has_heard = True
         self._heard_stamp, self.promised_until = news.sent_at, now + VALID_SECONDS
         if news.heard_at:
             self.slices.heard(news.heard_at)

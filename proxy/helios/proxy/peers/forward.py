@@ -11,15 +11,16 @@ An operator's call reaches any proxy.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, Final, cast
 
 from helios.api.admin.v1.admin_service_pb2_grpc import AdminServiceServicer, AdminServiceStub
 from helios.mesh.calls import messages_of
 from helios.mesh.errors import HeliosError, NotFound, Unavailable
+from helios.mesh.tasks import outcome_of, task_scope
 from helios.proxy.admin.servicer import DEFAULT_PAGE_SIZE
-from helios.proxy.peers.calls import PeerCalls, hops
+from helios.proxy.peers.calls import CALL_SECONDS, PeerCalls, hops
 
 Call = Callable[[Any, Any], Awaitable[Any]]
 
@@ -99,14 +100,11 @@ class SharedAdmin:
             try:
                 return await own(request, context)
             except NotFound:
-                for address in self._peers.addresses(context):
-                    try:
-                        return await self._peers.ask(
-                            address, AdminServiceStub, _ANYBODYS, request, context, seconds=_LOOK_SECONDS
-                        )
-                    except HeliosError:
-                        # It was not there either, or can't be asked.
-                        continue
+                async with aclosing(self._answers(_ANYBODYS, request, context, _look_seconds(context))) as answers:
+                    async for answer in answers:
+                        # Else it was not there either, or can't be asked.
+                        if not isinstance(answer, HeliosError):
+                            return answer
                 raise
 
         return call
@@ -114,8 +112,11 @@ class SharedAdmin:
     def _of_everybody(self, own: Call) -> Call:
         async def call(request: Any, context: Any) -> Any:
             response = await own(request, context)
-            for address in self._peers.addresses(context):
-                await self._peers.ask(address, AdminServiceStub, _EVERYBODYS, request, context)
+            answers = [answer async for answer in self._answers(_EVERYBODYS, request, context)]
+            # One that can't be asked is told of, once the others have done it.
+            for answer in answers:
+                if isinstance(answer, HeliosError):
+                    raise answer
             return response
 
         return call
@@ -123,20 +124,13 @@ class SharedAdmin:
     def _merged(self, own: Call) -> Call:
         async def call(request: Any, context: Any) -> Any:
             response = await own(request, context)
-            others = self._peers.addresses(context) if not request.page_token else []
-            if not others:
+            if request.page_token or not self._peers.addresses(context):
                 return response
             found = list(response.requests)
-            for address in others:
-                try:
-                    found += (
-                        await self._peers.ask(
-                            address, AdminServiceStub, _MERGED, request, context, seconds=_LOOK_SECONDS
-                        )
-                    ).requests
-                except HeliosError:
-                    # What it knows is not known to anybody else.
-                    continue
+            async for answer in self._answers(_MERGED, request, context, _look_seconds(context)):
+                # What one knows that can't be asked is not known to anybody else.
+                if not isinstance(answer, HeliosError):
+                    found += answer.requests
             # A follower asks the leader, which asks all followers: what is known here comes twice.
             by_id = {summary.request_id: summary for summary in found}
             newest = sorted(by_id.values(), key=lambda summary: summary.arrived_at.ToNanoseconds(), reverse=True)
@@ -147,6 +141,24 @@ class SharedAdmin:
             return response
 
         return call
+
+    async def _answers(
+        self, name: str, request: Any, context: Any, seconds: float = CALL_SECONDS
+    ) -> AsyncGenerator[Any, None]:
+        """What others answer, or a HeliosError, as it comes: all are asked at once, so one that hangs delays nobody."""
+        async with task_scope() as group:
+            calls = [
+                group.create_task(
+                    outcome_of(self._peers.ask(address, AdminServiceStub, name, request, context, seconds=seconds)),
+                    name=f"{name} at {address}",
+                )
+                for address in self._peers.addresses(context)
+            ]
+            for call in asyncio.as_completed(calls):
+                answer = await call
+                if isinstance(answer, Exception) and not isinstance(answer, HeliosError):
+                    raise answer
+                yield answer
 
     async def _leader(self, context: Any) -> str:
         """Where the leader is reached; empty where it is this proxy. Raises Unavailable where none comes for long."""
@@ -162,3 +174,9 @@ class SharedAdmin:
                 )
             await asyncio.sleep(_ELECTION_LOOK_SECONDS)
         return ""
+
+
+def _look_seconds(context: Any) -> float:
+    """How long others are asked for what they know: whoever asks for another proxy answers before that one gives up."""
+    remaining = context.time_remaining()
+    return min(_LOOK_SECONDS, remaining / 2) if remaining is not None else _LOOK_SECONDS

@@ -79,6 +79,7 @@ class Leadership:
         self.claims = Claims()
         self.doubted_at: float | None = None
         """Since when a worker says that another proxy leads; nothing is ordered until the registry has been asked."""
+        self._doubter = ""
         self.lease_until = 0.0
         """Until when the registry gives the lead to nobody else."""
         self.escrow = Escrow(self._buckets)
@@ -130,14 +131,14 @@ class Leadership:
 
     def claimed(self, worker_id: str, epoch: int, now: float) -> None:
         """A worker says that it has heard of a leader of this epoch."""
-        self.claims.note(worker_id, epoch)
-        if epoch > self.epoch:
+        if self.claims.note(worker_id, epoch) and epoch > self.epoch:
             self.doubt(worker_id, now)
 
     def doubt(self, worker_id: str, now: float) -> None:
         """A worker says that another proxy leads: what it would refuse is not ordered before the registry was asked."""
         if self.epoch and self.doubted_at is None and self.claims.counts(worker_id, now):
             self.doubted_at = now
+            self._doubter = worker_id
             self._lifecycle.step_down()
 
     def confirmed(self, asked_at: float, now: float) -> bool:
@@ -150,7 +151,7 @@ class Leadership:
         if self.believed_epoch > self.epoch:
             return False
         self.doubted_at = None
-        self.claims.refute(self.epoch, now)
+        self.claims.refute(self.epoch, self._doubter, now)
         self._lifecycle.lead()
         self._open(now)
         return True
@@ -168,6 +169,7 @@ class Leadership:
 
     def tick(self, now: float) -> None:
         """Follows the time."""
+        self.claims.keep_only({worker.hello.worker_id for worker in self._traffic.fleet.workers()}, now)
         if self._unfenced and self.leads:
             reachable = {w.hello.worker_id for w in self._traffic.fleet.workers() if w.is_reachable}
             self._unfenced &= reachable if now < self._fence_until else set()
@@ -316,6 +318,9 @@ class Leadership:
         if self.following is None or news.epoch < self.seen_epoch:
             return False
         self.seen_epoch = news.epoch
+        if not self.following.has_heard:
+            # The first news of a session is of all that is not at rest: what an earlier one told of the rest is over.
+            self._lifecycle.outlooks.clear()
         self.following.heard(news, now)
         if news.draining is not None:
             self._traffic.set_draining(frozenset(news.draining))

@@ -54,11 +54,13 @@ class LeaseKeeper:
         while True:
             ask = self._role.due(time.monotonic()) if self.address else None
             if ask is not None:
-                epoch = self._leadership.epoch
+                epoch, leads = self._leadership.epoch, self._leadership.leads
                 await (self._acquire() if ask is Ask.ACQUIRE else self._renew(epoch))
                 self._link.flush()
-                if self._leadership.epoch != epoch:
+                if (self._leadership.epoch, self._leadership.leads) != (epoch, leads):
+                    # Who waits for a leader's word: it is this one, or there is another one.
                     self._link.told()
+                if self._leadership.epoch != epoch:
                     log.info("lead", leads=self._leadership.leads, epoch=self._leadership.epoch, before=epoch)
             await asyncio.sleep(_LOOK_SECONDS)
 
@@ -66,12 +68,15 @@ class LeaseKeeper:
         """Gives the lead back, so that the next one need not wait for the lease's end."""
         self.address = ""
         if self._leadership.epoch:
-            grant = Grant(PROXY_LEASE, self._holder, self._leadership.epoch)
+            epoch = self._leadership.epoch
             # Whoever leads next may do so from the next moment on.
             self._leadership.follow(time.monotonic())
             self._link.look()
-            with suppress(HeliosError):
-                await self._leases.release(grant)
+            await self._give_back(epoch)
+
+    async def _give_back(self, epoch: int) -> None:
+        with suppress(HeliosError):
+            await self._leases.release(Grant(PROXY_LEASE, self._holder, epoch))
 
     async def _acquire(self) -> None:
         asked_at = time.monotonic()
@@ -83,10 +88,12 @@ class LeaseKeeper:
             log.debug("lease can't be asked for", error=error.message)
             self._role.unreachable(time.monotonic())
             return
-        if is_granted:
-            self._role.granted(lease.epoch, asked_at, time.monotonic())
-        else:
+        if not is_granted:
             self._role.refused(lease.address, lease.epoch, lease.rest_seconds, time.monotonic())
+            return
+        is_stopping = not self.address
+        if is_stopping or not self._role.granted(lease.epoch, asked_at, time.monotonic()):
+            await self._give_back(lease.epoch)
 
     async def _renew(self, epoch: int) -> None:
         asked_at = time.monotonic()

@@ -4,6 +4,7 @@
 |---|---|---|
 | follows | its promise to a leader is over, and nobody is known to hold the lease | asks |
 | follows | granted | leads, in the grant's epoch |
+| follows | granted, and has heard a leader since it asked | follows, and gives the lease back |
 | leads | a third of the TTL is over | renews |
 | leads | the registry can't be asked | leads: workers are fenced, and nobody else can get an epoch |
 | leads | the lease ended, and is nobody's | asks anew, and leads on meanwhile |
@@ -58,11 +59,19 @@ class Role:
         following = leadership.following
         return Ask.ACQUIRE if following is None or now >= following.promised_until else None
 
-    def granted(self, epoch: int, asked_at: float, now: float) -> None:
-        """The lease is this proxy's, since the question was asked at the latest."""
+    def granted(self, epoch: int, asked_at: float, now: float) -> bool:
+        """The lease is this proxy's, since the question was asked at the latest; returns whether it leads then.
+
+        It does not where it has heard a leader meanwhile, which counts on its promise, or of a later one.
+        """
+        following = self._leadership.following
+        has_promised = following is not None and now < following.promised_until
+        if has_promised or epoch < self._leadership.seen_epoch:
+            return False
         self.leader_address, self._is_lost = "", False
         self._leadership.lead(epoch, now)
         self.renewed(epoch, asked_at, now)
+        return True
 
     def renewed(self, epoch: int, asked_at: float, now: float) -> None:
         """The lease goes on."""

@@ -60,7 +60,7 @@ class FollowerSession:
         """Follows until cancelled."""
         while True:
             address = self._role.leader_address or self._first_address
-            if self._leadership.leads or not address or self._is_leaving:
+            if self._leadership.epoch or not address or self._is_leaving:
                 await self._link.happened()
                 continue
             try:
@@ -102,7 +102,7 @@ class FollowerSession:
 
         Raises TimeoutError where the leader is silent.
         """
-        while not self._leadership.leads:
+        while not self._leadership.epoch:
             async with asyncio.timeout(VALID_SECONDS):
                 message = await call.read()
             if message is grpc.aio.EOF:
@@ -116,7 +116,7 @@ class FollowerSession:
 
     async def _report(self, requests: StreamRequests[pb.SessionRequest]) -> None:
         said_at = -REPORT_SECONDS
-        while not self._leadership.leads:
+        while not self._leadership.epoch:
             now = time.monotonic()
             if self._leadership.has_changes() or now - said_at >= REPORT_SECONDS:
                 said_at = now

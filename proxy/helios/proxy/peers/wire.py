@@ -1,5 +1,7 @@
 """What proxies tell each other, as messages and back."""
 
+from typing import Final
+
 from helios.api.proxy.v1 import peer_service_pb2 as pb
 from helios.mesh.durations import seconds_from_proto, seconds_to_proto
 from helios.proxy.activation.machine import ActivationState
@@ -16,7 +18,8 @@ from helios.proxy.peers.messages import (
     Spent,
 )
 
-_PREFIX = "ACTIVATION_STATE_"
+_STATES: Final = {pb.ActivationState.Value(f"ACTIVATION_STATE_{state.name}"): state for state in ActivationState}
+_NUMBERS: Final = {state: number for number, state in _STATES.items()}
 
 
 def hello_to_proto(hello: Hello) -> pb.Hello:
@@ -110,16 +113,15 @@ def news_from_proto(message: pb.News) -> News:
 def _outlook_to_proto(outlook: Outlook) -> pb.Outlook:
     return pb.Outlook(
         model=outlook.model,
-        state=pb.ActivationState.Value(_PREFIX + outlook.state.name),
+        state=_NUMBERS[outlook.state],
         remaining=seconds_to_proto(outlook.remaining_seconds),
         failure=outlook.failure,
     )
 
 
 def _outlook_from_proto(message: pb.Outlook) -> Outlook:
-    name = pb.ActivationState.Name(message.state).removeprefix(_PREFIX)
     # One that a newer version sends is as good as none.
-    state = ActivationState[name] if name in ActivationState.__members__ else ActivationState.IDLE
+    state = _STATES.get(message.state, ActivationState.IDLE)
     return Outlook(message.model, state, seconds_from_proto(message.remaining), message.failure)
 
 
