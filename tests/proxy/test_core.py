@@ -209,13 +209,18 @@ def test_an_unreachable_workers_replicas_are_unpicked_but_keep_their_endpoints()
     subject = core()
     known(subject)
     warm(subject)
+    subject.worker_hello(hello("with room"), 0.0)
     subject.worker_lost("w", 10.0)
     assert subject.pick(entry(), "q1", 11.0) is None
     assert subject.fleet.endpoints() == {"127.0.0.1:1000"}
-    # Back in time: no duplicate was started, and it is picked again.
-    assert sent(subject.tick(20.0)) == []
-    subject.worker_hello(hello(replicas=(replica(),), incarnation="2"), 21.0)
-    assert subject.pick(entry(), "q2", 21.0) is not None
+    hold, todo = subject.hold(entry(), "q1", size_bytes=0, deadline=99.0, now=11.0)
+    # Back in time: no duplicate was started where there was room, and it is picked again.
+    for now in (12.0, 20.0):
+        todo += subject.worker_seen("with room", now) + subject.tick(now)
+    assert sent(todo) == []
+    todo = subject.worker_hello(hello(replicas=(replica(),), incarnation="2"), 21.0)
+    assert [action.hold for action in todo if isinstance(action, actions.Release)] == [hold]
+    assert sent(todo) == []
 
 
 def test_a_worker_that_stays_away_is_replaced_after_its_grace() -> None:
@@ -289,8 +294,9 @@ def test_a_restarted_proxy_starts_nothing_until_its_workers_are_back() -> None:
     subject = core(known_workers=["w", "w2"])
     known(subject)
     _, todo = subject.hold(entry(), "q1", size_bytes=0, deadline=99.0, now=0.5)
-    assert todo == []
-    subject.worker_hello(hello("w2"), 1.0)
+    # The one that is back has room; the other one may have a replica.
+    todo += subject.worker_hello(hello("w2"), 1.0) + subject.tick(1.5)
+    assert sent(todo) == []
     assert not subject.is_resynchronised
     todo = subject.worker_hello(hello("w", replicas=(replica(),)), 2.0)
     assert subject.is_resynchronised
@@ -394,8 +400,11 @@ def test_an_idle_replica_makes_room_for_another_model() -> None:
     assert sent(todo) == [DrainReplica("r", 30.0)]
     todo = subject.replica_event("w", 1, replica(state=ReplicaState.STOPPED), 2.0)
     assert [type(order) for order in sent(todo)] == [StartReplica]
-    # The model that gave way is not started again by itself.
-    assert sent(subject.tick(3.0)) == []
+    # The model that gave way is not started again by itself, though there is room by then.
+    todo = subject.worker_hello(hello("another"), 3.0) + subject.tick(3.0)
+    assert sent(todo) == []
+    _, todo = subject.hold(entry(), "q2", size_bytes=0, deadline=99.0, now=3.5)
+    assert [type(order) for order in sent(todo)] == [StartReplica]
 
 
 def test_a_busy_replica_is_waited_for_where_it_may_give_way_and_said_to_be_in_the_way_where_not() -> None:

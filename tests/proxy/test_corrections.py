@@ -147,7 +147,8 @@ class AgainstACache(RuleBasedStateMachine):
 
     @invariant()
     def what_is_followed_is_bounded(self) -> None:
-        assert len(self.kept._prompts) <= len(self.kept) * self.sent_count
+        followed = {prompt.request_id for prompts in self.kept._blocks.values() for prompt in prompts}
+        assert self.kept._prompts.keys() == followed, "a prompt is followed as long as a block names it"
         assert len(self.kept) <= max(self.most_blocks, 5)
 
 

@@ -127,6 +127,14 @@ def test_an_engine_in_which_requests_wait_keeps_what_gets_free() -> None:
     assert [pick(subject, f"of {band}", band) for band in (1, 2, 3)] == ["", "", "r0"]
 
 
+def test_an_engine_in_which_requests_wait_has_no_place_for_the_lowest_band_where_some_are_kept_from_it_alone() -> None:
+    subject = world(routing=ModelRouting(kept_from_low_ratio=0.25))
+    subject.load_report([LoadDelta("r0", Load(running_count=1, waiting_count=1))], 1.0)
+    assert [pick(subject, f"of {band}", band) for band in (1, 2, 3)] == ["", "r0", "r0"]
+    subject.load_report([LoadDelta("r0", Load())], 1.0)
+    assert pick(subject, "low", 1) == "r0"
+
+
 def test_nothing_is_kept_unless_somebody_says_so_nor_once_it_is_taken_back() -> None:
     subject = world(routing=USUAL_ROUTING)
     assert all(pick(subject, f"low {number}", 1) for number in range(9))

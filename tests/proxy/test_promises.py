@@ -154,14 +154,17 @@ def test_a_staged_model_and_one_that_sleeps_are_promised_sooner() -> None:
     assert subject.lifecycle.promises.promise(MODEL).rung is StartRung.MEMORY
     assert subject.lifecycle.remaining_seconds(MODEL, 1.0) == 4.0
     sleeping = world(replace(replica(state=S.ASLEEP), can_sleep=True))
-    sleeping.lifecycle.promises.estimates.restore(estimates.document())
+    restored = sleeping.lifecycle.promises.estimates
+    restored.restore(estimates.document())
+    from_afar = restored.expected_seconds("m", StartRung.CLOUD, WEIGHTS)
     assert sleeping.lifecycle.remaining_seconds(MODEL, 1.0) == 1.5
     sleeping.hold(MODEL, "q", size_bytes=0, deadline=99.0, now=1.0)
     todo = sleeping.replica_event("w", 1, replace(replica(), can_sleep=True, wake_count=1), 3.0)
     scored = next(action for action in todo if isinstance(action, actions.StartScored))
     assert (scored.rung, scored.promised_seconds, scored.seconds) == ("ASLEEP", 1.5, 2.0)
     # A wake says nothing of how long a start takes.
-    assert sleeping.lifecycle.promises.estimates.expected_seconds("m", StartRung.DISK, WEIGHTS) == 12.0
+    assert restored.expected_seconds("m", StartRung.DISK, WEIGHTS) == 12.0
+    assert restored.expected_seconds("m", StartRung.CLOUD, WEIGHTS) == from_afar
 
 
 def test_a_start_that_turns_out_to_be_fetched_is_promised_as_one() -> None:
@@ -177,6 +180,13 @@ def test_a_start_that_turns_out_to_be_fetched_is_promised_as_one() -> None:
     assert subject.lifecycle.remaining_seconds(MODEL, 3.0) == pytest.approx(58.0)
 
 
+def test_a_start_that_is_overdue_is_promised_a_tenth_of_its_time_more() -> None:
+    subject = world()
+    subject.hold(MODEL, "q", size_bytes=0, deadline=900, now=0.0)
+    told = [subject.lifecycle.remaining_seconds(MODEL, now) for now in (5.0, 14.5, 15.0, 200.0)]
+    assert told == pytest.approx([10.0, 1.45, 1.5, 20.0])
+
+
 def test_starts_that_fail_are_not_measured_and_leave_nothing() -> None:
     subject = world()
     subject.hold(MODEL, "q", size_bytes=0, deadline=900, now=1.0)
@@ -189,16 +199,19 @@ def test_starts_that_fail_are_not_measured_and_leave_nothing() -> None:
     assert subject.lifecycle.promises.estimates.score_of(StartRung.CLOUD).count == 0
 
 
-def test_a_phase_of_less_than_no_time_spoils_no_promise() -> None:
+@pytest.mark.parametrize("phase_seconds", [-1e15, 1e15])
+def test_a_phase_that_can_not_have_been_spoils_no_promise(phase_seconds: float) -> None:
     subject = world()
     start(subject, 10.0, load_seconds=3.0)
-    before = subject.lifecycle.promises.promise(replace(MODEL, name="other", revision="sha256:other")).seconds
+    # Of other models: one on no disk, and one whose weights are where these are.
+    others = (replace(MODEL, name="other", revision="sha256:other"), replace(MODEL, name="other"))
+    before = [subject.lifecycle.promises.promise(other).seconds for other in others]
     stop(subject, 30.0)
     subject.hold(MODEL, "q", size_bytes=0, deadline=900.0, now=40.0)
     (asked,) = (one for one in subject.fleet.replicas_of("m") if one.state.is_starting)
-    subject.replica_event("w", 401, replace(ready(asked), phases=(("load", -1e15),)), 42.0)
-    after = subject.lifecycle.promises.promise(replace(MODEL, name="other", revision="sha256:other")).seconds
-    assert after < before + 2.0
+    subject.replica_event("w", 401, replace(ready(asked), phases=(("load", phase_seconds),)), 42.0)
+    after = [subject.lifecycle.promises.promise(other).seconds for other in others]
+    assert all(later <= sooner * 1.001 for later, sooner in zip(after, before, strict=True))
 
 
 async def test_a_proxy_that_restarts_promises_what_it_knew(tmp_path: Path) -> None:

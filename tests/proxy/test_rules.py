@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helios.mesh.routing import KEPT, LOAD_WEIGHTS, NAMES, USUAL_ROUTING, Choice, ModelRouting
@@ -21,13 +21,13 @@ from helios.proxy.traffic import LoadDelta, RoutingPolicy
 from tests.proxy.support import core, entry, hello, policy, replica
 
 PROMPT = blocks_of(b"You are terse. " * 100, "")
-LOW = st.floats(0, 0.45)
+WEIGHT = st.none() | st.floats(0, 1)
 ROUTINGS = st.builds(
     ModelRouting,
-    **dict.fromkeys(LOAD_WEIGHTS, st.none() | st.floats(0, 1)),
-    **dict.fromkeys(("prefix_weight", "session_weight", "locality_weight", *KEPT), st.none() | LOW),
+    **dict.fromkeys((*LOAD_WEIGHTS, "prefix_weight", "session_weight", "locality_weight", *KEPT), WEIGHT),
     choice=st.sampled_from((None, *Choice)),
-)
+).filter(lambda routing: not routing.problem())
+"""All that a policy may say: two that are right each may ask for more than there is together."""
 
 
 def model(name: str, routing: ModelRouting, **fields: Any) -> ModelEntry:
@@ -98,12 +98,13 @@ def test_a_cached_prompt_weighs_what_its_model_says(weight: float | None, expect
 
 
 def test_sessions_are_not_told_apart_where_a_policy_says_so() -> None:
-    one = model("m", ModelRouting(session_weight=0.0))
-    subject = fleet(one)
-    for number in range(20):
-        chosen = subject.pick(one, "q", 1.0, "", Wishes(session=f"talk {number}"))
-        assert chosen is not None
-        assert not any(candidate.session_score for candidate in chosen.considered)
+    for weight, has_home in ((None, True), (0.0, False)):
+        one = model("m", ModelRouting(session_weight=weight))
+        subject = fleet(one)
+        for number in range(20):
+            chosen = subject.pick(one, "q", 1.0, "", Wishes(session=f"talk {number}"))
+            assert chosen is not None
+            assert any(candidate.session_score for candidate in chosen.considered) is has_home
 
 
 def test_nearness_weighs_what_its_model_says_where_the_gateway_knows_its_place() -> None:
@@ -129,13 +130,17 @@ def test_each_model_draws_or_not_as_its_policy_says() -> None:
 
 
 @given(ROUTINGS, ROUTINGS, st.booleans())
+@example(ModelRouting(prefix_weight=0.5), ModelRouting(session_weight=0.9), False)
+@example(ModelRouting(kept_from_low_ratio=0.5), ModelRouting(kept_for_high_ratio=0.9), False)
+@example(ModelRouting(kept_for_high_ratio=0.5), ModelRouting(kept_from_low_ratio=0.9), False)
 def test_whatever_is_said_what_scorers_weigh_adds_up(own: ModelRouting, usual: ModelRouting, knows_place: bool) -> None:
     rules = Rules().of_model(usual, 0, knows_place=True).of_model(own, 0, knows_place=knows_place)
     weights = rules.weights
     assert weights.queue + weights.running + weights.kv == pytest.approx(1)
     assert all(0 <= getattr(weights, name) <= 1 for name in Weights.__slots__)
-    assert weights.prefix + weights.session <= 1
-    assert rules.kept_for_high_ratio + rules.kept_from_low_ratio <= 1
+    assert weights.prefix + weights.session <= 1 + 1e-9
+    assert rules.kept_for_high_ratio + rules.kept_from_low_ratio <= 1 + 1e-9
+    assert knows_place or not weights.locality
     for prefix, session in ((0.0, 0.0), (weights.prefix, weights.session)):
         assert sum(weights.shares(prefix, session).values()) == pytest.approx(1)
     said = {name: getattr(own, name) for name in ("prefix_weight", "session_weight")}
@@ -161,6 +166,7 @@ def test_an_explained_score_is_its_scorers_by_their_weights(
     snapshot = subject.traffic.table.snapshot("m", "sha256:1")
     chosen = pick("m", "sha256:1", snapshot, affinity if held or home else None, weights=weights)
     assert chosen is not None
+    assert {candidate.replica_id for candidate in chosen.considered} == {"m0", "m1"}
     for candidate in chosen.considered:
         scores = {
             "queue": candidate.queue_score,

@@ -34,6 +34,8 @@ def test_nobody_is_given_more_than_is_allowed_or_than_was_asked_for(caller: Call
         assert after.priority == 1
     if asked == "auto":
         assert after is caller
+    if asked == "default":
+        assert after.priority == min(2, ceiling)
     if asked in ("priority", "scale"):
         assert after.priority == ceiling
     # Nothing else about who asks is another thing now.

@@ -188,16 +188,40 @@ def test_replicas_that_are_expected_are_started_and_do_not_go_for_idleness() -> 
 
 
 def test_what_is_expected_takes_nothing_from_anybody_and_ends_with_its_time() -> None:
-    other = replace(entry("other"), revision="sha256:other")
-    full = tuple(
-        replace(replica(f"r{n}", model="other", revision="sha256:other"), device_ids=(gpu.device_id,))
-        for n, gpu in enumerate(GPUS)
+    for gone_at, is_started in ((10, True), (30, False)):
+        subject = full_of_others()
+        subject.expect(expected(Rung.READY, 1, until=20.0), 0.0)
+        assert pass_time(subject, gone_at) == []
+        # Its model goes to zero, and its room is free.
+        (first,) = subject.fleet.replicas_of("r0")
+        subject.drain_model(entry("r0"), gone_at)
+        todo = subject.replica_event("w", 1000, replace(first, state=ReplicaState.STOPPED), gone_at)
+        found = [order for order in orders(todo + subject.tick(gone_at + 1.0)) if isinstance(order, StartReplica)]
+        assert [order.model for order in found] == (["m"] if is_started else [])
+    # Somebody who waits would have it at once: all but what is expected may take the room of idle replicas.
+    subject = full_of_others()
+    _, todo = subject.hold(MODEL, "q", size_bytes=1, deadline=90.0, now=1.0)
+    assert [type(order) for order in orders(todo)] == [DrainReplica]
+
+
+def full_of_others() -> Core:
+    """A worker each of whose GPUs has an idle replica of another model of its own."""
+    names = [f"r{n}" for n in range(len(GPUS))]
+    held = tuple(
+        replace(
+            replica(name, model=name, revision=f"sha256:{name}", address=f"127.0.0.1:{2000 + n}"),
+            device_ids=(GPUS[n].device_id,),
+            memory_bytes=2 * GIB,
+        )
+        for n, name in enumerate(names)
     )
-    full = tuple(replace(each, memory_bytes=2 * GIB, address=f"127.0.0.1:{n}") for n, each in enumerate(full))
-    subject = world(*full)
-    subject.models_replaced([MODEL, replace(other, min_replicas=4)], 0.0, is_synced=True)
-    subject.expect(expected(Rung.READY, 1, until=20.0), 0.0)
-    assert pass_time(subject, 30) == []
+    subject = world()
+    models = [MODEL, *(replace(entry(name), revision=f"sha256:{name}") for name in names)]
+    subject.models_replaced(models, 0.0, is_synced=True)
+    # Before it knew their models, it would have drained them.
+    subject.worker_hello(WorkerHello("w", "2", "node", GPUS, ("vllm",), 8, held, host_memory_bytes=8 * GIB), 0.0)
+    subject.endpoints_acknowledged(subject.fleet.endpoints(), 0.0)
+    return subject
 
 
 def test_weights_that_are_expected_are_staged_where_memory_is_free_and_stay() -> None:
