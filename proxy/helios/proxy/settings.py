@@ -252,8 +252,8 @@ class RoutingSettings(BaseModel):
     """Requests a second of a model above which Envoy routes it by itself. 1: each such change is a message to every
     Envoy."""
     prefix_blocks: PositiveInt = 500_000
-    """Blocks of 256 bytes of prompts that are remembered, of all replicas. 500,000: 97 MiB of this process once
-    they are full; a thousand replicas have 500 each then, which is 32,000 tokens."""
+    """Blocks of 256 bytes of prompts that are remembered, of all replicas. 500,000: 100 to 200 MiB of this process
+    once they are full; a thousand replicas have 500 each then, which is 32,000 tokens."""
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:

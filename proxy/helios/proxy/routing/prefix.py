@@ -90,7 +90,9 @@ class PrefixIndex:
     """
 
     def __init__(self, max_blocks: int) -> None:
-        """``max_blocks`` bounds what is kept of all replicas; a block of one takes 200 to 400 bytes."""
+        """``max_blocks`` bounds what is kept of all replicas; a block of one takes 215 bytes, or up to
+        415 where prompts are of few blocks or replicas many.
+        """
         self._max_blocks = max_blocks
         self._held: dict[str, _Held] = {}
         self._replica_of: dict[int, str] = {}
