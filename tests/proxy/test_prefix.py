@@ -37,6 +37,25 @@ def remembered(index: PrefixIndex) -> list[int]:
     return [len(sent.blocks) for held in index._held.values() for sent in held.sent.values()]
 
 
+def texts(first: int, count: int) -> Blocks:
+    """So many blocks that no other prompt of the test has."""
+    return Blocks(tuple(range(first, first + count)))
+
+
+def test_what_is_lost_of_a_prompt_that_has_ended_is_remembered_no_more() -> None:
+    index = PrefixIndex(100)
+    index.add("r", "a", texts(0, 4), 10)
+    index.ended("r", "a")
+    assert index.keep("r", "a", 0.5) == 2
+    assert remembered(index) == [2]
+    # Nor what its replica has no room for: of the one that was sent first, the end.
+    index.add("r", "b", texts(10, 9), 10)
+    index.ended("r", "b")
+    assert remembered(index) == [1, 9]
+    assert index.keep("r", "a", 0.0) == 1
+    assert remembered(index) == [9]
+
+
 class AgainstAPlainModel(RuleBasedStateMachine):
     """The index finds what a list of each replica's blocks, cut from the front, finds.
 

@@ -152,8 +152,15 @@ class PrefixIndex:
         for before in shared:
             before.shorten()
         share = max(1, self._max_blocks // len(self._held))
+        dropped: list[_Sent] = []
         while len(held.blocks) > min(held.capacity, share):
-            self._drop(held, *held.blocks.popitem(last=False))
+            block, oldest = held.blocks.popitem(last=False)
+            self._drop(held, block, oldest)
+            if not dropped or dropped[-1] is not oldest:
+                dropped.append(oldest)
+        for oldest in dropped:
+            if oldest.has_ended:
+                oldest.shorten()
 
     def keep(self, replica_id: str, request_id: str, ratio: float) -> int:
         """Of a request's prompt a replica has only the first part, a ``ratio`` of it; returns how many blocks it lost.
@@ -171,6 +178,8 @@ class PrefixIndex:
                 del held.blocks[block]
                 self._drop(held, block, sent)
                 lost_count += 1
+        if sent.has_ended:
+            sent.shorten()
         return lost_count
 
     def ended(self, replica_id: str, request_id: str) -> None:
