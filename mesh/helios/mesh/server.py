@@ -17,8 +17,9 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from helios.mesh.errors import InvalidRequest
+from helios.mesh.errors import Bug, InvalidRequest
 from helios.mesh.http2.limits import Limits
+from helios.mesh.http2.question import Answer
 from helios.mesh.http2.server import Http2Server
 from helios.mesh.identity import Identity, IdentityFiles
 from helios.mesh.interceptors import (
@@ -125,6 +126,15 @@ class MeshServer:
             self.grpc = grpc.aio.server(interceptors=interceptors, options=_channel_options(self._options))
             self._transport = _GrpcTransport(self.grpc)
         self.address = ""
+
+    def answer_at_once(self, path: str, answer: Answer) -> None:
+        """Has a function answer a unary method, without a task and without interceptors: message in, message out.
+
+        It may not wait. ``path`` is the method's ("/package.Service/Method"). Raises Bug: the transport is not http2.
+        """
+        if not isinstance(self._transport, Http2Server):
+            raise Bug("only http2 answers at once")
+        self._transport.answers[path] = answer
 
     def serve(self, *service_names: str, with_reflection: bool = True) -> None:
         """Names the services that health answers for and that reflection lists. Call it once, before entering."""

@@ -18,6 +18,7 @@ peer cancels has its handler cancelled in the same turn of the loop.
 - `sender` — what goes out: flow control and one write a turn
 - `connection` — what comes in: streams become calls; keepalive, drain
 - `call` — one stream as the servicer context that handlers know
+- `question` — one stream that a function answers at once
 - `dispatch` — from a path to its handler, and from what the handler did to a status
 - `server` — listening, registration, the end
 """

@@ -15,7 +15,7 @@ import grpc.aio
 from helios.mesh import status
 from helios.mesh.errors import HeliosError, Unavailable
 from helios.mesh.http2.protocol import ErrorCode
-from helios.mesh.http2.sender import Sender
+from helios.mesh.http2.sender import Outbox, Sender
 from helios.mesh.http2.wire import (
     CONTENT_TYPE,
     Header,
@@ -32,10 +32,10 @@ Trailers = Iterable[tuple[str, str | bytes]]
 
 # Writes that need no waiting between two looks at other tasks: a handler with much to say must not keep the loop.
 _WRITES_PER_TURN: Final = 64
-_RESPONSE_HEADERS: Final[list[Header]] = [(b":status", b"200"), (b"content-type", CONTENT_TYPE)]
+RESPONSE_HEADERS: Final[list[Header]] = [(b":status", b"200"), (b"content-type", CONTENT_TYPE)]
 # What messages may be encoded with is said where one was refused, not in each answer: Envoy would have to take it off
 # again for REST callers. Source: https://github.com/grpc/grpc/blob/master/doc/compression.md
-_REFUSAL_HEADERS: Final[list[Header]] = [*_RESPONSE_HEADERS, (b"grpc-accept-encoding", b"identity")]
+REFUSAL_HEADERS: Final[list[Header]] = [*RESPONSE_HEADERS, (b"grpc-accept-encoding", b"identity")]
 
 
 class Link(Protocol):
@@ -58,7 +58,7 @@ class Link(Protocol):
         """Frees room for what the connection may hold."""
         ...
 
-    def call_over(self, call: "Call", reset: ErrorCode | None) -> None:
+    def call_over(self, call: Outbox, reset: ErrorCode | None) -> None:
         """Forgets an ended call, and resets its stream where it is not closed on both sides."""
         ...
 
@@ -151,7 +151,7 @@ class Call:
             # A part of a message is out; no status can follow it.
             self._end(ErrorCode.CANCEL)
             return
-        headers = [] if self._is_begun else list(_REFUSAL_HEADERS)
+        headers = [] if self._is_begun else list(REFUSAL_HEADERS)
         headers += status_headers(code.value[0], details)
         headers += metadata_headers(trailing)
         self._link.send_headers(self.stream_id, headers, is_end=True)
@@ -274,7 +274,7 @@ class Call:
 
     def _begin(self, metadata: Trailers) -> None:
         self._is_begun = True
-        self._link.send_headers(self.stream_id, _RESPONSE_HEADERS + metadata_headers(metadata), is_end=False)
+        self._link.send_headers(self.stream_id, RESPONSE_HEADERS + metadata_headers(metadata), is_end=False)
 
     async def _wait_sent(self) -> None:
         self._burst = 0

@@ -13,19 +13,25 @@ from helios.mesh.errors import HeliosError, QuotaExceeded, Unavailable
 from helios.mesh.http2.call import Call
 from helios.mesh.http2.limits import IdleFrames, Limits
 from helios.mesh.http2.protocol import BrokenError, ErrorCode, RequestOutcome, ServerProtocol
-from helios.mesh.http2.sender import Sender
+from helios.mesh.http2.question import Answer, Question
+from helios.mesh.http2.sender import Outbox, Sender
 from helios.mesh.http2.tls import AuthContext, auth_context
 from helios.mesh.http2.wire import Header, NotGrpcError, RequestHead
 
 log = structlog.get_logger()
 
 _PING: Final = b"helios\x00\x00"
+# Answers that are made at once leave two at a time and not all of a turn together: else the peer, which asks for many
+# at once, waits until the last one is made, and then this side for the peer.
+_ANSWERS_PER_WRITE: Final = 2
 
 
 class Host(Protocol):
     """What a connection needs of its server."""
 
     is_draining: bool
+    answers: dict[str, Answer]
+    """Of the methods that are answered at once, by path."""
 
     def opened(self, connection: "Connection") -> None:
         """A connection stands."""
@@ -52,8 +58,9 @@ class Connection(asyncio.Protocol):
         self._protocol = ServerProtocol(self, limits)
         self.sender = Sender(self._protocol, self.loop, max_unsent_bytes=limits.max_unsent_bytes)
         self._transport: asyncio.Transport | None = None
-        self._calls: dict[int, Call] = {}
+        self._calls: dict[int, Call | Question] = {}
         self._running_count = 0
+        self._answered_count = 0
         self._held_bytes = 0
         self._owed_bytes = 0
         self._owed_by_stream: dict[int, int] = {}
@@ -136,13 +143,19 @@ class Connection(asyncio.Protocol):
         """Frees room for what the connection may hold."""
         self._held_bytes -= size_bytes
 
-    def call_over(self, call: Call, reset: ErrorCode | None) -> None:
+    def call_over(self, call: Outbox, reset: ErrorCode | None) -> None:
         """Forgets an ended call, and resets its stream where it is not closed on both sides."""
         if self._calls.pop(call.stream_id, None) is None or self._is_ending:
             return
         if reset is not None:
             self._reset(call.stream_id, reset)
         self._close_if_done()
+
+    def answered(self) -> None:
+        """A question has its answer."""
+        self._answered_count += 1
+        if self._answered_count % _ANSWERS_PER_WRITE == 0:
+            self.sender.flush()
 
     # What the server says.
 
@@ -168,13 +181,18 @@ class Connection(asyncio.Protocol):
 
     def on_request(self, stream_id: int, outcome: RequestOutcome, *, is_whole: bool) -> None:
         """A stream begins."""
-        if self._host.is_draining or self._is_ending or self._running_count >= self._limits.max_streams:
+        # Questions have no task, but a peer that has not seen the settings may leave any number of them half asked.
+        count = max(self._running_count, len(self._calls))
+        if self._host.is_draining or self._is_ending or count >= self._limits.max_streams:
             self._reset(stream_id, ErrorCode.REFUSED_STREAM)
             return
         if isinstance(outcome, NotGrpcError):
             self.send_headers(stream_id, [(b":status", b"%d" % outcome.http_status)], is_end=True)
             if not is_whole:
                 self._reset(stream_id, ErrorCode.NO_ERROR)
+            return
+        if isinstance(outcome, RequestHead) and (answer := self._host.answers.get(outcome.path)) is not None:
+            self._calls[stream_id] = Question(self, stream_id, outcome.path, answer, self._limits.max_message_bytes)
             return
         head = RequestHead("", (), None) if isinstance(outcome, HeliosError) else outcome
         call = self._calls[stream_id] = Call(self, stream_id, head, self._limits.max_message_bytes)

@@ -13,6 +13,7 @@ from helios.mesh.http2.call import Call
 from helios.mesh.http2.connection import Connection
 from helios.mesh.http2.dispatch import Dispatcher
 from helios.mesh.http2.limits import Limits
+from helios.mesh.http2.question import Answer
 from helios.mesh.http2.tls import ServerTls
 from helios.mesh.identity import IdentityFiles
 from helios.mesh.tasks import task_scope
@@ -30,6 +31,7 @@ class Http2Server(Dispatcher):
     ) -> None:
         super().__init__(interceptors)
         self.is_draining = False
+        self.answers: dict[str, Answer] = {}
         self._limits = limits or Limits()
         self._connections: set[Connection] = set()
         self._is_empty = asyncio.Event()
