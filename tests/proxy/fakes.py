@@ -11,7 +11,8 @@ from typing import Any
 
 import grpc.aio
 from envoy.config.endpoint.v3 import endpoint_pb2
-from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
+from envoy.service.auth.v3 import external_auth_pb2 as auth_pb
+from envoy.service.auth.v3 import external_auth_pb2_grpc
 from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
@@ -251,21 +252,18 @@ class FakeEnvoy:
         path: str = "/helios.api.inference.v1.OpenAIService/CreateChatCompletion",
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
-        pushed: list[bytes] | None = None,
+        lifted: dict[str, Any] | None = None,
         age_seconds: float = 0.0,
         timeout: float = 15.0,
     ) -> Answer:
-        """One request: `model` is what Envoy lifted from the body, `header` is x-helios-model; `pushed` are parts of a
-        body that is sent unasked.
-        """
+        """One request: `model` and `lifted` are what Envoy lifted from the body, `header` is x-helios-model."""
         request = ext_proc.ProcessingRequest()
         sent = {":path": path, ":method": "POST", "x-request-id": f"q{next(self._ids)}", "content-length": "100"}
         if header is not None:
             sent["x-helios-model"] = header
         for key, value in (sent | (headers or {})).items():
             request.request_headers.headers.headers.add(key=key, raw_value=value.encode())
-        if model is not None:
-            request.metadata_context.filter_metadata["helios"].fields["model"].string_value = model
+        request.metadata_context.filter_metadata["helios"].update(_lifted(model, lifted))
         began = datetime.now(UTC) - timedelta(seconds=age_seconds)
         attributes = request.attributes["envoy.filters.http.ext_proc"].fields
         attributes["request.time"].string_value = began.isoformat()
@@ -274,20 +272,8 @@ class FakeEnvoy:
         )
         asked_body = False
         try:
-            request.protocol_config.send_body_without_waiting_for_header_response = pushed is not None
-            if pushed is not None:
-                request.protocol_config.request_body_mode = processing_mode_pb2.ProcessingMode.STREAMED
-            request.request_headers.end_of_stream = pushed == []
             await call.write(request)
-            for number, part in enumerate(pushed or (), start=1):
-                message = ext_proc.ProcessingRequest()
-                message.request_body.body = part
-                message.request_body.end_of_stream = number == len(pushed or ())
-                await call.write(message)
             response = await call.read()
-            if response.WhichOneof("response") != "immediate_response":
-                for _ in pushed or ():
-                    assert (await call.read()).WhichOneof("response") == "request_body", "each part has its answer"
             if response.HasField("mode_override"):
                 asked_body = True
                 message = ext_proc.ProcessingRequest()
@@ -298,6 +284,29 @@ class FakeEnvoy:
             return _answer(response, asked_body=asked_body)
         finally:
             await _end(call)
+
+    async def check(
+        self,
+        model: str | None = "m",
+        *,
+        body: bytes = b"",
+        path: str = "/helios.api.inference.v1.OpenAIService/CreateChatCompletion",
+        headers: dict[str, str] | None = None,
+        lifted: dict[str, Any] | None = None,
+        request_id: str = "",
+    ) -> dict[str, str]:
+        """Asks what a request can be told at once: headers for it, none where it has to be asked about."""
+        request = auth_pb.CheckRequest()
+        http = request.attributes.request.http
+        http.headers.update({":path": path, "x-request-id": request_id or f"q{next(self._ids)}"})
+        http.headers.update({"x-helios-body-bytes": str(len(body))} | (headers or {}))
+        http.raw_body = body
+        request.attributes.request.time.FromDatetime(datetime.now(UTC))
+        request.attributes.metadata_context.filter_metadata["helios"].update(_lifted(model, lifted))
+        call = self._dialer.stub(external_auth_pb2_grpc.AuthorizationStub).Check(request, timeout=5.0)
+        response = await call
+        assert response.HasField("ok_response"), response
+        return {option.header.key: option.header.value for option in response.ok_response.headers}
 
     async def _follow(self) -> None:
         call = self._dialer.stub(ads_pb2_grpc.AggregatedDiscoveryServiceStub).DeltaAggregatedResources(
@@ -317,6 +326,10 @@ class FakeEnvoy:
             self.broken = error
         finally:
             await _end(call)
+
+
+def _lifted(model: str | None, more: dict[str, Any] | None) -> dict[str, Any]:
+    return ({"model": model} if model is not None else {}) | (more or {})
 
 
 async def _end(call: Any) -> None:

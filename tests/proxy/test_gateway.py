@@ -412,14 +412,6 @@ async def test_a_prompt_is_asked_for_where_it_matters_only(world: World) -> None
             {"content-length": ""},
         ):
             assert not (await envoy.ask("m", body=b"", headers=headers)).asked_body, headers
-        whole = [b"no", b" fr", b"ame"]
-        assert not (await envoy.ask("m", pushed=whole, headers={"content-length": "1000"})).asked_body
-        assert (await envoy.ask("nope", pushed=whole)).status == 404
-        chat = inference_pb.ChatRequest(model="m").SerializeToString()
-        framed = [b"\0" + len(chat).to_bytes(4, "big"), chat]
-        nameless = await envoy.ask(None, path=CHAT, pushed=framed, headers={"content-length": "1000"})
-        assert (nameless.asked_body, nameless.headers["x-helios-route-model"]) == (False, "m")
-        assert (await envoy.ask(None, pushed=[], headers={"content-length": "1000"})).status == 400
         embeddings = "/helios.api.inference.v1.OpenAIService/CreateEmbedding"
         lengthy = {"content-length": "1000"}
         assert not (await envoy.ask("m", body=b"", path=embeddings, headers=lengthy)).asked_body

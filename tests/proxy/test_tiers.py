@@ -18,7 +18,7 @@ from helios.proxy.picker.hints import hint_headers
 from helios.proxy.picker.prompt import NO_PROMPT
 from helios.proxy.picker.request import Body, read_body, read_heads
 from helios.proxy.routing.prefix import NO_BLOCKS
-from tests.proxy.support import core, entry
+from tests.proxy.support import core
 
 TIERS = ("auto", "default", "flex", "priority", "scale")
 CALLERS = st.sampled_from([ANYBODY, *(Caller(key_id="k", priority=band) for band in (1, 2, 3))])
@@ -67,7 +67,7 @@ def ranked(subject: Core, *, header: str = "", body: object = None, lifted: Any 
     document["model"] = "m"
     if lifted is not None:
         document[TIER_FIELD] = lifted
-    gate.admit(entry("m"), "m", document.fields, Body("m", NO_PROMPT, body) if body is not None else None)
+    gate.rank(document.fields, Body("m", NO_PROMPT, body) if body is not None else None)
     return gate
 
 
@@ -94,7 +94,7 @@ def test_null_says_nothing() -> None:
     document = Struct()
     document.update({"model": "m", TIER_FIELD: None})
     gate = Gate(core(), read_heads({}))
-    gate.admit(entry("m"), "m", document.fields, None)
+    gate.rank(document.fields, None)
     assert gate.left_for_answer() == {}
 
 

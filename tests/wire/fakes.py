@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 from envoy.config.core.v3 import base_pb2
 from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
+from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
 from envoy.service.ext_proc.v3 import external_processor_pb2, external_processor_pb2_grpc
 from envoy.type.v3 import http_status_pb2
 from google.api import httpbody_pb2
@@ -128,7 +129,7 @@ Pick = Callable[[PickRequest], "list[str] | errors.HeliosError"]
 
 @dataclass
 class FakePicker(external_processor_pb2_grpc.ExternalProcessorServicer):
-    """ext_proc: names fixed endpoints; asks for the body where no model is known, takes the one that comes unasked."""
+    """ext_proc: names fixed endpoints; asks for the body where no model is known."""
 
     endpoints: list[str] = field(default_factory=list)
     requests: list[PickRequest] = field(default_factory=list)
@@ -141,13 +142,7 @@ class FakePicker(external_processor_pb2_grpc.ExternalProcessorServicer):
     async def Process(self, request_iterator: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         """Answers one request."""
         node = _metadata(context).get("x-helios-envoy", "")
-        is_pushed = False
         async for message in request_iterator:
-            if is_pushed:
-                yield external_processor_pb2.ProcessingResponse(request_body=external_processor_pb2.BodyResponse())
-                if message.request_body.end_of_stream:
-                    return
-                continue
             if message.HasField("request_body"):
                 self.bodies.append(message.request_body.body)
                 response = external_processor_pb2.ProcessingResponse(request_body=external_processor_pb2.BodyResponse())
@@ -163,11 +158,32 @@ class FakePicker(external_processor_pb2_grpc.ExternalProcessorServicer):
             if isinstance(choice, errors.HeliosError):
                 yield rejected(choice)
                 return
-            is_pushed = message.protocol_config.send_body_without_waiting_for_header_response
-            response = picked(choice, wants_body=not (request.model or is_pushed))
+            response = picked(choice, wants_body=not request.model)
             yield in_cluster(response, response.request_headers, self.cluster)
-            if request.model and not is_pushed:
+            if request.model:
                 return
+
+
+@dataclass
+class FakeCheck(external_auth_pb2_grpc.AuthorizationServicer):
+    """ext_authz: names fixed endpoints at once; none: it says nothing, and the picker is asked."""
+
+    endpoints: list[str] = field(default_factory=list)
+    cluster: str = ""
+    """As `FakePicker` has it."""
+    requests: list[Any] = field(default_factory=list)
+
+    async def Check(self, request: Any, context: Any) -> Any:
+        """Answers one request."""
+        self.requests.append(request)
+        response = external_auth_pb2.CheckResponse()
+        response.ok_response.SetInParent()
+        if self.endpoints:
+            headers = {"x-helios-endpoint": ",".join(self.endpoints), "x-helios-cluster": self.cluster}
+            for key, value in headers.items():
+                option = response.ok_response.headers.add()
+                option.header.key, option.header.value = key, value
+        return response
 
 
 def picked(endpoints: Iterable[str], *, wants_body: bool = False) -> Any:

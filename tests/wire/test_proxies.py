@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import grpc.aio
 import httpx
 import pytest
 import pytest_asyncio
+from envoy.service.auth.v3 import external_auth_pb2_grpc
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
 
 from helios.api.catalog.v1 import model_service_pb2
@@ -32,6 +33,7 @@ pytestmark = [
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 NAMES = ("a", "b")
+CHECK_SERVICE = "envoy.service.auth.v3.Authorization"
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Proxy:
     address: str
     identity: IdentityFiles
     picker: fakes.FakePicker = field(default_factory=fakes.FakePicker)
+    check: fakes.FakeCheck = field(default_factory=fakes.FakeCheck)
     xds: XdsServer = field(default_factory=XdsServer)
     control: fakes.Recorder = field(default_factory=fakes.Recorder)
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -50,12 +53,14 @@ class Proxy:
         """Serves; it knows nothing of what it told Envoy before."""
         self.xds = XdsServer()
         self.picker = fakes.FakePicker(endpoints=list(endpoints), cluster=replica_cluster(self.name))
+        self.check = fakes.FakeCheck(cluster=replica_cluster(self.name))
         self.xds.open()
         self.xds.publish(endpoints)
-        served = (fakes.EXT_PROC_SERVICE, EDS_SERVICE, "helios.api.catalog.v1.ModelService")
+        served = (CHECK_SERVICE, fakes.EXT_PROC_SERVICE, EDS_SERVICE, "helios.api.catalog.v1.ModelService")
         policy = {service: frozenset({"edge"}) for service in served}
         server = MeshServer(listen=self.address, identity=self.identity, policy=policy, options=PROXY)
         external_processor_pb2_grpc.add_ExternalProcessorServicer_to_server(self.picker, server.grpc)
+        external_auth_pb2_grpc.add_AuthorizationServicer_to_server(self.check, server.grpc)
         add_xds(self.xds, server.grpc)
         self.control.add(model_service_pb2, "ModelService", server.grpc)
         await self._stack.enter_async_context(server)
@@ -130,6 +135,8 @@ async def gateway(shared: Gateway) -> Gateway:
         proxy.picker.hold = proxy.picker.pick = None
         proxy.picker.endpoints = [shared.endpoint]
         proxy.picker.requests.clear()
+        proxy.check.requests.clear()
+        proxy.check.endpoints = []
         proxy.xds.publish([shared.endpoint])
     await shared.fed()
     return shared
@@ -145,20 +152,56 @@ async def ask(rest: httpx.AsyncClient) -> httpx.Response:
     return await rest.post("/v1/chat/completions", json=BODY)
 
 
+async def chat(edge: str) -> int:
+    """The code of a native request, which goes by the conversation alone."""
+    async with grpc.aio.insecure_channel(edge) as channel:
+        request = inference_service_pb2.ChatRequest(model="m")
+        call = InferenceServiceStub(channel).Chat(request, timeout=20, metadata=(("x-helios-model", "m"),))
+        with suppress(grpc.aio.AioRpcError):
+            async for _ in call:
+                pass
+        return int((await call.code()).value[0])
+
+
 async def test_both_proxies_pick(gateway: Gateway, rest: httpx.AsyncClient) -> None:
     for _ in range(8):
+        assert await chat(gateway.edge) == 0
+    assert all(proxy.picker.requests and not proxy.check.requests for proxy in gateway.proxies)
+
+
+async def test_both_proxies_pick_at_once(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    for proxy in gateway.proxies:
+        proxy.check.endpoints = [gateway.endpoint]
+    for _ in range(8):
         assert (await ask(rest)).status_code == 200
-    assert all(proxy.picker.requests for proxy in gateway.proxies)
+    assert all(proxy.check.requests and not proxy.picker.requests for proxy in gateway.proxies)
+
+
+async def test_whoever_is_asked_next_picks_what_could_not_be_picked_at_once(
+    gateway: Gateway, rest: httpx.AsyncClient
+) -> None:
+    for _ in range(4):
+        assert (await ask(rest)).status_code == 200
+    for what in ("check", "picker"):
+        assert sum(len(getattr(proxy, what).requests) for proxy in gateway.proxies) == 4
 
 
 async def test_a_pick_goes_by_what_its_own_proxy_has_told_envoy(gateway: Gateway, rest: httpx.AsyncClient) -> None:
     one, two = gateway.proxies
     await two.xds.wait_acked(two.xds.publish([]), time.monotonic() + START_SECONDS)
+    codes: dict[str, set[int]] = {"a": set(), "b": set()}
     answers: dict[str, set[int]] = {"a": set(), "b": set()}
     for _ in range(8):
         before = len(one.picker.requests)
+        code = await chat(gateway.edge)
+        codes["a" if len(one.picker.requests) > before else "b"].add(code)
+    assert codes == {"a": {0}, "b": {14}}
+    for proxy in (one, two):
+        proxy.check.endpoints = [gateway.endpoint]
+    for _ in range(8):
+        before = len(one.check.requests)
         answer = await ask(rest)
-        answers["a" if len(one.picker.requests) > before else "b"].add(answer.status_code)
+        answers["a" if len(one.check.requests) > before else "b"].add(answer.status_code)
     assert answers == {"a": {200}, "b": {503}}
 
 

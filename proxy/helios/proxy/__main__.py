@@ -34,6 +34,8 @@ from helios.proxy.fleet.servicer import FLEET_SERVICE, FleetServicer
 from helios.proxy.measures import MeasureExchange
 from helios.proxy.peers.group import PEER_SERVICE, PeerGroup
 from helios.proxy.picker.ads import EdgeStreams, GuardedXds
+from helios.proxy.picker.check import METHOD, CheckPicker
+from helios.proxy.picker.choosing import Chooser
 from helios.proxy.picker.request import INFERENCE_PREFIX, OPENAI_PREFIX
 from helios.proxy.picker.servicer import PickerServicer
 from helios.proxy.picker.unreached import UnreachedServicer
@@ -202,12 +204,10 @@ def _picker(
         intercept=False, drain_seconds=settings.drain_seconds, transport="http2", header_table_bytes=0
     )
     server = MeshServer(listen=settings.picker_listen, identity=identity, policy={}, options=options)
+    chooser = Chooser(runtime, cluster=settings.replica_cluster)
+    server.answer_at_once(METHOD, CheckPicker(runtime, chooser, own=_own_id(settings)).answer)
     picker = PickerServicer(
-        runtime,
-        models,
-        hold_limit_seconds=settings.hold.limit_seconds,
-        own=_own_id(settings),
-        cluster=settings.replica_cluster,
+        runtime, models, chooser=chooser, hold_limit_seconds=settings.hold.limit_seconds, own=_own_id(settings)
     )
     picker.add_to(server.grpc)
     GuardedXds(xds, streams).add_to(server.grpc)

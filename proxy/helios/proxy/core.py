@@ -140,11 +140,17 @@ class Core:
         `adapter` is the one that the request names, where it names one; only replicas that have it are picked.
         `wishes` is what it says that bears on where it goes, where there is a choice.
         """
+        return (
+            None
+            if self.has_before(entry, adapter, wishes.band)
+            else self._pick(entry, request_id, now, adapter, wishes)
+        )
+
+    def has_before(self, entry: ModelEntry, adapter: str, band: int) -> bool:
+        """Whether others wait for what a request wants, and go first."""
         waiting = self.holds.highest_band(entry.name, adapter)
         # Who waits for a place that is kept from its band holds up nobody for whom it is kept.
-        if waiting and (waiting >= wishes.band or not self.traffic.rules_of(entry.name).keeps_places):
-            return None
-        return self._pick(entry, request_id, now, adapter, wishes)
+        return bool(waiting) and (waiting >= band or not self.traffic.rules_of(entry.name).keeps_places)
 
     def _pick(self, entry: ModelEntry, request_id: str, now: float, name: str, wishes: Wishes) -> Pick | None:
         if not name:

@@ -373,10 +373,15 @@ class Traffic:
             and self.ledger.is_idle(replica.replica_id)
         )
 
-    def takes_requests(self, entry: ModelEntry, band: int = NORMAL_BAND) -> bool:
+    def takes_requests(self, entry: ModelEntry, band: int = NORMAL_BAND, adapter: Adapter | None = None) -> bool:
         """Whether a request for an entry's revision would be picked a replica now, and not wait for a busy one."""
-        replica_ids = (candidate.replica_id for candidate in self.table.snapshot(entry.name, entry.revision))
-        return any(replica_id not in self._busy and self._takes(replica_id, band) for replica_id in replica_ids)
+        holders = self._holders.of(adapter) if adapter is not None else None
+        return any(
+            replica_id not in self._busy
+            and self._takes(replica_id, band)
+            and (holders is None or replica_id in holders)
+            for replica_id, *_ in self.table.snapshot(entry.name, entry.revision)
+        )
 
     def _takes(self, replica_id: str, band: int) -> bool:
         """Whether a candidate has a place that is not kept from a band."""

@@ -28,6 +28,7 @@ from envoy_data_plane.envoy.extensions.filters.http.api_key_auth.v3 import (
 )
 from envoy_data_plane.envoy.extensions.filters.http.composite.v3 import Composite
 from envoy_data_plane.envoy.extensions.filters.http.cors.v3 import Cors
+from envoy_data_plane.envoy.extensions.filters.http.ext_authz.v3 import BufferSettings, ExtAuthz
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
     ExternalProcessor,
     HeaderForwardingRules,
@@ -62,7 +63,12 @@ from envoy_data_plane.google.protobuf import Any
 
 from helios.mesh.envoy import clusters, matching, pack, rest
 from helios.mesh.envoy.headers import NODE_HEADER
-from helios.mesh.envoy.routes import CORS_FILTER, DURABLE_METHODS, OPENAI_SERVICE, PICKER_FILTER
+from helios.mesh.envoy.routes import (
+    CHECK_FILTER,
+    CORS_FILTER,
+    OPENAI_SERVICE,
+    PICKER_FILTER,
+)
 from helios.mesh.envoy.settings import EdgeSettings, Limits
 from helios.mesh.names import (
     ANSWER_FIELDS,
@@ -80,9 +86,14 @@ from helios.mesh.names import (
 _PICKER_GRACE_SECONDS = 30.0
 # How often the balancer is asked again where it named a picker that has failed: of two, it names the other one next.
 _OTHER_HOST_TRIES = 3
-# Bodies of 500 to 15,999 bytes. A shorter one has no prompt that the picker looks at (512); to send a longer one costs
-# more than is well spent on those whose model has no use for it.
-_PROMPT_BYTES = "[5-9][0-9]{2}|[0-9]{4}|1[0-5][0-9]{3}"
+# Bodies of up to 15,999 bytes. To send a longer one costs more than is well spent where its model has no use for it.
+_SHORT_BODY_BYTES = "[0-9]{1,4}|1[0-5][0-9]{3}"
+# Such a body in its frame; Envoy keeps so much at most for the question.
+_CHECK_BYTES = 20_000
+# A proxy answers in well below a millisecond, or can't: then the request waits in the picker's call instead.
+_CHECK_SECONDS = 1.0
+# Where Envoy keeps the path that the transcoder has rewritten.
+_REST_PATH_HEADER = "x-envoy-original-path"
 _LUA = "envoy.filters.http.lua"
 _GRPC = r"application/grpc.*"
 
@@ -200,31 +211,53 @@ def express() -> HttpFilter:
     return HttpFilter(name=EXPRESS_FILTER, config_discovery=source)
 
 
-def picker(settings: EdgeSettings) -> HttpFilter:
-    """Asks a proxy where a request goes: headers and the lifted model, and the body where it may be a prompt.
+def check(settings: EdgeSettings) -> HttpFilter:
+    """Asks a proxy where a REST request goes, in one message each way: its headers, the lifted model, and its body. A
+    proxy that can't say so at once says nothing, and the picker is asked (`picker`).
 
-    A request of the express lane has its endpoint already (clients can't set it) and is not asked about. Prompts of
-    ordinary length are sent along, because a picker that asks for a body costs the request a second exchange, a fifth
-    of what it takes at all; `STREAMED` is the only mode in which a body does not wait for the headers' answer. A
-    request whose call is moved to another picker takes its body along: Envoy keeps 64 KiB of it.
+    A request of the express lane has its endpoint already (clients can't set it) and is not asked about. Of native gRPC
+    the picker is asked: its body has not come yet, which the transcoder has waited for, and whoever sends one is told
+    what is wrong with its headers first.
     """
-    methods = "|".join(DURABLE_METHODS[OPENAI_SERVICE])
-    has_prompt = matching.all_of(
+    service = GrpcService(
+        envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=clusters.PICKER),
+        timeout=pack.seconds(_CHECK_SECONDS),
+        initial_metadata=[HeaderValue(key=NODE_HEADER, value=settings.node_id)],
+    )
+    question = ExtAuthz(
+        grpc_service=service,
+        transport_api_version=ApiVersion.V3,
+        with_request_body=BufferSettings(
+            max_request_bytes=_CHECK_BYTES, allow_partial_message=True, pack_as_bytes=True
+        ),
+        # Where no proxy answers, the picker's call waits for one.
+        failure_mode_allow=True,
+        # The answer names the cluster of the proxy that picks, which the route goes by.
+        clear_route_cache=bool(settings.feeds),
+        metadata_context_namespaces=[METADATA_NAMESPACE],
+        allowed_headers=_picker_headers(),
+        decoder_header_mutation_rules=HeaderMutationRules(allow_envoy=True),
+    )
+    is_asked = matching.all_of(
         (
-            matching.request_header(BODY_BYTES_HEADER, _PROMPT_BYTES),
-            matching.request_header(":path", f"/{re.escape(OPENAI_SERVICE)}/({methods})"),
+            matching.request_header(_REST_PATH_HEADER, ".+"),
+            matching.request_header(BODY_BYTES_HEADER, _SHORT_BODY_BYTES),
+            matching.request_header(":path", f"/{re.escape(OPENAI_SERVICE)}/.*"),
         )
     )
-    with_body = _processor(settings, ProcessingModeBodySendMode.STREAMED)
-    with_body.send_body_without_waiting_for_header_response = True
-    without = _processor(settings, ProcessingModeBodySendMode.NONE)
-    # The picker asks for the body where it has no model from header or metadata.
-    without.allow_mode_override = True
     is_picked = matching.request_header(ENDPOINT_HEADER, ".+")
-    return matching.one_of(PICKER_FILTER, skip=is_picked, first=(has_prompt, with_body), otherwise=without)
+    return matching.skipped_where(CHECK_FILTER, question, (is_picked, matching.is_not(is_asked)))
 
 
-def _processor(settings: EdgeSettings, body_mode: ProcessingModeBodySendMode) -> ExternalProcessor:
+def picker(settings: EdgeSettings) -> HttpFilter:
+    """Talks with a proxy about where a request goes that has no endpoint yet (`express`, `check`): it may have to wait,
+    to be refused, or to show its body.
+    """
+    processor = _processor(settings)
+    return matching.skipped_where(PICKER_FILTER, processor, (matching.request_header(ENDPOINT_HEADER, ".+"),))
+
+
+def _processor(settings: EdgeSettings) -> ExternalProcessor:
     service = GrpcService(
         envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=clusters.PICKER),
         initial_metadata=[HeaderValue(key=NODE_HEADER, value=settings.node_id)],
@@ -244,7 +277,7 @@ def _processor(settings: EdgeSettings, body_mode: ProcessingModeBodySendMode) ->
         processing_mode=ProcessingMode(
             request_header_mode=ProcessingModeHeaderSendMode.SEND,
             response_header_mode=ProcessingModeHeaderSendMode.SKIP,
-            request_body_mode=body_mode,
+            request_body_mode=ProcessingModeBodySendMode.NONE,
             response_body_mode=ProcessingModeBodySendMode.NONE,
         ),
         message_timeout=pack.seconds(settings.limits.hold_limit_seconds + _PICKER_GRACE_SECONDS),
@@ -255,13 +288,17 @@ def _processor(settings: EdgeSettings, body_mode: ProcessingModeBodySendMode) ->
         ),
         # When the request began: a hold that moves to another picker must not begin anew.
         request_attributes=["request.time"],
-        # A client sends some twenty headers, cookies among them.
-        forward_rules=HeaderForwardingRules(
-            allowed_headers=ListStringMatcher(patterns=[StringMatcher(exact=name) for name in PICKER_HEADERS])
-        ),
+        forward_rules=HeaderForwardingRules(allowed_headers=_picker_headers()),
         # x-envoy-max-retries = candidates - 1, so that the last failure is the replica's own.
         mutation_rules=HeaderMutationRules(allow_envoy=True),
+        # The picker asks for the body where it wants it.
+        allow_mode_override=True,
     )
+
+
+def _picker_headers() -> ListStringMatcher:
+    """What pickers are told of a request's headers: a client sends some twenty, cookies among them."""
+    return ListStringMatcher(patterns=[StringMatcher(exact=name) for name in PICKER_HEADERS])
 
 
 def _other_hosts(settings: EdgeSettings) -> list[RetryPolicyRetryHostPredicate]:

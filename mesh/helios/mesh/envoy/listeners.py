@@ -80,6 +80,7 @@ def edge_listener(settings: EdgeSettings) -> Listener:
         filters.transcoder(services, settings.limits),
         # With several proxies nobody is in the lane: each has a view of its own.
         *(() if settings.feeds else (filters.express(),)),
+        filters.check(settings),
         filters.picker(settings),
         filters.router(),
     ]

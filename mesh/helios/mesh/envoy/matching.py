@@ -6,7 +6,6 @@ import betterproto2
 from envoy_data_plane.envoy.config.core.v3 import TypedExtensionConfig as Extension
 from envoy_data_plane.envoy.extensions.common.matching.v3 import ExtensionWithMatcher
 from envoy_data_plane.envoy.extensions.filters.common.matcher.action.v3 import SkipFilter
-from envoy_data_plane.envoy.extensions.filters.http.composite.v3 import Composite, ExecuteFilterAction
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.envoy.type.matcher.v3 import HttpRequestHeaderMatchInput, HttpResponseHeaderMatchInput
 from envoy_data_plane.xds.core.v3 import TypedExtensionConfig as XdsExtension
@@ -60,38 +59,6 @@ def skipped_where(filter_name: str, message: betterproto2.Message, conditions: I
         extension_config=pack.extension(filter_name, message),
     )
     return pack.http_filter(filter_name, wrapped)
-
-
-def one_of(
-    filter_name: str,
-    *,
-    skip: Condition,
-    first: tuple[Condition, betterproto2.Message],
-    otherwise: betterproto2.Message,
-) -> HttpFilter:
-    """Returns a filter that is none where a request is to be skipped, one where its condition applies, else the other.
-
-    Routes configure both by the filter's name.
-    """
-    condition, message = first
-    rows = [
-        MatcherMatcherListFieldMatcher(
-            predicate=skip, on_match=MatcherOnMatch(action=_extension("skip", SkipFilter()))
-        ),
-        MatcherMatcherListFieldMatcher(predicate=condition, on_match=_executed(filter_name, message)),
-    ]
-    wrapped = ExtensionWithMatcher(
-        xds_matcher=Matcher(
-            matcher_list=MatcherMatcherList(matchers=rows), on_no_match=_executed(filter_name, otherwise)
-        ),
-        extension_config=pack.extension("envoy.filters.http.composite", Composite()),
-    )
-    return pack.http_filter(filter_name, wrapped)
-
-
-def _executed(filter_name: str, message: betterproto2.Message) -> MatcherOnMatch:
-    action = ExecuteFilterAction(typed_config=pack.extension(filter_name, message))
-    return MatcherOnMatch(action=_extension("execute", action))
 
 
 def _fits(message: betterproto2.Message, pattern: str) -> Condition:

@@ -25,7 +25,7 @@ _GRANT_SECONDS: Final = 1.0
 class Gate:
     """One request's way in. Where no key is required and none is sent, each step costs a comparison.
 
-    `identify`, `admit`, set `is_passed` once it is picked, and `leave` in the end, whatever came of it.
+    `identify`, `rank`, `admit`, set `is_passed` once it is picked, and `leave` in the end, whatever came of it.
     """
 
     def __init__(self, core: Core, heads: Heads) -> None:
@@ -43,20 +43,34 @@ class Gate:
         if self._heads.authorization or keyring.is_required:
             self.caller = keyring.identify(self._heads.authorization, datetime.now(UTC).timestamp())
 
-    def admit(self, entry: ModelEntry, model: str, lifted: Mapping[str, Any], body: Body | None) -> bool:
-        """Ranks the request and reserves what it may take; False where its key's part of a limit is to be waited for.
+    def rank(self, lifted: Mapping[str, Any], body: Body | None) -> None:
+        """Gives the request the band that it asks for, if it asks for one and may have it.
+
+        The body (``lifted`` by Envoy, or read) says it before a header does, which is for clients without such a field.
+        Raises InvalidRequest: there is no such tier.
+        """
+        asked: object = body.tier if body is not None else None
+        if asked is None and len(lifted) > 1:
+            # Beside the model, Envoy lifted something more.
+            asked = _said(lifted[TIER_FIELD])
+        if asked is None:
+            asked = self._heads.tier or None
+        if asked is not None:
+            keyring = self._core.keyring
+            self.caller, self._tier = tiers.given(self.caller, asked, is_free=keyring.has_free_bands)
+
+    def admit(self, entry: ModelEntry, model: str, lifted: Mapping[str, Any]) -> bool:
+        """Reserves what the request may take; False where its key's part of a limit is to be waited for.
 
         Args:
             entry: the model that it names.
             model: the name that it names it by.
             lifted: what Envoy lifted from a JSON body.
-            body: what was read of the body, where it was asked for.
 
         Raises:
             ModelNotFound: its key may not use the model.
-            QuotaExceeded, InvalidRequest: its key's limits; there is no such tier.
+            QuotaExceeded, InvalidRequest: its key's limits.
         """
-        self._rank(lifted, body)
         if self.caller.key_id:
             check_model(self.caller, entry, model)
             try:
@@ -87,21 +101,6 @@ class Gate:
             except Unavailable:
                 if not is_told:
                     raise
-
-    def _rank(self, lifted: Mapping[str, Any], body: Body | None) -> None:
-        """Gives the request the band that it asks for, if it asks for one and may have it.
-
-        The body says it before a header does, which is for clients without such a field. Raises InvalidRequest.
-        """
-        asked: object = body.tier if body is not None else None
-        if asked is None and len(lifted) > 1:
-            # Beside the model, Envoy lifted something more.
-            asked = _said(lifted[TIER_FIELD])
-        if asked is None:
-            asked = self._heads.tier or None
-        if asked is not None:
-            keyring = self._core.keyring
-            self.caller, self._tier = tiers.given(self.caller, asked, is_free=keyring.has_free_bands)
 
     def _reserve(self, entry: ModelEntry, lifted: Mapping[str, Any]) -> None:
         self._standing = self._core.traffic.quotas.admit(
