@@ -202,6 +202,14 @@ async def test_loads_of_a_replica_that_ended_are_told_so(folder: Path) -> None:
             await waiting
 
 
+async def test_a_load_that_asks_once_its_replica_has_ended_is_told_so(folder: Path) -> None:
+    async with following(folder) as replica:
+        arrivals = await replica.begin((0, 50))
+        replica.loads.drop("r1")
+        with pytest.raises(Unavailable, match="not wanted"):
+            await asyncio.to_thread(arrivals.wait_whole)
+
+
 async def test_what_earlier_processes_left_goes_but_for_replicas_that_live(folder: Path) -> None:
     agent = Playing(folder / "agent")
     root = folder / "early"

@@ -1,6 +1,7 @@
 """A load's side of the door: which bytes it may read, in processes where there are no threads of gRPC. Blocks."""
 
 import time
+from pathlib import Path
 from typing import Any, Final
 
 from helios.mesh.errors import Corrupted, InvalidRequest, Unavailable
@@ -72,6 +73,9 @@ class Arrivals:
         began_at = time.monotonic()
         while not self.is_whole:
             self._ask_growth()
+        if not Path(self._model_path).exists():
+            # Taken away before it was asked about, it looks as if it grew no more.
+            raise _unwanted()
         self.waited_seconds += time.monotonic() - began_at
 
     def end(self) -> bool:
@@ -89,5 +93,9 @@ class Arrivals:
         except (OSError, InvalidRequest) as error:
             raise Unavailable(f"nobody says how far the model's fetch is: {error}", reason=EARLY_LOST) from error
         if answer.get("is_over"):
-            raise Unavailable("the model that is loaded is not wanted any more", reason=EARLY_LOST)
+            raise _unwanted()
         return answer
+
+
+def _unwanted() -> Unavailable:
+    return Unavailable("the model that is loaded is not wanted any more", reason=EARLY_LOST)
