@@ -65,7 +65,7 @@ class EdgeSettings:
     admin_token: str
     """The bearer token that the admin listener demands."""
     picker: tuple[str, ...]
-    """Endpoint pickers (ext_proc) and ADS servers: the proxies."""
+    """Endpoint pickers (ext_authz, ext_proc) and ADS servers: the proxies."""
     feeds: tuple[tuple[str, str], ...] = ()
     """With several proxies: name and address of each one's endpoint feed. Each then has a cluster of its own,
     ``replica_cluster(name)``, and says with each pick that it is in there. Empty: one cluster, fed by ADS."""
