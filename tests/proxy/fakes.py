@@ -294,6 +294,7 @@ class FakeEnvoy:
         headers: dict[str, str] | None = None,
         lifted: dict[str, Any] | None = None,
         request_id: str = "",
+        age_seconds: float = 0.0,
     ) -> dict[str, str]:
         """Asks what a request can be told at once: headers for it, none where it has to be asked about."""
         request = auth_pb.CheckRequest()
@@ -301,7 +302,7 @@ class FakeEnvoy:
         http.headers.update({":path": path, "x-request-id": request_id or f"q{next(self._ids)}"})
         http.headers.update({"x-helios-body-bytes": str(len(body))} | (headers or {}))
         http.raw_body = body
-        request.attributes.request.time.FromDatetime(datetime.now(UTC))
+        request.attributes.request.time.FromDatetime(datetime.now(UTC) - timedelta(seconds=age_seconds))
         request.attributes.metadata_context.filter_metadata["helios"].update(_lifted(model, lifted))
         call = self._dialer.stub(external_auth_pb2_grpc.AuthorizationStub).Check(request, timeout=5.0)
         response = await call

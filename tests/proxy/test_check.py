@@ -288,6 +288,7 @@ CASES: dict[str, Case] = {
     "header and body differ": lambda _: {"headers": LIMITED | {"x-helios-model": "alias"}},
     "a body that can't be read": lambda _: {"body": prompt_body("x" * 1000)[:-1]},
     "others wait": waited_for,
+    "Envoy has begun the conversation": lambda _: {"age_seconds": 1.0},
 }
 
 
@@ -312,6 +313,31 @@ async def test_nothing_is_said_and_nothing_stays_noted_of_what_is_no_pick(
             remaining = next(value for name, value in after.headers.items() if "remaining-requests" in name)
             assert remaining == "4", f"{why}: the first and this one, number {number}"
         assert len(side.worker.starts) == 2, "nor was anything started"
+
+
+async def test_limits_that_another_proxy_grants_are_asked_for_in_the_conversation(
+    world: World, runtimes: list[Runtime]
+) -> None:
+    async with warm(world, runtimes) as side:
+        side.key(KEY)
+        side.core.lifecycle.leads = False
+        try:
+            await side.nothing(why="a follower has no part of them yet", headers=LIMITED)
+            side.key(replace(KEY, requests_per_minute=0, tokens_per_minute=0))
+            assert ENDPOINT in await side.envoy.check(headers=LIMITED), "this key has none"
+        finally:
+            side.core.lifecycle.leads = True
+
+
+async def test_a_request_that_is_asked_about_again_leaves_no_prompt_where_it_did_not_go(
+    world: World, runtimes: list[Runtime]
+) -> None:
+    async with warm(world, runtimes, replicas=2) as side:
+        first = await side.envoy.check(request_id="same", body=prompt_body("a" * 1000))
+        noted = side.core.traffic._prefixes.block_count
+        second = await side.envoy.check(request_id="same", body=prompt_body("b" * 1000))
+        assert first[ENDPOINT].partition(",")[0] != second[ENDPOINT].partition(",")[0]
+        assert side.core.traffic._prefixes.block_count == noted > 0
 
 
 async def test_a_key_at_its_limit_is_told_so_in_the_conversation(world: World, runtimes: list[Runtime]) -> None:

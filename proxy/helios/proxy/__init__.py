@@ -1,6 +1,6 @@
 """The proxy: decides where each request goes, holds it while a model starts, and tells workers what to run.
 
-It may know the contracts (`helios.api`), the mesh library and Envoy's ext_proc protocol; of the other components it
+It may know the contracts (`helios.api`), the mesh library and Envoy's protocols; of the other components it
 knows their `client` modules only. Bytes of requests and answers never pass through it: Envoy asks, the proxy answers.
 
 Invariants:

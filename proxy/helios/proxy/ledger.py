@@ -1,6 +1,6 @@
 """The ledger of requests: what was sent where, and what became of it.
 
-Envoy's ext_proc ends at the pick, so the proxy never sees a request arrive or end. A pick therefore *reserves* a place
+What Envoy asks ends at the pick, so the proxy never sees a request arrive or end. A pick therefore *reserves* a place
 at a replica, for a bounded time; the replica's deltas settle it (started, then finished); what is never settled is
 reclaimed when its time is over (the client left, or the connection to the replica failed). Load guesses, idleness and
 preemption read this one ledger.

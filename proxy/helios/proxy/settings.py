@@ -353,7 +353,7 @@ class ProxySettings(ProcessSettings):
     state_directory: Path = Path("helios-proxy")
     """Where the copy of the catalogue and the list of workers are kept."""
     picker_listen: str = "127.0.0.1:0"
-    """`ip:port` or `unix:/path` of the endpoint picker (ext_proc) and the ADS server, for Envoy."""
+    """`ip:port` or `unix:/path` of the endpoint picker (ext_authz, ext_proc) and the ADS server, for Envoy."""
     control_listen: str = "127.0.0.1:0"
     """`ip:port` or `unix:/path` of the control services: fleet, models, admin, health, reflection."""
     registry_target: str = ""

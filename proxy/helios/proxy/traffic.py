@@ -170,6 +170,8 @@ class Traffic:
         else:
             self._rescore(best)
         if freed is not None and freed != best:
+            # It was asked about again: its prompt never came there.
+            self._prefixes.keep(freed, request_id, 0.0)
             self._rescore(freed)
         self._last_used[entry.name] = now
         return chosen

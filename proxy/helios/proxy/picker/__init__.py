@@ -1,1 +1,1 @@
-"""The endpoint picker: Envoy's ext_proc protocol in front of the core."""
+"""The endpoint picker: Envoy's ext_authz and ext_proc in front of the core."""

@@ -19,6 +19,7 @@ from helios.mesh import names
 from helios.mesh.errors import HeliosError
 from helios.mesh.identity import SpiffeId
 from helios.mesh.server import check_peer
+from helios.proxy.admission.keyring import Caller
 from helios.proxy.picker.choosing import OVERWRITE, Asked, Chooser, is_made_durable, lifted_model
 from helios.proxy.picker.gate import Gate
 from helios.proxy.picker.request import Heads, agree, read_body, read_heads
@@ -29,7 +30,7 @@ METHOD: Final = f"/{SERVICE}/Check"
 _EDGE: Final = frozenset({"edge"})
 # Envoy waits for a second, and then begins the conversation: a pick that comes later would be a second one. A request
 # whose body took so long is asked about in the conversation as well.
-_LATE_SECONDS: Final = 0.8
+_LATE_SECONDS: Final = 0.5
 
 
 class _Times(NamedTuple):
@@ -72,18 +73,25 @@ class CheckPicker:
             gate.leave()
         return picked if picked is not None else _NOTHING
 
+    def _shares_limits(self, caller: Caller) -> bool:
+        """Whether a caller's limits are another proxy's to grant: to ask for a part of them would take it from where
+        the conversation may come to.
+        """
+        return not self._core.leadership.leads and bool(caller.requests_per_minute or caller.tokens_per_minute)
+
     def _picked(self, attributes: Any, gate: Gate, heads: Heads, times: _Times) -> bytes | None:
         gate.identify()
         lifted: Mapping[str, Any] = attributes.metadata_context.filter_metadata[names.METADATA_NAMESPACE].fields
         model = agree(heads.model, lifted_model(lifted))
         entry = self._core.resolve(model) if model else None
         # A split is chosen once, and only the conversation can have another route chosen.
-        if entry is None or entry.canary or is_made_durable(entry, heads):
+        if entry is None or entry.canary or is_made_durable(entry, heads) or self._shares_limits(gate.caller):
             return None
         body = None
         if self._chooser.wants_prompt(entry, heads):
             body = read_body(heads.path, attributes.request.http.raw_body)
-        gate.rank(lifted, body)
+        # The conversation has a body only where no model is named; tiers go by what Envoy lifted.
+        gate.rank(lifted, None)
         # A request counts against its key's limits where it was admitted, whatever became of it.
         if not self._chooser.goes_at_once(entry, model, gate.caller.priority) or not gate.admit(entry, model, lifted):
             return None
