@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
@@ -35,6 +36,7 @@ from helios.registry.push.pusher import Pusher
 from helios.registry.push.records import PushDone
 from helios.registry.push.servicer import PushServicer
 from helios.registry.push.settings import PushSettings
+from helios.registry.push.steps import Push
 from helios.registry.records import IngestProgress, PushPhase
 from helios.registry.sources.settings import OciSettings, SourceSettings
 from helios.registry.sources.web import Web
@@ -213,6 +215,30 @@ async def test_two_pushes_send_a_blob_once(tmp_path: Path, proxy: FaultyProxy) -
             pushes = [group.create_task(here.push(target), name=target) for target in targets]
         sent_bytes = sum(push.result().sent_bytes for push in pushes)
         assert sent_bytes == here.size_bytes
+
+
+async def test_what_another_push_sent_after_the_look_is_not_sent_again(
+    tmp_path: Path, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send_all, order = Push._send_all, iter((0, 1))
+    both_looked, first_sent = asyncio.Barrier(2), asyncio.Event()
+
+    async def one_after_the_other(push: Push, *args: Any) -> Any:
+        number = next(order)
+        await both_looked.wait()
+        if number:
+            await first_sent.wait()
+        try:
+            return await send_all(push, *args)
+        finally:
+            first_sent.set()
+
+    monkeypatch.setattr(Push, "_send_all", one_after_the_other)
+    async with open_here(tmp_path) as here, asyncio.timeout(30):
+        async with asyncio.TaskGroup() as group:
+            targets = [f"oci://{proxy.address}/after/m:v{number}" for number in range(2)]
+            pushes = [group.create_task(here.push(target), name=target) for target in targets]
+        assert sorted(push.result().sent_bytes for push in pushes) == [0, here.size_bytes]
 
 
 async def test_a_password_is_shown_to_who_wants_it(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import io
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Self
 from weakref import WeakValueDictionary
 
 from helios.mesh.errors import Corrupted, InvalidRequest
@@ -31,6 +31,21 @@ _MAX_REMEMBERED: Final = 10_000
 # The config that every manifest names: OCI's empty one.
 _EMPTY: Final = b"{}"
 _EMPTY_DIGEST: Final = Digest("44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a", len(_EMPTY))
+
+
+class _Turn:
+    """Whose turn it is to send a blob to a repository, and whether it was sent."""
+
+    def __init__(self) -> None:
+        self.is_sent = False
+        self._lock = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        await self._lock.acquire()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 class Places:
@@ -64,8 +79,8 @@ class Push:
         self._journal = journal
         self._settings = settings
         self._places = Places()
-        # One upload of a blob to a repository at a time; a lock lives for as long as somebody waits for it.
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        # One upload of a blob to a repository at a time; a turn lives for as long as a push may want it.
+        self._turns: WeakValueDictionary[str, _Turn] = WeakValueDictionary()
 
     async def run(self, revision: Revision, manifest: Manifest, target: OciTarget, progress: ProgressLog) -> PushDone:
         """Pushes a revision. Raises HeliosError, as PushModel in the contract."""
@@ -91,9 +106,11 @@ class Push:
             target.mount_from({name for name in mounts.values() if name})
             if await target.find_manifest() == revision.digest:
                 return PushDone(done.revision, done.location, 0, _total(digests))
-            missing = await self._missing(target, digests | {_EMPTY_DIGEST})
+            # From before the look on: what another push sends between that and its own turn is not missing any more.
+            turns = {digest: self._turn(target, digest) for digest in digests | {_EMPTY_DIGEST}}
+            missing = await self._missing(target, turns)
             progress.begin(PushPhase.SEND, _total(missing))
-            sent = await self._send_all(target, missing, mounts, progress)
+            sent = await self._send_all(target, {digest: turns[digest] for digest in missing}, mounts, progress)
             progress.begin(PushPhase.COMMIT)
             await target.put_manifest(manifest.canonical_json(), revision.digest)
         self._places.remember(reference, digests)
@@ -113,34 +130,37 @@ class Push:
         return sorted(missing, key=lambda digest: (-digest.size_bytes, digest.hash))
 
     async def _send_all(
-        self, target: OciTarget, missing: Collection[Digest], mounts: Mapping[Digest, str], progress: ProgressLog
+        self, target: OciTarget, missing: Mapping[Digest, _Turn], mounts: Mapping[Digest, str], progress: ProgressLog
     ) -> dict[Digest, int]:
         """Returns how many bytes of each blob were sent."""
         sent: dict[Digest, int] = {}
 
         async def send(digest: Digest) -> None:
-            sent[digest] = await self._send(target, digest, mounts.get(digest, ""), progress)
+            async with missing[digest] as turn:
+                if turn.is_sent and await target.has(digest):
+                    # Another push has sent it meanwhile.
+                    progress.advance(digest.size_bytes)
+                    sent[digest] = 0
+                    return
+                sent[digest] = await self._send(target, digest, mounts.get(digest, ""), progress)
+                turn.is_sent = True
 
-        await each(missing, send, at_once=self._settings.in_flight)
+        await each(list(missing), send, at_once=self._settings.in_flight)
         return sent
 
     async def _send(self, target: OciTarget, digest: Digest, mount: str, progress: ProgressLog) -> int:
-        lock = self._locks.setdefault(f"{target.name} {digest}", asyncio.Lock())
-        is_first = not lock.locked()
-        async with lock:
-            if not is_first and await target.has(digest):
-                # Another push has sent it meanwhile.
-                progress.advance(digest.size_bytes)
-                return 0
-            upload = BlobUpload(
-                target,
-                digest,
-                self._opener(digest),
-                self._journal,
-                chunk_bytes=self._settings.chunk_bytes,
-                on_bytes=progress.advance,
-            )
-            return await upload.run(mount)
+        upload = BlobUpload(
+            target,
+            digest,
+            self._opener(digest),
+            self._journal,
+            chunk_bytes=self._settings.chunk_bytes,
+            on_bytes=progress.advance,
+        )
+        return await upload.run(mount)
+
+    def _turn(self, target: OciTarget, digest: Digest) -> _Turn:
+        return self._turns.setdefault(f"{target.name} {digest}", _Turn())
 
     def _opener(self, digest: Digest) -> Callable[[], BinaryIO]:
         if digest == _EMPTY_DIGEST:
