@@ -186,7 +186,7 @@ async def test_launchers_that_nobody_used_for_long_end_and_their_replicas_live_o
         spec = spec_of(tmp_path / "a", leaves)
         replica = await launchers.fork(spec, deadline())
         idle = psutil.Process(psutil.Process(replica.pid).ppid())
-        launchers.end_idle(time.monotonic() + 899)
+        launchers.end_idle(time.monotonic() + 600)
         await asyncio.sleep(0.1)
         assert idle.is_running()
         launchers.end_idle(time.monotonic() + 901)
