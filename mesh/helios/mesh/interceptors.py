@@ -30,6 +30,9 @@ _INSECURE: Final = b"insecure"
 
 Policy = Mapping[str, frozenset[str]]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
+Answer = Callable[[bytes, Any], bytes]
+"""Makes the answer of a message at once. The second argument has the caller's `auth_context()`, as grpcio's contexts
+do. Raises what handlers raise."""
 
 
 def peer_component(context: Any, own: SpiffeId | None = None) -> str | None:
@@ -170,6 +173,26 @@ def _guarded(behavior: Any, method: str) -> Any:
             await status.abort(context, as_helios_error(error, method))
 
     return guarded
+
+
+def guarded_answer(answer: Answer, method: str) -> Answer:
+    """Returns an answer made at once whose every failure is a HeliosError, as a handler's are behind the guard."""
+
+    def guarded(message: bytes, caller: Any) -> bytes:
+        try:
+            return _checked_bytes(answer(message, caller))
+        except DecodeError as error:
+            raise _unreadable() from error
+        except Exception as error:
+            raise as_helios_error(error, method) from error
+
+    return guarded
+
+
+def _checked_bytes(data: object) -> bytes:
+    if not isinstance(data, bytes):
+        raise TypeError(f"an answer is bytes, not {type(data).__name__}")
+    return data
 
 
 def as_helios_error(error: Exception, method: str) -> HeliosError:

@@ -19,16 +19,17 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from helios.mesh.errors import Bug, InvalidRequest
 from helios.mesh.http2.limits import Limits
-from helios.mesh.http2.question import Answer
 from helios.mesh.http2.server import Http2Server
 from helios.mesh.identity import Identity, IdentityFiles
 from helios.mesh.interceptors import (
     ANY_COMPONENT,
     NO_TLS_COMPONENT,
+    Answer,
     Policy,
     PolicyInterceptor,
     StatusInterceptor,
     check_peer,
+    guarded_answer,
     peer_component,
 )
 from helios.mesh.telemetry import server_interceptors
@@ -134,7 +135,7 @@ class MeshServer:
         """
         if not isinstance(self._transport, Http2Server):
             raise Bug("only http2 answers at once")
-        self._transport.answers[path] = answer
+        self._transport.answers[path] = guarded_answer(answer, path)
 
     def serve(self, *service_names: str, with_reflection: bool = True) -> None:
         """Names the services that health answers for and that reflection lists. Call it once, before entering."""

@@ -13,10 +13,11 @@ from helios.mesh.errors import HeliosError, QuotaExceeded, Unavailable
 from helios.mesh.http2.call import Call
 from helios.mesh.http2.limits import IdleFrames, Limits
 from helios.mesh.http2.protocol import BrokenError, ErrorCode, RequestOutcome, ServerProtocol
-from helios.mesh.http2.question import Answer, Question
+from helios.mesh.http2.question import Question
 from helios.mesh.http2.sender import Outbox, Sender
 from helios.mesh.http2.tls import AuthContext, auth_context
 from helios.mesh.http2.wire import Header, NotGrpcError, RequestHead
+from helios.mesh.interceptors import Answer
 
 log = structlog.get_logger()
 
@@ -155,12 +156,6 @@ class Connection(asyncio.Protocol):
             self._reset(call.stream_id, reset)
         self._close_if_done()
 
-    def answered(self) -> None:
-        """A question has its answer."""
-        self._answered_count += 1
-        if self._answered_count % _ANSWERS_PER_WRITE == 0:
-            self.sender.flush()
-
     # What the server says.
 
     def drain(self) -> None:
@@ -197,7 +192,7 @@ class Connection(asyncio.Protocol):
             return
         if isinstance(outcome, RequestHead) and (answer := self._host.answers.get(outcome.path)) is not None:
             self._question_count += 1
-            self._calls[stream_id] = Question(self, stream_id, outcome.path, answer, self._limits.max_message_bytes)
+            self._calls[stream_id] = Question(self, stream_id, answer, self._limits.max_message_bytes)
             return
         head = RequestHead("", (), None) if isinstance(outcome, HeliosError) else outcome
         call = self._calls[stream_id] = Call(self, stream_id, head, self._limits.max_message_bytes)
@@ -231,8 +226,13 @@ class Connection(asyncio.Protocol):
     def on_end(self, stream_id: int) -> None:
         """A request is whole."""
         call = self._calls.get(stream_id)
-        if call is not None:
-            call.half_close()
+        if call is None:
+            return
+        call.half_close()
+        if isinstance(call, Question):
+            self._answered_count += 1
+            if self._answered_count % _ANSWERS_PER_WRITE == 0:
+                self.sender.flush()
 
     def on_reset(self, stream_id: int) -> None:
         """A stream is gone."""

@@ -4,42 +4,26 @@ A handler of grpc.aio runs in a task, and task, futures and the context that it 
 work. A question has none: the answer is made in the turn of the loop in which the last of its bytes arrived.
 """
 
-from collections.abc import Callable
-from typing import Any, Final, Protocol
-
-from google.protobuf.message import DecodeError
+from typing import Any, Final
 
 from helios.mesh import status
 from helios.mesh.errors import HeliosError, InvalidRequest
 from helios.mesh.http2.call import REFUSAL_HEADERS, RESPONSE_HEADERS, Link
 from helios.mesh.http2.protocol import ErrorCode
 from helios.mesh.http2.wire import Header, MessageReader, frame, metadata_headers, status_headers, too_large
-from helios.mesh.interceptors import as_helios_error
-
-Answer = Callable[[bytes, Any], bytes]
-"""Makes the answer of a message. The second argument has the caller's `auth_context()`, as grpcio's contexts do.
-Raises what handlers raise."""
+from helios.mesh.interceptors import Answer
 
 _OK: Final = status_headers(0, "")
-
-
-class Asked(Link, Protocol):
-    """What a question needs of its connection."""
-
-    def answered(self) -> None:
-        """A question has its answer."""
-        ...
 
 
 class Question:
     """One stream. It is what `Call` is to its connection, without a task."""
 
-    def __init__(self, link: Asked, stream_id: int, path: str, answer: Answer, max_message_bytes: int) -> None:
+    def __init__(self, link: Link, stream_id: int, answer: Answer, max_message_bytes: int) -> None:
         self.stream_id = stream_id
         self.rest = bytearray()
         self.is_over = False
         self._link = link
-        self._path = path
         self._answer = answer
         self._max_message_bytes = max_message_bytes
         self._reader = MessageReader(max_message_bytes)
@@ -73,18 +57,14 @@ class Question:
             return
         try:
             data = self._answered()
-        except DecodeError:
-            self.refuse(InvalidRequest("the request message can't be parsed"))
-            return
-        except Exception as error:  # noqa: BLE001 - it would end the connection, and all calls with it
-            self.refuse(as_helios_error(error, self._path))
+        except HeliosError as error:
+            self.refuse(error)
             return
         self._link.send_headers(self.stream_id, RESPONSE_HEADERS, is_end=False)
         # The answer may wait long for the peer's window; the question need not be kept for that.
         self._release()
         if self._link.sender.send(self, data):
             self.rest_sent()
-            self._link.answered()
 
     def rest_sent(self) -> None:
         """The peer's window has taken all of the answer. Does nothing where the call has ended: an answer of several

@@ -13,9 +13,9 @@ from helios.mesh.http2.call import Call
 from helios.mesh.http2.connection import Connection
 from helios.mesh.http2.dispatch import Dispatcher
 from helios.mesh.http2.limits import Limits
-from helios.mesh.http2.question import Answer
 from helios.mesh.http2.tls import ServerTls
 from helios.mesh.identity import IdentityFiles
+from helios.mesh.interceptors import Answer
 from helios.mesh.tasks import task_scope
 
 _BACKLOG: Final = 1024
