@@ -63,12 +63,7 @@ from envoy_data_plane.google.protobuf import Any
 
 from helios.mesh.envoy import clusters, matching, pack, rest
 from helios.mesh.envoy.headers import NODE_HEADER
-from helios.mesh.envoy.routes import (
-    CHECK_FILTER,
-    CORS_FILTER,
-    OPENAI_SERVICE,
-    PICKER_FILTER,
-)
+from helios.mesh.envoy.routes import CORS_FILTER, OPENAI_SERVICE, PICKER_FILTER
 from helios.mesh.envoy.settings import EdgeSettings, Limits
 from helios.mesh.names import (
     ANSWER_FIELDS,
@@ -94,6 +89,7 @@ _CHECK_BYTES = 20_000
 _CHECK_SECONDS = 1.0
 # Where Envoy keeps the path that the transcoder has rewritten.
 _REST_PATH_HEADER = "x-envoy-original-path"
+_CHECK = "envoy.filters.http.ext_authz"
 _LUA = "envoy.filters.http.lua"
 _GRPC = r"application/grpc.*"
 
@@ -246,7 +242,7 @@ def check(settings: EdgeSettings) -> HttpFilter:
         )
     )
     is_picked = matching.request_header(ENDPOINT_HEADER, ".+")
-    return matching.skipped_where(CHECK_FILTER, question, (is_picked, matching.is_not(is_asked)))
+    return matching.skipped_where(_CHECK, question, (is_picked, matching.is_not(is_asked)))
 
 
 def picker(settings: EdgeSettings) -> HttpFilter:

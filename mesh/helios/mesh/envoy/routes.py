@@ -94,7 +94,6 @@ REGISTRY_SERVICES: Final = (
 ADMIN_REST_SERVICES: Final = (MODEL_SERVICE, ADMIN_SERVICE, *REGISTRY_SERVICES)
 
 CORS_FILTER: Final = "envoy.filters.http.cors"
-CHECK_FILTER: Final = "envoy.filters.http.ext_authz"
 PICKER_FILTER: Final = "envoy.filters.http.ext_proc"
 
 # Before the first byte only: Envoy never retries once it has sent response headers. `reset` is for a replica that is

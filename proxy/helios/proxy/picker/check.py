@@ -93,7 +93,9 @@ class CheckPicker:
         # The conversation has a body only where no model is named; tiers go by what Envoy lifted.
         gate.rank(lifted, None)
         # A request counts against its key's limits where it was admitted, whatever became of it.
-        if not self._chooser.goes_at_once(entry, model, gate.caller.priority) or not gate.admit(entry, model, lifted):
+        if gate.caller.key_id and not self._chooser.goes_at_once(entry, model, gate.caller.priority):
+            return None
+        if not gate.admit(entry, model, lifted):
             return None
         wishes = self._chooser.wishes(entry, model, body, heads, lifted)
         began = datetime.fromtimestamp(times.began_at, UTC).isoformat()
