@@ -20,13 +20,12 @@ from helios.api.catalog.v1 import model_service_pb2 as pb
 from helios.mesh import errors
 from helios.mesh.channel import Dialer
 from helios.mesh.http2.limits import Limits
-from helios.mesh.http2.server import Http2Server
 from helios.mesh.http2.wire import frame
 from helios.mesh.identity import CertificateAuthority
 from helios.mesh.server import MeshServer, ServerOptions, peer_component
 from helios.mesh.status import OPENAI_ERROR_TRAILER, error_from_rpc
 from tests.mesh.http2.echo import SERVICE, Echo
-from tests.mesh.http2.test_bad_peers import Peer
+from tests.mesh.http2.peer import Peer, plain_server
 from tests.mesh.http2.test_contract import both, failure, nothing, unary
 
 MEBIBYTE = 1 << 20
@@ -207,33 +206,15 @@ async def test_grpcs_own_transport_does_not_answer_at_once() -> None:
 
 @pytest.fixture
 async def plain(tmp_path: Path) -> AsyncIterator[MeshServer]:
-    made = MeshServer(
-        listen=f"unix:{tmp_path}/server.sock",
-        identity=None,
-        policy={SERVICE: frozenset({"*"})},
-        options=ServerOptions(drain_seconds=0.0, transport="http2"),
-    )
-    assert isinstance(made.grpc, Http2Server)
-    made.grpc._limits = LIMITS
-    Echo().add_to(made)
+    made = plain_server(Echo(), tmp_path, LIMITS)
     add_answers(made)
-    made.serve(SERVICE)
     async with made:
         yield made
 
 
 @pytest.fixture
-async def raw(plain: MeshServer) -> AsyncIterator[Peer]:
-    reader, writer = await asyncio.open_unix_connection(plain.address.removeprefix("unix:"))
-    yield Peer(reader, writer)
-    writer.transport.abort()
-    await asyncio.sleep(0)
-
-
-@pytest.fixture
-async def peer(raw: Peer) -> Peer:
-    await raw.hello()
-    return raw
+async def address(plain: MeshServer) -> str:
+    return plain.address
 
 
 async def ask(peer: Peer, method: str, data: bytes, *, is_whole: bool = True) -> int:
