@@ -183,7 +183,7 @@ def guarded_answer(answer: Answer, method: str) -> Answer:
             return _checked_bytes(answer(message, caller))
         except DecodeError as error:
             raise _unreadable() from error
-        except Exception as error:
+        except Exception as error:  # as above: whoever answers at once knows how to send a HeliosError, and no other
             raise as_helios_error(error, method) from error
 
     return guarded
