@@ -14,6 +14,7 @@ NATIVE_ONLY = {
     "helios.api.fleet.v1.FleetService": "a session between processes",
     "helios.api.fleet.v1.ReplacementService": "from the relay to proxies",
     "helios.api.proxy.v1.FeedService": "between processes of a proxy",
+    "helios.api.proxy.v1.LaneService": "Envoy asks it, on behalf of nobody",
     "helios.api.proxy.v1.PeerService": "a session between proxies",
     "helios.api.worker.v1.SupervisorService": "a session between processes",
     "helios.api.storage.v1.BlobService": "between storage agents",

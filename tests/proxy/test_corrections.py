@@ -185,7 +185,7 @@ def test_the_prompt_of_an_answer_that_may_go_on_elsewhere_is_known_until_it_has_
 
 def test_a_prompt_that_envoy_could_not_bring_anywhere_is_not_believed_in() -> None:
     subject = sent_to_one_of_two()
-    subject.unreached("first", 1.0, is_failure=True)
+    subject.unreached("first", 1.0, address="", is_failure=True)
     assert prefix_scores(subject) == {0.0}
 
 

@@ -20,6 +20,8 @@ from google.api import httpbody_pb2
 from google.protobuf.message import Message
 
 from helios.api.inference.v1 import inference_service_pb2, inference_service_pb2_grpc, openai_service_pb2_grpc
+from helios.api.proxy.v1 import lane_service_pb2 as lane_pb
+from helios.api.proxy.v1.lane_service_pb2_grpc import LaneServiceServicer
 from helios.mesh import errors
 from helios.mesh.status import abort, openai_body, retry_after_header
 
@@ -184,6 +186,22 @@ class FakeCheck(external_auth_pb2_grpc.AuthorizationServicer):
                 option = response.ok_response.headers.add()
                 option.header.key, option.header.value = key, value
         return response
+
+
+@dataclass
+class FakeLane(LaneServiceServicer):
+    """Says how the gateway is to pick by itself; nothing said: that it may not."""
+
+    answer: lane_pb.RenewResponse = field(default_factory=lane_pb.RenewResponse)
+    requests: list[lane_pb.RenewRequest] = field(default_factory=list)
+    hold: Callable[[lane_pb.RenewRequest], Any] | None = None
+
+    async def Renew(self, request: Any, context: Any) -> Any:
+        """Answers one request."""
+        self.requests.append(request)
+        if self.hold is not None:
+            await self.hold(request)
+        return self.answer
 
 
 def picked(endpoints: Iterable[str], *, wants_body: bool = False) -> Any:

@@ -11,6 +11,7 @@ from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
 
 from helios.api.admin.v1 import admin_service_pb2
 from helios.api.catalog.v1 import model_service_pb2
+from helios.api.proxy.v1.lane_service_pb2_grpc import add_LaneServiceServicer_to_server
 from helios.api.registry.v1 import artifact_service_pb2, registry_service_pb2
 from helios.mesh.envoy.admin import EnvoyAdmin
 from helios.mesh.envoy.bootstrap import install
@@ -39,6 +40,7 @@ class Gateway:
     directory: Path
     authority: CertificateAuthority
     picker: fakes.FakePicker = field(default_factory=fakes.FakePicker)
+    lane: fakes.FakeLane = field(default_factory=fakes.FakeLane)
     replica: fakes.FakeReplica = field(default_factory=fakes.FakeReplica)
     control: fakes.Recorder = field(default_factory=fakes.Recorder)
     registry: fakes.Recorder = field(default_factory=fakes.Recorder)
@@ -67,7 +69,11 @@ class Gateway:
     async def publish_express(self, *names: str) -> None:
         """Puts models into the express lane, all of them the first replica's, and waits until Envoy routes by it."""
         endpoint = Endpoint.parse(self.replica_address)
-        version = self.xds.publish_express(ExpressRoute(name, endpoint, "sha256:1") for name in names)
+        await self.publish_routes(*(ExpressRoute(name, endpoint, "sha256:1", name) for name in names))
+
+    async def publish_routes(self, *routes: ExpressRoute) -> None:
+        """Says what is in the express lane, and waits until Envoy routes by it."""
+        version = self.xds.publish_express(routes)
         await self.xds.wait_express_acked(version, time.monotonic() + START_SECONDS)
 
     @asynccontextmanager
@@ -159,12 +165,14 @@ async def _proxy(gateway: Gateway) -> AsyncIterator[MeshServer]:
         policy={
             fakes.EXT_PROC_SERVICE: frozenset({"edge"}),
             ADS_SERVICE: frozenset({"edge"}),
+            "helios.api.proxy.v1.LaneService": frozenset({"edge"}),
             "helios.api.catalog.v1.ModelService": frozenset({"edge", "admin-edge"}),
             "helios.api.admin.v1.AdminService": frozenset({"admin-edge"}),
         },
         options=PROXY,
     )
     external_processor_pb2_grpc.add_ExternalProcessorServicer_to_server(gateway.picker, server.grpc)
+    add_LaneServiceServicer_to_server(gateway.lane, server.grpc)
     add_xds(gateway.xds, server.grpc)
     gateway.control.add(model_service_pb2, "ModelService", server.grpc)
     gateway.control.add(admin_service_pb2, "AdminService", server.grpc)

@@ -31,6 +31,7 @@ HOLDS: Final = "helios_holds"
 HOLD_SECONDS: Final = "helios_hold_seconds"
 PICKS_TOTAL: Final = "helios_picks_total"
 PICK_SECONDS: Final = "helios_pick_seconds"
+LANE_UNTOLD_TOTAL: Final = "helios_lane_untold_total"
 PREFIX_EMPTIED_TOTAL: Final = "helios_prefix_emptied_total"
 PREFIX_LOSSES_TOTAL: Final = "helios_prefix_losses_total"
 PREFIX_LOST_BLOCKS_TOTAL: Final = "helios_prefix_lost_blocks_total"
@@ -140,6 +141,8 @@ METADATA_NAMESPACE: Final = "helios"
 MODEL_KEY: Final = "model"
 # The filter of Envoy that is the express lane, and the resource of xDS that says what it does.
 EXPRESS_FILTER: Final = "helios.express"
+# A model with several replicas among which Envoy picks by itself, its own name (`helios/mesh/envoy/lane.lua`).
+LANE_HEADER: Final = "x-helios-lane"
 # What our own API keys begin with; other secrets in Authorization are whatever a client library insists on.
 KEY_PREFIX: Final = "sk-helios-"
 # The lease that the leader of several proxies holds; there is none where one proxy runs.

@@ -33,6 +33,7 @@ from helios.proxy.fleet.feed import FEED_SERVICE, Feed, FeedServicer, FeedSessio
 from helios.proxy.fleet.servicer import FLEET_SERVICE, FleetServicer
 from helios.proxy.measures import MeasureExchange
 from helios.proxy.peers.group import PEER_SERVICE, PeerGroup
+from helios.proxy.picker import renewing
 from helios.proxy.picker.ads import EdgeStreams, GuardedXds
 from helios.proxy.picker.check import METHOD, CheckPicker
 from helios.proxy.picker.choosing import Chooser
@@ -206,6 +207,7 @@ def _picker(
     server = MeshServer(listen=settings.picker_listen, identity=identity, policy={}, options=options)
     chooser = Chooser(runtime, cluster=settings.replica_cluster)
     server.answer_at_once(METHOD, CheckPicker(runtime, chooser, own=_own_id(settings)).answer)
+    server.answer_at_once(renewing.METHOD, renewing.Renewing(runtime, own=_own_id(settings)).answer)
     picker = PickerServicer(
         runtime, models, chooser=chooser, hold_limit_seconds=settings.hold.limit_seconds, own=_own_id(settings)
     )

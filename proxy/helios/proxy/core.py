@@ -308,9 +308,10 @@ class Core:
             self.express.heard(self.traffic.load(delta, now), len(delta.started))
         return self._take(now)
 
-    def unreached(self, request_id: str, now: float, *, is_failure: bool) -> list[actions.Action]:
-        """A request got to no replica: its place is free; a failure is that there was no connection."""
-        self.traffic.unreached(request_id, now, is_failure=is_failure)
+    def unreached(self, request_id: str, now: float, *, address: str, is_failure: bool) -> list[actions.Action]:
+        """A request got to no replica: its place is free. A failure: no connection, to whom a lone address says."""
+        if not self.traffic.unreached(request_id, now, is_failure=is_failure) and is_failure:
+            self.express.unreached(address, now)
         return self._take(now)
 
     def command_acknowledged(
@@ -364,7 +365,7 @@ class Core:
 
     def express_acknowledged(self, version: int, now: float) -> list[actions.Action]:
         """Every Envoy has the express lane of this version: what waited for it goes on."""
-        self._out(self.express.lane.acknowledged(version))
+        self._out(self.express.lane.acknowledged(version, now))
         return self._take(now)
 
     # Models.

@@ -91,18 +91,27 @@ class Ledger:
         return expired
 
     def withdraw(self, request_id: str) -> Reservation | None:
-        """Reclaims the reservation of a request that reached no replica; None where there is none (any more)."""
+        """Reclaims the reservation of a request that reached no replica; None where there is none (any more or yet)."""
         reservation = self._reservations.get(request_id)
         if reservation is not None:
             self._lapse(reservation)
+        else:
+            self._note_lapsed(request_id)
         return reservation
 
     def _lapse(self, reservation: Reservation) -> None:
         del self._reservations[reservation.request_id]
         self._lower(reservation.replica_id)
-        self._lapsed[reservation.request_id] = None
+        self._note_lapsed(reservation.request_id)
+
+    def _note_lapsed(self, request_id: str) -> None:
+        self._lapsed[request_id] = None
         if len(self._lapsed) > _LAPSED_COUNT:
             self._lapsed.popitem(last=False)
+
+    def has_lapsed(self, request_id: str) -> bool:
+        """Whether a place of a request was reclaimed a while ago, or it was said to have reached nobody."""
+        return request_id in self._lapsed
 
     def forget_running(self, replica_id: str) -> set[str]:
         """Drops what is believed to run at a replica: it is gone, or its worker's hello is the truth. Returns what."""
@@ -127,6 +136,10 @@ class Ledger:
     def running_count(self, replica_id: str) -> int:
         """Requests that started at a replica and have not finished, as told."""
         return len(self._running.get(replica_id, ()))
+
+    def is_running(self, request_id: str, replica_id: str) -> bool:
+        """Whether a request started at a replica and has not finished, as told."""
+        return request_id in self._running.get(replica_id, ())
 
     def is_idle(self, replica_id: str) -> bool:
         """Whether nothing runs at a replica and nothing is on its way to it."""

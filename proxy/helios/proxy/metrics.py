@@ -63,6 +63,10 @@ PREFIX_LOST_BLOCKS: Final = Counter(
 PREFIX_EMPTIED: Final = Counter(
     names.PREFIX_EMPTIED_TOTAL, "Replicas of whose KV cache nothing was believed any more: emptied, or losses missed"
 )
+LANE_UNTOLD: Final = Counter(
+    names.LANE_UNTOLD_TOTAL,
+    "Requests that Envoy picked a replica for and could not tell of: a call failed, or too many",
+)
 WORKERS: Final = Gauge(names.WORKERS, "Workers that can be reached")
 REPLICAS: Final = Gauge(names.REPLICAS, "Replicas, by state", ["state"])
 RESERVATIONS: Final = Gauge(names.RESERVATIONS, "Picks whose request has not been reported yet")

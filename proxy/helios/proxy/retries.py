@@ -52,6 +52,13 @@ class RetryBudgets:
             self._spent[model] = spent
         return spent <= self._policy.burst_count - 1
 
+    def allows(self, model: str) -> bool:
+        """What `request` would return, without counting one."""
+        spent = self._spent.get(model)
+        if spent is None:
+            return self._policy.burst_count > 0
+        return spent - self._policy.ratio <= self._policy.burst_count - 1
+
     def retried(self, model: str) -> None:
         """Counts a retry. What is owed is bounded: a bad minute does not take retries away for an hour."""
         self._spent[model] = min(self._spent.get(model, 0.0) + 1, 2 * self._policy.burst_count)

@@ -428,7 +428,9 @@ class Runtime:
             return
         if lane.version != self._express[1]:
             routes = [
-                ExpressRoute(name, Endpoint.parse(place.address), place.revision)
+                ExpressRoute(
+                    name, None if place.is_shared else Endpoint.parse(place.address), place.revision, place.model
+                )
                 for place in lane.places
                 for name in place.names
             ]

@@ -244,10 +244,10 @@ class RoutingSettings(BaseModel):
     locality_weight: float = Field(default=0.2, ge=0, lt=0.5)
     """The share of a replica's score that nearness is, where the gateway's node or zone is known: all of it on the same
     node, half in the same zone. 0.2: another zone is asked once two requests more run here."""
-    express_models: NonNegativeInt = 16
-    """Models that Envoy may route by itself, without asking this proxy: those with one ready replica that are asked for
-    most, where no key, rollout or adapter has a say. 16: Envoy compares each request with the name of each, a tenth of
-    a microsecond. 0: all requests are picked here."""
+    express_models: int = Field(default=16, ge=0, le=32)
+    """Models that Envoy may route by itself, without asking this proxy about each request: those with one to 32
+    replicas that are asked for most, where no key, rollout or adapter has a say. 16: Envoy compares each request with
+    the name of each, a tenth of a microsecond. 0: all requests are picked here."""
     express_per_second: PositiveFloat = 1.0
     """Requests a second of a model above which Envoy routes it by itself. 1: each such change is a message to every
     Envoy."""

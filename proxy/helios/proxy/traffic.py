@@ -26,7 +26,7 @@ from helios.proxy.routing.pick import NO_WISHES, Affinity, Pick, Wishes, pick
 from helios.proxy.routing.prefix import BLOCK_TOKENS, Blocks, PrefixIndex
 from helios.proxy.routing.rules import LOW_BAND, NORMAL_BAND, Rules, Weights
 from helios.proxy.routing.sites import Sites
-from helios.proxy.routing.table import Candidate, Facts, Locality, RoutingTable, exclusion, score
+from helios.proxy.routing.table import Candidate, Facts, Locality, RoutingTable, exclusion, score, with_room
 
 # gRPC codes that speak of the replica and not of the request: UNKNOWN, INTERNAL, UNAVAILABLE, DATA_LOSS.
 _REPLICA_FAULTS = frozenset({2, 13, 14, 15})
@@ -96,11 +96,12 @@ class Traffic:
         self.quotas = Quotas()
         self.retries = RetryBudgets(routing.retries)
         self.outliers = Outliers(routing.outliers)
-        self._routing = routing
+        self.routing = routing
         self._usual = routing.rules.of_model(USUAL_ROUTING, 0, knows_place=routing.locality.is_known)
         # Of models whose rules are others than the usual ones.
         self._rules: dict[str, Rules] = {}
         self._prefixes = PrefixIndex(routing.max_blocks)
+        self.losses = self._prefixes.losses
         self.corrections = Corrections(self._prefixes)
         # Of all replicas that were ever scored: no request below it has to be compared with any.
         self._least_context = sys.maxsize
@@ -151,12 +152,12 @@ class Traffic:
         affinity, rules = None, self._rules.get(entry.name, self._usual) if self._rules else self._usual
         if len(snapshot) > 1:
             if wishes.context_tokens >= self._least_context:
-                snapshot = _with_room(snapshot, wishes.context_tokens)
+                snapshot = with_room(snapshot, wishes.context_tokens)
             # After what a replica would refuse: a cordon must not send a request to where it does not fit.
             if self.fleet.cordoned:
-                snapshot = self._uncordoned(entry.name, snapshot)
+                snapshot = self.uncordoned(entry.name, snapshot)
             affinity = self._affinity(entry, wishes.blocks, wishes.session, rules.weights)
-        draw = self._routing.draw if rules.choice is _POWER_OF_TWO else None
+        draw = self.routing.draw if rules.choice is _POWER_OF_TWO else None
         chosen = pick(entry.name, entry.revision, snapshot, affinity, draw, weights=rules.weights)
         if chosen is None:
             return None
@@ -168,11 +169,11 @@ class Traffic:
         if self.breakers.picked(best, now):
             self.refresh(best)
         else:
-            self._rescore(best)
+            self.rescore(best)
         if freed is not None and freed != best:
             # It was asked about again: its prompt never came there.
             self._prefixes.keep(freed, request_id, 0.0)
-            self._rescore(freed)
+            self.rescore(freed)
         self._last_used[entry.name] = now
         return chosen
 
@@ -196,7 +197,7 @@ class Traffic:
         rules = self._usual
         if entry is not None and (entry.routing != USUAL_ROUTING or self._usual.keeps_places):
             places = needs_of(entry.engine_settings).max_running_requests
-            rules = self._routing.rules.of_model(entry.routing, places, knows_place=self._routing.locality.is_known)
+            rules = self.routing.rules.of_model(entry.routing, places, knows_place=self.routing.locality.is_known)
         if rules == self.rules_of(name):
             return
         if rules == self._usual:
@@ -219,6 +220,10 @@ class Traffic:
         capacity = int(kv_cache_bytes / (token_bytes * BLOCK_TOKENS)) if token_bytes and kv_cache_bytes else 0
         room = self.corrections.room(replica_id, capacity or _UNKNOWN_CAPACITY)
         self._prefixes.add(replica_id, request_id, blocks, room)
+
+    def prompt_ended(self, replica_id: str, request_id: str) -> None:
+        """A request at a replica needs its prompt no more."""
+        self._prefixes.ended(replica_id, request_id)
 
     def prompt_of(self, request_id: str) -> Blocks:
         """What is known of the prompt of a request that was sent to a replica."""
@@ -289,16 +294,19 @@ class Traffic:
             self.refresh(other)
         return replica
 
-    def unreached(self, request_id: str, now: float, *, is_failure: bool) -> None:
-        """A request got to no replica; ``is_failure``: none could be connected to."""
+    def unreached(self, request_id: str, now: float, *, is_failure: bool) -> bool:
+        """A request got to no replica; ``is_failure``: none could be connected to. Returns whether it was picked here,
+        and no replica has told of it.
+        """
         reservation = self.ledger.withdraw(request_id)
-        # None: another proxy's, or its replica has told of it.
-        if reservation is not None:
-            self.quotas.lapse(request_id, now)
-            self._prefixes.keep(reservation.replica_id, request_id, 0.0)
-            if is_failure:
-                self.breakers.failed(reservation.replica_id, now)
-            self.refresh(reservation.replica_id)
+        if reservation is None:
+            return False
+        self.quotas.lapse(request_id, now)
+        self._prefixes.keep(reservation.replica_id, request_id, 0.0)
+        if is_failure:
+            self.breakers.failed(reservation.replica_id, now)
+        self.refresh(reservation.replica_id)
+        return True
 
     def _judge(self, replica: Replica, code: int, now: float) -> None:
         """What a request's end says of its replica."""
@@ -364,7 +372,7 @@ class Traffic:
             self.quotas.lapse(reservation.request_id, now)
             # Its prompt never came, as far as anybody knows.
             self._prefixes.keep(reservation.replica_id, reservation.request_id, 0.0)
-            self._rescore(reservation.replica_id)
+            self.rescore(reservation.replica_id)
         self.quotas.tick(now)
 
     def is_idle(self, replica: Replica) -> bool:
@@ -474,7 +482,7 @@ class Traffic:
             return ()
         return tuple((replica_id, "cordoned") for replica_id in cordoned)
 
-    def _uncordoned(self, model: str, snapshot: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+    def uncordoned(self, model: str, snapshot: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
         """Candidates on workers that are not cordoned; all where there is none: a cordon makes nobody wait."""
         cordoned = frozenset(self._sites.on(model, self.fleet.cordoned))
         if not cordoned:
@@ -514,7 +522,8 @@ class Traffic:
         self._busy.discard(replica_id)
         self._lowest.pop(replica_id, None)
 
-    def _rescore(self, replica_id: str) -> None:
+    def rescore(self, replica_id: str) -> None:
+        """Scores a replica anew that may be picked as before."""
         if replica_id not in self.table:
             return
         replica = self.fleet.replica(replica_id)
@@ -532,7 +541,7 @@ class Traffic:
             self._least_context = context_tokens
         if not weights.locality:
             return candidate
-        worker, locality = self.fleet.worker(replica.worker_id), self._routing.locality
+        worker, locality = self.fleet.worker(replica.worker_id), self.routing.locality
         nearness = locality.score_of(worker.hello.node, worker.hello.zone) if worker is not None else 0.0
         total = (1.0 - weights.locality) * candidate.score + weights.locality * nearness
         return candidate._replace(score=total, locality_score=nearness)
@@ -542,7 +551,7 @@ class Traffic:
 
         Those on their way to it will wait there, too. One in which none waits takes all: nobody knows how many it can.
         """
-        waiting, bound = replica.load.waiting_count, self._routing.queue_count
+        waiting, bound = replica.load.waiting_count, self.routing.queue_count
         if waiting and bound and waiting + reserved_count >= bound:
             self._busy.add(replica.replica_id)
         elif replica.replica_id in self._busy:
@@ -583,12 +592,6 @@ class Traffic:
         self.corrections.forget(replica_id)
         self._draining.discard(replica_id)
         self._ready_since.pop(replica_id, None)
-
-
-def _with_room(snapshot: tuple[Candidate, ...], context_tokens: int) -> tuple[Candidate, ...]:
-    """Candidates whose context so much fits into; all where it fits into none, which is a replica's to say."""
-    fitting = tuple(c for c in snapshot if not c.context_tokens or c.context_tokens > context_tokens)
-    return fitting or snapshot
 
 
 def _is_before(used_at: float, forgotten_at: float | None) -> bool:

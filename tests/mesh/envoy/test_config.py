@@ -112,6 +112,7 @@ def test_the_filters_stand_in_this_order(tmp_path: Path) -> None:
             "json_to_metadata",
             "grpc_json_transcoder",
             "express",
+            "lua",
             "ext_authz",
             "ext_proc",
             "router",

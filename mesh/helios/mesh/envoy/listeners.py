@@ -79,7 +79,7 @@ def edge_listener(settings: EdgeSettings) -> Listener:
         filters.lift_model(),
         filters.transcoder(services, settings.limits),
         # With several proxies nobody is in the lane: each has a view of its own.
-        *(() if settings.feeds else (filters.express(),)),
+        *(() if settings.feeds else (filters.express(), filters.lane())),
         filters.check(settings),
         filters.picker(settings),
         filters.router(),
@@ -180,7 +180,10 @@ def _unreached_log(cluster: str, replicas: str) -> AccessLog:
     return AccessLog(
         name="envoy.access_loggers.http_grpc",
         filter=AccessLogFilter(and_filter=AndFilter(filters=conditions)),
-        typed_config=Any.pack(HttpGrpcAccessLogConfig(common_config=to_proxy)),
+        # Who was picked nobody but Envoy knows, where it picked by itself.
+        typed_config=Any.pack(
+            HttpGrpcAccessLogConfig(common_config=to_proxy, additional_request_headers_to_log=[ENDPOINT_HEADER])
+        ),
     )
 
 

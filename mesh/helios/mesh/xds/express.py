@@ -8,6 +8,9 @@ picker is left out of requests that have them (`helios.mesh.envoy.filters`). All
 What takes the lane is narrow on purpose; everything else asks the picker, as ever: JSON over REST to OpenAI's calls, of
 a stated length below 100 kB, whose body names the model and whose headers name none, without one of our API keys and
 without a word on durability or urgency. A client's own key, whatever it insists on sending, is no hindrance.
+
+A model with several replicas is named to the filter behind this one, which picks among them
+(`helios/mesh/envoy/lane.lua`).
 """
 
 from collections.abc import Iterable
@@ -30,6 +33,7 @@ from helios.mesh.names import (
     ENDPOINT_HEADER,
     EXPRESS_FILTER,
     KEY_PREFIX,
+    LANE_HEADER,
     MAX_RETRIES_HEADER,
     METADATA_NAMESPACE,
     MODEL_HEADER,
@@ -51,7 +55,7 @@ def express_filter(routes: Iterable[ExpressRoute]) -> Any:
     wrapped = extension_matcher_pb2.ExtensionWithMatcher()
     wrapped.extension_config.CopyFrom(_extension("envoy.filters.http.composite", composite_pb2.Composite()))
     models = matcher_pb2.Matcher()
-    for route in sorted(routes):
+    for route in sorted(routes, key=lambda route: route.name):
         row = models.matcher_list.matchers.add(predicate=_names(route.name))
         row.on_match.action.CopyFrom(_xds_extension("express", _mutation(route)))
     if not models.matcher_list.matchers:
@@ -122,15 +126,16 @@ def _not(predicate: Any) -> Any:
 
 
 def _mutation(route: ExpressRoute) -> Any:
-    """What the picker says of a request, as a filter that is run."""
+    """What the picker says of a request, or which model is picked for, as a filter that is run."""
     mutation = header_mutation_pb2.HeaderMutation()
-    headers = {
-        ENDPOINT_HEADER: str(route.endpoint),
-        ROUTE_MODEL_HEADER: route.name,
-        ROUTE_REVISION_HEADER: route.revision,
+    headers = {ROUTE_MODEL_HEADER: route.name}
+    if route.endpoint is None:
+        headers[LANE_HEADER] = route.model
+    else:
+        headers[ENDPOINT_HEADER] = str(route.endpoint)
+        headers[ROUTE_REVISION_HEADER] = route.revision
         # There is no other endpoint to try.
-        MAX_RETRIES_HEADER: "0",
-    }
+        headers[MAX_RETRIES_HEADER] = "0"
     for name, value in headers.items():
         option = mutation.mutations.request_mutations.add().append
         option.append_action = _OVERWRITE

@@ -50,13 +50,17 @@ class Endpoint:
         return f"[{self.ip}]:{self.port}" if ":" in self.ip else f"{self.ip}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class ExpressRoute:
-    """A model that Envoy routes by itself: requests for this name go to this endpoint, which has this revision."""
+    """A model that Envoy routes by itself: requests for this name go to this endpoint, which has this revision.
+
+    Without an endpoint Envoy picks one, of those that a proxy tells it for the ``model``, the model's own name.
+    """
 
     name: str
-    endpoint: Endpoint
+    endpoint: Endpoint | None
     revision: str
+    model: str
 
 
 @dataclass(frozen=True, slots=True)

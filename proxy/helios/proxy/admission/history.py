@@ -34,7 +34,11 @@ class History:
 
     def prompt_tokens(self, model: str, body_bytes: int) -> int:
         """What a body of this length is likely to hold."""
-        return max(1, round(body_bytes * self._tokens_per_byte.get(model, _TOKENS_PER_BYTE)))
+        return max(1, round(body_bytes * self.tokens_per_byte(model)))
+
+    def tokens_per_byte(self, model: str) -> float:
+        """How many tokens a byte of a body is likely to be."""
+        return self._tokens_per_byte.get(model, _TOKENS_PER_BYTE)
 
     def answer_tokens(self, model: str, key: str) -> int:
         """What an answer is likely to take: the mean."""

@@ -222,6 +222,17 @@ class Journal:
             for phase in self.start_phases(start, now):
                 self.on_phase(start.model, phase.phase, phase.seconds)
 
+    def told(self, request_id: str, picked: Picked) -> str:
+        """Envoy tells how it picked by itself; returns the replica that has told of the request; empty: none has."""
+        record = self._ring.get(request_id)
+        if record is None or record.pick is None or not record.pick.is_express:
+            self.picked(request_id, picked)
+            return ""
+        replica_id = record.pick.choices[0].replica_id
+        if record.pick.is_untold:
+            record.pick = picked[1]
+        return record.arrived.replica_id if record.arrived is not None else replica_id
+
     def knows(self, request_id: str) -> bool:
         """Whether a request is remembered."""
         return request_id in self._ring

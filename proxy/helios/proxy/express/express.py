@@ -1,17 +1,20 @@
 """The express lane of a proxy: which models are fit for it.
 
-Fit is a model whose requests all go to one replica whatever they say, and of which nothing has to be decided or counted
-before they do. Whether it is, is looked at after every event; the lane itself is `lane`. What comes by the lane is
-accounted for by what replicas report: the picker never sees it. Pure.
+Fit is a model of whose requests nothing has to be decided or counted here before they go: all of them go to one
+replica whatever they say, or Envoy picks among few by what it is told (`granting`). Whether it is, is looked at after
+every event; the lane itself is `lane`. What comes by the lane is accounted for by what replicas report: the picker
+never sees it. Pure.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from helios.mesh.routing import Choice
+from helios.proxy.express.granting import LaneView, lane_view
 from helios.proxy.express.lane import ExpressPolicy, Lane, Place
 from helios.proxy.routing.pick import Pick
-from helios.proxy.routing.table import score
+from helios.proxy.routing.table import Candidate, score
 
 if TYPE_CHECKING:
     from helios.proxy.actions import Action, Send
@@ -23,6 +26,13 @@ if TYPE_CHECKING:
 
 # Names of one model that Envoy compares with; those of a model with more aliases ask the picker.
 _NAME_COUNT = 8
+MAX_SHARED_REPLICAS: Final = 32
+"""Envoy looks at each candidate for each request, in Lua; among more the picker is quicker."""
+LEASE_SECONDS: Final = 0.5
+"""For how long Envoy picks by what it was told. Five times what it asks after: an answer may be late, and a drain waits
+for so long."""
+# What Envoy picked at the last moment is at its replica after so long: a handshake, and a turn on a busy core.
+_ON_ITS_WAY_SECONDS: Final = 0.25
 
 
 class Outlook(NamedTuple):
@@ -49,6 +59,15 @@ class Express:
         if replica is not None and count:
             self.lane.heard(replica.model, count)
 
+    def unreached(self, address: str, now: float) -> None:
+        """A request that nobody picked here could not be connected to the replica with this address, the only one that
+        it was sent to.
+        """
+        for replica in self._traffic.fleet.replicas():
+            if replica.address == address and self.lane.has_carried(replica.replica_id):
+                self._traffic.breakers.failed(replica.replica_id, now)
+                self._traffic.refresh(replica.replica_id)
+
     def look(self, todo: list[Action], now: float) -> list[Action]:
         """Takes out of the lane what an event has made unfit; returns what of its actions need not wait for that."""
         if self.lane.places:
@@ -58,7 +77,7 @@ class Express:
         return self.lane.keep_back(todo, now)
 
     def tick(self, now: float) -> list[Send]:
-        """Lets models in, about every second; returns orders that have waited for as long as they may."""
+        """Lets models in, about every second; returns orders that need not wait any more."""
         self.lane.count()
         places = {model: self.place_of(model) for model in self.lane.asked_for()}
         self.lane.choose({model: place for model, place in places.items() if place is not None}, now)
@@ -69,19 +88,22 @@ class Express:
         entry = self._catalogue.get(model)
         if entry is None or not self._is_fit(entry):
             return None
-        (replica,) = self._traffic.fleet.replicas_of(model)
-        return Place(replica.replica_id, model, self._names(entry), replica.address, replica.revision)
+        replicas = self._traffic.fleet.replicas_of(model)
+        if len(replicas) == 1:
+            (replica,) = replicas
+            return Place(replica.replica_id, model, self._names(entry), replica.address, replica.revision)
+        return Place("", model, self._names(entry), "", entry.revision)
 
     def _is_fit(self, entry: ModelEntry) -> bool:
         replicas = self._traffic.fleet.replicas_of(entry.name)
-        if self._keyring.is_required:
+        if self._keyring.is_required or not replicas:
             return False
         if entry.is_adapter or entry.adapters or entry.role or entry.canary or entry.is_durable or "@" in entry.name:
             # Its requests differ.
             return False
-        if self._traffic.rules_of(entry.name).keeps_places:
+        if self._traffic.rules_of(entry.name).keeps_places or self._holds.count(entry.name):
             return False
-        return len(replicas) == 1 and not self._holds.count(entry.name) and self._takes_all(entry, replicas[0])
+        return self._takes_all(entry, replicas[0]) if len(replicas) == 1 else self._can_share(entry, len(replicas))
 
     def _takes_all(self, entry: ModelEntry, replica: Replica) -> bool:
         return (
@@ -91,17 +113,56 @@ class Express:
             and replica.worker_id not in self._traffic.fleet.cordoned
         )
 
+    def _can_share(self, entry: ModelEntry, replica_count: int) -> bool:
+        """Whether Envoy can pick among a model's replicas. It takes the best one, and draws none."""
+        takes_best = self._traffic.routing.draw is None or self._traffic.rules_of(entry.name).choice is Choice.BEST
+        has_candidate = self._traffic.table.count(entry.name, entry.revision) > 0
+        return takes_best and has_candidate and replica_count <= MAX_SHARED_REPLICAS
+
     def _names(self, entry: ModelEntry) -> tuple[str, ...]:
         names = [
             name for name in (entry.name, *entry.aliases) if self._catalogue.find(name) is entry and "@" not in name
         ]
         return tuple(names[:_NAME_COUNT])
 
+    def lease(self, entry: ModelEntry, now: float) -> LaneView | None:
+        """Has Envoy pick by what this returns, for LEASE_SECONDS; None: it is to ask the picker."""
+        place = self.place_of(entry.name)
+        if place is None or not place.is_shared or place not in self.lane.places:
+            return None
+        view = lane_view(self._traffic, entry)
+        if view is not None:
+            addresses = {one.replica_id: one.address for one in view.candidates if one.room != 0}
+            self.lane.leased(addresses, now + LEASE_SECONDS + _ON_ITS_WAY_SECONDS)
+            self._traffic.losses.is_kept = True
+        return view
+
     def pick_of(self, replica_id: str) -> Pick | None:
         """The pick that was not made for a request at a replica; None where it can't have come by the lane."""
         replica = self._traffic.fleet.replica(replica_id) if self.lane.has_carried(replica_id) else None
         if replica is None:
             return None
+        # That there were several is known, of those that are left only where there still are.
+        replica_count = len(self._traffic.fleet.replicas_of(replica.model))
+        count = max(2, replica_count) if self.lane.has_shared(replica_id) else 1
         weights = self._traffic.rules_of(replica.model).weights
-        candidate = score(replica_id, replica.address, replica.load, 0, weights=weights)
-        return Pick(replica.model, replica.revision, (candidate,), 1, is_express=True, weights=weights)
+        return Pick(replica.model, replica.revision, (self._scored(replica),), count, is_express=True, weights=weights)
+
+    def picks_told(self, model: str, replica_ids: frozenset[str]) -> dict[str, Pick]:
+        """For each of some replicas that is a model's, what all picks of it have in common that Envoy tells of."""
+        found: dict[str, Pick] = {}
+        weights = self._traffic.rules_of(model).weights
+        for replica_id in replica_ids:
+            replica = self._traffic.fleet.replica(replica_id)
+            if replica is None or replica.model != model:
+                continue
+            candidates = self._traffic.table.snapshot(model, replica.revision)
+            known = next((one for one in candidates if one.replica_id == replica_id), None)
+            choices = (known or self._scored(replica),)
+            count = len(candidates) + (known is None)
+            found[replica_id] = Pick(model, replica.revision, choices, count, choices, "", True, weights)
+        return found
+
+    def _scored(self, replica: Replica) -> Candidate:
+        weights = self._traffic.rules_of(replica.model).weights
+        return score(replica.replica_id, replica.address, replica.load, 0, weights=weights)

@@ -7,6 +7,9 @@ until then, and its endpoint stays.
 
     out ──fit, asked for──▶ in (published) ──unfit──▶ leaving (a set without it is published) ──acknowledged──▶ out
 
+A model with several replicas has a place without any: the set says only that Envoy picks, and a lease among which, for
+half a second at a time. What is kept back from a replica of a lease waits until that is over.
+
 A set that no Envoy acknowledges holds nothing up for longer than `withdraw_seconds`. Pure.
 """
 
@@ -50,13 +53,20 @@ class ExpressPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A replica in the lane: its model, the names that requests call it, its address and revision."""
+    """A model in the lane, the names that requests call it, its revision, and its replica and that one's address, which
+    are empty where Envoy picks among several.
+    """
 
     replica_id: str
     model: str
     names: tuple[str, ...]
     address: str
     revision: str
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether Envoy picks among several replicas."""
+        return not self.replica_id
 
 
 Places = frozenset[Place]
@@ -74,12 +84,13 @@ class _KeptBack:
 class Lane:
     """The state of the lane. Times are monotonic seconds.
 
-    Invariants: a replica that some Envoy may have in its lane (in a set since the last one that all acknowledged) gets
-    no drain, sleep or stop, but for `withdraw_seconds`; an order that is kept back is let go exactly once.
+    Invariants: a replica that some Envoy may have in its lane (in a set since the last one that all acknowledged, or in
+    a lease that is not over) gets no drain, sleep or stop, but for `withdraw_seconds`; an order that is kept back is
+    let go exactly once.
     """
 
     def __init__(self, policy: ExpressPolicy, *, has_past: bool) -> None:
-        """``has_past``: Envoys may still have the lane of an earlier run of this proxy."""
+        """``has_past``: Envoys may still have the lane of an earlier run of this proxy; its leases are over by now."""
         self._policy = policy
         self.places: Places = frozenset()
         self.version = 1 if has_past and policy.model_count else 0
@@ -93,6 +104,9 @@ class Lane:
         self._heard: dict[str, int] = {}
         self._kept_back: list[_KeptBack] = []
         self._left_at: dict[str, float] = {}
+        # When the last lease of a replica ends, or ended; addresses of those whose lease nobody has seen end.
+        self._leased_until: dict[str, float] = {}
+        self._leased: dict[str, str] = {}
 
     def heard(self, model: str, count: int) -> None:
         """So many requests of a model reached its replicas."""
@@ -141,7 +155,8 @@ class Lane:
         if places == self.places:
             return
         for place in self.places - places:
-            self._left_at[place.replica_id] = now
+            if not place.is_shared:
+                self._left_at[place.replica_id] = now
         self.places = places
         self.version += 1
         self.changes += 1
@@ -151,32 +166,55 @@ class Lane:
             (_, oldest), (version, older) = self._since_acknowledged.popleft(), self._since_acknowledged.popleft()
             self._since_acknowledged.appendleft((version, oldest | older))
 
-    def acknowledged(self, version: int) -> list[Send]:
+    def leased(self, addresses: Mapping[str, str], until: float) -> None:
+        """Until then some Envoy picks by itself among these replicas, which are at these addresses."""
+        for replica_id in addresses:
+            self._leased_until[replica_id] = max(until, self._leased_until.get(replica_id, until))
+        if not addresses.items() <= self._leased.items():
+            self._leased.update(addresses)
+            self.changes += 1
+
+    def acknowledged(self, version: int, now: float) -> list[Send]:
         """Every Envoy has this set or a newer one; returns the orders that need not wait any more."""
+        self._settle(version)
+        return self._due(now)
+
+    def _settle(self, version: int) -> None:
         self._is_past_open = False
         while len(self._since_acknowledged) > 1 and self._since_acknowledged[1][0] <= version:
             self._since_acknowledged.popleft()
         self.changes += 1
+
+    def _due(self, now: float) -> list[Send]:
+        """Takes out of what is kept back what need not wait any more, or has waited for as long as it may."""
         kept, self._kept_back = self._kept_back, []
         due: list[Send] = []
         for one in kept:
-            if self.may_get_requests(one.replica_id):
+            is_late = now - one.since >= self._policy.withdraw_seconds
+            if not is_late and self.may_get_requests(one.replica_id, now):
                 self._kept_back.append(one)
             else:
                 due.append(one.send)
         return due
 
     def expire(self, now: float) -> list[Send]:
-        """Gives up on Envoys that do not answer once an order has waited for as long as it may; returns the orders."""
-        for replica_id in [key for key, at in self._left_at.items() if now - at > _CARRIED_SECONDS]:
-            del self._left_at[replica_id]
-        if self._kept_back and now - self._kept_back[0].since >= self._policy.withdraw_seconds:
-            return self.acknowledged(self.version)
-        return []
+        """Follows the time, about every second; returns the orders that need not wait any more.
 
-    def may_get_requests(self, replica_id: str) -> bool:
+        Gives up on Envoys that do not answer once one has waited for as long as it may.
+        """
+        for over in (self._left_at, self._leased_until):
+            for replica_id in [key for key, at in over.items() if now - at > _CARRIED_SECONDS]:
+                del over[replica_id]
+        for replica_id in [key for key in self._leased if now >= self._leased_until.get(key, now)]:
+            del self._leased[replica_id]
+            self.changes += 1
+        if self._kept_back and now - self._kept_back[0].since >= self._policy.withdraw_seconds:
+            self._settle(self.version)
+        return self._due(now)
+
+    def may_get_requests(self, replica_id: str, now: float) -> bool:
         """Whether an Envoy may send requests to a replica that nobody picked."""
-        if self._is_past_open:
+        if self._is_past_open or now < self._leased_until.get(replica_id, now):
             return True
         return any(place.replica_id == replica_id for _, places in self._since_acknowledged for place in places)
 
@@ -184,11 +222,21 @@ class Lane:
         """Whether a request that is told of now may have come by the lane."""
         if self._is_past_open:
             return True
-        return replica_id in self._left_at or any(place.replica_id == replica_id for place in self.places)
+        is_known = replica_id in self._leased_until or replica_id in self._left_at
+        return is_known or self._has_alone(replica_id)
+
+    def has_shared(self, replica_id: str) -> bool:
+        """Whether a request that came by the lane and is told of now was one for several replicas."""
+        return replica_id in self._leased_until and not self._has_alone(replica_id)
+
+    def _has_alone(self, replica_id: str) -> bool:
+        return any(place.replica_id == replica_id for place in self.places)
 
     def addresses(self) -> frozenset[str]:
         """Addresses that Envoys may send to by the lane, whatever is believed of their replicas."""
-        return frozenset(place.address for _, places in self._since_acknowledged for place in places)
+        sets = (places for _, places in self._since_acknowledged)
+        alone = (place.address for places in sets for place in places if not place.is_shared)
+        return frozenset((*alone, *self._leased.values()))
 
     def keep_back(self, actions: list[Action], now: float) -> list[Action]:
         """Takes out of a list of actions the orders that have to wait."""
@@ -197,7 +245,7 @@ class Lane:
         passed: list[Action] = []
         for action in actions:
             replica_id = _stopped_by(action)
-            if self._is_behind(action) or (replica_id and self.may_get_requests(replica_id)):
+            if self._is_behind(action) or (replica_id and self.may_get_requests(replica_id, now)):
                 assert isinstance(action, Send)
                 # A worker's hello has its commands sent again.
                 if all(kept.send != action for kept in self._kept_back):

@@ -12,6 +12,7 @@ from typing import Any, Final
 import grpc.aio
 from envoy.service.accesslog.v3 import als_pb2_grpc
 
+from helios.mesh.names import ENDPOINT_HEADER
 from helios.proxy.picker.ads import EdgeStreams
 from helios.proxy.runtime import Runtime
 
@@ -44,4 +45,6 @@ class UnreachedServicer(als_pb2_grpc.AccessLogServiceServicer):
                 common = entry.common_properties
                 is_failure = common.response_flags.upstream_connection_failure
                 is_failure &= common.upstream_cluster == self._cluster
-                self._runtime.apply(self._runtime.core.unreached(entry.request.request_id, now, is_failure=is_failure))
+                address = entry.request.request_headers.get(ENDPOINT_HEADER, "")
+                core, request_id = self._runtime.core, entry.request.request_id
+                self._runtime.apply(core.unreached(request_id, now, address=address, is_failure=is_failure))

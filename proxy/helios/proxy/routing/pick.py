@@ -25,8 +25,8 @@ class Pick(NamedTuple):
 
     `considered` is the snapshot that it was made from, where that was small, else the choices. `split` says why
     a rollout sent the request to this revision, for people; empty: there is none. `is_express`: Envoy routed it by
-    itself. `weights` are the model's, of which `prefix_weight` and `session_weight` counted for this request. A
-    NamedTuple because one is made on the path of every request.
+    itself; where it has not told how, nothing was considered. `weights` are the model's, of which `prefix_weight` and
+    `session_weight` counted for this request. A NamedTuple because one is made on the path of every request.
     """
 
     model: str
@@ -46,6 +46,11 @@ class Pick(NamedTuple):
         return self.weights.shares(self.prefix_weight, self.session_weight)
 
     @property
+    def is_untold(self) -> bool:
+        """Whether Envoy routed it by itself and has not told how."""
+        return self.is_express and not self.considered
+
+    @property
     def endpoints(self) -> str:
         """The choices as Envoy's override_host balancer reads them."""
         if len(self.choices) == 1:
@@ -54,17 +59,22 @@ class Pick(NamedTuple):
 
     def explain(self) -> str:
         """Says, for people, why the first choice won."""
-        if self.is_express:
-            return "the model's only replica, by Envoy's express lane"
+        count, lane = self.candidate_count, ", by Envoy's express lane" if self.is_express else ""
+        if self.is_untold:
+            return ("the model's only replica" if count == 1 else f"one of {count} replicas") + lane
         best = self.choices[0]
-        scores = f"queue {best.queue_score:.2f}, running {best.running_score:.2f}, kv {best.kv_score:.2f}"
+        scores = []
+        if not self.is_express:
+            # Of the lane's nobody told what their load was.
+            scores = [f"queue {best.queue_score:.2f}", f"running {best.running_score:.2f}", f"kv {best.kv_score:.2f}"]
         if best.prefix_score:
-            scores += f", prefix {best.prefix_score:.2f}"
+            scores.append(f"prefix {best.prefix_score:.2f}")
         if best.session_score:
-            scores += ", its session's"
+            scores.append("its session's")
         if best.locality_score:
-            scores += f", locality {best.locality_score:.2f}"
-        return f"the best of {self.candidate_count}: {best.score:.3f} ({scores})"
+            scores.append(f"locality {best.locality_score:.2f}")
+        reasons = f" ({', '.join(scores)})" if scores else ""
+        return f"the best of {count}{lane}: {best.score:.3f}{reasons}"
 
 
 class Wishes(NamedTuple):

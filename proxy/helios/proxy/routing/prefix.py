@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final, NewType
 
+from helios.proxy.routing.losses import Losses
+
 Blocks = NewType("Blocks", tuple[int, ...])
 """The hashes of a prompt's blocks, first to last."""
 
@@ -94,6 +96,7 @@ class PrefixIndex:
         415 where prompts are of few blocks or replicas many.
         """
         self._max_blocks = max_blocks
+        self.losses = Losses()
         self._held: dict[str, _Held] = {}
         self._replica_of: dict[int, str] = {}
         self._replicas_of: dict[int, int] = {}
@@ -151,11 +154,21 @@ class PrefixIndex:
                     shared.append(before)
         for before in shared:
             before.shorten()
+        if self.losses.is_kept:
+            # Whoever sent it believes that there was room for it.
+            for block in blocks[capacity:]:
+                self.losses.note(replica_id, block)
+        self._evict(replica_id, held)
+
+    def _evict(self, replica_id: str, held: _Held) -> None:
+        """Drops the blocks used longest ago that are more than a replica may have."""
         share = max(1, self._max_blocks // len(self._held))
         dropped: list[_Sent] = []
         while len(held.blocks) > min(held.capacity, share):
             block, oldest = held.blocks.popitem(last=False)
             self._drop(held, block, oldest)
+            if self.losses.is_kept:
+                self.losses.note(replica_id, block)
             if not dropped or dropped[-1] is not oldest:
                 dropped.append(oldest)
         for oldest in dropped:
@@ -178,6 +191,8 @@ class PrefixIndex:
                 del held.blocks[block]
                 self._drop(held, block, sent)
                 lost_count += 1
+                if self.losses.is_kept:
+                    self.losses.note(replica_id, block)
         if sent.has_ended:
             sent.shorten()
         return lost_count
@@ -198,6 +213,9 @@ class PrefixIndex:
     def forget(self, replica_id: str) -> None:
         """A replica is gone, or its cache is empty; harmless where nothing is known of it."""
         held = self._held.pop(replica_id, None)
+        if self.losses.is_kept:
+            # A gateway may know of prompts that it sent there and has not told of.
+            self.losses.note(replica_id, None)
         if held is not None:
             for block, sent in held.blocks.items():
                 self._drop(held, block, sent)

@@ -101,6 +101,12 @@ def score(
     return Candidate(replica_id, address, total, queue_score, running_score, kv_score, 0.0, 0.0, 0.0, context_tokens)
 
 
+def with_room(candidates: tuple[Candidate, ...], context_tokens: int) -> tuple[Candidate, ...]:
+    """Candidates whose context so much fits into; all where it fits into none, which is a replica's to say."""
+    fitting = tuple(c for c in candidates if not c.context_tokens or c.context_tokens > context_tokens)
+    return fitting or candidates
+
+
 class RoutingTable:
     """Candidates by model and revision.
 
