@@ -49,9 +49,9 @@ class EdgeMesh:
     envoy: psutil.Process
     environment: dict[str, str] = field(repr=False)
 
-    def client(self, model: str, **more: object) -> LoadClient:
-        """A client of a model's, with requests of many conversations."""
-        return LoadClient(self.directory / "load", requests(model, **more))
+    def client(self, model: str, *, headers: str = "", **more: object) -> LoadClient:
+        """A client of a model's, with requests of many conversations; ``headers`` are more lines of each."""
+        return LoadClient(self.directory / "load", requests(model, headers=headers, **more))
 
     def gateway_seconds(self) -> float:
         """CPU time that the gateway has taken."""
@@ -70,14 +70,15 @@ class EdgeMesh:
         self.children.wait(lambda: _answers(client, port), START_SECONDS, f"port {port} answers")
 
 
-def requests(model: str, **more: object) -> list[bytes]:
+def requests(model: str, *, headers: str = "", **more: object) -> list[bytes]:
     """Requests as they go on the wire: a talk each, whose prompt begins with the talk's number."""
     bodies = []
     for talk in range(_TALKS):
         text = f"Talk {talk:04d}. " + "hello " * (_PROMPT_BYTES // 6)
         messages = [{"role": "system", "content": text}, {"role": "user", "content": "And now?"}]
         bodies.append(json.dumps({"model": model, "messages": messages, **more}).encode())
-    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: edge\r\ncontent-type: application/json\r\ncontent-length: "
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: edge\r\ncontent-type: application/json\r\n"
+    head += f"{headers}content-length: "
     return [f"{head}{len(body)}\r\n\r\n".encode() + body for body in bodies]
 
 

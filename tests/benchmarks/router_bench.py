@@ -1,8 +1,9 @@
 """Helios beside the Rust router of the vLLM project (`vllm-router`, policy cache_aware), on the same machine in turns.
 
-Both stand before replicas in C that answer at once, so that the gateway is what is measured. Of Helios there are two
-ways: a model with four replicas, all scorers on, where the picker reads the prompt of each request; and a model with
-one, which Envoy routes by itself (the express lane).
+Both stand before replicas in C that answer at once, so that the gateway is what is measured. Of Helios there are three
+ways: a model with four replicas, all scorers on, for whose requests Envoy picks, prompts read, by what the proxy says
+ten times a second; the same with requests that Envoy asks the proxy about, one by one, as it does wherever keys, limits
+or a rollout bear on them; and a model with one replica, which Envoy routes by itself (the express lane).
 
 The router speaks to its workers in the clear, so like is compared with like: Helios without TLS of its own, as it runs
 behind sidecars. What its mTLS costs beyond that is measured beside it, and reported without a bar.
@@ -34,12 +35,14 @@ CONNECTIONS: Final = 16
 LOAD_CONNECTIONS: Final = 64
 LOAD_SECONDS: Final = 1.5
 REPLICAS: Final = 4
-PICKED, EXPRESS, ROUTER, DIRECT = "picked", "express", "router", "direct"
+PICKED, ASKED, EXPRESS, ROUTER, DIRECT = "picked", "asked", "express", "router", "direct"
 TLS: Final = "_tls"
-OURS: Final = (EXPRESS, PICKED, EXPRESS + TLS, PICKED + TLS)
+OURS: Final = (EXPRESS, PICKED, ASKED, EXPRESS + TLS, PICKED + TLS)
+# What the proxy alone can weigh has Envoy ask it.
+_ASKING: Final = "x-helios-durable: false\r\n"
 _START_SECONDS: Final = 60.0
 _EXPRESS_SECONDS: Final = 30.0
-# A pick takes some 150 microseconds of the proxy's time, the report of a request some 20.
+# A pick takes some 150 microseconds of the proxy's time, the report of a request some 20, a pick of Envoy's 20 more.
 _EXPRESS_CPU_SECONDS: Final = 75e-6
 _Result = TypeVar("_Result")
 
@@ -71,8 +74,9 @@ def run() -> Iterator[dict[str, Any]]:
     models = {EXPRESS: 1, PICKED: REPLICAS}
     with running_edge(models, http_count=REPLICAS, has_tls=False) as clear, running_edge(models) as tls:
         sides = _sides(clear, tls)
-        for name, edge in ((EXPRESS, clear), (EXPRESS + TLS, tls)):
-            _wait_express(edge, sides[name])
+        for name in (EXPRESS, PICKED):
+            _wait_express(clear, sides[name])
+            _wait_express(tls, sides[name + TLS])
         for side in sides.values():
             side.paced()
         rounds = [_in_turns(sides, number, Side.paced) for number in range(LATENCY_ROUNDS)]
@@ -93,6 +97,7 @@ def _sides(clear: EdgeMesh, tls: EdgeMesh) -> dict[str, Side]:
     for suffix, edge in (("", clear), (TLS, tls)):
         for model in (EXPRESS, PICKED):
             sides[model + suffix] = Side(edge.client(model), edge.port, (edge.envoy, edge.proxy))
+    sides[ASKED] = Side(clear.client(PICKED, headers=_ASKING), clear.port, (clear.envoy, clear.proxy))
     clear.children.wait(lambda: _answers(sides[ROUTER]), _START_SECONDS, "the router answers")
     return sides
 
