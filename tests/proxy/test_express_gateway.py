@@ -5,7 +5,7 @@ none is lost when their replica goes.
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 
 import grpc
 import grpc.aio
@@ -106,18 +106,44 @@ async def test_of_several_replicas_envoy_picks_explains_and_loses_nothing_in_a_d
                 await asyncio.sleep(0.15)
                 await ask(edge, client)
         assert "prefix 1.00" in told or "prefix 0.8" in told, told
-        # One is drained while requests come, and then both: each is answered, by one of them or by the next.
+        # One is drained while requests come: each is answered, and none is sent there once it has heard that it drains.
+        by_address = {edge.replica.name: edge.replica, other.name: other}
+        drained = Drains(by_address, {key: replica.address for key, replica in edge.worker.replicas.items()})
+        edge.worker.commands = drained
         async with asyncio.TaskGroup() as group:
             asked = [group.create_task(client.post(CHAT, json={"model": "m"}), name="ask") for _ in range(10)]
             await stub.ScaleModel(admin_pb.ScaleModelRequest(model="m", replica_count=1), timeout=10)
-            for _ in range(40):
-                asked.append(group.create_task(client.post(CHAT, json={"model": "m"}), name="ask"))
-                await asyncio.sleep(0.02)
-            await stub.ScaleModel(admin_pb.ScaleModelRequest(model="m", replica_count=0), timeout=10)
-            for _ in range(40):
+            async with asyncio.timeout(WAIT_SECONDS):
+                while not drained.call_counts:
+                    asked.append(group.create_task(client.post(CHAT, json={"model": "m"}), name="ask"))
+                    await asyncio.sleep(0.02)
+            for _ in range(30):
                 asked.append(group.create_task(client.post(CHAT, json={"model": "m"}), name="ask"))
                 await asyncio.sleep(0.02)
         assert {task.result().status_code for task in asked} == {200}
+        ((left, call_count),) = drained.call_counts.items()
+        assert len(by_address[left].calls) == call_count
+        # Then all: who asks meanwhile waits for the next one.
+        async with asyncio.TaskGroup() as group:
+            await stub.ScaleModel(admin_pb.ScaleModelRequest(model="m", replica_count=0), timeout=10)
+            asked = [group.create_task(client.post(CHAT, json={"model": "m"}), name="ask") for _ in range(20)]
+        assert {task.result().status_code for task in asked} == {200}
+
+
+class Drains(list[fleet_pb.Command]):
+    """What a worker is told; of each replica that is told to drain, how many calls it had until then, by address."""
+
+    def __init__(self, replicas: Mapping[str, FakeReplica], addresses: Mapping[str, str]) -> None:
+        super().__init__()
+        self.call_counts: dict[str, int] = {}
+        self._replicas, self._addresses = replicas, addresses
+
+    def append(self, command: fleet_pb.Command) -> None:
+        """A command comes."""
+        super().append(command)
+        address = self._addresses.get(command.drain.replica_id)
+        if address is not None:
+            self.call_counts[address] = len(self._replicas[address].calls)
 
 
 async def test_a_replica_of_the_lane_that_can_not_be_reached_is_sent_nothing_after_some_requests(world: World) -> None:
