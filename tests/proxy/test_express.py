@@ -319,7 +319,8 @@ class LaneMachine(RuleBasedStateMachine):
         assert "" not in self.lane.addresses()
 
     def teardown(self) -> None:
-        self.now += self.WITHDRAW_SECONDS
+        # And what sums of seconds lack behind the last digit.
+        self.now += self.WITHDRAW_SECONDS + 1e-6
         del self.sets[:-1]
         self.went(self.lane.expire(self.now))
         assert not self.waiting, "an order never went"

@@ -43,14 +43,17 @@ def nothing_before(gateway: Gateway) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def several(gateway: Gateway, model: str) -> AsyncIterator[fakes.FakeReplica]:
-    """Has Envoy pick between the gateway's replica and another one, which it gives. Each test has its own model."""
+async def several(gateway: Gateway, model: str, *, renew_seconds: float = 0.1) -> AsyncIterator[fakes.FakeReplica]:
+    """Has Envoy pick between the gateway's replica and another one, which it gives. Each test has its own model.
+
+    This proxy does not count what it is told of: where it matters who was sent how many, it is not asked meanwhile.
+    """
     other = fakes.FakeReplica()
     async with gateway.serve_replica(other) as address:
         await gateway.publish(gateway.replica_address, address)
         gateway.lane.answer = lane_pb.RenewResponse(
-            lease_milliseconds=round(LEASE_SECONDS * 1000),
-            renew_milliseconds=100,
+            lease_milliseconds=round(1000 * max(LEASE_SECONDS, 2 * renew_seconds)),
+            renew_milliseconds=round(1000 * renew_seconds),
             revision="sha256:2",
             seed=1 << 52,
             candidates=[candidate("first", gateway.replica_address), candidate("second", address)],
@@ -65,7 +68,7 @@ async def several(gateway: Gateway, model: str) -> AsyncIterator[fakes.FakeRepli
 
 
 async def test_requests_are_picked_for_in_envoy_and_told_of(gateway: Gateway, rest: httpx.AsyncClient) -> None:
-    async with several(gateway, "m") as other:
+    async with several(gateway, "m", renew_seconds=1.5) as other:
         answers = [await rest.post(CHAT, json={"model": "alias"}) for _ in range(4)]
         assert [answer.status_code for answer in answers] == [200] * 4
         assert not gateway.picker.requests
@@ -74,7 +77,7 @@ async def test_requests_are_picked_for_in_envoy_and_told_of(gateway: Gateway, re
         assert metadata["x-helios-route-model"] == "alias"
         assert metadata["x-helios-route-revision"] == "sha256:2"
         assert "x-helios-lane" not in metadata
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(1.5)
         await rest.post(CHAT, json={"model": "alias"})
         first, second = gateway.lane.requests
         assert first.model == "m"
@@ -85,7 +88,7 @@ async def test_requests_are_picked_for_in_envoy_and_told_of(gateway: Gateway, re
 
 
 async def test_prompts_that_begin_alike_meet_the_same_replica(gateway: Gateway, rest: httpx.AsyncClient) -> None:
-    async with several(gateway, "prefixes") as other:
+    async with several(gateway, "prefixes", renew_seconds=5) as other:
         for text in ("Once upon a time. ", "It was a dark and stormy night. "):
             for _ in range(3):
                 assert (await rest.post(CHAT, json=prompt(text))).status_code == 200
