@@ -42,18 +42,15 @@ class RetryBudgets:
 
     def request(self, model: str) -> bool:
         """Counts a request; returns whether it may be retried."""
-        spent = self._spent.get(model)
-        if spent is None:
-            return self._policy.burst_count > 0
-        spent -= self._policy.ratio
-        if spent <= 0:
-            del self._spent[model]
-        else:
+        is_allowed, spent = self.allows(model), self._spent.get(model, 0.0) - self._policy.ratio
+        if spent > 0:
             self._spent[model] = spent
-        return spent <= self._policy.burst_count - 1
+        else:
+            self._spent.pop(model, None)
+        return is_allowed
 
     def allows(self, model: str) -> bool:
-        """What `request` would return, without counting one."""
+        """Whether the model's next request may be retried."""
         spent = self._spent.get(model)
         if spent is None:
             return self._policy.burst_count > 0
