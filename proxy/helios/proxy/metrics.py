@@ -76,5 +76,5 @@ USAGE_LOST: Final = Counter(names.USAGE_LOST_TOTAL, "Hours of models whose usage
 
 PICKED: Final = PICKS.labels("picked")
 RELEASED: Final = PICKS.labels("released")
-# Requests that nobody was asked about, as replicas told of them.
+# Requests that nobody was asked about, as replicas told of them, or Envoy.
 EXPRESS: Final = PICKS.labels("express")

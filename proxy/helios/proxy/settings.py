@@ -247,7 +247,8 @@ class RoutingSettings(BaseModel):
     express_models: int = Field(default=16, ge=0, le=32)
     """Models that Envoy may route by itself, without asking this proxy about each request: those with one to 32
     replicas that are asked for most, where no key, rollout or adapter has a say. 16: Envoy compares each request with
-    the name of each, a tenth of a microsecond. 0: all requests are picked here."""
+    the name of each, a tenth of a microsecond. At most 32: of so many it remembers prompts. 0: all requests are picked
+    here."""
     express_per_second: PositiveFloat = 1.0
     """Requests a second of a model above which Envoy routes it by itself. 1: each such change is a message to every
     Envoy."""

@@ -2,8 +2,8 @@
 
 Fit is a model of whose requests nothing has to be decided or counted here before they go: all of them go to one
 replica whatever they say, or Envoy picks among few by what it is told (`granting`). Whether it is, is looked at after
-every event; the lane itself is `lane`. What comes by the lane is accounted for by what replicas report: the picker
-never sees it. Pure.
+every event; the lane itself is `lane`. The picker never sees what comes by the lane: it is accounted for by what
+replicas report, and by what Envoy tells of its picks (`told`). Pure.
 """
 
 from __future__ import annotations
