@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helios.mesh.routing import Choice, ModelRouting
+from helios.proxy import actions
 from helios.proxy.breaker import BreakerState
 from helios.proxy.catalogue import ModelEntry
 from helios.proxy.core import Core
 from helios.proxy.express.express import MAX_SHARED_REPLICAS
 from helios.proxy.express.granting import LaneCandidate, LaneView, lane_view
 from helios.proxy.express.lane import ExpressPolicy
+from helios.proxy.fleet.commands import DrainReplica, SleepReplica
 from helios.proxy.fleet.state import Load, ReplicaState
 from helios.proxy.holds import Hold
 from helios.proxy.retries import RetryBudgets, RetryPolicy
@@ -323,6 +325,41 @@ def test_a_lease_keeps_orders_back_and_says_what_came_by_the_lane() -> None:
     lane.expire(62.8)
     assert not lane.has_carried("r0")
     assert subject.express.pick_of("r0") is None
+
+
+def stopped(todo: list[actions.Action]) -> list[str]:
+    """Replicas that are told to take no more requests."""
+    orders = [action.command.order for action in todo if isinstance(action, actions.Send)]
+    return [order.replica_id for order in orders if isinstance(order, DrainReplica | SleepReplica)]
+
+
+@pytest.mark.parametrize("is_sleep", [True, False])
+def test_what_is_ordered_of_a_replica_of_a_lease_waits_until_that_is_over(is_sleep: bool) -> None:
+    subject = in_lane()
+    one = subject.fleet.replica("r0")
+    assert one is not None
+    granted(subject, 2.0)
+    if is_sleep:
+        subject.lifecycle.warmth.sleep(one)
+    else:
+        subject.lifecycle.drain(one, 2.0)
+    assert not stopped(subject.follow_up(2.0))
+    assert not subject.traffic.is_candidate("r0")
+    assert may_pick(granted(subject, 2.1)) == ["r1"], "the next lease is without it"
+    assert not stopped(subject.tick(2.7))
+    assert one.address in subject.express.lane.addresses() | subject.fleet.endpoints()
+    assert stopped(subject.tick(2.8)) == ["r0"]
+    assert one.address not in subject.express.lane.addresses()
+
+
+def test_what_is_ordered_of_a_replica_that_no_lease_has_does_not_wait() -> None:
+    subject = in_lane()
+    subject.load_report([LoadDelta("r0", Load(waiting_count=99))], 2.0)
+    granted(subject, 2.0)
+    one = subject.fleet.replica("r0")
+    assert one is not None
+    subject.lifecycle.drain(one, 2.0)
+    assert stopped(subject.follow_up(2.0)) == ["r0"]
 
 
 def test_what_is_said_of_a_model_that_has_but_one_replica_left_was_true_before() -> None:

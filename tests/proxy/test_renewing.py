@@ -53,13 +53,14 @@ class Proxy:
         request = pb.RenewRequest(**(usual | more))
         return pb.RenewResponse.FromString(self.renewing.answer(request.SerializeToString(), None))
 
-    def report(self, *started: str, finished: Sequence[str] = (), replica_id: str = "r0") -> None:
+    def report(self, *started: str, finished: Sequence[str] = (), replica_id: str = "r0", status_code: int = 0) -> None:
         """A replica tells of requests."""
         delta = types_pb2.LoadDelta(replica_id=replica_id)
         for request_id in started:
             delta.started.add(request_id=request_id)
         for request_id in finished:
-            delta.finished.add(request_id=request_id, prompt_tokens=5).duration.FromMilliseconds(5)
+            ended = delta.finished.add(request_id=request_id, prompt_tokens=5, status_code=status_code)
+            ended.duration.FromMilliseconds(5)
         message = fleet_pb.SessionRequest(load=fleet_pb.LoadReport(deltas=[delta]))
         self.fleet.take(message, f"w{replica_id[1:]}", time.monotonic())
 
@@ -212,6 +213,16 @@ def test_a_retry_that_envoy_made_is_counted_whichever_is_told_of_first() -> None
     proxy.renew(told("2"))
     assert retries._spent["m"] == pytest.approx(spent + 2 - 2 * 0.2)
     assert proxy.holds(*PROMPT) == {"r1": len(PROMPT)}, "and the prompt is where it came"
+
+
+def test_the_prompt_of_a_request_that_its_first_replica_refused_is_where_it_went_on() -> None:
+    proxy = Proxy()
+    proxy.renew()
+    proxy.report("q", finished=["q"], status_code=14)
+    proxy.report("q", replica_id="r1")
+    proxy.renew(told())
+    assert proxy.holds(*PROMPT) == {"r1": len(PROMPT)}
+    assert proxy.core.traffic.prompt_of("q") == PROMPT, "it runs there"
 
 
 def test_of_two_requests_of_one_name_nothing_is_left_when_both_have_ended() -> None:
