@@ -101,7 +101,7 @@ async def test_of_several_replicas_envoy_picks_explains_and_loses_nothing_in_a_d
         # The next ones go where less is done: what was sent lately does not count for long on a slow machine.
         taken = address if before[talks[0]] else edge.replica.name
         busy = next(key for key, replica in edge.worker.replicas.items() if replica.address == taken)
-        load = types_pb2.ReplicaLoad(running_count=5)
+        load = types_pb2.ReplicaLoad(running_requests=5)
         edge.worker.say(load=fleet_pb.LoadReport(deltas=[types_pb2.LoadDelta(replica_id=busy, load=load)]))
         await asyncio.sleep(0.3)
         before |= {talk: await where(ask(edge, client, talk), other) for talk in talks[3:]}
