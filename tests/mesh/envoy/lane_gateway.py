@@ -9,8 +9,6 @@ from importlib import import_module
 from typing import Any, Final
 
 import orjson
-from envoy_data_plane.envoy.extensions.common.matching.v3 import ExtensionWithMatcher
-from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
 from google.api import httpbody_pb2
 
 from helios.api.proxy.v1 import lane_service_pb2 as lane_pb
@@ -110,10 +108,10 @@ end
 @cache
 def script() -> bytes:
     """The source that the filter has, with the names in front of it."""
-    lane: Any = filters.lane().typed_config
-    wrapped: Any = ExtensionWithMatcher().parse(lane.value)
-    picker: Any = Lua().parse(wrapped.extension_config.typed_config.value)
-    source: str = picker.default_source_code.inline_string
+    code = filters.lane().default_source_code
+    assert code is not None
+    source: str | None = code.inline_string
+    assert source is not None
     return source.encode()
 
 

@@ -332,9 +332,9 @@ def test_the_limit_is_the_whole_body_and_answer() -> None:
 def test_what_makes_equal_prompts_different_is_left_to_a_proxy() -> None:
     gateway = leased(0.5)
     assert not gateway.send(chat()[:-1] + b',"cache_salt":"s"}').is_picked
-    assert not gateway.send(chat()[:-1] + b',"tools":[]}').is_picked
     assert not gateway.send(b'{"tools":[],"cache_salt":"s",' + chat()[1:]).is_picked
     assert gateway.send(b'{"tools":[],' + chat()[1:]).is_picked
+    assert gateway.send(chat()[:-1] + b',"tools":[]}').is_picked
     assert gateway.send(chat('\\"tools\\" \\"cache_salt\\"')).is_picked
 
 

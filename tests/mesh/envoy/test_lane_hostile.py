@@ -94,5 +94,5 @@ def test_whatever_comes_is_picked_for_or_left(parts: list[bytes]) -> None:
     gateway.renew(answer(0.5, 0.4, context_tokens=1000, tokens_per_byte=0.25, session_weight=0.2))
     body = b"".join(parts)
     request = gateway.send(body)
-    assert request.is_picked or b'"tools"' in body
+    assert request.is_picked
     assert not request.errors

@@ -156,6 +156,22 @@ def test_the_prompt_begins_where_it_is_named_first() -> None:
     assert none == []
 
 
+def test_tools_behind_messages_are_before_them_as_in_templates() -> None:
+    messages, more, tools = b'"messages":[' + b"m" * 900, b"n" * 600, b',"tools":[' + b"t" * 600 + b"]}"
+    bodies = [
+        b'{"model":"m",' + messages + b"]" + tools,
+        b'{"model":"another",' + messages + more + b"]" + tools,
+        b'{"model":"m",' + messages + b"]" + tools.replace(b"t" * 600, b"u" * 600),
+        b'{"model":"m",' + messages + b"]}",
+    ]
+    first, longer, others, without = hashes(*bodies)
+    assert len(first) * BLOCK_BYTES > 600 + 600, "the tools, and most of what both say"
+    assert longer[: len(first)] == first
+    assert len(longer) > len(first)
+    assert len({first[0], others[0], without[0]}) == 3
+    assert not set(first) & set(others)
+
+
 def test_the_cohort_is_what_prompts_have_in_common() -> None:
     gateway = Gateway()
     gateway.renew(answer(0.5))

@@ -98,6 +98,7 @@ _CHECK_SECONDS = 1.0
 _REST_PATH_HEADER = "x-envoy-original-path"
 _CHECK = "envoy.filters.http.ext_authz"
 _LUA = "envoy.filters.http.lua"
+_PICK = "helios.pick"
 # Where the lane's picker asks how to pick.
 _RENEW_PATH = "/helios.api.proxy.v1.LaneService/Renew"
 _GRPC = r"application/grpc.*"
@@ -216,11 +217,30 @@ def express() -> HttpFilter:
     return HttpFilter(name=EXPRESS_FILTER, config_discovery=source)
 
 
-def lane() -> HttpFilter:
-    """Picks among a model's replicas inside Envoy, where the express lane says that it may (``lane.lua``).
+def pick(settings: EdgeSettings) -> HttpFilter:
+    """Finds where a request goes at once, where that can be: in Envoy, for a model that the express lane has named, or
+    by one question of a proxy. Otherwise the picker is asked (`picker`).
 
-    Whoever is not in the lane does not meet it. Lua, since Envoy has it: a module in C would take less of the time, and
-    a compiler wherever Helios is installed.
+    One filter, since what has its endpoint already passes by each filter's conditions, which take Envoy microseconds.
+    """
+    is_asked = matching.all_of(
+        (
+            matching.request_header(_REST_PATH_HEADER, ".+"),
+            matching.request_header(BODY_BYTES_HEADER, _SHORT_BODY_BYTES),
+            matching.request_header(":path", f"/{re.escape(OPENAI_SERVICE)}/.*"),
+        )
+    )
+    rows = [(is_asked, pack.extension(_CHECK, question(settings)))]
+    if not settings.feeds:
+        # With several proxies nobody is in the lane.
+        rows.insert(0, (matching.request_header(LANE_HEADER, ".+"), pack.extension(_LUA, lane())))
+    return matching.taken(_PICK, rows, unless=matching.request_header(ENDPOINT_HEADER, ".+"))
+
+
+def lane() -> Lua:
+    """Picks among a model's replicas (``lane.lua``). A request that it leaves alone is the picker's.
+
+    Lua, since Envoy has it: a module in C would take less of the time, and a compiler wherever Helios is installed.
     """
     known = {
         "RENEW_PATH": _RENEW_PATH,
@@ -240,24 +260,22 @@ def lane() -> HttpFilter:
         constants += f"local {name} = {{" + ", ".join(f'"{field}"' for field in fields) + "}\n"
     script = resources.files("helios.mesh.envoy").joinpath("lane.lua").read_text(encoding="utf-8")
     # The route does not go by what it sets.
-    picker = Lua(default_source_code=DataSource(inline_string=constants + script), clear_route_cache=False)
-    return matching.skipped_where(_LUA, picker, (matching.is_not(matching.request_header(LANE_HEADER, ".+")),))
+    return Lua(default_source_code=DataSource(inline_string=constants + script), clear_route_cache=False)
 
 
-def check(settings: EdgeSettings) -> HttpFilter:
+def question(settings: EdgeSettings) -> ExtAuthz:
     """Asks a proxy where a REST request goes, in one message each way: its headers, the lifted model, and its body. A
-    proxy that can't say so at once says nothing, and the picker is asked (`picker`).
+    proxy that can't say so at once says nothing, and the picker is asked.
 
-    A request of the express lane has its endpoint already (clients can't set it) and is not asked about. Of native gRPC
-    the picker is asked: its body has not come yet, which the transcoder has waited for, and whoever sends one is told
-    what is wrong with its headers first.
+    Of native gRPC the picker is asked: its body has not come yet, which the transcoder has waited for, and whoever
+    sends one is told what is wrong with its headers first.
     """
     service = GrpcService(
         envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=clusters.PICKER),
         timeout=pack.seconds(_CHECK_SECONDS),
         initial_metadata=[HeaderValue(key=NODE_HEADER, value=settings.node_id)],
     )
-    question = ExtAuthz(
+    return ExtAuthz(
         grpc_service=service,
         transport_api_version=ApiVersion.V3,
         with_request_body=BufferSettings(
@@ -271,19 +289,10 @@ def check(settings: EdgeSettings) -> HttpFilter:
         allowed_headers=_picker_headers(),
         decoder_header_mutation_rules=HeaderMutationRules(allow_envoy=True),
     )
-    is_asked = matching.all_of(
-        (
-            matching.request_header(_REST_PATH_HEADER, ".+"),
-            matching.request_header(BODY_BYTES_HEADER, _SHORT_BODY_BYTES),
-            matching.request_header(":path", f"/{re.escape(OPENAI_SERVICE)}/.*"),
-        )
-    )
-    is_picked = matching.request_header(ENDPOINT_HEADER, ".+")
-    return matching.skipped_where(_CHECK, question, (is_picked, matching.is_not(is_asked)))
 
 
 def picker(settings: EdgeSettings) -> HttpFilter:
-    """Talks with a proxy about where a request goes that has no endpoint yet (`express`, `check`): it may have to wait,
+    """Talks with a proxy about where a request goes that has no endpoint yet (`express`, `pick`): it may have to wait,
     to be refused, or to show its body.
     """
     processor = _processor(settings)

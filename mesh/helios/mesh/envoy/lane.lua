@@ -135,19 +135,19 @@ local function hash_block(value, secrets, first)
   return value
 end
 
--- Where the prompt begins: at the first of these keys; and whether tools come later, which templates put first. What comes
--- after it in the body (a temperature) differs only in the last block. A quote within a JSON text has a backslash before
--- it, so these are found as keys, or as values by chance.
-local function prompt_start(text)
+-- A text with the prompt, and where in it that begins: with tools, as in templates, then with messages; nothing where
+-- there is none. What comes after it in the body (a temperature) differs only in the last block, or makes other tools of it.
+-- A quote within a JSON text has a backslash before it, so these are found as keys, or as values by chance.
+local function find_prompt(text)
   local messages = find(text, '"messages"', 1, true) or find(text, '"prompt"', 1, true)
-  if not messages then return nil, false end
-  local tools = find(text, '"tools"', 1, true)
-  if not tools then return messages, false end
-  return tools, tools > messages
+  local tools = messages and find(text, '"tools"', 1, true)
+  if not tools or tools < messages then return text, tools or messages end
+  return sub(text, tools) .. sub(text, messages, tools - 1), 1
 end
 
 -- The hashes of a prompt's blocks into `hashes` and `chain`; how many there are.
 local function hash_prompt(model, text, start)
+  if not start then return 0 end
   local count = math.min(floor((#text - start + 1) / BLOCK_BYTES), MAX_BLOCKS)
   if count < MIN_BLOCKS then return 0 end
   ffi.copy(prompt, ffi.cast("const char *", text) + (start - 1), count * BLOCK_BYTES)
@@ -531,11 +531,10 @@ function envoy_on_request(handle)
   -- What Envoy lifted from the body.
   local lifted = handle:streamInfo():dynamicMetadata():get(METADATA_NAMESPACE) or {}
   if may_not_fit(model, #text, lifted) then return end
-  local start, has_late_tools = prompt_start(text)
-  -- What makes equal prompts different is a proxy's to read: tools, or a "cache_salt" (texts have fewer "_" than quotes).
-  if has_late_tools or find(text, '_salt"', 1, true) then return end
+  -- What makes equal prompts different is a proxy's to read: a "cache_salt" (texts have fewer "_" than quotes).
+  if find(text, '_salt"', 1, true) then return end
   headers = handle:headers()
-  local count = start and model.prefix_weight > 0 and hash_prompt(model, text, start) or 0
+  local count = model.prefix_weight > 0 and hash_prompt(model, find_prompt(text)) or 0
   local is_drawn = count_held(model, count)
   local session = model.session_weight > 0 and session_of(headers, lifted)
   local home = session and home_of(model.ring, session)

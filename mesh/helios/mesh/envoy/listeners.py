@@ -79,8 +79,8 @@ def edge_listener(settings: EdgeSettings) -> Listener:
         filters.lift_model(),
         filters.transcoder(services, settings.limits),
         # With several proxies nobody is in the lane: each has a view of its own.
-        *(() if settings.feeds else (filters.express(), filters.lane())),
-        filters.check(settings),
+        *(() if settings.feeds else (filters.express(),)),
+        filters.pick(settings),
         filters.picker(settings),
         filters.router(),
     ]

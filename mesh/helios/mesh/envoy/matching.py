@@ -6,6 +6,7 @@ import betterproto2
 from envoy_data_plane.envoy.config.core.v3 import TypedExtensionConfig as Extension
 from envoy_data_plane.envoy.extensions.common.matching.v3 import ExtensionWithMatcher
 from envoy_data_plane.envoy.extensions.filters.common.matcher.action.v3 import SkipFilter
+from envoy_data_plane.envoy.extensions.filters.http.composite.v3 import Composite, ExecuteFilterAction
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.envoy.type.matcher.v3 import HttpRequestHeaderMatchInput, HttpResponseHeaderMatchInput
 from envoy_data_plane.xds.core.v3 import TypedExtensionConfig as XdsExtension
@@ -52,13 +53,28 @@ def skipped_where(filter_name: str, message: betterproto2.Message, conditions: I
 
     Conditions of one filter are all of the request or all of the response.
     """
-    skip = MatcherOnMatch(action=_extension("skip", SkipFilter()))
-    rows = [MatcherMatcherListFieldMatcher(predicate=condition, on_match=skip) for condition in conditions]
+    rows = [MatcherMatcherListFieldMatcher(predicate=condition, on_match=_SKIP) for condition in conditions]
     wrapped = ExtensionWithMatcher(
         xds_matcher=Matcher(matcher_list=MatcherMatcherList(matchers=rows)),
         extension_config=pack.extension(filter_name, message),
     )
     return pack.http_filter(filter_name, wrapped)
+
+
+def taken(name: str, rows: Iterable[tuple[Condition, Extension]], *, unless: Condition) -> HttpFilter:
+    """Returns a filter that is the first one whose condition applies; none where none does, or where ``unless`` does.
+
+    Conditions are of the request.
+    """
+    matchers = [MatcherMatcherListFieldMatcher(predicate=unless, on_match=_SKIP)]
+    for condition, extension in rows:
+        action = MatcherOnMatch(action=_extension("taken", ExecuteFilterAction(typed_config=extension)))
+        matchers.append(MatcherMatcherListFieldMatcher(predicate=condition, on_match=action))
+    wrapped = ExtensionWithMatcher(
+        xds_matcher=Matcher(matcher_list=MatcherMatcherList(matchers=matchers)),
+        extension_config=pack.extension("envoy.filters.http.composite", Composite()),
+    )
+    return pack.http_filter(name, wrapped)
 
 
 def _fits(message: betterproto2.Message, pattern: str) -> Condition:
@@ -70,3 +86,6 @@ def _fits(message: betterproto2.Message, pattern: str) -> Condition:
 def _extension(name: str, message: betterproto2.Message) -> XdsExtension:
     packed: Extension = pack.extension(name, message)
     return XdsExtension(name=packed.name, typed_config=packed.typed_config)
+
+
+_SKIP = MatcherOnMatch(action=_extension("skip", SkipFilter()))
