@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from helios.mesh.errors import Unavailable
-from helios.mesh.tasks import keep_running, outcome_of, task_scope
+from helios.mesh.errors import HeliosError, NotFound, Unavailable
+from helios.mesh.tasks import keep_running, outcome_of, retried, task_scope
 
 
 async def test_runs_again_after_recoverable_errors() -> None:
@@ -48,6 +48,22 @@ async def test_runs_again_when_what_it_awaited_was_cancelled() -> None:
         async with asyncio.timeout(1):
             await keep_running("session", session, base_seconds=0.001, cap_seconds=0.01)
     assert runs == 3
+
+
+@pytest.mark.parametrize(("error", "is_run_again"), [(Unavailable("away"), True), (NotFound("none"), False)])
+async def test_what_may_pass_is_run_again_until_its_time_is_over(error: HeliosError, is_run_again: bool) -> None:
+    runs = 0
+
+    async def refused() -> None:
+        nonlocal runs
+        runs += 1
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        async with asyncio.timeout(5):
+            await retried(refused, within_seconds=0.5)
+    assert raised.value is error
+    assert (runs > 1) is is_run_again
 
 
 async def test_a_scope_cancels_its_tasks_when_its_body_ends() -> None:

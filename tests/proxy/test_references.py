@@ -1,4 +1,4 @@
-"""Tags and digests in requests: which entry a reference means, and a proxy's copy that follows a real registry."""
+"""Tags and digests in requests: which entry a reference means; what a proxy hears from a real registry and tells it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from helios.mesh.errors import ModelNotFound, NotFound, RevisionNotFound
+from helios.mesh.errors import ModelNotFound, NotFound, RevisionNotFound, Unavailable
 from helios.proxy.catalog.addressed import entries_of
 from helios.proxy.catalog.session import RegistryClients, RegistrySession
 from helios.proxy.catalogue import ModelEntry, addressed_name, is_by_digest
 from helios.proxy.core import Core
-from helios.registry.client import EngineSettings, ModelPolicy, RegistryClient, ResolvedModel, VersionClient
+from helios.registry.client import EngineSettings, Model, ModelPolicy, RegistryClient, ResolvedModel, VersionClient
 from helios.registry.names import Reference, parse_reference
 from tests.proxy.support import core, entry
 from tests.registry.support import Mesh, Parts, open_parts, serve
@@ -151,6 +151,28 @@ async def test_an_answer_that_is_older_than_the_watch_moves_no_tag_back(world: W
     world.core.model_upserted(await world.session.find(f"m@{A[7:15]}"), 0.0)
     assert (world.found("m@prod") or entry()).revision == B
     assert (world.found(f"m@{A[7:15]}") or entry()).revision == A
+
+
+async def test_a_scale_waits_for_the_registry_and_keeps_what_others_change_meanwhile(world: World) -> None:
+    catalog, clients, asked = world.parts.catalog, world.session._clients, []
+
+    class Shaky(RegistryClient):
+        async def get_model(self, name: str) -> Model:
+            asked.append(name)
+            if len(asked) == 1:
+                raise Unavailable("failed to connect")
+            found = await super().get_model(name)
+            if len(asked) == 2:
+                await catalog.update_policy("m", replace(found.policy, idle_seconds=77))
+            return found
+
+    world.session._clients = replace(clients, steady=Shaky(clients.steady._dialer))
+    entry = await world.session.set_policy("m", min_replicas=2, max_replicas=3)
+    assert (entry.min_replicas, entry.max_replicas, len(asked)) == (2, 3, 3)
+    assert (await clients.steady.get_model("m")).policy == ModelPolicy(2, 3, idle_seconds=77)
+    with pytest.raises(ModelNotFound):
+        await world.session.set_policy("nobody", min_replicas=2, max_replicas=3)
+    assert len(asked) == 4
 
 
 async def test_a_model_that_went_while_it_was_asked_for_stays_away(world: World) -> None:

@@ -1,13 +1,17 @@
 """Calls as a client's wrapper makes them: what they answer, with HeliosError where they fail."""
 
 from collections.abc import AsyncGenerator, Awaitable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import grpc.aio
 
 from helios.mesh.status import error_from_rpc
 
 T = TypeVar("T")
+
+# How long a call that may be made twice waits (`wait_for_ready`) for a component that restarts: it serves again within
+# two or three seconds.
+RESTART_SECONDS: Final = 6.0
 
 
 async def answer_of(call: Awaitable[T]) -> T:

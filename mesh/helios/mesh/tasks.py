@@ -46,6 +46,21 @@ async def keep_running(
         await asyncio.sleep(random.uniform(0, 2 * base_seconds))  # noqa: S311 - no secret
 
 
+async def retried(work: Callable[[], Awaitable[T]], *, within_seconds: float) -> T:
+    """Returns what ``work()`` returns, run anew with full-jitter back-off while it fails in a way that may pass.
+
+    For what somebody waits for and may be done twice. Raises the last HeliosError once ``within_seconds`` have passed,
+    and at once one that is not ``is_retryable``; how long a try takes is for ``work`` to bound.
+    """
+    retrying = tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, HeliosError) and error.is_retryable),
+        wait=tenacity.wait_random_exponential(multiplier=0.1, max=1),
+        stop=tenacity.stop_after_delay(within_seconds),
+        reraise=True,
+    )
+    return await retrying(work)
+
+
 @asynccontextmanager
 async def task_scope() -> AsyncIterator[asyncio.TaskGroup]:
     """A task group whose tasks are cancelled, not awaited, when its body ends.

@@ -12,7 +12,7 @@ from typing import Final
 
 from helios.api.registry.v1 import registry_service_pb2 as pb
 from helios.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
-from helios.mesh.calls import answer_of, messages_of
+from helios.mesh.calls import RESTART_SECONDS, answer_of, messages_of
 from helios.mesh.channel import StubSource
 from helios.registry import wire
 from helios.registry.artifact_client import ArtifactClient
@@ -160,8 +160,6 @@ __all__ = [
 
 # Reads take milliseconds; a registry that was just started may still open its database.
 DEFAULT_TIMEOUT_SECONDS: Final = 10.0
-# A registry that restarts serves again within two or three seconds.
-RESTART_SECONDS: Final = 6.0
 # Deleting may wait for an ingest's commit and removes files of a whole model.
 DELETE_TIMEOUT_SECONDS: Final = 60.0
 # A large model off a slow disk; the registry's own limits end an ingest that hangs.

@@ -12,7 +12,7 @@ from helios.api.admin.v1.admin_service_pb2_grpc import AdminServiceServicer
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet_pb
 from helios.api.fleet.v1 import types_pb2
 from helios.mesh.audit import audit
-from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, Unavailable
+from helios.mesh.errors import DeadlineExceeded, HeliosError, InvalidRequest, NotFound, Unavailable
 from helios.proxy.admin.plans import plan_evict, plan_preload, plan_stage, plan_unstage
 from helios.proxy.admin.watch import EventWatches
 from helios.proxy.breaker import BreakerState
@@ -295,11 +295,9 @@ class AdminServicer(AdminServiceServicer):
     async def _write_policy(self, name: str, *, min_replicas: int, max_replicas: int) -> ModelEntry:
         try:
             return await self._models.set_policy(name, min_replicas=min_replicas, max_replicas=max_replicas)
-        except (InvalidRequest, NotFound):
-            raise
-        except HeliosError as error:
+        except (Unavailable, DeadlineExceeded) as error:
             raise Unavailable(
-                f"the policy of '{name}' can't be written: the registry is not reachable",
+                f"the policy of '{name}' can't be written: the registry is not reachable ({error.message})",
                 reason="REGISTRY_UNAVAILABLE",
                 metadata={"model": name},
                 retry_after_seconds=2,

@@ -12,7 +12,9 @@ from typing import Protocol
 
 import structlog
 
+from helios.mesh.calls import RESTART_SECONDS
 from helios.mesh.errors import HeliosError, NotFound, Unavailable
+from helios.mesh.tasks import retried
 from helios.proxy.catalog.addressed import MAX_SPELLINGS, entries_of
 from helios.proxy.catalogue import ModelEntry, is_by_digest
 from helios.proxy.runtime import Runtime
@@ -91,10 +93,15 @@ class RegistrySession:
         return entry
 
     async def set_policy(self, name: str, *, min_replicas: int, max_replicas: int) -> ModelEntry:
-        """Writes through to the registry; what else the policy says stays."""
-        model = await self._clients.steady.get_model(name)
-        policy = replace(model.policy, min_replicas=min_replicas, max_replicas=max_replicas)
-        model = await self._clients.steady.update_policy(name, policy, expected_version=model.version)
+        """Writes through to the registry; what else the policy says stays, also where somebody changes it meanwhile."""
+
+        async def write() -> Model:
+            model = await self._clients.steady.get_model(name)
+            policy = replace(model.policy, min_replicas=min_replicas, max_replicas=max_replicas)
+            return await self._clients.steady.update_policy(name, policy, expected_version=model.version)
+
+        # An operator waits for it: so are a registry that restarts and a connection that is just being made.
+        model = await retried(write, within_seconds=RESTART_SECONDS)
         return entries_of(model, self._spelled.get(model.name, {}))[0]
 
     async def watch(self) -> None:

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from helios.mesh.errors import HeliosError, Unavailable
+from helios.mesh.errors import DeadlineExceeded, Unavailable
 from helios.proxy.actions import Action
 from helios.proxy.core import Core
 
@@ -89,11 +89,9 @@ class Cordons:
         taken_count = self._taken_count
         try:
             cordons = await self._source.set(worker_id, is_cordoned=is_cordoned)
-        except HeliosError as error:
-            if not isinstance(error, Unavailable) and error.grpc_code not in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
-                raise
+        except (Unavailable, DeadlineExceeded) as error:
             raise Unavailable(
-                "cordons can't be changed: the registry is not reachable",
+                f"cordons can't be changed: the registry is not reachable ({error.message})",
                 reason="REGISTRY_UNAVAILABLE",
                 metadata={"worker_id": worker_id},
                 retry_after_seconds=2,

@@ -2,18 +2,15 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Final
 
 from helios.api.registry.v1 import cordon_service_pb2 as pb
 from helios.api.registry.v1.cordon_service_pb2_grpc import CordonServiceStub
-from helios.mesh.calls import answer_of, messages_of
+from helios.mesh.calls import RESTART_SECONDS, answer_of, messages_of
 from helios.mesh.channel import StubSource
 from helios.registry.cordons.records import Cordon
 from helios.registry.cordons.wire import cordon_from_proto
 
 __all__ = ["Cordon", "CordonClient"]
-
-_TIMEOUT_SECONDS: Final = 10.0
 
 
 class CordonClient:
@@ -25,7 +22,9 @@ class CordonClient:
     async def set(self, worker_id: str, *, is_cordoned: bool) -> tuple[Cordon, ...]:
         """Cordons a worker, or lifts its cordon; returns all cordons."""
         request = pb.SetCordonRequest(worker_id=worker_id, cordoned=is_cordoned)
-        response = await answer_of(self._stub().SetCordon(request, timeout=_TIMEOUT_SECONDS))
+        # Idempotent, and an operator waits for it.
+        stub = self._stub()
+        response = await answer_of(stub.SetCordon(request, timeout=RESTART_SECONDS, wait_for_ready=True))
         return tuple(map(cordon_from_proto, response.cordons))
 
     async def watch(self) -> AsyncGenerator[tuple[Cordon, ...], None]:
