@@ -229,8 +229,8 @@ def test_a_durable_answer_has_the_first_token_of_its_first_replica() -> None:
     assert subject.moved_on("q", moved("r2", at=5.0), 1.25)
     subject.arrived("q", "r2", WALL + 5.0, 5.1)
     # The end of the replica that was left may be told late.
-    subject.finished("q", replace(finished(duration=3.0), replica_id="r1", status_code=14))
-    subject.finished("q", replace(finished(first=0.1, duration=2.0), replica_id="r2"))
+    subject.finished("q", finished(duration=3.0)._replace(replica_id="r1", status_code=14))
+    subject.finished("q", finished(first=0.1, duration=2.0)._replace(replica_id="r2"))
     record = subject.find("q")
     assert record is not None
     assert record.finished is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from helios.proxy.explain.timeline import Phase, Segment, clip, lay_out
 
@@ -65,9 +65,8 @@ class Arrived:
     heard_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """How a request ended at its replica; durations count from its arrival there."""
+class Finished(NamedTuple):
+    """How a request ended at its replica; durations count from its arrival there. A tuple, made per request."""
 
     replica_id: str
     status_code: int

@@ -180,17 +180,18 @@ class FleetServicer(FleetServiceServicer):
                 )
 
     def _note(self, report: pb.LoadReport, ends: Ends, now: float) -> None:
-        journal = self._runtime.journal
+        journal, express_count = self._runtime.journal, 0
         for delta, ended in zip(report.deltas, ends, strict=True):
             pick = self._runtime.core.express.pick_of(delta.replica_id)
             for request_id, at in wire.arrivals_from_proto(delta):
                 if pick is not None and not journal.knows(request_id):
-                    metrics.EXPRESS.inc()
+                    express_count += 1
                     arrived_at = now if at is None else min(now, at - journal.wall_offset)
                     journal.picked(request_id, (pick.model, pick, (), "", arrived_at, arrived_at))
                 journal.arrived(request_id, delta.replica_id, at, now)
             for request_id, finished in ended:
                 journal.finished(request_id, finished)
+        metrics.EXPRESS.inc(express_count)
 
     async def _write(self, outbox: Outbox, context: Any) -> None:
         leadership = self._runtime.core.leadership

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 # Requests that run, and those that failed a moment ago and may be tried elsewhere: a hundred bytes each.
 _REQUEST_COUNT: Final = 65_536
@@ -27,9 +27,11 @@ _TOTAL_COUNT: Final = 50_000
 _RETRIED: Final = frozenset({2, 13, 14})
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """What was counted of a model in an hour; ``busy_ms`` is what requests took at replicas, in all."""
+class Tally(NamedTuple):
+    """What was counted of a model in an hour; ``busy_ms`` is what requests took at replicas, in all.
+
+    A NamedTuple because each request makes three.
+    """
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -37,7 +39,8 @@ class Tally:
     cold_starts: int = 0
     busy_ms: int = 0
 
-    def __add__(self, other: Tally) -> Tally:
+    def plus(self, other: Tally) -> Tally:
+        """Returns the sums."""
         return Tally(
             self.requests + other.requests,
             self.prompt_tokens + other.prompt_tokens,
@@ -47,6 +50,8 @@ class Tally:
         )
 
 
+_NOTHING: Final = Tally()
+_REQUEST: Final = Tally(requests=1)
 Key = tuple[str, int]
 """A model and an hour."""
 
@@ -72,7 +77,7 @@ class Meter:
         """A replica says that a request reached it; `is_ours`: this proxy's ledger knows it."""
         if is_ours and request_id not in self._ours and request_id not in self._others:
             _note(self._ours, request_id)
-            self._add(model, hour, Tally(requests=1))
+            self._add(model, hour, _REQUEST)
 
     def finished(
         self, request_id: str, model: str, hour: int, *, taken: Tally, status_code: int, is_ours: bool
@@ -114,7 +119,7 @@ class Meter:
     def _add(self, name: str, hour: int, more: Tally) -> None:
         # Requests for a tag or a revision are the model's.
         key = name.partition("@")[0], hour
-        self._tallies[key] = self._tallies.get(key, Tally()) + more
+        self._tallies[key] = self._tallies.get(key, _NOTHING).plus(more)
         if len(self._tallies) > _TOTAL_COUNT:
             # Without a registry nobody takes them.
             del self._tallies[next(iter(self._tallies))]
@@ -151,7 +156,7 @@ class Outgoing:
             last = self._reports[-1].tallies
             while items and (items[0][0] in last or len(last) < _REPORT_COUNT):
                 key, tally = items.popleft()
-                last[key] = last.get(key, Tally()) + tally
+                last[key] = last.get(key, _NOTHING).plus(tally)
         while sum(len(report.tallies) for report in self._reports) > _TOTAL_COUNT:
             self.lost_count += len(self._reports.popleft().tallies)
             self._tried = max(0, self._tried - 1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import astuple
 from typing import Any, Final, Protocol
 from uuid import uuid4
 
@@ -94,7 +93,7 @@ class UsageReporter:
 
     async def _deliver(self) -> HeliosError | None:
         while (report := self._outgoing.next()) is not None:
-            deltas = [Delta(model, hour, Counts(*astuple(tally))) for (model, hour), tally in report.tallies.items()]
+            deltas = [Delta(model, hour, Counts(*tally)) for (model, hour), tally in report.tallies.items()]
             try:
                 await self._sink.report(report.reporter, report.sequence, deltas)
             except HeliosError as error:
@@ -107,7 +106,7 @@ class UsageReporter:
             {
                 "reporter": report.reporter,
                 "sequence": report.sequence,
-                "tallies": [[*key, *astuple(tally)] for key, tally in report.tallies.items()],
+                "tallies": [[*key, *tally] for key, tally in report.tallies.items()],
             }
             for report in self._outgoing.all()
         ]
