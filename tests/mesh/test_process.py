@@ -28,7 +28,7 @@ async def tick():
 
 async def main(settings, lifetime):
     if settings.count == 13:
-        raise InvalidRequest("thirteen is refused")
+        raise InvalidRequest("thirteen is refused", metadata={"error": "of its own", "event": "13"})
     lifetime.group.create_task(tick(), name="tick")
     lifetime.mark_ready(count=settings.count, peers=list(settings.peers))
     await lifetime.wait_stop()
@@ -97,6 +97,9 @@ def test_a_failed_start_says_why_in_one_line(program: list[str]) -> None:
     assert result.returncode == 1
     assert "thirteen is refused" in result.stderr
     assert "Traceback" not in result.stderr
+    # Whatever an error's values are called, the log has them.
+    logged = next(json.loads(line) for line in result.stderr.splitlines() if "process failed" in line)
+    assert (logged["error"], logged["metadata"]) == ("thirteen is refused", {"error": "of its own", "event": "13"})
 
 
 HANGING = """

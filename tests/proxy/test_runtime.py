@@ -120,28 +120,33 @@ async def test_a_full_disk_ends_no_proxy_and_is_written_to_when_it_has_room() ->
 
 
 class DeafEnvoys(NoEnvoys):
-    """Takes no express lane up, however often it is asked."""
+    """Takes nothing up, however often it is asked; keeps how often it was, by what."""
 
     def __init__(self) -> None:
-        self.asked = 0
-        self.asked_again = asyncio.Event()
+        self.asked = {"endpoints": 0, "express lane": 0}
+
+    async def wait_acked(self, version: int, deadline: float) -> None:
+        await self._refuse("endpoints", version)
 
     async def wait_express_acked(self, version: int, deadline: float) -> None:
-        self.asked += 1
-        if self.asked > 2:
-            self.asked_again.set()
+        await self._refuse("express lane", version)
+
+    async def _refuse(self, what: str, version: int) -> None:
+        self.asked[what] += 1
+        if self.asked[what] > 2:
             await asyncio.Event().wait()
         raise Unavailable("not in time", metadata={"version": str(version), "lagging": "edge"})
 
 
-async def test_an_express_lane_that_no_envoy_takes_up_ends_nothing() -> None:
+async def test_endpoints_and_an_express_lane_that_no_envoy_takes_up_end_nothing() -> None:
     envoys = DeafEnvoys()
     # It may have had a lane before it was started again, which is to be withdrawn.
     settings = replace(policy(), routing=RoutingPolicy(express=ExpressPolicy(1, 1.0)), resync_seconds=0.0)
     runtime = Runtime(core(settings, known_workers=["w"]), publisher=envoys, memory=SlowDisk())
-    async with asyncio.timeout(20), task_scope() as group:
+    async with task_scope() as group:
         group.create_task(runtime.run())
-        await envoys.asked_again.wait()
+        runtime.apply(runtime.core.worker_hello(hello("w", replicas=(replica("r"),)), 0.0))
+        await until(lambda: min(envoys.asked.values()) > 2, seconds=20)
 
 
 async def test_a_proxy_that_remembers_nothing_takes_back_what_envoys_still_have_of_its_lane() -> None:

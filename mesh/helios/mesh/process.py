@@ -130,7 +130,7 @@ def _collect_seldom() -> None:
 
 def _report(name: str, error: BaseException) -> int:
     if isinstance(error, HeliosError):
-        log.error("process failed", reason=error.reason, error=error.message, **error.metadata)
+        log.error("process failed", reason=error.reason, error=error.message, metadata=error.metadata)
         sys.stderr.write(f"helios {name}: {error.message}\n")
     else:
         log.error("process failed", exc_info=error)

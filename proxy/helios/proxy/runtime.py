@@ -456,7 +456,7 @@ class Runtime:
             try:
                 await self._publisher.wait_acked(version, time.monotonic() + _ACK_SECONDS)
             except Unavailable as error:
-                log.warning("endpoints not acknowledged", version=version, error=error.message, **error.metadata)
+                log.warning("endpoints not acknowledged", error=error.message, metadata=error.metadata)
                 self._endpoints_changed.set()
                 continue
             now = time.monotonic()
@@ -472,7 +472,7 @@ class Runtime:
             try:
                 await self._publisher.wait_express_acked(version, time.monotonic() + _ACK_SECONDS)
             except Unavailable as error:
-                log.warning("express lane not acknowledged", error=error.message, **error.metadata)
+                log.warning("express lane not acknowledged", error=error.message, metadata=error.metadata)
                 self._express_changed.set()
                 continue
             self.apply(self.core.express_acknowledged(lane_version, time.monotonic()))
