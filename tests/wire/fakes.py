@@ -17,6 +17,7 @@ from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
 from envoy.service.ext_proc.v3 import external_processor_pb2, external_processor_pb2_grpc
 from envoy.type.v3 import http_status_pb2
 from google.api import httpbody_pb2
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from helios.api.inference.v1 import inference_service_pb2, inference_service_pb2_grpc, openai_service_pb2_grpc
@@ -123,6 +124,8 @@ class PickRequest:
     headers: dict[str, str]
     model: str
     envoy_node: str
+    lifted: dict[str, Any]
+    """What Envoy read of the body."""
 
 
 # An error rejects the request; a list of endpoints is tried in order.
@@ -151,8 +154,9 @@ class FakePicker(external_processor_pb2_grpc.ExternalProcessorServicer):
                 yield in_cluster(response, response.request_body, self.cluster)
                 return
             headers = {h.key: h.raw_value.decode() or h.value for h in message.request_headers.headers.headers}
-            lifted = message.metadata_context.filter_metadata["helios"].fields["model"].string_value
-            request = PickRequest(headers, headers.get("x-helios-model") or lifted, node)
+            fields = message.metadata_context.filter_metadata["helios"]
+            lifted = fields.fields["model"].string_value
+            request = PickRequest(headers, headers.get("x-helios-model") or lifted, node, MessageToDict(fields))
             self.requests.append(request)
             if self.hold is not None:
                 await self.hold(request)

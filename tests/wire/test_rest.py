@@ -3,7 +3,9 @@
 import asyncio
 import gzip
 import json
+import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import httpx
@@ -68,13 +70,18 @@ async def test_the_picker_learns_how_long_a_body_is(gateway: Gateway, rest: http
     assert "x-helios-body-bytes" not in gateway.picker.requests[-1].headers, "nobody said"
 
 
-async def test_an_ordinary_request_and_its_answer_meet_no_lua(gateway: Gateway, rest: httpx.AsyncClient) -> None:
-    before = await _lua_executions(gateway)
+async def test_what_an_ordinary_request_and_its_answer_meet(gateway: Gateway, rest: httpx.AsyncClient) -> None:
+    # Neither the script that refuses and shapes errors, nor a JSON parser.
+    met = await _met(gateway)
     for body in ({"model": "m"}, {"model": "m", "stream": True}):
         assert (await rest.post(CHAT, json=body)).status_code == 200
-    assert await _lua_executions(gateway) == before
-    assert (await rest.post(f"{CHAT}?beta=true", json={"model": "m"})).status_code == 200
-    assert await _lua_executions(gateway) > before, "it is counted"
+    met += Counter({"lua_lift_executions": 2})
+    assert await _met(gateway) == met
+    assert (await rest.post(f"{CHAT}?beta=true", json={"model": "é"})).status_code == 200
+    met += Counter({"lua_lift_executions": 1, "json_to_metadata_rq_success": 1})
+    found = await _met(gateway)
+    assert found.pop("lua_executions") > met.pop("lua_executions", 0)
+    assert found == met
 
 
 @pytest.mark.parametrize(
@@ -216,6 +223,35 @@ async def test_json_is_recognised(gateway: Gateway, rest: httpx.AsyncClient, con
     answer = await rest.post(CHAT, content=b'{"model":"m"}', headers=headers)
     assert answer.status_code == 200
     assert gateway.picker.requests[0].model == "m"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"m","max_tokens":5,"n":2,"user":"u","service_tier":"flex","prompt_cache_key":"k"}',
+        b'{\r\n\t"messages" : [ {"role":"user", "content":"\\"model\\":\\"x\\" \\\\"} ] ,\n "model" : "org/name" }\n',
+        b'{"tools":[{"model":"x","max_tokens":9}],"model":"m","metadata":{"user":"x"}}',
+        b'{"model":"a\\/b","user":"\\u00e9"}',
+        '{"model":"é","user":"ü"}'.encode(),
+        b'{"mode\\u006c":"m"}',
+        b'{"model":"m","max_tokens":1.5,"n":-1}',
+        b'{"model":"m","max_tokens":1000000000000001,"user":null,"n":true}',
+        b'{"model":"m","user":"' + b"u" * 300 + b'"}',
+        b'{"model":"m","user":"","max_tokens":0}',
+        b'{"model":"m","x":' + b"[" * 70 + b"]" * 70 + b"}",
+        b'{"model":"m","user":"u","user":"v"}',
+    ],
+    ids=lambda body: repr(body)[:30],
+)
+async def test_what_is_read_of_a_body_is_what_a_parser_reads(
+    gateway: Gateway, rest: httpx.AsyncClient, body: bytes
+) -> None:
+    # Without a content type it goes to Envoy's parser at once.
+    for headers in ({"content-type": "application/json"}, {}):
+        assert (await rest.post(CHAT, content=body, headers=headers)).status_code == 200
+    read, parsed = (request.lifted for request in gateway.picker.requests[:2])
+    assert read == parsed
+    assert parsed["model"] == json.loads(body)["model"]
 
 
 async def test_of_duplicate_model_keys_the_last_one_is_lifted(gateway: Gateway, rest: httpx.AsyncClient) -> None:
@@ -373,8 +409,14 @@ async def test_the_access_log_names_the_request(gateway: Gateway, rest: httpx.As
     assert lines[0]["endpoint"] == gateway.replica_address
 
 
-async def _lua_executions(gateway: Gateway) -> int:
+async def _met(gateway: Gateway) -> Counter[str]:
+    """How many requests have met which of these, and that no script has failed."""
     assert gateway.envoy is not None
-    name = 'envoy_http_lua_executions{envoy_http_conn_manager_prefix="edge_listener"} '
-    text = await gateway.envoy.admin.prometheus()
-    return sum(int(line.removeprefix(name)) for line in text.splitlines() if line.startswith(name))
+    values: Counter[str] = Counter()
+    for line in (await gateway.envoy.admin.prometheus()).splitlines():
+        if found := re.fullmatch(r"envoy_(?:http_)?((?:lua|json_to_metadata)_\w+)\{.*\} (\d+)", line):
+            values[found[1]] += int(found[2])
+    assert not any(values[f"{script}_errors"] for script in ("lua", "lua_lift", "lua_lane"))
+    return Counter(
+        {name: values[name] for name in ("lua_executions", "lua_lift_executions", "json_to_metadata_rq_success")}
+    )

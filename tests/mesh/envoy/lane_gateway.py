@@ -159,7 +159,7 @@ def chat(text: str = "") -> bytes:
 
 
 def lifted_from(body: bytes) -> dict[str, Any]:
-    """What Envoy lifts from a body (`filters.lift_model`)."""
+    """What Envoy lifts from a body (`filters.lift`)."""
     try:
         document = orjson.loads(body)
     except ValueError:

@@ -109,6 +109,7 @@ def test_the_filters_stand_in_this_order(tmp_path: Path) -> None:
             "lua",
             "health_check",
             "cors",
+            "lift",
             "json_to_metadata",
             "grpc_json_transcoder",
             "express",

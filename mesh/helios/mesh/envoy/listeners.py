@@ -76,7 +76,7 @@ def edge_listener(settings: EdgeSettings) -> Listener:
         filters.error_shaping(services, settings.limits),
         filters.healthz(),
         filters.cors(),
-        filters.lift_model(),
+        *filters.lift(),
         filters.transcoder(services, settings.limits),
         # With several proxies nobody is in the lane: each has a view of its own.
         *(() if settings.feeds else (filters.express(),)),

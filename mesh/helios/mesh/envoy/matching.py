@@ -8,7 +8,16 @@ from envoy_data_plane.envoy.extensions.common.matching.v3 import ExtensionWithMa
 from envoy_data_plane.envoy.extensions.filters.common.matcher.action.v3 import SkipFilter
 from envoy_data_plane.envoy.extensions.filters.http.composite.v3 import Composite, ExecuteFilterAction
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
-from envoy_data_plane.envoy.type.matcher.v3 import HttpRequestHeaderMatchInput, HttpResponseHeaderMatchInput
+from envoy_data_plane.envoy.extensions.matching.common_inputs.network.v3 import (
+    DynamicMetadataInput,
+    DynamicMetadataInputPathSegment,
+)
+from envoy_data_plane.envoy.extensions.matching.input_matchers.metadata.v3 import Metadata
+from envoy_data_plane.envoy.type.matcher.v3 import (
+    HttpRequestHeaderMatchInput,
+    HttpResponseHeaderMatchInput,
+    ValueMatcher,
+)
 from envoy_data_plane.xds.core.v3 import TypedExtensionConfig as XdsExtension
 from envoy_data_plane.xds.type.matcher.v3 import (
     Matcher,
@@ -38,6 +47,19 @@ def response_header(name: str, pattern: str) -> Condition:
     return _fits(HttpResponseHeaderMatchInput(header_name=name), pattern)
 
 
+def has_metadata(namespace: str, key: str) -> Condition:
+    """Whether a filter before has set this."""
+    single = MatcherMatcherListPredicateSinglePredicate(
+        input=_extension(
+            "metadata", DynamicMetadataInput(filter=namespace, path=[DynamicMetadataInputPathSegment(key=key)])
+        ),
+        custom_match=_extension(
+            "envoy.matching.matchers.metadata_matcher", Metadata(value=ValueMatcher(present_match=True))
+        ),
+    )
+    return Condition(single_predicate=single)
+
+
 def all_of(conditions: Iterable[Condition]) -> Condition:
     """Two conditions or more at once."""
     return Condition(and_matcher=MatcherMatcherListPredicatePredicateList(predicate=list(conditions)))
@@ -49,32 +71,30 @@ def is_not(condition: Condition) -> Condition:
 
 
 def skipped_where(filter_name: str, message: betterproto2.Message, conditions: Iterable[Condition]) -> HttpFilter:
-    """Returns a filter that neither sees nor costs a request or response to which one of the conditions applies.
+    """Returns a filter that does not see a request or response to which one of the conditions applies.
 
-    Conditions of one filter are all of the request or all of the response.
+    It is there for each, though, and some cost while they do nothing (`taken`). Conditions of one filter are all of the
+    request or all of the response.
     """
     rows = [MatcherMatcherListFieldMatcher(predicate=condition, on_match=_SKIP) for condition in conditions]
-    wrapped = ExtensionWithMatcher(
-        xds_matcher=Matcher(matcher_list=MatcherMatcherList(matchers=rows)),
-        extension_config=pack.extension(filter_name, message),
-    )
-    return pack.http_filter(filter_name, wrapped)
+    return _matched(filter_name, rows, pack.extension(filter_name, message))
 
 
-def taken(name: str, rows: Iterable[tuple[Condition, Extension]], *, unless: Condition) -> HttpFilter:
+def taken(name: str, rows: Iterable[tuple[Condition, Extension]], *, unless: Condition | None = None) -> HttpFilter:
     """Returns a filter that is the first one whose condition applies; none where none does, or where ``unless`` does.
 
-    Conditions are of the request.
+    Only that one is made. Conditions are of the request.
     """
-    matchers = [MatcherMatcherListFieldMatcher(predicate=unless, on_match=_SKIP)]
+    matchers = [] if unless is None else [MatcherMatcherListFieldMatcher(predicate=unless, on_match=_SKIP)]
     for condition, extension in rows:
         action = MatcherOnMatch(action=_extension("taken", ExecuteFilterAction(typed_config=extension)))
         matchers.append(MatcherMatcherListFieldMatcher(predicate=condition, on_match=action))
-    wrapped = ExtensionWithMatcher(
-        xds_matcher=Matcher(matcher_list=MatcherMatcherList(matchers=matchers)),
-        extension_config=pack.extension("envoy.filters.http.composite", Composite()),
-    )
-    return pack.http_filter(name, wrapped)
+    return _matched(name, matchers, pack.extension("envoy.filters.http.composite", Composite()))
+
+
+def _matched(name: str, rows: list[MatcherMatcherListFieldMatcher], extension: Extension) -> HttpFilter:
+    matcher = Matcher(matcher_list=MatcherMatcherList(matchers=rows))
+    return pack.http_filter(name, ExtensionWithMatcher(xds_matcher=matcher, extension_config=extension))
 
 
 def _fits(message: betterproto2.Message, pattern: str) -> Condition:
