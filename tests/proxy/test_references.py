@@ -1,6 +1,7 @@
 """Tags and digests in requests: which entry a reference means; what a proxy hears from a real registry and tells it."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from helios.mesh.errors import ModelNotFound, NotFound, RevisionNotFound, Unavailable
+from helios.mesh.errors import HeliosError, InvalidRequest, ModelNotFound, NotFound, RevisionNotFound, Unavailable
 from helios.proxy.catalog.addressed import entries_of
+from helios.proxy.catalog.servicer import find_model
 from helios.proxy.catalog.session import RegistryClients, RegistrySession
 from helios.proxy.catalogue import ModelEntry, addressed_name, is_by_digest
 from helios.proxy.core import Core
@@ -173,6 +175,38 @@ async def test_a_scale_waits_for_the_registry_and_keeps_what_others_change_meanw
     with pytest.raises(ModelNotFound):
         await world.session.set_policy("nobody", min_replicas=2, max_replicas=3)
     assert len(asked) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "words"),
+    [
+        ("m@", InvalidRequest, "'' is not a tag"),
+        ("m@no such", InvalidRequest, "no such"),
+        ("nobody@sha256:12345678", ModelNotFound, "nobody"),
+        ("m@000000000000", RevisionNotFound, "sha256:000000000000"),
+    ],
+)
+async def test_what_the_registry_says_of_a_name_is_told_as_it_is(
+    world: World, name: str, expected: type[HeliosError], words: str
+) -> None:
+    runtime: Any = Runtime(world.core)
+    world.core.catalogue.is_synced = False
+    with pytest.raises(expected, match=re.escape(words)):
+        await find_model(runtime, world.session, name)
+
+
+async def test_of_a_registry_that_is_away_a_name_says_so(world: World) -> None:
+    class Away(RegistryClient):
+        async def get_model(self, name: str) -> Model:
+            raise Unavailable("failed to connect")
+
+    clients = world.session._clients
+    world.session._clients = replace(clients, quick=Away(clients.quick._dialer))
+    runtime: Any = Runtime(world.core)
+    world.core.catalogue.is_synced = False
+    with pytest.raises(Unavailable, match=r"registry is not reachable \(failed to connect\)") as refused:
+        await find_model(runtime, world.session, "somebody")
+    assert (refused.value.reason, refused.value.retry_after_seconds) == ("REGISTRY_UNAVAILABLE", 2)
 
 
 async def test_a_model_that_went_while_it_was_asked_for_stays_away(world: World) -> None:

@@ -30,10 +30,12 @@ OTHER = LeaseWish("proxy-leader", "proxy-2", 30.0, "unix:/2")
 
 
 @asynccontextmanager
-async def serve(database: Database, mesh: Mesh, *, poll_seconds: float | None = None) -> AsyncIterator[str]:
+async def serve(
+    database: Database, mesh: Mesh, *, listen: str = "127.0.0.1:0", poll_seconds: float | None = None
+) -> AsyncIterator[str]:
     """A registry that has these services alone; yields its address."""
     server = MeshServer(
-        listen="127.0.0.1:0",
+        listen=listen,
         identity=mesh.identity("registry"),
         policy=access.POLICY,
         options=ServerOptions(drain_seconds=1.0),
@@ -126,6 +128,17 @@ async def test_all_proxies_hear_of_a_cordon(database: Database, tmp_path: Path) 
         assert await client.set("node-1", is_cordoned=True) == cordons
         assert await client.set("node-1", is_cordoned=False) == ()
         assert await anext(told) == ()
+
+
+async def test_a_cordon_waits_for_a_registry_that_is_just_starting(database: Database, tmp_path: Path) -> None:
+    mesh, listen = Mesh(tmp_path / "pki"), f"unix:{tmp_path}/registry"
+    async with mesh.dialer(listen, "proxy") as dialer, asyncio.TaskGroup() as group:
+        setting = group.create_task(CordonClient(dialer).set("node-1", is_cordoned=True))
+        # Time for the first connection to be refused.
+        await asyncio.sleep(0.5)
+        assert not setting.done()
+        async with serve(database, mesh, listen=listen):
+            assert [cordon.worker_id for cordon in await setting] == ["node-1"]
 
 
 async def test_a_cordon_of_another_registry_is_heard_of(database: Database, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from helios.api.catalog.v1 import model_service_pb2 as pb
 from helios.api.catalog.v1.model_service_pb2_grpc import ModelServiceServicer
-from helios.mesh.errors import HeliosError, InvalidRequest, NotFound, Unavailable
+from helios.mesh.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from helios.mesh.server import peer_component
 from helios.proxy.admission.keyring import ANYBODY, Caller, check_model
 from helios.proxy.catalog.session import ModelSource
@@ -167,6 +167,7 @@ async def find_model(runtime: Runtime, models: ModelSource, name: str) -> ModelE
 
     Raises:
         ModelNotFound: there is none.
+        InvalidRequest: what follows the name's "@" is no reference.
         Unavailable: it can't be told now.
     """
     entry = runtime.core.resolve(name)
@@ -174,11 +175,10 @@ async def find_model(runtime: Runtime, models: ModelSource, name: str) -> ModelE
         return entry
     try:
         entry = await models.find(name)
-    except NotFound:
-        raise
-    except HeliosError as error:
+    except (Unavailable, DeadlineExceeded) as error:
         raise Unavailable(
-            f"it can't be told now whether the model '{shown(name)}' exists: the registry is not reachable",
+            f"it can't be told now whether the model '{shown(name)}' exists: the registry is not reachable "
+            f"({error.message})",
             reason="REGISTRY_UNAVAILABLE",
             metadata={"model": shown(name)},
             retry_after_seconds=2,

@@ -137,7 +137,8 @@ class AdminServiceServicer:
     def ScaleModel(self, request, context):
         """ScaleModel sets how many replicas a model has until it is set again; written through to the registry. 0 drains all
         replicas; the next request starts one again. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT
-        (INVALID_POLICY), UNAVAILABLE (REGISTRY_UNAVAILABLE).
+        (INVALID_POLICY), UNAVAILABLE (REGISTRY_UNAVAILABLE), ABORTED (STALE_VERSION: others have changed the model for
+        six seconds, each time in between).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

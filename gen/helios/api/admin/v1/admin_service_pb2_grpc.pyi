@@ -23,7 +23,8 @@ class AdminServiceStub:
     ScaleModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ScaleModelRequest, _admin_service_pb2.ScaleModelResponse]
     """ScaleModel sets how many replicas a model has until it is set again; written through to the registry. 0 drains all
     replicas; the next request starts one again. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT
-    (INVALID_POLICY), UNAVAILABLE (REGISTRY_UNAVAILABLE).
+    (INVALID_POLICY), UNAVAILABLE (REGISTRY_UNAVAILABLE), ABORTED (STALE_VERSION: others have changed the model for
+    six seconds, each time in between).
     """
     EvictModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.EvictModelRequest, _admin_service_pb2.EvictModelResponse]
     """EvictModel drains all replicas of a model and drops its bytes from the nodes' tiers; the registry keeps the model.
@@ -110,7 +111,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_admin_service_pb2.ScaleModelResponse]:
         """ScaleModel sets how many replicas a model has until it is set again; written through to the registry. 0 drains all
         replicas; the next request starts one again. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT
-        (INVALID_POLICY), UNAVAILABLE (REGISTRY_UNAVAILABLE).
+        (INVALID_POLICY), UNAVAILABLE (REGISTRY_UNAVAILABLE), ABORTED (STALE_VERSION: others have changed the model for
+        six seconds, each time in between).
         """
 
     @_abc_1.abstractmethod
