@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from helios.mesh.errors import HeliosError, NotFound, Unavailable
+from helios.mesh.errors import DeadlineExceeded, HeliosError, NotFound, Unavailable
 from helios.mesh.tasks import keep_running, outcome_of, retried, task_scope
 
 
@@ -64,6 +64,21 @@ async def test_what_may_pass_is_run_again_until_its_time_is_over(error: HeliosEr
             await retried(refused, within_seconds=0.5)
     assert raised.value is error
     assert (runs > 1) is is_run_again
+
+
+@pytest.mark.parametrize("error", [None, Unavailable("away")])
+async def test_what_hangs_is_given_up_when_its_time_is_over(error: HeliosError | None) -> None:
+    async def hang() -> None:
+        nonlocal error
+        if error is not None:
+            before, error = error, None
+            raise before
+        await asyncio.sleep(60)
+
+    expected = error or DeadlineExceeded("")
+    with pytest.raises(type(expected)):
+        async with asyncio.timeout(5):
+            await retried(hang, within_seconds=0.5)
 
 
 async def test_a_scope_cancels_its_tasks_when_its_body_ends() -> None:

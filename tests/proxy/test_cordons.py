@@ -161,7 +161,20 @@ async def test_a_cordon_made_at_one_proxy_counts_at_all_of_them(tmp_path: Path) 
         await until(here, ())
 
 
-async def test_the_registrys_cordons_hold_while_it_is_away(tmp_path: Path) -> None:
+async def test_a_cordon_waits_for_a_registry_that_starts_again(tmp_path: Path) -> None:
+    registry = Registry(is_away=True)
+    here, cordons = proxy(tmp_path, registry)
+    async with asyncio.TaskGroup() as group:
+        changing = group.create_task(cordons.change("w", is_cordoned=True))
+        # Until it was refused.
+        await asyncio.sleep(0.01)
+        assert not changing.done()
+        registry.goes(is_away=False)
+    assert here.fleet.cordoned == registry.cordons == {"w"}
+
+
+async def test_the_registrys_cordons_hold_while_it_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helios.proxy.fleet.cordons.RESTART_SECONDS", 0.2)
     registry = Registry({"w"})
     first, cordons = proxy(tmp_path, registry)
     async with watching(cordons):

@@ -165,16 +165,28 @@ async def test_a_scale_waits_for_the_registry_and_keeps_what_others_change_meanw
                 raise Unavailable("failed to connect")
             found = await super().get_model(name)
             if len(asked) == 2:
-                await catalog.update_policy("m", replace(found.policy, idle_seconds=77))
+                await catalog.update_policy("m", replace(found.policy, max_replicas=8, idle_seconds=77))
             return found
 
     world.session._clients = replace(clients, steady=Shaky(clients.steady._dialer))
-    entry = await world.session.set_policy("m", min_replicas=2, max_replicas=3)
-    assert (entry.min_replicas, entry.max_replicas, len(asked)) == (2, 3, 3)
-    assert (await clients.steady.get_model("m")).policy == ModelPolicy(2, 3, idle_seconds=77)
+    entry = await world.session.set_count("m", 2)
+    assert (entry.min_replicas, entry.max_replicas, len(asked)) == (2, 8, 3)
+    assert (await clients.steady.get_model("m")).policy == ModelPolicy(2, 8, idle_seconds=77)
     with pytest.raises(ModelNotFound):
-        await world.session.set_policy("nobody", min_replicas=2, max_replicas=3)
+        await world.session.set_count("nobody", 2)
     assert len(asked) == 4
+
+
+@pytest.mark.parametrize(
+    ("most", "count", "expected"), [(0, 5, (5, 0)), (3, 2, (2, 3)), (3, 5, (5, 5)), (3, 0, (0, 3)), (1, 1, (1, 1))]
+)
+async def test_a_scale_moves_the_upper_bound_only_where_it_is_in_the_way(
+    world: World, most: int, count: int, expected: tuple[int, int]
+) -> None:
+    await world.parts.catalog.update_policy("m", ModelPolicy(0, most))
+    await world.session.set_count("m", count)
+    policy = (await world.session._clients.steady.get_model("m")).policy
+    assert (policy.min_replicas, policy.max_replicas) == expected
 
 
 @pytest.mark.parametrize(
@@ -204,7 +216,7 @@ async def test_of_a_registry_that_is_away_a_name_says_so(world: World) -> None:
     world.session._clients = replace(clients, quick=Away(clients.quick._dialer))
     runtime: Any = Runtime(world.core)
     world.core.catalogue.is_synced = False
-    with pytest.raises(Unavailable, match=r"registry is not reachable \(failed to connect\)") as refused:
+    with pytest.raises(Unavailable, match=r"registry can't be asked \(failed to connect\)") as refused:
         await find_model(runtime, world.session, "somebody")
     assert (refused.value.reason, refused.value.retry_after_seconds) == ("REGISTRY_UNAVAILABLE", 2)
 

@@ -346,10 +346,9 @@ class Policies:
     async def find(self, name: str) -> ModelEntry:
         return self.model
 
-    async def set_policy(self, name: str, *, min_replicas: int, max_replicas: int) -> ModelEntry:
+    async def set_count(self, name: str, count: int) -> ModelEntry:
         assert self.model.scaling is not None
-        scaling = replace(self.model.scaling, min_replicas=min_replicas, max_replicas=max_replicas)
-        return replace(self.model, min_replicas=min_replicas, max_replicas=max_replicas, scaling=scaling)
+        return replace(self.model, min_replicas=count, scaling=replace(self.model.scaling, min_replicas=count))
 
 
 @pytest.mark.parametrize("window_count", [0, 1])

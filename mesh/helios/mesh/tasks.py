@@ -16,7 +16,7 @@ import grpc.aio
 import structlog
 import tenacity
 
-from helios.mesh.errors import HeliosError, Unavailable
+from helios.mesh.errors import DeadlineExceeded, HeliosError, Unavailable
 
 log = structlog.get_logger()
 
@@ -49,16 +49,29 @@ async def keep_running(
 async def retried(work: Callable[[], Awaitable[T]], *, within_seconds: float) -> T:
     """Returns what ``work()`` returns, run anew with full-jitter back-off while it fails in a way that may pass.
 
-    For what somebody waits for and may be done twice. Raises the last HeliosError once ``within_seconds`` have passed,
-    and at once one that is not ``is_retryable``; how long a try takes is for ``work`` to bound.
+    For what somebody waits for and may be done twice: the last try is cancelled when ``within_seconds`` have passed.
+
+    Raises:
+        HeliosError: One that is not ``is_retryable``, at once; the last one, when the time is over.
+        DeadlineExceeded: No try came to an end in that time.
     """
+    failed: HeliosError | None = None
+
+    def may_pass(error: BaseException) -> bool:
+        nonlocal failed
+        if not isinstance(error, HeliosError) or not error.is_retryable:
+            return False
+        failed = error
+        return True
+
     retrying = tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception(lambda error: isinstance(error, HeliosError) and error.is_retryable),
-        wait=tenacity.wait_random_exponential(multiplier=0.1, max=1),
-        stop=tenacity.stop_after_delay(within_seconds),
-        reraise=True,
+        retry=tenacity.retry_if_exception(may_pass), wait=tenacity.wait_random_exponential(multiplier=0.1, max=1)
     )
-    return await retrying(work)
+    try:
+        async with asyncio.timeout(within_seconds):
+            return await retrying(work)
+    except TimeoutError as error:
+        raise failed or DeadlineExceeded(f"no answer came within {within_seconds:g} s") from error
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from helios.api.admin.v1.admin_service_pb2_grpc import AdminServiceServicer
 from helios.api.fleet.v1 import fleet_service_pb2 as fleet_pb
 from helios.api.fleet.v1 import types_pb2
 from helios.mesh.audit import audit
-from helios.mesh.errors import DeadlineExceeded, HeliosError, InvalidRequest, NotFound, Unavailable
+from helios.mesh.errors import HeliosError, InvalidRequest, NotFound
 from helios.proxy.admin.plans import plan_evict, plan_preload, plan_stage, plan_unstage
 from helios.proxy.admin.watch import EventWatches
 from helios.proxy.breaker import BreakerState
@@ -22,6 +22,7 @@ from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.explain.wire import explanation_to_proto, failure_to_proto, state_from_proto, summary_to_proto
 from helios.proxy.fleet.state import Replica, ReplicaState
 from helios.proxy.fleet.wire import device_to_proto, replica_to_proto, staged_to_proto, timestamp
+from helios.proxy.registry_away import REGISTRY_AWAY, registry_away
 from helios.proxy.runtime import Runtime
 
 ADMIN_SERVICE: Final = "helios.api.admin.v1.AdminService"
@@ -77,10 +78,7 @@ class AdminServicer(AdminServiceServicer):
             )
         entry = await self._find(request.model)
         if not request.dry_run:
-            # Of a window that is open, what the policy says at other times.
-            most = entry.scaling.max_replicas if entry.scaling is not None else entry.max_replicas
-            bound = most if not most or most >= count else count
-            entry = await self._write_policy(entry.name, min_replicas=count, max_replicas=bound)
+            entry = await self._write_count(entry.name, count)
             self._runtime.apply(self._core.model_upserted(entry, time.monotonic()))
             # What an open window promises would be started again at once.
             if not count and not self._core.lifecycle.wants.bounds.now(entry).min_replicas:
@@ -292,16 +290,11 @@ class AdminServicer(AdminServiceServicer):
             raise NotFound(f"there is no replica '{shown(replica_id)}'", reason="REPLICA_NOT_FOUND", metadata=metadata)
         return replica
 
-    async def _write_policy(self, name: str, *, min_replicas: int, max_replicas: int) -> ModelEntry:
+    async def _write_count(self, name: str, count: int) -> ModelEntry:
         try:
-            return await self._models.set_policy(name, min_replicas=min_replicas, max_replicas=max_replicas)
-        except (Unavailable, DeadlineExceeded) as error:
-            raise Unavailable(
-                f"the policy of '{name}' can't be written: the registry is not reachable ({error.message})",
-                reason="REGISTRY_UNAVAILABLE",
-                metadata={"model": name},
-                retry_after_seconds=2,
-            ) from error
+            return await self._models.set_count(name, count)
+        except REGISTRY_AWAY as error:
+            raise registry_away(f"the policy of '{name}' can't be written", error, model=name) from error
 
     def _replicas_on(self, worker_id: str) -> list[Replica]:
         worker = self._core.fleet.worker(worker_id)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from helios.api.catalog.v1 import model_service_pb2 as pb
 from helios.api.catalog.v1.model_service_pb2_grpc import ModelServiceServicer
-from helios.mesh.errors import DeadlineExceeded, InvalidRequest, Unavailable
+from helios.mesh.errors import InvalidRequest
 from helios.mesh.server import peer_component
 from helios.proxy.admission.keyring import ANYBODY, Caller, check_model
 from helios.proxy.catalog.session import ModelSource
@@ -16,6 +16,7 @@ from helios.proxy.catalogue import ModelEntry, shown
 from helios.proxy.engine_needs import needs_of
 from helios.proxy.fleet.state import Replica, ReplicaState
 from helios.proxy.promises import Promise
+from helios.proxy.registry_away import REGISTRY_AWAY, registry_away
 from helios.proxy.runtime import Runtime
 from helios.proxy.scaling.ladder import Rung
 from helios.proxy.sizing import ReplicaSize
@@ -175,14 +176,9 @@ async def find_model(runtime: Runtime, models: ModelSource, name: str) -> ModelE
         return entry
     try:
         entry = await models.find(name)
-    except (Unavailable, DeadlineExceeded) as error:
-        raise Unavailable(
-            f"it can't be told now whether the model '{shown(name)}' exists: the registry is not reachable "
-            f"({error.message})",
-            reason="REGISTRY_UNAVAILABLE",
-            metadata={"model": shown(name)},
-            retry_after_seconds=2,
-        ) from error
+    except REGISTRY_AWAY as error:
+        what = f"it can't be told now whether the model '{shown(name)}' exists"
+        raise registry_away(what, error, model=shown(name)) from error
     runtime.apply(runtime.core.model_upserted(entry, time.monotonic()))
     return entry
 

@@ -47,8 +47,11 @@ class ModelSource(Protocol):
         """The model of a name, alias or reference. Raises NotFound, or another HeliosError where that can't be told."""
         ...
 
-    async def set_policy(self, name: str, *, min_replicas: int, max_replicas: int) -> ModelEntry:
-        """Sets how many replicas a model has. Raises HeliosError."""
+    async def set_count(self, name: str, count: int) -> ModelEntry:
+        """Sets how many replicas a model has at least; at most as many as before, or as many where that is less.
+
+        Raises HeliosError.
+        """
         ...
 
 
@@ -92,12 +95,14 @@ class RegistrySession:
         self._entries.setdefault(resolved.model.name, set()).add(entry.name)
         return entry
 
-    async def set_policy(self, name: str, *, min_replicas: int, max_replicas: int) -> ModelEntry:
+    async def set_count(self, name: str, count: int) -> ModelEntry:
         """Writes through to the registry; what else the policy says stays, also where somebody changes it meanwhile."""
 
         async def write() -> Model:
             model = await self._clients.steady.get_model(name)
-            policy = replace(model.policy, min_replicas=min_replicas, max_replicas=max_replicas)
+            # 0 is no bound.
+            most = model.policy.max_replicas and max(model.policy.max_replicas, count)
+            policy = replace(model.policy, min_replicas=count, max_replicas=most)
             return await self._clients.steady.update_policy(name, policy, expected_version=model.version)
 
         # An operator waits for it: so are a registry that restarts and a connection that is just being made.
@@ -171,7 +176,7 @@ class NoRegistry:
         """Can't be told."""
         raise self._unavailable()
 
-    async def set_policy(self, name: str, *, min_replicas: int, max_replicas: int) -> ModelEntry:
+    async def set_count(self, name: str, count: int) -> ModelEntry:
         """Can't be written."""
         raise self._unavailable()
 

@@ -9,13 +9,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final, Protocol
 
 import structlog
 
-from helios.mesh.errors import DeadlineExceeded, Unavailable
+from helios.mesh.calls import RESTART_SECONDS
+from helios.mesh.tasks import retried
 from helios.proxy.actions import Action
 from helios.proxy.core import Core
+from helios.proxy.registry_away import REGISTRY_AWAY, registry_away
 
 log = structlog.get_logger()
 
@@ -79,7 +82,7 @@ class Cordons:
         """Cordons a worker, or lifts its cordon, for all proxies.
 
         Raises:
-            Unavailable: REGISTRY_UNAVAILABLE; nothing has changed.
+            Unavailable: REGISTRY_UNAVAILABLE; nothing has changed here.
         """
         if self._source is None:
             cordoned = self._core.fleet.cordoned
@@ -87,15 +90,12 @@ class Cordons:
             await self._take(self._own)
             return
         taken_count = self._taken_count
+        write = partial(self._source.set, worker_id, is_cordoned=is_cordoned)
         try:
-            cordons = await self._source.set(worker_id, is_cordoned=is_cordoned)
-        except (Unavailable, DeadlineExceeded) as error:
-            raise Unavailable(
-                f"cordons can't be changed: the registry is not reachable ({error.message})",
-                reason="REGISTRY_UNAVAILABLE",
-                metadata={"worker_id": worker_id},
-                retry_after_seconds=2,
-            ) from error
+            # An operator waits for it: so is a registry that restarts.
+            cordons = await retried(write, within_seconds=RESTART_SECONDS)
+        except REGISTRY_AWAY as error:
+            raise registry_away("cordons can't be changed", error, worker_id=worker_id) from error
         self._own -= {worker_id}
         if self._taken_count == taken_count:
             await self._take(cordon.worker_id for cordon in cordons)

@@ -196,7 +196,7 @@ class AdminServiceServicer:
     def CordonWorker(self, request, context):
         """CordonWorker has nothing more started on a worker; what it holds goes on, and takes requests that no replica
         elsewhere takes. Idempotent, and kept over restarts of the proxy and of the worker. Errors: NOT_FOUND
-        (WORKER_NOT_FOUND).
+        (WORKER_NOT_FOUND), UNAVAILABLE (REGISTRY_UNAVAILABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -204,7 +204,7 @@ class AdminServiceServicer:
 
     def UncordonWorker(self, request, context):
         """UncordonWorker lets replicas be started on a worker again. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND: neither
-        cordoned nor connected).
+        cordoned nor connected), UNAVAILABLE (REGISTRY_UNAVAILABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -53,11 +53,11 @@ class AdminServiceStub:
     CordonWorker: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CordonWorkerRequest, _admin_service_pb2.CordonWorkerResponse]
     """CordonWorker has nothing more started on a worker; what it holds goes on, and takes requests that no replica
     elsewhere takes. Idempotent, and kept over restarts of the proxy and of the worker. Errors: NOT_FOUND
-    (WORKER_NOT_FOUND).
+    (WORKER_NOT_FOUND), UNAVAILABLE (REGISTRY_UNAVAILABLE).
     """
     UncordonWorker: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UncordonWorkerRequest, _admin_service_pb2.UncordonWorkerResponse]
     """UncordonWorker lets replicas be started on a worker again. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND: neither
-    cordoned nor connected).
+    cordoned nor connected), UNAVAILABLE (REGISTRY_UNAVAILABLE).
     """
     DrainWorker: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DrainWorkerRequest, _admin_service_pb2.DrainWorkerResponse]
     """DrainWorker cordons a worker and drains its replicas: requests that run are finished, new ones go to other workers,
@@ -183,7 +183,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_admin_service_pb2.CordonWorkerResponse]:
         """CordonWorker has nothing more started on a worker; what it holds goes on, and takes requests that no replica
         elsewhere takes. Idempotent, and kept over restarts of the proxy and of the worker. Errors: NOT_FOUND
-        (WORKER_NOT_FOUND).
+        (WORKER_NOT_FOUND), UNAVAILABLE (REGISTRY_UNAVAILABLE).
         """
 
     @_abc_1.abstractmethod
@@ -193,7 +193,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_admin_service_pb2.UncordonWorkerRequest, _abc.Awaitable[_admin_service_pb2.UncordonWorkerResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.UncordonWorkerResponse]:
         """UncordonWorker lets replicas be started on a worker again. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND: neither
-        cordoned nor connected).
+        cordoned nor connected), UNAVAILABLE (REGISTRY_UNAVAILABLE).
         """
 
     @_abc_1.abstractmethod
