@@ -154,9 +154,10 @@ class FakePicker(external_processor_pb2_grpc.ExternalProcessorServicer):
                 yield in_cluster(response, response.request_body, self.cluster)
                 return
             headers = {h.key: h.raw_value.decode() or h.value for h in message.request_headers.headers.headers}
-            fields = message.metadata_context.filter_metadata["helios"]
-            lifted = fields.fields["model"].string_value
-            request = PickRequest(headers, headers.get("x-helios-model") or lifted, node, MessageToDict(fields))
+            lifted = MessageToDict(message.metadata_context.filter_metadata["helios"])
+            model = lifted.get("model", "")
+            named = headers.get("x-helios-model") or (model if isinstance(model, str) else "")
+            request = PickRequest(headers, named, node, lifted)
             self.requests.append(request)
             if self.hold is not None:
                 await self.hold(request)

@@ -254,6 +254,25 @@ async def test_what_is_read_of_a_body_is_what_a_parser_reads(
     assert parsed["model"] == json.loads(body)["model"]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"messages":[1,,2],"model":"m"}',
+        b'{"model":"m","messages":[{"role":"user"},]}',
+        b'{"model":"m","messages":[{"role" "user"}]}',
+        b'{"model":"m","prompt":"two\nlines"}',
+        b'{"model":"m"}}',
+        b'{"model":"m",}',
+    ],
+)
+async def test_of_what_is_no_json_nothing_is_read(gateway: Gateway, rest: httpx.AsyncClient, body: bytes) -> None:
+    # So the picker reads it, and says what is wrong with it before anything is started for it.
+    for headers in ({"content-type": "application/json"}, {}):
+        await rest.post(CHAT, content=body, headers=headers)
+    assert [request.lifted for request in gateway.picker.requests] == [{}, {}]
+    assert gateway.picker.bodies[0].endswith(body)
+
+
 async def test_of_duplicate_model_keys_the_last_one_is_lifted(gateway: Gateway, rest: httpx.AsyncClient) -> None:
     await rest.post(CHAT, content=b'{"model":"first","model":"last"}', headers={"content-type": "application/json"})
     assert gateway.picker.requests[0].model == "last"

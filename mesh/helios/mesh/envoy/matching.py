@@ -1,4 +1,4 @@
-"""Filters that Envoy leaves out for what they have nothing to do for, decided by headers, in C++."""
+"""Filters that Envoy leaves out for what they have nothing to do for, decided by headers and metadata, in C++."""
 
 from collections.abc import Iterable
 
