@@ -50,6 +50,23 @@ async def test_runs_again_when_what_it_awaited_was_cancelled() -> None:
     assert runs == 3
 
 
+@pytest.mark.parametrize("outcome", [None, Unavailable("away"), OSError("gone"), asyncio.CancelledError()])
+async def test_a_cancellation_that_was_swallowed_ends_it(outcome: BaseException | None) -> None:
+    async def swallow() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if outcome is not None:
+                raise outcome from None
+
+    async with task_scope() as group:
+        task = group.create_task(keep_running("swallower", swallow, base_seconds=0.001))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=5)
+        assert task.cancelled()
+
+
 @pytest.mark.parametrize(("error", "is_run_again"), [(Unavailable("away"), True), (NotFound("none"), False)])
 async def test_what_may_pass_is_run_again_until_its_time_is_over(error: HeliosError, is_run_again: bool) -> None:
     runs = 0

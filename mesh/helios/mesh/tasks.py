@@ -134,14 +134,24 @@ async def _run_once(name: str, factory: Callable[[], Awaitable[None]]) -> None:
 
 
 async def _uncancelled(work: Awaitable[None]) -> None:
-    """Tells a cancellation of this task from one of what it awaits (a call whose channel was closed, for instance)."""
+    """Tells a cancellation of this task from one of what it awaits (a call whose channel was closed, for instance).
+
+    A cancellation that was swallowed takes effect here: a stream of grpc.aio that is cancelled before its call has
+    begun goes on, and fails like any other (Source: grpcio 1.85, `_prepare_rpc`).
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    failed: BaseException | None = None
     try:
         await work
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        raise Unavailable("what it waited for was cancelled") from error
+    except (asyncio.CancelledError, *RECOVERABLE) as error:
+        failed = error
+    if task.cancelling():
+        raise asyncio.CancelledError from failed
+    if isinstance(failed, asyncio.CancelledError):
+        raise Unavailable("what it waited for was cancelled") from failed
+    if failed is not None:
+        raise failed
 
 
 class _Reporter:
