@@ -1,6 +1,7 @@
 """keep_running comes back after what may pass, and not after a bug; a scope ends its tasks and loses nothing."""
 
 import asyncio
+import contextlib
 
 import pytest
 
@@ -65,6 +66,67 @@ async def test_a_cancellation_that_was_swallowed_ends_it(outcome: BaseException 
         task.cancel()
         await asyncio.wait([task], timeout=5)
         assert task.cancelled()
+
+
+async def test_a_cancellation_hides_no_bug() -> None:
+    async def fail() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            raise KeyError("a bug")
+
+    async with task_scope() as group:
+        task = group.create_task(outcome_of(keep_running("failing", fail)))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task], timeout=5)
+        assert isinstance(task.result(), KeyError)
+
+
+async def test_a_group_of_tasks_that_failed_is_no_cancellation() -> None:
+    runs = 0
+
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise Unavailable("away")
+
+    async def chore() -> None:
+        nonlocal runs
+        runs += 1
+        with contextlib.suppress(ExceptionGroup):
+            # It fails while it is waited for, for which Python 3.11 cancels who waits, and does not take that back.
+            async with asyncio.TaskGroup() as group:
+                group.create_task(fail())
+
+    async with task_scope() as group:
+        group.create_task(keep_running("chore", chore, base_seconds=0.001))
+        async with asyncio.timeout(5):
+            while runs < 3:
+                await asyncio.sleep(0.001)
+
+
+async def test_a_timeout_of_the_work_itself_is_not_told_as_its_time_being_over() -> None:
+    async def late() -> None:
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        await retried(late, within_seconds=5)
+
+
+async def test_work_that_swallows_its_cancellation_is_not_run_again() -> None:
+    runs = 0
+
+    async def swallow() -> None:
+        nonlocal runs
+        runs += 1
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise Unavailable("away") from None
+
+    with pytest.raises(Unavailable, match="away"):
+        await retried(swallow, within_seconds=0.1)
+    assert runs == 1
 
 
 @pytest.mark.parametrize(("error", "is_run_again"), [(Unavailable("away"), True), (NotFound("none"), False)])

@@ -65,12 +65,18 @@ async def retried(work: Callable[[], Awaitable[T]], *, within_seconds: float) ->
         return True
 
     retrying = tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception(may_pass), wait=tenacity.wait_random_exponential(multiplier=0.1, max=1)
+        retry=tenacity.retry_if_exception(may_pass),
+        wait=tenacity.wait_random_exponential(multiplier=0.1, max=1),
+        stop=tenacity.stop_after_delay(within_seconds),
+        reraise=True,
     )
+    limit = asyncio.timeout(within_seconds)
     try:
-        async with asyncio.timeout(within_seconds):
+        async with limit:
             return await retrying(work)
     except TimeoutError as error:
+        if not limit.expired():
+            raise
         raise failed or DeadlineExceeded(f"no answer came within {within_seconds:g} s") from error
 
 
@@ -126,31 +132,34 @@ class _EndOfScopeError(Exception):
 async def _run_once(name: str, factory: Callable[[], Awaitable[None]]) -> None:
     started = time.monotonic()
     try:
-        await _uncancelled(factory())
+        await _in_own_task(name, factory())
     except RECOVERABLE as error:
         if time.monotonic() - started < _SETTLED_SECONDS:
             raise
         log.warning("task ended", task=name, error=_describe(error))
 
 
-async def _uncancelled(work: Awaitable[None]) -> None:
-    """Tells a cancellation of this task from one of what it awaits (a call whose channel was closed, for instance).
+async def _in_own_task(name: str, work: Awaitable[None]) -> None:
+    """Awaits ``work`` so that a cancellation of this task is one, whatever ``work`` makes of it, and nothing else is.
 
-    A cancellation that was swallowed takes effect here: a stream of grpc.aio that is cancelled before its call has
-    begun goes on, and fails like any other (Source: grpcio 1.85, `_prepare_rpc`).
+    A stream of grpc.aio that is cancelled before its call has begun goes on, and fails like any other (Source: grpcio
+    1.85, `_prepare_rpc`); and what ``work`` awaits may be cancelled by itself (a call whose channel was closed). By
+    ``Task.cancelling()`` these can't be told: Python 3.11's TaskGroup leaves it raised where a task of its fails.
     """
-    task = asyncio.current_task()
-    assert task is not None
-    failed: BaseException | None = None
-    try:
-        await work
-    except (asyncio.CancelledError, *RECOVERABLE) as error:
-        failed = error
-    if task.cancelling():
-        raise asyncio.CancelledError from failed
-    if isinstance(failed, asyncio.CancelledError):
-        raise Unavailable("what it waited for was cancelled") from failed
-    if failed is not None:
+    async with task_scope() as group:
+        inner = group.create_task(outcome_of(work), name=name)
+        try:
+            await asyncio.wait([inner])
+        except asyncio.CancelledError:
+            inner.cancel()
+            await asyncio.wait([inner])
+            failed = None if inner.cancelled() else inner.result()
+            if failed is not None and not isinstance(failed, RECOVERABLE):
+                raise failed from None
+            raise
+    if inner.cancelled():
+        raise Unavailable("what it waited for was cancelled")
+    if (failed := inner.result()) is not None:
         raise failed
 
 

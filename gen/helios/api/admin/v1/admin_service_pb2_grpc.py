@@ -128,7 +128,8 @@ class AdminServiceServicer:
 
     def PreloadModel(self, request, context):
         """PreloadModel starts a replica of a model unless one is ready or starting, and returns at once. Idempotent.
-        Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (NO_WORKER, NO_CAPACITY).
+        Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (NO_WORKER, NO_CAPACITY,
+        REGISTRY_UNAVAILABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,7 +147,8 @@ class AdminServiceServicer:
 
     def EvictModel(self, request, context):
         """EvictModel drains all replicas of a model and drops its bytes from the nodes' tiers; the registry keeps the model.
-        Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0).
+        Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0),
+        UNAVAILABLE (REGISTRY_UNAVAILABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,8 +156,8 @@ class AdminServiceServicer:
 
     def StageModel(self, request, context):
         """StageModel brings a model's weights to host memory on a node and drains its replicas: the next request starts it
-        without the disk. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (NO_WORKER, NO_CAPACITY),
-        FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0).
+        without the disk. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (NO_WORKER, NO_CAPACITY,
+        REGISTRY_UNAVAILABLE), FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -163,7 +165,7 @@ class AdminServiceServicer:
 
     def UnstageModel(self, request, context):
         """UnstageModel gives the host memory of a model's staged weights back; the disk keeps them. Idempotent.
-        Errors: NOT_FOUND (MODEL_NOT_FOUND).
+        Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (REGISTRY_UNAVAILABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -212,7 +214,8 @@ class AdminServiceServicer:
 
     def DrainWorker(self, request, context):
         """DrainWorker cordons a worker and drains its replicas: requests that run are finished, new ones go to other workers,
-        where models that are in use are started. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND).
+        where models that are in use are started. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND), UNAVAILABLE
+        (REGISTRY_UNAVAILABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -18,7 +18,8 @@ class AdminServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     PreloadModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PreloadModelRequest, _admin_service_pb2.PreloadModelResponse]
     """PreloadModel starts a replica of a model unless one is ready or starting, and returns at once. Idempotent.
-    Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (NO_WORKER, NO_CAPACITY).
+    Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (NO_WORKER, NO_CAPACITY,
+    REGISTRY_UNAVAILABLE).
     """
     ScaleModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ScaleModelRequest, _admin_service_pb2.ScaleModelResponse]
     """ScaleModel sets how many replicas a model has until it is set again; written through to the registry. 0 drains all
@@ -28,16 +29,17 @@ class AdminServiceStub:
     """
     EvictModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.EvictModelRequest, _admin_service_pb2.EvictModelResponse]
     """EvictModel drains all replicas of a model and drops its bytes from the nodes' tiers; the registry keeps the model.
-    Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0).
+    Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0),
+    UNAVAILABLE (REGISTRY_UNAVAILABLE).
     """
     StageModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.StageModelRequest, _admin_service_pb2.StageModelResponse]
     """StageModel brings a model's weights to host memory on a node and drains its replicas: the next request starts it
-    without the disk. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (NO_WORKER, NO_CAPACITY),
-    FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0).
+    without the disk. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (NO_WORKER, NO_CAPACITY,
+    REGISTRY_UNAVAILABLE), FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0).
     """
     UnstageModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UnstageModelRequest, _admin_service_pb2.UnstageModelResponse]
     """UnstageModel gives the host memory of a model's staged weights back; the disk keeps them. Idempotent.
-    Errors: NOT_FOUND (MODEL_NOT_FOUND).
+    Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (REGISTRY_UNAVAILABLE).
     """
     SleepReplica: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.SleepReplicaRequest, _admin_service_pb2.SleepReplicaResponse]
     """SleepReplica takes an idle replica's weights and KV cache off its device; the next request of its model wakes it.
@@ -61,7 +63,8 @@ class AdminServiceStub:
     """
     DrainWorker: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DrainWorkerRequest, _admin_service_pb2.DrainWorkerResponse]
     """DrainWorker cordons a worker and drains its replicas: requests that run are finished, new ones go to other workers,
-    where models that are in use are started. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND).
+    where models that are in use are started. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND), UNAVAILABLE
+    (REGISTRY_UNAVAILABLE).
     """
     ListScalingDecisions: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListScalingDecisionsRequest, _admin_service_pb2.ListScalingDecisionsResponse]
     """ListScalingDecisions lists how many replicas models were to have, what asked for that, and why, the newest first.
@@ -100,7 +103,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_admin_service_pb2.PreloadModelRequest, _abc.Awaitable[_admin_service_pb2.PreloadModelResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.PreloadModelResponse]:
         """PreloadModel starts a replica of a model unless one is ready or starting, and returns at once. Idempotent.
-        Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (NO_WORKER, NO_CAPACITY).
+        Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (NO_WORKER, NO_CAPACITY,
+        REGISTRY_UNAVAILABLE).
         """
 
     @_abc_1.abstractmethod
@@ -122,7 +126,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_admin_service_pb2.EvictModelRequest, _abc.Awaitable[_admin_service_pb2.EvictModelResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.EvictModelResponse]:
         """EvictModel drains all replicas of a model and drops its bytes from the nodes' tiers; the registry keeps the model.
-        Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0).
+        Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0),
+        UNAVAILABLE (REGISTRY_UNAVAILABLE).
         """
 
     @_abc_1.abstractmethod
@@ -132,8 +137,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_admin_service_pb2.StageModelRequest, _abc.Awaitable[_admin_service_pb2.StageModelResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.StageModelResponse]:
         """StageModel brings a model's weights to host memory on a node and drains its replicas: the next request starts it
-        without the disk. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (NO_WORKER, NO_CAPACITY),
-        FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0).
+        without the disk. Idempotent. Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (NO_WORKER, NO_CAPACITY,
+        REGISTRY_UNAVAILABLE), FAILED_PRECONDITION (MODEL_PINNED: min_replicas above 0).
         """
 
     @_abc_1.abstractmethod
@@ -143,7 +148,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_admin_service_pb2.UnstageModelRequest, _abc.Awaitable[_admin_service_pb2.UnstageModelResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.UnstageModelResponse]:
         """UnstageModel gives the host memory of a model's staged weights back; the disk keeps them. Idempotent.
-        Errors: NOT_FOUND (MODEL_NOT_FOUND).
+        Errors: NOT_FOUND (MODEL_NOT_FOUND), UNAVAILABLE (REGISTRY_UNAVAILABLE).
         """
 
     @_abc_1.abstractmethod
@@ -203,7 +208,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_admin_service_pb2.DrainWorkerRequest, _abc.Awaitable[_admin_service_pb2.DrainWorkerResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.DrainWorkerResponse]:
         """DrainWorker cordons a worker and drains its replicas: requests that run are finished, new ones go to other workers,
-        where models that are in use are started. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND).
+        where models that are in use are started. Idempotent. Errors: NOT_FOUND (WORKER_NOT_FOUND), UNAVAILABLE
+        (REGISTRY_UNAVAILABLE).
         """
 
     @_abc_1.abstractmethod
