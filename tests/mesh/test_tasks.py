@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 
+import grpc.aio
 import pytest
 
 from helios.mesh.errors import DeadlineExceeded, HeliosError, NotFound, Unavailable
@@ -51,14 +52,19 @@ async def test_runs_again_when_what_it_awaited_was_cancelled() -> None:
     assert runs == 3
 
 
-@pytest.mark.parametrize("outcome", [None, Unavailable("away"), OSError("gone"), asyncio.CancelledError()])
-async def test_a_cancellation_that_was_swallowed_ends_it(outcome: BaseException | None) -> None:
+def failed_call() -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "no such file")
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+async def test_a_cancellation_that_a_call_swallowed_ends_it(is_told: bool) -> None:
     async def swallow() -> None:
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
-            if outcome is not None:
-                raise outcome from None
+            if is_told:
+                raise Unavailable("away") from failed_call()
+            raise failed_call() from None
 
     async with task_scope() as group:
         task = group.create_task(keep_running("swallower", swallow, base_seconds=0.001))

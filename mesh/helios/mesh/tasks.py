@@ -132,35 +132,33 @@ class _EndOfScopeError(Exception):
 async def _run_once(name: str, factory: Callable[[], Awaitable[None]]) -> None:
     started = time.monotonic()
     try:
-        await _in_own_task(name, factory())
+        await _uncancelled(factory())
     except RECOVERABLE as error:
         if time.monotonic() - started < _SETTLED_SECONDS:
             raise
         log.warning("task ended", task=name, error=_describe(error))
 
 
-async def _in_own_task(name: str, work: Awaitable[None]) -> None:
-    """Awaits ``work`` so that a cancellation of this task is one, whatever ``work`` makes of it, and nothing else is.
+async def _uncancelled(work: Awaitable[None]) -> None:
+    """Tells a cancellation of this task from one of what it awaits (a call whose channel was closed, for instance).
 
-    A stream of grpc.aio that is cancelled before its call has begun goes on, and fails like any other (Source: grpcio
-    1.85, `_prepare_rpc`); and what ``work`` awaits may be cancelled by itself (a call whose channel was closed). By
-    ``Task.cancelling()`` these can't be told: Python 3.11's TaskGroup leaves it raised where a task of its fails.
+    One that was swallowed takes effect here: a stream of grpc.aio that is cancelled before its call has begun goes on,
+    and fails like any other (Source: grpcio 1.85, `_prepare_rpc`). Of other failures the count says nothing: Python
+    3.11's TaskGroup leaves it raised where a task of its fails.
     """
-    async with task_scope() as group:
-        inner = group.create_task(outcome_of(work), name=name)
-        try:
-            await asyncio.wait([inner])
-        except asyncio.CancelledError:
-            inner.cancel()
-            await asyncio.wait([inner])
-            failed = None if inner.cancelled() else inner.result()
-            if failed is not None and not isinstance(failed, RECOVERABLE):
-                raise failed from None
+    task = asyncio.current_task()
+    assert task is not None
+    try:
+        await work
+    except asyncio.CancelledError as error:
+        if task.cancelling():
             raise
-    if inner.cancelled():
-        raise Unavailable("what it waited for was cancelled")
-    if (failed := inner.result()) is not None:
-        raise failed
+        raise Unavailable("what it waited for was cancelled") from error
+    except (grpc.aio.AioRpcError, HeliosError) as error:
+        is_of_call = isinstance(error, grpc.aio.AioRpcError) or isinstance(error.__cause__, grpc.aio.AioRpcError)
+        if is_of_call and task.cancelling():
+            raise asyncio.CancelledError from error
+        raise
 
 
 class _Reporter:
